@@ -1,0 +1,1 @@
+"""jaxshard: model weights between any two layouts."""

@@ -1,0 +1,95 @@
+"""Boxes: half-open rectangles of element indices, and their intersections.
+
+Every question jaxshard answers ("which bytes does rank 3 need?") reduces to
+intersecting two boxes. This module knows nothing of files, dtypes or devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The elements ``start <= i < stop`` of an array, in global coordinates.
+
+    >>> Box((0, 4), (4, 8)).shape
+    (4, 4)
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Box:
+        """The box covering all of an array of ``shape``."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each dim."""
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Elements in the box; 1 for a 0-d one."""
+        return prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What to index an array with to get the box."""
+        return tuple(map(slice, self.start, self.stop))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The shared elements, or None where the boxes do not touch.
+
+        >>> Box((0, 0), (4, 4)).intersect(Box((2, 0), (6, 4)))
+        Box(start=(2, 0), stop=(4, 4))
+        >>> Box((0,), (2,)).intersect(Box((2,), (4,))) is None
+        True
+        """
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
+
+    def contains(self, other: Box) -> bool:
+        """Whether every element of ``other`` is in this box."""
+        return all(map(int.__le__, self.start, other.start)) and all(
+            map(int.__ge__, self.stop, other.stop)
+        )
+
+    def within(self, outer: Box) -> Box:
+        """This box in coordinates local to ``outer``'s first element.
+
+        >>> Box((2, 4), (4, 8)).within(Box((2, 0), (4, 8)))
+        Box(start=(0, 4), stop=(2, 8))
+        """
+        return Box(
+            tuple(a - o for a, o in zip(self.start, outer.start, strict=True)),
+            tuple(b - o for b, o in zip(self.stop, outer.start, strict=True)),
+        )
+
+    def minus(self, other: Box) -> list[Box]:
+        """Disjoint boxes that together hold what ``other`` does not.
+
+        >>> [b.shape for b in Box((0, 0), (4, 4)).minus(Box((1, 1), (4, 3)))]
+        [(1, 4), (3, 1), (3, 1)]
+        """
+        hole = self.intersect(other)
+        if hole is None:
+            return [self] if self.size else []
+        rest, start, stop = [], list(self.start), list(self.stop)
+        for dim in range(len(start)):
+            for a, b in ((start[dim], hole.start[dim]), (hole.stop[dim], stop[dim])):
+                if a < b:
+                    rest.append(
+                        Box(
+                            (*start[:dim], a, *start[dim + 1 :]), (*stop[:dim], b, *stop[dim + 1 :])
+                        )
+                    )
+            start[dim], stop[dim] = hole.start[dim], hole.stop[dim]
+        return rest
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
