@@ -103,12 +103,14 @@ class Layout:
     """For a whole checkpoint, who holds which box.
 
     A tensor may be placed in several disjoint sets of ranks (a tied embedding in the
-    first and the last stage). Names that are absent here are held by no rank.
+    first and the last stage). Names that are absent here are held by no rank; ``notes``
+    says what a person should know of it.
     """
 
     num_ranks: int
     placements: Mapping[str, tuple[Placement, ...]] = field(repr=False)
     stage_axes: Axes = ()
+    notes: tuple[str, ...] = ()
 
     def box_of(self, name: str, shape: tuple[int, ...], rank: int) -> Box | None:
         """The box of tensor ``name`` that ``rank`` holds, or None."""
@@ -201,9 +203,8 @@ def shard_dim_over_replicas(placement: Placement, ways: int, dim: int = 0) -> Pl
             break
         if size > left:
             axes = _factor(axes, name, left)
-            size = left
         chosen.insert(0, name)
-        left //= size
+        left //= min(size, left)
     if left != 1:
         raise LayoutError(
             f"optimizer shard: {ways} ways do not fit the {replicas} replicas of "

@@ -1,0 +1,154 @@
+"""The tables of known model families: data, no decisions.
+
+Weights of Hugging Face models are (out, in), so column-parallel layers split dim 0 and
+row-parallel ones dim 1; gpt2's are (in, out). What a row-parallel layer adds after its sum
+(its bias, the norm that follows) is whole.
+"""
+
+from __future__ import annotations
+
+from .table import BUFFER, Rules
+
+_Specs = tuple[tuple[str, str], ...]
+
+
+def _columns(*names: str) -> _Specs:
+    """Column-parallel layers: each rank makes some of the outputs, biases with them."""
+    return tuple(pair for n in names for pair in ((f"*{n}.weight", "mp,-"), (f"*{n}.bias", "mp")))
+
+
+def _rows(*names: str) -> _Specs:
+    """Row-parallel layers: each rank takes some of the inputs; the bias is added once."""
+    return tuple(pair for n in names for pair in ((f"*{n}.weight", "-,mp"), (f"*{n}.bias", "-")))
+
+
+def _whole(*names: str) -> _Specs:
+    return tuple((f"*{n}", "-") for n in names)
+
+
+_NORMS = _whole("norm.weight", "norm.bias")
+_ROTARY: _Specs = (("*inv_freq", BUFFER),)
+_EXPERTS = ("*.experts.{expert}.",)
+
+# A fused qkv_proj or gate_up_proj is cut in equal blocks of rows, which is a good way to store
+# it; a rank then does not hold whole heads of q, k and v.
+_ATTENTION = _columns(".q_proj", ".k_proj", ".v_proj", ".qkv_proj") + _rows(".o_proj")
+_MLP = _columns(".gate_proj", ".up_proj", ".gate_up_proj") + _rows(".down_proj")
+_DECODER: _Specs = (
+    ("*embed_tokens.weight", "vocab,-"),
+    *_columns("lm_head"),
+    *_ATTENTION,
+    *_MLP,
+    *_NORMS,
+    *_ROTARY,
+)
+_MOE: _Specs = (
+    ("*.experts.gate_up_proj", "ep,mp,-"),  # stacked: (expert, out, in)
+    ("*.experts.down_proj", "ep,-,mp"),
+    ("*.experts.*.w1.weight", "mp,-"),
+    ("*.experts.*.w3.weight", "mp,-"),
+    ("*.experts.*.w2.weight", "-,mp"),
+    *_whole(".gate.weight", ".gate.e_score_correction_bias", ".shared_expert_gate.weight"),
+)
+# Multi-head latent attention: the small latent is whole, what makes heads of it is cut.
+_MLA: _Specs = (
+    *_whole(".q_a_proj.weight", ".q_a_proj.bias"),
+    *_whole(".kv_a_proj_with_mqa.weight", ".kv_a_proj_with_mqa.bias"),
+    *_columns(".q_b_proj", ".kv_b_proj"),
+    *_whole(".eh_proj.weight"),  # multi-token prediction
+    ("*.shared_head.head.weight", "mp,-"),
+)
+
+
+def _decoder(name: str, *more: _Specs) -> Rules:
+    return Rules(
+        name=name,
+        specs=tuple(pair for table in more for pair in table) + _DECODER,
+        layers=("*layers.{layer}.",),
+        first=("*embed_tokens.*",),
+        last=("norm.*", "*model.norm.*", "*lm_head.*"),
+        experts=_EXPERTS,
+        embedding=("*embed_tokens.weight",),
+        head=("*lm_head.weight",),
+    )
+
+
+# gpt2's 50257 and bert's 30522 tokens do not divide by usual mp, hidden sizes do: the embedding
+# is cut by columns.
+_GPT2 = Rules(
+    name="gpt2",
+    specs=(
+        ("*wte.weight", "-,vocab"),
+        ("*wpe.weight", "-,-"),
+        ("*lm_head.weight", "-,mp"),
+        ("*.c_attn.lora_A*", "-,-"),
+        ("*.c_attn.lora_B*", "mp,-"),
+        ("*.c_fc.lora_A*", "-,-"),
+        ("*.c_fc.lora_B*", "mp,-"),
+        ("*.c_proj.lora_A*", "-,mp"),
+        ("*.c_proj.lora_B*", "-,-"),
+        ("*.attn.bias", BUFFER),
+        ("*.attn.masked_bias", BUFFER),
+        ("*.c_attn.weight", "-,mp"),
+        ("*.c_attn.bias", "mp"),
+        ("*.c_fc.weight", "-,mp"),
+        ("*.c_fc.bias", "mp"),
+        ("*.c_proj.weight", "mp,-"),
+        ("*.c_proj.bias", "-"),
+        *_whole("ln_*.weight", "ln_*.bias"),
+    ),
+    layers=("h.{layer}.", "*.h.{layer}."),
+    first=("*wte.*", "*wpe.*"),
+    last=("*ln_f.*", "*lm_head.*"),
+    embedding=("*wte.weight",),
+    head=("*lm_head.weight",),
+)
+_BERT = Rules(
+    name="bert",
+    specs=(
+        ("*word_embeddings.weight", "-,vocab"),
+        *_whole("position_embeddings.weight", "token_type_embeddings.weight"),
+        ("*position_ids", BUFFER),
+        ("*token_type_ids", BUFFER),
+        *_columns(".self.query", ".self.key", ".self.value", ".intermediate.dense"),
+        *_rows(".output.dense"),
+        *_whole("LayerNorm.*", "layer_norm.*", "pooler.dense.*"),
+        ("*predictions.decoder.weight", "-,mp"),
+        ("*lm_head.decoder.weight", "-,mp"),
+        *_whole("predictions.*", "seq_relationship.*", "classifier.*", "qa_outputs.*"),
+        *_whole("lm_head.dense.*", "lm_head.bias", "lm_head.decoder.bias"),
+    ),
+    layers=("*encoder.layer.{layer}.",),
+    first=("*embeddings.*",),
+    last=("*pooler.*", "*cls.*", "*classifier.*", "*lm_head.*", "*qa_outputs.*"),
+    embedding=("*word_embeddings.weight",),
+    head=("*predictions.decoder.weight", "*lm_head.decoder.weight"),
+)
+_LLAMA = _decoder("llama")
+
+#: Every table, by its name. The more general of two that fit the same names goes first.
+FAMILIES: dict[str, Rules] = {
+    rules.name: rules
+    for rules in (
+        _LLAMA,
+        _decoder("mixtral", _MOE),
+        _decoder("deepseek", _MOE, _MLA),
+        _GPT2,
+        _BERT,
+    )
+}
+
+#: Which table a ``model_type`` of config.json takes.
+MODEL_TYPES: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "ministral", "qwen2", "qwen3", "phi3"),
+            *("gemma", "gemma2", "gemma3", "gemma3_text"),
+        ),
+        "llama",
+    ),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), "mixtral"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek"),
+    "gpt2": "gpt2",
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), "bert"),
+}

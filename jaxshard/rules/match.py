@@ -1,0 +1,128 @@
+"""Matching: the spec of each name, asked of the patterns once per kind of name.
+
+Ninety thousand names are a few dozen kinds that differ in layer and expert numbers:
+
+    model.layers.17.mlp.experts.203.up_proj.weight
+    model.layers.#.mlp.experts.#.up_proj.weight       its template
+
+Some names follow another tensor's rule: optimizer states, scales of quantised weights
+and adapters (LoRA). This module knows no sizes and no ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .table import Rules, Spec, glob
+
+#: Optimizer states and gradients lie as the weight does whose name follows.
+OPTIMIZER_PREFIXES = (
+    "adam_m.",
+    "adam_v.",
+    "accu_grads.",
+    "moment1.",
+    "moment2.",
+    "exp_avg.",
+    "exp_avg_sq.",
+)
+_STATE = re.compile("|".join(map(re.escape, OPTIMIZER_PREFIXES)))
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
+_SENSITIVE = re.compile(r"(?:^|[.*])\d+(?:$|[.*])")  # a pattern that could tell two numbers apart
+_ADAPTER = re.compile(
+    r"(?P<base>.+?)\.(?:lora_(?P<AB>[AB])(?:\.[^.]+)?\.weight|(?:mindpet_delta_)?lora_(?P<ab>[ab]))"
+)
+_SCALE = re.compile(r"(?P<base>.+)_scale_inv")
+
+
+def weight_name(name: str) -> str:
+    """``name`` without the prefix of an optimizer state.
+
+    >>> weight_name("adam_m.lm_head.weight")
+    'lm_head.weight'
+    """
+    state = _STATE.match(name)
+    return name[state.end() :] if state else name
+
+
+def template(name: str) -> str:
+    """``name`` with ``#`` for its numbers; ``w1`` is a word, not a number.
+
+    >>> template("layers.3.feed_forward.w1.weight")
+    'layers.#.feed_forward.w1.weight'
+    """
+    return _NUMBER.sub("#", name)
+
+
+class Patterns:
+    """An ordered list of patterns, each asked once per template.
+
+    A pattern with a number in it (``layers.0.*``) can tell names of one template apart,
+    so those few are asked every time.
+
+    Attributes:
+        num_asked: how many times a pattern was compared with a name.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        compiled = [(i, glob(p), bool(_SENSITIVE.search(p))) for i, p in enumerate(patterns)]
+        self._plain = [(i, p) for i, p, sensitive in compiled if not sensitive]
+        self._sensitive = [(i, p) for i, p, sensitive in compiled if sensitive]
+        self._known: dict[str, int | None] = {}
+        self.num_asked = 0
+
+    def find(self, name: str, kind: str) -> int | None:
+        """The number of the first pattern that matches ``name``, whose template is ``kind``."""
+        if kind not in self._known:
+            self._known[kind] = self._ask(self._plain, name)
+        plain = self._known[kind]
+        if not self._sensitive:
+            return plain
+        special = self._ask(self._sensitive, name)
+        return min((i for i in (plain, special) if i is not None), default=None)
+
+    def _ask(self, patterns: list[tuple[int, re.Pattern[str]]], name: str) -> int | None:
+        for i, pattern in patterns:
+            self.num_asked += 1
+            if pattern.fullmatch(name):
+                return i
+        return None
+
+
+class Matcher:
+    """The spec that a table of rules gives to each name."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._specs = rules.parsed
+        self.patterns = Patterns(pattern for pattern, _ in rules.specs)
+
+    def find(self, name: str, kind: str) -> Spec | None:
+        """The spec of the weight ``name`` whose template is ``kind``, or None.
+
+        A rule that names an adapter or a scale goes before the rule of its weight.
+        """
+        at = self.patterns.find(name, kind)
+        if at is not None:
+            return self._specs[at]
+        scale, adapter = _SCALE.fullmatch(name), _ADAPTER.fullmatch(name)
+        if scale:
+            return self._base(scale["base"])
+        if adapter:
+            return _adapter_spec(self._base(adapter["base"] + ".weight"), adapter)
+        return self._base(name.replace(".base_layer.", ".")) if ".base_layer." in name else None
+
+    def _base(self, name: str) -> Spec | None:
+        at = self.patterns.find(name, template(name))
+        return None if at is None else self._specs[at]
+
+
+def _adapter_spec(base: Spec | None, adapter: re.Match[str]) -> Spec | None:
+    """The spec of half an adapter of a weight (out, in): A is (r, in), B is (out, r).
+
+    The rank r is small and never split.
+    """
+    if base is None or len(base.dims) != 2:
+        return base
+    out, into = base.dims
+    is_a = (adapter["AB"] or adapter["ab"]).lower() == "a"
+    return Spec(((), into)) if is_a else Spec((out, ()))

@@ -1,0 +1,150 @@
+"""Stages: which pipeline stage, and which expert ranks, a tensor lives on.
+
+    layers  0 1 2 3 4 | 5 6 7 8      nine layers over two stages: the earlier gets the extra one
+    first ↗           |         ↖ last, and layers past the last (multi-token prediction)
+
+This module knows names and counts; it knows no boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ..errors import LayoutError
+from ..strategy import Strategy
+from .match import Patterns, template, weight_name
+from .table import ModelFacts, Rules, numbered
+
+_EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a tensor lives: its stages (none: in all of them), and its expert parallel slot."""
+
+    stages: tuple[int, ...]
+    slot: int | None = None
+
+
+def split_layers(num_layers: int, pp: int) -> tuple[int, ...]:
+    """Layers of each stage, as even as possible, the earlier stages getting the extra ones.
+
+    >>> split_layers(9, 2)
+    (5, 4)
+    """
+    each, extra = divmod(num_layers, pp)
+    return tuple(each + (stage < extra) for stage in range(pp))
+
+
+class Stages:
+    """Finds the home of each name for one strategy.
+
+    Raises:
+        LayoutError: the layers do not fit the stages, or the experts the expert ranks.
+    """
+
+    def __init__(
+        self, rules: Rules, strategy: Strategy, model: ModelFacts | None, names: Iterable[str]
+    ) -> None:
+        self._rules, self._strategy = rules, strategy
+        self._layer = numbered(rules.layers, "layer")
+        self._expert = numbered(rules.experts, "expert")
+        self._first, self._last = Patterns(rules.first), Patterns(rules.last)
+        self._embedding = Patterns(rules.embedding)
+        weights = [weight_name(n) for n in names]
+        self._tied = bool(model and model.tied_embeddings) and not _any(rules.head, weights)
+        self._stage_of_layer = self._cut_layers(model, weights) if strategy.pp > 1 else ()
+        self._num_experts = self._count_experts(model, weights) if strategy.ep > 1 else 0
+
+    def home(self, name: str, kind: str) -> Home:
+        """Where the weight ``name`` lives, whose template is ``kind``."""
+        return Home(self._stages(name, kind), self._slot(name))
+
+    def _stages(self, name: str, kind: str) -> tuple[int, ...]:
+        last = self._strategy.pp - 1
+        if last == 0:
+            return (0,)
+        layer = self._number(self._layer, name)
+        if layer is not None:
+            within = layer < len(self._stage_of_layer)
+            return (self._stage_of_layer[layer] if within else last,)
+        if self._tied and self._embedding.find(name, kind) is not None:
+            return (0, last)
+        if self._first.find(name, kind) is not None:
+            return (0,)
+        return (last,) if self._last.find(name, kind) is not None else ()
+
+    def _slot(self, name: str) -> int | None:
+        if self._strategy.ep == 1:
+            return None
+        expert = self._number(self._expert, name)
+        if expert is None:
+            return None
+        if expert >= self._num_experts:
+            raise LayoutError(
+                f"{name}: there are {self._num_experts} experts by the model's config, "
+                "numbered from 0. Correct the config, or the name."
+            )
+        return expert // (self._num_experts // self._strategy.ep)
+
+    def _cut_layers(self, model: ModelFacts | None, weights: list[str]) -> tuple[int, ...]:
+        pp, rules = self._strategy.pp, self._rules
+        if not rules.layers:
+            raise LayoutError(
+                f"{self._strategy}: the rules {rules.name} do not say which names have a layer "
+                f'number, so they give no stages. Add [stages] with layers = "…layers.{{layer}}.".'
+            )
+        num = (model and model.num_layers) or self._most(self._layer, weights)
+        if pp > num:
+            raise LayoutError(
+                f"{self._strategy}: {pp} pipeline stages, but {num} layers are named "
+                f"{' or '.join(rules.layers)}. Take pp={max(num, 1)} or less, "
+                "or correct [stages] layers in the rules."
+            )
+        each = rules.layers_per_stage or split_layers(num, pp)
+        if len(each) != pp or sum(each) != num:
+            raise LayoutError(
+                f"rules {rules.name}: layers_per_stage = {list(each)} has {len(each)} stages with "
+                f"{sum(each)} layers, but {self._strategy} has {pp} stages and the model {num} "
+                f"layers. Give {pp} numbers that add up to {num}."
+            )
+        return tuple(stage for stage, layers in enumerate(each) for _ in range(layers))
+
+    def _count_experts(self, model: ModelFacts | None, weights: list[str]) -> int:
+        config = model.config if model else {}
+        text = config.get("text_config")
+        for source in (config, text if isinstance(text, dict) else {}):
+            counts = [source[k] for k in _EXPERT_COUNTS if isinstance(source.get(k), int)]
+            if counts:
+                num = int(counts[0])
+                break
+        else:
+            num = self._most(self._expert, weights)
+        if num % self._strategy.ep and self._most(self._expert, weights):
+            raise LayoutError(
+                f"{self._strategy}: ep={self._strategy.ep} does not divide {num} experts. "
+                f"Take an ep that does."
+            )
+        return num
+
+    @staticmethod
+    def _number(pattern: object, name: str) -> int | None:
+        match = pattern.match(name) if pattern else None  # type: ignore[attr-defined]
+        return int(match[match.lastindex]) if match else None
+
+    def _most(self, pattern: object, weights: list[str]) -> int:
+        return max(
+            (n + 1 for w in weights if (n := self._number(pattern, w)) is not None), default=0
+        )
+
+
+def _any(patterns: tuple[str, ...], weights: list[str]) -> bool:
+    asked = Patterns(patterns)
+    return any(asked.find(w, template(w)) is not None for w in weights)
+
+
+def layer_starts(each: tuple[int, ...]) -> tuple[int, ...]:
+    """The first layer of every stage."""
+    return tuple(accumulate((0, *each[:-1])))

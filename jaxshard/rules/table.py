@@ -1,0 +1,215 @@
+"""Rules: which axes split each dim of a tensor, and which stage it lives in, said by name.
+
+    "*.q_proj.weight" = "mp,-"      rows over the tensor-parallel ranks, columns whole
+    "*.o_proj.weight" = "-,mp"      columns over them
+    "*norm.weight"    = "-"         whole, however many dims
+
+The first pattern that matches a name decides. This module knows what rules are and
+how they read; it knows no model, no sizes and no ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
+
+from ..errors import LayoutError, nearest
+
+Dims = tuple[tuple[str, ...], ...]  # per dim the axes as the rule names them; () for any ndim
+
+#: What a rule may call an axis, and what it stands for.
+AXES = {
+    "mp": "tensor parallel ranks",
+    "dp": "data parallel ranks (expert parallel ones included)",
+    "ep": "expert parallel ranks",
+    "edp": "replicas of one expert",
+    "cp": "context parallel ranks",
+    "vocab": "mp, or nothing when the strategy keeps the embedding whole (vocab_emb_dp)",
+}
+_ALSO = {"tp": "mp"}
+
+#: The spec of a table that is no weight: whole on every rank, whatever the optimizer shard.
+BUFFER = "whole"
+
+
+class ModelFacts(Protocol):
+    """What rules ask of a model; ``jaxshard.catalog.Model`` has it."""
+
+    @property
+    def type(self) -> str | None: ...
+    @property
+    def num_layers(self) -> int | None: ...
+    @property
+    def tied_embeddings(self) -> bool: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A parsed spec text. ``dims`` is empty for ``-``, which fits any number of dims."""
+
+    dims: Dims = ()
+    buffer: bool = False
+
+    def __str__(self) -> str:
+        if self.buffer:
+            return BUFFER
+        return ",".join("+".join(axes) or "-" for axes in self.dims) or "-"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the tensors of a model are cut, by their names.
+
+    In patterns ``*`` stands for any characters, dots included, and nothing else is special.
+
+    Attributes:
+        name: what to call these rules in messages.
+        specs: (pattern, spec text) in order; the first match decides.
+        layers: patterns of names that have a layer number, which is at ``{layer}``.
+        first: patterns of the names of the first pipeline stage.
+        last: patterns of the names of the last one.
+        layers_per_stage: how many layers each stage has; as even as possible when None.
+        experts: patterns of names that have an expert number, which is at ``{expert}``.
+        embedding: names that also live in the last stage when the embeddings are tied …
+        head: … and none of these exists.
+    """
+
+    name: str
+    specs: tuple[tuple[str, str], ...] = ()
+    layers: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    layers_per_stage: tuple[int, ...] | None = None
+    experts: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern, text in self.specs:
+            parse_spec(text, f'rules {self.name}: "{pattern}"')
+        for field, patterns in (("layer", self.layers), ("expert", self.experts)):
+            for pattern in patterns:
+                if pattern.count(f"{{{field}}}") != 1:
+                    raise LayoutError(
+                        f'rules {self.name}: {field}s = "{pattern}" does not say where the number '
+                        f'is. Write {{{field}}} once in its place: "model.{field}s.{{{field}}}."'
+                    )
+
+    def override(self, user: Rules) -> Rules:
+        """These rules with those of ``user`` asked first.
+
+        >>> base = Rules("base", specs=(("*", "-"),))
+        >>> base.override(Rules("mine", specs=(("a", "mp,-"),))).specs
+        (('a', 'mp,-'), ('*', '-'))
+        """
+        return Rules(
+            name=f"{user.name} + {self.name}",
+            specs=user.specs + self.specs,
+            layers=user.layers + self.layers,
+            first=user.first + self.first,
+            last=user.last + self.last,
+            layers_per_stage=user.layers_per_stage or self.layers_per_stage,
+            experts=user.experts + self.experts,
+            embedding=user.embedding + self.embedding,
+            head=user.head + self.head,
+        )
+
+    def renamed(self, name: str) -> Rules:
+        """The same rules under another name."""
+        return replace(self, name=name)
+
+    @cached_property
+    def parsed(self) -> tuple[Spec, ...]:
+        """The specs, parsed, in the order of ``specs``."""
+        return tuple(parse_spec(text, self.name) for _, text in self.specs)
+
+
+@lru_cache(maxsize=1024)
+def parse_spec(text: str, where: str) -> Spec:
+    """What a spec text says.
+
+    Raises:
+        LayoutError: it names an axis that there is not, or one twice; ``where`` leads the message.
+
+    >>> parse_spec("ep+dp,-", "here").dims
+    (('ep', 'dp'), ())
+    """
+    if text.strip() == BUFFER:
+        return Spec(buffer=True)
+    dims = tuple(_axes(part.strip(), text, where) for part in text.split(","))
+    named = [axis for axes in dims for axis in axes]
+    for axis in named:
+        if named.count(axis) > 1:
+            raise LayoutError(
+                f'{where} = "{text}" names the axis {axis} twice. '
+                "A rank has one coordinate on each axis, so each splits one dim."
+            )
+    return Spec() if dims == ((),) else Spec(dims)
+
+
+def _axes(part: str, text: str, where: str) -> tuple[str, ...]:
+    if part == "-":
+        return ()
+    axes = tuple(_ALSO.get(a.strip(), a.strip()) for a in part.split("+"))
+    for axis in axes:
+        if axis not in AXES:
+            raise LayoutError(
+                f'{where} = "{text}": {axis!r} is no axis.{nearest(axis, AXES)} Write for each '
+                f"dim, with commas between, - for whole or axes joined by + ({', '.join(AXES)})."
+            )
+    return axes
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+    """``pattern`` as a regular expression for whole names; ``*`` is any characters.
+
+    >>> bool(glob("*.weight").fullmatch("model.norm.weight"))
+    True
+    """
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+
+
+def numbered(patterns: Iterable[str], field: str) -> re.Pattern[str] | None:
+    """One expression for the beginning of a name, whose only matching group is the number.
+
+    >>> numbered(["*layers.{layer}."], "layer").match("model.layers.12.mlp").groups()
+    ('12',)
+    """
+    parts = []
+    for pattern in patterns:
+        before, after = pattern.split(f"{{{field}}}")
+        parts.append(_lazy(before) + r"(\d+)" + _lazy(after))
+    return re.compile("|".join(parts)) if parts else None
+
+
+def _lazy(pattern: str) -> str:
+    return ".*?".join(map(re.escape, pattern.split("*")))
+
+
+def describe(rules: Rules) -> str:
+    r"""The rules as a table a person reads.
+
+    >>> print(describe(Rules("mine", specs=(("*.q_proj.weight", "mp,-"), ("*", "-")))))
+    rules mine, first match wins
+      *.q_proj.weight  mp,-
+      *                -
+    """
+    width = max((len(p) for p, _ in rules.specs), default=0)
+    lines = [f"rules {rules.name}, first match wins"]
+    lines += [f"  {pattern:<{width}}  {text}" for pattern, text in rules.specs]
+    said = {
+        "layers": rules.layers,
+        "first stage": rules.first,
+        "last stage": rules.last,
+        "layers per stage": tuple(map(str, rules.layers_per_stage or ())),
+        "experts": rules.experts,
+        "tied embedding": rules.embedding,
+        "head": rules.head,
+    }
+    lines += [f"{name}: {', '.join(values)}" for name, values in said.items() if values]
+    return "\n".join(lines)
