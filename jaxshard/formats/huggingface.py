@@ -1,0 +1,314 @@
+"""Hugging Face folders: weight files, an index that says which serves a name, a config.
+
+    config.json                        what the model is
+    model.safetensors.index.json       {"weight_map": {name: file}}
+    model-00001-of-00002.safetensors   …
+    tokenizer.json                     an extra: carried along, never read
+
+The index decides where there is one, and may name no file outside the folder. A folder
+that MindSpore unified is the same thing with other names. This module reads headers,
+the index and the config, and knows nothing of how tensors are cut.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from posixpath import basename, normpath
+from typing import Any
+
+from ..box import Box
+from ..catalog import Catalog, File, Model, Piece, Tensor
+from ..errors import CoverageError, FormatError, NotFoundError, some
+from .folder import Folder
+from .huggingface_files import file_names, index_json, parse_size, plan_files
+from .safetensors import Entry, Header, read_header
+from .strict_json import FETCH, parse_object, shown
+
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SINGLE",
+    "file_names",
+    "index_json",
+    "model_of",
+    "parse_size",
+    "plan_files",
+    "read",
+    "recognise",
+]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+MINDSPORE_INDEX = "param_name_map.json"
+MINDSPORE_HYPER = "hyper_param.safetensors"
+
+_MAX_INDEX_BYTES = 100_000_000  # a header's limit: the index is a list of the same names
+_MAX_CONFIG_BYTES = 16_000_000
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|npz)(\.index\.json)?$"
+)
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The files that hold the weights, and by the index, if any, which one serves a name."""
+
+    paths: tuple[str, ...]
+    serves: Mapping[str, str] | None = None
+    index: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def recognise(files: Mapping[str, File]) -> bool:
+    """Whether ``files`` hold safetensors weights, or an index of them, at their top."""
+    return bool(_top(files, ".safetensors")) or bool(_indexes(files))
+
+
+def read(folder: Folder) -> Catalog:
+    """The catalog of the checkpoint in ``folder``: every header, the index and the config.
+
+    Raises:
+        FormatError: a file, or the index, is not what it claims to be.
+        NotFoundError: there are no safetensors weights, or a file that the index names is missing.
+        CoverageError: there is no index, and one of the numbered files is missing.
+    """
+    files = folder.files()
+    choice = _choose(folder, files)
+    used = tuple(files[path] for path in choice.paths)
+    headers = [read_header(folder, f.path, file_bytes=f.num_bytes) for f in used]
+    tensors, left_out = _tensors(choice, headers)
+    model, config_notes = _model(folder, files)
+    extras, not_used = _extras(files, choice)
+    notes = [*choice.notes, *config_notes]
+    if left_out:
+        notes.append(f"{choice.index} does not name {some(left_out)}: left out.")
+    if not_used:
+        notes.append(f"Weight files neither read nor carried along: {some(not_used)}.")
+    return Catalog(
+        root=folder.root,
+        format="huggingface",
+        files=used,
+        tensors=tensors,
+        model=model,
+        metadata=_agreed([h.metadata for h in headers]),
+        extras=extras,
+        hyper=_hyper(used, tensors),
+        notes=tuple(notes),
+    )
+
+
+def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
+    """The weight files in use: those of the index, or the single one, or all at the top."""
+    indexes, found = _indexes(files), _top(files, ".safetensors")
+    if not indexes and not found:
+        raise NotFoundError(_nothing(folder, files))
+    if not indexes:
+        paths = (SINGLE,) if SINGLE in found else found
+        _check_numbered(folder, paths, alone=len(files) == 1)
+        return _Choice(paths)
+    index, *others = indexes
+    serves = _read_index(folder, files, index)
+    notes = [f"{index} decides which file serves a name, not {some(others)}."] if others else []
+    if index == INDEX and SINGLE in found and SINGLE not in serves.values():
+        # what transformers does with both: a save in one file beside the index of an older one
+        return _Choice((SINGLE,), notes=(f"{SINGLE} is read, not the files of {INDEX}.",))
+    used = set(serves.values())
+    if index == MINDSPORE_INDEX and MINDSPORE_HYPER in found:
+        used.add(MINDSPORE_HYPER)  # that index lists only what a strategy cuts
+    return _Choice(tuple(sorted(used)), serves, index, tuple(notes))
+
+
+def _read_index(folder: Folder, files: Mapping[str, File], path: str) -> dict[str, str]:
+    """Which file serves each name, by the index at ``path``; every file is in the folder."""
+    size = files[path].num_bytes
+    if size > _MAX_INDEX_BYTES:
+        raise FormatError(
+            f"{path} has {size} bytes; an index has at most {_MAX_INDEX_BYTES}. {FETCH}"
+        )
+    parsed = parse_object(folder.read(path, 0, size), path)
+    flat = path == MINDSPORE_INDEX and "weight_map" not in parsed  # older MindSpore versions
+    weight_map = parsed if flat else parsed.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{path} has no weight_map that is an object. {FETCH}")
+    for name, target in weight_map.items():
+        if not isinstance(target, str):
+            raise FormatError(
+                f"{path}: {shown(name)} is in the file {shown(repr(target))}, which is not a name. "
+                + FETCH
+            )
+    where = {target: _inside(path, target) for target in set(weight_map.values())}
+    missing = sorted(target for target in where.values() if target not in files)
+    if missing:
+        raise NotFoundError(
+            f"{path} names {some(map(shown, missing))}, which {folder.root} does not have. "
+            "Fetch what is missing."
+        )
+    return {name: where[target] for name, target in weight_map.items()}
+
+
+def _inside(index: str, target: str) -> str:
+    """``target`` as a path in the folder, refused where it could leave it on any system."""
+    parts = target.split("/")
+    if not parts[-1] or not parts[0] or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", target):
+        raise FormatError(
+            f"{index} names the file {shown(repr(target))}, which is not a path inside the folder. "
+            "Fetch the checkpoint from a place you trust."
+        )
+    return normpath(target)
+
+
+def _tensors(
+    choice: _Choice, headers: Sequence[Header]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Every tensor in use, in the order of the files' bytes; and names that no index lists."""
+    boxes: dict[tuple[int, ...], Box] = {}
+    tensors: dict[str, Tensor] = {}
+    left_out: list[str] = []
+    for number, (path, header) in enumerate(zip(choice.paths, headers, strict=True)):
+        for entry in header.entries:
+            if choice.serves is not None and path != MINDSPORE_HYPER:
+                served_by = choice.serves.get(entry.name)
+                if served_by is None:
+                    left_out.append(entry.name)
+                if served_by != path:
+                    continue
+            if entry.name in tensors:
+                first = choice.paths[tensors[entry.name].pieces[0].file]
+                raise FormatError(
+                    f"{shown(entry.name)} is in both {first} and {path}, and no index says which "
+                    "counts. Remove the stale file."
+                )
+            tensors[entry.name] = _tensor(entry, number, boxes)
+    lacking = [name for name in choice.serves or () if name not in tensors]
+    if lacking:
+        name = lacking[0]
+        raise FormatError(
+            f"{choice.index} says that {(choice.serves or {})[name]} holds "
+            f"{some(map(shown, lacking))}, but it does not. Fetch both again."
+        )
+    return tensors, tuple(left_out)
+
+
+def _tensor(entry: Entry, file: int, boxes: dict[tuple[int, ...], Box]) -> Tensor:
+    name, kind, shape, start, _ = entry
+    box = boxes.get(shape)
+    if box is None:  # thousands of tensors share a shape, and so its box
+        box = boxes[shape] = Box.whole(shape)
+    return Tensor(name, kind, shape, (Piece(file, start, box),))
+
+
+def _model(folder: Folder, files: Mapping[str, File]) -> tuple[Model, list[str]]:
+    """What ``config.json`` says; a note instead where it says nothing that can be read."""
+    listed = files.get(CONFIG)
+    if listed is None:
+        return Model(), [f"There is no {CONFIG}, so the model's family is not known."]
+    if listed.num_bytes > _MAX_CONFIG_BYTES:
+        return Model(), [f"{CONFIG} is not read: it has {listed.num_bytes} bytes."]
+    try:
+        # not the strict reader: Python writes Infinity into configs, and nothing here is trusted
+        config = json.loads(folder.read(CONFIG, 0, listed.num_bytes).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return Model(), [f"{CONFIG} is not read: it is not JSON ({type(error).__name__})."]
+    if not isinstance(config, dict):
+        return Model(), [f"{CONFIG} is not read: it is not an object."]
+    return model_of(config), []
+
+
+def model_of(config: Mapping[str, Any]) -> Model:
+    """What a ``config.json`` says of its model.
+
+    >>> model_of({"model_type": "gpt2", "n_layer": 12})
+    Model(type='gpt2', num_layers=12, tied_embeddings=False)
+    """
+    nested = config.get("text_config")
+    places = (config, nested) if isinstance(nested, dict) else (config,)
+    kind = config.get("model_type")
+    layers = [p[key] for p in places for key in _NUM_LAYERS if type(p.get(key)) is int]
+    return Model(
+        type=kind if isinstance(kind, str) else None,
+        num_layers=layers[0] if layers and layers[0] >= 0 else None,
+        tied_embeddings=any(p.get("tie_word_embeddings") is True for p in places),
+        config=config,
+    )
+
+
+def _extras(files: Mapping[str, File], choice: _Choice) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files to carry along, and the weight files that are neither read nor carried."""
+    extras, not_used = [], []
+    for path in files:
+        if any(part.startswith(".") for part in path.split("/")) or path in choice.paths:
+            continue
+        if not _WEIGHTS.search(path):
+            if path != MINDSPORE_INDEX:
+                extras.append(path)
+        elif not path.endswith(".index.json"):
+            not_used.append(path)
+    return tuple(extras), tuple(not_used)
+
+
+def _hyper(used: Sequence[File], tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    numbers = {n for n, file in enumerate(used) if basename(file.path) == MINDSPORE_HYPER}
+    if not numbers:
+        return frozenset()
+    return frozenset(t.name for t in tensors.values() if t.pieces[0].file in numbers)
+
+
+def _agreed(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The union of the files' metadata, without keys that two of them fill differently."""
+    union: dict[str, str] = {}
+    for metadata in all_metadata:
+        union |= metadata
+    return {
+        key: value
+        for key, value in union.items()
+        if all(m.get(key, value) == value for m in all_metadata)
+    }
+
+
+def _indexes(files: Mapping[str, File]) -> list[str]:
+    """The indexes at the top, the one to follow first."""
+    found = [*_top(files, ".safetensors.index.json")]
+    if MINDSPORE_INDEX in files:
+        found.append(MINDSPORE_INDEX)
+    return sorted(found, key=lambda path: (path != INDEX, path == MINDSPORE_INDEX, path))
+
+
+def _top(files: Iterable[str], ending: str) -> tuple[str, ...]:
+    return tuple(
+        sorted(p for p in files if "/" not in p and p.endswith(ending) and not p.startswith("."))
+    )
+
+
+def _check_numbered(folder: Folder, paths: Sequence[str], *, alone: bool) -> None:
+    """Refuse a set numbered ``-of-00003`` that lacks a number, unless one file was asked for."""
+    sets: dict[tuple[str, str], set[int]] = {}
+    for match in filter(None, map(_SHARD.fullmatch, paths)):
+        sets.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
+    for (stem, total), numbers in sets.items():
+        missing = int(total) - len(numbers)
+        if missing > 0 and not alone:
+            raise CoverageError(
+                f"{folder.root} has {len(numbers)} of the {int(total)} files "
+                f"{stem}-*-of-{total}.safetensors. Fetch the other {missing}."
+            )
+
+
+def _nothing(folder: Folder, files: Mapping[str, File]) -> str:
+    weights = [p for p in files if _WEIGHTS.search(p)]
+    if any(p.endswith(".safetensors") for p in weights):
+        return (
+            f"{folder.root} has no safetensors weights itself, but below it "
+            f"{some(p for p in weights if p.endswith('.safetensors'))}. Name that folder."
+        )
+    if weights:
+        return (
+            f"{folder.root} has {some(weights)}, but of Hugging Face folders only safetensors is "
+            "read. Save it with save_pretrained(…, safe_serialization=True), or fetch those files."
+        )
+    return f"{folder.root} has no safetensors weights ({len(files)} other files). Check the path."

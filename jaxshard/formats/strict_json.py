@@ -1,0 +1,99 @@
+"""JSON from strangers: one object, each key once, UTF-8, and never a crash.
+
+Headers and indexes are JSON that anybody may have written. Python's parser lets a
+repeated key win silently, guesses UTF-16, takes NaN, and grows memory with every
+bracket; here each of those is a FormatError. This module does not know what the
+objects mean.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from ..errors import FormatError
+
+FETCH = "Fetch the file again."
+
+# A header of a few megabytes parses into a few hundred at worst. Above that, text which
+# is denser than any list of tensors is refused before the parser multiplies it.
+_DENSE_BYTES = 4 << 20
+
+
+class _RefusedError(ValueError):
+    """Raised inside the parser's hooks, which know no subject."""
+
+
+def parse_object(raw: bytes, subject: str) -> dict[str, Any]:
+    """The JSON object that ``raw`` holds; ``subject`` begins the message of an error.
+
+    Raises:
+        FormatError: it is no JSON object, repeats a key, or nests too deep.
+
+    >>> parse_object(b' {"a": [1]} ', "index.json")
+    {'a': [1]}
+    """
+    _refuse_dense(raw, subject)
+    try:
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{subject} is not UTF-8 text (byte {error.start} of {len(raw)}). {FETCH}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise FormatError(
+            f"{subject} is not JSON ({error.msg} at character {error.pos} of {len(raw)} bytes). "
+            + FETCH
+        ) from None
+    except RecursionError:
+        raise FormatError(f"{subject} nests its JSON too deep to be read. {FETCH}") from None
+    except ValueError as error:  # _RefusedError, or an integer of thousands of digits
+        why = error if isinstance(error, _RefusedError) else "a number in it has too many digits"
+        raise FormatError(f"{subject} is refused: {why}. {FETCH}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{subject} holds a JSON {type(value).__name__}, not an object. {FETCH}")
+    return value
+
+
+def shown(text: str) -> str:
+    r"""``text`` as an error may print it: one line, of bounded length.
+
+    >>> print(shown("wte.weight"), shown("a" + chr(10)))
+    wte.weight 'a\n'
+    """
+    safe = text if text.isprintable() and text else ascii(text)
+    return safe if len(safe) <= 200 else f"{safe[:200]}… ({len(text)} characters)"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RefusedError(f"the key {shown(key)} stands twice in one object")
+            seen.add(key)
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _RefusedError(f"{name} is not a JSON number")
+
+
+def _refuse_dense(raw: bytes, subject: str) -> None:
+    """Refuse large text with more structure than a list of tensors can have.
+
+    The shortest entry, ``"a":{"dtype":"U8","shape":[],"data_offsets":[0,0]},``, is 51 bytes
+    with 3 brackets, 4 colons and 10 quotes. ``[[],[],[],…`` costs 30 times its bytes.
+    """
+    if len(raw) <= _DENSE_BYTES:
+        return
+    for marks, fewest_bytes in ((b"{[", 10), (b":", 10), (b'"', 4)):
+        count = sum(raw.count(bytes((mark,))) for mark in marks)
+        if count * fewest_bytes > len(raw):
+            raise FormatError(
+                f"{subject} has {count} {marks.decode()} in {len(raw)} bytes, denser than any "
+                f"list of tensors. {FETCH}"
+            )
