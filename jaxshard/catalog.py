@@ -28,7 +28,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stored box of a tensor: contiguous, row-major, at byte ``offset`` of file number ``file``."""
+    """A stored box: contiguous, row-major, at byte ``offset`` of file number ``file``."""
 
     file: int
     offset: int

@@ -85,9 +85,10 @@ class Strategy:
         if not sizes or at != len(lowered):
             raise LayoutError(
                 f"{text!r} is not a strategy. Write each axis once with its size: "
-                "dp2mp4, dp1mp2pp2, mp8, dp4mp2ep2, dp2mp2optall (axes: dp, mp or tp, pp, ep, cp, opt)."
+                "dp2mp4, dp1mp2pp2, mp8, dp4mp2ep2, dp2mp2optall (axes: dp, mp or tp, pp, ep, cp, "
+                "opt)."
             )
-        return cls(**sizes)
+        return cls(**sizes)  # type: ignore[arg-type]  # only the int fields have a token
 
     @property
     def stage_axes(self) -> Axes:
@@ -125,6 +126,8 @@ class Strategy:
 
     def __repr__(self) -> str:
         changed = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
+            f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
         ]
         return f"Strategy({', '.join(changed)})"

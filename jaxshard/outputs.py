@@ -1,0 +1,146 @@
+"""Outputs: which file of the result holds which box of which tensor.
+
+A checkpoint on disk is a layout whose ranks are files: rank folders have one file a
+rank, a Hugging Face folder is a layout of as many ranks as it has shards. Ranks
+whose files list the same tensors share one *content*, so that thousands of rank
+files cost a handful. This module knows no file format and writes nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .catalog import Tensor
+from .dtypes import num_bytes
+from .errors import LayoutError
+from .layout import Layout, Placement, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as a rank's file holds it: its local shape follows from the placement."""
+
+    tensor: Tensor
+    placement: Placement
+    order: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the rank's box."""
+        return self.placement.local_shape(self.tensor.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rank's box."""
+        return num_bytes(self.shape, self.tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of a result.
+
+    Attributes:
+        paths: each rank's file, relative to the result's root.
+        layout: which ranks hold which boxes, replicas included.
+        kept: for a tensor stored without redundancy, which of each shard's holders
+            keeps it (an index into ``Shard.holders``); absent names are kept by all.
+        contents: the distinct lists of entries.
+        content_of: per rank, its index in ``contents``.
+    """
+
+    paths: tuple[str, ...]
+    layout: Layout
+    kept: Mapping[tuple[str, int], int] = field(repr=False)
+    contents: tuple[tuple[Entry, ...], ...] = field(repr=False)
+    content_of: tuple[int, ...] = field(repr=False)
+
+    def holders(self, name: str, placement: Placement, shard: Shard) -> tuple[int, ...]:
+        """The ranks whose files store ``shard`` of tensor ``name``."""
+        keeper = self.kept.get((name, placement.first_rank))
+        ranks = shard.holders if keeper is None else (shard.holders[keeper],)
+        return tuple(placement.first_rank + r for r in ranks)
+
+    def rank_bytes(self) -> list[int]:
+        """Tensor bytes of each rank's file."""
+        sizes = [sum(e.num_bytes for e in content) for content in self.contents]
+        return [sizes[c] for c in self.content_of]
+
+
+def arrange(
+    tensors: Sequence[Tensor],
+    layout: Layout,
+    paths: Sequence[str],
+    *,
+    remove_redundancy: bool = False,
+) -> Outputs:
+    """The outputs that hold ``tensors`` laid out by ``layout``.
+
+    With ``remove_redundancy`` every shard is stored by one of its holders only; tensors
+    that are replicated alike take turns, each going where fewest bytes lie so far.
+
+    Raises:
+        LayoutError: a tensor does not divide, or is placed nowhere.
+    """
+    if len(paths) != layout.num_ranks:
+        raise LayoutError(f"{layout.num_ranks} ranks need as many files, not {len(paths)}.")
+    shelves = _Shelves()
+    for order, tensor in enumerate(tensors):
+        placements = layout.placements.get(tensor.name, ())
+        if not placements:
+            raise LayoutError(f"{tensor.name} is placed on no rank of the target.")
+        for placement in placements:
+            shelves.put(Entry(tensor, placement, order), remove_redundancy)
+    contents, content_of = shelves.contents(layout.num_ranks)
+    return Outputs(tuple(paths), layout, shelves.kept, contents, content_of)
+
+
+class _Shelves:
+    """Entries gathered by the set of ranks that stores them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, int], int] = {}
+        self._by_ranks: dict[range | tuple[_Replicas, int], list[Entry]] = {}
+        self._loads: dict[_Replicas, list[tuple[int, int]]] = {}
+
+    def put(self, entry: Entry, remove_redundancy: bool) -> None:
+        placement, shape = entry.placement, entry.tensor.shape
+        shards = placement.shards(shape)
+        replicas = len(shards[0].holders)
+        if not remove_redundancy or replicas == 1:
+            self._by_ranks.setdefault(placement.ranks, []).append(entry)
+            return
+        group = _Replicas(placement.first_rank, tuple(s.holders for s in shards))
+        loads = self._loads.setdefault(group, [(0, k) for k in range(replicas)])
+        load, keeper = heapq.heappop(loads)
+        heapq.heappush(loads, (load + entry.num_bytes, keeper))
+        self.kept[entry.tensor.name, placement.first_rank] = keeper
+        self._by_ranks.setdefault((group, keeper), []).append(entry)
+
+    def contents(self, num_ranks: int) -> tuple[tuple[tuple[Entry, ...], ...], tuple[int, ...]]:
+        shelves: list[list[int]] = [[] for _ in range(num_ranks)]
+        lists = list(self._by_ranks.values())
+        for i, ranks in enumerate(self._by_ranks):
+            holders = ranks if isinstance(ranks, range) else ranks[0].keepers(ranks[1])
+            for rank in holders:
+                shelves[rank].append(i)
+        numbers: dict[tuple[int, ...], int] = {}
+        content_of = tuple(numbers.setdefault(tuple(s), len(numbers)) for s in shelves)
+        contents = tuple(
+            tuple(heapq.merge(*(lists[i] for i in shelf), key=lambda e: e.order))
+            for shelf in numbers
+        )
+        return contents, content_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Replicas:
+    """Which ranks are replicas of each other: one tuple of holders per shard."""
+
+    first_rank: int
+    holders: tuple[tuple[int, ...], ...]
+
+    def keepers(self, index: int) -> list[int]:
+        """The ranks that store a tensor whose keeper is ``index``."""
+        return [self.first_rank + ranks[index] for ranks in self.holders]

@@ -1,0 +1,119 @@
+"""Byte ranges: where a box of a row-major tensor lies in its file, and how it is read.
+
+A box is at most one strided pattern per outer dim, so it is kept as a pattern: a
+million-row slice costs the same to plan as a single row. Pure: no I/O.
+
+    a (4, 8) tensor, the box of columns 0:4     ████░░░░ ████░░░░ ████░░░░ ████░░░░
+    Runs(offset 0, length 4, 4 times, every 8)  one request each, or one for the span
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from .box import Box
+
+_GAP_BYTES = 4096  # below a page, one more request costs more than the bytes skipped
+_OVER_READ = 4  # but a request never reads more than this many times the gapless bytes extra
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Equal runs of ``length`` bytes at ``offset + sum(i * stride)``.
+
+    >>> list(Runs(offset=0, length=16, outer=((4, 32),)))
+    [(0, 16), (32, 16), (64, 16), (96, 16)]
+    """
+
+    offset: int
+    length: int
+    outer: tuple[tuple[int, int], ...]  # (count, stride in bytes), slowest first
+
+    def __len__(self) -> int:
+        return prod(n for n, _ in self.outer)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all runs."""
+        return len(self) * self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in product(*(range(n) for n, _ in self.outer)):
+            at = sum(i * s for i, (_, s) in zip(index, self.outer, strict=True))
+            yield self.offset + at, self.length
+
+    def coalesced(self) -> Runs:
+        """The requests that fetch these runs: rows whose gaps are small are one span.
+
+        >>> Runs(offset=0, length=16, outer=((4, 32),)).coalesced()
+        Runs(offset=0, length=112, outer=())
+        >>> Runs(offset=0, length=16, outer=((4, 8192),)).coalesced()
+        Runs(offset=0, length=16, outer=((4, 8192),))
+        """
+        if not self.outer:
+            return self
+        count, stride = self.outer[-1]
+        if stride - self.length > min(_GAP_BYTES, _OVER_READ * self.length):
+            return self
+        return Runs(self.offset, (count - 1) * stride + self.length, self.outer[:-1]).coalesced()
+
+
+def byte_runs(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) -> Runs:
+    """The bytes of ``box`` in a row-major tensor of ``shape`` starting at byte ``base``.
+
+    >>> byte_runs(Box((0, 0), (4, 4)), (4, 8), itemsize=4)
+    Runs(offset=0, length=16, outer=((4, 32),))
+    >>> byte_runs(Box((2, 0), (4, 8)), (4, 8), itemsize=4)
+    Runs(offset=64, length=64, outer=())
+    """
+    strides = [itemsize * prod(shape[i + 1 :]) for i in range(len(shape))]
+    offset = base + sum(a * s for a, s in zip(box.start, strides, strict=True))
+    lengths = box.shape
+    inner = len(shape)  # dims [inner:] are whole, hence contiguous
+    while inner and lengths[inner - 1] == shape[inner - 1]:
+        inner -= 1
+    cut = max(inner - 1, 0)
+    length = itemsize * prod(lengths[cut:])
+    outer = tuple((n, s) for n, s in zip(lengths[:cut], strides[:cut], strict=True) if n != 1)
+    return Runs(offset, length, outer)
+
+
+def is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether ``box`` is one run of a row-major tensor of ``shape``.
+
+    >>> is_contiguous(Box((2, 0), (3, 4)), (4, 8)), is_contiguous(Box((0, 0), (2, 4)), (4, 8))
+    (True, False)
+    """
+    return not byte_runs(box, shape, 1).outer
+
+
+def blocks(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
+    """``box`` cut into boxes of at most ``limit`` bytes, in row-major order.
+
+    Each is whole in its inner dims, one element thick in its outer ones and a range
+    of the dim between, so it is contiguous in any row-major tensor that is as wide
+    as ``box`` there. One element may exceed the limit.
+
+    >>> [str(b) for b in blocks(Box((0, 0), (4, 8)), itemsize=2, limit=32)]
+    ['[0:2, 0:8]', '[2:4, 0:8]']
+    """
+    lengths = box.shape
+    if not prod(lengths):
+        return
+    cut, inner = len(lengths), itemsize
+    while cut and inner * lengths[cut - 1] <= limit:
+        cut -= 1
+        inner *= lengths[cut]
+    if not cut:
+        yield box
+        return
+    dim, step = cut - 1, max(1, limit // inner)
+    outer = (range(a, b) for a, b in zip(box.start[:dim], box.stop[:dim], strict=True))
+    for index in product(*outer):
+        head, after = tuple(index), tuple(i + 1 for i in index)
+        for a in range(box.start[dim], box.stop[dim], step):
+            b = min(a + step, box.stop[dim])
+            yield Box((*head, a, *box.start[cut:]), (*after, b, *box.stop[cut:]))

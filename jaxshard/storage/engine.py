@@ -1,0 +1,230 @@
+"""The engine: carries a plan's moves out, block by block, on several threads.
+
+Each block is read once from wherever its parts are stored, and written once to
+everybody who wants some of it, while it is still in the cache of one core. The
+ends are given: ``read`` may be a file or an array, ``write`` a file, a buffer or a
+comparison. Memory is a few blocks a thread, whatever the tensors' size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import astuple, dataclass, fields
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..box import Box
+from ..catalog import Piece
+from ..cells import Cell
+from ..errors import LayoutError
+from ..plan import BLOCK_BYTES, Move, block_steps
+from ..ranges import Runs, blocks, byte_runs
+
+Bytes = NDArray[np.uint8]
+Read = Callable[[Piece, int, memoryview], None]
+"""``read(piece, offset, buffer)`` fills the buffer from byte ``offset`` of the piece's file."""
+Write = Callable[[Move, int, int, memoryview], int]
+"""``write(move, target, offset, buffer)`` stores it there; returns how many writes that took."""
+
+_BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
+_BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
+_LEAST_BLOCK = 64 << 10
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run did; equals the plan's totals of the same names."""
+
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    num_reads: int = 0
+    bytes_written: int = 0
+    num_writes: int = 0
+    num_copies: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many threads, and how large their blocks: what ``host_bytes`` allows."""
+
+    workers: int
+    block_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        """The most memory the threads hold at once."""
+        return self.workers * self.block_bytes * _BLOCKS_PER_WORKER
+
+
+def fit_budget(host_bytes: int, workers: int) -> Budget:
+    """The most threads, up to ``workers``, and block size that ``host_bytes`` allows.
+
+    Raises:
+        LayoutError: not even one thread with the smallest block fits.
+
+    >>> fit_budget(64 << 20, workers=2)
+    Budget(workers=2, block_bytes=1048576)
+    """
+    if workers < 1:
+        raise LayoutError(f"{workers} workers; at least 1 is needed.")
+    least = _LEAST_BLOCK * _BLOCKS_PER_WORKER
+    if host_bytes < least:
+        raise LayoutError(
+            f"{host_bytes} bytes of host memory are too few: one thread needs {least}. "
+            f"Give --host-bytes {least} or more."
+        )
+    workers = min(workers, host_bytes // least)
+    block = host_bytes // workers // _BLOCKS_PER_WORKER
+    return Budget(workers, min(BLOCK_BYTES, 1 << (block.bit_length() - 1)))
+
+
+def run(
+    moves: Iterable[Move],
+    read: Read,
+    write: Write,
+    *,
+    budget: Budget,
+    progress: Callable[[int], None] | None = None,
+) -> Counts:
+    """Carry out ``moves``; the counts of what was done.
+
+    ``progress`` is told the bytes written since it was last told, from any thread.
+    The first error of any thread stops all of them and is raised.
+    """
+    source = _Batches(moves, budget.block_bytes)
+    workers = [_Worker(read, write, budget.block_bytes, progress) for _ in range(budget.workers)]
+    if budget.workers == 1:
+        workers[0].work(source)
+        return workers[0].counts
+    with ThreadPoolExecutor(budget.workers, thread_name_prefix="jaxshard") as pool:
+        jobs = [pool.submit(w.work, source) for w in workers]
+        try:
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:
+            source.stop()
+    for job in jobs:
+        job.result()
+    return sum((w.counts for w in workers), Counts())
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    move: Move
+    cell: Cell
+    blocks: tuple[Box, ...]
+
+
+class _Batches:
+    """Runs of neighbouring blocks, handed to whichever thread asks next."""
+
+    def __init__(self, moves: Iterable[Move], block_bytes: int) -> None:
+        self._batches = _batches(moves, block_bytes)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def next(self) -> _Batch | None:
+        with self._lock:
+            return None if self._stopped else next(self._batches, None)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+def _batches(moves: Iterable[Move], block_bytes: int) -> Iterator[_Batch]:
+    for move in moves:
+        for cell in move.cells:
+            all_blocks = blocks(cell.box, move.unit_bytes, block_bytes)
+            while batch := tuple(islice(all_blocks, _BATCH_BLOCKS)):
+                yield _Batch(move, cell, batch)
+
+
+class _Worker:
+    """One thread's buffers and counts."""
+
+    def __init__(
+        self, read: Read, write: Write, block_bytes: int, progress: Callable[[int], None] | None
+    ) -> None:
+        self.counts = Counts()
+        self._read, self._write, self._progress = read, write, progress
+        self._block = np.empty(block_bytes, np.uint8)
+        self._spare = np.empty(block_bytes, np.uint8)
+
+    def work(self, source: _Batches) -> None:
+        while batch := source.next():
+            before = self.counts.bytes_written
+            for block in batch.blocks:
+                self._carry(batch.move, batch.cell, block)
+            if self._progress:
+                self._progress(self.counts.bytes_written - before)
+
+    def _carry(self, move: Move, cell: Cell, block: Box) -> None:
+        steps = block_steps(cell, block, move.sources)
+        unit = move.unit_bytes
+        buffer = self._block[: block.size * unit].view(_element(unit)).reshape(block.shape)
+        for index, part in steps.reads:
+            inside = buffer[part.within(block).slices]
+            if inside.flags.c_contiguous:
+                self._fetch(move, index, part, _flat(inside))
+            else:
+                spare = self._spare[: part.size * unit]
+                self._fetch(move, index, part, spare)
+                inside[...] = spare.view(buffer.dtype).reshape(inside.shape)
+        for index, part in steps.writes:
+            inside = buffer[part.within(block).slices]
+            if not inside.flags.c_contiguous:
+                spare = self._spare[: part.size * unit].view(buffer.dtype).reshape(inside.shape)
+                spare[...] = inside
+                inside = spare
+            target = move.targets[index].box
+            at = byte_runs(part.within(target), target.shape, unit).offset
+            writes = self._write(move, index, at, _flat(inside).data)
+            self.counts.num_writes += writes
+            self.counts.bytes_written += writes * part.size * unit
+        self.counts.num_copies += steps.num_copies
+
+    def _fetch(self, move: Move, index: int, part: Box, out: Bytes) -> None:
+        """Fill ``out`` with ``part`` of source ``index``, in row-major order."""
+        stored = move.sources[index]
+        piece = move.pieces[index][0]
+        runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
+        requests = runs.coalesced()
+        self.counts.bytes_needed += runs.num_bytes
+        self.counts.bytes_read += requests.num_bytes
+        self.counts.num_reads += len(requests)
+        share = len(out) // max(1, len(requests))
+        for i, (offset, length) in enumerate(requests):
+            chunk = out[i * share : (i + 1) * share]
+            if length == share:
+                self._read(piece, offset, chunk.data)
+            else:
+                span = np.empty(length, np.uint8)
+                self._read(piece, offset, span.data)
+                _pick(span, runs, len(runs.outer) - len(requests.outer), chunk)
+
+
+def _pick(span: Bytes, runs: Runs, inner: int, out: Bytes) -> None:
+    """Copy the runs of the last ``inner`` dims out of the span that was read over them."""
+    dims = runs.outer[len(runs.outer) - inner :]
+    shape = (*(n for n, _ in dims), runs.length)
+    strides = (*(s for _, s in dims), 1)
+    view = np.lib.stride_tricks.as_strided(span, shape, strides, writeable=False)
+    out.reshape(shape)[...] = view
+
+
+def _element(unit_bytes: int) -> np.dtype[np.generic]:
+    """A NumPy dtype as wide as one unit: only its width matters."""
+    return np.dtype(f"u{unit_bytes}" if unit_bytes in (1, 2, 4, 8) else f"V{unit_bytes}")
+
+
+def _flat(array: NDArray[np.generic]) -> Bytes:
+    return array.reshape(-1).view(np.uint8)
+
+
+COUNTED = tuple(f.name for f in fields(Counts))

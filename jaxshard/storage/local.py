@@ -1,0 +1,201 @@
+"""Local files: listing and reading a folder, and a bounded set of open handles.
+
+Everything above asks for (file, offset, length); this module knows nothing of
+tensors or formats.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..catalog import File
+from ..errors import FormatError, NotFoundError, StorageError
+
+_SPARE_HANDLES = 64  # left for the rest of the program
+_MOST_HANDLES = 4096
+
+
+class LocalFolder:
+    """A folder on a disk of this machine, or one file alone, as a format sees it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        at = Path(path)
+        if not at.exists():
+            raise NotFoundError(f"{at} does not exist.")
+        self._only = None if at.is_dir() else at.name
+        self._base = at if at.is_dir() else at.parent
+        self._files: Mapping[str, File] | None = None
+        self._handles = Handles(self._base)
+
+    @property
+    def root(self) -> str:
+        """The folder, as given."""
+        return str(self._base)
+
+    def files(self) -> Mapping[str, File]:
+        """Every file below, by relative path; hidden ones are left out, links are followed."""
+        if self._files is None:
+            names = [self._only] if self._only else sorted(_walk(self._base))
+            self._files = {n: _stat(self._base, n) for n in names}
+        return self._files
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes of ``path`` from ``offset`` (errors as in ``Folder.read``)."""
+        known = self.files().get(path)
+        if known is None:
+            raise NotFoundError(f"{self.root} has no file {path}.")
+        if offset + length > known.num_bytes:  # before allocating what a header claims
+            raise _ended(path, known.num_bytes, offset, length)
+        buffer = bytearray(length)
+        self._handles.read_into(path, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Close the open handles; a later read opens them again."""
+        self._handles.close()
+
+
+def _walk(base: Path) -> Iterator[str]:
+    seen = set[tuple[int, int]]()  # folders by identity: a link to a parent would never end
+    stack = [base]
+    while stack:
+        folder = stack.pop()
+        try:
+            info = folder.stat()
+            entries = [] if (info.st_dev, info.st_ino) in seen else list(os.scandir(folder))
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be listed: {error.strerror}.") from error
+        seen.add((info.st_dev, info.st_ino))
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                stack.append(Path(entry.path))
+            elif entry.is_file():
+                yield Path(entry.path).relative_to(base).as_posix()
+
+
+def _stat(base: Path, name: str) -> File:
+    try:
+        info = (base / name).stat()
+    except OSError as error:
+        raise StorageError(f"{base / name} cannot be read: {error.strerror}.") from error
+    return File(name, info.st_size, info.st_mtime_ns)
+
+
+def _ended(path: str, size: int, offset: int, length: int) -> FormatError:
+    return FormatError(
+        f"{path} ends at byte {size}, but bytes {offset} to {offset + length} are wanted: it is "
+        "truncated or was changed meanwhile. Fetch the file again."
+    )
+
+
+class Handles:
+    """Open file descriptors below one folder: kept for reuse, and never too many.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, base: Path, flags: int = os.O_RDONLY, most: int | None = None) -> None:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = most or max(8, min(_MOST_HANDLES, soft - _SPARE_HANDLES) // 2)
+        self._base, self._flags = base, flags
+        self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, path: str) -> Iterator[int]:
+        """A descriptor of ``path``, kept open at least until the block ends."""
+        with self._lock:
+            held = self._open.get(path)
+            if held is None:
+                self._make_room()
+                held = self._open[path] = [self._open_file(path), 0]
+            held[1] += 1
+            self._open.move_to_end(path)
+        try:
+            yield held[0]
+        finally:
+            with self._lock:
+                held[1] -= 1
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from byte ``offset`` of ``path``; the number of requests it took.
+
+        Raises:
+            FormatError: the file ends first.
+            StorageError: the disk refused.
+        """
+        done = requests = 0
+        with self.use(path) as descriptor:
+            while done < len(buffer):
+                try:
+                    n = os.preadv(descriptor, [buffer[done:]], offset + done)
+                except OSError as error:
+                    raise StorageError(
+                        f"{self._base / path} cannot be read at byte {offset + done}: "
+                        f"{error.strerror}."
+                    ) from error
+                if not n:
+                    size = os.fstat(descriptor).st_size
+                    raise _ended(path, size, offset, len(buffer))
+                done += n
+                requests += 1
+        return requests
+
+    def write(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Write all of ``buffer`` at byte ``offset`` of ``path``.
+
+        Raises:
+            StorageError: the disk is full or refused.
+        """
+        done = 0
+        with self.use(path) as descriptor:
+            while done < len(buffer):
+                try:
+                    done += os.pwrite(descriptor, buffer[done:], offset + done)
+                except OSError as error:
+                    raise StorageError(
+                        f"{self._base / path} cannot be written: {error.strerror}. "
+                        "Make room or mend the disk, then run again with --resume."
+                    ) from error
+
+    def sync(self, path: str) -> None:
+        """Wait until ``path`` is on the disk."""
+        with self.use(path) as descriptor:
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise StorageError(f"{self._base / path}: {error.strerror}.") from error
+
+    def close(self) -> None:
+        """Close every descriptor that nobody uses."""
+        with self._lock:
+            for path in [p for p, (_, users) in self._open.items() if not users]:
+                os.close(self._open.pop(path)[0])
+
+    def _make_room(self) -> None:
+        while len(self._open) >= self._most:
+            idle = next((p for p, (_, users) in self._open.items() if not users), None)
+            if idle is None:
+                return
+            os.close(self._open.pop(idle)[0])
+
+    def _open_file(self, path: str) -> int:
+        try:
+            return os.open(self._base / path, self._flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NotFoundError(f"{self._base / path} does not exist (any more).") from None
+        except OSError as error:
+            raise StorageError(
+                f"{self._base / path} cannot be opened: {error.strerror}."
+            ) from error
+
+    def __del__(self) -> None:
+        self.close()

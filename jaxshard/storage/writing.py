@@ -1,0 +1,98 @@
+"""Writing: the files of a plan's outputs, filled at their final offsets by many threads.
+
+Every file's header is known from shapes, so files are laid out first and each shard
+goes straight to its place. A file counts as finished when its last byte is written.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from ..errors import StorageError
+from ..outputs import Entry
+from ..plan import Move, Plan
+from .local import Handles
+from .staging import Staging
+
+
+class FileLayout(Protocol):
+    """What a format says of one file: its bytes that are no tensor's, and each tensor's place."""
+
+    @property
+    def segments(self) -> Sequence[tuple[int, bytes]]:
+        """(offset, bytes) of everything that is not tensor data."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """The file's size."""
+        ...
+
+    def spans(self, name: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """(file offset, length) of bytes ``offset … offset + length`` of a tensor's data."""
+        ...
+
+
+LayFile = Callable[[Sequence[Entry]], FileLayout]
+
+
+class OutputFiles:
+    """The files of a plan, open for writing."""
+
+    def __init__(self, plan: Plan, staging: Staging, lay_file: LayFile) -> None:
+        outputs = plan.outputs
+        wanted = range(len(outputs.paths)) if plan.only is None else sorted(plan.only)
+        self._paths, self._staging = outputs.paths, staging
+        self._content_of = outputs.content_of
+        self._layouts: Mapping[int, FileLayout] = {
+            c: lay_file(outputs.contents[c]) for c in {outputs.content_of[r] for r in wanted}
+        }
+        self._handles = Handles(staging.files, os.O_WRONLY)
+        self._lock = threading.Lock()
+        sizes = outputs.rank_bytes()
+        self._left = {rank: sizes[rank] for rank in wanted}
+        for rank in wanted:
+            self._create(rank)
+        for rank in [r for r, left in self._left.items() if not left]:
+            self._finish(rank)
+
+    def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        """Store part of a target box in the file of every rank that wants it."""
+        ranks = move.targets[target].ranks
+        for rank in ranks:
+            layout = self._layouts[self._content_of[rank]]
+            done = 0
+            for at, length in layout.spans(move.name, offset, len(buffer)):
+                self._handles.write(self._paths[rank], at, buffer[done : done + length])
+                done += length
+            with self._lock:
+                self._left[rank] -= len(buffer)
+                finished = not self._left[rank]
+            if finished:
+                self._finish(rank)
+        return len(ranks)
+
+    def close(self) -> None:
+        """Close all handles."""
+        self._handles.close()
+
+    def _create(self, rank: int) -> None:
+        layout = self._layouts[self._content_of[rank]]
+        path = self._staging.files / self._paths[rank]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                for offset, data in layout.segments:
+                    file.seek(offset)
+                    file.write(data)
+                file.truncate(layout.num_bytes)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be made: {error.strerror}.") from error
+
+    def _finish(self, rank: int) -> None:
+        layout = self._layouts[self._content_of[rank]]
+        with self._lock:
+            self._staging.finish(self._paths[rank], layout.num_bytes)
