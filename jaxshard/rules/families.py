@@ -64,7 +64,7 @@ def _decoder(name: str, *more: _Specs) -> Rules:
     return Rules(
         name=name,
         specs=tuple(pair for table in more for pair in table) + _DECODER,
-        layers=("*layers.{layer}.",),
+        layers=("layers.{layer}.", "*model.layers.{layer}."),  # and "language_model.layers."
         first=("*embed_tokens.*",),
         last=("norm.*", "*model.norm.*", "*lm_head.*"),
         experts=_EXPERTS,
@@ -124,17 +124,112 @@ _BERT = Rules(
     embedding=("*word_embeddings.weight",),
     head=("*predictions.decoder.weight", "*lm_head.decoder.weight"),
 )
-_LLAMA = _decoder("llama")
+_OPT = Rules(
+    name="opt",
+    specs=(
+        ("*embed_tokens.weight", "vocab,-"),
+        *_whole("embed_positions.weight", "project_in.weight", "project_out.weight"),
+        *_columns("lm_head", ".q_proj", ".k_proj", ".v_proj", ".fc1"),
+        *_rows(".out_proj", ".fc2"),
+        *_whole("layer_norm.weight", "layer_norm.bias"),
+    ),
+    layers=("*decoder.layers.{layer}.",),
+    first=("*embed_tokens.*", "*embed_positions.*", "*project_in.*"),
+    last=("*final_layer_norm.*", "*project_out.*", "*lm_head.*"),
+    embedding=("*embed_tokens.weight",),
+    head=("*lm_head.weight",),
+)
+_FUSED_ATTENTION: _Specs = (  # gpt_neox, falcon and bloom
+    *_columns("query_key_value", ".dense_h_to_4h"),
+    *_rows("attention.dense", ".dense_4h_to_h"),
+    ("*attention.bias", BUFFER),
+    ("*attention.masked_bias", BUFFER),
+    *_whole("layernorm.weight", "layernorm.bias", "layer_norm.weight", "layer_norm.bias"),
+    *_ROTARY,
+)
+_GPT_NEOX = Rules(
+    name="gpt_neox",
+    specs=(("*embed_in.weight", "vocab,-"), *_columns("embed_out", "lm_head"), *_FUSED_ATTENTION),
+    layers=("layers.{layer}.", "*gpt_neox.layers.{layer}."),
+    first=("*embed_in.*",),
+    last=("*final_layer_norm.*", "*embed_out.*", "*lm_head.*"),
+    embedding=("*embed_in.weight",),
+    head=("*embed_out.weight", "*lm_head.weight"),
+)
+_FALCON = Rules(
+    name="falcon",
+    specs=(
+        ("*word_embeddings.weight", "vocab,-"),
+        *_columns("lm_head"),
+        *_FUSED_ATTENTION,
+        *_whole("ln_attn.*", "ln_mlp.*", "ln_f.*"),
+    ),
+    layers=("h.{layer}.", "*.h.{layer}."),
+    first=("*word_embeddings.*", "*word_embeddings_layernorm.*"),
+    last=("*ln_f.*", "*lm_head.*"),
+    embedding=("*word_embeddings.weight",),
+    head=("*lm_head.weight",),
+)
+
+# MindFormers, the older names: an expert tensor is (expert, in, out).
+_MINDFORMERS = Rules(
+    name="mindformers",
+    specs=(
+        ("*tok_embeddings.embedding_weight", "vocab,-"),
+        *_columns("lm_head"),
+        *_columns(".attention.wq", ".attention.wk", ".attention.wv", ".attention.w_qkv"),
+        *_rows(".attention.wo"),
+        ("*.experts.w1", "ep,-,mp"),
+        ("*.experts.w3", "ep,-,mp"),
+        ("*.experts.w2", "ep,mp,-"),
+        *_columns(".feed_forward.w1", ".feed_forward.w3", ".feed_forward.w_gate_hidden"),
+        *_rows(".feed_forward.w2"),
+        *_whole("norm.weight", "norm.bias", "norm_out.weight", "norm_out.bias"),
+        *_whole(".attention.odd_bias"),  # in MindSpore's example jobs: (7, 5), divides by nothing
+    ),
+    layers=("*layers.{layer}.",),
+    first=("*tok_embeddings.*",),
+    last=("*norm_out.*", "*lm_head.*"),
+    experts=_EXPERTS,
+    embedding=("*tok_embeddings.embedding_weight",),
+    head=("*lm_head.weight",),
+)
+# MindFormers, the Megatron names. All experts are stacked along dim 0 of one matrix, (E*in, out):
+# equal blocks of rows are whole experts, and tensor parallel ranks hold them whole.
+_MCORE = Rules(
+    name="mindformers_mcore",
+    specs=(
+        ("*word_embeddings.weight", "vocab,-"),
+        *_whole("position_embeddings.weight"),
+        *_columns("output_layer"),
+        *_columns(*(f".linear_{n}" for n in ("qkv", "q", "k", "v", "q_proj"))),
+        *_whole(".linear_q_down_proj.*", ".linear_kv_down_proj.*"),
+        *_columns(".linear_q_up_proj", ".linear_kv_up_proj", ".linear_qb", ".linear_kvb"),
+        *_rows(".linear_proj"),
+        ("*.experts.weight1", "ep,-"),
+        ("*.experts.weight2", "ep,-"),
+        *_columns(".linear_fc1", ".gating", ".hidden"),
+        *_rows(".linear_fc2"),
+        *_whole(".router.weight", ".router.expert_bias", ".shared_experts_gate.weight"),
+        *_columns(".eh_proj"),
+        *_NORMS,
+    ),
+    layers=("*decoder.layers.{layer}.",),
+    first=("*embedding.*",),
+    last=("*decoder.final_layernorm.*", "*output_layer.*", "*mtp.*"),
+    experts=_EXPERTS,
+    embedding=("*word_embeddings.weight",),
+    head=("*output_layer.weight",),
+)
 
 #: Every table, by its name. The more general of two that fit the same names goes first.
 FAMILIES: dict[str, Rules] = {
     rules.name: rules
     for rules in (
-        _LLAMA,
+        _decoder("llama"),
         _decoder("mixtral", _MOE),
         _decoder("deepseek", _MOE, _MLA),
-        _GPT2,
-        _BERT,
+        *(_GPT2, _BERT, _OPT, _GPT_NEOX, _FALCON, _MINDFORMERS, _MCORE),
     )
 }
 
@@ -142,7 +237,7 @@ FAMILIES: dict[str, Rules] = {
 MODEL_TYPES: dict[str, str] = {
     **dict.fromkeys(
         (
-            *("llama", "mistral", "ministral", "qwen2", "qwen3", "phi3"),
+            *("llama", "mistral", "qwen2", "qwen3", "phi3"),
             *("gemma", "gemma2", "gemma3", "gemma3_text"),
         ),
         "llama",
@@ -151,4 +246,7 @@ MODEL_TYPES: dict[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek"),
     "gpt2": "gpt2",
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), "bert"),
+    "opt": "opt",
+    "gpt_neox": "gpt_neox",
+    **dict.fromkeys(("falcon", "bloom"), "falcon"),
 }

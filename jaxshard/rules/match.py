@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .table import Rules, Spec, glob
+from .table import Glob, Rules, Spec
 
 #: Optimizer states and gradients lie as the weight does whose name follows.
 OPTIMIZER_PREFIXES = (
@@ -65,7 +65,7 @@ class Patterns:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        compiled = [(i, glob(p), bool(_SENSITIVE.search(p))) for i, p in enumerate(patterns)]
+        compiled = [(i, Glob(p), bool(_SENSITIVE.search(p))) for i, p in enumerate(patterns)]
         self._plain = [(i, p) for i, p, sensitive in compiled if not sensitive]
         self._sensitive = [(i, p) for i, p, sensitive in compiled if sensitive]
         self._known: dict[str, int | None] = {}
@@ -81,39 +81,51 @@ class Patterns:
         special = self._ask(self._sensitive, name)
         return min((i for i in (plain, special) if i is not None), default=None)
 
-    def _ask(self, patterns: list[tuple[int, re.Pattern[str]]], name: str) -> int | None:
+    def _ask(self, patterns: list[tuple[int, Glob]], name: str) -> int | None:
         for i, pattern in patterns:
             self.num_asked += 1
-            if pattern.fullmatch(name):
+            if pattern.matches(name):
                 return i
         return None
 
 
 class Matcher:
-    """The spec that a table of rules gives to each name."""
+    """The spec that a table of rules gives to each name.
+
+    Attributes:
+        patterns: the patterns asked.
+        used: the numbers of those that decided something.
+    """
 
     def __init__(self, rules: Rules) -> None:
         self._specs = rules.parsed
         self.patterns = Patterns(pattern for pattern, _ in rules.specs)
+        self.used: set[int] = set()
 
     def find(self, name: str, kind: str) -> Spec | None:
         """The spec of the weight ``name`` whose template is ``kind``, or None.
 
         A rule that names an adapter or a scale goes before the rule of its weight.
         """
-        at = self.patterns.find(name, kind)
-        if at is not None:
-            return self._specs[at]
+        spec = self._found(name, kind)
+        if spec is not None:
+            return spec
         scale, adapter = _SCALE.fullmatch(name), _ADAPTER.fullmatch(name)
         if scale:
-            return self._base(scale["base"])
+            base = scale["base"]
+            return self._found(base, template(base))
         if adapter:
-            return _adapter_spec(self._base(adapter["base"] + ".weight"), adapter)
-        return self._base(name.replace(".base_layer.", ".")) if ".base_layer." in name else None
+            base = adapter["base"] + ".weight"
+            return _adapter_spec(self._found(base, template(base)), adapter)
+        base = name.replace(".base_layer.", ".")  # how peft calls the weight it adapts
+        return self._found(base, template(base)) if base != name else None
 
-    def _base(self, name: str) -> Spec | None:
-        at = self.patterns.find(name, template(name))
-        return None if at is None else self._specs[at]
+    def _found(self, name: str, kind: str) -> Spec | None:
+        at = self.patterns.find(name, kind)
+        if at is None:
+            return None
+        self.used.add(at)
+        return self._specs[at]
 
 
 def _adapter_spec(base: Spec | None, adapter: re.Match[str]) -> Spec | None:

@@ -64,6 +64,7 @@ def read_rules(text: str, where: str = "rules") -> Rules:
         experts=reader.numbered("names", tables["experts"].get("names", []), "expert"),
         embedding=reader.strings("embedding", stages.get("embedding", [])),
         head=reader.strings("head", stages.get("head", [])),
+        written=tuple(tables["specs"]),
     )
 
 

@@ -8,9 +8,11 @@ This module knows names and counts; it knows no boxes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 from ..errors import LayoutError
 from ..strategy import Strategy
@@ -20,8 +22,7 @@ from .table import ModelFacts, Rules, numbered
 _EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(NamedTuple):  # a tuple, because one is made for each of 90,000 names
     """Where a tensor lives: its stages (none: in all of them), and its expert parallel slot."""
 
     stages: tuple[int, ...]
@@ -55,7 +56,7 @@ class Stages:
         self._embedding = Patterns(rules.embedding)
         weights = [weight_name(n) for n in names]
         self._tied = bool(model and model.tied_embeddings) and not _any(rules.head, weights)
-        self._stage_of_layer = self._cut_layers(model, weights) if strategy.pp > 1 else ()
+        self._layer_ends = self._cut_layers(model, weights) if strategy.pp > 1 else ()
         self._num_experts = self._count_experts(model, weights) if strategy.ep > 1 else 0
 
     def home(self, name: str, kind: str) -> Home:
@@ -66,10 +67,9 @@ class Stages:
         last = self._strategy.pp - 1
         if last == 0:
             return (0,)
-        layer = self._number(self._layer, name)
+        layer = _number(self._layer, name)
         if layer is not None:
-            within = layer < len(self._stage_of_layer)
-            return (self._stage_of_layer[layer] if within else last,)
+            return (min(bisect_right(self._layer_ends, layer), last),)
         if self._tied and self._embedding.find(name, kind) is not None:
             return (0, last)
         if self._first.find(name, kind) is not None:
@@ -79,7 +79,7 @@ class Stages:
     def _slot(self, name: str) -> int | None:
         if self._strategy.ep == 1:
             return None
-        expert = self._number(self._expert, name)
+        expert = _number(self._expert, name)
         if expert is None:
             return None
         if expert >= self._num_experts:
@@ -90,17 +90,19 @@ class Stages:
         return expert // (self._num_experts // self._strategy.ep)
 
     def _cut_layers(self, model: ModelFacts | None, weights: list[str]) -> tuple[int, ...]:
+        """One past the last layer of each stage."""
         pp, rules = self._strategy.pp, self._rules
         if not rules.layers:
             raise LayoutError(
                 f"{self._strategy}: the rules {rules.name} do not say which names have a layer "
                 f'number, so they give no stages. Add [stages] with layers = "…layers.{{layer}}.".'
             )
-        num = (model and model.num_layers) or self._most(self._layer, weights)
+        seen = _count(self._layer, weights)
+        num = ((model and model.num_layers) or seen) if seen else 0
         if pp > num:
             raise LayoutError(
-                f"{self._strategy}: {pp} pipeline stages, but {num} layers are named "
-                f"{' or '.join(rules.layers)}. Take pp={max(num, 1)} or less, "
+                f"{self._strategy}: {pp} pipeline stages, but {num} layers by the names "
+                f"({' or '.join(rules.layers)}). Take pp={max(num, 1)} or less, "
                 "or correct [stages] layers in the rules."
             )
         each = rules.layers_per_stage or split_layers(num, pp)
@@ -110,41 +112,45 @@ class Stages:
                 f"{sum(each)} layers, but {self._strategy} has {pp} stages and the model {num} "
                 f"layers. Give {pp} numbers that add up to {num}."
             )
-        return tuple(stage for stage, layers in enumerate(each) for _ in range(layers))
+        return tuple(accumulate(each))
 
     def _count_experts(self, model: ModelFacts | None, weights: list[str]) -> int:
-        config = model.config if model else {}
-        text = config.get("text_config")
-        for source in (config, text if isinstance(text, dict) else {}):
-            counts = [source[k] for k in _EXPERT_COUNTS if isinstance(source.get(k), int)]
-            if counts:
-                num = int(counts[0])
-                break
-        else:
-            num = self._most(self._expert, weights)
-        if num % self._strategy.ep and self._most(self._expert, weights):
+        seen = _count(self._expert, weights)
+        if not seen:
+            return 0  # no expert has a name of its own; stacked ones are cut by their spec
+        num = _experts_by_config(model.config if model else {}) or seen
+        if num % self._strategy.ep:
             raise LayoutError(
-                f"{self._strategy}: ep={self._strategy.ep} does not divide {num} experts. "
-                f"Take an ep that does."
+                f"{self._strategy}: ep={self._strategy.ep} does not divide the {num} experts. "
+                f"Take an ep that does, such as {_largest_divisor(num, self._strategy.ep)}."
             )
         return num
 
-    @staticmethod
-    def _number(pattern: object, name: str) -> int | None:
-        match = pattern.match(name) if pattern else None  # type: ignore[attr-defined]
-        return int(match[match.lastindex]) if match else None
 
-    def _most(self, pattern: object, weights: list[str]) -> int:
-        return max(
-            (n + 1 for w in weights if (n := self._number(pattern, w)) is not None), default=0
-        )
+def _experts_by_config(config: Mapping[str, Any]) -> int:
+    """The number of experts that ``config.json`` gives, or 0."""
+    inner = config.get("text_config")
+    for source in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in _EXPERT_COUNTS:
+            if isinstance(source.get(key), int):
+                return int(source[key])
+    return 0
+
+
+def _largest_divisor(number: int, below: int) -> int:
+    return next(d for d in range(below, 0, -1) if number % d == 0)
+
+
+def _number(pattern: re.Pattern[str] | None, name: str) -> int | None:
+    match = pattern.match(name) if pattern else None
+    return int(match[match.lastindex or 0]) if match else None
+
+
+def _count(pattern: re.Pattern[str] | None, weights: list[str]) -> int:
+    """How many numbers there are, by the largest seen."""
+    return max((n + 1 for w in weights if (n := _number(pattern, w)) is not None), default=0)
 
 
 def _any(patterns: tuple[str, ...], weights: list[str]) -> bool:
     asked = Patterns(patterns)
     return any(asked.find(w, template(w)) is not None for w in weights)
-
-
-def layer_starts(each: tuple[int, ...]) -> tuple[int, ...]:
-    """The first layer of every stage."""
-    return tuple(accumulate((0, *each[:-1])))

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import LayoutError, nearest
 
@@ -48,8 +48,7 @@ class ModelFacts(Protocol):
     def config(self) -> Mapping[str, Any]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(NamedTuple):
     """A parsed spec text. ``dims`` is empty for ``-``, which fits any number of dims."""
 
     dims: Dims = ()
@@ -77,6 +76,7 @@ class Rules:
         experts: patterns of names that have an expert number, which is at ``{expert}``.
         embedding: names that also live in the last stage when the embeddings are tied …
         head: … and none of these exists.
+        written: the patterns a person wrote: one that decides nothing is likely a slip.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Rules:
     experts: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, text in self.specs:
@@ -117,11 +118,8 @@ class Rules:
             experts=user.experts + self.experts,
             embedding=user.embedding + self.embedding,
             head=user.head + self.head,
+            written=user.written + self.written,
         )
-
-    def renamed(self, name: str) -> Rules:
-        """The same rules under another name."""
-        return replace(self, name=name)
 
     @cached_property
     def parsed(self) -> tuple[Spec, ...]:
@@ -165,13 +163,33 @@ def _axes(part: str, text: str, where: str) -> tuple[str, ...]:
     return axes
 
 
-def glob(pattern: str) -> re.Pattern[str]:
-    """``pattern`` as a regular expression for whole names; ``*`` is any characters.
+class Glob:
+    """A pattern where ``*`` is any characters; linear in the name, which a stranger chose.
 
-    >>> bool(glob("*.weight").fullmatch("model.norm.weight"))
+    >>> Glob("*.experts.*.weight").matches("layers.0.experts.7.w1.weight")
     True
     """
-    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, pattern: str) -> None:
+        self._parts = pattern.split("*")
+
+    def matches(self, name: str) -> bool:
+        """Whether all of ``name`` fits."""
+        head, *middle = self._parts
+        if not middle:
+            return name == head
+        tail = middle.pop()
+        at, end = len(head), len(name) - len(tail)
+        if end < at or not (name.startswith(head) and name.endswith(tail)):
+            return False
+        for part in middle:  # the leftmost place is as good as any
+            at = name.find(part, at, end)
+            if at < 0:
+                return False
+            at += len(part)
+        return True
 
 
 def numbered(patterns: Iterable[str], field: str) -> re.Pattern[str] | None:
@@ -183,7 +201,7 @@ def numbered(patterns: Iterable[str], field: str) -> re.Pattern[str] | None:
     parts = []
     for pattern in patterns:
         before, after = pattern.split(f"{{{field}}}")
-        parts.append(_lazy(before) + r"(\d+)" + _lazy(after))
+        parts.append(_lazy(before) + r"(\d{1,9})" + _lazy(after))
     return re.compile("|".join(parts)) if parts else None
 
 

@@ -1,0 +1,113 @@
+"""Findings: what did not go as the rules say, gathered for one report.
+
+Sixty-one layers with the same trouble are one line. What the caller's policy forbids
+becomes one LayoutError; the rest becomes notes. This module knows no boxes.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Literal
+
+from ..errors import LayoutError, some
+from ..strategy import Strategy
+from .match import template, weight_name
+from .table import Rules
+
+Policy = Literal["error", "replicate"]
+
+_NOTES = {
+    "unmatched": "{} tensors match no rule and are whole on every rank of their stage: {}.",
+    "uneven": "{} dims do not divide and are left whole: {}.",
+    "no stage": "{} tensors belong to no stage and are held by every stage: {}.",
+    "no shard": "{} tensors keep their replicas, the optimizer shard does not fit them: {}.",
+}
+
+
+def check_policy(name: str, value: str) -> None:
+    """Refuse a policy that there is not.
+
+    Raises:
+        LayoutError: naming those there are.
+    """
+    if value not in ("error", "replicate"):
+        raise LayoutError(f'{name}={value!r}: write "error" or "replicate".')
+
+
+class Findings:
+    """Names by what was found of them, and by their kind.
+
+    Attributes:
+        sharded: whether the optimizer shard fitted any tensor.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[tuple[str, str], list[str]]] = {}
+        self.sharded = False
+
+    def add(self, what: str, name: str, numbers: str) -> None:
+        """Note that ``what`` was found of tensor ``name``."""
+        kind = (template(name), numbers)
+        self._names.setdefault(what, {}).setdefault(kind, []).append(name)
+
+    def refuse(self, rules: Rules, strategy: Strategy, unmatched: Policy, uneven: Policy) -> None:
+        """Raise what the policies forbid.
+
+        Raises:
+            LayoutError: all findings of one sort.
+        """
+        if unmatched == "error" and "unmatched" in self._names:
+            raise LayoutError(
+                f"{self._count('unmatched')} tensors match none of the rules {rules.name}: "
+                f"{self._lines('unmatched')}. {self._remedy(rules)}, or ask for whole copies on "
+                'every rank of the stage with unmatched="replicate".'
+            )
+        if "misfit" in self._names:
+            raise LayoutError(
+                f"{self._count('misfit')} tensors do not have the dims of their rule: "
+                f'{self._lines("misfit")}. Write one part for each dim, or "-" alone for whole.'
+            )
+        if uneven == "error" and "uneven" in self._names:
+            first = next(iter(self._names["uneven"]))[0].replace("#", "*")
+            raise LayoutError(
+                f"{self._count('uneven')} dims do not divide for {strategy}: "
+                f"{self._lines('uneven')}. Take a strategy that divides them, leave the tensor "
+                f'whole with the rule "{first}" = "-", or every such dim with uneven="replicate".'
+            )
+        if "no shard" in self._names and not self.sharded:
+            raise LayoutError(
+                f"{strategy}: the optimizer shard fits no tensor: {self._lines('no shard', 2)}. "
+                "Take a number of ways that divides the replicas, or -1 for all of them."
+            )
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know although it is no error."""
+        return tuple(
+            text.format(self._count(what), self._lines(what))
+            for what, text in _NOTES.items()
+            if what in self._names
+        )
+
+    def _count(self, what: str) -> int:
+        return sum(map(len, self._names[what].values()))
+
+    def _lines(self, what: str, limit: int = 5) -> str:
+        """For each kind the first name, its numbers, and how many more there are."""
+        return some(
+            (
+                f"{names[0]} {numbers}".rstrip()
+                + (f" (and {len(names) - 1} like it)" if len(names) > 1 else "")
+                for (_, numbers), names in self._names[what].items()
+            ),
+            limit,
+        )
+
+    def _remedy(self, rules: Rules) -> str:
+        """The rule that would fit the first name, and the one that nearly does."""
+        (_, shape), names = next(iter(self._names["unmatched"].items()))
+        name = weight_name(names[0])
+        whole = ",".join("-" for n in shape.strip("()").split(",") if n.strip()) or "-"
+        close = get_close_matches(name, [p for p, _ in rules.specs], n=1, cutoff=0.8)
+        nearly = f'The rule "{close[0]}" nearly fits. ' if close else ""
+        pattern = template(name).replace("#", "*")
+        return f'{nearly}Give rules, such as "{pattern}" = "{whole}" for whole'
