@@ -221,19 +221,22 @@ def _model(folder: Folder, files: Mapping[str, File]) -> tuple[Model, list[str]]
 
 
 def model_of(config: Mapping[str, Any]) -> Model:
-    """What a ``config.json`` says of its model.
+    """What a ``config.json`` says of its model; of a model with several parts, its text part.
 
-    >>> model_of({"model_type": "gpt2", "n_layer": 12})
-    Model(type='gpt2', num_layers=12, tied_embeddings=False)
+    >>> model_of({"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False})
+    Model(type='llama', num_layers=2, tied_embeddings=False)
     """
     nested = config.get("text_config")
     places = (config, nested) if isinstance(nested, dict) else (config,)
     kind = config.get("model_type")
+    kind = kind if isinstance(kind, str) else None
     layers = [p[key] for p in places for key in _NUM_LAYERS if type(p.get(key)) is int]
+    tied = [p["tie_word_embeddings"] for p in places if "tie_word_embeddings" in p]
     return Model(
-        type=kind if isinstance(kind, str) else None,
+        type=kind,
         num_layers=layers[0] if layers and layers[0] >= 0 else None,
-        tied_embeddings=any(p.get("tie_word_embeddings") is True for p in places),
+        # before version 5, transformers left the key out where it had its default: True
+        tied_embeddings=tied[0] is True if tied else kind is not None,
         config=config,
     )
 

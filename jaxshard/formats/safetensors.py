@@ -64,6 +64,15 @@ class FileLayout:
     offsets: Mapping[str, int] = field(repr=False)
     num_bytes: int
 
+    @property
+    def segments(self) -> tuple[tuple[int, bytes], ...]:
+        """(offset, bytes) of everything in the file that is no tensor's."""
+        return ((0, self.header),)
+
+    def spans(self, name: str, offset: int, length: int) -> tuple[tuple[int, int], ...]:
+        """Where bytes ``offset … offset + length`` of a tensor lie: (file offset, length)."""
+        return ((self.offsets[name] + offset, length),)
+
 
 def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> Header:
     """The header of the safetensors file at ``path``, checked against the file's size.
@@ -90,7 +99,6 @@ def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> 
     data_start = 8 + json_bytes
     entries = [_entry(name, value, data_start, path) for name, value in raw.items()]
     entries.sort(key=itemgetter(3, 4))
-    _check_names(raw, path)
     _check_cover(entries, data_start, file_bytes, path)
     return Header(metadata, tuple(entries), data_start)
 
@@ -181,38 +189,28 @@ def _entry(name: str, value: object, data_start: int, path: str) -> Entry:
         _refuse(path, name, f"has the dtype {shown(repr(value['dtype']))}, which is not known")
     if not isinstance(dims, list) or len(dims) > _MAX_DIMS:
         _refuse(path, name, f"has no shape that is a list of at most {_MAX_DIMS} dims")
-    bits = kind.bits
+    size = 1
     for dim in dims:
         if type(dim) is not int or not 0 <= dim < _LIMIT:  # a bool is an int to isinstance
             _refuse(path, name, f"has the shape {shown(repr(dims))}; dims are 0 to 2**64 - 1")
-        bits *= dim
-        if bits >= _LIMIT:
-            _refuse(path, name, f"has the shape {shown(repr(dims))}, more bits than 2**64")
+        size *= dim
+        if size >= _LIMIT:  # checked at every step, so that no product grows without bound
+            _refuse(path, name, f"has the shape {shown(repr(dims))}, 2**64 elements or more")
     if not isinstance(offsets, list) or [type(o) for o in offsets] != _TWO_INTS:
         _refuse(path, name, "has data_offsets that are not two integers")
     start, stop = offsets
-    if not 0 <= start <= stop < _LIMIT or (stop - start) * 8 != bits:
+    if not 0 <= start <= stop < _LIMIT or (stop - start) * 8 != size * kind.bits:
         _refuse(
             path,
             name,
             f"has bytes {start} to {stop} of the data, but {kind} of shape {shown(repr(dims))} "
-            f"takes {bits / 8:.12g}",
+            f"takes {size * kind.bits / 8:.12g}",
         )
     return Entry(name, kind, tuple(dims), data_start + start, data_start + stop)
 
 
 def _refuse(path: str, name: str, what: str) -> NoReturn:
     raise FormatError(f"{path}: tensor {shown(name)} {what}. {FETCH}")
-
-
-def _check_names(names: Iterable[str], path: str) -> None:
-    """Refuse names with lone surrogates, which JSON can spell but UTF-8 cannot."""
-    try:
-        "".join(names).encode()
-    except UnicodeEncodeError:
-        raise FormatError(
-            f"{path}: a name in the header is not Unicode text (a lone surrogate). {FETCH}"
-        ) from None
 
 
 def _check_cover(entries: list[Entry], data_start: int, file_bytes: int, path: str) -> None:

@@ -9,6 +9,7 @@ objects mean.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from ..errors import FormatError
@@ -18,6 +19,9 @@ FETCH = "Fetch the file again."
 # A header of a few megabytes parses into a few hundred at worst. Above that, text which
 # is denser than any list of tensors is refused before the parser multiplies it.
 _DENSE_BYTES = 4 << 20
+
+# An escape that JSON can spell and UTF-8 cannot, unless its other half follows.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _RefusedError(ValueError):
@@ -38,6 +42,12 @@ def parse_object(raw: bytes, subject: str) -> dict[str, Any]:
         value = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()  # pairs are one character by now
+    except UnicodeEncodeError:
+        raise FormatError(
+            f"{subject} has text that is not Unicode (a lone surrogate). {FETCH}"
+        ) from None
     except UnicodeDecodeError as error:
         raise FormatError(
             f"{subject} is not UTF-8 text (byte {error.start} of {len(raw)}). {FETCH}"
