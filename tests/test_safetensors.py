@@ -2,11 +2,6 @@
 
 import json
 import os
-import random
-import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,16 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors_oracle import (
+    ENTRY,
+    WatchedFolder,
+    as_text,
+    disagreement,
+    filled,
+    packed,
+    read_all,
+    read_by_package,
+)
 
 from jaxshard.dtypes import BY_NAME, num_bytes
 from jaxshard.errors import FormatError, LayoutError, NotFoundError
@@ -25,54 +30,6 @@ from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.safetensors import MAX_HEADER_BYTES, layout_file, read_header
 
 F32, U8, F4 = BY_NAME["F32"], BY_NAME["U8"], BY_NAME["F4"]
-ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
-
-
-def packed(header: object, data: bytes = b"") -> bytes:
-    """A file with ``header`` (bytes, text, or an object to dump) and ``data``."""
-    text = header if isinstance(header, bytes) else _text(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def _text(header: object) -> str:
-    return header if isinstance(header, str) else json.dumps(header)
-
-
-@dataclass
-class WatchedFolder:
-    """One file that fails the test when a read leaves it, or is larger than any header."""
-
-    content: bytes
-    root: str = "watched"
-    read_bytes: list[int] = field(default_factory=list)
-
-    def files(self) -> Mapping[str, Any]:
-        return MemoryFolder({"f": self.content}).files()
-
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        assert offset >= 0
-        assert 0 <= length <= MAX_HEADER_BYTES
-        assert offset + length <= len(self.content)
-        self.read_bytes.append(length)
-        return self.content[offset : offset + length]
-
-
-def read_all(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Name to dtype, shape and bytes, by our header."""
-    header = read_header(WatchedFolder(content), "f")
-    return {e.name: (e.dtype.name, e.shape, content[e.start : e.stop]) for e in header.entries}
-
-
-def read_by_package(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {
-        name: (e["dtype"], tuple(e["shape"]), bytes(e["data"]))
-        for name, e in safetensors.deserialize(content)
-    }
-
-
-def filled(layout: ours.FileLayout, seed: int = 0) -> bytes:
-    rest = layout.num_bytes - len(layout.header)
-    return layout.header + random.Random(seed).randbytes(rest)
 
 
 # What is written -------------------------------------------------------------
@@ -176,7 +133,7 @@ def test_what_no_file_can_hold_is_refused(entries, metadata, says):
 def test_a_header_over_the_formats_limit_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(ours, "MAX_HEADER_BYTES", 56)  # a line of 64 with the length before it
     assert len(layout_file([("a", U8, (1,))], {}).header) == 64
-    with pytest.raises(LayoutError, match="of 2 tensors needs a header of 120 bytes.* allows 56"):
+    with pytest.raises(LayoutError, match=r"2 tensors needs a header of 120 bytes.* allows 56"):
         layout_file([("a", U8, (1,)), ("b", U8, (1,))], {})
 
 
@@ -235,7 +192,7 @@ def test_a_file_that_is_not_there_is_named():
         read_header(MemoryFolder({}), "g")
 
 
-E, DEEP = _text({"a": ENTRY}), 100_000
+E, DEEP = as_text({"a": ENTRY}), 100_000
 BAD = {
     "7 bytes": (b"1234567", "f has 7 bytes"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "git lfs pull"),
@@ -326,152 +283,6 @@ def test_hostile_names_stay_on_one_line_of_bounded_length():
         read_header(MemoryFolder({"f": packed({name: 1})}), "f")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
-
-
-# Fuzz ------------------------------------------------------------------------
-
-#: What the package opens and we refuse, on purpose.
-STRICTER = (
-    "stands twice",
-    "not exactly the keys",
-    "__metadata__ is not an object",
-    "at most 64 dims",
-)
-NUM_MUTANTS = 50_000
-
-
-def disagreement(content: bytes) -> str | None:
-    """How our reader and the package differ on ``content``, or None."""
-    try:
-        mine = read_all(content)
-    except FormatError as error:
-        refused = str(error)
-    else:
-        try:
-            theirs = read_by_package(content)
-        except safetensors.SafetensorError as error:
-            # JSON's -0 is an integer to Python and a float to Rust; it means 0 to both
-            return None if b"-0" in content else f"we read what it refuses: {error}"
-        return None if mine == theirs else "we read different tensors"
-    if any(reason in refused for reason in STRICTER):
-        return None
-    try:
-        safetensors.deserialize(content)
-    except safetensors.SafetensorError:
-        return None
-    return f"it reads what we refuse: {refused}"
-
-
-def seeds() -> list[bytes]:
-    """Valid files to mutate."""
-    kinds = list(BY_NAME.items())
-    several = [(n, k, (2, k.unit_elements)) for n, k in kinds]
-    return [
-        filled(layout_file([(f"w.{i}", F32, (i, 3)) for i in range(4)], {"format": "pt"})),
-        filled(layout_file(several, {})),
-        packed({"a": ENTRY, "b": {**ENTRY, "data_offsets": [2, 4]}}, b"1234"),
-        packed({"é": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"12"),
-    ]
-
-
-def mutants(count: int) -> Iterator[bytes]:
-    rng, originals = random.Random(20), seeds()
-    kinds: list[Callable[[random.Random, bytes], bytes]] = [
-        _flip_bytes, _cut, _splice, _change_json, _change_json, _change_json, _lie_about_the_size,
-    ]  # fmt: skip
-    for number in range(count):
-        content = rng.choice(originals)
-        for _ in range(rng.choice([1, 1, 1, 2, 4])):
-            content = kinds[number % len(kinds)](rng, content)
-        yield content
-
-
-def _flip_bytes(rng: random.Random, content: bytes) -> bytes:
-    changed = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        if changed:
-            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def _cut(rng: random.Random, content: bytes) -> bytes:
-    return content[: rng.randint(0, len(content))]
-
-
-def _splice(rng: random.Random, content: bytes) -> bytes:
-    """Repeat, drop or move a stretch of the header, and correct the length before it."""
-    size = int.from_bytes(content[:8], "little")
-    text, data = content[8 : 8 + size], content[8 + size :]
-    a, b = sorted(rng.randint(0, len(text)) for _ in range(2))
-    at = rng.randint(0, len(text))
-    text = rng.choice([text[:a] + text[b:], text[:at] + text[a:b] + text[at:]])
-    return packed(text, data)
-
-
-_NASTY = (
-    None, True, False, -1, 0, 1, 2, 3, 8, 2**31, 2**32, 2**63, 2**64, 2**64 - 1, 10**40, 0.5, 1e300,
-    "", "U8", "F32", "BF16", "F4", "F6_E2M3", "C128", "__metadata__", [], [0], [0, 0], [1, 2], {},
-    [2**32, 2**32], [[]], {"dtype": "U8"}, {"a": "b"}, ENTRY, "\x00", "\ud800",
-)  # fmt: skip
-
-
-def _change_json(rng: random.Random, content: bytes) -> bytes:
-    """Change one node of the header's tree, and correct the length before it."""
-    size = int.from_bytes(content[:8], "little")
-    try:
-        tree = json.loads(content[8 : 8 + size])
-    except ValueError:
-        return _flip_bytes(rng, content)
-    node, steps = tree, rng.randint(0, 3)
-    for _ in range(steps):
-        inner = [v for v in _values(node) if isinstance(v, dict | list) and v]
-        node = rng.choice(inner) if inner else node
-    if isinstance(node, dict | list) and node:
-        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-        if rng.random() < 0.2:
-            del node[key]
-        elif type(node[key]) is int and rng.random() < 0.5:
-            node[key] += rng.choice([-1, 1, 8, 64])
-        else:
-            node[key] = rng.choice(_NASTY)
-    return packed(json.dumps(tree, ensure_ascii=rng.random() < 0.5).encode(
-        errors="surrogatepass"), content[8 + size :])  # fmt: skip
-
-
-def _values(node: object) -> list[object]:
-    if isinstance(node, dict):
-        return list(node.values())
-    return node if isinstance(node, list) else []
-
-
-def _lie_about_the_size(rng: random.Random, content: bytes) -> bytes:
-    size = int.from_bytes(content[:8], "little")
-    lies = [size + rng.randint(-70, 70), rng.getrandbits(64), rng.getrandbits(24), 0, 1, 10**8]
-    lie = max(0, rng.choice(lies))
-    return lie.to_bytes(8, "little") + content[8:] if lie < 2**64 else content
-
-
-def test_fuzzed_headers_are_refused_or_read_as_the_package_reads_them():
-    found = [why for m in mutants(NUM_MUTANTS) if (why := disagreement(m))]
-    assert found == []
-
-
-def test_the_fuzz_finds_a_reader_that_does_not_check_for_holes(monkeypatch):
-    monkeypatch.setattr(ours, "_check_cover", lambda *args: None)
-    assert any(disagreement(m) for m in mutants(NUM_MUTANTS // 50))
-
-
-def test_fuzzed_headers_never_take_more_memory_than_a_few_times_their_bytes():
-    all_mutants = list(mutants(2_000))
-    tracemalloc.start()
-    try:
-        for content in all_mutants:
-            with suppress(FormatError):
-                read_all(content)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 50 * max(map(len, all_mutants))
 
 
 # Golden files ----------------------------------------------------------------

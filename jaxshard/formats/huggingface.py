@@ -51,6 +51,7 @@ _MAX_CONFIG_BYTES = 16_000_000
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|npz)(\.index\.json)?$"
 )
+_HIDDEN = re.compile(r"(^|/)(\.|__pycache__/)")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -113,20 +114,21 @@ def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
         _check_numbered(folder, paths, alone=len(files) == 1)
         return _Choice(paths)
     index, *others = indexes
-    serves = _read_index(folder, files, index)
+    serves = _read_index(folder, files[index])
     notes = [f"{index} decides which file serves a name, not {some(others)}."] if others else []
     if index == INDEX and SINGLE in found and SINGLE not in serves.values():
         # what transformers does with both: a save in one file beside the index of an older one
         return _Choice((SINGLE,), notes=(f"{SINGLE} is read, not the files of {INDEX}.",))
+    _check_present(folder, files, index, serves)
     used = set(serves.values())
     if index == MINDSPORE_INDEX and MINDSPORE_HYPER in found:
         used.add(MINDSPORE_HYPER)  # that index lists only what a strategy cuts
     return _Choice(tuple(sorted(used)), serves, index, tuple(notes))
 
 
-def _read_index(folder: Folder, files: Mapping[str, File], path: str) -> dict[str, str]:
-    """Which file serves each name, by the index at ``path``; every file is in the folder."""
-    size = files[path].num_bytes
+def _read_index(folder: Folder, file: File) -> dict[str, str]:
+    """Which file serves each name, by the index in ``file``; none is outside the folder."""
+    path, size = file.path, file.num_bytes
     if size > _MAX_INDEX_BYTES:
         raise FormatError(
             f"{path} has {size} bytes; an index has at most {_MAX_INDEX_BYTES}. {FETCH}"
@@ -143,13 +145,18 @@ def _read_index(folder: Folder, files: Mapping[str, File], path: str) -> dict[st
                 + FETCH
             )
     where = {target: _inside(path, target) for target in set(weight_map.values())}
-    missing = sorted(target for target in where.values() if target not in files)
+    return {name: where[target] for name, target in weight_map.items()}
+
+
+def _check_present(
+    folder: Folder, files: Mapping[str, File], index: str, serves: Mapping[str, str]
+) -> None:
+    missing = sorted(set(serves.values()) - files.keys())
     if missing:
         raise NotFoundError(
-            f"{path} names {some(map(shown, missing))}, which {folder.root} does not have. "
+            f"{index} names {some(map(shown, missing))}, which {folder.root} does not have. "
             "Fetch what is missing."
         )
-    return {name: where[target] for name, target in weight_map.items()}
 
 
 def _inside(index: str, target: str) -> str:
@@ -245,7 +252,7 @@ def _extras(files: Mapping[str, File], choice: _Choice) -> tuple[tuple[str, ...]
     """The files to carry along, and the weight files that are neither read nor carried."""
     extras, not_used = [], []
     for path in files:
-        if any(part.startswith(".") for part in path.split("/")) or path in choice.paths:
+        if path in choice.paths or _HIDDEN.search(path):
             continue
         if not _WEIGHTS.search(path):
             if path != MINDSPORE_INDEX:
