@@ -1,1 +1,55 @@
-"""jaxshard: model weights between any two layouts."""
+"""jaxshard: model weights between any two layouts, on disks and on devices.
+
+    import jaxshard as js
+
+    ckpt = js.open("qwen2_7b/")               # any format; headers only
+    params = js.load(ckpt, "dp2mp4")          # {name: jax.Array}
+    params = js.reshard(params, "dp4mp2")     # on the devices
+    js.save(params, "out/")                   # standard files, without gathering
+    js.convert("src/", "dst/", to="mp4")      # file to file
+
+Importing this module imports neither JAX nor NumPy: every name is fetched when it is
+first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Catalog": "catalog",
+    "CoverageError": "errors",
+    "FormatError": "errors",
+    "JaxshardError": "errors",
+    "Layout": "layout",
+    "LayoutError": "errors",
+    "NotFoundError": "errors",
+    "Options": "conversion",
+    "Placement": "layout",
+    "Rules": "rules",
+    "StorageError": "errors",
+    "Strategy": "strategy",
+    "convert": "api",
+    "merge": "api",
+    "open": "api",
+    "plan": "api",
+    "read_rules": "rules",
+    "slice": "api",
+    "verify": "api",
+}
+
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxshard' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -105,7 +105,7 @@ def _complete(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) 
     if len(groups) - bool(hyper) > 1:
         weight_map = {name: paths[p[0].first_rank] for name, p in placements.items()}
         total = sum(t.num_bytes for t in tensors)
-        side["model.safetensors.index.json"] = huggingface_files.index_json(weight_map, total)
+        side["model.safetensors.index.json"] = huggingface_files.index_json(weight_map, total, {})
     metadata = {"format": "pt", **source.metadata}
     if metadata["format"] == "ms":
         metadata["format"] = "pt"  # transformers loads no file that says otherwise

@@ -21,7 +21,7 @@ from ..box import Box
 from ..catalog import Piece
 from ..cells import Cell
 from ..errors import LayoutError
-from ..plan import BLOCK_BYTES, Move, block_steps
+from ..planning import BLOCK_BYTES, Move, block_steps
 from ..ranges import Runs, blocks, byte_runs
 
 Bytes = NDArray[np.uint8]

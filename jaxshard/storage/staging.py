@@ -98,8 +98,8 @@ class Staging:
             old = _swap(self.files, self._destination)
         except OSError as error:
             raise StorageError(
-                f"{self._destination} cannot be published: {error.strerror}. The finished files are "
-                f"in {self.files}."
+                f"{self._destination} cannot be published: {error.strerror}. The finished files "
+                f"are in {self.files}."
             ) from error
         self.sync(self._destination.parent)
         if old is not None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..errors import StorageError
 from ..outputs import Entry
-from ..plan import Move, Plan
+from ..planning import Move, Plan
 from .local import Handles
 from .staging import Staging
 

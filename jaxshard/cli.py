@@ -1,0 +1,185 @@
+"""The command line: arguments in, a report out, an exit status that says who must act.
+
+Answers go to standard output, progress and errors to standard error. Exit status:
+0 done · 2 the request · 3 the checkpoint · 4 the disk · 1 a bug, with its traceback.
+Only the parser is imported before a command is known, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from .errors import JaxshardError
+
+_EXAMPLES = """\
+examples:
+  jaxshard inspect llama/                          what is in it
+  jaxshard plan llama/ --to dp2mp4                 what cutting it would cost
+  jaxshard slice llama/ cut/ --to dp2mp4           one file a rank
+  jaxshard convert cut/ other/ --to dp1mp2pp2      any ranks to any others
+  jaxshard merge cut/ whole/                       one complete checkpoint again
+  jaxshard verify whole/ --against llama/          bit for bit
+  jaxshard demo                                    all of it, on a small model
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    arguments = parser().parse_args(argv)
+    if getattr(arguments, "command", None) is None:
+        parser().print_help()
+        return 2
+    from . import commands  # noqa: PLC0415 - NumPy and all, only once a command is known
+
+    try:
+        run = getattr(commands, arguments.command)
+        return int(run(arguments))
+    except JaxshardError as error:
+        return _fail(error, arguments)
+    except KeyboardInterrupt:
+        print("jaxshard: interrupted. Finished files are kept for --resume.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
+        return 0
+
+
+def _fail(error: JaxshardError, arguments: argparse.Namespace) -> int:
+    text = " ".join(str(error).split())
+    if getattr(arguments, "json", False):
+        print(json.dumps({"error": type(error).__name__, "message": text}))
+    print(f"jaxshard: {type(error).__name__}: {text}", file=sys.stderr)
+    return error.exit_status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="jaxshard",
+        description="Move model weights between any two layouts.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(metavar="COMMAND")
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        made.set_defaults(command=name)
+        return made
+
+    inspect = command("inspect", "show what a checkpoint holds and who holds what")
+    _add_source(inspect)
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    _add_output(inspect)
+
+    for name, summary in (
+        ("plan", "show what convert would read, copy and write"),
+        ("convert", "make a checkpoint of another layout"),
+        ("merge", "make one complete checkpoint (convert --to full)"),
+        ("slice", "cut a checkpoint into one file a rank"),
+    ):
+        made = command(name, summary)
+        _add_source(made)
+        if name != "plan":
+            made.add_argument("destination", metavar="DST", help="the folder to make")
+        _add_how(made, name)
+        _add_output(made)
+        if name != "plan":
+            _add_running(made)
+
+    verify = command("verify", "check a checkpoint, or compare two of any layouts")
+    _add_source(verify)
+    verify.add_argument("--against", metavar="PATH", help="compare with this, bit for bit")
+    verify.add_argument(
+        "--against-strategy",
+        metavar="PATH",
+        help="strategy files of the other, where it needs them",
+    )
+    _add_budget(verify)
+    _add_output(verify)
+
+    demo = command("demo", "do the main job on a small checkpoint and check it bit for bit")
+    demo.add_argument(
+        "path", nargs="?", metavar="PATH", help="a checkpoint; default: made on the spot"
+    )
+    demo.add_argument("--keep", metavar="DIR", help="leave the results there")
+    _add_output(demo)
+    return top
+
+
+def _version() -> str:
+    from . import __version__  # noqa: PLC0415 - no cycle at import
+
+    return f"jaxshard {__version__}"
+
+
+def _add_source(to: argparse.ArgumentParser) -> None:
+    to.add_argument("source", metavar="SRC", help="a checkpoint: a folder, or one weight file")
+    to.add_argument(
+        "--src-strategy",
+        metavar="PATH",
+        help="strategy files of a source cut into ranks (default: strategy/ in or beside it)",
+    )
+    to.add_argument("--suffix", help="which file of each rank, where there are several: 1_10")
+
+
+def _add_how(to: argparse.ArgumentParser, command: str) -> None:
+    if command != "merge":
+        to.add_argument(
+            "--to",
+            metavar="TARGET",
+            required=command != "convert",
+            default="full" if command == "convert" else None,
+            help="full, a strategy (dp2mp4pp2), or a strategy file or folder",
+        )
+    to.add_argument("--format", choices=("huggingface", "ranks"), help="default: as --to implies")
+    to.add_argument(
+        "--rules", metavar="FILE", help="layout rules (TOML) that go before the family's"
+    )
+    to.add_argument(
+        "--include", metavar="REGEX", action="append", default=[], help="only these tensors"
+    )
+    to.add_argument(
+        "--exclude", metavar="REGEX", action="append", default=[], help="not these tensors"
+    )
+    to.add_argument(
+        "--rank", metavar="R", action="append", type=int, help="write only this rank's file"
+    )
+    to.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="of a complete checkpoint"
+    )
+    to.add_argument("--prefix", default="checkpoint_", help="of rank files (default: checkpoint_)")
+    to.add_argument(
+        "--remove-redundancy", action="store_true", help="store each shard on one replica only"
+    )
+
+
+def _add_budget(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--workers", type=int, metavar="N", help="threads (default: one a core, at most 8)"
+    )
+    to.add_argument("--host-bytes", metavar="SIZE", help="most memory for data (default: 256MiB)")
+
+
+def _add_running(to: argparse.ArgumentParser) -> None:
+    _add_budget(to)
+    to.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
+    to.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    to.add_argument(
+        "--overwrite", action="store_true", help="replace DST, when the new one is whole"
+    )
+    to.add_argument(
+        "--no-fsync",
+        action="store_true",
+        help="leave it to the system when data reaches the disk (a power cut may lose the result)",
+    )
+
+
+def _add_output(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--json", action="store_true", help="answer in JSON")
+    to.add_argument("--quiet", action="store_true", help="no progress and no report")

@@ -1,0 +1,224 @@
+"""The commands: what each word of the command line does. Parsing is ``cli``'s."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import picture
+from .catalog import Catalog
+from .conversion import Options, Prepared, Report, budget_of, execute, prepare
+from .errors import LayoutError, StorageError
+from .formats.huggingface_files import parse_size
+from .opening import open_checkpoint
+from .rules import Rules, read_rules
+from .verification import Verdict, verify_against
+from .verification import verify as verify_alone
+
+_PROBLEM = 3  # the exit status of a checkpoint that is not right
+
+
+def inspect(a: Namespace) -> int:
+    """Show what a checkpoint holds."""
+    catalog = _source(a)
+    if a.json:
+        _print_json(_catalog_facts(catalog))
+    elif not a.quiet:
+        print(picture.catalog_text(catalog))
+        if a.tensors:
+            print("\n" + picture.tensor_table(catalog.tensors.values()))
+    return 0
+
+
+def plan(a: Namespace) -> int:
+    """Show what ``convert`` would do."""
+    return _show_plan(_prepare(a, a.to), a)
+
+
+def convert(a: Namespace) -> int:
+    """Make a checkpoint of another layout."""
+    return _convert(a, a.to)
+
+
+def merge(a: Namespace) -> int:
+    """Make one complete checkpoint."""
+    return _convert(a, "full")
+
+
+def slice(a: Namespace) -> int:
+    """Cut a checkpoint into one file a rank."""
+    return _convert(a, a.to)
+
+
+def verify(a: Namespace) -> int:
+    """Check a checkpoint, or compare two."""
+    budget = budget_of(_options(a))
+    catalog = _source(a)
+    with _progress("checking", a.quiet or a.json) as told:
+        verdict = verify_alone(catalog, budget=budget, progress=told(0))
+        if a.against and not verdict.problems:
+            other = open_checkpoint(a.against, strategy=a.against_strategy)
+            verdict = verify_against(
+                catalog, other, budget=budget, progress=told(catalog.num_bytes)
+            )
+    return _show_verdict(verdict, a)
+
+
+def demo(a: Namespace) -> int:
+    """Do the main job on a small checkpoint."""
+    from .demo import run_demo  # noqa: PLC0415 - imports JAX, which no other command here does
+
+    return run_demo(a.path, keep=a.keep, quiet=a.quiet or a.json, as_json=a.json)
+
+
+def _convert(a: Namespace, to: str) -> int:
+    prepared = _prepare(a, to)
+    if a.dry_run:
+        return _show_plan(prepared, a)
+    with _progress("writing", a.quiet or a.json) as told:
+        report = execute(prepared, a.destination, options=_options(a), progress=told)
+    if a.json:
+        _print_json(asdict(report))
+    elif not a.quiet:
+        print(_report_text(report))
+    return 0
+
+
+def _prepare(a: Namespace, to: str) -> Prepared:
+    implied = "huggingface" if to == "full" else "ranks"
+    if a.format not in (None, implied):
+        raise LayoutError(f"--format {a.format} does not go with --to {to}: that makes {implied}.")
+    return prepare(
+        _source(a),
+        to,
+        rules=_rules(a.rules),
+        include=a.include,
+        exclude=a.exclude,
+        ranks=a.rank,
+        max_shard_bytes=parse_size(a.max_shard_size),
+        prefix=a.prefix,
+        remove_redundancy=a.remove_redundancy,
+    )
+
+
+def _source(a: Namespace) -> Catalog:
+    return open_checkpoint(a.source, strategy=a.src_strategy, suffix=a.suffix)
+
+
+def _rules(path: str | None) -> Rules | None:
+    if path is None:
+        return None
+    try:
+        return read_rules(Path(path).read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise StorageError(f"--rules {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise LayoutError(f"--rules {path}: not UTF-8 text ({error.reason}).") from None
+
+
+def _options(a: Namespace) -> Options:
+    return Options(
+        workers=a.workers,
+        host_bytes=parse_size(a.host_bytes) if a.host_bytes else None,
+        resume=getattr(a, "resume", False),
+        overwrite=getattr(a, "overwrite", False),
+        durable=not getattr(a, "no_fsync", False),
+    )
+
+
+@contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda total: lambda num_bytes: None
+        return
+    from rich import console, progress  # noqa: PLC0415 - a tenth of a second, only on terminals
+
+    bar = progress.Progress(
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console.Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+
+        def begin(total: int) -> Callable[[int], None]:
+            task = bar.add_task(what, total=total or None)
+            return lambda num_bytes: bar.advance(task, num_bytes)
+
+        yield begin
+
+
+def _show_plan(prepared: Prepared, a: Namespace) -> int:
+    made = prepared.plan
+    if a.json:
+        _print_json(
+            {
+                **asdict(made.totals),
+                "format": prepared.result.format,
+                "rank_bytes": made.outputs.rank_bytes(),
+                "paths": made.outputs.paths,
+            }
+        )
+    elif not a.quiet:
+        print(picture.plan_text(made))
+    return 0
+
+
+def _show_verdict(verdict: Verdict, a: Namespace) -> int:
+    if a.json:
+        _print_json(asdict(verdict))
+    elif not a.quiet:
+        for note in verdict.notes:
+            print(f"note: {note}")
+        for problem in verdict.problems:
+            print(problem)
+        compared = (
+            f", {picture.size(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
+        )
+        outcome = f"{len(verdict.problems)} problems" if verdict.problems else "all is well"
+        print(f"{verdict.num_tensors:,} tensors{compared}: {outcome}")
+    return _PROBLEM if verdict.problems else 0
+
+
+def _report_text(report: Report) -> str:
+    c = report.counts
+    lines = [
+        f"{report.destination}: {report.num_files:,} files with {picture.size(c.bytes_written)} "
+        f"written, {picture.size(c.bytes_read)} read"
+    ]
+    if report.skipped_files:
+        lines.append(f"{report.skipped_files:,} files were finished before")
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)
+
+
+def _catalog_facts(catalog: Catalog) -> dict[str, Any]:
+    return {
+        "root": catalog.root,
+        "format": catalog.format,
+        "model_type": catalog.model.type,
+        "num_layers": catalog.model.num_layers,
+        "num_tensors": len(catalog.tensors),
+        "num_bytes": catalog.num_bytes,
+        "num_ranks": catalog.layout.num_ranks if catalog.layout else None,
+        "files": [{"path": f.path, "num_bytes": f.num_bytes} for f in catalog.files],
+        "tensors": {
+            t.name: {"dtype": t.dtype.name, "shape": t.shape, "num_pieces": len(t.pieces)}
+            for t in catalog.tensors.values()
+        },
+        "notes": catalog.notes,
+    }
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=1))

@@ -1,0 +1,353 @@
+"""Convert: from any checkpoint file to any other, without a device.
+
+Merging is converting to one complete checkpoint, slicing to many ranks. Memory is
+bounded by a budget, not by the model; the result appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import rules as family_rules
+from .catalog import Catalog, Tensor
+from .errors import LayoutError, NotFoundError, StorageError, nearest, some
+from .layout import Layout
+from .opening import PathLike, open_checkpoint, open_strategy
+from .planning import Plan, make_plan
+from .storage.engine import Budget, Counts, fit_budget, run
+from .storage.reading import SourceFiles
+from .storage.staging import Staging
+from .storage.writing import OutputFiles
+from .strategy import Strategy
+from .targets import Request, Result, lay_out_for, make_result
+
+Progress = Callable[[int], None]
+_DEFAULT_BUDGET = 256 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversion runs; none of these change the result.
+
+    Attributes:
+        workers: threads; by default one a core, at most 8.
+        host_bytes: the most memory for data in flight; by default 256 MiB or a
+            sixteenth of the machine's memory, whichever is less.
+        resume: go on with an interrupted run.
+        overwrite: replace an existing destination.
+        durable: have every file on the disk (fsync) before the result appears.
+    """
+
+    workers: int | None = None
+    host_bytes: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    durable: bool = True
+
+
+_DEFAULT = Options()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is decided and not begun: print it, or run it."""
+
+    plan: Plan
+    result: Result
+    request: str  # what a resumed run must share
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    destination: str
+    counts: Counts
+    num_files: int
+    skipped_files: int
+    notes: tuple[str, ...] = ()
+
+
+def prepare(
+    source: Catalog | PathLike,
+    to: str | PathLike | Strategy | Layout = "full",
+    *,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    rules: family_rules.Rules | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    ranks: Iterable[int] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    prefix: str = "checkpoint_",
+    remove_redundancy: bool = False,
+) -> Prepared:
+    """Decide a conversion from headers alone; nothing is written.
+
+    Args:
+        source: a checkpoint, or its path.
+        to: ``"full"``, a strategy, or the path of strategy files.
+        src_strategy: the strategy files of a source cut into ranks.
+        suffix: which of several files a rank the source has.
+        rules: layout rules that go before the family's own.
+        include: regular expressions; only tensors that one of them is found in are taken.
+        exclude: regular expressions; tensors that one of them is found in are left out.
+        ranks: write the files of these ranks only.
+        max_shard_bytes: the most tensor bytes in one file of a complete checkpoint.
+        prefix: the first part of rank files' names.
+        remove_redundancy: store each shard once, not on every replica.
+
+    Raises:
+        NotFoundError: no checkpoint there, or nothing matches.
+        FormatError: a file is not what it claims to be.
+        CoverageError: the source lacks part of a tensor.
+        LayoutError: the target does not fit the tensors.
+    """
+    catalog = (
+        source
+        if isinstance(source, Catalog)
+        else open_checkpoint(source, strategy=src_strategy, suffix=suffix)
+    )
+    tensors = select(catalog, include, exclude)
+    chosen = replace(catalog, tensors={t.name: t for t in tensors})
+    layout = _target_layout(chosen, to, rules)
+    request = Request(layout, max_shard_bytes, prefix, remove_redundancy)
+    result = make_result(chosen, tensors, request)
+    only = _check_ranks(ranks, layout)
+    plan = make_plan(chosen, result.outputs, only=only)
+    return Prepared(plan, result, _fingerprint(catalog, result, only))
+
+
+def convert(
+    source: Catalog | PathLike,
+    destination: PathLike,
+    to: str | PathLike | Strategy | Layout = "full",
+    *,
+    options: Options = _DEFAULT,
+    progress: Callable[[int], Progress] | None = None,
+    **how: object,
+) -> Report:
+    """Make ``destination`` from ``source``, laid out as ``to`` says.
+
+    ``how`` is as for ``prepare``. ``progress`` is given the bytes to write and returns a
+    function that is told of those written.
+
+    Raises:
+        StorageError: the disk is full or refuses; what was finished can be resumed.
+        JaxshardError: as ``prepare``, before a byte is written.
+    """
+    prepared = prepare(source, to, **how)  # type: ignore[arg-type]
+    return execute(prepared, destination, options=options, progress=progress)
+
+
+def execute(
+    prepared: Prepared,
+    destination: PathLike,
+    *,
+    options: Options = _DEFAULT,
+    progress: Callable[[int], Progress] | None = None,
+) -> Report:
+    """Carry out a prepared conversion (errors as ``convert``)."""
+    plan, catalog = prepared.plan, prepared.plan.source
+    budget = budget_of(options)
+    _refuse_inside(catalog, Path(destination))
+    staging = Staging(
+        Path(destination),
+        prepared.request,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        durable=options.durable,
+    )
+    try:
+        plan, skipped = _without_finished(plan, staging)
+        _check_room(plan, staging.files)
+        plan = replace(plan, block_bytes=budget.block_bytes)
+        tell = progress(plan.totals.bytes_written) if progress else None
+        source = SourceFiles(catalog)
+        files = OutputFiles(plan, staging, prepared.result.lay_file)
+        try:
+            counts = run(plan.moves(), source.read, files.write, budget=budget, progress=tell)
+        finally:
+            files.close()
+            source.close()
+        _write_side_files(prepared, staging, Path(destination))
+        source.check_unchanged()
+    except BaseException:
+        staging.abandon()
+        raise
+    staging.publish()
+    return Report(str(destination), counts, plan.totals.num_files, skipped, catalog.notes)
+
+
+def select(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]) -> list[Tensor]:
+    """The tensors of ``catalog`` that the regular expressions leave.
+
+    Raises:
+        NotFoundError: an expression of ``include`` matches nothing, or nothing is left.
+        LayoutError: not a regular expression.
+    """
+    wanted, unwanted = _patterns(include), _patterns(exclude)
+    names = list(catalog.tensors)
+    for pattern in wanted:
+        if not any(map(pattern.search, names)):
+            raise NotFoundError(
+                f"--include {pattern.pattern} matches none of the {len(names)} tensors of "
+                f"{catalog.root}.{nearest(pattern.pattern, names)}"
+            )
+    left = [
+        t
+        for t in catalog.tensors.values()
+        if (not wanted or any(p.search(t.name) for p in wanted))
+        and not any(p.search(t.name) for p in unwanted)
+    ]
+    if not left:
+        raise NotFoundError(f"no tensor of {catalog.root} is left: --exclude matches all of them.")
+    return left
+
+
+def budget_of(options: Options) -> Budget:
+    """Threads and block size as ``options`` allow (errors as ``fit_budget``)."""
+    return fit_budget(options.host_bytes or default_budget(), options.workers or _cores())
+
+
+def default_budget() -> int:
+    """The default of ``host_bytes``: 256 MiB, or a sixteenth of a smaller machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_DEFAULT_BUDGET, memory // 16)
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _target_layout(
+    catalog: Catalog, to: str | PathLike | Strategy | Layout, rules: family_rules.Rules | None
+) -> Layout | None:
+    if isinstance(to, Layout):
+        return to
+    if isinstance(to, Strategy):
+        return lay_out_for(catalog, to, rules)
+    text = os.fspath(to)
+    if text == "full":
+        return None
+    if os.path.exists(text):
+        return open_strategy(text)
+    try:
+        return lay_out_for(catalog, Strategy.parse(text), rules)
+    except LayoutError as error:
+        if "is not a strategy" not in str(error):
+            raise
+        raise LayoutError(
+            f"--to {text}: neither full, a strategy such as dp2mp4pp2, nor an existing strategy "
+            "file or folder."
+        ) from None
+
+
+def _patterns(expressions: Iterable[str]) -> list[re.Pattern[str]]:
+    if isinstance(expressions, str):
+        expressions = [expressions]
+    found = []
+    for text in expressions:
+        try:
+            found.append(re.compile(text))
+        except re.error as error:
+            raise LayoutError(f"{text!r} is not a regular expression: {error}.") from None
+    return found
+
+
+def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
+    if ranks is None:
+        return None
+    only = frozenset(ranks)
+    num_ranks = layout.num_ranks if layout else 1
+    wrong = sorted(r for r in only if not 0 <= r < num_ranks)
+    if wrong or not only or layout is None:
+        raise LayoutError(
+            f"--rank {some(map(str, wrong or only))}: the target has "
+            + (
+                f"ranks 0 to {num_ranks - 1}."
+                if layout
+                else "no ranks, it is one complete checkpoint."
+            )
+        )
+    return only
+
+
+def _fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -> str:
+    """What two runs share exactly if they make the same files from the same source."""
+    digest = hashlib.sha256()
+    for content in result.outputs.contents:
+        for entry in content:
+            digest.update(f"{entry.tensor.name} {entry.tensor.dtype} {entry.shape}\n".encode())
+        digest.update(b"\n")
+    digest.update(repr((result.outputs.paths, result.outputs.content_of)).encode())
+    for name, data in sorted(result.side_files.items()):
+        digest.update(name.encode() + data)
+    return json.dumps(
+        {
+            "source": str(Path(catalog.root).absolute()),
+            "files": [[f.path, f.num_bytes, f.mtime_ns] for f in catalog.files],
+            "format": result.format,
+            "ranks": sorted(only) if only is not None else None,
+            "result": digest.hexdigest(),
+        },
+        indent=1,
+    )
+
+
+def _refuse_inside(catalog: Catalog, destination: Path) -> None:
+    source, place = Path(catalog.root).resolve(), destination.resolve()
+    if source == place or place in source.parents:
+        raise LayoutError(
+            f"{destination} is the source itself or holds it. Choose another destination; the "
+            "source is never changed."
+        )
+
+
+def _without_finished(plan: Plan, staging: Staging) -> tuple[Plan, int]:
+    """``plan`` less the files that an earlier run finished."""
+    paths = plan.outputs.paths
+    wanted = set(range(len(paths))) if plan.only is None else set(plan.only)
+    done = {rank for rank in wanted if paths[rank] in staging.finished}
+    if not done:
+        return plan, 0
+    return make_plan(plan.source, plan.outputs, only=frozenset(wanted - done)), len(done)
+
+
+def _check_room(plan: Plan, place: Path) -> None:
+    free = shutil.disk_usage(place).free
+    need = plan.totals.bytes_written
+    if need > free:
+        raise StorageError(
+            f"{place} has {free} bytes free, and the result needs {need}. Make room, or choose "
+            "another disk."
+        )
+
+
+def _write_side_files(prepared: Prepared, staging: Staging, destination: Path) -> None:
+    source = Path(prepared.plan.source.root)
+    inside = destination.resolve()
+    try:
+        for path in prepared.plan.source.extras:
+            if inside in (source / path).resolve().parents:
+                continue  # an earlier result inside the source is no part of it
+            place = staging.files / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, place)
+            staging.sync(place)
+        for path, data in prepared.result.side_files.items():
+            place = staging.files / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+            staging.sync(place)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{error.filename}: {error.strerror}.") from error

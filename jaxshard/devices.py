@@ -1,0 +1,164 @@
+"""Layouts on real devices: strategies become meshes, placements become ``NamedSharding``.
+
+Rank ``r`` of a layout is ``devices[r]``; a pipeline stage is the sub-mesh of its ranks.
+
+    dp1mp2pp2 on 4 devices      stage 0   Mesh([0 1])      stage 1   Mesh([2 3])
+
+This module knows no files and moves no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from math import prod
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from .errors import LayoutError, NotFoundError, nearest, some
+from .layout import Layout, Placement
+from .strategy import Axes, Strategy
+
+#: The axis that is added for a tensor held by several stages; its copies are replicas over it.
+STAGE_AXIS = "stage"
+
+
+def rank_devices(
+    strategy: Strategy, devices: Sequence[jax.Device] | None = None
+) -> tuple[jax.Device, ...]:
+    """The device of each rank of ``strategy``.
+
+    Devices given are taken in the order given. Without them, the fastest mesh axes are
+    put on the best connected devices, as ``jax.make_mesh`` does.
+
+    Raises:
+        LayoutError: there are fewer devices than ranks.
+    """
+    if devices is not None:
+        _check_enough(str(strategy), strategy.num_ranks, devices)
+        return tuple(devices[: strategy.num_ranks])
+    found = jax.devices()
+    _check_enough(str(strategy), strategy.num_ranks, found)
+    found = found[: strategy.num_ranks]
+    if found[0].platform == "cpu":  # nothing to choose: they share one memory
+        return tuple(found)
+    sizes = (strategy.pp, *(n for _, n in strategy.stage_axes))
+    return tuple(mesh_utils.create_device_mesh(sizes, found).flat)
+
+
+def mesh(strategy: Strategy, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a strategy without pipeline stages.
+
+    Raises:
+        LayoutError: there are fewer devices than ranks, or several stages.
+    """
+    if strategy.pp > 1:
+        raise LayoutError(
+            f"{strategy}: {strategy.pp} pipeline stages are {strategy.pp} meshes, not one. "
+            "Use stage_meshes."
+        )
+    return stage_meshes(strategy, devices)[0]
+
+
+def stage_meshes(
+    strategy: Strategy, devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, ...]:
+    """The mesh of each pipeline stage; they share no device.
+
+    Raises:
+        LayoutError: there are fewer devices than ranks.
+    """
+    ranks = rank_devices(strategy, devices)
+    per = strategy.stage_ranks
+    return tuple(
+        _mesh(strategy.stage_axes, ranks[stage * per : (stage + 1) * per])
+        for stage in range(strategy.pp)
+    )
+
+
+def sharding(
+    placement: Placement | Sequence[Placement], devices: Sequence[jax.Device] | None = None
+) -> NamedSharding:
+    """A placement on ``devices``, where ``devices[r]`` is rank ``r``.
+
+    A tensor placed alike in several stages (a tied embedding) becomes one array over all
+    their devices, with one more mesh axis, ``stage``, over which it is replicated.
+
+    Raises:
+        LayoutError: a rank has no device, or the stages hold the tensor in different ways.
+    """
+    found = jax.devices() if devices is None else devices
+    several = (placement,) if isinstance(placement, Placement) else tuple(placement)
+    _check_enough("the layout", max(p.ranks.stop for p in several), found)
+    first = several[0]
+    if any((p.axes, p.spec) != (first.axes, first.spec) for p in several):
+        raise LayoutError(
+            "a tensor is held in different ways by several stages: "
+            f"{some(map(str, several))}. One array has one spec; give it the same in each stage."
+        )
+    stages = () if len(several) == 1 else ((STAGE_AXIS, len(several)),)
+    ranks = tuple(found[r] for p in several for r in p.ranks)
+    return NamedSharding(_mesh((*stages, *first.axes), ranks), partition_spec(first))
+
+
+def shardings(
+    layout: Layout,
+    devices: Sequence[jax.Device] | None = None,
+    names: Iterable[str] | None = None,
+) -> Mapping[str, NamedSharding]:
+    """The sharding of each tensor of ``layout``, or of ``names`` alone.
+
+    Raises:
+        LayoutError: as ``sharding``.
+        NotFoundError: the layout has no such name.
+    """
+    chosen = list(layout.placements) if names is None else list(names)
+    missing = [name for name in chosen if not layout.placements.get(name)]
+    if missing:
+        raise NotFoundError(
+            f"the layout places no tensor {some(missing)}."
+            f"{nearest(missing[0], layout.placements)} Add a rule for each."
+        )
+    return {name: sharding(layout.placements[name], devices) for name in chosen}
+
+
+def partition_spec(placement: Placement) -> PartitionSpec:
+    """The spec of ``placement`` in JAX's words."""
+    return PartitionSpec(*(axes or None for axes in placement.spec))
+
+
+def placement_of(named: NamedSharding) -> Placement:
+    """A sharding in plain integers; ranks count along its own mesh.
+
+    Raises:
+        LayoutError: a dim is left for the compiler to decide.
+    """
+    spec = []
+    for entry in named.spec:
+        if entry is PartitionSpec.UNCONSTRAINED:
+            raise LayoutError(f"{named.spec}: every dim must be decided, or be None.")
+        spec.append(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry))
+    return Placement(tuple(named.mesh.shape.items()), tuple(spec))
+
+
+@lru_cache(maxsize=1024)
+def _mesh(axes: Axes, devices: tuple[jax.Device, ...]) -> Mesh:
+    sizes = tuple(n for _, n in axes)
+    names = tuple(a for a, _ in axes)
+    grid = np.array(devices[: prod(sizes)], dtype=object).reshape(sizes)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _check_enough(subject: str, num_ranks: int, devices: Sequence[jax.Device]) -> None:
+    if num_ranks > len(devices):
+        raise LayoutError(
+            f"{subject} needs {num_ranks} devices; there are {len(devices)}. Ask for fewer ranks"
+            + (
+                f", or start with JAX_NUM_CPU_DEVICES={num_ranks}."
+                if devices and devices[0].platform == "cpu"
+                else "."
+            )
+        )

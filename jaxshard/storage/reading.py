@@ -1,0 +1,40 @@
+"""Reading: the files of a catalog, open, and the proof that nobody changed them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..catalog import Catalog, Piece
+from ..errors import FormatError, some
+from .local import Handles, LocalFolder
+
+
+class SourceFiles:
+    """The files of a catalog, open for reading."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._files = catalog.files
+        self._folder = LocalFolder(catalog.root)
+        self._handles = Handles(Path(catalog.root))
+
+    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
+        self._handles.read_into(self._files[piece.file].path, offset, buffer)
+
+    def check_unchanged(self) -> None:
+        """Refuse a result made from files that changed meanwhile.
+
+        Raises:
+            FormatError: a file has another size or time than when its header was read.
+        """
+        now = self._folder.files()
+        changed = [f.path for f in self._files if f.mtime_ns and now.get(f.path) != f]
+        if changed:
+            raise FormatError(
+                f"{some(changed)} of {self._folder.root} changed while being read. Convert again "
+                "when nothing writes there."
+            )
+
+    def close(self) -> None:
+        """Close all handles."""
+        self._handles.close()

@@ -1,0 +1,179 @@
+"""Verify: is a checkpoint whole, do its replicas agree, and is it equal to another?
+
+What headers can tell is checked when a checkpoint is opened. This module reads the
+data: replicas are compared with each other, and two checkpoints of any layouts with
+one another, tensor by tensor, in the memory of a few blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .box import Box
+from .catalog import Catalog, Piece, Tensor
+from .errors import CoverageError
+from .planning import Move, check_covered, move_into
+from .storage.engine import Budget, run
+from .storage.reading import SourceFiles
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked, and what is wrong; no problems means all is well."""
+
+    num_tensors: int
+    bytes_compared: int
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Differences:
+    """The first difference of each tensor, gathered from many threads."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    bytes_compared: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str, what: str) -> None:
+        with self.lock:
+            self.found.setdefault(name, what)
+
+    def count(self, num_bytes: int) -> None:
+        with self.lock:
+            self.bytes_compared += num_bytes
+
+
+def verify(
+    catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
+) -> Verdict:
+    """Check that every tensor is stored completely and that its replicas are equal."""
+    problems = _incomplete(catalog)
+    seen = _Differences()
+    moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
+    files = SourceFiles(catalog)
+
+    def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        first, *others = move.pieces[target]
+        for other in others:
+            if not _equal(files, other, other.offset + offset, buffer):
+                paths = [catalog.files[p.file].path for p in (first, other)]
+                seen.add(move.name, f"{move.name} differs between {paths[0]} and {paths[1]}.")
+        seen.count(len(buffer) * len(others))
+        return 1
+
+    try:
+        run(moves, files.read, compare, budget=budget, progress=progress)
+    finally:
+        files.close()
+    return Verdict(
+        len(catalog.tensors),
+        seen.bytes_compared,
+        (*problems, *(seen.found[n] for n in sorted(seen.found))),
+        catalog.notes,
+    )
+
+
+def verify_against(
+    catalog: Catalog,
+    other: Catalog,
+    *,
+    budget: Budget,
+    progress: Callable[[int], None] | None = None,
+) -> Verdict:
+    """Check that two checkpoints hold the same tensors, bit for bit, whatever their layouts."""
+    problems = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
+    seen = _Differences()
+    here, there = SourceFiles(catalog), SourceFiles(other)
+    in_other: dict[str, tuple[Piece, ...]] = {}
+
+    def moves() -> Iterator[Move]:
+        broken = {p.split(":")[0] for p in problems}
+        for tensor in _in_both(catalog, other):
+            if tensor.name not in broken:
+                boxes = {p.box: (i,) for i, p in enumerate(other.tensors[tensor.name].pieces)}
+                in_other[tensor.name] = other.tensors[tensor.name].pieces
+                yield move_into(tensor, boxes)
+
+    def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        piece = in_other[move.name][move.targets[target].ranks[0]]
+        different = _first_difference(there, piece, piece.offset + offset, buffer)
+        if different is not None:
+            at = _element(move, target, offset + different)
+            seen.add(move.name, f"{move.name}: the values differ, first at element {at}.")
+        seen.count(len(buffer))
+        return 1
+
+    try:
+        run(moves(), here.read, compare, budget=budget, progress=progress)
+    finally:
+        here.close()
+        there.close()
+    found = (*problems, *(seen.found[n] for n in sorted(seen.found)))
+    return Verdict(len(catalog.tensors), seen.bytes_compared, found, (*catalog.notes, *other.notes))
+
+
+def _incomplete(catalog: Catalog) -> list[str]:
+    problems = []
+    for tensor in catalog.tensors.values():
+        try:
+            check_covered(tensor)
+        except CoverageError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _replicas(tensor: Tensor) -> Move | None:
+    """The journey that reads one replica of each box that has several; None if none has."""
+    copies: dict[Box, int] = {}
+    for piece in tensor.pieces:
+        copies[piece.box] = copies.get(piece.box, 0) + 1
+    if max(copies.values(), default=0) < 2:
+        return None
+    return move_into(tensor, dict.fromkeys(copies, (0,)))
+
+
+def _headers_differ(a: Catalog, b: Catalog) -> Iterator[str]:
+    for name in a.tensors.keys() - b.tensors.keys():
+        yield f"{name}: only in {a.root}."
+    for name in b.tensors.keys() - a.tensors.keys():
+        yield f"{name}: only in {b.root}."
+    for tensor in _in_both(a, b):
+        twin = b.tensors[tensor.name]
+        if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):
+            yield (
+                f"{tensor.name}: {tensor.dtype} {tensor.shape} in {a.root}, but {twin.dtype} "
+                f"{twin.shape} in {b.root}."
+            )
+
+
+def _in_both(a: Catalog, b: Catalog) -> Iterable[Tensor]:
+    return (t for name, t in a.tensors.items() if name in b.tensors)
+
+
+def _equal(files: SourceFiles, piece: Piece, offset: int, buffer: memoryview) -> bool:
+    return _first_difference(files, piece, offset, buffer) is None
+
+
+def _first_difference(
+    files: SourceFiles, piece: Piece, offset: int, buffer: memoryview
+) -> int | None:
+    theirs = np.empty(len(buffer), np.uint8)
+    files.read(piece, offset, theirs.data)
+    if theirs.data == buffer:
+        return None
+    return int(np.flatnonzero(theirs != np.frombuffer(buffer, np.uint8))[0])
+
+
+def _element(move: Move, target: int, offset: int) -> tuple[int, ...]:
+    """Where in the tensor the byte at ``offset`` of a target box is."""
+    box = move.targets[target].box
+    index, left = [], offset // move.unit_bytes
+    for n in reversed(box.shape):
+        index.append(left % n)
+        left //= n
+    return tuple(a + i for a, i in zip(box.start, reversed(index), strict=True))
