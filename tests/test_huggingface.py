@@ -1,6 +1,9 @@
 """Hugging Face folders: which file serves a name, what is refused, what is carried along."""
 
 import json
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,7 +12,13 @@ from hypothesis import strategies as st
 from jaxshard.box import Box
 from jaxshard.catalog import Catalog, Model
 from jaxshard.dtypes import BY_NAME
-from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
+from jaxshard.errors import (
+    CoverageError,
+    FormatError,
+    JaxshardError,
+    LayoutError,
+    NotFoundError,
+)
 from jaxshard.formats import huggingface
 from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.huggingface import (
@@ -75,6 +84,16 @@ def test_the_index_decides_which_file_serves_a_name():
     assert f"{INDEX} does not name c: left out." in catalog.notes
 
 
+def test_hostile_names_stay_on_one_line():
+    name = "\x1b[2J\n"
+    catalog = read(**{INDEX: index_of(a=ONE), ONE: weights("a", name), f"{name}.bin": b""})
+    assert all(note.isprintable() for note in catalog.notes)
+    for serves in ({name: ONE}, {"a": f"{name}.safetensors"}, {"a": f"../{name}"}):
+        with pytest.raises(JaxshardError) as caught:
+            read(**{INDEX: index_of(**serves), ONE: weights("a")})
+        assert str(caught.value).isprintable()
+
+
 def test_without_an_index_all_files_at_the_top_are_read():
     catalog = read(**{ONE: weights("a"), TWO: weights("b"), "sub/x.safetensors": weights("c")})
     assert where(catalog) == {"a": ONE, "b": TWO}
@@ -133,6 +152,22 @@ def test_the_map_of_a_unified_mindspore_folder_is_an_index(flat):
     assert catalog.hyper == {"global_step"}
     assert catalog.extras == ()
     assert catalog.metadata == {"format": "ms", "remove_redundancy": "False"}
+
+
+GOLDEN = sorted(Path(os.environ.get("JAXSHARD_GOLDEN") or "/nowhere").glob("*/ms_unified"))
+
+
+@pytest.mark.skipif(not GOLDEN, reason="JAXSHARD_GOLDEN names no golden files")
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda p: p.parent.name)
+def test_a_folder_that_mindspore_unified_is_read(folder):
+    catalog = huggingface.read(
+        MemoryFolder({p.name: p.read_bytes() for p in folder.iterdir()}, str(folder))
+    )
+    told = json.loads((folder / "param_name_map.json").read_text())
+    of_weights = {n: p for n, p in where(catalog).items() if n not in catalog.hyper}
+    assert of_weights == told["weight_map"]
+    assert sum(catalog[n].num_bytes for n in of_weights) == told["metadata"]["total_size"]
+    assert {"global_step", "epoch_num", "step_num"} <= catalog.hyper
 
 
 def test_metadata_that_files_disagree_on_is_dropped():
@@ -260,6 +295,29 @@ def test_an_index_over_the_limit_is_refused_unread():
 )
 def test_a_folder_with_safetensors_at_its_top_is_recognised(paths, ours):
     assert recognise(MemoryFolder(dict.fromkeys(paths, b"")).files()) is ours
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    json_values
+    | st.fixed_dictionaries({"weight_map": json_values})
+    | st.fixed_dictionaries(
+        {"weight_map": st.dictionaries(st.sampled_from("abc"), st.text() | st.just(ONE))}
+    ),
+    st.sampled_from([INDEX, "param_name_map.json", "config.json"]),
+    st.integers(0, 3),
+)
+def test_whatever_stands_in_the_json_files_only_our_errors_are_raised(value, path, cut):
+    text = json.dumps(value).encode()
+    contents = {ONE: weights("a"), path: text[: len(text) - cut]}
+    with suppress(JaxshardError):
+        assert where(huggingface.read(MemoryFolder(contents))) in ({}, {"a": ONE})
 
 
 # The model, and what is carried along ----------------------------------------

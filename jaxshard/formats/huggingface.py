@@ -88,9 +88,9 @@ def read(folder: Folder) -> Catalog:
     extras, not_used = _extras(files, choice)
     notes = [*choice.notes, *config_notes]
     if left_out:
-        notes.append(f"{choice.index} does not name {some(left_out)}: left out.")
+        notes.append(f"{choice.index} does not name {some(map(shown, left_out))}: left out.")
     if not_used:
-        notes.append(f"Weight files neither read nor carried along: {some(not_used)}.")
+        notes.append(f"Weight files neither read nor carried along: {some(map(shown, not_used))}.")
     return Catalog(
         root=folder.root,
         format="huggingface",

@@ -96,7 +96,7 @@ def _refuse_dense(raw: bytes, subject: str) -> None:
     """Refuse large text with more structure than a list of tensors can have.
 
     The shortest entry, ``"a":{"dtype":"U8","shape":[],"data_offsets":[0,0]},``, is 51 bytes
-    with 3 brackets, 4 colons and 10 quotes. ``[[],[],[],…`` costs 30 times its bytes.
+    with 3 brackets, 4 colons and 10 quotes. ``[[],[],[],…`` costs 27 times its bytes.
     """
     if len(raw) <= _DENSE_BYTES:
         return
