@@ -81,6 +81,7 @@ _GPT2 = Rules(
         ("*wte.weight", "-,vocab"),
         ("*wpe.weight", "-,-"),
         ("*lm_head.weight", "-,mp"),
+        ("*.lora_magnitude_vector*", "-"),  # an adapter's A is (r, in), B (out, r) here too
         ("*.c_attn.lora_A*", "-,-"),
         ("*.c_attn.lora_B*", "mp,-"),
         ("*.c_fc.lora_A*", "-,-"),

@@ -29,8 +29,10 @@ OPTIMIZER_PREFIXES = (
 _STATE = re.compile("|".join(map(re.escape, OPTIMIZER_PREFIXES)))
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 _SENSITIVE = re.compile(r"(?:^|[.*])\d+(?:$|[.*])")  # a pattern that could tell two numbers apart
-_ADAPTER = re.compile(
-    r"(?P<base>.+?)\.(?:lora_(?P<AB>[AB])(?:\.[^.]+)?\.weight|(?:mindpet_delta_)?lora_(?P<ab>[ab]))"
+_ADAPTER = re.compile(  # as peft, MindFormers and mindpet call them, in files and in memory
+    r"(?P<base>.+?)\."
+    r"(?P<part>lora_embedding_[AB]|lora_magnitude_vector|lora_[AB]|(?:mindpet_delta_)?lora_[ab])"
+    r"(?:\.[^.]+)?(?:\.weight)?"
 )
 _SCALE = re.compile(r"(?P<base>.+)_scale_inv")
 
@@ -116,7 +118,7 @@ class Matcher:
             return self._found(base, template(base))
         if adapter:
             base = adapter["base"] + ".weight"
-            return _adapter_spec(self._found(base, template(base)), adapter)
+            return _adapter_spec(self._found(base, template(base)), adapter["part"])
         base = name.replace(".base_layer.", ".")  # how peft calls the weight it adapts
         return self._found(base, template(base)) if base != name else None
 
@@ -128,13 +130,14 @@ class Matcher:
         return self._specs[at]
 
 
-def _adapter_spec(base: Spec | None, adapter: re.Match[str]) -> Spec | None:
-    """The spec of half an adapter of a weight (out, in): A is (r, in), B is (out, r).
+def _adapter_spec(base: Spec | None, part: str) -> Spec | None:
+    """The spec of a part of an adapter of a weight (out, in): A is (r, in), B is (out, r).
 
-    The rank r is small and never split.
+    The rank r is small and never split; vectors, and adapters of a whole weight, are whole.
     """
-    if base is None or len(base.dims) != 2:
-        return base
+    if base is None or len(base.dims) != 2 or part == "lora_magnitude_vector":
+        return base and Spec()
     out, into = base.dims
-    is_a = (adapter["AB"] or adapter["ab"]).lower() == "a"
-    return Spec(((), into)) if is_a else Spec((out, ()))
+    if part.startswith("lora_embedding"):  # an embedding is (in, out)
+        out, into = into, out
+    return Spec(((), into)) if part[-1] in "aA" else Spec((out, ()))
