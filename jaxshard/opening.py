@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .catalog import Catalog
 from .errors import FormatError, NotFoundError
-from .formats import huggingface, rank_files
+from .formats import huggingface, rank_files, strategy_files
 from .layout import Layout
 from .storage.local import LocalFolder
 from .storage.staging import is_unfinished
@@ -63,11 +63,9 @@ def open_strategy(path: PathLike) -> Layout:
         FormatError: not strategy files.
         CoverageError: files of one stage contradict each other, or a stage is missing.
     """
-    from .formats import strategy_files
-
     folder = LocalFolder(path)
     try:
-        return strategy_files.read(folder)
+        return strategy_files.layout(strategy_files.read(folder))
     finally:
         folder.close()
 

@@ -189,7 +189,7 @@ def plan_text(plan: Plan) -> str:
         "",
         _output_table(plan.outputs, plan.only),
     ]
-    if len(plan.outputs.paths) > 1 and plan.outputs.layout.stage_axes:
+    if plan.outputs.paths[0].startswith("rank_"):
         for drawn in layout_pictures(plan.source.tensors.values(), plan.outputs.layout):
             lines += ["", drawn]
     lines += [f"note: {note}" for note in (*plan.source.notes, *plan.outputs.layout.notes)]
@@ -224,5 +224,5 @@ def _output_table(outputs: Outputs, only: frozenset[int] | None) -> str:
         [r, f"{len(outputs.contents[outputs.content_of[r]]):,}", size(sizes[r]), outputs.paths[r]]
         for r in ranks
     ]
-    head = ["rank" if outputs.layout.stage_axes else "file", "tensors", "bytes", "path"]
+    head = ["rank", "tensors", "bytes", "path"]
     return table(head, elided(rows))

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from .catalog import Catalog, Tensor
 from .errors import LayoutError, NotFoundError, some
-from .formats import huggingface_files, rank_files, safetensors
+from .formats import huggingface_files, rank_files, safetensors, strategy_files
 from .layout import Layout, Placement
 from .outputs import Entry, Outputs, arrange
 from .rules import Rules, rules_for
@@ -124,12 +125,32 @@ def _ranks(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Resu
         "format": "ms",
         "remove_redundancy": str(request.remove_redundancy),
     }
-    names = [t.name for t in tensors if t.name not in source.hyper]
-    from .formats import strategy_files
-
-    files = strategy_files.write(layout, {n: source.tensors[n].shape for n in names})
-    side = {f"{STRATEGY_FOLDER}/{path}": data for path, data in files.items()}
+    side = {
+        f"{STRATEGY_FOLDER}/{path}": data
+        for path, data in _strategy(source, tensors, layout).items()
+    }
     return Result("ranks", outputs, _safetensors(metadata), side)
+
+
+def _strategy(source: Catalog, tensors: Sequence[Tensor], layout: Layout) -> dict[str, bytes]:
+    """The strategy files of all ranks. Hyper parameters are not told of: they are never cut."""
+    told = [t for t in tensors if t.name not in source.hyper] or tensors
+    stage = prod(n for _, n in layout.stage_axes) if layout.stage_axes else layout.num_ranks
+    placements = {
+        t.name: tuple(s for p in layout.placements[t.name] for s in _by_stage(p, stage))
+        for t in told
+    }
+    split = Layout(layout.num_ranks, placements)
+    strategies = strategy_files.from_layout(split, {t.name: t.shape for t in told})
+    return strategy_files.raw_files(strategies)
+
+
+def _by_stage(placement: Placement, stage: int) -> list[Placement]:
+    """A tensor that lies whole on the ranks of several stages, stage by stage."""
+    if placement.spec or placement.num_ranks <= stage:
+        return [placement]
+    firsts = range(placement.first_rank, placement.ranks.stop, stage)
+    return [Placement((("all", stage),), (), first) for first in firsts]
 
 
 def _with_hyper(layout: Layout, source: Catalog, tensors: Iterable[Tensor]) -> Layout:

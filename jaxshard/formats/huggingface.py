@@ -84,8 +84,8 @@ def read(folder: Folder) -> Catalog:
     used = tuple(files[path] for path in choice.paths)
     headers = [read_header(folder, f.path, file_bytes=f.num_bytes) for f in used]
     tensors, left_out = _tensors(choice, headers)
-    model, config_notes = _model(folder, files)
-    extras, not_used = _extras(files, choice)
+    model, config_notes = read_model(folder, files)
+    extras, not_used = carried(files, choice.paths)
     notes = [*choice.notes, *config_notes]
     if left_out:
         notes.append(f"{choice.index} does not name {some(map(shown, left_out))}: left out.")
@@ -110,7 +110,8 @@ def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
     if not indexes and not found:
         raise NotFoundError(_nothing(folder, files))
     if not indexes:
-        paths = (SINGLE,) if SINGLE in found else found
+        beside = (MINDSPORE_HYPER,) if MINDSPORE_HYPER in found else ()
+        paths = (SINGLE, *beside) if SINGLE in found else found
         _check_numbered(folder, paths, alone=len(files) == 1)
         return _Choice(paths)
     index, *others = indexes
@@ -210,7 +211,7 @@ def _tensor(entry: Entry, file: int, boxes: dict[tuple[int, ...], Box]) -> Tenso
     return Tensor(name, kind, shape, (Piece(file, start, box),))
 
 
-def _model(folder: Folder, files: Mapping[str, File]) -> tuple[Model, list[str]]:
+def read_model(folder: Folder, files: Mapping[str, File]) -> tuple[Model, list[str]]:
     """What ``config.json`` says; a note instead where it says nothing that can be read."""
     listed = files.get(CONFIG)
     if listed is None:
@@ -248,11 +249,13 @@ def model_of(config: Mapping[str, Any]) -> Model:
     )
 
 
-def _extras(files: Mapping[str, File], choice: _Choice) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def carried(
+    files: Iterable[str], used: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The files to carry along, and the weight files that are neither read nor carried."""
     extras, not_used = [], []
     for path in files:
-        if path in choice.paths or _HIDDEN.search(path):
+        if path in used or _HIDDEN.search(path):
             continue
         if not _WEIGHTS.search(path):
             if path != MINDSPORE_INDEX:

@@ -12,18 +12,19 @@ module decides nothing about targets; the strategy files' own format is another'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..box import Box
-from ..catalog import Catalog, File, Model, Piece, Tensor
+from ..catalog import Catalog, File, Piece, Tensor
 from ..dtypes import DType
 from ..errors import CoverageError, FormatError, LayoutError, some
 from ..layout import Layout, Placement
-from . import safetensors
+from . import huggingface, safetensors
 from .folder import Folder
 
 _RANK_FILE = re.compile(r"rank_(\d+)/([^/]+)\.(safetensors|ckpt)")
+_OWN = re.compile(r"rank_\d+/|strategy/")  # what belongs to this layout and not to the model
 _NUMBERS = re.compile(r"\d+")
 _MAX_RANK = 1 << 20  # a folder called rank_99999999999 is no rank
 
@@ -38,8 +39,6 @@ def read(
     layout: Layout | None,
     *,
     suffix: str | None = None,
-    model: Model = Model(),  # noqa: B008 - frozen
-    extras: Sequence[str] = (),
 ) -> Catalog:
     """The catalog of the rank files below ``folder``.
 
@@ -48,8 +47,6 @@ def read(
         layout: who holds which box, from the strategy files. A single rank needs none.
         suffix: which of several files a rank to take: the end of its name, ``1_10``. By
             default the newest that every rank has, by the numbers in the name.
-        model: what the folder's ``config.json`` says.
-        extras: other files to carry along.
 
     Raises:
         LayoutError: there are several ranks but no layout.
@@ -77,6 +74,9 @@ def read(
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank))
     if missing:
         notes.append(f"no files of rank {some(map(str, missing))}; replicas serve where they can.")
+    model, _ = huggingface.read_model(folder, listed)
+    others = [p for p in listed if not _OWN.match(p)]
+    extras, _ = huggingface.carried(others, [f.path for f in files])
     gathered.metadata.pop("remove_redundancy", None)  # what the files hold decides
     return Catalog(
         root=folder.root,
@@ -86,7 +86,7 @@ def read(
         layout=replace(layout, placements=gathered.placements()),
         model=model,
         metadata=gathered.metadata,
-        extras=tuple(extras),
+        extras=extras,
         hyper=frozenset(gathered.hyper),
         notes=tuple(notes),
     )
