@@ -1,0 +1,187 @@
+"""One move: an array of one shape from one sharding to another, and what that means in boxes.
+
+    source  |--0--|--1--|--2--|--3--|     four devices
+    target  |----a----|----b---|          two
+    pieces  |--0a-|-1a|-2b-|--3b-|        each inside one source shard and one target shard
+
+Names do not matter here: every question is asked of a `Move` and answered once.
+Nothing here touches a device's memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from ..box import Box
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An array of ``shape`` and ``dtype``, to be taken from ``source`` to ``target``."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    source: Sharding
+    target: Sharding
+
+    @property
+    def source_boxes(self) -> tuple[Box, ...]:
+        """The box that each source device holds, in the order of the array's shards."""
+        return tuple(device_boxes(self.source, self.shape).values())
+
+    @property
+    def target_boxes(self) -> tuple[Box, ...]:
+        """The box that each target device shall hold."""
+        return tuple(device_boxes(self.target, self.shape).values())
+
+    @property
+    def source_devices(self) -> tuple[jax.Device, ...]:
+        """The source devices, in the order of ``source_boxes``."""
+        return tuple(device_boxes(self.source, self.shape))
+
+    @property
+    def target_devices(self) -> tuple[jax.Device, ...]:
+        """The target devices, in the order of ``target_boxes``."""
+        return tuple(device_boxes(self.target, self.shape))
+
+    @property
+    def source_shard_bytes(self) -> int:
+        """Bytes of one source shard."""
+        return self.source_boxes[0].size * self.dtype.itemsize
+
+    @property
+    def target_shard_bytes(self) -> int:
+        """Bytes of one target shard."""
+        return self.target_boxes[0].size * self.dtype.itemsize
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the larger of the two: what every bound on memory is measured against."""
+        return max(self.source_shard_bytes, self.target_shard_bytes)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no element to move."""
+        return 0 in self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The elements ``box`` (global) go from source device number ``source`` to ``targets``."""
+
+    source: int
+    targets: tuple[int, ...]
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a move delivers, by the link they take."""
+
+    same_device_bytes: int = 0
+    cross_device_bytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.same_device_bytes + other.same_device_bytes,
+            self.cross_device_bytes + other.cross_device_bytes,
+        )
+
+
+@lru_cache(maxsize=8192)
+def device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
+    """The box of every device, in the order in which JAX lists the shards of such an array."""
+    boxes = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        ranges = [s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True)]
+        boxes[device] = Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
+    return boxes
+
+
+@lru_cache(maxsize=8192)
+def pieces(move: Move) -> tuple[Piece, ...]:
+    """Every piece once, ordered by where it lies in the target shard.
+
+    A device that already holds the elements it wants sends to itself; the others are
+    served by the replica that has sent least so far.
+    """
+    holders: dict[Box, list[int]] = defaultdict(list)
+    for ordinal, box in enumerate(move.source_boxes):
+        holders[box].append(ordinal)
+    at = {device: ordinal for ordinal, device in enumerate(move.source_devices)}
+    sent = [0] * len(move.source_boxes)
+    found: dict[tuple[Box, int], list[int]] = defaultdict(list)
+    for target, (device, wanted) in enumerate(
+        zip(move.target_devices, move.target_boxes, strict=True)
+    ):
+        for held, ordinals in holders.items():
+            shared = held.intersect(wanted)
+            if shared is None:
+                continue
+            local = at.get(device)
+            if local in ordinals:
+                source = local
+            else:
+                source = min(ordinals, key=lambda o: (sent[o], o))
+                sent[source] += shared.size
+            found[shared, source].append(target)
+    return tuple(
+        Piece(source, tuple(targets), box)
+        for (box, source), targets in sorted(
+            found.items(), key=lambda item: (item[1][0], item[0][0].start)
+        )
+    )
+
+
+@lru_cache(maxsize=8192)
+def traffic(move: Move) -> Traffic:
+    """What the pieces of ``move`` weigh on each kind of link."""
+    same = cross = 0
+    if move.is_empty:
+        return Traffic()
+    for piece in pieces(move):
+        source = move.source_devices[piece.source]
+        num_bytes = piece.box.size * move.dtype.itemsize
+        for target in piece.targets:
+            if move.target_devices[target] == source:
+                same += num_bytes
+            else:
+                cross += num_bytes
+    return Traffic(same, cross)
+
+
+def stays(move: Move) -> bool:
+    """Whether every target device already holds exactly what it shall hold."""
+    held = device_boxes(move.source, move.shape)
+    return all(held.get(d) == b for d, b in device_boxes(move.target, move.shape).items())
+
+
+def is_relabelling(move: Move) -> bool:
+    """Whether every target shard is some whole source shard, so that nothing need be cut."""
+    return set(move.target_boxes) <= set(move.source_boxes)
+
+
+def is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether ``box`` is one run of a row-major array of ``shape``.
+
+    >>> is_contiguous(Box((2, 0), (4, 8)), (4, 8)), is_contiguous(Box((0, 4), (4, 8)), (4, 8))
+    (True, False)
+    """
+    inner = True  # every dim inside this one is whole
+    for start, stop, n in reversed(list(zip(box.start, box.stop, shape, strict=True))):
+        if not inner and stop - start != 1:
+            return False
+        inner = inner and (start, stop) == (0, n)
+    return True
+
+
+def num_bytes(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> int:
+    """Bytes of an array in memory; XLA keeps sub-byte elements one to a byte here."""
+    return prod(shape) * dtype.itemsize

@@ -1,0 +1,324 @@
+"""Resharding prepared once and carried out many times.
+
+    planned = prepare_reshard(params, serving_shardings)   # routes chosen, programs compiled
+    print(planned.plan)
+    serving = planned(params)                              # every step
+
+Units run in groups with a barrier: no more than ``device_bytes`` is in flight on a device,
+and on the CPU backend programs in which devices wait for each other run one at a time,
+because XLA:CPU can deadlock when several do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from ..errors import LayoutError
+from . import host_views
+from .geometry import Move, device_boxes, traffic
+from .report import LeafPlan, ReshardPlan
+from .routes import Route
+from .shards import data_of, relabelled
+from .targets import Leaf, Target, leaves_of, sharding_of
+from .units import Unit, units_of
+
+_IN_FLIGHT_BYTES = 512 << 20  # per device, where the caller gives no bound
+
+
+class Resharder:
+    """Takes trees of one structure and sharding to their target. Made by `prepare_reshard`."""
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        structure: Any,
+        units: Sequence[Unit],
+        *,
+        donate: bool,
+        device_bytes: int | None,
+    ) -> None:
+        self._leaves = leaves
+        self._structure = structure
+        self._units = units
+        self._donate = donate
+        self._in_flight_bytes = _IN_FLIGHT_BYTES if device_bytes is None else device_bytes
+        self.plan = _plan(leaves, units, device_bytes)
+
+    def __call__(self, tree: Any) -> Any:
+        """The arrays of ``tree`` at their target.
+
+        Raises:
+            LayoutError: the tree is not the kind that was prepared for, or an array was deleted.
+        """
+        arrays = self._checked(tree)
+        data = [
+            x if leaf.key_impl is None else jax.random.key_data(x)
+            for x, leaf in zip(arrays, self._leaves, strict=True)
+        ]
+        with jax.enable_x64(True):  # outside it, JAX cuts 64-bit values to 32 without a word
+            moved = _Run(self._leaves, data, self._donate).all(self._units, self._in_flight_bytes)
+        found = [
+            x if leaf.key_impl is None else jax.random.wrap_key_data(x, impl=leaf.key_impl)
+            for x, leaf in zip(moved, self._leaves, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(self._structure, found)
+
+    def _checked(self, tree: Any) -> list[jax.Array]:
+        arrays, structure = jax.tree_util.tree_flatten(tree)
+        if structure != self._structure:
+            raise LayoutError(
+                f"this resharder is for {self._structure}, and was given {structure}. "
+                "Prepare one for it."
+            )
+        for x, leaf in zip(arrays, self._leaves, strict=True):
+            _check_alive(leaf.name, x)
+            _check_as_planned(leaf, x)
+        return arrays
+
+
+class _Run:
+    """One call: what is in flight, and which sources may be freed."""
+
+    def __init__(self, leaves: Sequence[Leaf], data: list[jax.Array], donate: bool) -> None:
+        self.leaves = leaves
+        self.data: list[jax.Array | None] = list(data)
+        self.found: list[jax.Array | None] = [None] * len(data)
+        # an array that stands in the tree twice is freed after its last use
+        self.uses = Counter(map(id, data)) if donate else Counter()
+        self.in_flight: list[jax.Array] = []
+        self.in_flight_bytes = 0
+
+    def all(self, units: Sequence[Unit], limit_bytes: int) -> list[jax.Array]:
+        views = [u.leaves[0] for u in units if u.kind == "views"]
+        self._views(views)
+        for unit in units:
+            if unit.kind != "views":
+                self._unit(unit, limit_bytes)
+        self._barrier()
+        return [x for x in self.found if x is not None]
+
+    def _views(self, numbers: Sequence[int]) -> None:
+        def done(n: int, array: jax.Array) -> None:
+            self._finish(numbers[n], array)
+
+        arrays = (self._source(n) for n in numbers)
+        host_views.run(arrays, [self.leaves[n].move for n in numbers], done)
+
+    def _unit(self, unit: Unit, limit_bytes: int) -> None:
+        arrays = [self._source(n) for n in unit.leaves]
+        alone = unit.has_collectives and _is_cpu(arrays[0])
+        if alone or self.in_flight_bytes + unit.intermediate_bytes > limit_bytes:
+            self._barrier()
+        if alone:
+            jax.block_until_ready(arrays)
+        for stage in unit.stages:
+            arrays = stage.run(arrays)
+            if alone:
+                jax.block_until_ready(arrays)
+        arrays = [
+            relabelled(x, self.leaves[n].move.target)
+            for n, x in zip(unit.leaves, arrays, strict=True)
+        ]
+        self.in_flight += arrays
+        self.in_flight_bytes += unit.intermediate_bytes
+        for n, array in zip(unit.leaves, arrays, strict=True):
+            self._finish(n, array)
+
+    def _barrier(self) -> None:
+        jax.block_until_ready(self.in_flight)
+        self.in_flight, self.in_flight_bytes = [], 0
+
+    def _source(self, n: int) -> jax.Array:
+        array = self.data[n]
+        assert array is not None, "every leaf is used once"
+        return array
+
+    def _finish(self, n: int, array: jax.Array) -> None:
+        source = self._source(n)
+        self.found[n], self.data[n] = array, None
+        if id(source) in self.uses:
+            self.uses[id(source)] -= 1
+            if self.uses[id(source)] == 0:
+                _free(source, self.leaves[n].move)
+
+
+def _free(array: jax.Array, move: Move) -> None:
+    """Give up the source's shards, except those that the target holds as they are."""
+    kept = device_boxes(move.target, move.shape)
+    same_memory = move.source.memory_kind == move.target.memory_kind
+    for (device, box), shard in zip(
+        device_boxes(move.source, move.shape).items(), data_of(array), strict=True
+    ):
+        if not (same_memory and kept.get(device) == box):
+            shard.delete()
+
+
+def prepare_reshard(
+    tree: Any,
+    target: Target,
+    *,
+    donate: bool = False,
+    device_bytes: int | None = None,
+    route: Route = "auto",
+) -> Resharder:
+    """A `Resharder` for trees like ``tree``: routes chosen, programs compiled, nothing moved.
+
+    Args:
+        tree: arrays, or ``jax.ShapeDtypeStruct``s that carry a sharding.
+        target: as for `reshard`, like all that follows.
+        donate: see `reshard`.
+        device_bytes: see `reshard`.
+        route: see `reshard`.
+
+    Raises:
+        LayoutError: as `reshard`.
+        NotFoundError: as `reshard`.
+    """
+    leaves, structure = leaves_of(tree, target)
+    units = units_of(leaves, route, device_bytes)
+    return Resharder(leaves, structure, units, donate=donate, device_bytes=device_bytes)
+
+
+def reshard(
+    tree: Any,
+    target: Target,
+    *,
+    donate: bool = False,
+    device_bytes: int | None = None,
+    route: Route = "auto",
+) -> Any:
+    """The arrays of ``tree`` under other shardings, moved from device to device.
+
+    An array that already is where it should be is not copied: the result shares its memory,
+    as with ``jax.device_put``.
+
+    Args:
+        tree: a pytree of ``jax.Array``.
+        target: one sharding for all; a tree of them of the same structure; ``{name: sharding}``,
+            the name of a nested leaf being its keys joined by dots; a function of that name; or
+            a `Layout`, whose rank r is ``jax.devices()[r]``. In place of a sharding, a
+            ``PartitionSpec`` means the array's own mesh, and an array or ``ShapeDtypeStruct``
+            its sharding.
+        donate: free each source array as soon as it has been moved.
+        device_bytes: a bound on what is in flight on each device beyond sources and targets.
+        route: ``"auto"``; ``"device"`` to use what an accelerator would, also on the CPU
+            backend; ``"views"`` to insist on the CPU backend's own.
+
+    Raises:
+        LayoutError: a target cannot hold its array, is not on this process's devices, cannot be
+            reached within ``device_bytes``, or an array was donated before.
+        NotFoundError: the target does not name some arrays.
+    """
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        _check_alive(jax.tree_util.keystr(path, simple=True, separator="."), x)
+    return prepare_reshard(tree, target, donate=donate, device_bytes=device_bytes, route=route)(
+        tree
+    )
+
+
+def gather(tree: Any, device: jax.Device | None = None, *, host: bool = False) -> Any:
+    """The arrays of ``tree`` whole: on one device, on each of their own, or on the host.
+
+    Args:
+        tree: a pytree of ``jax.Array``.
+        device: put every array on this one; by default each becomes a replica on every device
+            it is on.
+        host: return NumPy arrays, put together shard by shard, so that no device ever
+            holds more than it does now.
+
+    Raises:
+        LayoutError: both are asked for, or keys of a random generator are to go to the host.
+    """
+    if host and device is not None:
+        raise LayoutError(f"gather: both {device} and the host were asked for. Choose one.")
+    if host:
+        named, structure = jax.tree_util.tree_flatten_with_path(tree)
+        return jax.tree_util.tree_unflatten(structure, [_on_host(p, x) for p, x in named])
+    if device is not None:
+        return reshard(tree, SingleDeviceSharding(device))
+    return reshard(tree, jax.tree.map(_replicated, tree))
+
+
+def _replicated(array: jax.Array) -> NamedSharding:
+    source = array.sharding
+    if isinstance(source, NamedSharding):
+        return NamedSharding(source.mesh, PartitionSpec())
+    devices = np.array(sorted(source.device_set, key=attrgetter("id")), dtype=object)
+    return NamedSharding(Mesh(devices, ("device",)), PartitionSpec())
+
+
+def _on_host(path: Sequence[Any], array: jax.Array) -> np.ndarray[Any, Any]:
+    name = jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+    sharding = sharding_of(name, array)
+    _check_alive(name, array)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise LayoutError(f"{name}: keys have no NumPy dtype. Gather jax.random.key_data(keys).")
+    whole = np.empty(array.shape, array.dtype)
+    filled = set()
+    for box, shard in zip(
+        device_boxes(sharding, array.shape).values(), data_of(array), strict=True
+    ):
+        if box not in filled:
+            filled.add(box)
+            # a wrapper of its own, so that JAX does not keep the host copy with the source
+            alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
+            np.copyto(whole[box.slices], np.asarray(alone))
+    return whole
+
+
+def _check_alive(name: str, array: Any) -> None:
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise LayoutError(
+            f"{name or 'the array'}: it was donated or deleted, and holds nothing any more. Use "
+            "what the earlier call returned, or call it with donate=False."
+        )
+
+
+def _check_as_planned(leaf: Leaf, array: Any) -> None:
+    move = leaf.move
+    if sharding_of(leaf.name, array) == move.source and (
+        leaf.key_impl is not None or (array.shape, array.dtype) == (move.shape, move.dtype)
+    ):
+        return
+    if not isinstance(array, jax.Array):
+        raise LayoutError(f"{leaf.name}: a {type(array).__name__} holds nothing. Give the array.")
+    raise LayoutError(
+        f"{leaf.name}: prepared for {move.dtype} {move.shape} on {move.source}; this is "
+        f"{array.dtype} {array.shape} on {array.sharding}. Prepare a resharder for it."
+    )
+
+
+def _is_cpu(array: jax.Array) -> bool:
+    return bool(next(iter(array.devices())).platform == "cpu")
+
+
+def _plan(leaves: Sequence[Leaf], units: Sequence[Unit], device_bytes: int | None) -> ReshardPlan:
+    rows: dict[int, LeafPlan] = {}
+    programs = {}
+    for unit in units:
+        for stage in unit.stages:
+            if stage.num_compiled:
+                programs[id(stage.program)] = stage.num_compiled
+        for n, between in zip(unit.leaves, unit.between, strict=True):
+            move = leaves[n].move
+            moved = traffic(move)
+            rows[n] = LeafPlan(
+                leaves[n].name,
+                move.shape,
+                str(move.dtype),
+                unit.kind,
+                between,
+                moved.same_device_bytes,
+                moved.cross_device_bytes,
+                unit.intermediate_bytes,
+            )
+    ordered = tuple(rows[n] for n in sorted(rows))
+    return ReshardPlan(ordered, sum(programs.values()), device_bytes)

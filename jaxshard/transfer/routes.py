@@ -1,0 +1,144 @@
+"""Which way a move goes. Chosen once per geometry, before anything moves.
+
+    stay       every device already holds its shard: another label on the same memory
+    copy       every target shard is some whole source shard: copied device to device
+    compiled   one set of devices: an XLA program, its intermediates checked
+    pieces     anything else: cut, copy device to device, join
+    views      on the CPU backend: put together from zero-copy views of the shards
+    empty      no elements
+
+Memory kinds other than the device's own are entered and left by a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+
+from ..errors import LayoutError
+from . import compiled
+from .geometry import Move, Traffic, is_relabelling, stays, traffic
+from .shards import default_memory_kind
+
+Kind = Literal["stay", "copy", "compiled", "pieces", "views", "empty"]
+Route = Literal["auto", "device", "views"]
+
+
+def dominant(kinds: Iterable[Kind]) -> Kind:
+    """The kind that names a way of several legs: the one that does the work.
+
+    >>> dominant(["copy", "compiled", "copy"])
+    'compiled'
+    """
+    return max(kinds, key=get_args(Kind).index)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One leg of the way, and how it is done."""
+
+    kind: Kind
+    move: Move
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """All legs of a move, first to last."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the leg that does the work."""
+        return dominant(s.kind for s in self.steps)
+
+    @property
+    def between(self) -> tuple[Sharding, ...]:
+        """The shardings the array has on its way."""
+        return tuple(s.move.target for s in self.steps[:-1])
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes delivered on all legs."""
+        return sum((traffic(s.move) for s in self.steps), Traffic())
+
+
+@lru_cache(maxsize=8192)
+def choose(move: Move, route: Route = "auto") -> Way:
+    """The way for ``move``.
+
+    Raises:
+        LayoutError: ``route`` is not one, or cannot carry this move.
+    """
+    if route not in get_args(Route):
+        raise LayoutError(f"route {route!r} is not one of {', '.join(get_args(Route))}.")
+    if move.is_empty:
+        return Way((Step("empty", move),))
+    same_memory = _memory_kind(move.source) == _memory_kind(move.target)
+    if same_memory and stays(move):
+        return Way((Step("stay", move),))
+    reason = _no_views(move)
+    if route == "views" and reason:
+        raise LayoutError(f'route "views" works where host memory is device memory; {reason}.')
+    if route != "device" and not reason:
+        return Way((Step("views", move),))
+    if is_relabelling(move):
+        return Way((Step("copy", move),))
+    return _staged(move)
+
+
+def _staged(move: Move) -> Way:
+    """Between the devices' own memories, entered and left by a copy where need be."""
+    source, target = _in_default_memory(move.source), _in_default_memory(move.target)
+    steps = []
+    if source != move.source:
+        steps.append(Step("copy", Move(move.shape, move.dtype, move.source, source)))
+    inner = Move(move.shape, move.dtype, source, target)
+    steps += _inner(inner)
+    if target != move.target:
+        steps.append(Step("copy", Move(move.shape, move.dtype, target, move.target)))
+    return Way(tuple(steps))
+
+
+def _inner(move: Move) -> list[Step]:
+    found = compiled.route(move)
+    if found is None:
+        return [Step("pieces", move)]
+    return [Step("compiled", m) for m in found]
+
+
+def piece_limit(move: Move) -> int:
+    """What the pieces of ``move`` may take on a device: the same bound as a program's."""
+    return int(compiled.MAX_RATIO * move.shard_bytes)
+
+
+def _no_views(move: Move) -> str:
+    """Why the views route cannot take ``move``; empty where it can."""
+    devices = (*move.source_devices, *move.target_devices)
+    other = next((d for d in devices if d.platform != "cpu"), None)
+    if other is not None:
+        return f"{other} is not of the CPU backend"
+    if compiled.bits_of(move.dtype) < 8:
+        return f"{move.dtype} elements are narrower than a byte and have no such view"
+    return ""
+
+
+def _memory_kind(sharding: Sharding) -> str:
+    device = next(iter(sharding.device_set))
+    return sharding.memory_kind or default_memory_kind(device)
+
+
+def _in_default_memory(sharding: Sharding) -> Sharding:
+    kind = default_memory_kind(next(iter(sharding.device_set)))
+    if _memory_kind(sharding) == kind:
+        return sharding
+    if not isinstance(sharding, NamedSharding | SingleDeviceSharding):
+        raise LayoutError(
+            f"{type(sharding).__name__} in {sharding.memory_kind} memory cannot be moved. "
+            "Use a NamedSharding."
+        )
+    return sharding.with_memory_kind(kind)

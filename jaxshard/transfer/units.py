@@ -1,0 +1,215 @@
+"""Leaves become units of work: how many leaves one program takes along, and what it costs.
+
+A program is compiled for a tuple of geometries. Where a tree has few geometries, each
+has its own program, called once per leaf. Where it has hundreds, a program takes a group of
+them along, so that the number of compilations follows the bytes and not the shapes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import LayoutError
+from . import compiled, piecewise
+from .geometry import Move
+from .routes import Kind, Route, Step, Way, choose, dominant, piece_limit
+from .shards import data_of, gathered_from, relabelled
+from .targets import Leaf
+
+Run = Callable[[Sequence[jax.Array]], list[jax.Array]]
+
+_FEW_GEOMETRIES = 8
+_MAX_TOGETHER = 16  # geometries in one program: compiling takes about 10 ms more for each
+_TOGETHER_BYTES = 256 << 20  # their shards, together
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One leg for all leaves of a unit."""
+
+    run: Run
+    kind: Kind
+    intermediate_bytes: int = 0
+    num_compiled: int = 0
+    program: object = None  # what two units that share it have in common
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Leaves (by number) that go together, leg by leg."""
+
+    leaves: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    between: tuple[tuple[str, ...], ...]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its work."""
+        return dominant(s.kind for s in self.stages)
+
+    @property
+    def intermediate_bytes(self) -> int:
+        """Bytes in flight on the fullest device, beyond the source and the target."""
+        return max((s.intermediate_bytes for s in self.stages), default=0)
+
+    @property
+    def has_collectives(self) -> bool:
+        """Whether devices wait for each other inside its programs."""
+        return any(s.kind == "compiled" for s in self.stages)
+
+
+def units_of(leaves: Sequence[Leaf], route: Route, device_bytes: int | None) -> list[Unit]:
+    """All units, in the order of their first leaves; programs are compiled here.
+
+    Raises:
+        LayoutError: a leaf cannot be moved within ``device_bytes``, or not by ``route``.
+    """
+    ways = []
+    for leaf in leaves:
+        try:
+            ways.append(choose(leaf.move, route))
+        except LayoutError as e:
+            raise LayoutError(f"{leaf.name}: {e}") from e
+    units = []
+    for group in _groups(ways):
+        units += _compile(leaves, [(n, ways[n]) for n in group], device_bytes)
+    return sorted(units, key=lambda u: u.leaves)
+
+
+def _groups(ways: Sequence[Way]) -> Iterator[tuple[int, ...]]:
+    """Leaves that share a program; groups alike in their geometries come out alike."""
+    alone: list[int] = []
+    similar: dict[object, dict[Way, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for n, way in enumerate(ways):
+        if way.kind in ("compiled", "pieces"):
+            key = tuple((s.kind, s.move.source_devices, s.move.target_devices) for s in way.steps)
+            similar[key][way].append(n)
+        else:
+            alone.append(n)
+    yield from ((n,) for n in alone)
+    for geometries in similar.values():
+        # alike in number next to each other, so that the rounds below seldom differ
+        ordered = sorted(geometries.values(), key=len)
+        size = 1 if len(ordered) <= _FEW_GEOMETRIES else _MAX_TOGETHER
+        for together in _chunks(ordered, size, [ways[g[0]] for g in ordered]):
+            for nth in range(max(map(len, together))):
+                yield tuple(numbers[nth] for numbers in together if nth < len(numbers))
+
+
+def _chunks(
+    ordered: Sequence[list[int]], size: int, ways: Sequence[Way]
+) -> Iterator[list[list[int]]]:
+    chunk: list[list[int]] = []
+    chunk_bytes = 0
+    for numbers, way in zip(ordered, ways, strict=True):
+        weight = 2 * way.steps[0].move.shard_bytes
+        if chunk and (len(chunk) == size or chunk_bytes + weight > _TOGETHER_BYTES):
+            yield chunk
+            chunk, chunk_bytes = [], 0
+        chunk.append(numbers)
+        chunk_bytes += weight
+    if chunk:
+        yield chunk
+
+
+def _compile(
+    leaves: Sequence[Leaf], group: Sequence[tuple[int, Way]], device_bytes: int | None
+) -> list[Unit]:
+    """One unit for the group, or several where together they are over the bounds."""
+    stages: list[Stage] = []
+    for steps in zip(*(way.steps for _, way in group), strict=True):
+        stage = _stage(steps, device_bytes)
+        if stage is not None:
+            stages.append(stage)
+        elif len(group) > 1:
+            return [u for one in group for u in _compile(leaves, [one], device_bytes)]
+        elif steps[0].kind == "compiled":
+            return _compile(leaves, [(group[0][0], _in_pieces(group[0][1]))], device_bytes)
+        else:
+            raise _too_much(leaves[group[0][0]], steps[0].move, device_bytes)
+    between = tuple(tuple(str(getattr(s, "spec", s)) for s in way.between) for _, way in group)
+    return [Unit(tuple(n for n, _ in group), tuple(stages), between)]
+
+
+def _in_pieces(way: Way) -> Way:
+    """The same way with its programs replaced by one step of pieces."""
+    legs = [s for s in way.steps if s.kind == "compiled"]
+    first = way.steps.index(legs[0])
+    ends = Move(legs[0].move.shape, legs[0].move.dtype, legs[0].move.source, legs[-1].move.target)
+    rest = way.steps[first + len(legs) :]
+    return Way((*way.steps[:first], Step("pieces", ends), *rest))
+
+
+def _stage(steps: Sequence[Step], device_bytes: int | None) -> Stage | None:
+    """The leg, compiled; None where it is over the bounds."""
+    kind, moves = steps[0].kind, tuple(s.move for s in steps)
+    if kind == "compiled":
+        return _compiled_stage(moves, device_bytes)
+    if kind == "pieces":
+        return _pieces_stage(moves, device_bytes)
+    one = {"stay": _stay, "copy": _copy, "empty": _empty, "views": _stay}[kind]
+    return Stage(lambda arrays: [one(m, x) for m, x in zip(moves, arrays, strict=True)], kind)
+
+
+def _compiled_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage | None:
+    found = compiled.program(moves)
+    in_flight = found.peak.temporary_bytes
+    if not found.fits or (device_bytes is not None and in_flight > device_bytes):
+        return None
+
+    def run(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        return found([relabelled(x, m.source) for x, m in zip(arrays, moves, strict=True)])
+
+    return Stage(run, "compiled", in_flight, 1, found)
+
+
+def _pieces_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage | None:
+    limits = [piece_limit(m) for m in moves]
+    if device_bytes is not None:
+        limits = [min(n, device_bytes) for n in limits]
+    found = piecewise.program(moves, tuple(limits))
+    if device_bytes is not None and found.peak_bytes > device_bytes:
+        return None
+    return Stage(found, "pieces", found.peak_bytes, found.num_compiled, found)
+
+
+def _stay(move: Move, array: jax.Array) -> jax.Array:
+    held = dict(zip(move.source_devices, data_of(array), strict=True))
+    return jax.make_array_from_single_device_arrays(
+        move.shape, move.target, [held[d] for d in move.target_devices], dtype=move.dtype
+    )
+
+
+def _copy(move: Move, array: jax.Array) -> jax.Array:
+    data = data_of(array)
+    held = dict(zip(move.source_devices, move.source_boxes, strict=True))
+    own = dict(zip(move.source_devices, data, strict=True))
+    holders: dict[object, list[jax.Array]] = defaultdict(list)
+    for box, shard in zip(move.source_boxes, data, strict=True):
+        holders[box].append(shard)
+    sent: dict[object, int] = defaultdict(int)
+    chosen = []
+    for device, box in zip(move.target_devices, move.target_boxes, strict=True):
+        if held.get(device) == box:
+            chosen.append(own[device])
+        else:  # the replicas take turns
+            chosen.append(holders[box][sent[box] % len(holders[box])])
+            sent[box] += 1
+    return gathered_from(chosen, move.target, move.shape)
+
+
+def _empty(move: Move, array: jax.Array) -> jax.Array:
+    return jnp.zeros(move.shape, move.dtype, device=move.target)
+
+
+def _too_much(leaf: Leaf, move: Move, device_bytes: int | None) -> LayoutError:
+    needed = piecewise.program((move,), (0,)).peak_bytes
+    return LayoutError(
+        f"{leaf.name}: moving {move.dtype} {move.shape} takes {needed:,} bytes in flight on one "
+        f"device, and device_bytes is {device_bytes:,}. Raise it to {needed:,} or more."
+    )
