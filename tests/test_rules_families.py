@@ -51,6 +51,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**SMALL, "num_key_value_heads": 8, "head_dim": 8},
 }
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")
+NO_PLAN = (*ENCODERS, "gpt2", "opt", "falcon", "bloom")  # transformers has none for these
 TEXT = sorted(set(MODEL_TYPES) - {"gemma3"})  # the text half of gemma3 is gemma3_text
 
 
@@ -114,12 +115,10 @@ def dim_of(made: Layout, name: str) -> int | None:
     return next((dim for dim, axes in enumerate(spec) if "mp" in axes), None)
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", [kind for kind in TEXT if kind not in NO_PLAN])
 def test_the_tensor_parallel_plan_of_transformers_says_the_same(kind: str) -> None:
     model = build(kind)
-    plan = getattr(model, "_tp_plan", None)
-    if not plan:
-        pytest.skip(f"transformers has no tensor parallel plan for {kind}")
+    plan = model._tp_plan
     shapes = in_memory(model)
     made = layout(shapes, Strategy(mp=2), rules_for(Model(kind), shapes))
     compared = 0
@@ -295,3 +294,39 @@ def test_deepseeks_extra_tensors_have_homes() -> None:
     assert {p.first_rank // 4 for n in extra for p in made.placements[n]} == {1}
     scale = made.placements["model.layers.4.mlp.experts.1.down_proj.weight_scale_inv"][0]
     assert str(scale) == "[-,mp] over edp1 mp2 from rank 6"
+
+
+def _heads(hidden: int, heads: int, kv: int) -> dict[str, int]:
+    return {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {**_heads(4096, 32, 32), "intermediate_size": 11008, "vocab_size": 32000}),
+        ("llama", {**_heads(4096, 32, 8), "intermediate_size": 14336, "vocab_size": 128256}),
+        ("qwen2", {**_heads(896, 14, 2), "intermediate_size": 4864, "vocab_size": 151936}),
+        ("qwen2", {**_heads(3584, 28, 4), "intermediate_size": 18944, "vocab_size": 152064}),
+        ("phi3", {**_heads(3072, 32, 32), "intermediate_size": 8192, "vocab_size": 32064}),
+        ("gemma3_text", {**_heads(640, 4, 1), "intermediate_size": 2048, "vocab_size": 262144}),
+        ("gpt2", {"n_embd": 1600, "n_head": 25, "vocab_size": 50257}),
+        ("bert", {"hidden_size": 384, "intermediate_size": 1536, "vocab_size": 30522}),
+        ("roberta", {"vocab_size": 50265}),
+        ("opt", {"vocab_size": 50272}),
+        ("gpt_neox", {"hidden_size": 512, "num_attention_heads": 8, "vocab_size": 50304}),
+        ("falcon", {"hidden_size": 4544, "num_attention_heads": 71, "vocab_size": 65024}),
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("deepseek_v3", {"first_k_dense_replace": 1}),
+    ],
+)
+def test_models_of_real_size_divide(kind: str, sizes: dict[str, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 2}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **layers)
+    auto = "AutoModelForMaskedLM" if kind in ENCODERS else "AutoModelForCausalLM"
+    with torch.device("meta"):  # shapes, no memory
+        shapes = in_memory(getattr(transformers, auto).from_config(config))
+    for mp in (2, 4, 8):
+        assert layout(shapes, Strategy(mp=mp), rules_for(Model(kind), shapes)).notes == ()

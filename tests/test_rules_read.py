@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from jaxshard.errors import LayoutError
-from jaxshard.rules import Rules, read_rules
+from jaxshard.rules import FAMILIES, MODEL_TYPES, Rules, read_rules
+from jaxshard.rules.table import AXES
 
 FULL = """
 name = "my model"
@@ -85,3 +89,17 @@ def test_users_rules_are_asked_first_and_complete_the_others() -> None:
     assert both.specs == (("a", "mp"), ("*", "-"))
     assert (both.layers, both.first, both.last) == (("h.{layer}.",), ("wte.*",), ("a",))
     assert both.name == "mine.toml + base"
+
+
+def test_the_example_of_the_documentation_is_right() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "rules.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    rules = read_rules(example)
+    assert rules.layers_per_stage == (7, 9)
+    assert [str(spec) for spec in rules.parsed] == ["mp,-", "ep,-,mp", "whole", "-,-"]
+
+
+def test_the_documentation_names_every_family_and_axis() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "rules.md").read_text()
+    missing = [n for n in (*FAMILIES, *MODEL_TYPES, *AXES) if not re.search(rf"\b{n}\b", text)]
+    assert missing == ["gemma3_text"]  # said there as "gemma3 (text)"

@@ -17,10 +17,10 @@ from .table import Rules
 Policy = Literal["error", "replicate"]
 
 _NOTES = {
-    "unmatched": "{} tensors match no rule and are whole on every rank of their stage: {}.",
-    "uneven": "{} dims do not divide and are left whole: {}.",
-    "no stage": "{} tensors belong to no stage and are held by every stage: {}.",
-    "no shard": "{} tensors keep their replicas, the optimizer shard does not fit them: {}.",
+    "unmatched": "no rule matches {}, whole on every rank of the stage: {}.",
+    "uneven": "left whole, for it does not divide: {}: {}.",
+    "no stage": "of no stage, so held by every stage: {}: {}.",
+    "no shard": "not cut by the optimizer shard, which does not fit: {}: {}.",
 }
 
 
@@ -58,19 +58,19 @@ class Findings:
         """
         if unmatched == "error" and "unmatched" in self._names:
             raise LayoutError(
-                f"{self._count('unmatched')} tensors match none of the rules {rules.name}: "
+                f"none of the rules {rules.name} matches {self._count('unmatched')}: "
                 f"{self._lines('unmatched')}. {self._remedy(rules)}, or ask for whole copies on "
                 'every rank of the stage with unmatched="replicate".'
             )
         if "misfit" in self._names:
             raise LayoutError(
-                f"{self._count('misfit')} tensors do not have the dims of their rule: "
+                f"the rule has other dims than {self._count('misfit')}: "
                 f'{self._lines("misfit")}. Write one part for each dim, or "-" alone for whole.'
             )
         if uneven == "error" and "uneven" in self._names:
             first = next(iter(self._names["uneven"]))[0].replace("#", "*")
             raise LayoutError(
-                f"{self._count('uneven')} dims do not divide for {strategy}: "
+                f"{strategy} does not divide {self._count('uneven')}: "
                 f"{self._lines('uneven')}. Take a strategy that divides them, leave the tensor "
                 f'whole with the rule "{first}" = "-", or every such dim with uneven="replicate".'
             )
@@ -88,8 +88,9 @@ class Findings:
             if what in self._names
         )
 
-    def _count(self, what: str) -> int:
-        return sum(map(len, self._names[what].values()))
+    def _count(self, what: str) -> str:
+        number = sum(map(len, self._names[what].values()))
+        return f"{number} {'dim' if what == 'uneven' else 'tensor'}{'s' if number > 1 else ''}"
 
     def _lines(self, what: str, limit: int = 5) -> str:
         """For each kind the first name, its numbers, and how many more there are."""
