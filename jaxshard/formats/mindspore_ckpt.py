@@ -249,7 +249,7 @@ class _Found:
         first = run[0]
         if first.tag in self.entries or first.tag in self.strings:
             raise self._wrong(first, "is there twice, in different places")
-        if any(v.dims != first.dims or v.tensor_type != first.tensor_type for v in run):
+        if any(v.dims != first.dims or v.tensor_type != first.tensor_type for v in run[1:]):
             raise self._wrong(first, "is in parts of different dims or dtypes")
         if first.tensor_type == STRING:
             self.strings[first.tag] = self._text(run)

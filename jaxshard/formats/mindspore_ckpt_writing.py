@@ -76,7 +76,7 @@ def layout_file(
         chunk_bytes: where larger tensors are cut.
 
     Raises:
-        LayoutError: a name stands twice, MindSpore has no such dtype, or a tensor is empty.
+        LayoutError: a name stands twice, MindSpore has no such dtype, or a tensor has shape (0,).
 
     >>> from ..dtypes import dtype
     >>> layout_file([("w", dtype("F32"), (2, 3))]).spans("w", 4, 8)
@@ -125,7 +125,7 @@ class _Building:
 
     def tensor(self, name: str, shape: tuple[int, ...], tensor_type: str, length: int) -> None:
         starts = list[int]()
-        for offset in range(0, length, self._chunk_bytes):
+        for offset in range(0, max(length, 1), self._chunk_bytes):  # an empty one has a value too
             part = min(self._chunk_bytes, length - offset)
             self._put(_value_head(name, shape, tensor_type, part))
             starts.append(self.at)
@@ -182,9 +182,9 @@ def _bytes_of(name: str, kind: DType, shape: tuple[int, ...]) -> int:
         size = num_bytes(shape, kind)
     except FormatError as error:
         raise LayoutError(f"{shown(name)}: {error} Cast it.") from None
-    if not size:
+    if shape == (0,):
         raise LayoutError(
-            f"{shown(name)} has shape {shape}, no element at all, which MindSpore's .ckpt cannot "
-            "hold. Write safetensors, or leave it out with --exclude."
+            f"{shown(name)} has shape (0,), which MindSpore's .ckpt takes for a number without "
+            "dims. Write safetensors, or leave it out with --exclude."
         )
     return size

@@ -65,14 +65,14 @@ class Reader:
         block = self._block
         if at < stop and block[index] < 0x80:
             return block[index], at + 1
-        value = 0
-        for i in range(min(_MAX_VARINT_BYTES, stop - at)):
-            byte = block[index + i]
-            value |= (byte & 0x7F) << 7 * i
+        value = shift = 0
+        for byte in block[index : index + min(_MAX_VARINT_BYTES, stop - at)]:
+            value |= (byte & 0x7F) << shift
+            shift += 7
             if byte < 0x80:
                 if value >= _WORD:
                     break
-                return value, at + i + 1
+                return value, at + shift // 7
         raise self.damaged(at, "a number runs past 64 bits or past the end of its message")
 
     def field(self, at: int, stop: int) -> Field:
@@ -81,7 +81,17 @@ class Reader:
         Raises:
             FormatError: it is of no known kind, or longer than its message.
         """
-        key, start = self.varint(at, stop)
+        index, block = at - self._base, self._block
+        if 0 <= index < len(block) - 1 and at + 1 < stop and block[index] < 0x80:
+            key, start = block[index], at + 1  # most keys: one byte, and its number or length too
+            value = block[index + 1]
+            if value < 0x80 and key > 7:
+                if key & 7 == VARINT:
+                    return key >> 3, VARINT, value, at + 2
+                if key & 7 == BYTES and value <= stop - at - 2:
+                    return key >> 3, BYTES, at + 2, at + 2 + value
+        else:
+            key, start = self.varint(at, stop)
         number, kind = key >> 3, key & 7
         if kind == VARINT:
             return number, kind, *self.varint(start, stop)

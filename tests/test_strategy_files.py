@@ -1,0 +1,621 @@
+"""Strategy files against MindSpore's own, and their algebra against a plain reading of its rule."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+from golden_files import HERE, LAYOUTS, WITH_WEIGHTS, golden, shapes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxshard.box import Box
+from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
+from jaxshard.formats import strategy_files as sf
+from jaxshard.formats import strategy_messages as messages
+from jaxshard.formats.folder import MemoryFolder
+from jaxshard.formats.strategy_files import ParamLayout
+from jaxshard.layout import Layout, Placement, shard_dim_over_replicas
+
+GOLDEN_FILES = sorted(
+    str(p.relative_to(HERE)) for p in HERE.glob("dp*/**/*strategy*.ckpt") if p.is_file()
+)
+
+
+def folder_of(where: Path) -> MemoryFolder:
+    files = [where] if where.is_file() else sorted(p for p in where.rglob("*") if p.is_file())
+    base = where.parent if where.is_file() else where
+    return MemoryFolder({str(p.relative_to(base)): p.read_bytes() for p in files}, str(base))
+
+
+def read(where: Path) -> sf.Strategies:
+    return sf.read(folder_of(where))
+
+
+# ------------------------------------------------------------------ MindSpore's own files
+
+
+@pytest.mark.parametrize("path", GOLDEN_FILES)
+def test_what_mindspore_wrote_is_written_back_byte_for_byte(path: str) -> None:
+    data = (HERE / path).read_bytes()
+    assert messages.to_bytes(sf.read_file(MemoryFolder({path: data}), path)) == data
+
+
+def test_golden_files_are_there() -> None:
+    assert len(GOLDEN_FILES) > 80
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_folder_of_raw_files_says_what_the_merged_file_says(name: str) -> None:
+    raw, merged = read(golden(name, "strategy")), read(golden(name, "merged_strategy.ckpt"))
+    assert {s: v.params for s, v in raw.stages.items()} == {
+        s: v.params for s, v in merged.stages.items()
+    }
+    assert sf.layout(raw) == sf.layout(merged)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_we_merge_as_mindspore_does(name: str) -> None:
+    """As sets: MindSpore takes the files in the order in which the directory lists them."""
+    ours = sf.merged_file(read(golden(name, "strategy")))
+    folder = MemoryFolder({"o": ours, "t": golden(name, "merged_strategy.ckpt").read_bytes()})
+    assert messages.items(folder, "o") == messages.items(folder, "t")
+    assert ours[:2] == b"\x08\x01"
+
+
+def rank_tensors(name: str) -> Iterator[tuple[int, str, object]]:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    for path in sorted(golden(name, "src_safetensors").glob("rank_*/*.safetensors")):
+        rank = int(path.parent.name.removeprefix("rank_"))
+        for tensor, array in safetensors.load_file(path).items():
+            yield rank, tensor, array
+
+
+def full_tensors(name: str) -> dict[str, object]:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    return dict(safetensors.load_file(golden(name, "full", "full.safetensors")))
+
+
+def check_ranks_hold_our_boxes(name: str, layout: Layout) -> int:
+    full, count = full_tensors(name), 0
+    for rank, tensor, array in rank_tensors(name):
+        if tensor not in layout.placements:  # global_step and the like are on no strategy
+            continue
+        whole = full[tensor]
+        box = layout.box_of(tensor, whole.shape, rank)
+        assert box is not None
+        assert array.shape == box.shape, (rank, tensor)
+        assert array.tobytes() == whole[box.slices].tobytes(), (rank, tensor)
+        local = next(p for p in layout.placements[tensor] if rank in p.ranks)
+        assert sf.full_shape(local, array.shape) == whole.shape
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_every_rank_holds_the_boxes_we_read_from_its_strategy(name: str) -> None:
+    pytest.importorskip("ml_dtypes")
+    assert check_ranks_hold_our_boxes(name, sf.layout(read(golden(name, "strategy")))) > 200
+
+
+def test_the_same_check_fails_with_another_strategy() -> None:
+    wrong = sf.layout(read(golden("dp4mp2", "strategy")))  # the same net without optimizer shard
+    with pytest.raises(AssertionError):
+        check_ranks_hold_our_boxes("dp4mp2_opt2", wrong)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n not in WITH_WEIGHTS])
+def test_every_rank_of_the_full_golden_set_holds_our_boxes(name: str) -> None:
+    layout = sf.layout(read(golden(name, "strategy")))
+    golden(name, "src_safetensors")
+    assert check_ranks_hold_our_boxes(name, layout) > 80
+
+
+# ------------------------------------------------------------------ the algebra
+
+
+def plain_boxes(param: ParamLayout, shape: tuple[int, ...]) -> list[Box]:
+    """MindSpore's rule read literally, rank by rank, without axes being factored."""
+    dev, n = param.dev_matrix, len(param.dev_matrix)
+    maps = param.tensor_maps if len(param.tensor_maps) > 1 else [(v,) for v in param.tensor_maps[0]]
+    used = {v for dim in maps for v in dim if v != -1}
+    out = []
+    for rank in range(prod(dev)):
+        c, rest = [0] * n, rank
+        for i in reversed(range(n)):
+            rest, c[i] = divmod(rest, dev[i])
+        start, stop = [], []
+        for length, dim in zip(shape, maps, strict=True):
+            index, parts = 0, 1
+            for v in dim:
+                if v != -1:
+                    index, parts = index * dev[n - 1 - v] + c[n - 1 - v], parts * dev[n - 1 - v]
+            start.append(index * (length // parts))
+            stop.append((index + 1) * (length // parts))
+        left = param.opt_weight_shard_size
+        free = [i for i in range(n) if n - 1 - i not in used and dev[i] > 1]
+        if left == -1:
+            left = prod(dev[i] for i in free)
+        index, weight = 0, 1
+        for i in reversed(free):  # innermost first: its digit is the low one
+            take = min(dev[i], left)
+            index += c[i] % take * weight
+            weight, left = weight * take, left // take
+            if left <= 1:
+                break
+        part = (stop[0] - start[0]) // weight
+        start[0] += index * part
+        stop[0] = start[0] + part
+        out.append(Box(tuple(start), tuple(stop)))
+    return out
+
+
+@st.composite
+def param_layouts(draw: st.DrawFn) -> tuple[ParamLayout, int]:
+    """Any layout with an optimizer shard that fits, and the tensor's dims."""
+    dev = tuple(draw(st.lists(st.sampled_from([1, 2, 2, 4, 3]), min_size=1, max_size=4)))
+    ndim = draw(st.integers(1, 3))
+    axes = draw(st.permutations(range(len(dev))))
+    dims: list[list[int]] = [[] for _ in range(ndim)]
+    for axis in axes[: draw(st.integers(0, len(dev)))]:
+        dims[draw(st.integers(0, ndim - 1))].append(axis)
+    if ndim == 1:
+        dims = [dims[0][:1]]
+    nested = ndim > 1 and any(len(d) > 1 for d in dims)
+    maps = tuple(tuple(d) or (-1,) for d in dims)
+    if not nested:
+        maps = (tuple(v for d in maps for v in d),)
+    used = {v for d in dims for v in d}
+    free = [i for i in range(len(dev)) if len(dev) - 1 - i not in used and dev[i] > 1]
+    ways, step, sizes = 1, 0, []
+    for i in reversed(free):  # what the rule can use: whole axes, then a divisor of the next
+        sizes += [ways * f for f in range(2, dev[i] + 1) if dev[i] % f == 0]
+        step = step or prod(dev[i + 1 :])
+        ways *= dev[i]
+    size = draw(st.sampled_from([0, *sizes, -1])) if sizes else 0
+    return ParamLayout(dev, maps, step if size else 0, size), ndim
+
+
+@given(param_layouts())
+def test_placements_are_the_boxes_of_mindspores_rule(case: tuple[ParamLayout, int]) -> None:
+    param, ndim = case
+    shape = (288,) * ndim
+    wanted = plain_boxes(
+        replace(param, opt_weight_shard_size=param.opt_weight_shard_size or 1), shape
+    )
+    placement = sf.placement(param, stage=2)
+    assert list(placement.boxes(shape)) == wanted
+    assert placement.first_rank == 2 * prod(param.dev_matrix)
+    assert sf.full_shape(placement, wanted[0].shape) == shape
+
+
+@given(param_layouts(), st.booleans())
+def test_a_placement_survives_being_written(
+    case: tuple[ParamLayout, int], optimizer_shard: bool
+) -> None:
+    param, ndim = case
+    shape = (288,) * ndim
+    placement = sf.placement(param)
+    try:
+        back = sf.param_layout(placement, ndim, optimizer_shard=optimizer_shard)
+    except LayoutError:
+        assert ndim == 1  # the one thing that cannot be said
+        assert len(placement.spec[0]) > 1
+        return
+    assert sf.placement(back).boxes(shape) == placement.boxes(shape)
+    data = messages.to_bytes(
+        sf.StrategyFile("f", {0: {"w-1": back}}, (sf.Operator("op", 0),), True, 1)
+    )
+    assert sf.read_file(MemoryFolder({"f": data}), "f").stages[0]["w-1"] == back
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_written_say_what_the_golden_ones_say(name: str) -> None:
+    given_ = read(golden(name, "strategy"))
+    layout = sf.layout(given_)
+    full = {n: s for n, s in shapes(name).items() if n in layout.placements}
+    shards = "opt" in name
+    ours = sf.from_layout(layout, full, optimizer_shard=shards)
+    again = sf.layout(ours)
+    for tensor, shape in full.items():
+        assert [p.boxes(shape) for p in again.placements[tensor]] == [
+            p.boxes(shape) for p in layout.placements[tensor]
+        ]
+    if name != "dp2cp2mp2_2axis":  # there we join the two axes, which MindSpore reads more safely
+        for number, stage in ours.stages.items():
+            theirs = given_.stages[number].params
+            assert stage.params == {n: theirs[n] for n in stage.params}
+
+
+def test_the_worked_example_of_an_optimizer_shard() -> None:
+    wq = sf.placement(ParamLayout((4, 2), ((0, -1),), 2, 2))
+    norm = sf.placement(ParamLayout((4, 2), ((-1,),), 1, 2))
+    boxes = wq.boxes((32, 32))
+    assert boxes[5] == boxes[1] == Box((16, 0), (24, 32))
+    assert boxes[3] == boxes[7] == Box((24, 0), (32, 32))
+    assert norm.boxes((32,))[5] == Box((16,), (32,))
+
+
+def test_three_ways_over_neighbouring_replica_axes_are_consecutive_ranks() -> None:
+    with pytest.raises(LayoutError):  # the axes alone do not factor
+        shard_dim_over_replicas(Placement((("a", 3), ("b", 2)), ((),)), 3)
+    boxes = sf.placement(ParamLayout((3, 2), ((-1,),), 1, 3)).boxes((6,))
+    assert [b.start[0] for b in boxes] == [0, 2, 4, 0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("placement", "ndim", "wanted"),
+    [
+        # one axis a dim: a flat map, also if it could be an optimizer shard
+        (Placement((("dp", 2), ("mp", 4)), (("mp",),)), 2, ParamLayout((2, 4), ((0, -1),))),
+        # neighbouring axes are joined
+        (
+            Placement((("dp", 2), ("cp", 2), ("mp", 2)), ((), ("cp", "mp"))),
+            2,
+            ParamLayout((2, 4), ((-1, 0),)),
+        ),
+        # dim 0 over mp, then over data ranks: an optimizer shard
+        (
+            Placement((("dp", 4), ("mp", 2)), (("mp", "dp"),)),
+            2,
+            ParamLayout((4, 2), ((0, -1),), 2, -1),
+        ),
+        # its factored axis is made one again
+        (
+            Placement((("dp_outer", 2), ("dp", 2), ("mp", 2)), (("mp", "dp"),)),
+            1,
+            ParamLayout((4, 2), ((0,),), 2, 2),
+        ),
+        # any other split over several axes: nested maps
+        (
+            Placement((("a", 2), ("b", 2), ("c", 2)), ((), ("a", "c"))),
+            2,
+            ParamLayout((2, 2, 2), ((-1,), (2, 0))),
+        ),
+        # MindSpore's tools get an optimizer shard wrong if the dims are split in other order
+        (
+            Placement((("a", 2), ("b", 2), ("c", 2)), (("c", "a"), ("b",))),
+            2,
+            ParamLayout((2, 2, 2), ((0, 2), (1,))),
+        ),
+        (Placement((("mp", 2),)), 0, ParamLayout((2,), ((),))),
+    ],
+)
+def test_placements_are_said_in_the_form_mindspore_reads_right(
+    placement: Placement, ndim: int, wanted: ParamLayout
+) -> None:
+    assert sf.param_layout(placement, ndim) == wanted
+
+
+def test_the_only_dim_over_distant_axes_cannot_be_said() -> None:
+    distant = Placement((("a", 2), ("b", 2), ("c", 2)), (("a", "c"),))
+    with pytest.raises(LayoutError, match="only dim"):
+        sf.param_layout(distant, 1)
+
+
+# ------------------------------------------------------------------ what folders may hold
+
+W = ParamLayout((2,), ((0, -1),))
+N = ParamLayout((2,), ((-1,),))
+
+
+def raw(stage: int, current_stage: int = 2, **params: ParamLayout) -> bytes:
+    return messages.to_bytes(
+        sf.StrategyFile("x", {stage: params}, (sf.Operator("op", stage),), False, current_stage)
+    )
+
+
+def test_the_stage_is_told_by_the_operators_and_not_by_name_or_count() -> None:
+    folder = MemoryFolder(
+        {"ckpt_strategy_rank_7.ckpt": raw(0, w=W), "ckpt_strategy_rank_0.ckpt": raw(1, v=W)}
+    )
+    strategies = sf.read(folder)
+    assert {s: list(v.params) for s, v in strategies.stages.items()} == {0: ["w"], 1: ["v"]}
+    assert (strategies.num_stages, strategies.stage_ranks, strategies.num_ranks) == (2, 2, 4)
+
+
+def test_files_are_found_by_number_beside_what_is_no_strategy() -> None:
+    folder = MemoryFolder(
+        {
+            "s/ckpt_strategy_rank_10.ckpt": raw(0, w=W),
+            "s/ckpt_strategy_rank_9.ckpt": raw(0, w=W),
+            "s/weights.ckpt": b"\x0a\x00",
+            "s/notes.json": b"{}",
+            "s/deeper/x.ckpt": raw(5, w=W),
+            "t/x.ckpt": raw(6, w=W),
+        }
+    )
+    assert sf.find(folder, "s") == (
+        "s/ckpt_strategy_rank_9.ckpt",
+        "s/ckpt_strategy_rank_10.ckpt",
+    )
+    assert list(sf.read(folder, ["s"]).stages) == [0]
+
+
+def test_files_of_one_stage_may_differ_in_order_but_not_in_meaning() -> None:
+    same = {"a.ckpt": raw(0, w=W, n=N), "b.ckpt": raw(0, 9, n=N, w=W)}
+    assert sf.read(MemoryFolder(same)).stages[0].path == "a.ckpt"
+    with pytest.raises(FormatError, match=r"a.ckpt and b.ckpt both tell of stage 0 .* in w\."):
+        sf.read(MemoryFolder({"a.ckpt": raw(0, w=W, n=N), "b.ckpt": raw(0, w=N, n=N)}))
+    with pytest.raises(FormatError, match=r"a.ckpt and b.ckpt .* in n\."):
+        sf.read(MemoryFolder({"a.ckpt": raw(0, w=W), "b.ckpt": raw(0, w=W, n=N)}))
+
+
+def test_past_a_budget_one_file_a_stage_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sf, "_COMPARED_BYTES", 1)
+    files = {f"r_{r}.ckpt": raw(r // 4, **{f"w{r // 4}": W}) for r in range(8)}
+    files["r_3.ckpt"] = raw(0, other=W)  # not noticed, by design
+    assert {s: list(v.params) for s, v in sf.read(MemoryFolder(files)).stages.items()} == {
+        0: ["w0"],
+        1: ["w1"],
+    }
+
+
+def test_ranks_of_a_stage_must_be_one_number() -> None:
+    with pytest.raises(FormatError, match=r"v lies on 4 ranks .* but w in a.ckpt on 2"):
+        sf.read(
+            MemoryFolder({"a.ckpt": raw(0, w=W), "b.ckpt": raw(1, v=ParamLayout((4,), ((0,),)))})
+        )
+
+
+def test_a_missing_stage_is_named() -> None:
+    alone = sf.read(MemoryFolder({"a.ckpt": raw(1, w=W)}))
+    with pytest.raises(CoverageError, match=r"stage 1 is given \(2 ranks each\).* missing: 0\."):
+        sf.layout(alone)
+    first = sf.read(MemoryFolder({"a.ckpt": raw(0, w=W)}))
+    assert sf.layout(first).num_ranks == sf.layout(first, num_ranks=2).num_ranks == 2
+    with pytest.raises(CoverageError, match="the job has 3 stages; missing: 1, 2"):
+        sf.layout(first, num_ranks=6)
+
+
+def test_a_tied_parameter_lies_in_both_stages() -> None:
+    layout = sf.layout(sf.read(MemoryFolder({"a.ckpt": raw(0, e=W), "b.ckpt": raw(1, e=N)})))
+    assert [p.first_rank for p in layout.placements["e"]] == [0, 2]
+
+
+def test_names_with_dashes_are_read_and_written() -> None:
+    names = {"a-b": W, "0-c": W, "-": N}
+    (params,) = (
+        s.params for s in sf.read(MemoryFolder({"a.ckpt": raw(0, **names)})).stages.values()
+    )
+    assert params == names
+    strategies = sf.Strategies({s: sf.Stage(s, "x", names) for s in (0, 1)})
+    merged = sf.read(MemoryFolder({"m.ckpt": sf.merged_file(strategies)}))
+    assert {s: v.params for s, v in merged.stages.items()} == {0: names, 1: names}
+
+
+def test_a_raw_file_whose_names_all_look_merged_is_raw_if_its_stage_says_so() -> None:
+    (stage,) = sf.read(MemoryFolder({"a.ckpt": raw(3, **{"0-w": W, "1-w": W})})).stages.values()
+    assert (stage.number, list(stage.params)) == (3, ["0-w", "1-w"])
+
+
+def test_json_says_the_same() -> None:
+    strategies = sf.Strategies({s: sf.Stage(s, "x", {"w-1": W, "n": N}) for s in (0, 1)})
+    back = sf.read(MemoryFolder({"s.json": sf.json_file(strategies)}))
+    assert {s: v.params for s, v in back.stages.items()} == {
+        0: {"w-1": W, "n": N},
+        1: {"w-1": W, "n": N},
+    }
+    nested = ParamLayout((2, 2), ((1, 0), (-1,)))
+    with pytest.raises(LayoutError, match="does not fit in a JSON strategy"):
+        sf.json_file(sf.Strategies({0: sf.Stage(0, "x", {"w": nested})}))
+
+
+def test_json_of_one_rank_is_read() -> None:
+    text = b"""{"current_stage": 2,
+        "parallel_strategy_item": {"MatMul": {"stage": 1, "parallel_strategy": [[2, 1], [2, 1]]}},
+        "parallel_layout_item": {"w": {"dev_matrix": [4, 2], "tensor_map": [0, -1],
+            "param_split_shape": [], "indices_offset": [], "field": 0,
+            "opt_weight_shard_step": 2, "opt_weight_shard_size": 2}}}"""
+    (stage,) = sf.read(MemoryFolder({"s.json": text})).stages.values()
+    assert stage.number == 1
+    assert stage.params == {"w": ParamLayout((4, 2), ((0, -1),), 2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "why"),
+    [
+        (
+            {"w.ckpt": b"\x0a\x10\x0a\x01w"},
+            FormatError,
+            "is a MindSpore weight checkpoint, not a str",
+        ),
+        (
+            {"w.ckpt": bytes.fromhex("d85e3a7f")},
+            FormatError,
+            "encrypted with AES-GCM, not a strategy",
+        ),
+        ({"w.pt": b"PK\x03\x04"}, FormatError, "a PyTorch checkpoint"),
+        ({"w.ckpt": b""}, FormatError, "w.ckpt is empty"),
+        ({"a.txt": b"", "b": b""}, NotFoundError, "no strategy file at memory .there are a.txt, b"),
+        ({"s.json": b'{"a": 1}'}, FormatError, "not a JSON strategy file .KeyError"),
+        ({"s.json": b'{"parallel_strategy_item": []}'}, FormatError, "not a JSON strategy file"),
+        ({"s.ckpt": b"\x08\x02"}, FormatError, "without a single parameter"),
+        ({"s.ckpt": raw(0, w=W)[:-1]}, FormatError, "s.ckpt, byte .* are left in its message"),
+    ],
+)
+def test_other_files_are_recognised_and_said_plainly(
+    files: dict[str, bytes], error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        sf.read(MemoryFolder(files))
+
+
+@pytest.mark.parametrize(
+    "param",
+    [
+        ParamLayout((0,), ((-1,),)),  # no ranks
+        ParamLayout((2,), ((1,),)),  # no such axis
+        ParamLayout((2,), ((-2,),)),
+        ParamLayout((2, 2), ((0, 0),)),  # one axis, two dims
+        ParamLayout((2, 2), ((-1, 0), (-1,))),  # unsplit and split
+        ParamLayout((2,), ((-1,),), -1, 2),
+        ParamLayout((2,), ((-1,),), 1, -2),
+        ParamLayout((1 << 18,), ((-1,),)),  # more ranks than there are
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(param: ParamLayout) -> None:
+    with pytest.raises(FormatError):
+        sf.read(MemoryFolder({"a.ckpt": raw(0, w=param)}))
+
+
+@pytest.mark.parametrize(
+    ("param", "why"),
+    [
+        (ParamLayout((4,), ((-1,),), 2, 2), "has step 2, but neighbours .* are 1 ranks apart"),
+        (ParamLayout((4,), ((-1,),), 1, 3), "3 ways do not fit the 4 replicas"),
+        (ParamLayout((4,), ((0,),), param_split_shape=((3, 1),)), "uneven parts"),
+    ],
+)
+def test_what_is_no_even_split_is_refused_by_name(param: ParamLayout, why: str) -> None:
+    strategies = sf.read(MemoryFolder({"a.ckpt": raw(0, w=param)}))
+    with pytest.raises(LayoutError, match=f"a.ckpt, parameter w: .*{why}"):
+        sf.layout(strategies)
+
+
+def test_a_strategy_of_more_dims_than_the_tensor_is_refused() -> None:
+    with pytest.raises(FormatError, match="tells of 2 dims, but the stored tensor has shape"):
+        sf.full_shape(sf.placement(W), (4,))
+
+
+# ------------------------------------------------------------------ what is written
+
+
+def test_bytes_have_what_proto2_and_mindspore_require() -> None:
+    layout = Layout(2, {"w": (Placement((("mp", 2),), (("mp",), ())),)})
+    files = sf.raw_files(sf.from_layout(layout, {"w": (4, 4)}))
+    assert list(files) == ["ckpt_strategy_rank_0.ckpt", "ckpt_strategy_rank_1.ckpt"]
+    operator = b"\x0a\x10jaxshard_stage_0" + b"\x12\x06" + b"\x08\x00" + b"\x12\x02\x08\x01"
+    param = (
+        b"\x0a\x02\x08\x02"  # dev_matrix {2}
+        + b"\x12\x0d\x08\x00\x08"  # tensor_map {0, -1}: unpacked, -1 in ten bytes
+        + b"\xff" * 9
+        + b"\x01"
+        + b"\x1a\x00\x22\x00"  # one empty split shape, one empty offset
+        + b"\x28\x00\x30\x00\x38\x00"  # field, step, size: required, so there though 0
+    )
+    item = b"\x0a\x01w" + b"\x12" + bytes([len(param)]) + param
+    wanted = b"\x08\x02" + b"\x12" + bytes([len(operator)]) + operator
+    wanted += b"\x1a" + bytes([len(item)]) + item
+    assert files["ckpt_strategy_rank_0.ckpt"] == wanted
+
+
+def test_every_stage_has_an_operator_that_tells_it() -> None:
+    half = (("mp", 1),)
+    layout = Layout(2, {"a": (Placement(half),), "b": (Placement(half, (), 1),)})
+    strategies = sf.from_layout(layout, {"a": (2,), "b": (2,)})
+    for rank, data in enumerate(sf.raw_files(strategies).values()):
+        file = sf.read_file(MemoryFolder({"f": data}), "f")
+        assert [o.stage for o in file.operators] == [rank] == list(file.stages)
+    merged = sf.read_file(MemoryFolder({"f": sf.merged_file(strategies)}), "f")
+    assert merged.merged
+    assert [o.stage for o in merged.operators] == [0, 1]
+
+
+def test_layouts_that_are_no_stages_cannot_be_written() -> None:
+    two = (("mp", 2),)
+    with pytest.raises(LayoutError, match="stages of equally many ranks"):
+        sf.from_layout(
+            Layout(4, {"a": (Placement(two),), "b": (Placement((("mp", 4),)),)}),
+            {"a": (2,), "b": (2,)},
+        )
+    with pytest.raises(LayoutError, match="a: it begins at rank 1"):
+        sf.from_layout(Layout(4, {"a": (Placement(two, (), 1),)}), {"a": (2,)})
+    with pytest.raises(LayoutError, match="a: dim 0 of shape"):
+        sf.from_layout(Layout(2, {"a": (Placement(two, (("mp",),)),)}), {"a": (3,)})
+    with pytest.raises(LayoutError, match="stage 1 holds no parameter"):
+        sf.raw_files(sf.from_layout(Layout(4, {"a": (Placement(two),)}), {"a": (2,)}))
+
+
+# ------------------------------------------------------------------ strangers
+
+
+def mutations(seeds: list[bytes], count: int, rng: random.Random) -> Iterator[bytes]:
+    """``seeds`` with bytes changed, dropped, doubled, grown or cut off."""
+    extremes = [0, 1, 0x7F, 0x80, 0xFF, 0x0A, 0x12, 0x1A]
+    for _ in range(count):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.choice([1, 1, 1, 2, 4])):
+            at = rng.randrange(len(data) + 1)
+            what = rng.randrange(6)
+            if what == 0:
+                data[at : at + 1] = bytes([rng.choice(extremes)])
+            elif what == 1:
+                data[at : at + 1] = bytes([rng.randrange(256)])
+            elif what == 2:
+                del data[at : at + rng.randrange(1, 9)]
+            elif what == 3:
+                data[at:at] = data[at : at + rng.randrange(1, 30)]
+            elif what == 4:
+                data[at:at] = b"\xff" * rng.randrange(1, 11) + b"\x01"
+            else:
+                del data[at:]
+        yield bytes(data)
+
+
+def small_strategies() -> list[bytes]:
+    """Golden files cut to a few parameters of each kind, so that many can be tried."""
+    seeds = []
+    for name in LAYOUTS:
+        file = sf.read_file(folder_of(golden(name, "merged_strategy.ckpt")), "merged_strategy.ckpt")
+        stages = {}
+        for stage, params in file.stages.items():
+            kinds = {param: n for n, param in params.items()}
+            stages[stage] = {n: param for param, n in kinds.items()}
+        operators = tuple(sf.Operator("op", s, ((1, 2), (2,))) for s in stages)
+        seeds.append(messages.to_bytes(sf.StrategyFile("f", stages, operators, True, 1)))
+        first = {0: stages[0]}
+        seeds.append(messages.to_bytes(sf.StrategyFile("f", first, operators[:1], False, 2)))
+    return seeds
+
+
+def test_mutated_strategy_files_are_refused_or_read_consistently() -> None:
+    rng, outcomes, longest = random.Random(20), {"read": 0, "refused": 0}, 0
+    for data in mutations(small_strategies(), 20_000, rng):
+        try:
+            strategies = sf.read(MemoryFolder({"f": data}))
+            layout = sf.layout(strategies)
+        except (FormatError, LayoutError, CoverageError) as error:
+            outcomes["refused"] += 1
+            longest = max(longest, len(str(error)))
+            continue
+        outcomes["read"] += 1
+        if strategies.num_ranks > 64:
+            continue
+        again = sf.read(MemoryFolder({"f": sf.merged_file(strategies)}))
+        assert {s: v.params for s, v in again.stages.items()} == {
+            s: v.params for s, v in strategies.stages.items()
+        }
+        for placements in layout.placements.values():
+            for p in placements:
+                shape = tuple(p.ways(d) for d in range(len(p.spec)))
+                assert sum(s.box.size for s in p.shards(shape)) == prod(shape)
+    assert min(outcomes.values()) > 1000, outcomes
+    assert longest < 3000
+
+
+def test_mutated_json_strategies_are_refused_or_read() -> None:
+    seed = sf.json_file(read(golden("dp4mp2_opt2", "merged_strategy.ckpt")))
+    small = seed[:400].rsplit(b"},", 1)[0] + b"}}"
+    strategies = sf.Strategies({0: sf.Stage(0, "x", {"w": W, "n": N})})
+    outcomes = {"read": 0, "refused": 0}
+    for data in mutations([sf.json_file(strategies), small], 2_000, random.Random(3)):
+        try:
+            sf.layout(sf.read(MemoryFolder({"f.json": data})))
+            outcomes["read"] += 1
+        except (FormatError, LayoutError, CoverageError):
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 10, outcomes
+
+
+def test_deeply_nested_json_is_refused() -> None:
+    for text in (
+        b"[" * 100_000,
+        b'{"parallel_strategy_item":' + b'{"a":' * 900 + b"1" + b"}" * 901,
+    ):
+        with pytest.raises(FormatError):
+            sf.read(MemoryFolder({"f.json": text}))
