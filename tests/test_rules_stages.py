@@ -96,6 +96,13 @@ def test_tables_that_are_no_weights_are_on_every_rank() -> None:
     assert made.notes == ()
 
 
+def test_a_table_that_is_no_weight_is_not_cut_by_the_optimizer_shard() -> None:
+    shapes = llama(2) | {"model.rotary_emb.inv_freq": (8,)}
+    made = layout(shapes, Strategy.parse("dp2mp2optall"), LLAMA)
+    assert made.placements["model.rotary_emb.inv_freq"][0].spec == ()
+    assert made.placements["model.norm.weight"][0].spec == (("dp", "mp"),)
+
+
 def test_a_weight_of_no_stage_is_held_by_every_stage_and_said() -> None:
     rules = LLAMA.override(mine(novel="mp,-", other="-"))
     made = layout(llama(2) | {"novel": (4, 4), "other": (3,)}, Strategy.parse("mp2pp2"), rules)
