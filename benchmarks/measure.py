@@ -1,0 +1,203 @@
+"""Measuring: fresh processes, taken in turns, from the same state of disk and memory.
+
+A sample is one process from its start to its end, interpreter and imports included. Samples
+of different commands alternate, so that whatever else the machine does falls on all of them
+alike, and what is told is a ratio of medians within one run.
+
+On a virtual machine that hands free memory back to its host, the first write to a page costs
+more the longer that page was free. So every sample begins after free memory was touched: the
+page cache that it will fill is then there, for us and for ``cp``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+JAXSHARD = [sys.executable, "-m", "jaxshard"]
+_PERIOD_S = 0.002
+_TOUCH = (
+    "import mmap, sys; "
+    "mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one process took.
+
+    Attributes:
+        cpu_s: its user and system time; writeback by the kernel is not in it.
+        read_bytes: what it asked the kernel to read, imports included.
+        peak_anon_bytes: its largest RssAnon, where it was watched.
+        peak_rss_bytes: its VmHWM, where it was watched: mapped libraries are in it.
+    """
+
+    wall_s: float
+    cpu_s: float
+    read_bytes: int
+    peak_anon_bytes: int = 0
+    peak_rss_bytes: int = 0
+    output: str = field(default="", repr=False)
+
+
+def run(command: Sequence[str], *, watch: bool = False) -> Sample:
+    """One run of ``command``. Watching its memory costs it time: do not do both at once.
+
+    Raises:
+        RuntimeError: it failed; its last words are in the message.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    before, cpu_before, start = _bytes_read(), _children_cpu(), time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
+    watcher = _Watcher(process.pid) if watch else None
+    output = process.communicate()[0].decode()
+    wall = time.perf_counter() - start
+    anon, rss = watcher.stop() if watcher else (0, 0)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {output[-2000:]}")
+    read = _bytes_read() - before - len(output)
+    return Sample(wall, _children_cpu() - cpu_before, read, anon, rss, output)
+
+
+class _Watcher:
+    """Looks at a process's memory every few milliseconds."""
+
+    def __init__(self, pid: int) -> None:
+        self._status, self._anon, self._rss = Path(f"/proc/{pid}/status"), 0, 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(_PERIOD_S):
+            try:
+                text = self._status.read_text()
+            except OSError:
+                return
+            self._anon = max(self._anon, _kib(text, "RssAnon") << 10)
+            self._rss = max(self._rss, _kib(text, "VmHWM") << 10)
+
+    def stop(self) -> tuple[int, int]:
+        self._done.set()
+        self._thread.join()
+        return self._anon, self._rss
+
+
+def _kib(text: str, key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _bytes_read() -> int:
+    """Bytes read by this process and by its children that have ended."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def _children_cpu() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def remove(*paths: Path) -> None:
+    """Delete ``paths`` and wait until the disk is idle."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+    os.sync()
+
+
+def touch_memory(num_bytes: int) -> None:
+    """Have ``num_bytes`` of free memory really there (see the module)."""
+    subprocess.run([sys.executable, "-c", _TOUCH, str(num_bytes)], check=True)
+
+
+def read_files(folder: Path) -> None:
+    """Have the files of ``folder`` in the page cache."""
+    buffer = bytearray(1 << 20)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def in_turns(cases: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
+    """``rounds`` samples of each case; every other round goes through them backwards."""
+    found: dict[str, list[Sample]] = {name: [] for name in cases}
+    for number in range(rounds):
+        for name in list(cases)[:: -1 if number % 2 else 1]:
+            found[name].append(cases[name]())
+    return found
+
+
+def summary(samples: Sequence[Sample]) -> dict[str, object]:
+    """Medians, and all wall times."""
+    return {
+        "wall_s": round(median(s.wall_s for s in samples), 4),
+        "cpu_s": round(median(s.cpu_s for s in samples), 4),
+        "all_wall_s": [round(s.wall_s, 4) for s in samples],
+    }
+
+
+def ratio(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
+    """Our median wall time over theirs."""
+    return round(median(s.wall_s for s in ours) / median(s.wall_s for s in theirs), 3)
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were taken on."""
+    text = Path("/proc/cpuinfo").read_text()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": found[1] if found else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "kernel": ".".join(platform.release().split(".")[:2]),
+        "python": platform.python_version(),
+    }
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds ``path``."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    holders = [m for m in mounts if path.resolve().is_relative_to(m[1])]
+    return max(holders, key=lambda m: len(m[1]))[2] if holders else "unknown"
+
+
+def machine_name() -> str:
+    """A name for result files: what was measured on, not whose it is."""
+    about = machine()
+    return re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['cores']} cores".lower()).strip("-")
+
+
+def load() -> float:
+    """The machine's load over the last minute, ours included."""
+    return round(os.getloadavg()[0], 2)
+
+
+def save(name: str, results: Mapping[str, object]) -> Path:
+    """Write ``results`` where this machine's are kept."""
+    folder = ROOT / "benchmarks" / "results" / machine_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{name}.json"
+    place.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    return place
+
+
+def as_dict(sample: Sample) -> dict[str, object]:
+    """A sample without what it printed."""
+    return {k: v for k, v in asdict(sample).items() if k != "output"}
