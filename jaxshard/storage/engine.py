@@ -4,6 +4,12 @@ Each block is read once from wherever its parts are stored, and written once to
 everybody who wants some of it, while it is still in the cache of one core. The
 ends are given: ``read`` may be a file or an array, ``write`` a file, a buffer or a
 comparison. Memory is a few blocks a thread, whatever the tensors' size.
+
+An end that is memory itself says so, and one copy falls away:
+
+    file  → block → file        read, write
+    file  ───────→ memory       place: where the bytes shall be in the end
+    memory ──────→ file         lend:  where they are already
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from ..box import Box
 from ..catalog import Piece
 from ..cells import Cell
 from ..errors import LayoutError
-from ..planning import BLOCK_BYTES, Move, block_steps
+from ..planning import BLOCK_BYTES, Move, Steps, block_steps
 from ..ranges import Runs, blocks, byte_runs
 
 Bytes = NDArray[np.uint8]
@@ -29,6 +35,11 @@ Read = Callable[[Piece, int, memoryview], None]
 """``read(piece, offset, buffer)`` fills the buffer from byte ``offset`` of the piece's file."""
 Write = Callable[[Move, int, int, memoryview], int]
 """``write(move, target, offset, buffer)`` stores it there; returns how many writes that took."""
+Place = Callable[[Move, int, int, int], memoryview | None]
+"""``place(move, target, offset, num_bytes)``: memory to fill instead, or None. What was filled
+is still given to ``write``, which then has nothing to copy."""
+Lend = Callable[[Piece, int, int], memoryview | None]
+"""``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
 
 _BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
 _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
@@ -92,6 +103,8 @@ def run(
     *,
     budget: Budget,
     progress: Callable[[int], None] | None = None,
+    place: Place | None = None,
+    lend: Lend | None = None,
 ) -> Counts:
     """Carry out ``moves``; the counts of what was done.
 
@@ -99,7 +112,8 @@ def run(
     The first error of any thread stops all of them and is raised.
     """
     source = _Batches(moves, budget.block_bytes)
-    workers = [_Worker(read, write, budget.block_bytes, progress) for _ in range(budget.workers)]
+    ends = _Ends(read, write, place, lend)
+    workers = [_Worker(ends, budget.block_bytes, progress) for _ in range(budget.workers)]
     if budget.workers == 1:
         workers[0].work(source)
         return workers[0].counts
@@ -145,14 +159,24 @@ def _batches(moves: Iterable[Move], block_bytes: int) -> Iterator[_Batch]:
                 yield _Batch(move, cell, batch)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Where bytes come from and go to."""
+
+    read: Read
+    write: Write
+    place: Place | None
+    lend: Lend | None
+
+
 class _Worker:
     """One thread's buffers and counts."""
 
     def __init__(
-        self, read: Read, write: Write, block_bytes: int, progress: Callable[[int], None] | None
+        self, ends: _Ends, block_bytes: int, progress: Callable[[int], None] | None
     ) -> None:
         self.counts = Counts()
-        self._read, self._write, self._progress = read, write, progress
+        self._ends, self._progress = ends, progress
         self._block = np.empty(block_bytes, np.uint8)
         self._spare = np.empty(block_bytes, np.uint8)
 
@@ -167,27 +191,77 @@ class _Worker:
     def _carry(self, move: Move, cell: Cell, block: Box) -> None:
         steps = block_steps(cell, block, move.sources)
         unit = move.unit_bytes
-        buffer = self._block[: block.size * unit].view(_element(unit)).reshape(block.shape)
-        for index, part in steps.reads:
+        filled = self._lent(move, steps)
+        if filled is None:
+            filled = self._final_place(move, steps)
+            if filled is None:
+                filled = self._block[: block.size * unit]
+            self._gather(move, steps, filled.view(_element(unit)).reshape(block.shape))
+        buffer = filled.view(_element(unit)).reshape(block.shape)
+        for index, part in steps.writes:
             inside = buffer[part.within(block).slices]
+            num_bytes = part.size * unit
+            target = move.targets[index].box
+            at = byte_runs(part.within(target), target.shape, unit).offset
+            out = self._place(move, index, at, num_bytes)
+            if out is not None:
+                if out.ctypes.data != inside.ctypes.data:
+                    out.view(buffer.dtype).reshape(inside.shape)[...] = inside
+            elif inside.flags.c_contiguous:
+                out = _flat(inside)
+            else:
+                out = self._spare[:num_bytes]
+                out.view(buffer.dtype).reshape(inside.shape)[...] = inside
+            writes = self._ends.write(move, index, at, out.data)
+            self.counts.num_writes += writes
+            self.counts.bytes_written += writes * num_bytes
+        self.counts.num_copies += steps.num_copies
+
+    def _gather(self, move: Move, steps: Steps, buffer: NDArray[np.generic]) -> None:
+        """Fill ``buffer``, which is the block, from all that stores parts of it."""
+        for index, part in steps.reads:
+            inside = buffer[part.within(steps.block).slices]
             if inside.flags.c_contiguous:
                 self._fetch(move, index, part, _flat(inside))
             else:
-                spare = self._spare[: part.size * unit]
+                spare = self._spare[: part.size * move.unit_bytes]
                 self._fetch(move, index, part, spare)
                 inside[...] = spare.view(buffer.dtype).reshape(inside.shape)
-        for index, part in steps.writes:
-            inside = buffer[part.within(block).slices]
-            if not inside.flags.c_contiguous:
-                spare = self._spare[: part.size * unit].view(buffer.dtype).reshape(inside.shape)
-                spare[...] = inside
-                inside = spare
-            target = move.targets[index].box
-            at = byte_runs(part.within(target), target.shape, unit).offset
-            writes = self._write(move, index, at, _flat(inside).data)
-            self.counts.num_writes += writes
-            self.counts.bytes_written += writes * part.size * unit
-        self.counts.num_copies += steps.num_copies
+
+    def _final_place(self, move: Move, steps: Steps) -> Bytes | None:
+        """The memory that the whole block is for, if it is for one target alone."""
+        if len(steps.writes) != 1 or steps.writes[0][1] != steps.block:
+            return None
+        index, part = steps.writes[0]
+        target = move.targets[index].box
+        at = byte_runs(part.within(target), target.shape, move.unit_bytes).offset
+        return self._place(move, index, at, part.size * move.unit_bytes)
+
+    def _place(self, move: Move, index: int, at: int, num_bytes: int) -> Bytes | None:
+        if self._ends.place is None:
+            return None
+        memory = self._ends.place(move, index, at, num_bytes)
+        return None if memory is None else np.frombuffer(memory, np.uint8)
+
+    def _lent(self, move: Move, steps: Steps) -> Bytes | None:
+        """The memory where the whole block lies in its source, if it does."""
+        if self._ends.lend is None or len(steps.reads) != 1 or steps.reads[0][1] != steps.block:
+            return None
+        index = steps.reads[0][0]
+        stored = move.sources[index]
+        piece = move.pieces[index][0]
+        runs = byte_runs(
+            steps.block.within(stored), stored.shape, move.unit_bytes, piece.offset
+        ).coalesced()
+        if runs.outer or runs.num_bytes != steps.block.size * move.unit_bytes:
+            return None
+        memory = self._ends.lend(piece, runs.offset, runs.num_bytes)
+        if memory is None:
+            return None
+        self.counts.bytes_needed += runs.num_bytes
+        self.counts.bytes_read += runs.num_bytes
+        self.counts.num_reads += 1
+        return np.frombuffer(memory, np.uint8)
 
     def _fetch(self, move: Move, index: int, part: Box, out: Bytes) -> None:
         """Fill ``out`` with ``part`` of source ``index``, in row-major order."""
@@ -202,10 +276,10 @@ class _Worker:
         for i, (offset, length) in enumerate(requests):
             chunk = out[i * share : (i + 1) * share]
             if length == share:
-                self._read(piece, offset, chunk.data)
+                self._ends.read(piece, offset, chunk.data)
             else:
                 span = np.empty(length, np.uint8)
-                self._read(piece, offset, span.data)
+                self._ends.read(piece, offset, span.data)
                 _pick(span, runs, len(runs.outer) - len(requests.outer), chunk)
 
 

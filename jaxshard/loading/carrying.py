@@ -1,0 +1,151 @@
+"""Carrying: the engine fills the shards' memory, and each tensor is placed once it is full.
+
+Reading and placing overlap: the thread that fills the last byte of a tensor places it,
+while the others read on. Where placing copies to a device, the memory of tensors in
+flight is bounded, and a thread that would exceed the bound waits for one to be placed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+
+from ..catalog import Piece
+from ..planning import Move
+from ..storage.engine import Budget, Counts, run
+from .memory import Bytes, JobMemory
+from .placing import place
+from .wanted import Job
+
+Read = Callable[[Piece, int, memoryview], None]
+Lend = Callable[[Piece, int, int], memoryview | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where bytes come from.
+
+    Attributes:
+        read: fills memory from a file.
+        lend: gives bytes where they already lie in memory.
+        given: shards of a job that need not be filled, by number.
+    """
+
+    read: Read
+    lend: Lend | None = None
+    given: Callable[[Job], dict[int, Bytes]] = field(default=lambda job: {})
+
+
+def carry(
+    jobs: Sequence[Job],
+    source: Source,
+    *,
+    budget: Budget,
+    in_flight_bytes: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[list[jax.Array]], Counts]:
+    """The arrays of every job, and the counts of what was read.
+
+    Args:
+        jobs: what is wanted, in the order of the files.
+        source: where bytes come from.
+        budget: threads and the size of their blocks.
+        in_flight_bytes: the most memory of shards that are not placed yet; None where
+            placing keeps the memory.
+        progress: told of bytes as they are read.
+    """
+    carried = _Carried(jobs, source, in_flight_bytes)
+    counts = run(
+        carried.moves(),
+        carried.read,
+        carried.write,
+        budget=budget,
+        progress=progress,
+        place=carried.place,
+        lend=source.lend,
+    )
+    return carried.arrays(), counts
+
+
+class _Carried:
+    """The jobs of one load: those not begun, in flight, and done."""
+
+    def __init__(self, jobs: Sequence[Job], source: Source, in_flight_bytes: int | None) -> None:
+        self._jobs, self._source, self._most = jobs, source, in_flight_bytes
+        self._memory: dict[str, JobMemory] = {}
+        self._done: dict[str, list[jax.Array]] = {}
+        self._in_flight = 0
+        self._failed = False
+        self._changed = threading.Condition()
+
+    def moves(self) -> Iterator[Move]:
+        """The journeys, each once there is memory for it."""
+        for job in self._jobs:
+            given = self._source.given(job)
+            move = job.move(given)
+            if not self._wait_for_room(job.num_bytes):
+                return
+            memory = JobMemory(job, given)
+            if move is None:
+                self._finish(memory)
+                continue
+            memory.left_bytes = sum(
+                target.box.size * move.unit_bytes * len(target.ranks) for target in move.targets
+            )
+            self._memory[job.tensor.name] = memory
+            yield move
+
+    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+        try:
+            self._source.read(piece, offset, buffer)
+        except BaseException:
+            self._fail()
+            raise
+
+    def place(self, move: Move, target: int, offset: int, num_bytes: int) -> memoryview | None:
+        return self._memory[move.name].place(move.targets[target].ranks, offset, num_bytes)
+
+    def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        try:
+            memory = self._memory[move.name]
+            shards = move.targets[target].ranks
+            memory.fill(shards, offset, buffer)
+            with self._changed:
+                memory.left_bytes -= len(buffer) * len(shards)
+                full = not memory.left_bytes
+            if full:
+                self._finish(self._memory.pop(move.name))
+        except BaseException:
+            self._fail()
+            raise
+        return len(shards)
+
+    def arrays(self) -> list[list[jax.Array]]:
+        return [self._done[job.tensor.name] for job in self._jobs]
+
+    def _finish(self, memory: JobMemory) -> None:
+        job = memory.job
+        self._done[job.tensor.name] = place(job, memory.shards)
+        memory.shards.clear()
+        with self._changed:
+            self._in_flight -= job.num_bytes
+            self._changed.notify_all()
+
+    def _wait_for_room(self, num_bytes: int) -> bool:
+        """Wait until ``num_bytes`` more may be in flight; False if the load has failed."""
+        with self._changed:
+            most = self._most
+            while most is not None and self._in_flight and self._in_flight + num_bytes > most:
+                if self._failed:
+                    return False
+                self._changed.wait()
+            self._in_flight += num_bytes
+        return True
+
+    def _fail(self) -> None:
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()

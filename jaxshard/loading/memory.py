@@ -1,0 +1,64 @@
+"""Memory for shards: aligned so that JAX's CPU backend uses it as it is.
+
+Touching fresh memory costs more than reading a warm file, so every distinct shard is
+allocated once, and what is given to JAX is never written again: ``device_put`` keeps
+aligned memory instead of copying it, writable or not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .wanted import Job, Shard
+
+Bytes = NDArray[np.uint8]
+
+ALIGNMENT = 64  # what XLA's CPU backend asks of memory that it uses in place
+
+
+def aligned_empty(num_bytes: int) -> Bytes:
+    """Uninitialised memory that starts on an aligned address."""
+    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + num_bytes]
+
+
+def is_aligned(memory: Bytes) -> bool:
+    """Whether JAX's CPU backend would use ``memory`` in place."""
+    return memory.ctypes.data % ALIGNMENT == 0
+
+
+def as_array(memory: Bytes, shard: Shard) -> NDArray[np.generic]:
+    """``memory`` as the array that ``shard`` is."""
+    return memory.view(shard.conversion.dtype).reshape(shard.box.shape)
+
+
+class JobMemory:
+    """The memory of one job's shards while it is being filled."""
+
+    __slots__ = ("_direct", "job", "left_bytes", "shards")
+
+    def __init__(self, job: Job, given: dict[int, Bytes]) -> None:
+        """Allocate all shards but those of ``given``, which are filled already."""
+        self.job = job
+        self.shards = [
+            given[i] if i in given else aligned_empty(shard.num_bytes)
+            for i, shard in enumerate(job.shards)
+        ]
+        self._direct = [shard.conversion.is_copy for shard in job.shards]
+        self.left_bytes = 0
+
+    def place(self, shards: tuple[int, ...], offset: int, num_bytes: int) -> memoryview | None:
+        """Where those stored bytes of a box lie in the end, if that is one place."""
+        if len(shards) != 1 or not self._direct[shards[0]]:
+            return None
+        return self.shards[shards[0]][offset : offset + num_bytes].data
+
+    def fill(self, shards: tuple[int, ...], offset: int, data: memoryview) -> None:
+        """Put stored bytes of a box into every shard that wants them, unless they were placed."""
+        if len(shards) == 1 and self._direct[shards[0]]:
+            return
+        for number in shards:
+            conversion = self.job.shards[number].conversion
+            conversion.fill(self.shards[number], offset, np.frombuffer(data, np.uint8))
