@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from . import rules as family_rules
@@ -82,6 +83,8 @@ def prepare(
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
     rules: family_rules.Rules | None = None,
+    unmatched: family_rules.Policy = "error",
+    uneven: family_rules.Policy = "error",
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     ranks: Iterable[int] | None = None,
@@ -97,6 +100,8 @@ def prepare(
         src_strategy: the strategy files of a source cut into ranks.
         suffix: which of several files a rank the source has.
         rules: layout rules that go before the family's own.
+        unmatched: what to do with names that no rule matches: refuse, or ``"replicate"``.
+        uneven: what to do with dims that do not divide: refuse, or ``"replicate"``.
         include: regular expressions; only tensors that one of them is found in are taken.
         exclude: regular expressions; tensors that one of them is found in are left out.
         ranks: write the files of these ranks only.
@@ -117,7 +122,8 @@ def prepare(
     )
     tensors = select(catalog, include, exclude)
     chosen = replace(catalog, tensors={t.name: t for t in tensors})
-    layout = _target_layout(chosen, to, rules)
+    lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
+    layout = _target_layout(to, lay_out)
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy)
     result = make_result(chosen, tensors, request)
     only = _check_ranks(ranks, layout)
@@ -228,26 +234,24 @@ def _cores() -> int:
 
 
 def _target_layout(
-    catalog: Catalog, to: str | PathLike | Strategy | Layout, rules: family_rules.Rules | None
+    to: str | PathLike | Strategy | Layout, lay_out: Callable[[Strategy], Layout]
 ) -> Layout | None:
     if isinstance(to, Layout):
         return to
     if isinstance(to, Strategy):
-        return lay_out_for(catalog, to, rules)
+        return lay_out(to)
     text = os.fspath(to)
     if text == "full":
         return None
     if os.path.exists(text):
         return open_strategy(text)
     try:
-        return lay_out_for(catalog, Strategy.parse(text), rules)
+        strategy = Strategy.parse(text)
     except LayoutError as error:
-        if "is not a strategy" not in str(error):
-            raise
         raise LayoutError(
-            f"--to {text}: neither full, a strategy such as dp2mp4pp2, nor an existing strategy "
-            "file or folder."
+            f"--to {text}: neither full, nor an existing strategy file or folder; {error}"
         ) from None
+    return lay_out(strategy)
 
 
 def _patterns(expressions: Iterable[str]) -> list[re.Pattern[str]]:

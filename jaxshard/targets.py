@@ -18,7 +18,7 @@ from .errors import LayoutError, NotFoundError, some
 from .formats import huggingface_files, rank_files, safetensors, strategy_files
 from .layout import Layout, Placement
 from .outputs import Entry, Outputs, arrange
-from .rules import Rules, rules_for
+from .rules import Policy, Rules, rules_for
 from .rules import layout as lay_out
 from .storage.writing import FileLayout
 from .strategy import Strategy
@@ -59,10 +59,18 @@ class Result:
     side_files: Mapping[str, bytes] = field(repr=False)
 
 
-def lay_out_for(source: Catalog, strategy: Strategy, rules: Rules | None = None) -> Layout:
+def lay_out_for(
+    source: Catalog,
+    strategy: Strategy,
+    rules: Rules | None = None,
+    *,
+    unmatched: Policy = "error",
+    uneven: Policy = "error",
+) -> Layout:
     """The layout of ``source``'s tensors under ``strategy``, by its family's rules.
 
-    ``rules`` go before the family's, or stand alone where the family is not known.
+    ``rules`` go before the family's, or stand alone where the family is not known. Names
+    without a rule and dims that do not divide are refused, or left whole with ``"replicate"``.
 
     Raises:
         LayoutError: names without a rule, or dims that do not divide.
@@ -77,7 +85,7 @@ def lay_out_for(source: Catalog, strategy: Strategy, rules: Rules | None = None)
     else:
         table = table.override(rules) if rules else table
     shapes = {t.name: t.shape for t in source.tensors.values()}
-    return lay_out(shapes, strategy, table, source.model, source.hyper)
+    return lay_out(shapes, strategy, table, source.model, source.hyper, unmatched, uneven)
 
 
 def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .families import FAMILIES, MODEL_TYPES
 from .match import OPTIMIZER_PREFIXES, weight_name
-from .place import layout
+from .place import Policy, layout
 from .read import read_rules
 from .recognise import rules_for
 from .stages import split_layers
@@ -22,6 +22,7 @@ __all__ = [
     "MODEL_TYPES",
     "OPTIMIZER_PREFIXES",
     "ModelFacts",
+    "Policy",
     "Rules",
     "describe",
     "layout",
