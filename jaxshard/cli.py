@@ -141,6 +141,14 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
     to.add_argument(
         "--rules", metavar="FILE", help="layout rules (TOML) that go before the family's"
     )
+    for flag, what in (
+        ("--unmatched", "names without a rule"),
+        ("--uneven", "dims that do not divide"),
+    ):
+        choices = ("error", "replicate")
+        to.add_argument(
+            flag, choices=choices, default="error", help=f"{what}: refuse, or leave whole"
+        )
     to.add_argument(
         "--include", metavar="REGEX", action="append", default=[], help="only these tensors"
     )

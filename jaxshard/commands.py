@@ -98,6 +98,8 @@ def _prepare(a: Namespace, to: str) -> Prepared:
         _source(a),
         to,
         rules=_rules(a.rules),
+        unmatched=a.unmatched,
+        uneven=a.uneven,
         include=a.include,
         exclude=a.exclude,
         ranks=a.rank,
