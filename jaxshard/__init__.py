@@ -31,11 +31,16 @@ _HOME = {
     "StorageError": "errors",
     "Strategy": "strategy",
     "convert": "api",
+    "gather": "api",
     "merge": "api",
+    "mesh": "devices",
     "open": "api",
     "plan": "api",
+    "prepare_reshard": "api",
     "read_rules": "rules",
+    "reshard": "api",
     "slice": "api",
+    "stage_meshes": "devices",
     "verify": "api",
 }
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from .catalog import Catalog
 from .conversion import Options, Report, budget_of, execute, prepare
 from .layout import Layout
 from .opening import PathLike, open_checkpoint
 from .planning import Plan
+from .rules import Rules
 from .strategy import Strategy
 from .verification import Verdict, verify_against
 from .verification import verify as verify_alone
@@ -77,6 +78,71 @@ def verify(
     if against is None or verdict.problems:
         return verdict
     return verify_against(catalog, _opened(against), budget=budget, progress=progress)
+
+
+def reshard(
+    tree: Any,
+    target: Any,
+    *,
+    devices: Sequence[Any] | None = None,
+    rules: Rules | None = None,
+    donate: bool = False,
+    device_bytes: int | None = None,
+    route: Literal["auto", "device", "views"] = "auto",
+) -> Any:
+    """The arrays of ``tree`` laid out as ``target`` says, moved from device to device.
+
+    Args:
+        tree: a pytree of ``jax.Array``.
+        target: a strategy (``"dp4mp2"``), by the rules of the names' family; or shardings, in
+            any of the forms that ``transfer.reshard`` takes.
+        devices: for a strategy, the device of each rank; by default all there are.
+        rules: for a strategy, rules that go before the family's.
+        donate: free each source array as soon as it has been moved.
+        device_bytes: a bound on what is in flight on each device beyond sources and targets.
+        route: see ``transfer.reshard``.
+
+    Raises:
+        LayoutError: the target cannot hold an array, or a device is not there.
+        NotFoundError: the target does not name some arrays.
+    """
+    from . import on_devices, transfer  # noqa: PLC0415 - JAX, only where devices are used
+
+    wanted = on_devices.target_of(tree, target, devices=devices, rules=rules)
+    return transfer.reshard(tree, wanted, donate=donate, device_bytes=device_bytes, route=route)
+
+
+def prepare_reshard(
+    tree: Any,
+    target: Any,
+    *,
+    devices: Sequence[Any] | None = None,
+    rules: Rules | None = None,
+    donate: bool = False,
+    device_bytes: int | None = None,
+    route: Literal["auto", "device", "views"] = "auto",
+) -> Any:
+    """A ``transfer.Resharder`` for trees like ``tree``, planned and compiled once.
+
+    Call it every step with such a tree; print its ``plan``. Arguments and errors as ``reshard``.
+    """
+    from . import on_devices, transfer  # noqa: PLC0415 - JAX, only where devices are used
+
+    wanted = on_devices.target_of(tree, target, devices=devices, rules=rules)
+    return transfer.prepare_reshard(
+        tree, wanted, donate=donate, device_bytes=device_bytes, route=route
+    )
+
+
+def gather(tree: Any, device: Any = None, *, host: bool = False) -> Any:
+    """The arrays of ``tree`` whole: on one device, on each of their own, or as NumPy.
+
+    Raises:
+        LayoutError: both a device and the host are asked for.
+    """
+    from . import transfer  # noqa: PLC0415 - JAX, only where devices are used
+
+    return transfer.gather(tree, device, host=host)
 
 
 def _opened(checkpoint: Catalog | PathLike) -> Catalog:

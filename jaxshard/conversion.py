@@ -189,7 +189,8 @@ def execute(
         staging.abandon()
         raise
     staging.publish()
-    return Report(str(destination), counts, plan.totals.num_files, skipped, catalog.notes)
+    notes = (*catalog.notes, *plan.outputs.layout.notes)
+    return Report(str(destination), counts, plan.totals.num_files, skipped, notes)
 
 
 def select(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]) -> list[Tensor]:

@@ -10,7 +10,7 @@ This module decides and touches no disk; ``convert`` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from .catalog import Catalog, Tensor
@@ -165,7 +165,7 @@ def _with_hyper(layout: Layout, source: Catalog, tensors: Iterable[Tensor]) -> L
     """``layout`` with the tensors that are no weights on every rank."""
     everywhere = (Placement((("all", layout.num_ranks),)),)
     added = {t.name: everywhere for t in tensors if t.name in source.hyper}
-    return Layout(layout.num_ranks, {**layout.placements, **added}, layout.stage_axes)
+    return replace(layout, placements={**layout.placements, **added})
 
 
 def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> None:
