@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .catalog import Catalog
 from .errors import FormatError, NotFoundError
-from .formats import huggingface, rank_files, strategy_files
+from .formats import huggingface, layout_file, rank_files, strategy_files
 from .layout import Layout
 from .storage.local import LocalFolder
 from .storage.staging import is_unfinished
@@ -65,6 +65,9 @@ def open_strategy(path: PathLike) -> Layout:
     """
     folder = LocalFolder(path)
     try:
+        own = layout_file.find(folder)
+        if own is not None:
+            return layout_file.read(folder, own)
         return strategy_files.layout(strategy_files.read(folder))
     finally:
         folder.close()

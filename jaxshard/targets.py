@@ -15,8 +15,8 @@ from math import prod
 
 from .catalog import Catalog, Tensor
 from .errors import LayoutError, NotFoundError, some
-from .formats import huggingface_files, rank_files, safetensors, strategy_files
-from .layout import Layout, Placement
+from .formats import huggingface_files, layout_file, rank_files, safetensors, strategy_files
+from .layout import Layout, Placement, check_divides
 from .outputs import Entry, Outputs, arrange
 from .rules import Policy, Rules, rules_for
 from .rules import layout as lay_out
@@ -126,6 +126,8 @@ def _ranks(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Resu
     assert layout is not None
     _check_names(source, tensors, layout)
     layout = _with_hyper(layout, source, tensors)
+    strategy, notes = _strategy(source, tensors, layout)
+    layout = replace(layout, notes=(*layout.notes, *notes))
     paths = [rank_files.file_path(r, request.prefix) for r in range(layout.num_ranks)]
     outputs = arrange(tensors, layout, paths, remove_redundancy=request.remove_redundancy)
     metadata = {
@@ -133,15 +135,17 @@ def _ranks(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Resu
         "format": "ms",
         "remove_redundancy": str(request.remove_redundancy),
     }
-    side = {
-        f"{STRATEGY_FOLDER}/{path}": data
-        for path, data in _strategy(source, tensors, layout).items()
-    }
+    side = {f"{STRATEGY_FOLDER}/{path}": data for path, data in strategy.items()}
     return Result("ranks", outputs, _safetensors(metadata), side)
 
 
-def _strategy(source: Catalog, tensors: Sequence[Tensor], layout: Layout) -> dict[str, bytes]:
-    """The strategy files of all ranks. Hyper parameters are not told of: they are never cut."""
+def _strategy(
+    source: Catalog, tensors: Sequence[Tensor], layout: Layout
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The strategy files of all ranks, or one of our own where those cannot say it; and notes.
+
+    Hyper parameters are not told of: they are never cut.
+    """
     told = [t for t in tensors if t.name not in source.hyper] or tensors
     stage = prod(n for _, n in layout.stage_axes) if layout.stage_axes else layout.num_ranks
     placements = {
@@ -149,8 +153,18 @@ def _strategy(source: Catalog, tensors: Sequence[Tensor], layout: Layout) -> dic
         for t in told
     }
     split = Layout(layout.num_ranks, placements)
-    strategies = strategy_files.from_layout(split, {t.name: t.shape for t in told})
-    return strategy_files.raw_files(strategies)
+    for tensor in told:
+        for placement in placements[tensor.name]:
+            check_divides(placement, tensor.shape, tensor.name)
+    try:
+        strategies = strategy_files.from_layout(split, {t.name: t.shape for t in told})
+        return strategy_files.raw_files(strategies), ()
+    except LayoutError as error:
+        note = (
+            f"{STRATEGY_FOLDER}/{layout_file.NAME} says who holds what; MindSpore's own format "
+            f"cannot: {str(error).split('. ')[0]}."
+        )
+        return {layout_file.NAME: layout_file.to_bytes(layout, (t.name for t in told))}, (note,)
 
 
 def _by_stage(placement: Placement, stage: int) -> list[Placement]:
