@@ -199,7 +199,7 @@ class _Worker:
             self._gather(move, steps, filled.view(_element(unit)).reshape(block.shape))
         buffer = filled.view(_element(unit)).reshape(block.shape)
         for index, part in steps.writes:
-            inside = buffer[part.within(block).slices]
+            inside = buffer[(*part.within(block).slices, ...)]
             num_bytes = part.size * unit
             target = move.targets[index].box
             at = byte_runs(part.within(target), target.shape, unit).offset
@@ -220,7 +220,7 @@ class _Worker:
     def _gather(self, move: Move, steps: Steps, buffer: NDArray[np.generic]) -> None:
         """Fill ``buffer``, which is the block, from all that stores parts of it."""
         for index, part in steps.reads:
-            inside = buffer[part.within(steps.block).slices]
+            inside = buffer[(*part.within(steps.block).slices, ...)]
             if inside.flags.c_contiguous:
                 self._fetch(move, index, part, _flat(inside))
             else:
