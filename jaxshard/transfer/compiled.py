@@ -17,11 +17,11 @@ from itertools import islice, pairwise
 from math import prod
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from ..layout import Spec
+from .bits import as_bits, from_bits
 from .factored import Common, common
 from .geometry import Move
 from .hops import paths
@@ -31,7 +31,7 @@ MAX_RATIO = 1.25
 
 _MAX_WAYS = 12  # ways round that are compiled before giving up; the first has sufficed so far
 _INDEX_BYTES = 1024  # tables of device numbers and offsets, which do not grow with the tensor
-_BITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"\d+")
 _BUFFER = re.compile(r"\b(pred|[subfc]\d+|bf16|f8e\w+|f4e\w+)\[([\d,]*)\]")
 
 
@@ -138,22 +138,12 @@ def program(moves: tuple[Move, ...]) -> Program:
 
 
 def _take(move: Move, array: jax.Array) -> jax.Array:
-    if not is_narrow_float(move.dtype):
+    bits = as_bits(array)
+    if bits is array:
         return array
-    # XLA:CPU exchanges narrow floats as wider ones: twice the memory, and not every NaN survives
-    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * move.dtype.itemsize}")
     for sharding in (move.source, move.target):
         bits = jax.lax.with_sharding_constraint(bits, sharding)
-    return jax.lax.bitcast_convert_type(bits, move.dtype)
-
-
-def is_narrow_float(dtype: np.dtype[np.generic]) -> bool:
-    """Whether elements are floats of 8 or 16 bits.
-
-    >>> is_narrow_float(np.dtype("float16")), is_narrow_float(np.dtype("int8"))
-    (True, False)
-    """
-    return bool(jnp.issubdtype(dtype, jnp.floating)) and bits_of(dtype) in (8, 16)
+    return from_bits(bits, move.dtype)
 
 
 def _largest_buffer(text: str) -> int:
@@ -164,18 +154,8 @@ def _largest_buffer(text: str) -> int:
     """
     largest = 0
     for kind, dims in _BUFFER.findall(text):
-        bits = 8 if kind == "pred" else int(_BITS.search(kind)[0])  # type: ignore[index]
+        bits = 8 if kind == "pred" else int(_DIGITS.search(kind)[0])  # type: ignore[index]
         size = prod(map(int, filter(None, dims.split(",")))) * max(bits // 8, 1)
         if size > _INDEX_BYTES or kind not in ("s32", "u32", "pred"):
             largest = max(largest, size)
     return largest
-
-
-def bits_of(dtype: np.dtype[np.generic]) -> int:
-    """Bits of one element, as its name says.
-
-    >>> bits_of(np.dtype("bfloat16")), bits_of(np.dtype("int4"))  # NumPy gives int4 a byte
-    (16, 4)
-    """
-    digits = _BITS.search(dtype.name)
-    return int(digits[0]) if digits else 8 * dtype.itemsize

@@ -30,7 +30,7 @@ from .geometry import Move, is_contiguous, num_bytes
 Bytes = npt.NDArray[np.generic]
 
 _ALIGNMENT_BYTES = 64  # XLA:CPU copies what is not aligned so
-_TASK_BYTES = 4 << 20  # below, a thread costs more to wake than it saves
+_TASK_BYTES = 8 << 20  # below, a thread costs more to wake than it saves
 _AHEAD_BYTES = 256 << 20  # of target shards being filled before the first is waited for
 
 
@@ -116,7 +116,7 @@ def _start(n: int, array: jax.Array, move: Move) -> _Started:
         buffer = aligned_empty(fill.shape, move.dtype)
         new_bytes += buffer.nbytes
         buffers.append(buffer)
-        copies += [(buffer[dst.slices], part) for part, dst in parts]
+        copies += [(_as_bits(buffer[dst.slices]), _as_bits(part)) for part, dst in parts]
     return _Started(n, move, buffers, list(_submit(copies)), new_bytes)
 
 
@@ -175,6 +175,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Bytes:
     raw = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
     skip = -raw.ctypes.data % _ALIGNMENT_BYTES
     return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
+def _as_bits(view: Bytes) -> Bytes:
+    """The same memory as integers: NumPy copies a strided bfloat16 three times slower."""
+    return view.view(f"u{view.itemsize}") if view.itemsize <= 8 else view
 
 
 def _is_aligned(view: Bytes) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .bits import as_bits, from_bits
 from .geometry import Move
 from .pieces import WHOLE, Cut, Join, Wave, positions, waves
 from .shards import data_of, gathered_from
@@ -133,8 +134,8 @@ def _compile_cuts(parts: Sequence[tuple[Move, tuple[Cut, ...]]]) -> jax.stages.C
     def cut(*shards: jax.Array) -> list[list[jax.Array]]:
         me = jax.lax.axis_index(_AXIS)
         return [
-            [_slice(shard, c, me) for c in cuts]
-            for shard, (_, cuts) in zip(shards, parts, strict=True)
+            [from_bits(_slice(as_bits(shard), c, me), m.dtype) for c in cuts]
+            for shard, (m, cuts) in zip(shards, parts, strict=True)
         ]
 
     inputs = [
@@ -157,7 +158,10 @@ def _compile_joins(parts: Sequence[tuple[Move, Join]]) -> jax.stages.Compiled:
     mesh = _line(tuple(move.target_devices[d] for d in join.devices))
 
     def joined(*slots: list[jax.Array]) -> list[jax.Array]:
-        return [_assemble(s, j) for s, (_, j) in zip(slots, parts, strict=True)]
+        return [
+            from_bits(_assemble([as_bits(s) for s in pieces], j), m.dtype)
+            for pieces, (m, j) in zip(slots, parts, strict=True)
+        ]
 
     inputs = [
         [

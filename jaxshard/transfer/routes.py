@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from ..errors import LayoutError
 from . import compiled
+from .bits import bits_of
 from .geometry import Move, Traffic, is_relabelling, stays, traffic
 from .shards import default_memory_kind
 
@@ -122,7 +123,7 @@ def _no_views(move: Move) -> str:
     other = next((d for d in devices if d.platform != "cpu"), None)
     if other is not None:
         return f"{other} is not of the CPU backend"
-    if compiled.bits_of(move.dtype) < 8:
+    if bits_of(move.dtype) < 8:
         return f"{move.dtype} elements are narrower than a byte and have no such view"
     return ""
 
