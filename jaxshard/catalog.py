@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from .box import Box
 from .dtypes import DType, num_bytes
-from .errors import NotFoundError, nearest
+from .errors import LayoutError, NotFoundError, nearest
 from .layout import Layout
+from .views import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,26 +30,87 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stored box: contiguous, row-major, at byte ``offset`` of file number ``file``."""
+    """A stored box, whose first element is at byte ``offset`` of file number ``file``.
+
+    It is contiguous and row-major, or lies as ``view`` says.
+    """
 
     file: int
     offset: int
     box: Box
+    view: View | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint and every stored piece of it, replicas included."""
+    """One tensor of a checkpoint and every stored piece of it, replicas included.
+
+    A tensor made from others (two matrices row by row, say) may have pieces that are boxes
+    only in a finer shape: ``factors`` then says, per dim, what its length is the product of,
+    and the pieces' boxes are boxes of all factors in a row.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    factors: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole tensor, counted once."""
         return num_bytes(self.shape, self.dtype)
+
+    @property
+    def fine_shape(self) -> tuple[int, ...]:
+        """The shape that the pieces' boxes are boxes of."""
+        if self.factors is None:
+            return self.shape
+        return tuple(n for dim in self.factors for n in dim)
+
+    def fine(self, box: Box) -> Box:
+        """``box`` of the shape as the same elements, in the same order, of the finer shape.
+
+        Raises:
+            LayoutError: it begins or ends inside a factor.
+        """
+        if self.factors is None:
+            return box
+        start: list[int] = []
+        stop: list[int] = []
+        for dim, factors in enumerate(self.factors):
+            a, b = _fine_interval(self, dim, factors, box.start[dim], box.stop[dim])
+            start += a
+            stop += b
+        return Box(tuple(start), tuple(stop))
+
+
+def _fine_interval(
+    tensor: Tensor, dim: int, factors: tuple[int, ...], start: int, stop: int
+) -> tuple[list[int], list[int]]:
+    """``start:stop`` of one dim along each of its factors.
+
+    It is one index of the outer factors, a range of one, and all of the inner ones.
+    """
+    first, last, left = list[int](), list[int](), prod(factors)
+    a, b = start, max(start, stop - 1)
+    for n in factors:
+        left //= n
+        first.append(a // left)
+        last.append(b // left)
+        a, b = a % left, b % left
+    ranged = next((i for i, (x, y) in enumerate(zip(first, last, strict=True)) if x != y), None)
+    if stop == start:
+        last = [x - 1 for x in first]
+    elif ranged is not None:
+        inner = prod(factors[ranged + 1 :])
+        if start % inner or stop % inner:
+            raise LayoutError(
+                f"dim {dim} of shape {tensor.shape} is made of {' x '.join(map(str, factors))}; "
+                f"a shard {start}:{stop} of it begins or ends inside a group of {inner}. Cut at "
+                f"multiples of {inner}, or leave the dim whole."
+            )
+    return first, [n + 1 for n in last]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ on 2,048 ranks plan in seconds. Pure: no file, no device, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 from .box import Box
 from .catalog import Catalog, Piece, Tensor
@@ -18,9 +19,12 @@ from .dtypes import DType, in_units
 from .errors import CoverageError, JaxshardError
 from .layout import Placement
 from .outputs import Outputs
-from .ranges import blocks, byte_runs
+from .ranges import Runs, blocks, byte_runs, strided_runs, tiles
+from .views import ZEROS
 
 BLOCK_BYTES = 1 << 20  # a block stays in the cache of one core between its read and its write
+_STEP_BYTES = 8  # two float32: the value, and what a step does to it
+TILE_BYTES = 8 << 20  # what is read transposed needs more, or it is read in tiny runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,35 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How a source box lies in its file, where that is not contiguous and row-major.
+
+    Attributes:
+        strides: bytes between neighbours, per dim.
+        item_bytes: bytes of a stored element; 0 if nothing is stored (zeros).
+        work_bytes: bytes an element takes on its way.
+    """
+
+    strides: tuple[int, ...]
+    item_bytes: int
+    work_bytes: int
+
+    def runs(self, part: Box, stored: Box, base: int = 0) -> tuple[Runs, tuple[int, ...]]:
+        """Where ``part`` lies of the box ``stored`` that begins at ``base``; see ranges."""
+        start = part.within(stored).start
+        at = base + sum(i * s for i, s in zip(start, self.strides, strict=True))
+        return strided_runs(part.shape, self.strides, self.item_bytes, at)
+
+    def is_permuted(self, box: Box) -> bool:
+        """Whether its dims have another order in the file, as far as ``box`` has them."""
+        some = [s for s, n in zip(self.strides, box.shape, strict=True) if s and n != 1]
+        return any(a < b for a, b in pairwise(some))
+
+
+Forms = tuple[Form | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Move:
     """The journey of one tensor. Boxes are counted in units of ``unit_bytes``.
 
@@ -39,6 +72,8 @@ class Move:
         sources: the distinct stored boxes.
         pieces: for each of them, every place that stores it.
         targets: the distinct boxes wanted, and by whom.
+        forms: for each source, how it lies; None for contiguous and row-major.
+        dtype: what an element becomes, where a source has a form.
     """
 
     name: str
@@ -46,11 +81,19 @@ class Move:
     sources: tuple[Box, ...]
     pieces: tuple[tuple[Piece, ...], ...]
     targets: tuple[Target, ...]
+    forms: Forms
+    dtype: DType
 
     @property
     def cells(self) -> tuple[Cell, ...]:
         """The independent parts of the journey."""
         return cells(self.sources, tuple(t.box for t in self.targets))
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The small tensors that steps of the sources need whole."""
+        views = (pieces[0].view for pieces in self.pieces)
+        return tuple(dict.fromkeys(t for view in views if view for t in view.operands))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +140,8 @@ def make_plan(
 
     Raises:
         CoverageError: the source lacks elements of a tensor; its name and numbers are said.
-        LayoutError: a shard would cut through a byte of a packed dtype.
+        LayoutError: a shard would cut through a byte of a packed dtype, or a group of rows
+            that belong together.
     """
     numbers = [0] * 6
     files = set(range(len(outputs.paths))) if only is None else only
@@ -131,14 +175,34 @@ def move_into(tensor: Tensor, wanted: Mapping[Box, tuple[int, ...]]) -> Move:
     stored: dict[Box, list[Piece]] = {}
     for piece in tensor.pieces:
         stored.setdefault(piece.box, []).append(piece)
-    sources, targets, unit = _unit_boxes(tensor.shape, tensor.dtype, tuple(stored), tuple(wanted))
+    fine = tuple(map(tensor.fine, wanted))
+    sources, targets, unit = _unit_boxes(tensor.fine_shape, tensor.dtype, tuple(stored), fine)
     return Move(
         tensor.name,
         unit,
         sources,
         tuple(map(tuple, stored.values())),
         tuple(map(Target, targets, wanted.values())),
+        tuple(_form(pieces[0]) for pieces in stored.values()),
+        tensor.dtype,
     )
+
+
+def _form(piece: Piece) -> Form | None:
+    view = piece.view
+    if view is None:
+        return None
+    item_bytes = 0 if piece.file == ZEROS else view.dtype.unit_bytes
+    return Form(view.strides, item_bytes, _STEP_BYTES if view.steps else item_bytes)
+
+
+def _forms(pieces: tuple[Piece, ...]) -> tuple[tuple[Box, ...], Forms]:
+    """The distinct boxes of ``pieces`` and their forms."""
+    found: dict[Box, Form | None] = {}
+    for piece in pieces:
+        if piece.box not in found:
+            found[piece.box] = _form(piece)
+    return tuple(found), tuple(found.values())
 
 
 @lru_cache(maxsize=4096)
@@ -156,58 +220,92 @@ def _tensor_cost(
     only: frozenset[int] | None,
     block_bytes: int,
 ) -> tuple[int, ...]:
-    sources = tuple(dict.fromkeys(p.box for p in tensor.pieces))
+    sources, forms = _forms(tensor.pieces)
     try:
         if only is None:
             kept = tuple((tensor.name, p.first_rank) in outputs.kept for p in placements)
             plain = tuple((p.axes, p.spec) for p in placements)
-            return _whole_cost(tensor.shape, tensor.dtype, sources, plain, kept, block_bytes)
-        move = make_move(tensor, outputs, only)
-        if move is None:
-            return (0,) * 6
-        wanted = tuple((t.box, len(t.ranks)) for t in move.targets)
-        return _cost(move.sources, wanted, move.unit_bytes, block_bytes)
+            shape = _Shape(tensor.shape, tensor.factors, tensor.dtype)
+            cost = _whole_cost(shape, sources, forms, plain, kept, block_bytes)
+        else:
+            move = make_move(tensor, outputs, only)
+            if move is None:
+                return (0,) * 6
+            wanted = tuple((t.box, len(t.ranks)) for t in move.targets)
+            cost = _cost(move.sources, move.forms, wanted, move.unit_bytes, block_bytes)
+        return _with_operands(cost, tensor, block_bytes)
     except JaxshardError as error:
         raise type(error)(f"{tensor.name}: {error}") from None
 
 
+def _with_operands(cost: tuple[int, ...], tensor: Tensor, block_bytes: int) -> tuple[int, ...]:
+    """``cost`` and the reads of the small tensors that steps need, once each."""
+    views = dict.fromkeys(p.view for p in tensor.pieces if p.view and p.view.steps)
+    for operand in dict.fromkeys(t for view in views for t in view.operands):
+        move = move_into(operand, {Box.whole(operand.shape): (0,)})
+        wanted = ((move.targets[0].box, 1),)
+        reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, block_bytes)
+        cost = (*(a + b for a, b in zip(cost[:3], reads[:3], strict=True)), *cost[3:])
+    return cost
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The geometry of a tensor, without its name."""
+
+    shape: tuple[int, ...]
+    factors: tuple[tuple[int, ...], ...] | None
+    dtype: DType
+
+    def fine(self, boxes: Iterable[Box]) -> tuple[tuple[int, ...], tuple[Box, ...]]:
+        tensor = Tensor("", self.dtype, self.shape, (), self.factors)
+        return tensor.fine_shape, tuple(map(tensor.fine, boxes))
+
+
 @lru_cache(maxsize=4096)
 def _whole_cost(
-    shape: tuple[int, ...],
-    kind: DType,
+    shape: _Shape,
     sources: tuple[Box, ...],
+    forms: Forms,
     placements: tuple[tuple[tuple[tuple[str, int], ...], tuple[tuple[str, ...], ...]], ...],
     kept: tuple[bool, ...],
     block_bytes: int,
 ) -> tuple[int, ...]:
     wanted: dict[Box, int] = {}
     for (axes, spec), single in zip(placements, kept, strict=True):
-        for shard in Placement(axes, spec).shards(shape):
+        for shard in Placement(axes, spec).shards(shape.shape):
             wanted[shard.box] = wanted.get(shard.box, 0) + (1 if single else len(shard.holders))
-    in_source, in_target, unit = _unit_boxes(shape, kind, sources, tuple(wanted))
+    fine_shape, fine = shape.fine(wanted)
+    in_source, in_target, unit = _unit_boxes(fine_shape, shape.dtype, sources, fine)
     counted = tuple(zip(in_target, wanted.values(), strict=True))
-    return _cost(in_source, counted, unit, block_bytes)
+    return _cost(in_source, forms, counted, unit, block_bytes)
 
 
 @lru_cache(maxsize=4096)
 def _cost(
-    sources: tuple[Box, ...], wanted: tuple[tuple[Box, int], ...], unit: int, block_bytes: int
+    sources: tuple[Box, ...],
+    forms: Forms,
+    wanted: tuple[tuple[Box, int], ...],
+    unit: int,
+    block_bytes: int,
 ) -> tuple[int, ...]:
     """(needed, read, reads, written, writes, copies): the engine's steps, counted."""
     needed = read = reads = written = writes = copies = 0
     for cell in cells(sources, tuple(box for box, _ in wanted)):
-        for block in blocks(cell.box, unit, block_bytes):
-            steps = block_steps(cell, block, sources)
+        for block in cell_blocks(cell, forms, unit, block_bytes):
+            steps = block_steps(cell, block, sources, forms)
             for index, part in steps.reads:
-                stored = sources[index]
-                runs = byte_runs(part.within(stored), stored.shape, unit)
-                requests = runs.coalesced()
-                needed += runs.num_bytes
-                read += requests.num_bytes
-                reads += len(requests)
+                runs = part_runs(part, sources[index], forms[index], unit)
+                if runs is not None:
+                    requests = runs.coalesced()
+                    needed += runs.num_bytes
+                    read += requests.num_bytes
+                    reads += len(requests)
             for index, part in steps.writes:
+                target = wanted[index][0]
                 written += part.size * unit * wanted[index][1]
-                writes += wanted[index][1]
+                spans = byte_runs(part.within(target), target.shape, unit)
+                writes += len(spans) * wanted[index][1]
             copies += steps.num_copies
     return needed, read, reads, written, writes, copies
 
@@ -222,18 +320,43 @@ class Steps:
     num_copies: int
 
 
-def block_steps(cell: Cell, block: Box, sources: tuple[Box, ...]) -> Steps:
+def part_runs(part: Box, stored: Box, form: Form | None, unit: int) -> Runs | None:
+    """Where ``part`` lies, from the first byte of the box ``stored``; None if nothing does."""
+    if form is None:
+        return byte_runs(part.within(stored), stored.shape, unit)
+    return form.runs(part, stored)[0] if form.item_bytes else None
+
+
+def cell_blocks(
+    cell: Cell, forms: Forms, unit: int, block_bytes: int, tile_bytes: int = TILE_BYTES
+) -> Iterator[Box]:
+    """The blocks that ``cell`` is carried in: tiles where a source lies transposed."""
+    found = [form for i, _ in cell.sources if (form := forms[i])]
+    if not found:
+        return blocks(cell.box, unit, block_bytes)
+    widest = max(unit, *(form.work_bytes for form in found))
+    for i, part in cell.sources:
+        form = forms[i]
+        if form and form.is_permuted(part):
+            return tiles(cell.box, form.strides, widest, tile_bytes)
+    return blocks(cell.box, widest, block_bytes)
+
+
+def block_steps(
+    cell: Cell, block: Box, sources: tuple[Box, ...], forms: Forms | None = None
+) -> Steps:
     """The reads and writes of ``block``, and the strided copies between.
 
     A part that is one run of the block is read straight into it, or written straight
-    from it; any other passes through a copy.
+    from it; any other passes through a copy, and so does what has a form.
     """
     reads = tuple((i, p) for i, box in cell.sources if (p := box.intersect(block)))
     writes = tuple((i, p) for i, box in cell.targets if (p := box.intersect(block)))
     inside = block.shape
-    copies = sum(
-        bool(byte_runs(part.within(block), inside, 1).outer) for _, part in (*reads, *writes)
-    )
+    copies = sum(bool(byte_runs(part.within(block), inside, 1).outer) for _, part in writes)
+    for i, part in reads:
+        formed = forms is not None and forms[i] is not None
+        copies += formed or bool(byte_runs(part.within(block), inside, 1).outer)
     return Steps(block, reads, writes, copies)
 
 
@@ -245,6 +368,6 @@ def check_covered(tensor: Tensor) -> None:
     """
     sources = tuple(dict.fromkeys(p.box for p in tensor.pieces))
     try:
-        cells(sources, (Box.whole(tensor.shape),))
+        cells(sources, (Box.whole(tensor.fine_shape),))
     except CoverageError as error:
         raise CoverageError(f"{tensor.name}: {error}") from None

@@ -81,6 +81,61 @@ def byte_runs(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) ->
     return Runs(offset, length, outer)
 
 
+def strided_runs(
+    lengths: tuple[int, ...], strides: tuple[int, ...], itemsize: int, base: int = 0
+) -> tuple[Runs, tuple[int, ...]]:
+    """The bytes of a strided box whose first element is at ``base``, in the file's order.
+
+    Also the dims in that order, slowest first; those of length 1 or stride 0 (repeated)
+    are not among them.
+
+    >>> strided_runs((3, 2), (2, 6), itemsize=2)
+    (Runs(offset=0, length=12, outer=()), (1, 0))
+    """
+    some = [d for d, n in enumerate(lengths) if n != 1 and strides[d]]
+    order = tuple(sorted(some, key=lambda d: -strides[d]))
+    length, outer = itemsize, list[tuple[int, int]]()
+    for dim in reversed(order):
+        n, stride = lengths[dim], strides[dim]
+        if not outer and stride == length:
+            length *= n
+        elif outer and stride == outer[0][0] * outer[0][1]:
+            outer[0] = (outer[0][0] * n, outer[0][1])
+        else:
+            outer.insert(0, (n, stride))
+    return Runs(base, length, tuple(outer)), order
+
+
+def tiles(
+    box: Box, strides: tuple[int, ...], itemsize: int, limit: int, least_run: int = 4096
+) -> Iterator[Box]:
+    """``box`` cut into boxes of at most ``limit`` bytes that are long on both sides.
+
+    A tile first grows along the dims that are neighbours where it is stored (``strides``),
+    until a run there has ``least_run`` bytes; then along those that are neighbours where
+    it goes, which is row-major.
+
+    >>> [t.shape for t in tiles(Box((0, 0), (8, 8)), (1, 8), 1, limit=32, least_run=4)]
+    [(4, 8), (4, 8)]
+    """
+    lengths = box.shape
+    if not prod(lengths):
+        return
+    extent = [1] * len(lengths)
+    most = max(1, limit // itemsize)
+    for dim in sorted(range(len(lengths)), key=lambda d: strides[d]):
+        room = min(most, -(-least_run // itemsize)) // prod(extent)
+        extent[dim] = max(1, min(lengths[dim], room)) if strides[dim] else 1
+    for dim in reversed(range(len(lengths))):
+        extent[dim] = max(1, min(lengths[dim], most // (prod(extent) // extent[dim])))
+    cuts = [
+        [(a, min(a + step, b)) for a in range(box.start[d], b, step)]
+        for d, (b, step) in enumerate(zip(box.stop, extent, strict=True))
+    ]
+    for intervals in product(*cuts):
+        yield Box(tuple(a for a, _ in intervals), tuple(b for _, b in intervals))
+
+
 def is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
     """Whether ``box`` is one run of a row-major tensor of ``shape``.
 

@@ -24,15 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..box import Box
-from ..catalog import Piece
+from ..catalog import Piece, Tensor
 from ..cells import Cell
 from ..errors import LayoutError
-from ..planning import BLOCK_BYTES, Move, Steps, block_steps
-from ..ranges import Runs, blocks, byte_runs
+from ..planning import BLOCK_BYTES, TILE_BYTES, Move, Steps, block_steps, cell_blocks, move_into
+from ..ranges import Runs, byte_runs
+from .requests import Bytes, Read, read_runs
+from .viewing import Operands, Viewer
 
-Bytes = NDArray[np.uint8]
-Read = Callable[[Piece, int, memoryview], None]
-"""``read(piece, offset, buffer)`` fills the buffer from byte ``offset`` of the piece's file."""
 Write = Callable[[Move, int, int, memoryview], int]
 """``write(move, target, offset, buffer)`` stores it there; returns how many writes that took."""
 Place = Callable[[Move, int, int, int], memoryview | None]
@@ -43,6 +42,7 @@ Lend = Callable[[Piece, int, int], memoryview | None]
 
 _BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
 _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
+_TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
 _LEAST_BLOCK = 64 << 10
 
 
@@ -67,11 +67,14 @@ class Budget:
 
     workers: int
     block_bytes: int
+    tile_bytes: int = BLOCK_BYTES  # a block of what is read transposed
 
     @property
     def host_bytes(self) -> int:
         """The most memory the threads hold at once."""
-        return self.workers * self.block_bytes * _BLOCKS_PER_WORKER
+        return self.workers * (
+            self.block_bytes * _BLOCKS_PER_WORKER + self.tile_bytes * _TILES_PER_WORKER
+        )
 
 
 def fit_budget(host_bytes: int, workers: int) -> Budget:
@@ -81,7 +84,7 @@ def fit_budget(host_bytes: int, workers: int) -> Budget:
         LayoutError: not even one thread with the smallest block fits.
 
     >>> fit_budget(64 << 20, workers=2)
-    Budget(workers=2, block_bytes=1048576)
+    Budget(workers=2, block_bytes=1048576, tile_bytes=8388608)
     """
     if workers < 1:
         raise LayoutError(f"{workers} workers; at least 1 is needed.")
@@ -92,8 +95,14 @@ def fit_budget(host_bytes: int, workers: int) -> Budget:
             f"Give --host-bytes {least} or more."
         )
     workers = min(workers, host_bytes // least)
-    block = host_bytes // workers // _BLOCKS_PER_WORKER
-    return Budget(workers, min(BLOCK_BYTES, 1 << (block.bit_length() - 1)))
+    block = _power_of_two(min(BLOCK_BYTES, host_bytes // workers // _BLOCKS_PER_WORKER))
+    left = host_bytes // workers - block * _BLOCKS_PER_WORKER
+    tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
+    return Budget(workers, block, tile)
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << (limit.bit_length() - 1)
 
 
 def run(
@@ -111,9 +120,9 @@ def run(
     ``progress`` is told the bytes written since it was last told, from any thread.
     The first error of any thread stops all of them and is raised.
     """
-    source = _Batches(moves, budget.block_bytes)
     ends = _Ends(read, write, place, lend)
-    workers = [_Worker(ends, budget.block_bytes, progress) for _ in range(budget.workers)]
+    source = _Batches(moves, budget)
+    workers = [_Worker(ends, budget, progress) for _ in range(budget.workers)]
     if budget.workers == 1:
         workers[0].work(source)
         return workers[0].counts
@@ -133,13 +142,14 @@ class _Batch:
     move: Move
     cell: Cell
     blocks: tuple[Box, ...]
+    operands: Operands | None
 
 
 class _Batches:
     """Runs of neighbouring blocks, handed to whichever thread asks next."""
 
-    def __init__(self, moves: Iterable[Move], block_bytes: int) -> None:
-        self._batches = _batches(moves, block_bytes)
+    def __init__(self, moves: Iterable[Move], budget: Budget) -> None:
+        self._batches = _batches(moves, budget)
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -151,12 +161,15 @@ class _Batches:
         self._stopped = True
 
 
-def _batches(moves: Iterable[Move], block_bytes: int) -> Iterator[_Batch]:
+def _batches(moves: Iterable[Move], budget: Budget) -> Iterator[_Batch]:
     for move in moves:
+        operands = Operands(move.operands) if any(move.forms) and move.operands else None
         for cell in move.cells:
-            all_blocks = blocks(cell.box, move.unit_bytes, block_bytes)
+            all_blocks = cell_blocks(
+                cell, move.forms, move.unit_bytes, budget.block_bytes, budget.tile_bytes
+            )
             while batch := tuple(islice(all_blocks, _BATCH_BLOCKS)):
-                yield _Batch(move, cell, batch)
+                yield _Batch(move, cell, batch, operands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,25 +185,30 @@ class _Ends:
 class _Worker:
     """One thread's buffers and counts."""
 
-    def __init__(
-        self, ends: _Ends, block_bytes: int, progress: Callable[[int], None] | None
-    ) -> None:
+    def __init__(self, ends: _Ends, budget: Budget, progress: Callable[[int], None] | None) -> None:
         self.counts = Counts()
-        self._ends, self._progress = ends, progress
-        self._block = np.empty(block_bytes, np.uint8)
-        self._spare = np.empty(block_bytes, np.uint8)
+        self._ends, self._budget, self._progress = ends, budget, progress
+        self._block = np.empty(budget.block_bytes, np.uint8)
+        self._spare = np.empty(budget.block_bytes, np.uint8)
+        self._viewer = Viewer(ends.read)
 
     def work(self, source: _Batches) -> None:
         while batch := source.next():
             before = self.counts.bytes_written
+            if batch.operands:
+                batch.operands.load(self._read_operand)
+                self._viewer.values = batch.operands.values
             for block in batch.blocks:
                 self._carry(batch.move, batch.cell, block)
             if self._progress:
                 self._progress(self.counts.bytes_written - before)
 
     def _carry(self, move: Move, cell: Cell, block: Box) -> None:
-        steps = block_steps(cell, block, move.sources)
+        steps = block_steps(cell, block, move.sources, move.forms)
         unit = move.unit_bytes
+        if block.size * unit > len(self._block):  # a tile
+            self._block = np.empty(block.size * unit, np.uint8)
+            self._spare = np.empty(block.size * unit, np.uint8)
         filled = self._lent(move, steps)
         if filled is None:
             filled = self._final_place(move, steps)
@@ -202,7 +220,11 @@ class _Worker:
             inside = buffer[(*part.within(block).slices, ...)]
             num_bytes = part.size * unit
             target = move.targets[index].box
-            at = byte_runs(part.within(target), target.shape, unit).offset
+            runs = byte_runs(part.within(target), target.shape, unit)
+            if runs.outer:
+                self._write_runs(move, index, runs, inside)
+                continue
+            at = runs.offset
             out = self._place(move, index, at, num_bytes)
             if out is not None:
                 if out.ctypes.data != inside.ctypes.data:
@@ -217,11 +239,42 @@ class _Worker:
             self.counts.bytes_written += writes * num_bytes
         self.counts.num_copies += steps.num_copies
 
+    def _write_runs(self, move: Move, index: int, runs: Runs, inside: NDArray[np.generic]) -> None:
+        """Write a part of a tile that is not one run of its target."""
+        flat = _flat(np.ascontiguousarray(inside))
+        for i, (at, length) in enumerate(runs):
+            chunk = flat[i * length : (i + 1) * length]
+            out = self._place(move, index, at, length)
+            if out is None:
+                out = chunk
+            else:
+                out[...] = chunk
+            writes = self._ends.write(move, index, at, out.data)
+            self.counts.num_writes += writes
+            self.counts.bytes_written += writes * length
+
+    def _read_operand(self, tensor: Tensor) -> Bytes:
+        """All bytes of a small tensor that a step needs."""
+        whole = Box.whole(tensor.shape)
+        out = np.empty(tensor.num_bytes, np.uint8)
+
+        def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+            out[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
+            return 1
+
+        budget = Budget(1, self._budget.block_bytes, self._budget.tile_bytes)
+        done = run([move_into(tensor, {whole: (0,)})], self._ends.read, write, budget=budget)
+        self.counts += Counts(done.bytes_needed, done.bytes_read, done.num_reads)
+        return out
+
     def _gather(self, move: Move, steps: Steps, buffer: NDArray[np.generic]) -> None:
         """Fill ``buffer``, which is the block, from all that stores parts of it."""
         for index, part in steps.reads:
             inside = buffer[(*part.within(steps.block).slices, ...)]
-            if inside.flags.c_contiguous:
+            if move.forms[index] is not None:
+                runs = self._viewer.fetch(move, index, part, inside)
+                self._count_reads(runs)
+            elif inside.flags.c_contiguous:
                 self._fetch(move, index, part, _flat(inside))
             else:
                 spare = self._spare[: part.size * move.unit_bytes]
@@ -234,8 +287,10 @@ class _Worker:
             return None
         index, part = steps.writes[0]
         target = move.targets[index].box
-        at = byte_runs(part.within(target), target.shape, move.unit_bytes).offset
-        return self._place(move, index, at, part.size * move.unit_bytes)
+        runs = byte_runs(part.within(target), target.shape, move.unit_bytes)
+        if runs.outer:
+            return None
+        return self._place(move, index, runs.offset, part.size * move.unit_bytes)
 
     def _place(self, move: Move, index: int, at: int, num_bytes: int) -> Bytes | None:
         if self._ends.place is None:
@@ -248,6 +303,8 @@ class _Worker:
         if self._ends.lend is None or len(steps.reads) != 1 or steps.reads[0][1] != steps.block:
             return None
         index = steps.reads[0][0]
+        if move.forms[index] is not None:
+            return None
         stored = move.sources[index]
         piece = move.pieces[index][0]
         runs = byte_runs(
@@ -268,28 +325,15 @@ class _Worker:
         stored = move.sources[index]
         piece = move.pieces[index][0]
         runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
-        requests = runs.coalesced()
-        self.counts.bytes_needed += runs.num_bytes
-        self.counts.bytes_read += requests.num_bytes
-        self.counts.num_reads += len(requests)
-        share = len(out) // max(1, len(requests))
-        for i, (offset, length) in enumerate(requests):
-            chunk = out[i * share : (i + 1) * share]
-            if length == share:
-                self._ends.read(piece, offset, chunk.data)
-            else:
-                span = np.empty(length, np.uint8)
-                self._ends.read(piece, offset, span.data)
-                _pick(span, runs, len(runs.outer) - len(requests.outer), chunk)
+        read_runs(self._ends.read, piece, runs, out)
+        self._count_reads(runs)
 
-
-def _pick(span: Bytes, runs: Runs, inner: int, out: Bytes) -> None:
-    """Copy the runs of the last ``inner`` dims out of the span that was read over them."""
-    dims = runs.outer[len(runs.outer) - inner :]
-    shape = (*(n for n, _ in dims), runs.length)
-    strides = (*(s for _, s in dims), 1)
-    view = np.lib.stride_tricks.as_strided(span, shape, strides, writeable=False)
-    out.reshape(shape)[...] = view
+    def _count_reads(self, runs: Runs | None) -> None:
+        if runs is not None:
+            requests = runs.coalesced()
+            self.counts.bytes_needed += runs.num_bytes
+            self.counts.bytes_read += requests.num_bytes
+            self.counts.num_reads += len(requests)
 
 
 def _element(unit_bytes: int) -> np.dtype[np.generic]:

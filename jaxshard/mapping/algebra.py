@@ -1,0 +1,75 @@
+"""The algebra of tensors: the few operations that every mapping is written in.
+
+The same operation runs on tensors in files (as geometry, see ``geometry``), on values in
+memory (as expressions, see ``expressions``) and on placements (see ``placing``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from ..catalog import Tensor
+from ..dtypes import DType
+from . import geometry
+
+T = TypeVar("T")
+
+
+class Algebra(Protocol[T]):
+    """What can be done with a tensor ``T``; shapes are always known."""
+
+    def shape(self, x: T) -> tuple[int, ...]:
+        """Elements along each dim."""
+        ...
+
+    def transpose(self, x: T, order: Sequence[int]) -> T:
+        """Dim ``i`` of the result is dim ``order[i]`` of ``x``."""
+        ...
+
+    def reshape(self, x: T, shape: tuple[int, ...]) -> T:
+        """The same elements in the same row-major order."""
+        ...
+
+    def cut(self, x: T, dim: int, start: int, stop: int) -> T:
+        """The elements ``start:stop`` along ``dim``."""
+        ...
+
+    def join(self, xs: Sequence[T], dim: int, name: str) -> T:
+        """``xs`` one after the other along ``dim``; ``name`` is for errors."""
+        ...
+
+    def repeat(self, x: T, dim: int, times: int) -> T:
+        """``x`` with ``dim``, of length 1, repeated."""
+        ...
+
+    def pad(self, x: T, dim: int, length: int) -> T:
+        """``x`` with zeros after it along ``dim``, up to ``length``."""
+        ...
+
+    def cast(self, x: T, dtype: DType) -> T:
+        """The values of ``x`` rounded to ``dtype``."""
+        ...
+
+    def scaled(self, x: T, scale: T, block: tuple[int, int], dtype: DType) -> T:
+        """The true values of a matrix whose blocks each have a factor in ``scale``."""
+        ...
+
+
+class Geometry:
+    """The algebra of tensors in files: nothing is read, only where it lies is told anew."""
+
+    shape = staticmethod(lambda x: x.shape)
+    transpose = staticmethod(geometry.transpose)
+    reshape = staticmethod(geometry.reshape)
+    cut = staticmethod(geometry.cut)
+    join = staticmethod(geometry.join)
+    repeat = staticmethod(geometry.repeat)
+    cast = staticmethod(geometry.cast)
+    scaled = staticmethod(geometry.scaled)
+
+    @staticmethod
+    def pad(x: Tensor, dim: int, length: int) -> Tensor:
+        """``x`` with zeros after it along ``dim``, up to ``length``."""
+        rest = (*x.shape[:dim], length - x.shape[dim], *x.shape[dim + 1 :])
+        return geometry.join([x, geometry.zeros(rest, x.dtype)], dim, x.name)

@@ -1,0 +1,166 @@
+"""Viewing: what lies transposed, repeated, in another dtype or quantised becomes what is meant.
+
+A part of a source is read in the order of its file; the values are then converted where
+they lie, and last copied to the order wanted. The steps are said in ``views``; here they
+are computed, with NumPy, in float32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..box import Box
+from ..catalog import Tensor
+from ..elements import numpy_dtype
+from ..planning import Move
+from ..ranges import Runs
+from ..views import AddProduct, Affine, Round, Step, View
+from .requests import Bytes, Read, read_runs
+
+Array = NDArray[Any]
+Values = Mapping[Tensor, NDArray[np.float32]]
+
+_TILE = (32, 512)  # elements along what is consecutive where it goes, and where it comes from
+_SMALL = 1 << 11  # a plane of fewer elements is quick in any order
+
+
+class Operands:
+    """The small tensors that the steps of one move need whole, read once."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
+        self._lock = threading.Lock()
+        self.values: dict[Tensor, NDArray[np.float32]] = {}
+
+    def load(self, read: Callable[[Tensor], Bytes]) -> None:
+        """Have ``values``; the first thread that comes reads them, the others wait."""
+        with self._lock:
+            if not self.values:
+                self.values = {t: _as_float32(t, read(t)) for t in self._tensors}
+
+
+def _as_float32(tensor: Tensor, data: Bytes) -> NDArray[np.float32]:
+    return data.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape).astype(np.float32)
+
+
+class Viewer:
+    """One thread's reader of sources that have a form.
+
+    Attributes:
+        values: the operands of the steps of the move at hand.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self.values: Values = {}
+        self._read = read
+        self._buffer = np.empty(0, np.uint8)
+
+    def fetch(self, move: Move, index: int, part: Box, out: Array) -> Runs | None:
+        """Fill ``out`` with ``part`` of source ``index``; the runs that were read, if any."""
+        form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
+        assert form is not None
+        assert piece.view is not None
+        if not form.item_bytes:
+            out[...] = np.zeros((), out.dtype)
+            return None
+        runs, order = form.runs(part, stored, piece.offset)
+        if runs.num_bytes > len(self._buffer):
+            self._buffer = np.empty(runs.num_bytes, np.uint8)
+        compact = self._buffer[: runs.num_bytes]
+        read_runs(self._read, piece, runs, compact)
+        values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
+        start = part.within(stored).start
+        done = _converted(values, piece.view, start, numpy_dtype(move.dtype), self.values)
+        copy_into(out, np.broadcast_to(done.view(out.dtype), out.shape))
+        return runs
+
+
+def _in_order(compact: Array, lengths: tuple[int, ...], order: tuple[int, ...]) -> Array:
+    """The elements, stored with dims ``order``, with all dims in theirs; length 1 if repeated."""
+    stored = compact.reshape([lengths[d] for d in order])
+    ascending = sorted(range(len(order)), key=order.__getitem__)
+    index = tuple(slice(None) if d in order else None for d in range(len(lengths)))
+    return stored.transpose(ascending)[index]
+
+
+def _converted(
+    values: Array, view: View, start: tuple[int, ...], dtype: np.dtype[np.generic], known: Values
+) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf, as in JAX
+        if view.steps:
+            work = np.float64 if values.dtype == np.float64 else np.float32
+            wide = values.astype(work)  # keeps the order in memory, and is ours to change
+            for step in view.steps:
+                wide = _stepped(wide, step, start, known)
+            values = wide
+        return values.astype(dtype, copy=False)
+
+
+def _stepped(values: Array, step: Step, start: tuple[int, ...], known: Values) -> Array:
+    if isinstance(step, Round):
+        return values.astype(numpy_dtype(step.dtype)).astype(values.dtype)
+    (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
+    if isinstance(step, AddProduct):
+        table = _take(known[step.b], rows, 0) @ _take(known[step.a], columns, 1)
+        table *= np.float32(step.scaling)
+    else:
+        table = known[step.scale][rows // step.block[0]][:, columns // step.block[1]]
+    dims = (*row_dims, *column_dims)
+    table = _in_order(table, values.shape, dims)
+    if isinstance(step, AddProduct):
+        values += table
+    else:
+        values *= table
+    return values
+
+
+def _indices(
+    at: Affine, start: tuple[int, ...], lengths: tuple[int, ...]
+) -> tuple[tuple[int, ...], NDArray[np.intp]]:
+    """The dims that ``at`` grows along, largest step first, and its numbers in that order."""
+    dims = sorted((d for d, n in enumerate(lengths) if n > 1 and at.steps[d]), key=_by(at.steps))
+    numbers = np.array([at.start + sum(i * s for i, s in zip(start, at.steps, strict=True))])
+    for d in dims:
+        numbers = (numbers[:, None] + np.arange(lengths[d]) * at.steps[d]).reshape(-1)
+    return tuple(dims), numbers
+
+
+def _by(steps: tuple[int, ...]) -> Callable[[int], int]:
+    return lambda d: -steps[d]
+
+
+def _take(array: NDArray[np.float32], index: NDArray[np.intp], axis: int) -> NDArray[np.float32]:
+    first, last = int(index[0]), int(index[-1])
+    if last - first + 1 == len(index):  # indices grow, so these are all between
+        return array[first : last + 1] if axis == 0 else array[:, first : last + 1]
+    return array.take(index, axis)
+
+
+def copy_into(out: Array, values: Array) -> None:
+    """``out[...] = values``, in tiles where the two lie in memory in different orders.
+
+    A plain transposed copy touches a new cache line with every element; here each line
+    that was fetched is used up before it is dropped.
+    """
+    to, come = _fastest(out), _fastest(values)
+    if to == come or out.shape[to] * out.shape[come] < _SMALL:
+        out[...] = values
+        return
+    steps = [1] * out.ndim
+    steps[to], steps[come] = _TILE
+    cuts = [range(0, n, s) for n, s in zip(out.shape, steps, strict=True)]
+    for corner in product(*cuts):
+        tile = tuple(slice(i, i + s) for i, s in zip(corner, steps, strict=True))
+        out[tile] = values[tile]
+
+
+def _fastest(array: Array) -> int:
+    """The dim whose neighbours are nearest in memory."""
+    some = [d for d, n in enumerate(array.shape) if n > 1 and array.strides[d]]
+    return min(some, key=lambda d: array.strides[d], default=0)
