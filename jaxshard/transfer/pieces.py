@@ -4,12 +4,12 @@ Between any two sets of devices: cut on the source device, copy device to device
 join on the destination. Cuts and joins are one program each over all their devices, which know
 from their number where to cut, so that eight devices cost one compilation and not eight.
 
-    source devices   cut   ┌──┬──┐          every device makes the same number of cuts
+    source devices   cut   ┌──┬──┐
                            └──┴──┘
-                  copy      ╲  ╲───▶ ▒      no device waits for another
+                    copy    ╲  ╲───▶ ▒      no device waits for another
     target devices  join     ──────▶ ░      in waves, so that cuts and arrivals stay bounded
 
-This module decides; `piecewise` does. It knows no arrays.
+This module decides; `piecewise` does. It touches no array.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
+import jax
+
 from ..box import Box
 from .geometry import Move, Piece, pieces
 
@@ -29,9 +31,10 @@ WHOLE = -1  # in place of a cut: the shard as it is
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Every source device cuts a box of ``shape`` out of its shard, each from its own start."""
+    """Source devices that cut a box of ``shape`` out of their shards, each from its own start."""
 
     shape: tuple[int, ...]
+    devices: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
 
 
@@ -111,10 +114,8 @@ def _wave(move: Move, targets: Sequence[int]) -> Wave:
 
 def _cuts(move: Move, chosen: Sequence[Piece]) -> tuple[tuple[Cut, ...], list[Origin]]:
     """The cuts that yield the chosen pieces; pieces of one shape share a cut across devices."""
-    num_sources = len(move.source_boxes)
-    starts: list[list[tuple[int, ...] | None]] = []  # per cut, per device
+    starts: list[dict[int, tuple[int, ...]]] = []  # per cut, by source device
     shapes: list[tuple[int, ...]] = []
-    free: dict[tuple[int, tuple[int, ...]], int] = defaultdict(int)
     of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     origins = []
     for piece in chosen:
@@ -123,23 +124,18 @@ def _cuts(move: Move, chosen: Sequence[Piece]) -> tuple[tuple[Cut, ...], list[Or
             origins.append(Origin(piece.source, WHOLE))
             continue
         shape = piece.box.shape
-        nth = free[piece.source, shape]
-        free[piece.source, shape] += 1
-        if nth == len(of_shape[shape]):
-            of_shape[shape].append(len(shapes))
+        cut = next((c for c in of_shape[shape] if piece.source not in starts[c]), len(shapes))
+        if cut == len(shapes):
+            of_shape[shape].append(cut)
             shapes.append(shape)
-            starts.append([None] * num_sources)
-        cut = of_shape[shape][nth]
+            starts.append({})
         starts[cut][piece.source] = piece.box.within(held).start
         origins.append(Origin(piece.source, cut))
-    zeros = (0,) * len(move.shape)
-    return (
-        tuple(
-            Cut(shape, tuple(s or zeros for s in per_device))
-            for shape, per_device in zip(shapes, starts, strict=True)
-        ),
-        origins,
+    cuts = (
+        Cut(shape, tuple(sorted(by_device)), tuple(by_device[d] for d in sorted(by_device)))
+        for shape, by_device in zip(shapes, starts, strict=True)
     )
+    return tuple(cuts), origins
 
 
 def _joins(arrivals: dict[int, list[tuple[Box, Origin]]]) -> tuple[Join, ...]:
@@ -180,14 +176,16 @@ def positions(segments: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
 def _peak(move: Move, cuts: Sequence[Cut], chosen: Sequence[Piece]) -> int:
     """Bytes of cuts and arrivals on the fullest device.
 
-    Every source device makes every cut, wanted or not. A shard that is sent whole to
-    become a whole target shard is not an intermediate: it is the result.
+    A piece that arrives as a whole target shard is not an intermediate: it is the result.
     """
-    held = dict.fromkeys(move.source_devices, sum(prod(c.shape) for c in cuts))
+    held: dict[jax.Device, int] = defaultdict(int)
+    for cut in cuts:
+        for source in cut.devices:
+            held[move.source_devices[source]] += prod(cut.shape)
     for piece in chosen:
         for target in piece.targets:
             device = move.target_devices[target]
             is_result = piece.box == move.target_boxes[target]
             if device != move.source_devices[piece.source] and not is_result:
-                held[device] = held.get(device, 0) + piece.box.size
+                held[device] += piece.box.size
     return max(held.values(), default=0) * move.dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,10 +16,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .bits import as_bits, from_bits
 from .geometry import Move
-from .pieces import WHOLE, Cut, Join, Wave, positions, waves
+from .pieces import WHOLE, Cut, Join, Origin, Wave, positions, waves
 from .shards import data_of, gathered_from
 
 _AXIS = "device"
+_Numbers = tuple[int, ...]  # devices, counted along the source or the target sharding
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Program:
     @property
     def num_compiled(self) -> int:
         """How many programs were compiled."""
-        return sum(len(r.joins) + (r.cuts is not None) for r in self.rounds)
+        return sum(len(r.cuts) + len(r.joins) for r in self.rounds)
 
     def __call__(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """The arrays, each at its move's target. They must be at its source."""
@@ -54,11 +56,11 @@ class Program:
 
 @dataclass(frozen=True)
 class _Round:
-    """One wave of each move: a program that cuts, and one that joins per set of devices."""
+    """One wave of each move: for each set of devices one program that cuts, or one that joins."""
 
     waves: tuple[Wave | None, ...]
-    cuts: jax.stages.Compiled | None
-    joins: tuple[tuple[tuple[int, ...], jax.stages.Compiled], ...]
+    cuts: dict[_Numbers, jax.stages.Compiled]
+    joins: dict[_Numbers, jax.stages.Compiled]
     peak_bytes: int
 
     def run(
@@ -68,36 +70,37 @@ class _Round:
         shards: Sequence[list[jax.Array | None]],
     ) -> None:
         """Fill in the shards of this wave's targets."""
-        cut = self._cut(moves, sources)
-        joins = dict(self.joins)
-        waiting: dict[tuple[int, ...], list[tuple[int, list[jax.Array]]]] = {}
+        made = self._cut(moves, sources)
+        waiting: dict[_Numbers, list[tuple[int, list[jax.Array]]]] = defaultdict(list)
         for m, wave in enumerate(self.waves):
             for join in wave.joins if wave else ():
                 devices = tuple(moves[m].target_devices[d] for d in join.devices)
-                made = {WHOLE: sources[m], **dict(enumerate(cut[m]))}
-                slots = [
-                    _send([made[o.cut][o.source] for o in slot], devices) for slot in join.slots
-                ]
+                slots = [_send([made[m][o] for o in slot], devices) for slot in join.slots]
                 if len(slots) == 1:
-                    _place(shards[m], join.devices, data_of(slots[0]))
+                    _place(shards[m], join.devices, slots[0])
                 else:
-                    waiting.setdefault(join.devices, []).append((m, slots))
-        for devices, parts in waiting.items():
-            joined = joins[devices](*(slots for _, slots in parts))
+                    waiting[join.devices].append((m, slots))
+        for numbers, parts in waiting.items():
+            joined = self.joins[numbers](*(slots for _, slots in parts))
             for (m, _), array in zip(parts, joined, strict=True):
-                _place(shards[m], devices, data_of(array))
+                _place(shards[m], numbers, array)
 
     def _cut(
         self, moves: Sequence[Move], sources: Sequence[Sequence[jax.Array]]
-    ) -> list[list[list[jax.Array]]]:
-        if self.cuts is None:
-            return [[] for _ in moves]
-        cutting = [m for m, wave in enumerate(self.waves) if wave and wave.cuts]
-        stacked = [_stack(sources[m], moves[m].source_devices) for m in cutting]
-        found: list[list[list[jax.Array]]] = [[] for _ in moves]
-        for m, outputs in zip(cutting, self.cuts(*stacked), strict=True):
-            found[m] = [data_of(x) for x in outputs]
-        return found
+    ) -> list[dict[Origin, jax.Array]]:
+        """For each move its pieces, the whole shards among them."""
+        made = [{Origin(n, WHOLE): x for n, x in enumerate(data)} for data in sources]
+        for numbers, cut in self.cuts.items():
+            parts = _cuts_by(numbers, self.waves)
+            stacked = [
+                _stack([sources[m][n] for n in numbers], _at(moves[m].source_devices, numbers))
+                for m, _ in parts
+            ]
+            for (m, cuts), outputs in zip(parts, cut(*stacked), strict=True):
+                for (c, _), array in zip(cuts, outputs, strict=True):
+                    for n, piece in zip(numbers, data_of(array), strict=True):
+                        made[m][Origin(n, c)] = piece
+        return made
 
 
 @lru_cache(maxsize=4096)
@@ -112,24 +115,44 @@ def program(moves: tuple[Move, ...], limit_bytes: tuple[int, ...]) -> Program:
 
 
 def _round(moves: tuple[Move, ...], now: tuple[Wave | None, ...]) -> _Round:
-    temporary = 0
-    cutting = [(m, w.cuts) for m, w in zip(moves, now, strict=True) if w and w.cuts]
-    cuts = _compile_cuts(cutting) if cutting else None
-    if cuts is not None:
-        temporary = _temporary_bytes(cuts)
-    by_devices: dict[tuple[int, ...], list[tuple[Move, Join]]] = {}
+    cutters = dict.fromkeys(c.devices for w in now if w for c in w.cuts)
+    cuts = {
+        numbers: _compile_cuts(
+            _at(moves[0].source_devices, numbers),
+            [(moves[m], [c for _, c in cuts]) for m, cuts in _cuts_by(numbers, now)],
+        )
+        for numbers in cutters
+    }
+    joining: dict[_Numbers, list[tuple[Move, Join]]] = defaultdict(list)
     for m, wave in zip(moves, now, strict=True):
         for join in wave.joins if wave else ():
             if len(join.slots) > 1:
-                by_devices.setdefault(join.devices, []).append((m, join))
-    joins = tuple((devices, _compile_joins(parts)) for devices, parts in by_devices.items())
-    temporary = max([temporary, *(_temporary_bytes(j) for _, j in joins)])
+                joining[join.devices].append((m, join))
+    joins = {
+        numbers: _compile_joins(_at(moves[0].target_devices, numbers), parts)
+        for numbers, parts in joining.items()
+    }
+    temporary = [_temporary_bytes(p) for p in (*cuts.values(), *joins.values())]
     peak = sum(w.peak_bytes for w in now if w)
-    return _Round(now, cuts, joins, peak + temporary)
+    return _Round(now, cuts, joins, peak + max(temporary, default=0))
 
 
-def _compile_cuts(parts: Sequence[tuple[Move, tuple[Cut, ...]]]) -> jax.stages.Compiled:
-    mesh = _line(parts[0][0].source_devices)
+def _cuts_by(
+    numbers: _Numbers, now: Sequence[Wave | None]
+) -> list[tuple[int, list[tuple[int, Cut]]]]:
+    """For each move that has some: its cuts (with their numbers) by exactly these devices."""
+    found = [
+        (m, [(c, cut) for c, cut in enumerate(wave.cuts) if cut.devices == numbers])
+        for m, wave in enumerate(now)
+        if wave
+    ]
+    return [(m, cuts) for m, cuts in found if cuts]
+
+
+def _compile_cuts(
+    devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Sequence[Cut]]]
+) -> jax.stages.Compiled:
+    mesh = _line(tuple(devices))
 
     def cut(*shards: jax.Array) -> list[list[jax.Array]]:
         me = jax.lax.axis_index(_AXIS)
@@ -153,9 +176,10 @@ def _slice(shard: jax.Array, cut: Cut, me: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(shard, list(start), cut.shape)
 
 
-def _compile_joins(parts: Sequence[tuple[Move, Join]]) -> jax.stages.Compiled:
-    move, join = parts[0]
-    mesh = _line(tuple(move.target_devices[d] for d in join.devices))
+def _compile_joins(
+    devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Join]]
+) -> jax.stages.Compiled:
+    mesh = _line(tuple(devices))
 
     def joined(*slots: list[jax.Array]) -> list[jax.Array]:
         return [
@@ -228,11 +252,13 @@ def _send(pieces: Sequence[jax.Array], devices: tuple[jax.Device, ...]) -> jax.A
     return gathered_from(pieces, NamedSharding(mesh, PartitionSpec(_AXIS)), shape)
 
 
-def _place(
-    shards: list[jax.Array | None], devices: Sequence[int], found: Sequence[jax.Array]
-) -> None:
-    for device, shard in zip(devices, found, strict=True):
-        shards[device] = shard
+def _place(shards: list[jax.Array | None], numbers: _Numbers, found: jax.Array) -> None:
+    for n, shard in zip(numbers, data_of(found), strict=True):
+        shards[n] = shard
+
+
+def _at(devices: Sequence[jax.Device], numbers: _Numbers) -> tuple[jax.Device, ...]:
+    return tuple(devices[n] for n in numbers)
 
 
 def _complete(shards: Sequence[jax.Array | None]) -> list[jax.Array]:

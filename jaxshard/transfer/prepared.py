@@ -115,7 +115,7 @@ class _Run:
     def _unit(self, unit: Unit, limit_bytes: int) -> None:
         arrays = [self._source(n) for n in unit.leaves]
         alone = unit.has_collectives and _is_cpu(arrays[0])
-        if alone or self.in_flight_bytes + unit.intermediate_bytes > limit_bytes:
+        if alone or self.in_flight_bytes + unit.in_flight_bytes > limit_bytes:
             self._barrier()
         if alone:
             jax.block_until_ready(arrays)
@@ -128,7 +128,7 @@ class _Run:
             for n, x in zip(unit.leaves, arrays, strict=True)
         ]
         self.in_flight += arrays
-        self.in_flight_bytes += unit.intermediate_bytes
+        self.in_flight_bytes += unit.in_flight_bytes
         for n, array in zip(unit.leaves, arrays, strict=True):
             self._finish(n, array)
 
@@ -318,7 +318,8 @@ def _plan(leaves: Sequence[Leaf], units: Sequence[Unit], device_bytes: int | Non
                 between,
                 moved.same_device_bytes,
                 moved.cross_device_bytes,
-                unit.intermediate_bytes,
+                unit.largest_bytes,
+                unit.in_flight_bytes,
             )
     ordered = tuple(rows[n] for n in sorted(rows))
     return ReshardPlan(ordered, sum(programs.values()), device_bytes)

@@ -14,8 +14,10 @@ class LeafPlan:
     """One array: its route, the shardings between, and the bytes on each kind of link.
 
     Attributes:
-        intermediate_bytes: in flight on the fullest device, beyond source and target;
-            leaves that share a program share this number.
+        largest_bytes: the largest intermediate on a device: of a program, its largest array;
+            of pieces, all that are in flight together.
+        in_flight_bytes: all intermediates on the fullest device, beyond source and target.
+            Leaves that share a program share both numbers.
     """
 
     name: str
@@ -25,7 +27,8 @@ class LeafPlan:
     between: tuple[str, ...]
     same_device_bytes: int
     cross_device_bytes: int
-    intermediate_bytes: int
+    largest_bytes: int
+    in_flight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +48,16 @@ class ReshardPlan:
         )
 
     @property
-    def intermediate_bytes(self) -> int:
-        """The most that is in flight on one device at once for any one program."""
-        return max((leaf.intermediate_bytes for leaf in self.leaves), default=0)
+    def in_flight_bytes(self) -> int:
+        """The most that any one program has in flight on one device."""
+        return max((leaf.in_flight_bytes for leaf in self.leaves), default=0)
 
     def __str__(self) -> str:
         by_kind: dict[str, list[LeafPlan]] = defaultdict(list)
         for leaf in self.leaves:
             by_kind[leaf.kind].append(leaf)
         rows: list[tuple[str, ...]] = [
-            ("route", "arrays", "same device", "device to device", "in flight per device")
+            ("route", "arrays", "same device", "device to device", "largest", "in flight")
         ]
         rows += [_row(kind, leaves) for kind, leaves in by_kind.items()]
         rows.append(_row("all", self.leaves))
@@ -82,5 +85,6 @@ def _row(kind: str, leaves: Sequence[LeafPlan]) -> tuple[str, ...]:
         str(len(leaves)),
         f"{sum(leaf.same_device_bytes for leaf in leaves):,}",
         f"{sum(leaf.cross_device_bytes for leaf in leaves):,}",
-        f"{max((leaf.intermediate_bytes for leaf in leaves), default=0):,}",
+        f"{max((leaf.largest_bytes for leaf in leaves), default=0):,}",
+        f"{max((leaf.in_flight_bytes for leaf in leaves), default=0):,}",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ class Stage:
 
     run: Run
     kind: Kind
-    intermediate_bytes: int = 0
+    largest_bytes: int = 0
+    in_flight_bytes: int = 0
     num_compiled: int = 0
     program: object = None  # what two units that share it have in common
 
@@ -53,9 +54,14 @@ class Unit:
         return dominant(s.kind for s in self.stages)
 
     @property
-    def intermediate_bytes(self) -> int:
+    def largest_bytes(self) -> int:
+        """The largest intermediate of any leg."""
+        return max((s.largest_bytes for s in self.stages), default=0)
+
+    @property
+    def in_flight_bytes(self) -> int:
         """Bytes in flight on the fullest device, beyond the source and the target."""
-        return max((s.intermediate_bytes for s in self.stages), default=0)
+        return max((s.in_flight_bytes for s in self.stages), default=0)
 
     @property
     def has_collectives(self) -> bool:
@@ -122,10 +128,15 @@ def _compile(
 ) -> list[Unit]:
     """One unit for the group, or several where together they are over the bounds."""
     stages: list[Stage] = []
-    for steps in zip(*(way.steps for _, way in group), strict=True):
-        stage = _stage(steps, device_bytes)
+    legs = list(zip(*(way.steps for _, way in group), strict=True))
+    for n, steps in enumerate(legs):
+        # the array as it is between two legs is in flight beside what the leg itself takes
+        before = sum(s.move.source_shard_bytes for s in steps) if n else 0
+        after = sum(s.move.target_shard_bytes for s in steps) if n + 1 < len(legs) else 0
+        left_bytes = None if device_bytes is None else device_bytes - before - after
+        stage = _stage(steps, left_bytes)
         if stage is not None:
-            stages.append(stage)
+            stages.append(replace(stage, in_flight_bytes=stage.in_flight_bytes + before + after))
         elif len(group) > 1:
             return [u for one in group for u in _compile(leaves, [one], device_bytes)]
         elif steps[0].kind == "compiled":
@@ -165,7 +176,7 @@ def _compiled_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage 
     def run(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         return found([relabelled(x, m.source) for x, m in zip(arrays, moves, strict=True)])
 
-    return Stage(run, "compiled", in_flight, 1, found)
+    return Stage(run, "compiled", found.peak.largest_bytes, in_flight, 1, found)
 
 
 def _pieces_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage | None:
@@ -175,7 +186,7 @@ def _pieces_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage | 
     found = piecewise.program(moves, tuple(limits))
     if device_bytes is not None and found.peak_bytes > device_bytes:
         return None
-    return Stage(found, "pieces", found.peak_bytes, found.num_compiled, found)
+    return Stage(found, "pieces", found.peak_bytes, found.peak_bytes, found.num_compiled, found)
 
 
 def _stay(move: Move, array: jax.Array) -> jax.Array:
