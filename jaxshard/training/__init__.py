@@ -1,0 +1,41 @@
+"""The training loop's checkpoints: saved on time, never lost, resumed anywhere.
+
+    manager = CheckpointManager("output", prefix="llama", save_every_steps=100, keep_max=5)
+    found = manager.restore(state)            # the newest good step, onto the layout of state
+    for step in range(found.step + 1, 1001):
+        state = train_step(state, batch)
+        manager.maybe_save(step, state)
+    manager.close()
+
+    cadence, retention, naming, progress      decisions: no file, no device, no clock
+    records, checksums                        what is kept beside the data
+    places, committing, steps                 effects on the directory
+    trees, snapshots, writing, restoring      effects on arrays
+
+Only the last row, and ``manager`` above it, import JAX; names are fetched when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "CheckpointManager": "manager",
+    "Cadence": "cadence",
+    "Progress": "progress",
+    "Restored": "restoring",
+    "ResumePoint": "progress",
+    "StepName": "naming",
+    "resume_point": "progress",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxshard.training' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,147 @@
+"""Records: what is known of a saved step beyond its files.
+
+    .jaxshard/1_10.json       the step is whole: its files with sizes and checksums, extras
+    .jaxshard/1_10.moving     all its files are on the disk and are being put in place
+    .jaxshard/1_10.removed    it is being removed, or was
+
+A record is one line of JSON and one with the checksum of the first, so that a damaged
+record is known as such. It is the last thing written when a step is saved, and the first
+taken away when it goes. This module makes and reads their bytes only.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from posixpath import normpath
+from typing import Any
+
+from ..errors import FormatError, LayoutError
+from .checksums import FileSums
+from .naming import StepName
+
+FOLDER = ".jaxshard"
+WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One saved step.
+
+    Attributes:
+        global_step: the step counted over the whole run.
+        units: what is put in place at once: files, or folders with all that is in them;
+            relative to the directory.
+        files: every file with its checksums, relative to the directory.
+        strategy: the folder with the strategy files of this step, if it is cut into ranks;
+            relative to the directory.
+        extras: what the training loop wanted kept.
+        saved_at: seconds since 1970.
+    """
+
+    step: StepName
+    global_step: int
+    format: str
+    algorithm: str
+    units: tuple[str, ...]
+    files: Mapping[str, FileSums] = field(repr=False)
+    strategy: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    saved_at: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(f.num_bytes for f in self.files.values())
+
+
+def check_extras(extras: Mapping[str, Any]) -> None:
+    """Refuse extras that would not come back from JSON as they are.
+
+    Raises:
+        LayoutError: a value is no JSON, or would come back as another.
+    """
+    for key, value in extras.items():
+        try:
+            same = json.loads(json.dumps({key: value}, allow_nan=False)) == {key: value}
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise LayoutError(
+                f"extras[{key!r}] = {value!r:.80} does not survive JSON. Keep numbers, text, lists "
+                "and dicts with text keys in extras, and arrays in the state."
+            )
+
+
+def to_bytes(record: Record) -> bytes:
+    """The contents of a record's file."""
+    said = {
+        "version": VERSION,
+        "epoch": record.step.epoch,
+        "step": record.step.step,
+        "global_step": record.global_step,
+        "format": record.format,
+        "algorithm": record.algorithm,
+        "units": list(record.units),
+        "files": {p: [f.num_bytes, list(f.chunks)] for p, f in sorted(record.files.items())},
+        "strategy": record.strategy,
+        "extras": dict(record.extras),
+        "saved_at": record.saved_at,
+    }
+    line = json.dumps(said, separators=(",", ":")).encode()
+    return line + b"\n%08x\n" % zlib.crc32(line)
+
+
+def from_bytes(data: bytes, path: str) -> Record:
+    """The record that ``data`` is.
+
+    Raises:
+        FormatError: it is damaged, or no record.
+    """
+    line, _, tail = data.partition(b"\n")
+    if tail != b"%08x\n" % zlib.crc32(line):
+        raise FormatError(f"{path} is damaged: it does not match its own checksum.")
+    try:
+        return _record(json.loads(line))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path} is no record of a step that this jaxshard reads.") from error
+
+
+def _record(said: Any) -> Record:
+    if said["version"] != VERSION:
+        raise ValueError(said["version"])
+    files = {
+        _inside(path): FileSums(
+            _whole(num_bytes), tuple((_whole(a), _whole(b), _whole(c)) for a, b, c in chunks)
+        )
+        for path, (num_bytes, chunks) in said["files"].items()
+    }
+    for path, sums in files.items():
+        sums.check_whole(path)
+    return Record(
+        step=StepName(_whole(said["epoch"]), _whole(said["step"])),
+        global_step=_whole(said["global_step"]),
+        format=str(said["format"]),
+        algorithm=str(said["algorithm"]),
+        units=tuple(_inside(unit) for unit in said["units"]),
+        files=files,
+        strategy=None if said["strategy"] is None else _inside(said["strategy"]),
+        extras=dict(said["extras"]),
+        saved_at=float(said["saved_at"]),
+    )
+
+
+def _inside(path: Any) -> str:
+    """``path``, which may not lead out of the directory."""
+    if not isinstance(path, str) or path.startswith(("/", "..")) or normpath(path) != path:
+        raise ValueError(path)
+    return path
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(number)
+    return number
