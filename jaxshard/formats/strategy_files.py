@@ -292,6 +292,12 @@ def from_layout(
             params[one.first_rank // ranks][name] = param_layout(
                 one, len(shapes[name]), optimizer_shard=optimizer_shard
             )
+    empty = [str(number) for number, of_stage in enumerate(params) if not of_stage]
+    if empty:
+        raise LayoutError(
+            f"stage {some(empty)} would hold no tensor, and a strategy file cannot say that. Take "
+            "fewer stages."
+        )
     return Strategies(
         {
             number: Stage(number, f"stage {number}", of_stage, (_operator(number),))

@@ -1,0 +1,276 @@
+"""Laws: what must be true of any journey between any two layouts, by random examples."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_layouts import Model, in_memory, models, read_by_hand, write_whole
+
+import jaxshard as js
+from jaxshard.dtypes import in_units
+from jaxshard.errors import CoverageError
+from jaxshard.layout import Layout
+from jaxshard.outputs import Outputs, arrange
+from jaxshard.planning import Plan, make_plan
+from jaxshard.storage.engine import COUNTED, Budget, Counts, run
+
+FEW, MANY = settings(max_examples=50), settings(max_examples=250)
+MB = 1 << 20
+ONE_THREAD = Budget(1, MB)
+QUICK = js.Options(durable=False, workers=2)
+
+
+class Carried:
+    """A plan carried out in memory: what every rank got, and how often each byte was written."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        files: list[bytes],
+        budget: Budget = ONE_THREAD,
+        order: Callable[[list], None] = lambda moves: None,
+    ) -> None:
+        self.got: dict[tuple[int, str], bytearray] = {}
+        self.times: dict[tuple[int, str], np.ndarray] = {}
+        outputs = plan.outputs
+        for rank in range(len(outputs.paths)) if plan.only is None else plan.only:
+            for entry in outputs.contents[outputs.content_of[rank]]:
+                self.got[rank, entry.tensor.name] = bytearray(b"\xee" * entry.num_bytes)
+                self.times[rank, entry.tensor.name] = np.zeros(entry.num_bytes, int)
+
+        def read(piece, offset, buffer):
+            assert piece.offset <= offset
+            assert offset + len(buffer) <= len(files[piece.file])
+            buffer[:] = files[piece.file][offset : offset + len(buffer)]
+
+        def write(move, target, offset, buffer):
+            for rank in move.targets[target].ranks:
+                self.got[rank, move.name][offset : offset + len(buffer)] = buffer
+                self.times[rank, move.name][offset : offset + len(buffer)] += 1
+            return len(move.targets[target].ranks)
+
+        moves = list(plan.moves())
+        order(moves)
+        self.counts: Counts = run(moves, read, write, budget=budget)
+
+
+def planned(
+    model: Model, source: Layout, target: Layout, *, drop: float = 0.0, lean: bool = False, **how
+) -> tuple[Plan, list[bytes]]:
+    catalog, files = in_memory(model, source, drop)
+    return make_plan(catalog, outputs_of(catalog, target, lean), **how), files
+
+
+def outputs_of(catalog: js.Catalog, target: Layout, lean: bool = False) -> Outputs:
+    paths = [f"rank_{r}" for r in range(target.num_ranks)]
+    return arrange(list(catalog.tensors.values()), target, paths, remove_redundancy=lean)
+
+
+subsets = st.lists(st.integers(0, 7), min_size=1, max_size=4)
+
+
+@MANY
+@given(models(), st.floats(0, 0.9), st.booleans(), st.none() | subsets)
+def test_every_rank_gets_what_numpy_says_and_every_byte_once(model, drop, lean, ranks):
+    source, target = model.layouts
+    only = None if ranks is None else frozenset(r % target.num_ranks for r in ranks)
+    plan, files = planned(model, source, target, drop=drop, lean=lean, only=only)
+    carried = Carried(plan, files)
+    for (rank, name), data in carried.got.items():
+        assert bytes(data) == model.rank_bytes(target, rank)[name][1]
+    assert all((times == 1).all() for times in carried.times.values())
+
+
+@MANY
+@given(
+    models(), st.floats(0, 0.9), st.booleans(), st.none() | subsets, st.sampled_from([64, 1024, MB])
+)
+def test_the_plan_knows_the_numbers_of_the_run(model, drop, lean, ranks, block):
+    source, target = model.layouts
+    only = None if ranks is None else frozenset(r % target.num_ranks for r in ranks)
+    plan, files = planned(model, source, target, drop=drop, lean=lean, only=only, block_bytes=block)
+    counts = Carried(plan, files, Budget(1, block)).counts
+    assert astuple(counts) == tuple(getattr(plan.totals, name) for name in COUNTED)
+    assert plan.totals.bytes_needed == distinct_bytes(model, plan)
+
+
+def distinct_bytes(model: Model, plan: Plan) -> int:
+    """Bytes of the source that some file of the plan holds, each counted once, by a mask."""
+    found = 0
+    for tensor in model.tensors:
+        held = np.zeros(in_units(tensor.shape, (), tensor.dtype)[0], bool)
+        for rank in range(len(plan.outputs.paths)) if plan.only is None else plan.only:
+            content = plan.outputs.contents[plan.outputs.content_of[rank]]
+            if any(e.tensor.name == tensor.name for e in content):
+                box = plan.outputs.layout.box_of(tensor.name, tensor.shape, rank)
+                _, (inside,) = in_units(tensor.shape, (box,), tensor.dtype)
+                held[inside.slices] = True
+        found += int(held.sum()) * tensor.dtype.unit_bytes
+    return found
+
+
+@FEW
+@given(models())
+def test_bytes_written_twice_would_be_noticed(model):
+    """The twin: the counter counts."""
+    plan, files = planned(model, *model.layouts)
+    carried = Carried(plan, files, order=lambda moves: moves.extend(moves))
+    assert all((times == 2).all() for times in carried.times.values())
+
+
+@MANY
+@given(models(), st.integers(0, 99), st.integers(1, 4), st.sampled_from([64, 256, 4096]))
+def test_neither_order_nor_threads_nor_block_size_matter(model, seed, workers, block):
+    plan, files = planned(model, *model.layouts)
+    plain = Carried(plan, files).got
+    shuffle = random.Random(seed).shuffle
+    assert Carried(plan, files, Budget(workers, block), shuffle).got == plain
+
+
+@MANY
+@given(models(), st.booleans())
+def test_redundancy_removed_stores_every_shard_once(model, lean):
+    plan, files = planned(model, *model.layouts, lean=True)
+    target, held = plan.outputs.layout, Carried(plan, files).got
+    for tensor in model.tensors:
+        for placement in target.placements[tensor.name]:
+            for shard in placement.shards(tensor.shape):
+                ranks = [placement.first_rank + r for r in shard.holders]
+                assert sum((r, tensor.name) in held for r in ranks) == 1
+
+
+@MANY
+@given(models(), st.data())
+def test_a_lost_shard_is_missed_when_planning(model, data):
+    """The twin of the laws above: bytes that are nowhere are not made up."""
+    source, target = model.layouts
+    catalog, _ = in_memory(model, source)
+    candidates = [t for t in catalog.tensors.values() if t.num_bytes]
+    if not candidates:
+        return
+    tensor = data.draw(st.sampled_from(candidates))
+    lost = data.draw(st.sampled_from([p.box for p in tensor.pieces]))
+    pieces = tuple(p for p in tensor.pieces if not p.box.intersect(lost) and p.box != lost)
+    broken = {**catalog.tensors, tensor.name: replace(tensor, pieces=pieces)}
+    with pytest.raises(CoverageError, match=tensor.name):
+        make_plan(replace(catalog, tensors=broken), outputs_of(catalog, target))
+
+
+# --- through files ---------------------------------------------------------------------
+
+
+def held_by(folder: Path) -> dict[int, dict[str, tuple[tuple[int, ...], bytes]]]:
+    """What each rank's file holds."""
+    found = {}
+    for path in folder.glob("rank_*/*.safetensors"):
+        found[int(path.parent.name.removeprefix("rank_"))] = read_by_hand(path)
+    return found
+
+
+def expected(model: Model, layout: Layout) -> dict[int, dict[str, tuple[tuple[int, ...], bytes]]]:
+    return {rank: model.rank_bytes(layout, rank) for rank in range(layout.num_ranks)}
+
+
+def whole(model: Model) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    return {t.name: (t.shape, model.units(t).tobytes()) for t in model.tensors}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Makes a new folder for each example."""
+    base = tmp_path_factory.mktemp("laws")
+    return lambda: Path(tempfile.mkdtemp(dir=base))
+
+
+@FEW
+@given(model=models())
+def test_merge_undoes_slice(place, model):
+    base, (layout, other) = place(), model.layouts
+    write_whole(model, base / "whole")
+    js.slice(base / "whole", base / "cut", layout, options=QUICK)
+    assert held_by(base / "cut") == expected(model, layout)
+    js.convert(base / "cut", base / "recut", other, options=QUICK)
+    assert held_by(base / "recut") == expected(model, other)
+    js.merge(base / "recut", base / "again", options=QUICK)
+    assert read_by_hand(base / "again" / "model.safetensors") == whole(model)
+
+
+@FEW
+@given(model=models())
+def test_there_and_back_is_identity(place, model):
+    base, (layout, other) = place(), model.layouts
+    write_whole(model, base / "whole")
+    js.slice(base / "whole", base / "cut", layout, options=QUICK)
+    js.convert(base / "cut", base / "there", other, options=QUICK)
+    js.convert(base / "there", base / "back", layout, options=QUICK)
+    assert held_by(base / "back") == held_by(base / "cut") == expected(model, layout)
+
+
+@FEW
+@given(model=models(num_layouts=3))
+def test_two_journeys_are_one(place, model):
+    base, (first, second, third) = place(), model.layouts
+    write_whole(model, base / "whole")
+    js.slice(base / "whole", base / "a", first, options=QUICK)
+    js.convert(base / "a", base / "b", second, options=QUICK)
+    js.convert(base / "b", base / "c", third, options=QUICK)
+    js.convert(base / "a", base / "c at once", third, options=QUICK)
+    assert held_by(base / "c") == held_by(base / "c at once") == expected(model, third)
+
+
+@FEW
+@given(model=models(), seed=st.integers(0, 99), lean=st.booleans())
+def test_replicas_are_interchangeable(place, model, seed, lean):
+    """Whichever ranks' files are left, as long as every shard is: the same comes out."""
+    base, (layout, _) = place(), model.layouts
+    write_whole(model, base / "whole")
+    js.slice(base / "whole", base / "cut", layout, options=QUICK, remove_redundancy=lean)
+    held = held_by(base / "cut")
+    ranks = list(held)
+    random.Random(seed).shuffle(ranks)
+    for rank in ranks:
+        others = [r for r in held if r != rank]
+        if others and all_there(model, layout, {r: held[r] for r in others}):
+            del held[rank]
+            (base / "cut" / f"rank_{rank}" / f"checkpoint_{rank}.safetensors").unlink()
+    js.merge(base / "cut", base / "again", options=QUICK)
+    assert read_by_hand(base / "again" / "model.safetensors") == whole(model)
+
+
+def all_there(model: Model, layout: Layout, held: dict[int, dict]) -> bool:
+    for tensor in model.tensors:
+        mask = np.zeros(tensor.shape, bool)
+        holders = [r for r, content in held.items() if tensor.name in content]
+        for rank in holders:
+            mask[layout.box_of(tensor.name, tensor.shape, rank).slices] = True
+        if not holders or not mask.all():
+            return False
+    return True
+
+
+@FEW
+@given(
+    model=models(),
+    ranks=st.none() | subsets,
+    lean=st.booleans(),
+    host_bytes=st.sampled_from([1 << 19, 1 << 22, None]),
+)
+def test_a_dry_run_says_what_a_run_does(place, model, ranks, lean, host_bytes):
+    base, (layout, other) = place(), model.layouts
+    write_whole(model, base / "whole")
+    js.slice(base / "whole", base / "cut", layout, options=QUICK, remove_redundancy=lean)
+    only = None if ranks is None else [r % other.num_ranks for r in ranks]
+    how = {"ranks": only, "remove_redundancy": lean}
+    options = js.Options(durable=False, workers=3, host_bytes=host_bytes)
+    totals = js.plan(base / "cut", other, **how).totals
+    report = js.convert(base / "cut", base / "recut", other, options=options, **how)
+    assert tuple(getattr(totals, name) for name in COUNTED) == astuple(report.counts)
+    assert report.num_files == totals.num_files == len(held_by(base / "recut"))

@@ -1,0 +1,245 @@
+"""The rings hold: modules import from earlier rings only, and JAX is never woken needlessly."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxshard"
+
+#: Rings from the inside out; a folder means everything below it.
+RINGS: tuple[tuple[str, ...], ...] = (
+    ("errors", "dtypes", "box"),
+    ("strategy", "layout", "elements", "views"),
+    ("catalog",),
+    ("rules", "mapping", "selection"),
+    ("formats",),
+    ("outputs", "cells", "ranges", "planning"),
+    ("storage",),
+    ("results", "lay_files", "target_folders", "target_ranks", "target_iteration"),
+    ("targets", "opening", "job_values"),
+    ("conversion", "verification"),
+    ("devices", "transfer"),
+    ("trees", "on_devices"),
+    ("loading", "saving"),
+    ("training", "lora", "iterations"),
+    ("picture", "api", "cli", "commands", "demo", "__init__", "__main__"),
+)
+DEVICE_RINGS = range(10, 14)
+INSIDE_FUNCTIONS = {"demo", "mapping.expressions"}  # may import JAX when called, and only then
+WITH_ORBAX = ("formats.orbax",)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, ``jaxshard.`` left out."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def imports(
+    source: str, module: str, is_package: bool = False, only_at_import: bool = False
+) -> set[str]:
+    """What ``source`` imports, in functions too: dotted names, our own without ``jaxshard.``."""
+    found = set()
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in _nodes(ast.parse(source), only_at_import):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            # of ``from .layout import Layout`` the second may be a module or what is in one
+            found |= {f"{stem}.{a.name}".lstrip(".") for a in node.names} | {stem}
+    return {name.removeprefix("jaxshard.") for name in found}
+
+
+def _nodes(node: ast.AST, only_at_import: bool) -> Iterator[ast.AST]:
+    """All nodes but those for type checkers only, and if asked those inside functions."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        guarded = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        later = only_at_import and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not guarded and not later:
+            yield from _nodes(child, only_at_import)
+
+
+def ring_of(module: str) -> int | None:
+    """The number of the ring in which ``module`` is."""
+    for number, ring in enumerate(RINGS):
+        if module.split(".", maxsplit=1)[0] in ring:
+            return number
+    return None
+
+
+def outward(known: dict[str, set[str]]) -> list[str]:
+    """Imports that point from a ring to a later one."""
+    return [
+        f"{module} imports {other}"
+        for module, used in known.items()
+        for other in sorted(used)
+        if other in known and (ring_of(other) or 0) > (ring_of(module) or 0)
+    ]
+
+
+@cache
+def graph(only_at_import: bool = False) -> dict[str, set[str]]:
+    return {
+        name: imports(
+            path.read_text(),
+            name,
+            path.name == "__init__.py" and name != "__init__",
+            only_at_import,
+        )
+        for name, path in modules().items()
+    }
+
+
+def test_every_module_has_a_ring():
+    assert [m for m in modules() if ring_of(m) is None] == []
+
+
+def test_modules_import_from_earlier_rings_only():
+    assert outward(graph()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .conversion import execute",
+        "from . import conversion",
+        "import jaxshard.conversion",
+        "def f():\n    from jaxshard.conversion import execute",
+    ],
+)
+def test_an_outward_import_would_be_noticed(line):
+    """The twin: however it is spelled, and wherever it stands."""
+    known = dict(graph())
+    known["layout"] = imports(line, "layout")
+    assert outward(known) == ["layout imports conversion"]
+
+
+def test_an_outward_import_of_a_sub_package_would_be_noticed():
+    known = dict(graph())
+    known["formats.safetensors"] = imports(
+        "from ..storage.local import Handles", "formats.safetensors"
+    )
+    assert outward(known) == ["formats.safetensors imports storage.local"]
+    known["formats.safetensors"] = imports("from ..storage import local", "formats.safetensors")
+    assert "formats.safetensors imports storage.local" in outward(known)
+
+
+def users_of(library: str, only_at_import: bool = False) -> set[str]:
+    """Modules that import ``library``."""
+    known = graph(only_at_import)
+    return {m for m, used in known.items() if any(u.split(".")[0] == library for u in used)}
+
+
+def test_only_the_device_modules_import_jax():
+    users = users_of("jax") | users_of("jaxlib")
+    allowed = {m for m in users if ring_of(m) in DEVICE_RINGS}
+    assert users - allowed <= INSIDE_FUNCTIONS
+    assert not (users_of("jax", only_at_import=True) & INSIDE_FUNCTIONS)
+    assert allowed, "the check sees nothing"
+
+
+def test_nothing_that_moves_files_imports_a_device_module():
+    """The doors may, inside their functions; a module at work between files, nowhere."""
+    doors = RINGS[-1]
+    for at_import in (False, True):
+        for module, used in graph(at_import).items():
+            ring = ring_of(module)
+            if ring in DEVICE_RINGS or (module.split(".")[0] in doors and not at_import):
+                continue
+            assert not {u for u in used if u in graph() and ring_of(u) in DEVICE_RINGS}, module
+
+
+def test_only_its_format_imports_orbax():
+    assert [m for m in users_of("orbax") if not m.startswith(WITH_ORBAX)] == []
+
+
+def test_pure_modules_touch_no_disk_and_no_clock():
+    effects = {"os", "pathlib", "shutil", "time", "io", "tempfile", "socket", "subprocess"}
+    pure = [
+        m for m in modules() if (ring_of(m) or 0) < ring_of("storage") and ring_of(m) is not None
+    ]
+    found = {m: graph()[m] & effects for m in pure}
+    assert {m: used for m, used in found.items() if used} == {}
+    assert graph()["storage.local"] & effects  # the twin: the check sees what does
+
+
+# --- what is loaded when ---------------------------------------------------------------
+
+WATCH = """
+import sys
+{work}
+heavy = [m for m in ("jax", "jaxlib", "orbax", "torch", "rich", {also}) if m in sys.modules]
+print("HEAVY", *heavy)
+"""
+
+
+def heavy_after(work: str, *also: str) -> list[str]:
+    """Which heavy libraries a fresh Python has loaded after ``work``."""
+    script = WATCH.format(work=work, also="".join(f"{m!r}, " for m in also))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1].split()[1:]
+
+
+def test_importing_jaxshard_imports_neither_jax_nor_numpy():
+    assert heavy_after("import jaxshard", "numpy") == []
+
+
+def test_help_imports_not_even_numpy():
+    work = "from jaxshard.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass"
+    assert heavy_after(work, "numpy") == []
+
+
+def test_no_file_to_file_command_imports_jax(tmp_path):
+    folder = tmp_path / "llama"
+    checkpoints.write_llama(folder)
+    cut, recut, merged = (tmp_path / n for n in ("cut", "recut", "merged"))
+    commands = [
+        ["inspect", folder],
+        ["inspect", folder, "--json"],
+        ["plan", folder, "--to", "dp2mp2"],
+        ["slice", folder, cut, "--to", "dp2mp2"],
+        ["convert", cut, recut, "--to", "mp2pp2", "--dry-run"],
+        ["convert", cut, recut, "--to", "mp2pp2"],
+        ["inspect", recut],
+        ["merge", recut, merged],
+        ["verify", merged, "--against", folder],
+    ]
+    lines = ["from jaxshard.cli import main"]
+    lines += [f"assert main({[str(a) for a in c]!r}) == 0" for c in commands]
+    assert heavy_after("\n".join(lines)) == []
+
+
+def test_a_loaded_jax_would_be_noticed():
+    """The twin."""
+    assert "jaxlib" in heavy_after("import jaxlib")
+
+
+def test_the_dependencies_are_those_named():
+    """What the file-to-file code imports is in the standard library or in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {d.split(">")[0].split("=")[0].replace("-", "_") for d in project["dependencies"]}
+    own = {m.split(".")[0] for m in modules()} | {"jaxshard", "", "__future__", "__version__"}
+    outside = {m for m in graph() if not m.startswith("training")}  # flax … are the user's own
+    used = {u.split(".")[0] for m in outside for u in graph()[m]}
+    foreign = used - own - set(sys.stdlib_module_names)
+    foreign = {"orbax_checkpoint" if m == "orbax" else m for m in foreign}
+    assert foreign <= named
