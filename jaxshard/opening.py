@@ -7,16 +7,28 @@ which they are asked.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .catalog import Catalog
 from .errors import FormatError, NotFoundError
-from .formats import huggingface, layout_file, rank_files, strategy_files
+from .formats import (
+    complete_ckpt,
+    huggingface,
+    iteration,
+    layout_file,
+    rank_files,
+    strategy_files,
+)
 from .layout import Layout
 from .storage.local import LocalFolder
 from .storage.staging import is_unfinished
 
 PathLike = str | os.PathLike[str]
+
+# Of the two that MindFormers merges, dst_ is of the job that saves beside it.
+_MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
 
 def open_checkpoint(
@@ -27,7 +39,8 @@ def open_checkpoint(
     Args:
         path: a folder, or a single weight file.
         strategy: for rank folders, the strategy files they were written with (a file or
-            a folder); by default ``strategy/`` inside or beside the folder.
+            a folder); by default ``strategy/`` inside or beside the folder, or a merged file
+            there.
         suffix: for rank folders with several files a rank, which one: ``1_10``.
 
     Raises:
@@ -40,19 +53,45 @@ def open_checkpoint(
         raise FormatError(
             f"{where} is an unfinished conversion. Complete it with --resume, or delete it."
         )
-    folder = LocalFolder(where)
-    try:
-        files = folder.files()
-        if rank_files.recognise(files):
-            return rank_files.read(folder, _source_layout(where, strategy), suffix=suffix)
-        if huggingface.recognise(files):
-            return huggingface.read(folder)
-    finally:
-        folder.close()
+    for place in _places(where):
+        folder = LocalFolder(place)
+        try:
+            catalog = _read(folder, place, strategy, suffix)
+        finally:
+            folder.close()
+        if catalog is not None:
+            return catalog
     raise NotFoundError(
-        f"{where} holds no checkpoint that jaxshard can read: neither *.safetensors nor rank_0/ "
-        "folders were found."
+        f"{where} holds no checkpoint that jaxshard can read: neither *.safetensors, nor rank_0/ "
+        "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
     )
+
+
+def _places(where: Path) -> Iterator[Path]:
+    """``where``, and the folders in it that MindFormers has checkpoints in."""
+    yield where
+    for place in (where, where / "checkpoint"):
+        if place.is_dir():
+            newest = iteration.latest(LocalFolder(place))
+            yield place / newest if newest else place
+
+
+def _read(
+    folder: LocalFolder, where: Path, strategy: PathLike | None, suffix: str | None
+) -> Catalog | None:
+    """What ``folder`` holds, by the first format that knows it."""
+    files = folder.files()
+    if rank_files.recognise(files):
+        layout, notes = _source_layout(where, strategy)
+        catalog = rank_files.read(folder, layout, suffix=suffix)
+        return replace(catalog, notes=(*notes, *catalog.notes))
+    if iteration.recognise(files):
+        return iteration.read(folder)
+    if huggingface.recognise(files):
+        return huggingface.read(folder)
+    if complete_ckpt.recognise(folder, files):
+        return complete_ckpt.read(folder)
+    return None
 
 
 def open_strategy(path: PathLike) -> Layout:
@@ -73,11 +112,15 @@ def open_strategy(path: PathLike) -> Layout:
         folder.close()
 
 
-def _source_layout(where: Path, given: PathLike | None) -> Layout | None:
+def _source_layout(where: Path, given: PathLike | None) -> tuple[Layout | None, tuple[str, ...]]:
     """What the strategy files say, or None: then ``rank_files`` says what it misses."""
     if given is not None:
-        return open_strategy(given)
+        return open_strategy(given), ()
     for place in (where / "strategy", where.parent / "strategy"):
         if place.is_dir():
-            return open_strategy(place)
-    return None
+            return open_strategy(place), ()
+    for place in (where, where.parent):
+        for name in _MERGED:
+            if (place / name).is_file():
+                return open_strategy(place / name), (f"the layout is that of {place / name}.",)
+    return None, ()

@@ -24,6 +24,7 @@ from ..catalog import Catalog, File, Model, Piece, Tensor
 from ..errors import CoverageError, FormatError, NotFoundError, some
 from .folder import Folder
 from .huggingface_files import file_names, index_json, parse_size, plan_files
+from .job_numbers import job_numbers
 from .safetensors import Entry, Header, read_header
 from .strict_json import FETCH, parse_object, shown
 
@@ -249,9 +250,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
     )
 
 
-def carried(
-    files: Iterable[str], used: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def carried(files: Iterable[str], used: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The files to carry along, and the weight files that are neither read nor carried."""
     extras, not_used = [], []
     for path in files:
@@ -267,9 +266,10 @@ def carried(
 
 def _hyper(used: Sequence[File], tensors: Mapping[str, Tensor]) -> frozenset[str]:
     numbers = {n for n, file in enumerate(used) if basename(file.path) == MINDSPORE_HYPER}
+    named = job_numbers(tensors.values())
     if not numbers:
-        return frozenset()
-    return frozenset(t.name for t in tensors.values() if t.pieces[0].file in numbers)
+        return named
+    return named | {t.name for t in tensors.values() if t.pieces[0].file in numbers}
 
 
 def _agreed(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:

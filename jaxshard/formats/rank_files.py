@@ -1,6 +1,6 @@
 """Rank folders: one weight file for each rank, cut by a strategy.
 
-    model/rank_0/net_rank_0-1_10.safetensors      {prefix}_rank_{r}-{epoch}_{step}
+    model/rank_0/net_rank_0-1_10.safetensors      or .ckpt; several steps may lie here
     model/rank_1/net_rank_1-1_10.safetensors
     model/strategy/ckpt_strategy_rank_0.ckpt …    what says who holds which box
 
@@ -14,24 +14,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from ..box import Box
 from ..catalog import Catalog, File, Piece, Tensor
 from ..dtypes import DType
 from ..errors import CoverageError, FormatError, LayoutError, some
 from ..layout import Layout, Placement
-from . import huggingface, safetensors
+from ..rules.match import weight_name
+from . import huggingface, rank_names
 from .folder import Folder
+from .job_numbers import job_numbers
+from .weight_files import Stored, read_weight_file
 
-_RANK_FILE = re.compile(r"rank_(\d+)/([^/]+)\.(safetensors|ckpt)")
-_OWN = re.compile(r"rank_\d+/|strategy/")  # what belongs to this layout and not to the model
-_NUMBERS = re.compile(r"\d+")
-_MAX_RANK = 1 << 20  # a folder called rank_99999999999 is no rank
+_OWN = re.compile(r"rank_\d+/|(merged_)?strategy/|merged_strategy\.ckpt")  # not the model's
+_LARGE_ELEMENTS = 1024  # of a tensor that no strategy tells of: more is no number of a job
 
 
 def recognise(files: Iterable[str]) -> bool:
     """Whether these are the files of a rank folder."""
-    return any(_RANK_FILE.fullmatch(path) for path in files)
+    return any(map(rank_names.is_rank_file, files))
 
 
 def read(
@@ -54,24 +56,22 @@ def read(
         CoverageError: ranks disagree about a tensor, or about which files there are.
     """
     listed = folder.files()
-    by_rank, notes = _choose(listed, suffix)
+    by_rank, chosen_notes = rank_names.choose(listed, suffix)
+    notes = list(chosen_notes)
     if layout is None:
-        if len(by_rank) > 1:
-            raise LayoutError(
-                f"{folder.root} has {len(by_rank)} ranks but no strategy files, so nothing says "
-                "which part of a tensor each holds. Name them with --src-strategy PATH."
-            )
-        layout = Layout(max(by_rank) + 1, {})
-    _check_ranks(by_rank, layout, folder.root)
+        notes.append(_check_alone(by_rank, folder.root))
+    else:
+        _check_ranks(by_rank, layout, folder.root)
     gathered = _Gathered(layout)
     files = tuple(listed[by_rank[rank]] for rank in sorted(by_rank))
     for number, rank in enumerate(sorted(by_rank)):
-        header = safetensors.read_header(folder, by_rank[rank])
-        for entry in header.entries:
+        file = read_weight_file(folder, by_rank[rank])
+        for entry in file.entries:
             gathered.add(rank, number, entry, by_rank[rank])
-        gathered.metadata |= header.metadata
+        gathered.metadata |= file.metadata
+        notes += file.notes
     notes += gathered.notes()
-    missing = sorted(set(range(layout.num_ranks)) - set(by_rank))
+    missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
     if missing:
         notes.append(f"no files of rank {some(map(str, missing))}; replicas serve where they can.")
     model, _ = huggingface.read_model(folder, listed)
@@ -82,12 +82,12 @@ def read(
         root=folder.root,
         format="ranks",
         files=files,
-        tensors=gathered.tensors(),
-        layout=replace(layout, placements=gathered.placements()),
+        tensors=(tensors := gathered.tensors()),
+        layout=replace(layout, placements=gathered.placements(layout)) if layout else None,
         model=model,
         metadata=gathered.metadata,
         extras=extras,
-        hyper=frozenset(gathered.hyper),
+        hyper=frozenset(gathered.hyper) if layout else job_numbers(tensors.values()),
         notes=tuple(notes),
     )
 
@@ -101,67 +101,14 @@ def file_path(rank: int, prefix: str, extension: str = "safetensors") -> str:
     return f"rank_{rank}/{prefix}{rank}.{extension}"
 
 
-# --- which file of each rank ---------------------------------------------------------
-
-
-def _choose(files: Mapping[str, File], suffix: str | None) -> tuple[dict[int, str], list[str]]:
-    candidates: dict[int, list[str]] = {}
-    for path in files:
-        if (match := _RANK_FILE.fullmatch(path)) and int(match[1]) < _MAX_RANK:
-            candidates.setdefault(int(match[1]), []).append(path)
-    steps = {rank: _by_step(rank, paths, suffix) for rank, paths in candidates.items()}
-    common = set.intersection(*(set(found) for found in steps.values()))
-    if not common:
-        shown = some(f"rank {r}: {some(found.values(), 2)}" for r, found in sorted(steps.items()))
-        wanted = f" ending in {suffix}" if suffix else ""
-        raise CoverageError(
-            f"no step{wanted} has a file in every one of the {len(steps)} rank folders ({shown}). "
-            "Choose one with --suffix, or fetch the missing files."
+def _check_alone(by_rank: Mapping[int, str], root: str) -> str:
+    """What to say of ranks without a strategy: fine if there is only one."""
+    if len(by_rank) > 1:
+        raise LayoutError(
+            f"{root} has {len(by_rank)} ranks but no strategy files, so nothing says which part "
+            "of a tensor each holds. Name them with --src-strategy PATH."
         )
-    step = max(common)
-    notes = []
-    newer = [rank for rank, found in steps.items() if max(found) > step]
-    if newer:
-        notes.append(
-            f"rank {some(map(str, newer))} has newer files; the newest step that every rank has "
-            "is taken."
-        )
-    return {rank: found[step] for rank, found in steps.items()}, notes
-
-
-def _by_step(rank: int, paths: list[str], suffix: str | None) -> dict[tuple[int, ...], str]:
-    """The files of one rank by the step their names tell."""
-    found: dict[tuple[int, ...], str] = {}
-    for path in sorted(paths):
-        stem = path.rsplit("/", 1)[1].rsplit(".", 1)[0]
-        if suffix is not None and not _ends_with(stem, suffix):
-            continue
-        step = _step(stem, rank)
-        if step in found:
-            raise CoverageError(
-                f"rank_{rank} has both {found[step]} and {path}, and their names do not tell which "
-                "is newer. Choose one with --suffix, or move the other away."
-            )
-        found[step] = path
-    return found
-
-
-def _ends_with(stem: str, suffix: str) -> bool:
-    """Whether ``stem`` ends in ``suffix`` and not in the middle of a number."""
-    cut = len(stem) - len(suffix)
-    return stem.endswith(suffix) and (
-        cut == 0 or not (suffix[0].isdigit() and stem[cut - 1].isdigit())
-    )
-
-
-def _step(stem: str, rank: int) -> tuple[int, ...]:
-    """The last two numbers of a file's name, its rank aside: (epoch, step).
-
-    >>> _step("net_rank_3-1_10", 3), _step("checkpoint_3", 3)
-    ((1, 10), ())
-    """
-    tail = re.sub(rf"(?:^|(?<=_))(rank_)?{rank}(?=$|[-_])", "", stem, count=1)
-    return tuple(int(n) for n in _NUMBERS.findall(tail)[-2:])
+    return f"no strategy files: the tensors in {next(iter(by_rank.values()))} are taken as whole."
 
 
 def _check_ranks(by_rank: Mapping[int, str], layout: Layout, root: str) -> None:
@@ -189,14 +136,14 @@ class _Found:
 class _Gathered:
     """Tensors gathered from the ranks' headers."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout | None) -> None:
         self.metadata: dict[str, str] = {}
         self.hyper: dict[str, None] = {}
-        self._layout = layout
+        self._placed = layout.placements if layout else {}
         self._found: dict[str, _Found] = {}
 
-    def add(self, rank: int, file: int, entry: safetensors.Entry, path: str) -> None:
-        placements = self._layout.placements.get(entry.name)
+    def add(self, rank: int, file: int, entry: Stored, path: str) -> None:
+        placements = self._placed.get(entry.name)
         if placements is None:
             self.hyper[entry.name] = None
             shape, box = entry.shape, Box.whole(entry.shape)
@@ -208,26 +155,45 @@ class _Gathered:
                 f"{entry.name} is {found.dtype} {found.shape} by {found.where}, but "
                 f"{entry.dtype} {shape} by {path}. Give the strategy files these were written with."
             )
-        found.pieces.append(Piece(file, entry.start, box))
+        found.pieces += [Piece(file, at, _moved(part, box)) for at, part in entry.pieces]
 
     def tensors(self) -> dict[str, Tensor]:
         return {
             name: Tensor(name, f.dtype, f.shape, tuple(f.pieces)) for name, f in self._found.items()
         }
 
-    def placements(self) -> dict[str, tuple[Placement, ...]]:
-        everywhere = (Placement((("all", self._layout.num_ranks),)),)
-        return {name: self._layout.placements.get(name, everywhere) for name in self._found}
+    def placements(self, layout: Layout) -> dict[str, tuple[Placement, ...]]:
+        everywhere = (Placement((("all", layout.num_ranks),)),)
+        return {name: self._placed.get(name, everywhere) for name in self._found}
 
     def notes(self) -> list[str]:
-        absent = [n for n in self._layout.placements if n not in self._found]
-        if not absent:
-            return []
-        return [f"{len(absent)} tensors of the strategy are in no file: {some(absent)}."]
+        """What a strategy tells of and files lack, and the other way round."""
+        absent = [n for n in self._placed if n not in self._found]
+        states = [n for n in absent if weight_name(n) != n]
+        weights = [n for n in absent if weight_name(n) == n]
+        large = [n for n in self.hyper if prod(self._found[n].shape) > _LARGE_ELEMENTS]
+        told = (
+            (weights, "weights of the strategy are in no file: {}. Is the checkpoint whole?"),
+            (states, "optimizer states of the strategy are in no file: {}."),
+            (
+                large if self._placed else [],
+                "tensors are not in the strategy and taken to be whole on every rank: {}. "
+                "jaxshard verify compares them.",
+            ),
+        )
+        return [f"{len(names)} {text.format(some(names))}" for names, text in told if names]
+
+
+def _moved(part: Box, box: Box) -> Box:
+    """``part`` of a rank's box in coordinates of the whole tensor."""
+    if part.shape == box.shape:
+        return box  # shared by thousands of tensors
+    start = tuple(a + o for a, o in zip(part.start, box.start, strict=True))
+    return Box(start, tuple(b + o for b, o in zip(part.stop, box.start, strict=True)))
 
 
 def _place(
-    entry: safetensors.Entry, placements: tuple[Placement, ...], rank: int, path: str
+    entry: Stored, placements: tuple[Placement, ...], rank: int, path: str
 ) -> tuple[tuple[int, ...], Box]:
     """The full shape of a rank's tensor, and the box of it that the rank holds."""
     placement = next((p for p in placements if rank in p.ranks), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from ..errors import StorageError
@@ -37,12 +38,15 @@ class FileLayout(Protocol):
 
 
 LayFile = Callable[[Sequence[Entry]], FileLayout]
+Seal = Callable[[Path], None]
 
 
 class OutputFiles:
     """The files of a plan, open for writing."""
 
-    def __init__(self, plan: Plan, staging: Staging, lay_file: LayFile) -> None:
+    def __init__(
+        self, plan: Plan, staging: Staging, lay_file: LayFile, seal: Seal | None = None
+    ) -> None:
         outputs = plan.outputs
         wanted = range(len(outputs.paths)) if plan.only is None else sorted(plan.only)
         self._paths, self._staging = outputs.paths, staging
@@ -50,7 +54,7 @@ class OutputFiles:
         self._layouts: Mapping[int, FileLayout] = {
             c: lay_file(outputs.contents[c]) for c in {outputs.content_of[r] for r in wanted}
         }
-        self._handles = Handles(staging.files, os.O_WRONLY)
+        self._handles, self._seal = Handles(staging.files, os.O_WRONLY), seal
         self._lock = threading.Lock()
         sizes = outputs.rank_bytes()
         self._left = {rank: sizes[rank] for rank in wanted}
@@ -94,5 +98,7 @@ class OutputFiles:
 
     def _finish(self, rank: int) -> None:
         layout = self._layouts[self._content_of[rank]]
+        if self._seal:
+            self._seal(self._staging.files / self._paths[rank])
         with self._lock:
             self._staging.finish(self._paths[rank], layout.num_bytes)

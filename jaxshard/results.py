@@ -1,0 +1,61 @@
+"""Results: what a person asks a conversion for, and the files that it is to make.
+
+Values only; ``targets`` makes the one into the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .layout import Layout
+from .outputs import Entry, Outputs
+from .storage.writing import FileLayout
+
+FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration")
+
+
+@dataclass(frozen=True)
+class Request:
+    """How the result should be, apart from where.
+
+    Attributes:
+        to: the layout, or None for a complete checkpoint.
+        max_shard_bytes: the most tensor bytes of one file of a complete checkpoint; by
+            default what is usual for the format.
+        prefix: rank files are called ``rank_{r}/{prefix}{r}.safetensors``.
+        remove_redundancy: store each shard on one of its holders only.
+        format: one of ``FORMATS``; by default Hugging Face's for a complete checkpoint, and
+            rank folders for a layout.
+        crc: end every ``.ckpt`` with a checksum.
+        numbers: the values of the job's numbers, for formats that keep them in JSON.
+    """
+
+    to: Layout | None = None
+    max_shard_bytes: int | None = None
+    prefix: str = "checkpoint_"
+    remove_redundancy: bool = False
+    format: str | None = None
+    crc: bool = False
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The files to make.
+
+    Attributes:
+        lay_file: lays out the weight file of a list of entries.
+        side_files: other files, by path, with their contents.
+        seal: finishes a weight file of which all bytes are written.
+        extras_to: where files that are carried along go, under the result's root.
+    """
+
+    format: str
+    outputs: Outputs
+    lay_file: Callable[[Sequence[Entry]], FileLayout]
+    side_files: Mapping[str, bytes] = field(repr=False)
+    seal: Callable[[Path], None] | None = None
+    extras_to: str = ""

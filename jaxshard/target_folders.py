@@ -1,0 +1,82 @@
+"""Targets that are complete checkpoints: every tensor whole, in one file or several.
+
+    huggingface   model-00001-of-00002.safetensors, model.safetensors.index.json
+    unified       part0.safetensors, param_name_map.json        as MindSpore unifies
+    ckpt          model.ckpt
+
+The job's numbers (``global_step`` …) are no weights: where there may be several files
+they have one of their own. This module touches no disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .catalog import Catalog, Tensor
+from .formats import complete_ckpt, huggingface_files
+from .formats.huggingface import MINDSPORE_HYPER, MINDSPORE_INDEX
+from .lay_files import as_ckpt, as_safetensors
+from .layout import Layout, Placement
+from .outputs import Outputs, arrange
+from .results import Request, Result
+
+_HUGGINGFACE_BYTES = 5 * 10**9  # what transformers puts in one file
+_UNIFIED_BYTES = 3 << 30  # what MindSpore does
+
+
+def huggingface(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """A folder that transformers loads."""
+    groups = _groups(source, tensors, request.max_shard_bytes or _HUGGINGFACE_BYTES)
+    paths = huggingface_files.file_names(len(groups))
+    outputs, weight_map = _arranged(source, tensors, groups, paths)
+    side = {}
+    if len(groups) > 1:
+        total = sum(t.num_bytes for t in tensors)
+        side["model.safetensors.index.json"] = huggingface_files.index_json(weight_map, total, {})
+    metadata = {"format": "pt", **source.metadata}
+    if metadata["format"] == "ms":
+        metadata["format"] = "pt"  # transformers loads no file that says otherwise
+    return Result("huggingface", outputs, as_safetensors(metadata), side)
+
+
+def unified(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """A folder as ``mindspore.unified_safetensors`` makes it, for MindSpore to slice."""
+    groups = _groups(source, tensors, request.max_shard_bytes or _UNIFIED_BYTES)
+    paths = [f"part{i}.safetensors" for i in range(len(groups))]
+    outputs, weight_map = _arranged(source, tensors, groups, paths)
+    weights = {n: p for n, p in weight_map.items() if p != MINDSPORE_HYPER}
+    total = sum(t.num_bytes for t in tensors if t.name in weights)
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    side = {MINDSPORE_INDEX: json.dumps(index, indent=4).encode()}
+    metadata = {**source.metadata, "format": "ms", "remove_redundancy": "False"}
+    return Result("unified", outputs, as_safetensors(metadata), side)
+
+
+def ckpt(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """One ``.ckpt`` file with everything in it: MindSpore has no index for several."""
+    placements = {t.name: (Placement(()),) for t in tensors}
+    outputs = arrange(tensors, Layout(1, placements), [complete_ckpt.NAME])
+    lay_file, seal = as_ckpt(source.metadata, crc=request.crc)
+    return Result("ckpt", outputs, lay_file, {}, seal)
+
+
+def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[str]]:
+    weights = [(t.name, t.num_bytes) for t in tensors if t.name not in source.hyper]
+    return huggingface_files.plan_files(weights, max_shard_bytes)
+
+
+def _arranged(
+    source: Catalog, tensors: Sequence[Tensor], groups: list[list[str]], paths: list[str]
+) -> tuple[Outputs, dict[str, str]]:
+    """The outputs, and which file serves a name."""
+    hyper = [t for t in tensors if t.name in source.hyper]
+    weights = [t for t in tensors if t.name not in source.hyper]
+    if hyper:
+        groups, paths = [*groups, [t.name for t in hyper]], [*paths, MINDSPORE_HYPER]
+    placements = {
+        name: (Placement((), first_rank=i),) for i, group in enumerate(groups) for name in group
+    }
+    outputs = arrange([*weights, *hyper], Layout(len(groups), placements), paths)
+    weight_map = {name: paths[p[0].first_rank] for name, p in placements.items()}
+    return outputs, weight_map

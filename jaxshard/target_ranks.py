@@ -1,0 +1,107 @@
+"""Targets that are rank folders: one file a rank, and what says who holds what.
+
+This module decides which file holds which box, and touches no disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import prod
+
+from .catalog import Catalog, Tensor
+from .errors import LayoutError, some
+from .formats import layout_file, rank_files, strategy_files
+from .lay_files import as_ckpt, as_safetensors
+from .layout import Layout, Placement, check_divides
+from .outputs import arrange
+from .results import Request, Result
+
+STRATEGY_FOLDER = "strategy"
+
+
+def rank_folders(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """``rank_{r}/{prefix}{r}.safetensors``, or ``.ckpt``, and ``strategy/``.
+
+    Raises:
+        LayoutError: a tensor is not in the layout, or does not divide.
+    """
+    layout = placed(source, tensors, request)
+    strategy, notes = _strategy(source, tensors, layout)
+    layout = replace(layout, notes=(*layout.notes, *notes))
+    kind = "ckpt" if request.format == "ckpt" else "safetensors"
+    paths = [rank_files.file_path(r, request.prefix, kind) for r in range(layout.num_ranks)]
+    outputs = arrange(tensors, layout, paths, remove_redundancy=request.remove_redundancy)
+    side = {f"{STRATEGY_FOLDER}/{path}": data for path, data in strategy.items()}
+    if kind == "ckpt":
+        lay_file, seal = as_ckpt(source.metadata, crc=request.crc)
+        return Result("ckpt", outputs, lay_file, side, seal)
+    redundancy = {"remove_redundancy": str(request.remove_redundancy)}  # as Python writes bools
+    metadata = {**source.metadata, "format": "ms", **redundancy}
+    return Result("ranks", outputs, as_safetensors(metadata), side)
+
+
+def placed(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Layout:
+    """The layout asked for, with the job's numbers on every rank.
+
+    Raises:
+        LayoutError: a tensor is not in the layout.
+    """
+    layout = request.to
+    assert layout is not None
+    _check_names(source, tensors, layout)
+    return _with_hyper(layout, source, tensors)
+
+
+def _strategy(
+    source: Catalog, tensors: Sequence[Tensor], layout: Layout
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The strategy files of all ranks, or one of our own where those cannot say it; and notes.
+
+    Hyper parameters are not told of: they are never cut.
+    """
+    told = [t for t in tensors if t.name not in source.hyper] or tensors
+    stage = prod(n for _, n in layout.stage_axes) if layout.stage_axes else layout.num_ranks
+    placements = {
+        t.name: tuple(s for p in layout.placements[t.name] for s in _by_stage(p, stage))
+        for t in told
+    }
+    split = Layout(layout.num_ranks, placements)
+    for tensor in told:
+        for placement in placements[tensor.name]:
+            check_divides(placement, tensor.shape, tensor.name)
+    try:
+        strategies = strategy_files.from_layout(split, {t.name: t.shape for t in told})
+        return strategy_files.raw_files(strategies), ()
+    except LayoutError as error:
+        note = (
+            f"{STRATEGY_FOLDER}/{layout_file.NAME} says who holds what; MindSpore's own format "
+            f"cannot: {str(error).split('. ')[0]}."
+        )
+        return {layout_file.NAME: layout_file.to_bytes(layout, (t.name for t in told))}, (note,)
+
+
+def _by_stage(placement: Placement, stage: int) -> list[Placement]:
+    """A tensor that lies whole on the ranks of several stages, stage by stage."""
+    if placement.spec or placement.num_ranks <= stage:
+        return [placement]
+    firsts = range(placement.first_rank, placement.ranks.stop, stage)
+    return [Placement((("all", stage),), (), first) for first in firsts]
+
+
+def _with_hyper(layout: Layout, source: Catalog, tensors: Iterable[Tensor]) -> Layout:
+    """``layout`` with the tensors that are no weights on every rank."""
+    everywhere = (Placement((("all", layout.num_ranks),)),)
+    added = {t.name: everywhere for t in tensors if t.name in source.hyper}
+    return replace(layout, placements={**layout.placements, **added})
+
+
+def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> None:
+    weights = {t.name for t in tensors} - source.hyper
+    unplaced = sorted(weights - set(layout.placements))
+    if unplaced:
+        raise LayoutError(
+            f"{len(unplaced)} tensors are not in the target's strategy: {some(unplaced)}. Leave "
+            "them out with --exclude (optimizer states: --drop-prefix adam_), or give a strategy "
+            "that has them."
+        )
