@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,9 +18,11 @@ from pathlib import Path
 from . import rules as family_rules
 from .catalog import Catalog, Tensor
 from .errors import LayoutError, NotFoundError, StorageError, nearest, some
+from .job_values import job_values
 from .layout import Layout
 from .opening import PathLike, open_checkpoint, open_strategy
 from .planning import Plan, make_plan
+from .selection import select
 from .storage.engine import Budget, Counts, fit_budget, run
 from .storage.reading import SourceFiles
 from .storage.staging import Staging
@@ -88,15 +89,19 @@ def prepare(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     ranks: Iterable[int] | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    drop_prefixes: Iterable[str] = (),
+    keep_accu_grads: bool = False,
+    max_shard_bytes: int | None = None,
     prefix: str = "checkpoint_",
     remove_redundancy: bool = False,
+    format: str | None = None,
+    crc: bool = False,
 ) -> Prepared:
     """Decide a conversion from headers alone; nothing is written.
 
     Args:
         source: a checkpoint, or its path.
-        to: ``"full"``, a strategy, or the path of strategy files.
+        to: ``"full"``, a strategy, the path of strategy files, or ``"same"`` as the source.
         src_strategy: the strategy files of a source cut into ranks.
         suffix: which of several files a rank the source has.
         rules: layout rules that go before the family's own.
@@ -105,9 +110,14 @@ def prepare(
         include: regular expressions; only tensors that one of them is found in are taken.
         exclude: regular expressions; tensors that one of them is found in are left out.
         ranks: write the files of these ranks only.
-        max_shard_bytes: the most tensor bytes in one file of a complete checkpoint.
+        drop_prefixes: tensors whose names begin with one of these are left out (``adam_``).
+        keep_accu_grads: take accumulated gradients too, which are otherwise left out.
+        max_shard_bytes: the most tensor bytes in one file of a complete checkpoint; by
+            default what is usual for the format.
         prefix: the first part of rank files' names.
         remove_redundancy: store each shard once, not on every replica.
+        format: what to write (``ckpt``, ``unified`` …); by default as ``to`` implies.
+        crc: end every ``.ckpt`` with a checksum.
 
     Raises:
         NotFoundError: no checkpoint there, or nothing matches.
@@ -120,15 +130,18 @@ def prepare(
         if isinstance(source, Catalog)
         else open_checkpoint(source, strategy=src_strategy, suffix=suffix)
     )
-    tensors = select(catalog, include, exclude)
-    chosen = replace(catalog, tensors={t.name: t for t in tensors})
+    tensors, notes = select(
+        catalog, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
+    )
+    chosen = replace(catalog, tensors={t.name: t for t in tensors}, notes=(*catalog.notes, *notes))
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
-    layout = _target_layout(to, lay_out)
-    request = Request(layout, max_shard_bytes, prefix, remove_redundancy)
+    layout = chosen.layout if to == "same" else _target_layout(to, lay_out)
+    numbers = job_values(chosen) if format == "iteration" else {}
+    request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
     result = make_result(chosen, tensors, request)
     only = _check_ranks(ranks, layout)
     plan = make_plan(chosen, result.outputs, only=only)
-    return Prepared(plan, result, _fingerprint(catalog, result, only))
+    return Prepared(plan, result, _fingerprint(chosen, result, only))
 
 
 def convert(
@@ -177,7 +190,7 @@ def execute(
         plan = replace(plan, block_bytes=budget.block_bytes)
         tell = progress(plan.totals.bytes_written) if progress else None
         source = SourceFiles(catalog)
-        files = OutputFiles(plan, staging, prepared.result.lay_file)
+        files = OutputFiles(plan, staging, prepared.result.lay_file, prepared.result.seal)
         try:
             counts = run(plan.moves(), source.read, files.write, budget=budget, progress=tell)
         finally:
@@ -191,32 +204,6 @@ def execute(
     staging.publish()
     notes = (*catalog.notes, *plan.outputs.layout.notes)
     return Report(str(destination), counts, plan.totals.num_files, skipped, notes)
-
-
-def select(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]) -> list[Tensor]:
-    """The tensors of ``catalog`` that the regular expressions leave.
-
-    Raises:
-        NotFoundError: an expression of ``include`` matches nothing, or nothing is left.
-        LayoutError: not a regular expression.
-    """
-    wanted, unwanted = _patterns(include), _patterns(exclude)
-    names = list(catalog.tensors)
-    for pattern in wanted:
-        if not any(map(pattern.search, names)):
-            raise NotFoundError(
-                f"--include {pattern.pattern} matches none of the {len(names)} tensors of "
-                f"{catalog.root}.{nearest(pattern.pattern, names)}"
-            )
-    left = [
-        t
-        for t in catalog.tensors.values()
-        if (not wanted or any(p.search(t.name) for p in wanted))
-        and not any(p.search(t.name) for p in unwanted)
-    ]
-    if not left:
-        raise NotFoundError(f"no tensor of {catalog.root} is left: --exclude matches all of them.")
-    return left
 
 
 def budget_of(options: Options) -> Budget:
@@ -242,7 +229,7 @@ def _target_layout(
     if isinstance(to, Strategy):
         return lay_out(to)
     text = os.fspath(to)
-    if text == "full":
+    if text in ("full", "same"):  # the same as a source that is complete
         return None
     if os.path.exists(text):
         return open_strategy(text)
@@ -253,18 +240,6 @@ def _target_layout(
             f"--to {text}: neither full, nor an existing strategy file or folder; {error}"
         ) from None
     return lay_out(strategy)
-
-
-def _patterns(expressions: Iterable[str]) -> list[re.Pattern[str]]:
-    if isinstance(expressions, str):
-        expressions = [expressions]
-    found = []
-    for text in expressions:
-        try:
-            found.append(re.compile(text))
-        except re.error as error:
-            raise LayoutError(f"{text!r} is not a regular expression: {error}.") from None
-    return found
 
 
 def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
@@ -299,7 +274,7 @@ def _fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) 
         {
             "source": str(Path(catalog.root).absolute()),
             "files": [[f.path, f.num_bytes, f.mtime_ns] for f in catalog.files],
-            "format": result.format,
+            "format": [result.format, result.seal is not None],
             "ranks": sorted(only) if only is not None else None,
             "result": digest.hexdigest(),
         },
@@ -343,7 +318,7 @@ def _write_side_files(prepared: Prepared, staging: Staging, destination: Path) -
         for path in prepared.plan.source.extras:
             if inside in (source / path).resolve().parents:
                 continue  # an earlier result inside the source is no part of it
-            place = staging.files / path
+            place = staging.files / prepared.result.extras_to / path
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, place)
             staging.sync(place)

@@ -1,4 +1,4 @@
-"""Numbers of a job that lie among the weights: ``global_step``, ``loss_scale`` …
+"""Numbers of a job that lie among the weights: ``global_step``, ``loss_scale`` and more.
 
 MindSpore saves them as tensors. They are never cut, and every rank has all of them. With
 a strategy file they are the tensors that it does not tell of; without one only their

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..box import Box
-from ..catalog import Catalog, File, Piece, Tensor
+from ..catalog import Catalog, Piece, Tensor
 from ..dtypes import DType
 from ..errors import CoverageError, FormatError, LayoutError, some
 from ..layout import Layout, Placement
