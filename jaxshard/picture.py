@@ -151,8 +151,9 @@ def catalog_text(catalog: Catalog) -> str:
     stored = sum(f.num_bytes for f in catalog.files)
     lines = [
         f"{catalog.root}: {_format(catalog)}",
-        f"{len(tensors):,} tensors of {size(catalog.num_bytes)} in {len(catalog.files)} files "
-        f"of {size(stored)}",
+        f"{len(tensors):,} tensors of {size(catalog.num_bytes)} in "
+        + (f"{len(catalog.files):,} files" if len(catalog.files) > 1 else "one file")
+        + f" of {size(stored)}",
         "",
         table(
             ["dtype", "tensors", "bytes"],

@@ -1,0 +1,181 @@
+"""The demo: the whole job on one checkpoint, checked bit for bit.
+
+Cut a checkpoint into ranks, re-cut it, load it onto eight devices, reshard it there,
+save it, merge everything back, and compare each result with the original.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from . import picture
+from .api import convert, merge, slice, verify
+from .catalog import Catalog, Tensor
+from .conversion import Options
+from .dtypes import dtype
+from .errors import CoverageError, StorageError
+from .formats.safetensors import layout_file
+from .opening import open_checkpoint
+from .storage.reading import SourceFiles
+
+_LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
+_FAST = Options(overwrite=True, durable=False)
+
+
+def run_demo(
+    path: str | None, *, keep: str | None = None, quiet: bool = False, as_json: bool = False
+) -> int:
+    """Run the demo on the checkpoint at ``path``, or on one made on the spot.
+
+    Results go to the folder ``keep``, or to one that is removed at the end. Returns the
+    exit status: 0, since any difference raises.
+    """
+    say: Callable[[str], None] = (lambda text: None) if quiet else print
+    with _workplace(keep) as place:
+        source = Path(path) if path else _make_llama(place / "llama")
+        catalog = open_checkpoint(source)
+        say(picture.catalog_text(catalog))
+        steps = [*_on_files(catalog, place, say), *_on_devices(catalog, place, say)]
+        say(
+            "\nevery result equals the original, bit for bit"
+            + (f"; kept in {keep}" if keep else "")
+        )
+    if as_json:
+        print(json.dumps({"source": str(source), "steps": steps}, indent=1))
+    return 0
+
+
+def _on_files(
+    catalog: Catalog, place: Path, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    say("\nfile to file")
+    with _step("cut into 8 ranks, dp2mp4, each shard stored once", say) as done:
+        slice(catalog, place / "dp2mp4", "dp2mp4", remove_redundancy=True, options=_FAST)
+        yield done
+    with _step("re-cut into 4 ranks in 2 stages, dp1mp2pp2", say) as done:
+        convert(place / "dp2mp4", place / "dp1mp2pp2", "dp1mp2pp2", options=_FAST)
+        yield done
+    with _step("merge, and compare with the original", say) as done:
+        merge(place / "dp1mp2pp2", place / "merged", options=_FAST)
+        _compare(place / "merged", catalog)
+        yield done
+
+
+def _on_devices(
+    catalog: Catalog, place: Path, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    import jax  # noqa: PLC0415 - the file-to-file part needs none
+
+    from .api import reshard  # noqa: PLC0415
+    from .loading import load  # noqa: PLC0415
+    from .saving import save  # noqa: PLC0415
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    say(f"\non {jax.device_count()} CPU devices")
+    with _step("load as dp2mp4", say) as done:
+        params = jax.block_until_ready(load(catalog, "dp2mp4"))
+        yield done
+    with _step("reshard on the devices to dp4mp2", say) as done:
+        params = jax.block_until_ready(reshard(params, "dp4mp2"))
+        yield done
+    with _step("save from the devices, and compare with the original", say) as done:
+        save(params, place / "saved", overwrite=True, durable=False)
+        _compare(place / "saved", catalog)
+        yield done
+    with _step("load the rank files of dp1mp2pp2 as mp8, and compare", say) as done:
+        _compare_arrays(load(place / "dp1mp2pp2", "mp8"), catalog)
+        yield done
+
+
+def _compare(made: Path, catalog: Catalog) -> None:
+    problems = verify(made, against=catalog).problems
+    if problems:
+        raise CoverageError(f"{made} differs from the original: {problems[0]}")
+
+
+def _compare_arrays(params: dict[str, Any], catalog: Catalog) -> None:
+    files = SourceFiles(catalog)
+    for name, array in params.items():
+        if np.asarray(array).tobytes() != _stored(files, catalog[name]):
+            raise CoverageError(f"{name} differs from the original.")
+    files.close()
+
+
+def _stored(files: SourceFiles, tensor: Tensor) -> bytes:
+    """A tensor's bytes as the plainest reader gets them; only for whole ones."""
+    buffer = bytearray(tensor.num_bytes)
+    files.read(tensor.pieces[0], tensor.pieces[0].offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+@contextmanager
+def _step(what: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    done: dict[str, Any] = {"step": what}
+    start = perf_counter()
+    yield done
+    done["seconds"] = round(perf_counter() - start, 3)
+    say(f"  {what:<54} {done['seconds']:6.2f} s")
+
+
+@contextmanager
+def _workplace(keep: str | None) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="jaxshard-demo-") as name:
+            yield Path(name)
+        return
+    try:
+        Path(keep).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"--keep {keep}: {error.strerror}.") from error
+    yield Path(keep)
+
+
+def _make_llama(folder: Path) -> Path:
+    """A small checkpoint in the shape of a Llama with grouped-query attention, random bfloat16."""
+    shapes = dict(_llama_shapes())
+    folder.mkdir(parents=True, exist_ok=True)
+    file = layout_file([(n, dtype("BF16"), s) for n, s in shapes.items()], {"format": "pt"})
+    random = np.random.default_rng(0)
+    with open(folder / "model.safetensors", "wb") as out:
+        out.write(file.header)
+        for name in file.offsets:
+            values = random.standard_normal(int(np.prod(shapes[name])), np.float32) * 0.02
+            out.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": _LAYERS,
+        "hidden_size": _HIDDEN,
+        "intermediate_size": _FFN,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": _VOCAB,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
+def _llama_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (_VOCAB, _HIDDEN)
+    for i in range(_LAYERS):
+        layer = f"model.layers.{i}."
+        yield layer + "self_attn.q_proj.weight", (_HIDDEN, _HIDDEN)
+        yield layer + "self_attn.k_proj.weight", (_KV, _HIDDEN)
+        yield layer + "self_attn.v_proj.weight", (_KV, _HIDDEN)
+        yield layer + "self_attn.o_proj.weight", (_HIDDEN, _HIDDEN)
+        yield layer + "mlp.gate_proj.weight", (_FFN, _HIDDEN)
+        yield layer + "mlp.up_proj.weight", (_FFN, _HIDDEN)
+        yield layer + "mlp.down_proj.weight", (_HIDDEN, _FFN)
+        yield layer + "input_layernorm.weight", (_HIDDEN,)
+        yield layer + "post_attention_layernorm.weight", (_HIDDEN,)
+    yield "model.norm.weight", (_HIDDEN,)
+    yield "lm_head.weight", (_VOCAB, _HIDDEN)
