@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from .box import Box
 from .dtypes import DType, num_bytes
 from .errors import LayoutError, NotFoundError, nearest
-from .layout import Layout
+from .layout import Layout, Placement
 from .views import View
+
+
+#: Axes whose ranks compute with what they hold, and so need whole heads of it.
+TENSOR_AXES = frozenset({"mp", "tp", "model", "tensor"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,28 @@ class Tensor:
         return Box(tuple(start), tuple(stop))
 
 
+    def check_groups(self, placement: Placement) -> None:
+        """Refuse ranks that hold a part of what belongs together (a kv head and its q heads).
+
+        Raises:
+            LayoutError: with the number of groups, and what to do.
+        """
+        size = dict(placement.axes)
+        for dim, axes in enumerate(placement.spec[: len(self.factors or ())]):
+            assert self.factors is not None
+            groups = self.factors[dim][0]
+            ways = 1
+            for axis in axes if len(self.factors[dim]) > 1 else ():
+                ways *= size[axis]
+                if axis in TENSOR_AXES and groups % ways:
+                    raise LayoutError(
+                        f"{self.name}: dim {dim} of shape {self.shape} is {groups} groups of "
+                        f"{self.shape[dim] // groups} (kv heads with their q heads, say), which "
+                        f"{axis}={size[axis]} does not divide. Use a divisor of {groups}, repeat "
+                        "the kv heads, or do not fuse."
+                    )
+
+
 def _fine_interval(
     tensor: Tensor, dim: int, factors: tuple[int, ...], start: int, stop: int
 ) -> tuple[list[int], list[int]]:
@@ -123,6 +149,17 @@ class Model:
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
+class Origin(Protocol):
+    """What a catalog was made of by a mapping of names and shapes."""
+
+    @property
+    def catalog(self) -> Catalog: ...
+
+    def place(self, layout: Layout) -> Layout:
+        """The layout of the mapped tensors, when the catalog's own lie as ``layout`` says."""
+        ...
+
+
 @dataclass(frozen=True)
 class Catalog:
     """The contents of one checkpoint.
@@ -134,6 +171,7 @@ class Catalog:
         extras: other files to carry along (tokenizer, config), relative to ``root``.
         hyper: names of tensors that are no weights and are never cut (``global_step`` …).
         notes: things a person should know that are not errors.
+        origin: for a mapped catalog, what it was made of.
     """
 
     root: str
@@ -146,6 +184,7 @@ class Catalog:
     extras: tuple[str, ...] = ()
     hyper: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called ``name``.

@@ -20,6 +20,7 @@ from .catalog import Catalog, Tensor
 from .errors import LayoutError, NotFoundError, StorageError, nearest, some
 from .job_values import job_values
 from .layout import Layout
+from .mapping import Mapping, find_mapping
 from .opening import PathLike, open_checkpoint, open_strategy
 from .planning import Plan, make_plan
 from .selection import select
@@ -84,6 +85,7 @@ def prepare(
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
     rules: family_rules.Rules | None = None,
+    names: Mapping | str | None = None,
     unmatched: family_rules.Policy = "error",
     uneven: family_rules.Policy = "error",
     include: Iterable[str] = (),
@@ -105,6 +107,8 @@ def prepare(
         src_strategy: the strategy files of a source cut into ranks.
         suffix: which of several files a rank the source has.
         rules: layout rules that go before the family's own.
+        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
+            ``"llama-hf:llama-mindformers"``, a table's path.
         unmatched: what to do with names that no rule matches: refuse, or ``"replicate"``.
         uneven: what to do with dims that do not divide: refuse, or ``"replicate"``.
         include: regular expressions; only tensors that one of them is found in are taken.
@@ -134,6 +138,9 @@ def prepare(
         catalog, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
     chosen = replace(catalog, tensors={t.name: t for t in tensors}, notes=(*catalog.notes, *notes))
+    if names is not None:
+        chosen = find_mapping(names, chosen).apply(chosen)
+        tensors = list(chosen.tensors.values())
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
     layout = chosen.layout if to == "same" else _target_layout(to, lay_out)
     numbers = job_values(chosen) if format == "iteration" else {}
@@ -266,6 +273,8 @@ def _fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) 
     for content in result.outputs.contents:
         for entry in content:
             digest.update(f"{entry.tensor.name} {entry.tensor.dtype} {entry.shape}\n".encode())
+            if catalog.origin is not None:  # the same names and shapes, made in another way
+                digest.update(repr(entry.tensor.pieces).encode())
         digest.update(b"\n")
     digest.update(repr((result.outputs.paths, result.outputs.content_of)).encode())
     for name, data in sorted(result.side_files.items()):

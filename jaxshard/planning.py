@@ -221,6 +221,9 @@ def _tensor_cost(
     block_bytes: int,
 ) -> tuple[int, ...]:
     sources, forms = _forms(tensor.pieces)
+    if tensor.factors is not None:
+        for placement in placements:
+            tensor.check_groups(placement)
     try:
         if only is None:
             kept = tuple((tensor.name, p.first_rank) in outputs.kept for p in placements)

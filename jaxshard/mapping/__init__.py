@@ -8,7 +8,7 @@ v  (m·d, H) ──┘                                             each file wha
 from __future__ import annotations
 
 from .joins import ROWS, Dequantize, Fuse, Stack, Unfuse, Unstack
-from .mapping import Mapping
+from .mapping import Mapping, Origin
 from .ops import (
     Cast,
     Drop,
@@ -24,8 +24,11 @@ from .ops import (
     Unpad,
     Unrepeat,
 )
+from .tables import FORMS, dequantized, find_mapping, form_of, table
+from .text import read_mapping, write_mapping
 
 __all__ = [
+    "FORMS",
     "ROWS",
     "Cast",
     "Dequantize",
@@ -35,6 +38,7 @@ __all__ = [
     "Mapping",
     "Merge",
     "Op",
+    "Origin",
     "Pad",
     "Rename",
     "Repeat",
@@ -46,4 +50,10 @@ __all__ = [
     "Unpad",
     "Unrepeat",
     "Unstack",
+    "dequantized",
+    "find_mapping",
+    "form_of",
+    "read_mapping",
+    "table",
+    "write_mapping",
 ]

@@ -6,7 +6,7 @@ once. This module imports JAX only where it evaluates with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -139,25 +139,29 @@ def value(expression: Expression, inputs: Sequence[Any], xp: Any) -> Any:
     if kind == "leaf":
         return inputs[how[0]]
     xs = [value(x, inputs, xp) for x in expression.inputs]
-    x = xs[0]
-    if kind == "transpose":
-        return xp.transpose(x, how[0])
-    if kind == "reshape":
-        return xp.reshape(x, shape)
-    if kind == "cut":
-        dim, start, stop = how
-        return x[(slice(None),) * dim + (slice(start, stop),)]
-    if kind == "join":
-        return xp.concatenate(xs, axis=how[0])
-    if kind == "repeat":
-        return xp.broadcast_to(x, shape)
-    if kind == "pad":
-        dim = how[0]
-        rest = (*shape[:dim], shape[dim] - x.shape[dim], *shape[dim + 1 :])
-        return xp.concatenate([x, xp.zeros(rest, x.dtype)], axis=dim)
-    if kind == "cast":
-        return x.astype(numpy_dtype(how[0]))
-    (rows, columns), dtype = how
-    row, column = (xp.arange(n) // b for n, b in zip(shape, (rows, columns), strict=True))
+    return _KINDS[kind](xs, shape, how, xp)
+
+
+def _pad(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: Any) -> Any:
+    x, dim = xs[0], how[0]
+    rest = (*shape[:dim], shape[dim] - x.shape[dim], *shape[dim + 1 :])
+    return xp.concatenate([x, xp.zeros(rest, x.dtype)], axis=dim)
+
+
+def _scaled(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: Any) -> Any:
+    block, dtype = how
+    row, column = (xp.arange(n) // b for n, b in zip(shape, block, strict=True))
     factors = xs[1].astype("float32")[row][:, column]
-    return (x.astype("float32") * factors).astype(numpy_dtype(dtype))
+    return (xs[0].astype("float32") * factors).astype(numpy_dtype(dtype))
+
+
+_KINDS: dict[str, Callable[[Sequence[Any], tuple[int, ...], tuple[Any, ...], Any], Any]] = {
+    "transpose": lambda xs, shape, how, xp: xp.transpose(xs[0], how[0]),
+    "reshape": lambda xs, shape, how, xp: xp.reshape(xs[0], shape),
+    "cut": lambda xs, shape, how, xp: xs[0][(slice(None),) * how[0] + (slice(*how[1:]),)],
+    "join": lambda xs, shape, how, xp: xp.concatenate(xs, axis=how[0]),
+    "repeat": lambda xs, shape, how, xp: xp.broadcast_to(xs[0], shape),
+    "pad": _pad,
+    "cast": lambda xs, shape, how, xp: xs[0].astype(numpy_dtype(how[0])),
+    "scaled": _scaled,
+}

@@ -191,8 +191,8 @@ def scaled(tensor: Tensor, scale: Tensor, block: tuple[int, int], dtype: DType) 
     expected = tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=False))
     if len(tensor.shape) != 2 or scale.shape != expected:
         raise LayoutError(
-            f"{tensor.name}: shape {tensor.shape} in blocks of {block[0]} x {block[1]} needs scales "
-            f"of shape {expected}, and {scale.name} has {scale.shape}."
+            f"{tensor.name}: shape {tensor.shape} in blocks of {block[0]} x {block[1]} needs "
+            f"scales of shape {expected}, and {scale.name} has {scale.shape}."
         )
     made = with_step(tensor, lambda at: Scale(scale, block, at))
     return replace(made, dtype=dtype)
@@ -223,14 +223,16 @@ def viewed(tensor: Tensor) -> Tensor:
     if tensor.factors is not None:
         return tensor
     _refuse_packed(tensor.dtype, tensor.name)
-    pieces = []
-    for p in tensor.pieces:
-        if p.view is None:
-            shape, size = p.box.shape, tensor.dtype.unit_bytes
-            strides = tuple(size * prod(shape[i + 1 :]) for i in range(len(shape)))
-            p = replace(p, view=View(strides, tensor.dtype))
-        pieces.append(p)
-    return replace(tensor, pieces=tuple(pieces), factors=tuple((n,) for n in tensor.shape))
+    pieces = tuple(_viewed_piece(p, tensor.dtype) for p in tensor.pieces)
+    return replace(tensor, pieces=pieces, factors=tuple((n,) for n in tensor.shape))
+
+
+def _viewed_piece(piece: Piece, dtype: DType) -> Piece:
+    if piece.view is not None:
+        return piece
+    shape, size = piece.box.shape, dtype.unit_bytes
+    strides = tuple(size * prod(shape[i + 1 :]) for i in range(len(shape)))
+    return replace(piece, view=View(strides, dtype))
 
 
 def _refuse_packed(dtype: DType, name: str) -> None:
@@ -429,9 +431,10 @@ def _aligned(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
         else:
             chain = usable
             if any(b % a for a, b in pairwise(chain)):
+                every = sorted({_factors(t)[d] for t in tensors})
                 raise LayoutError(
                     f"{', '.join(t.name for t in tensors[:3])} …: their dim {d} is made of "
-                    f"factors that do not fit each other ({sorted({_factors(t)[d] for t in tensors})})."
+                    f"factors that do not fit each other ({every})."
                 )
         tensors = [_refined(t, d, chain) for t in tensors]
     return list(tensors)

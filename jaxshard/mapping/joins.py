@@ -267,10 +267,11 @@ class Dequantize(Op):
                     raise NotFoundError(f"{self.word}: {name} scales {weight}, which is missing.")
                 continue
             found = match(self.weight, name)
-            scale = fill(self.scale, found) if found is not None else None
-            if scale is not None and scale in tensors:
-                tensor = algebra.scaled(tensor, tensors[scale], self.block, kind)
-            result[name] = tensor
+            factors = tensors.get(fill(self.scale, found)) if found is not None else None
+            if factors is None:
+                result[name] = tensor
+            else:
+                result[name] = algebra.scaled(tensor, factors, self.block, kind)
         return result
 
     def inverse(self) -> Op:

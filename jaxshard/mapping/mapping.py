@@ -14,12 +14,14 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..catalog import Catalog
+from ..catalog import Catalog, Tensor
 from ..errors import JaxshardError
+from ..layout import Layout
 from ..rules.match import OPTIMIZER_PREFIXES
 from .algebra import Algebra, Geometry, T
 from .expressions import Expressions, evaluate, leaf
 from .ops import Op
+from .placing import Placing, placed
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Mapping:
         """
         made = self.tensors(catalog.tensors, Geometry(), catalog.hyper)
         renamed = {n: t if t.name == n else replace(t, name=n) for n, t in made.items()}
-        return replace(catalog, tensors=renamed, layout=None)
+        origin = Origin(catalog, self)
+        return replace(catalog, tensors=renamed, layout=None, origin=origin)
 
     def inverse(self) -> Mapping:
         """The mapping back.
@@ -61,6 +64,16 @@ class Mapping:
         """This mapping, and ``other`` on its result."""
         names = (self.name.split(":")[0], other.name.split(":")[-1])
         return Mapping((*self.ops, *other.ops), ":".join(n for n in names if n))
+
+    def place(self, layout: Layout, tensors: Dict[str, Tensor]) -> Layout:
+        """The layout of what ``tensors`` become, when they lie as ``layout`` says.
+
+        Raises:
+            LayoutError: what ranks share is no whole part of a target (fewer kv heads than mp).
+        """
+        made = self.tensors(placed(tensors, layout), Placing())
+        placements = {n: x.placements for n, x in made.items()}
+        return replace(layout, placements=placements)
 
     def apply_arrays(self, arrays: Dict[str, Any], hyper: Iterable[str] = ()) -> dict[str, Any]:
         """Arrays by name as arrays by the target's names: JAX's stay on their devices.
@@ -78,19 +91,31 @@ class Mapping:
         """What becomes of ``tensors``, in the words of ``algebra``."""
         result = {n: t for n, t in tensors.items() if n in hyper}
         for prefix, group in _by_prefix(tensors, hyper).items():
-            for op in self.ops:
-                try:
-                    group = op.apply(group, algebra)
-                except JaxshardError as error:
-                    if not prefix:
-                        raise
-                    raise type(error)(f"names that begin with {prefix}: {error}") from None
-            for name, tensor in group.items():
-                result[prefix + name] = tensor
+            made = group
+            try:
+                for op in self.ops:
+                    made = op.apply(made, algebra)
+            except JaxshardError as error:
+                if not prefix:
+                    raise
+                raise type(error)(f"names that begin with {prefix}: {error}") from None
+            result |= {prefix + name: tensor for name, tensor in made.items()}
         return result
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.ops)) or "no operation"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a mapped catalog comes from; see ``catalog.Origin``."""
+
+    catalog: Catalog
+    mapping: Mapping
+
+    def place(self, layout: Layout) -> Layout:
+        """The layout of the mapped tensors, when the catalog's own lie as ``layout`` says."""
+        return self.mapping.place(layout, self.catalog.tensors)
 
 
 def _by_prefix(tensors: Dict[str, T], hyper: frozenset[str]) -> dict[str, dict[str, T]]:
