@@ -12,8 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from .errors import JaxshardError
+
+FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration")  # as in targets
 
 _EXAMPLES = """\
 examples:
@@ -33,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "command", None) is None:
         parser().print_help()
         return 2
-    from . import commands  # noqa: PLC0415 - NumPy and all, only once a command is known
-
     try:
-        run = getattr(commands, arguments.command)
+        # NumPy and all, only once a command is known
+        run = getattr(import_module(f".{arguments.module}", __package__), arguments.command)
         return int(run(arguments))
     except JaxshardError as error:
         return _fail(error, arguments)
@@ -69,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        made.set_defaults(command=name)
+        made.set_defaults(command=name, module="commands")
         return made
 
     inspect = command("inspect", "show what a checkpoint holds and who holds what")
@@ -103,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     _add_budget(verify)
     _add_output(verify)
 
+    _add_strategy(command("strategy", "show, merge and make MindSpore's strategy files"))
+
     demo = command("demo", "do the main job on a small checkpoint and check it bit for bit")
     demo.add_argument(
         "path", nargs="?", metavar="PATH", help="a checkpoint; default: made on the spot"
@@ -110,6 +114,39 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--keep", metavar="DIR", help="leave the results there")
     _add_output(demo)
     return top
+
+
+def _add_strategy(to: argparse.ArgumentParser) -> None:
+    verbs = to.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, summary: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        made.set_defaults(command=f"strategy_{name}", module="strategy_commands")
+        return made
+
+    show = verb("show", "show how strategy files cut tensors, and which ranks hold what")
+    show.add_argument("path", metavar="PATH", help="a strategy file, or a folder of them")
+    show.add_argument("--include", metavar="REGEX", help="only these tensors")
+    show.add_argument("--all", action="store_true", help="every tensor, not one line for each kind")
+    _add_output(show)
+
+    merge = verb("merge", "make one file of the strategy files of all pipeline stages")
+    merge.add_argument("path", metavar="DIR", help="the folder of strategy files")
+    merge.add_argument("out", metavar="OUT", help="the file to make: .ckpt, or .json")
+    _add_written(merge)
+
+    make = verb("make", "make the strategy files of a checkpoint's tensors, without a job")
+    _add_source(make)
+    make.add_argument("out", metavar="OUT", help="the folder to make; with --merged, the file")
+    make.add_argument("--to", metavar="STRATEGY", required=True, help="dp2mp2pp2, dp4mp2optall …")
+    make.add_argument("--rules", metavar="FILE", help="layout rules (TOML)")
+    make.add_argument("--merged", action="store_true", help="one file of all stages")
+    _add_written(make)
+
+
+def _add_written(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--overwrite", action="store_true", help="replace OUT")
+    _add_output(to)
 
 
 def _version() -> str:
@@ -135,9 +172,9 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
             metavar="TARGET",
             required=command != "convert",
             default="full" if command == "convert" else None,
-            help="full, a strategy (dp2mp4pp2), or a strategy file or folder",
+            help="full, a strategy (dp2mp4pp2), a strategy file or folder, or same",
         )
-    to.add_argument("--format", choices=("huggingface", "ranks"), help="default: as --to implies")
+    to.add_argument("--format", choices=FORMATS, help="default: as --to implies")
     to.add_argument(
         "--rules", metavar="FILE", help="layout rules (TOML) that go before the family's"
     )
@@ -156,15 +193,26 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
         "--exclude", metavar="REGEX", action="append", default=[], help="not these tensors"
     )
     to.add_argument(
+        "--drop-prefix",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="not the tensors that begin so: adam_",
+    )
+    to.add_argument(
+        "--keep-accu-grads", action="store_true", help="accumulated gradients too (default: not)"
+    )
+    to.add_argument(
         "--rank", metavar="R", action="append", type=int, help="write only this rank's file"
     )
     to.add_argument(
-        "--max-shard-size", metavar="SIZE", default="5GB", help="of a complete checkpoint"
+        "--max-shard-size", metavar="SIZE", help="of a complete checkpoint (default: 5GB)"
     )
     to.add_argument("--prefix", default="checkpoint_", help="of rank files (default: checkpoint_)")
     to.add_argument(
         "--remove-redundancy", action="store_true", help="store each shard on one replica only"
     )
+    to.add_argument("--crc", action="store_true", help="end every .ckpt with a checksum")
 
 
 def _add_budget(to: argparse.ArgumentParser) -> None:

@@ -91,21 +91,22 @@ def _convert(a: Namespace, to: str) -> int:
 
 
 def _prepare(a: Namespace, to: str) -> Prepared:
-    implied = "huggingface" if to == "full" else "ranks"
-    if a.format not in (None, implied):
-        raise LayoutError(f"--format {a.format} does not go with --to {to}: that makes {implied}.")
     return prepare(
         _source(a),
         to,
-        rules=_rules(a.rules),
+        rules=read_rules_file(a.rules),
         unmatched=a.unmatched,
         uneven=a.uneven,
         include=a.include,
         exclude=a.exclude,
+        drop_prefixes=a.drop_prefix,
+        keep_accu_grads=a.keep_accu_grads,
         ranks=a.rank,
-        max_shard_bytes=parse_size(a.max_shard_size),
+        max_shard_bytes=parse_size(a.max_shard_size) if a.max_shard_size else None,
         prefix=a.prefix,
         remove_redundancy=a.remove_redundancy,
+        format=a.format,
+        crc=a.crc,
     )
 
 
@@ -113,7 +114,8 @@ def _source(a: Namespace) -> Catalog:
     return open_checkpoint(a.source, strategy=a.src_strategy, suffix=a.suffix)
 
 
-def _rules(path: str | None) -> Rules | None:
+def read_rules_file(path: str | None) -> Rules | None:
+    """The rules in the file that ``--rules`` names."""
     if path is None:
         return None
     try:

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from . import rules as family_rules
-from .catalog import Catalog, Tensor
-from .errors import LayoutError, NotFoundError, StorageError, nearest, some
+from .catalog import Catalog
+from .errors import LayoutError, StorageError, some
 from .job_values import job_values
 from .layout import Layout
 from .mapping import Mapping, find_mapping
@@ -197,6 +197,7 @@ def execute(
         plan = replace(plan, block_bytes=budget.block_bytes)
         tell = progress(plan.totals.bytes_written) if progress else None
         source = SourceFiles(catalog)
+        source.check_checksums()
         files = OutputFiles(plan, staging, prepared.result.lay_file, prepared.result.seal)
         try:
             counts = run(plan.moves(), source.read, files.write, budget=budget, progress=tell)

@@ -71,9 +71,21 @@ def holders(tensor: Tensor, placement: Placement) -> str:
     └──────┘
     """
     title = f"{tensor.name}  {tensor.dtype} {tensor.shape}"
-    shards = placement.shards(tensor.shape)
-    split = [d for d in range(len(tensor.shape)) if placement.ways(d) > 1]
-    row_dim = next((d for d in split if d < len(tensor.shape) - 1), None)
+    return held_by(title, placement, tensor.shape)
+
+
+def held_by(title: str, placement: Placement, shape: tuple[int, ...]) -> str:
+    """``title``, and below it ``shape`` as a rectangle cut as ``placement`` says.
+
+    >>> print(held_by("any", Placement((("mp", 2),), ((), ("mp",))), (1, 2)))
+    any
+    ┌───┬───┐
+    │ 0 │ 1 │
+    └───┴───┘
+    """
+    shards = placement.shards(shape)
+    split = [d for d in range(len(shape)) if placement.ways(d) > 1]
+    row_dim = next((d for d in split if d < len(shape) - 1), None)
     column_dim = next((d for d in reversed(split) if d != row_dim), None)
     if len(split) > 2:
         title += f"  (dims {split[1:-1]} are split too)"

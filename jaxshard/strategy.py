@@ -19,7 +19,7 @@ from .errors import LayoutError
 
 Axes = tuple[tuple[str, int], ...]  # mesh axes in row-major order: (name, size), last fastest
 
-_PART = re.compile(r"(dp|mp|tp|pp|ep|cp|opt)(\d+|all)")
+_PART = re.compile(r"(dp|mp|tp|pp|ep|cp|opt)(\d+|all)|(vocabdp)")
 _FIELD = {"tp": "mp", "opt": "optimizer_shard"}
 
 
@@ -35,7 +35,8 @@ class Strategy:
         cp: context parallel ways; weights are replicas over it.
         optimizer_shard: further ways to split dim 0 over the replicas
             (ZeRO, MindSpore's optimizer parallel); -1 for all of them, 1 for none.
-        vocab_emb_dp: keep the embedding whole on every tensor-parallel rank.
+        vocab_emb_dp: keep the embedding whole on every tensor-parallel rank; written
+            ``vocabdp``.
 
     >>> Strategy.parse("dp2mp4pp2").num_ranks
     16
@@ -72,23 +73,26 @@ class Strategy:
 
         Raises:
             LayoutError: the text is not a strategy, or names an axis twice.
+
+        >>> Strategy.parse("dp2mp4vocabdp")
+        Strategy(dp=2, mp=4, vocab_emb_dp=True)
         """
         sizes: dict[str, int] = {}
         at = 0
         lowered = text.strip().lower()
         for match in _PART.finditer(lowered):
-            name = _FIELD.get(match[1], match[1])
+            name = "vocab_emb_dp" if match[3] else _FIELD.get(match[1], match[1])
             if match.start() != at or name in sizes or (match[2] == "all" and match[1] != "opt"):
                 break
-            sizes[name] = -1 if match[2] == "all" else int(match[2])
+            sizes[name] = True if match[3] else -1 if match[2] == "all" else int(match[2])
             at = match.end()
         if not sizes or at != len(lowered):
             raise LayoutError(
                 f"{text!r} is not a strategy. Write each axis once with its size: "
                 "dp2mp4, dp1mp2pp2, mp8, dp4mp2ep2, dp2mp2optall (axes: dp, mp or tp, pp, ep, cp, "
-                "opt)."
+                "opt; vocabdp leaves the embedding whole over mp)."
             )
-        return cls(**sizes)  # type: ignore[arg-type]  # only the int fields have a token
+        return cls(**sizes)  # type: ignore[arg-type]  # the one bool field is given a bool
 
     @property
     def stage_axes(self) -> Axes:
@@ -122,7 +126,7 @@ class Strategy:
             text += f"{name}{size}" if size > 1 else ""
         if self.optimizer_shard != 1:
             text += "optall" if self.optimizer_shard == -1 else f"opt{self.optimizer_shard}"
-        return text
+        return text + "vocabdp" * self.vocab_emb_dp
 
     def __repr__(self) -> str:
         changed = [

@@ -67,6 +67,7 @@ def verify(
         return 1
 
     try:
+        files.check_checksums()
         run(moves, files.read, compare, budget=budget, progress=progress)
     finally:
         files.close()
@@ -109,6 +110,8 @@ def verify_against(
         return 1
 
     try:
+        here.check_checksums()
+        there.check_checksums()
         run(moves(), here.read, compare, budget=budget, progress=progress)
     finally:
         here.close()

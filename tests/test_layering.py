@@ -32,7 +32,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("trees", "on_devices"),
     ("loading", "saving"),
     ("training", "lora", "iterations"),
-    ("picture", "api", "cli", "commands", "demo", "__init__", "__main__"),
+    ("picture", "api", "cli", "commands", "strategy_commands", "mindformers", "demo", "__init__", "__main__"),
 )
 DEVICE_RINGS = range(10, 14)
 INSIDE_FUNCTIONS = {"demo", "mapping.expressions"}  # may import JAX when called, and only then

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..catalog import Catalog, Piece
 from ..errors import FormatError, some
+from ..formats.mindspore_ckpt import check_crc
 from .local import Handles, LocalFolder
 
 
@@ -34,6 +35,16 @@ class SourceFiles:
                 f"{some(changed)} of {self._folder.root} changed while being read. Convert again "
                 "when nothing writes there."
             )
+
+    def check_checksums(self) -> None:
+        """Compare the checksums of those ``.ckpt`` files that have one with their bytes.
+
+        Raises:
+            FormatError: a file is damaged.
+        """
+        for file in self._files:
+            if file.path.endswith(".ckpt"):
+                check_crc(self._folder, file.path)
 
     def close(self) -> None:
         """Close all handles."""
