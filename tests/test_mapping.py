@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapping_worlds import Memory, grid, read_all, read_box, same
 
@@ -59,9 +59,7 @@ def model(layers: int = 3, dtype: str = "float32", seed: int = 0) -> dict[str, n
         }
     random = np.random.default_rng(seed)
     return {
-        n: random.integers(0, 255, (*s, np.dtype(dtype).itemsize), np.uint8)
-        .view(dtype)
-        .reshape(s)
+        n: random.integers(0, 255, (*s, np.dtype(dtype).itemsize), np.uint8).view(dtype).reshape(s)
         for n, s in shapes.items()
     }
 
@@ -128,6 +126,7 @@ def worlds(draw: st.DrawFn):
     return shape, Mapping(tuple(ops)), ways, tile
 
 
+@settings(max_examples=600)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_any_chain_of_operations_reads_any_box_as_numpy_would(world, random) -> None:
     shape, mapping, ways, tile = world

@@ -141,19 +141,14 @@ def form_of(
         except JaxshardError:
             continue  # a form that this family does not have
         last = next((op for op in reversed(ops) if isinstance(op, Expect)), None)
-        if last is None or op_after(ops, last):
-            continue
-        if all(is_about((*last.names, *facts.family.buffers), n) for n in weights):
+        if last is not None and all(
+            is_about((*last.names, *facts.family.buffers), n) for n in weights
+        ):
             return facts, form
     raise NotFoundError(
         f"the names are of no form of {facts.family.name} that is known ({some(weights, 3)}); "
         f"forms are {', '.join(FORMS)}. Say it: FROM:TO."
     )
-
-
-def op_after(ops: tuple[object, ...], last: object) -> bool:
-    """Whether anything comes after ``last``, so that it does not tell the final names."""
-    return ops[-1] is not last
 
 
 def _between(facts: Facts, source: str, target: str) -> Mapping:
@@ -179,4 +174,4 @@ def _parsed(text: str) -> tuple[str | None, str]:
 
 def _is_prefixed(names: Iterable[str]) -> bool:
     """Whether gpt2's and bert's names have the prefix that a model with a head has."""
-    return any(n.startswith(("transformer.", "bert.")) or ".transformer." in n for n in names)
+    return any("transformer." in n or "bert." in n for n in names)

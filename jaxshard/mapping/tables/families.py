@@ -158,7 +158,7 @@ def _gpt2(prefix: str) -> Family:
         kernels=tuple(block + x for x in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
         norms=(block + "ln_1", block + "ln_2", prefix + "ln_f"),
         embeddings=(prefix + "wte", prefix + "wpe"),
-        buffers=("{x*}attn.bias", "{x*}attn.masked_bias"),
+        buffers=("{x*}.attn.bias", "{x*}.attn.masked_bias"),
         layers=block,
     )
 

@@ -23,7 +23,7 @@ _LAYER = "model.layers.{layer}."
 
 def nnx(facts: Facts) -> Mapping:
     """Kernels instead of weights."""
-    return Mapping((*_before(facts), *_kernels(facts)))
+    return Mapping((*_before(facts), *_kernels(facts), Expect(_kernel_names(facts), "nnx")))
 
 
 def linen(facts: Facts) -> Mapping:
@@ -34,17 +34,22 @@ def linen(facts: Facts) -> Mapping:
         (layers + "{x*}", "params." + inside + "{x*}"),
         ("{x*}", "params.{x*}"),
     )
-    return Mapping((*_before(facts), *_kernels(facts), Rename(rules)))
+    names = tuple("params." + n.replace(layers, inside) for n in _kernel_names(facts))
+    return Mapping((*_before(facts), *_kernels(facts), Rename(rules), Expect(names, "linen")))
 
 
 def nnx_scan(facts: Facts) -> Mapping:
     """As ``nnx``, all layers in one; the first, if they have no experts, in one of their own."""
-    return Mapping((*_before(facts), *_kernels(facts), *_stacked(facts)))
+    names = Expect(_stacked_names(facts), "nnx-scan")
+    return Mapping((*_before(facts), *_kernels(facts), *_stacked(facts), names))
 
 
 def linen_scan(facts: Facts) -> Mapping:
     """As ``nnx_scan``, under params."""
-    return nnx_scan(facts).then(Mapping((Rename((("{x*}", "params.{x*}"),)),)))
+    names = tuple("params." + n for n in _stacked_names(facts))
+    rename = Rename((("{x*}", "params.{x*}"),))
+    ops = nnx_scan(facts).ops[:-1]
+    return Mapping((*ops, rename, Expect(names, "linen-scan")))
 
 
 def maxtext(facts: Facts) -> Mapping:
@@ -84,7 +89,7 @@ def maxtext(facts: Facts) -> Mapping:
             Split(biases[1:], 0, (facts.kv_heads, -1)),
             *stacks,
             Rename(rules),
-            Expect(("params.{x*}",), "llama-maxtext"),
+            Expect((*(layer + b for b in apart.values()), *(b for _, b in rules)), "llama-maxtext"),
         )
     )
 
@@ -129,6 +134,28 @@ def _kernels(facts: Facts) -> tuple[Op, ...]:
         *((m + ".weight", m + ".embedding") for m in family.embeddings),
     )
     return (Transpose(linear), Rename(rules))
+
+
+def _kernel_names(facts: Facts) -> tuple[str, ...]:
+    family = facts.family
+    kernels = (*family.linear, *family.kernels)
+    return (
+        *(m + ".kernel" for m in kernels),
+        *(m + ".scale" for m in family.norms),
+        *(m + ".embedding" for m in family.embeddings),
+        *(m + ".bias" for m in (*kernels, *family.norms)),
+        *family.plain,
+    )
+
+
+def _stacked_names(facts: Facts) -> tuple[str, ...]:
+    layers = facts.family.layers
+    one = layers.replace("{layer}.", "")
+    plain = [n.replace("{expert}.", "") for n in _kernel_names(facts)]
+    names = [n.replace(layers, one) for n in plain]
+    if facts.dense_layers:
+        names += [n.replace(layers, one.replace("layers.", "dense_layers.")) for n in plain]
+    return tuple(dict.fromkeys(names))
 
 
 def _heads_apart(facts: Facts) -> tuple[Op, ...]:

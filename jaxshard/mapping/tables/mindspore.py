@@ -61,9 +61,9 @@ def mcore(facts: Facts, *, fused: bool = False, interleaved: bool = True) -> Map
     """From Hugging Face to the Megatron-like names, of inference or (``fused``) of training."""
     if facts.family.name not in ("llama", "qwen3_moe", "deepseek_v3"):
         raise LayoutError(f"{facts.family.name} has no mcore names in MindFormers.")
-    rules = _mcore_rules(facts)
+    rules = _mcore_rules(facts, fused)
     ops: list[Op] = [
-        Drop(facts.family.buffers, rebuilt=True),
+        Drop((*facts.family.buffers, *_copies(facts)), rebuilt=True),
         Expect(tuple(a for a, _ in rules), f"{facts.family.name}-hf"),
         Rename(rules),
     ]
@@ -79,11 +79,10 @@ def mcore(facts: Facts, *, fused: bool = False, interleaved: bool = True) -> Map
     return Mapping(tuple(ops))
 
 
-def _mcore_rules(facts: Facts) -> tuple[tuple[str, str], ...]:
+def _mcore_rules(facts: Facts, training: bool) -> tuple[tuple[str, str], ...]:
     modules = {
         **{f"self_attn.{x}_proj": f"self_attention.linear_{x}" for x in "qkv"},
         "self_attn.o_proj": "self_attention.linear_proj",
-        **{f"self_attn.{x}_norm": f"self_attention.{x}_layernorm" for x in "qk"},
         "mlp.gate_proj": "mlp.gating",
         "mlp.up_proj": "mlp.hidden",
         "mlp.down_proj": "mlp.linear_fc2",
@@ -97,7 +96,9 @@ def _mcore_rules(facts: Facts) -> tuple[tuple[str, str], ...]:
             "mlp.experts.{expert}.up_proj": "mlp.experts.{expert}.hidden",
             "mlp.experts.{expert}.down_proj": "mlp.experts.{expert}.linear_fc2",
         }
-    if facts.family.name == "deepseek_v3":
+    if facts.family.name != "deepseek_v3":
+        modules |= {f"self_attn.{x}_norm": f"self_attention.{x}_layernorm" for x in "qk"}
+    else:
         modules |= {
             "self_attn.q_a_proj": "self_attention.linear_q_down_proj",
             "self_attn.q_a_layernorm": "self_attention.q_layernorm",
@@ -115,22 +116,34 @@ def _mcore_rules(facts: Facts) -> tuple[tuple[str, str], ...]:
         ("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
         ("model.norm.weight", "decoder.final_layernorm.weight"),
         ("lm_head.weight", "output_layer.weight"),
-        *(_prediction_rules(facts, inside) if facts.family.name == "deepseek_v3" else ()),
+        *(_prediction_rules(facts, inside, training) if facts.family.name == "deepseek_v3" else ()),
         *((_OLD + a, _NEW + b) for a, b in inside.items()),
     )
 
 
-def _prediction_rules(facts: Facts, inside: dict[str, str]) -> list[tuple[str, str]]:
-    """The multi-token prediction layer, which comes after the last."""
-    if not facts.number("num_nextn_predict_layers", default=0):
-        return []
-    layer = f"model.layers.{facts.layers}."
-    own = ("enorm", "hnorm", "eh_proj")
-    return [
-        *((f"{layer}{x}.weight", f"decoder.{x}.weight") for x in own),
-        *((layer + a, "decoder.transformer." + b) for a, b in inside.items()),
-        (layer + "{x*}", "decoder.transformer.{x*}"),
-    ]
+def _copies(facts: Facts) -> tuple[str, ...]:
+    """What a prediction layer has a copy of: the embedding and the head."""
+    if facts.family.name != "deepseek_v3":
+        return ()
+    return (_OLD + "embed_tokens.weight", _OLD + "shared_head.head.weight")
+
+
+def _prediction_rules(
+    facts: Facts, inside: dict[str, str], training: bool
+) -> list[tuple[str, str]]:
+    """The multi-token prediction layers, which come after the last."""
+    found: list[tuple[str, str]] = []
+    for i in range(facts.number("num_nextn_predict_layers", default=0)):
+        layer = f"model.layers.{facts.layers + i}."
+        outer = f"mtp.layers.{i}." if training else "decoder."
+        inner = outer + ("transformer_layer." if training else "transformer.")
+        last = outer + "final_layernorm" if training else inner + "shared_head.norm"
+        found += [
+            (f"{layer}{x}.weight", f"{outer}{x}.weight") for x in ("enorm", "hnorm", "eh_proj")
+        ]
+        found.append((layer + "shared_head.norm.weight", last + ".weight"))
+        found += [(layer + a, inner + b) for a, b in inside.items()]
+    return found
 
 
 def _fused(facts: Facts, interleaved: bool) -> list[Op]:
