@@ -47,7 +47,7 @@ def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The same elements in the same row-major order, as a tensor of ``shape``.
 
     Raises:
-        LayoutError: another number of elements, or dims that neither split nor merge into these.
+        LayoutError: another number of elements.
     """
     if prod(shape) != prod(tensor.shape):
         raise LayoutError(
@@ -57,10 +57,21 @@ def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not prod(shape):
         return Tensor(tensor.name, tensor.dtype, shape, (), tuple((n,) for n in shape))
     tensor = viewed(tensor)
+    made = _refactored(tensor, shape)
+    if made is None:  # its pieces are boxes of other groups than these: cut them into runs
+        flat = _refactored(tensor, (prod(shape),))
+        assert flat is not None
+        made = _refactored(_flat_dim(flat, 0), shape)
+        assert made is not None
+    return _simple(made)
+
+
+def _refactored(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """``tensor`` seen as ``shape``, or None if a factor neither splits nor merges into it."""
     fine, pieces = [n for n in tensor.fine_shape if n != 1], tensor.pieces
-    ones = [i for i, n in reversed(list(enumerate(tensor.fine_shape))) if n == 1]
-    for i in ones:
-        pieces = tuple(_without_dim(p, i) for p in pieces)
+    for i, n in reversed(list(enumerate(tensor.fine_shape))):
+        if n == 1:
+            pieces = tuple(_without_dim(p, i) for p in pieces)
     factors: list[tuple[int, ...]] = []
     at = 0
     for n in shape:
@@ -68,10 +79,7 @@ def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         while left > 1:
             if left % fine[at]:
                 if fine[at] % left:
-                    raise LayoutError(
-                        f"{tensor.name}: shape {tensor.shape}, made of "
-                        f"{' x '.join(map(str, fine))}, neither splits nor merges into {shape}."
-                    )
+                    return None
                 pieces = tuple(q for p in pieces for q in _split(p, at, fine[at] // left))
                 fine[at : at + 1] = [left, fine[at] // left]
             left //= fine[at]
@@ -81,7 +89,7 @@ def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
             fine.insert(at, 1)
             at += 1
         factors.append(tuple(fine[begin:at]))
-    return _simple(replace(tensor, shape=shape, pieces=pieces, factors=tuple(factors)))
+    return replace(tensor, shape=shape, pieces=pieces, factors=tuple(factors))
 
 
 def cut(tensor: Tensor, dim: int, start: int, stop: int) -> Tensor:
