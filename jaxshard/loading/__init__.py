@@ -1,36 +1,144 @@
-"""Loading: from a checkpoint to arrays on devices."""
+"""Loading: from a checkpoint to arrays on devices.
+
+    what is wanted  →  its distinct shards  →  the engine fills their memory  →  arrays
+     targeting             wanted                  carrying, memory              placing
+
+Each process reads exactly the bytes of its own devices' distinct shards, once. What can
+be said from headers is said before the first of them is read.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
 
+from ..catalog import Catalog
 from ..conversion import default_budget
-from ..opening import open_checkpoint
-from ..storage.engine import fit_budget
+from ..mapping import Mapping
+from ..opening import PathLike, open_checkpoint
+from ..rules import Rules
+from ..selection import select
+from ..storage.engine import Counts, fit_budget
 from ..storage.reading import SourceFiles
-from .. import devices as dv
-from ..strategy import Strategy
-from ..targets import lay_out_for
-from ..elements import numpy_dtype
-from .carrying import Source, carry
-from .wanted import Want, jobs
+from .carrying import carry
+from .limits import check_dtypes, check_memory, in_flight_limit, need_of
+from .sources import file_source
+from .targeting import Devices, resolve
+from .wanted import Wanted, jobs
+
+__all__ = ["load"]
 
 
-def load(source, target, *, host_bytes=None, workers=2) -> dict[str, jax.Array]:
-    catalog = open_checkpoint(source)
-    layout = lay_out_for(catalog, Strategy.parse(target))
-    sh = dv.shardings(layout)
-    wants = [Want(t, numpy_dtype(t.dtype), sh[t.name]) for t in catalog.tensors.values()]
-    todo = jobs(wants)
-    files = SourceFiles(catalog)
-    arrays, counts = carry(
-        [j for j, _ in todo], Source(files.read), budget=fit_budget(default_budget(), workers)
+def load(
+    source: Catalog | PathLike,
+    target: Any,
+    *,
+    devices: Devices = None,
+    rules: Rules | None = None,
+    dtype: Any = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    host_bytes: int | None = None,
+    strict: bool = True,
+    name_of: Callable[[str], str] | None = None,
+    names: Mapping | str | None = None,
+    mmap: bool = False,
+    strategy: PathLike | None = None,
+    suffix: str | None = None,
+    workers: int | None = None,
+    counted: Callable[[Counts], None] | None = None,
+) -> Any:
+    """The tensors of a checkpoint as arrays: ``{name: jax.Array}``, or the tree given as target.
+
+    Arrays can be donated, and do not depend on the files (but see ``mmap``). On CPU devices
+    they are the memory that was read into, and replicas share it until one is donated: XLA
+    copies what it was given by the host before it writes there.
+
+    Args:
+        source: a checkpoint, or its path.
+        target: where everything goes. A strategy (``"dp2mp4"``), a ``Layout``, strategy
+            files, or a ``Mesh``: by the rules of the model's family. A ``Sharding`` or a
+            device: all tensors alike. A function of the name. Or a tree whose leaves are
+            shardings, ``PartitionSpec``s, or arrays and ``jax.ShapeDtypeStruct``s with a
+            sharding: the result is that tree, and the name of a leaf is its path, joined by
+            dots; other leaves stay as they are.
+        devices: the devices of the ranks, in order; or the mesh that specs are about.
+        rules: layout rules that go before the family's own.
+        dtype: what tensors of 16- to 64-bit floats become; other tensors keep their dtype.
+        include: regular expressions; only tensors that one of them is found in are taken.
+        exclude: regular expressions; tensors that one of them is found in are left out.
+        host_bytes: the most host memory for what is in flight, the arrays of CPU devices
+            not counted; by default 256 MiB, and for other devices at least two tensors.
+        strict: refuse a tree that the checkpoint does not fill, or whose leaves leave tensors
+            out. If not, leaves without a tensor stay as they are.
+        name_of: the tensor's name for a leaf's path. Two leaves may name one tensor (tied
+            weights): it is read once, and each gets an array.
+        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
+            fused, stacked and transposed tensors are read only where they are needed.
+        mmap: use tensors where they lie in the files, if they are aligned as files written by
+            jaxshard are. Nobody may change those files in place while the arrays live: what
+            is written there shows through, and truncating one kills the process.
+        strategy: the strategy files of a source cut into ranks.
+        suffix: which of several files a rank the source has.
+        workers: threads; by default one a core, at most 8.
+        counted: is told the counts of what was read.
+
+    Raises:
+        NotFoundError: no checkpoint there, or names are missing on either side.
+        FormatError: a file is not what it claims to be, or changed while being read.
+        CoverageError: the source lacks part of a tensor.
+        LayoutError: the target does not fit the tensors, the devices or the memory.
+        StorageError: the disk refused.
+    """
+    catalog = (
+        source
+        if isinstance(source, Catalog)
+        else open_checkpoint(source, strategy=strategy, suffix=suffix)
     )
-    out = [None] * len(wants)
-    for (job, places), made in zip(todo, arrays):
-        for p, a in zip(places, made):
-            out[p] = a
-    load.counts = counts
-    return dict(zip(catalog.tensors, out))
+    tensors, _ = select(catalog, include, exclude)
+    chosen = replace(catalog, tensors={t.name: t for t in tensors})
+    if names is not None:
+        from ..mapping import find_mapping  # tables of names, which most loads do not need
+
+        chosen = find_mapping(names, chosen).apply(chosen)
+    wanted = resolve(
+        chosen, target, devices=devices, rules=rules, dtype=dtype, strict=strict, name_of=name_of
+    )
+    arrays, counts = _read(catalog, wanted, host_bytes, workers or _cores(), mmap=mmap)
+    if counted is not None:
+        counted(counts)
+    return wanted.build(arrays)
+
+
+def _read(
+    catalog: Catalog, wanted: Wanted, host_bytes: int | None, workers: int, *, mmap: bool
+) -> tuple[list[jax.Array], Counts]:
+    """The arrays of ``wanted``, in its order."""
+    found = jobs(wanted.wants)
+    todo = [job for job, _ in found]
+    need, budget = need_of(todo), fit_budget(host_bytes or default_budget(), workers)
+    in_flight = in_flight_limit(need, host_bytes, budget)
+    check_memory(need, budget, in_flight)
+    check_dtypes(todo)
+    files = SourceFiles(catalog)
+    try:
+        source = file_source(catalog, files, mmap=mmap)
+        made, counts = carry(todo, source, budget=budget, in_flight_bytes=in_flight)
+        files.check_unchanged()
+    finally:
+        files.close()
+    places = [place for _, numbers in found for place in numbers]
+    arrays = [array for arrays in made for array in arrays]
+    return [array for _, array in sorted(zip(places, arrays, strict=True), key=_place)], counts
+
+
+def _place(item: tuple[int, jax.Array]) -> int:
+    return item[0]
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)))

@@ -29,7 +29,7 @@ def place(job: Job, memory: Sequence[Bytes]) -> list[jax.Array]:
     Where host memory is copied to the device, the copy is complete.
     """
     shards = [as_array(m, shard) for m, shard in zip(memory, job.shards, strict=True)]
-    arrays = []
+    arrays: list[jax.Array] = []
     for want, use in zip(job.wants, job.uses, strict=True):
         with keeping_64_bits(want.dtype.itemsize):
             devices = [device for device, _ in use]
@@ -38,7 +38,9 @@ def place(job: Job, memory: Sequence[Bytes]) -> list[jax.Array]:
             else:
                 parts = _transferred(shards, use)
             arrays.append(
-                jax.make_array_from_single_device_arrays(job.tensor.shape, want.sharding, parts)
+                jax.make_array_from_single_device_arrays(
+                    job.tensor.shape, want.sharding, parts, dtype=want.dtype
+                )
             )
     if not all(adopts([device for device, _ in use]) for use in job.uses):
         jax.block_until_ready(arrays)

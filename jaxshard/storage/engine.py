@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import numpy as np
@@ -29,80 +29,21 @@ from ..cells import Cell
 from ..errors import LayoutError
 from ..planning import BLOCK_BYTES, TILE_BYTES, Move, Steps, block_steps, cell_blocks, move_into
 from ..ranges import Runs, byte_runs
+from .budget import Budget as Budget
+from .budget import Counts as Counts
+from .budget import fit_budget as fit_budget
 from .requests import Bytes, Read, read_runs
 from .viewing import Operands, Viewer
 
 Write = Callable[[Move, int, int, memoryview], int]
 """``write(move, target, offset, buffer)`` stores it there; returns how many writes that took."""
 Place = Callable[[Move, int, int, int], memoryview | None]
-"""``place(move, target, offset, num_bytes)``: memory to fill instead, or None. What was filled
-is still given to ``write``, which then has nothing to copy."""
+"""``place(move, target, offset, num_bytes)``: memory to fill instead, or None. ``write`` is then
+still told how many bytes are in place, and has nothing to copy."""
 Lend = Callable[[Piece, int, int], memoryview | None]
 """``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
 
 _BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
-_BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
-_TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
-_LEAST_BLOCK = 64 << 10
-
-
-@dataclass(slots=True)
-class Counts:
-    """What a run did; equals the plan's totals of the same names."""
-
-    bytes_needed: int = 0
-    bytes_read: int = 0
-    num_reads: int = 0
-    bytes_written: int = 0
-    num_writes: int = 0
-    num_copies: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How many threads, and how large their blocks: what ``host_bytes`` allows."""
-
-    workers: int
-    block_bytes: int
-    tile_bytes: int = BLOCK_BYTES  # a block of what is read transposed
-
-    @property
-    def host_bytes(self) -> int:
-        """The most memory the threads hold at once."""
-        return self.workers * (
-            self.block_bytes * _BLOCKS_PER_WORKER + self.tile_bytes * _TILES_PER_WORKER
-        )
-
-
-def fit_budget(host_bytes: int, workers: int) -> Budget:
-    """The most threads, up to ``workers``, and block size that ``host_bytes`` allows.
-
-    Raises:
-        LayoutError: not even one thread with the smallest block fits.
-
-    >>> fit_budget(64 << 20, workers=2)
-    Budget(workers=2, block_bytes=1048576, tile_bytes=8388608)
-    """
-    if workers < 1:
-        raise LayoutError(f"{workers} workers; at least 1 is needed.")
-    least = _LEAST_BLOCK * _BLOCKS_PER_WORKER
-    if host_bytes < least:
-        raise LayoutError(
-            f"{host_bytes} bytes of host memory are too few: one thread needs {least}. "
-            f"Give --host-bytes {least} or more."
-        )
-    workers = min(workers, host_bytes // least)
-    block = _power_of_two(min(BLOCK_BYTES, host_bytes // workers // _BLOCKS_PER_WORKER))
-    left = host_bytes // workers - block * _BLOCKS_PER_WORKER
-    tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
-    return Budget(workers, block, tile)
-
-
-def _power_of_two(limit: int) -> int:
-    return 1 << (limit.bit_length() - 1)
 
 
 def run(
@@ -217,7 +158,7 @@ class _Worker:
             self._gather(move, steps, filled.view(_element(unit)).reshape(block.shape))
         buffer = filled.view(_element(unit)).reshape(block.shape)
         for index, part in steps.writes:
-            inside = buffer[(*part.within(block).slices, ...)]
+            inside = _inside(buffer, part.within(block))
             num_bytes = part.size * unit
             target = move.targets[index].box
             runs = byte_runs(part.within(target), target.shape, unit)
@@ -242,16 +183,19 @@ class _Worker:
     def _write_runs(self, move: Move, index: int, runs: Runs, inside: NDArray[np.generic]) -> None:
         """Write a part of a tile that is not one run of its target."""
         flat = _flat(np.ascontiguousarray(inside))
-        for i, (at, length) in enumerate(runs):
-            chunk = flat[i * length : (i + 1) * length]
-            out = self._place(move, index, at, length)
-            if out is None:
-                out = chunk
-            else:
-                out[...] = chunk
-            writes = self._ends.write(move, index, at, out.data)
-            self.counts.num_writes += writes
-            self.counts.bytes_written += writes * length
+        last = sum((n - 1) * stride for n, stride in runs.outer)
+        span = self._place(move, index, runs.offset, last + runs.length)
+        if span is not None:
+            shape = (*(n for n, _ in runs.outer), runs.length)
+            strides = (*(stride for _, stride in runs.outer), 1)
+            np.lib.stride_tricks.as_strided(span, shape, strides)[...] = flat.reshape(shape)
+            writes = self._ends.write(move, index, runs.offset, flat.data)
+        else:
+            for i, (at, length) in enumerate(runs):
+                chunk = flat[i * length : (i + 1) * length]
+                writes = self._ends.write(move, index, at, chunk.data)
+        self.counts.num_writes += writes * len(runs)
+        self.counts.bytes_written += writes * runs.num_bytes
 
     def _read_operand(self, tensor: Tensor) -> Bytes:
         """All bytes of a small tensor that a step needs."""
@@ -270,7 +214,7 @@ class _Worker:
     def _gather(self, move: Move, steps: Steps, buffer: NDArray[np.generic]) -> None:
         """Fill ``buffer``, which is the block, from all that stores parts of it."""
         for index, part in steps.reads:
-            inside = buffer[(*part.within(steps.block).slices, ...)]
+            inside = _inside(buffer, part.within(steps.block))
             if move.forms[index] is not None:
                 runs = self._viewer.fetch(move, index, part, inside)
                 self._count_reads(runs)
@@ -339,6 +283,11 @@ class _Worker:
 def _element(unit_bytes: int) -> np.dtype[np.generic]:
     """A NumPy dtype as wide as one unit: only its width matters."""
     return np.dtype(f"u{unit_bytes}" if unit_bytes in (1, 2, 4, 8) else f"V{unit_bytes}")
+
+
+def _inside(array: NDArray[np.generic], box: Box) -> NDArray[np.generic]:
+    """The view of ``box`` of ``array``; with no dims to slice, plain indexing would copy."""
+    return array[box.slices] if box.start else array[...]
 
 
 def _flat(array: NDArray[np.generic]) -> Bytes:

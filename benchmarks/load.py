@@ -1,0 +1,315 @@
+"""Loading onto a mesh against NumPy views with device_put, orbax, and other peers.
+
+A Llama-shaped checkpoint (1.7 GB of bfloat16 in 4 files, as the safetensors package lays
+them out) goes onto 8 CPU devices as dp2mp4, attention outputs and down projections split
+by columns. Every sample is a fresh process, methods take turns, and what is timed begins
+after imports and ends when all arrays are ready. Every method's shards are compared with
+the file bit by bit.
+
+    python benchmarks/load.py [--smoke] [--rounds 7] [--only NAME] [--save]
+
+The baseline maps the files and gives all views to one ``jax.device_put``.
+"""
+
+# ruff: noqa: PLC0415 - the parent imports no JAX, so that it takes no time from its samples
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import measure
+from models import SMOKE, Llama, write_llama
+
+_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+Result = dict[str, Any]
+
+
+# --- one sample: a process of its own ---------------------------------------------------
+
+
+def child(method: str, folder: Path, repeats: int, *, check: bool, watch: bool) -> None:
+    """Load ``folder`` and print what it took."""
+    import jax
+    from loaders import LOADERS, MODULES
+
+    for module in MODULES.get(LOADERS[method], ()):
+        importlib.import_module(module)
+    jax.block_until_ready(jax.device_put(1.0))
+    shardings = _shardings(folder)
+    load = LOADERS[method]
+    walls, cpus, peaks = [], [], []
+    read_before = _read_by_calls()
+    for _ in range(repeats):
+        watcher = _Peak() if watch else None
+        cpu, start = _cpu(), time.perf_counter()
+        arrays = load(folder, shardings)
+        walls.append(time.perf_counter() - start)
+        cpus.append(_cpu() - cpu)
+        if watcher:
+            peaks.append(watcher.stop())
+        if check:
+            _check(arrays, folder)
+        del arrays
+    print(
+        json.dumps(
+            {
+                "walls": walls,
+                "cpus": cpus,
+                "peak_anon_bytes": max(peaks, default=0),
+                "read_bytes": (_read_by_calls() - read_before) // repeats,
+            }
+        )
+    )
+
+
+def _shardings(folder: Path) -> dict[str, Any]:
+    """The mesh dp2mp4 by the Megatron way of cutting; independent of jaxshard's rules."""
+    import jax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from loaders import views
+
+    mesh = jax.make_mesh((2, 4), ("dp", "mp"), axis_types=(AxisType.Auto,) * 2)
+    found = {}
+    for name, view in views(folder).items():
+        spec = PartitionSpec("mp", None)
+        if "o_proj" in name or "down_proj" in name:
+            spec = PartitionSpec(None, "mp")
+        found[name] = NamedSharding(mesh, PartitionSpec() if view.ndim == 1 else spec)
+    return found
+
+
+def _check(arrays: Mapping[str, Any], folder: Path) -> None:
+    """Every shard of every array equals the file, bit by bit."""
+    import numpy as np
+    from loaders import views
+
+    expected = views(folder)
+    assert set(arrays) == set(expected), "names differ"
+    for name, array in arrays.items():
+        for shard in array.addressable_shards:
+            stored = expected[name][shard.index]
+            same = np.array_equal(np.asarray(shard.data).view("u2"), stored.view("u2"))
+            assert same, f"{name} on {shard.device} differs from the file"
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _read_by_calls() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+class _Peak:
+    """The most anonymous memory a load adds, looked at every 2 ms."""
+
+    def __init__(self) -> None:
+        self._start = self._most = _anon()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.002):
+            self._most = max(self._most, _anon())
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return max(self._most, _anon()) - self._start
+
+
+def _anon() -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition("RssAnon:")[2].split()[0]) << 10
+
+
+# --- the comparison ---------------------------------------------------------------------
+
+
+def sample(
+    method: str,
+    folder: Path,
+    *,
+    repeats: int = 1,
+    check: bool = False,
+    watch: bool = False,
+    io: str | None = None,
+) -> Result:
+    """One fresh process; RuntimeError with its last words if it fails."""
+    command = [sys.executable, __file__, "--child", method, "--folder", str(folder)]
+    command += ["--repeats", str(repeats), *["--check"] * check, *["--watch"] * watch]
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(measure.ROOT)}
+    if io:
+        environment["JAXSHARD_IO"] = io
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no words").splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(cases: Mapping[str, Callable[[], Result]], rounds: int, touch_bytes: int) -> Result:
+    """Medians of every case, taken in turns, and their ratios to the first."""
+    taken: dict[str, list[Result]] = {name: [] for name in cases}
+    for number in range(rounds):
+        for name in list(cases)[:: -1 if number % 2 else 1]:
+            if touch_bytes:
+                measure.touch_memory(touch_bytes)
+                measure.wait_for_quiet()
+            taken[name].append(cases[name]())
+    found: Result = {}
+    base: Result | None = None
+    for name, samples in taken.items():
+        wall = median(median(s["walls"]) for s in samples)
+        cpu = median(median(s["cpus"]) for s in samples)
+        base = base or {"wall": wall, "cpu": cpu}
+        found[name] = {
+            "wall_s": round(wall, 3),
+            "cpu_s": round(cpu, 3),
+            "wall_ratio": round(wall / base["wall"], 3),
+            "cpu_ratio": round(cpu / base["cpu"], 3),
+            "all_wall_s": [round(w, 3) for s in samples for w in s["walls"]],
+        }
+    return found
+
+
+def usable(methods: Sequence[str], folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The methods that run here and are right, and why the others do not."""
+    good, bad = [], {}
+    for method in methods:
+        try:
+            sample(method, folder, check=True)
+        except RuntimeError as error:
+            bad[method] = str(error)
+        else:
+            good.append(method)
+    return good, bad
+
+
+def memory(methods: Sequence[str], folder: Path, model: Llama) -> Result:
+    """Peak anonymous memory over the distinct bytes, and bytes read by calls over them."""
+    found = {}
+    for method in methods:
+        taken = sample(method, folder, watch=True)
+        found[method] = {
+            "peak_anon_over_distinct": round(taken["peak_anon_bytes"] / model.num_bytes, 3),
+            "read_over_distinct": round(taken["read_bytes"] / model.num_bytes, 3),
+        }
+    return found
+
+
+def cold(folder: Path, rounds: int, touch_bytes: int) -> Result:
+    """From a cold page cache, against the best plain way to read the same files."""
+
+    def read(block_bytes: int) -> Callable[[], Result]:
+        def timed() -> Result:
+            _forget(folder)
+            start = time.perf_counter()
+            buffer = bytearray(block_bytes)
+            for path in sorted(folder.glob("*.safetensors")):
+                with open(path, "rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+            return {"walls": [time.perf_counter() - start], "cpus": [1.0]}
+
+        return timed
+
+    def load() -> Result:
+        from loaders import OURS
+
+        _forget(folder)
+        return sample(OURS, folder)
+
+    cases = {"read, 8 MiB blocks": read(8 << 20), "read, 1 MiB blocks": read(1 << 20)}
+    found = compare({**cases, "jaxshard": load}, rounds, touch_bytes)
+    best = min(found[name]["wall_s"] for name in cases)
+    return {**found, "jaxshard_over_best": round(found["jaxshard"]["wall_s"] / best, 3)}
+
+
+def _forget(folder: Path) -> None:
+    os.sync()
+    for path in folder.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _aligned_copy(folder: Path, place: Path, model: Llama) -> None:
+    """The same checkpoint as jaxshard writes it: every tensor on a cache line."""
+    from jaxshard.api import convert
+
+    convert(folder, place, max_shard_bytes=-(-model.num_bytes // 4) + (32 << 20))
+
+
+def main() -> None:
+    options = _options()
+    if options.child:
+        child(
+            options.child,
+            options.folder,
+            options.repeats,
+            check=options.check,
+            watch=options.watch,
+        )
+        return
+    from loaders import BASELINE, IN_PLACE, LOADERS, OURS
+
+    model = SMOKE if options.smoke else Llama()
+    rounds = 1 if options.smoke else options.rounds
+    touch_bytes = 0 if options.smoke else 5 << 30
+    with tempfile.TemporaryDirectory(prefix="jaxshard-load-") as scratch:
+        folder, aligned = Path(scratch) / "model", Path(scratch) / "aligned"
+        write_llama(folder, model)
+        _aligned_copy(folder, aligned, model)
+        asked = [m for m in LOADERS if m != IN_PLACE and (options.only or "") in m]
+        asked = list(dict.fromkeys([BASELINE, OURS, *asked]))
+        good, bad = usable(asked, folder)
+        report: Result = {"bytes": model.num_bytes, "tensors": len(model.shapes()), "not_run": bad}
+        cases = {m: _case(m, folder) for m in good}
+        cases["jaxshard, JAXSHARD_IO=mmap"] = lambda: sample(OURS, folder, io="mmap")
+        cases["jaxshard, mmap=True, aligned files"] = lambda: sample(IN_PLACE, aligned)
+        report["warm"] = compare(cases, rounds, touch_bytes)
+        again = {m: _case(m, folder, repeats=5) for m in (BASELINE, OURS)}
+        report["again_in_one_process"] = compare(again, max(1, rounds // 3), touch_bytes)
+        report["memory"] = memory(good, folder, model)
+        report["cold"] = cold(folder, max(1, rounds // 3), touch_bytes)
+    report["load_average"] = measure.load()
+    print(json.dumps({"machine": measure.machine(), **report}, indent=1))
+    if options.save:
+        print(measure.save("load", report))
+
+
+def _case(method: str, folder: Path, repeats: int = 1) -> Callable[[], Result]:
+    return lambda: sample(method, folder, repeats=repeats)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", help="of the peers, those whose name has this")
+    parser.add_argument("--save", action="store_true", help="keep the result with this machine's")
+    parser.add_argument("--child")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--watch", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

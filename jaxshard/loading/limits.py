@@ -1,0 +1,131 @@
+"""Limits: what a load will hold in memory, refused before it begins if there is not as much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ..errors import LayoutError
+from ..storage.engine import Budget
+from .placing import adopts, keeping_64_bits
+from .wanted import Job
+
+_CGROUP = Path("/sys/fs/cgroup")
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Host memory that a load takes.
+
+    Attributes:
+        kept_bytes: distinct shards that become arrays on CPU devices.
+        largest_bytes: the most that one tensor's shards take on their way to other devices.
+    """
+
+    kept_bytes: int
+    largest_bytes: int
+
+
+def need_of(jobs: Sequence[Job]) -> Need:
+    """What the jobs take in host memory, apart from the engine's blocks."""
+    kept = largest = 0
+    for job in jobs:
+        if adopts([device for use in job.uses for device, _ in use]):
+            kept += job.num_bytes
+        else:
+            largest = max(largest, job.num_bytes)
+    return Need(kept, largest)
+
+
+def in_flight_limit(need: Need, host_bytes: int | None, budget: Budget) -> int | None:
+    """The most bytes of shards in flight to devices; None where all stay in host memory.
+
+    Raises:
+        LayoutError: one tensor's shards take more than ``host_bytes`` allows.
+    """
+    if not need.largest_bytes:
+        return None
+    if host_bytes is None:
+        return max(2 * need.largest_bytes, budget.host_bytes)
+    left = host_bytes - budget.host_bytes
+    if left < need.largest_bytes:
+        raise LayoutError(
+            f"host_bytes={host_bytes}: the shards of one tensor take {need.largest_bytes} bytes on "
+            f"their way to the devices, and reading takes {budget.host_bytes}. Give host_bytes="
+            f"{need.largest_bytes + budget.host_bytes} or more."
+        )
+    return left
+
+
+def check_memory(need: Need, budget: Budget, in_flight_bytes: int | None) -> None:
+    """Refuse a load that this machine has not the memory for.
+
+    Raises:
+        LayoutError: with what is needed and what there is.
+    """
+    total = need.kept_bytes + (in_flight_bytes or 0) + budget.host_bytes
+    there = available_bytes()
+    if there is not None and total + _SPARE_BYTES > there:
+        raise LayoutError(
+            f"the load needs {total} bytes of host memory (arrays {need.kept_bytes}, on their way "
+            f"{in_flight_bytes or 0}, reading {budget.host_bytes}), and {there} are available. "
+            "Load fewer tensors with include=, another dtype=, or onto more machines."
+        )
+
+
+def available_bytes() -> int | None:
+    """Bytes of memory this process can still get, as the system tells; None where it does not."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit.isdigit():
+            used = int((_CGROUP / "memory.current").read_text())
+            found.append(max(0, int(limit) - used + _reclaimable()))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def _reclaimable() -> int:
+    """Page cache that counts against the group's limit and goes when memory is needed."""
+    for line in (_CGROUP / "memory.stat").read_text().splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0
+
+
+def check_dtypes(jobs: Sequence[Job]) -> None:
+    """Refuse dtypes that a device cannot hold, by putting one element there.
+
+    Raises:
+        LayoutError: with the names of some tensors, and what JAX says.
+    """
+    tried: set[tuple[str, np.dtype[np.generic]]] = set()
+    for job in jobs:
+        for want, use in zip(job.wants, job.uses, strict=True):
+            for device, _ in use[:1]:
+                if (device.platform, want.dtype) in tried:
+                    continue
+                tried.add((device.platform, want.dtype))
+                try:
+                    with keeping_64_bits(want.dtype.itemsize):
+                        made = jax.device_put(np.zeros(1, want.dtype), device)
+                except Exception as error:  # whatever the backend raises, it means no
+                    raise _lacks(job, want.dtype, device, str(error)) from error
+                if made.dtype != want.dtype:
+                    raise _lacks(job, want.dtype, device, f"it made {made.dtype} of it")
+
+
+def _lacks(job: Job, dtype: np.dtype[np.generic], device: jax.Device, said: str) -> LayoutError:
+    return LayoutError(
+        f"{job.tensor.name}: {device} does not take {dtype.name} ({said.splitlines()[0]}). Load it "
+        "with dtype=, or leave such tensors out with exclude=."
+    )

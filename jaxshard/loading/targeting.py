@@ -1,0 +1,237 @@
+"""Targets: from what a person asks for to one want for each array.
+
+"dp2mp4", a Strategy, a Layout,      every tensor, by the rules of its family
+strategy files, a Mesh
+a Sharding, a Device                 every tensor alike
+a function of the name               every tensor as it says
+a tree of shardings, of specs, or    the tree itself, with arrays for leaves; the name of
+of jax.ShapeDtypeStruct              a leaf is its path
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from ..catalog import Catalog, Tensor
+from ..devices import placement_of, rank_devices, shardings
+from ..elements import NumpyDType, can_become, is_plain_float, numpy_dtype
+from ..errors import JaxshardError, LayoutError
+from ..layout import Layout, Placement, check_divides
+from ..opening import open_strategy
+from ..rules import Rules
+from ..strategy import Strategy
+from ..targets import lay_out_for
+from ..trees import is_array_like, named_leaves
+from .findings import Findings
+from .mesh_rules import mesh_shardings
+from .wanted import Want, Wanted
+
+Devices = Sequence[jax.Device] | Mesh | None
+
+
+def resolve(
+    catalog: Catalog,
+    target: Any,
+    *,
+    devices: Devices = None,
+    rules: Rules | None = None,
+    dtype: Any = None,
+    strict: bool = True,
+    name_of: Callable[[str], str] | None = None,
+) -> Wanted:
+    """What ``target`` asks of the tensors of ``catalog``; see ``load`` for the arguments.
+
+    Raises:
+        NotFoundError: names are missing on either side.
+        LayoutError: the target does not fit the tensors.
+    """
+    cast = None if dtype is None else np.dtype(dtype)
+    place_of = _by_name(catalog, target, devices, rules)
+    if place_of is not None:
+        return _all_tensors(catalog, place_of, devices, cast)
+    return _tree(catalog, target, devices, cast, strict=strict, name_of=name_of)
+
+
+def _by_name(
+    catalog: Catalog, target: Any, devices: Devices, rules: Rules | None
+) -> Callable[[str], Any] | None:
+    """A sharding for each name, where the target is no tree."""
+    if isinstance(target, str | os.PathLike):
+        where = os.fspath(target)
+        target = open_strategy(where) if os.path.exists(where) else Strategy.parse(where)
+    if isinstance(target, Mesh):
+        return mesh_shardings(catalog, target, rules).__getitem__
+    if isinstance(target, Strategy):
+        ranks = rank_devices(target, _listed(devices))
+        return shardings(lay_out_for(catalog, target, rules), ranks).__getitem__
+    if isinstance(target, Layout):
+        return shardings(
+            _with_hyper(target, catalog), _listed(devices), catalog.tensors
+        ).__getitem__
+    if isinstance(target, jax.Device):
+        target = SingleDeviceSharding(target)
+    if isinstance(target, Sharding | PartitionSpec):
+        return lambda name: target
+    if callable(target) and jax.tree_util.all_leaves([target]):
+        return target  # type: ignore[no-any-return]  # a module that can be called is a tree
+    return None
+
+
+def _with_hyper(layout: Layout, catalog: Catalog) -> Layout:
+    """``layout`` with the tensors that are no weights on every rank."""
+    everywhere = (Placement((("all", layout.num_ranks),)),)
+    added = {n: everywhere for n in catalog.hyper if n not in layout.placements}
+    return replace(layout, placements={**layout.placements, **added})
+
+
+def _all_tensors(
+    catalog: Catalog, place_of: Callable[[str], Any], devices: Devices, cast: NumpyDType | None
+) -> Wanted:
+    findings = Findings()
+    wants = []
+    for name, tensor in catalog.tensors.items():
+        try:
+            wants.append(_want(name, tensor, place_of(name), devices, None, cast))
+        except JaxshardError as error:
+            findings.misfits.append(str(error))
+    findings.refuse(catalog, catalog.tensors)
+    names = [want.tensor.name for want in wants]
+    return Wanted(tuple(wants), lambda arrays: dict(zip(names, arrays, strict=True)))
+
+
+def _tree(
+    catalog: Catalog,
+    target: Any,
+    devices: Devices,
+    cast: NumpyDType | None,
+    *,
+    strict: bool,
+    name_of: Callable[[str], str] | None,
+) -> Wanted:
+    leaves, structure = named_leaves(target)
+    findings = Findings()
+    wants: dict[int, Want] = {}
+    names = []
+    for number, (path, leaf) in enumerate(leaves):
+        if not isinstance(leaf, Sharding | PartitionSpec | jax.Device) and not is_array_like(leaf):
+            continue  # a function or a number: a part of the model that is no weight
+        name = name_of(path) if name_of else path
+        names.append(name)
+        if name not in catalog.tensors:
+            findings.missing.append(name if name == path else f"{name} (for {path})")
+            continue
+        try:
+            shape_dtype = leaf if is_array_like(leaf) else None
+            place = leaf if shape_dtype is None else getattr(leaf, "sharding", None)
+            wants[number] = _want(name, catalog.tensors[name], place, devices, shape_dtype, cast)
+        except JaxshardError as error:
+            findings.misfits.append(str(error))
+    known = set(names)
+    findings.unexpected += [name for name in catalog.tensors if name not in known]
+    if not names:
+        raise LayoutError(
+            f"a target of type {type(target).__name__} without shardings is none. Give a strategy "
+            "such as dp2mp4, a Mesh, a Sharding, a function of the name, or a tree of "
+            "jax.ShapeDtypeStruct or shardings."
+        )
+    if not strict:
+        findings.missing, findings.unexpected = [], []
+    findings.refuse(catalog, names)
+
+    def build(arrays: Sequence[jax.Array]) -> Any:
+        made = dict(zip(wants, arrays, strict=True))
+        return structure.unflatten([made.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
+
+    return Wanted(tuple(wants.values()), build)
+
+
+def _want(
+    name: str,
+    tensor: Tensor,
+    place: Any,
+    devices: Devices,
+    like: Any,
+    cast: NumpyDType | None,
+) -> Want:
+    """The want of one tensor, checked.
+
+    Raises:
+        LayoutError: it cannot be; the name and the numbers are said.
+    """
+    if like is not None and tuple(like.shape) != tensor.shape:
+        raise LayoutError(
+            f"{name}: the target has shape {tuple(like.shape)}, the checkpoint {tensor.shape}."
+        )
+    named = _sharding(name, place, devices)
+    _check_fits(name, named, tensor.shape)
+    return Want(tensor, _dtype(name, tensor, like, cast), named)
+
+
+def _dtype(name: str, tensor: Tensor, like: Any, cast: NumpyDType | None) -> NumpyDType:
+    """The dtype of the array: as asked for, or as stored."""
+    try:
+        wanted = numpy_dtype(tensor.dtype)
+    except LayoutError as error:
+        raise LayoutError(f"{name}: {error}") from None
+    if cast is not None:
+        wanted = cast if is_plain_float(tensor.dtype) else wanted
+    elif like is not None:
+        wanted = np.dtype(like.dtype)
+    if not can_become(tensor.dtype, wanted):
+        raise LayoutError(
+            f"{name}: stored as {tensor.dtype}, asked for as {wanted.name}. Only floats of 16 to "
+            "64 bits become each other here; ask for what is stored, and cast on the device."
+        )
+    return wanted
+
+
+def _sharding(name: str, place: Any, devices: Devices) -> Sharding:
+    if isinstance(place, jax.Device):
+        return SingleDeviceSharding(place)
+    if isinstance(place, PartitionSpec):
+        return NamedSharding(_mesh(name, devices), place)
+    if isinstance(place, NamedSharding) and not isinstance(place.mesh, Mesh):
+        return NamedSharding(_mesh(name, devices), place.spec)  # a spec on an abstract mesh
+    if isinstance(place, Sharding):
+        return place
+    only = _listed(devices) or jax.devices()
+    if place is None and len(only) == 1:
+        return SingleDeviceSharding(only[0])
+    raise LayoutError(
+        f"{name}: the target gives no sharding ({type(place).__name__}) and there are {len(only)} "
+        "devices. Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+    )
+
+
+def _mesh(name: str, devices: Devices) -> Mesh:
+    """The mesh that specs are about: the one given, or the one in use."""
+    if isinstance(devices, Mesh):
+        return devices
+    current = jax.sharding.get_mesh()
+    if isinstance(current, Mesh) and current.size > 1:
+        return current
+    raise LayoutError(
+        f"{name}: a PartitionSpec needs a mesh. Give devices=mesh, load inside jax.set_mesh(mesh), "
+        "or give a NamedSharding."
+    )
+
+
+def _check_fits(name: str, named: Sharding, shape: tuple[int, ...]) -> None:
+    if isinstance(named, NamedSharding):
+        check_divides(placement_of(named), shape, name)
+        return
+    try:
+        named.shard_shape(shape)
+    except ValueError as error:
+        raise LayoutError(f"{name}: shape {shape} does not fit {named}: {error}") from None
+
+
+def _listed(devices: Devices) -> Sequence[jax.Device] | None:
+    return tuple(devices.devices.flat) if isinstance(devices, Mesh) else devices
