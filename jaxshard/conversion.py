@@ -181,8 +181,8 @@ def execute(
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Carry out a prepared conversion (errors as ``convert``)."""
+    prepared, budget = fitted(prepared, options), budget_of(options)
     plan, catalog = prepared.plan, prepared.plan.source
-    budget = budget_of(options)
     _refuse_inside(catalog, Path(destination))
     staging = Staging(
         Path(destination),
@@ -191,10 +191,12 @@ def execute(
         overwrite=options.overwrite,
         durable=options.durable,
     )
+    notes = (*catalog.notes, *plan.outputs.layout.notes)
+    if staging.published:
+        return Report(str(destination), Counts(), 0, plan.totals.num_files, notes)
     try:
         plan, skipped = _without_finished(plan, staging)
         _check_room(plan, staging.files)
-        plan = replace(plan, block_bytes=budget.block_bytes)
         tell = progress(plan.totals.bytes_written) if progress else None
         source = SourceFiles(catalog)
         source.check_checksums()
@@ -206,17 +208,26 @@ def execute(
             source.close()
         _write_side_files(prepared, staging, Path(destination))
         source.check_unchanged()
+        staging.publish()
     except BaseException:
         staging.abandon()
         raise
-    staging.publish()
-    notes = (*catalog.notes, *plan.outputs.layout.notes)
     return Report(str(destination), counts, plan.totals.num_files, skipped, notes)
 
 
 def budget_of(options: Options) -> Budget:
     """Threads and block size as ``options`` allow (errors as ``fit_budget``)."""
-    return fit_budget(options.host_bytes or default_budget(), options.workers or _cores())
+    host_bytes = default_budget() if options.host_bytes is None else options.host_bytes
+    return fit_budget(host_bytes, _cores() if options.workers is None else options.workers)
+
+
+def fitted(prepared: Prepared, options: Options) -> Prepared:
+    """``prepared`` with the numbers of the block size that ``options`` allow."""
+    plan, block_bytes = prepared.plan, budget_of(options).block_bytes
+    if block_bytes == plan.block_bytes:
+        return prepared
+    plan = make_plan(plan.source, plan.outputs, only=plan.only, block_bytes=block_bytes)
+    return replace(prepared, plan=plan)
 
 
 def default_budget() -> int:
@@ -293,11 +304,13 @@ def _fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) 
 
 
 def _refuse_inside(catalog: Catalog, destination: Path) -> None:
-    source, place = Path(catalog.root).resolve(), destination.resolve()
-    if source == place or place in source.parents:
+    """Refuse a destination whose replacement would take the source, or a file of it, away."""
+    source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
+    linked = (Path(os.path.realpath(source / f.path)) for f in catalog.files)
+    if any(p == place or place in p.parents for p in (source, *linked)):
         raise LayoutError(
-            f"{destination} is the source itself or holds it. Choose another destination; the "
-            "source is never changed."
+            f"{destination} is the source, or holds it or files that it links to. Choose another "
+            "destination; the source is never changed."
         )
 
 
@@ -308,7 +321,9 @@ def _without_finished(plan: Plan, staging: Staging) -> tuple[Plan, int]:
     done = {rank for rank in wanted if paths[rank] in staging.finished}
     if not done:
         return plan, 0
-    return make_plan(plan.source, plan.outputs, only=frozenset(wanted - done)), len(done)
+    left = frozenset(wanted - done)
+    plan = make_plan(plan.source, plan.outputs, only=left, block_bytes=plan.block_bytes)
+    return plan, len(done)
 
 
 def _check_room(plan: Plan, place: Path) -> None:

@@ -6,8 +6,10 @@ tensors or formats.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ from ..errors import FormatError, NotFoundError, StorageError
 
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class LocalFolder:
@@ -26,9 +29,13 @@ class LocalFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         at = Path(path)
-        if not at.exists():
-            raise NotFoundError(f"{at} does not exist.")
-        self._only = None if at.is_dir() else at.name
+        try:
+            is_folder = stat.S_ISDIR(at.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"{at} does not exist.") from None
+        except OSError as error:
+            raise StorageError(f"{at} cannot be read: {error.strerror}.") from error
+        self._only = None if is_folder else at.name
         self._base = at if at.is_dir() else at.parent
         self._files: Mapping[str, File] | None = None
         self._handles = Handles(self._base)
@@ -75,9 +82,13 @@ def _walk(base: Path) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:
+                continue  # a link to itself: whoever needs it will miss it
+            if is_folder:
                 stack.append(Path(entry.path))
-            elif entry.is_file():
+            elif is_file:
                 yield Path(entry.path).relative_to(base).as_posix()
 
 
@@ -181,15 +192,25 @@ class Handles:
                 os.close(self._open.pop(path)[0])
 
     def _make_room(self) -> None:
-        while len(self._open) >= self._most:
-            idle = next((p for p, (_, users) in self._open.items() if not users), None)
-            if idle is None:
-                return
-            os.close(self._open.pop(idle)[0])
+        while len(self._open) >= self._most and self._close_idle():
+            pass
+
+    def _close_idle(self) -> bool:
+        """Close the descriptor that was not used for longest; whether there was one."""
+        idle = next((p for p, (_, users) in self._open.items() if not users), None)
+        if idle is None:
+            return False
+        os.close(self._open.pop(idle)[0])
+        return True
 
     def _open_file(self, path: str) -> int:
         try:
-            return os.open(self._base / path, self._flags | os.O_CLOEXEC)
+            while True:
+                try:
+                    return os.open(self._base / path, self._flags | os.O_CLOEXEC)
+                except OSError as error:  # the limit is for the whole process, or was lowered
+                    if error.errno not in _TOO_MANY or not self._close_idle():
+                        raise
         except FileNotFoundError:
             raise NotFoundError(f"{self._base / path} does not exist (any more).") from None
         except OSError as error:

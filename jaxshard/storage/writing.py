@@ -1,7 +1,8 @@
 """Writing: the files of a plan's outputs, filled at their final offsets by many threads.
 
 Every file's header is known from shapes, so files are laid out first and each shard
-goes straight to its place. A file counts as finished when its last byte is written.
+goes straight to its place. The header itself is written when all else is there, so that
+no reader takes an unfinished file for a whole one.
 """
 
 from __future__ import annotations
@@ -89,16 +90,14 @@ class OutputFiles:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
-                for offset, data in layout.segments:
-                    file.seek(offset)
-                    file.write(data)
                 file.truncate(layout.num_bytes)
         except OSError as error:
             raise StorageError(f"{path} cannot be made: {error.strerror}.") from error
 
     def _finish(self, rank: int) -> None:
-        layout = self._layouts[self._content_of[rank]]
+        path = self._paths[rank]
+        for offset, data in self._layouts[self._content_of[rank]].segments:
+            self._handles.write(path, offset, memoryview(data))
         if self._seal:
-            self._seal(self._staging.files / self._paths[rank])
-        with self._lock:
-            self._staging.finish(self._paths[rank], layout.num_bytes)
+            self._seal(self._staging.files / path)
+        self._staging.finish(path)
