@@ -6,7 +6,8 @@ alike, and what is told is a ratio of medians within one run.
 
 On a virtual machine that hands free memory back to its host, the first write to a page costs
 more the longer that page was free. So every sample begins after free memory was touched: the
-page cache that it will fill is then there, for us and for ``cp``.
+page cache that it will fill is then there, for us and for ``cp``. And on a machine that is shared,
+every sample first waits a while for it to be quiet, and says what others took meanwhile.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ class Sample:
     """What one process took.
 
     Attributes:
-        cpu_s: its user and system time; writeback by the kernel is not in it.
+        cpu_s: its user and system time.
         read_bytes: what it asked the kernel to read, imports included.
+        others_cpu_s: what everything else on the machine took meanwhile, writeback by the
+            kernel among it.
         peak_anon_bytes: its largest RssAnon, where it was watched.
         peak_rss_bytes: its VmHWM, where it was watched: mapped libraries are in it.
     """
@@ -48,6 +51,7 @@ class Sample:
     wall_s: float
     cpu_s: float
     read_bytes: int
+    others_cpu_s: float = 0.0
     peak_anon_bytes: int = 0
     peak_rss_bytes: int = 0
     output: str = field(default="", repr=False)
@@ -60,7 +64,8 @@ def run(command: Sequence[str], *, watch: bool = False) -> Sample:
         RuntimeError: it failed; its last words are in the message.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    before, cpu_before, start = _bytes_read(), _children_cpu(), time.perf_counter()
+    read_before, cpu_before, busy_before = _bytes_read(), _children_cpu(), _busy()
+    start = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     )
@@ -70,8 +75,9 @@ def run(command: Sequence[str], *, watch: bool = False) -> Sample:
     anon, rss = watcher.stop() if watcher else (0, 0)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {output[-2000:]}")
-    read = _bytes_read() - before - len(output)
-    return Sample(wall, _children_cpu() - cpu_before, read, anon, rss, output)
+    read = _bytes_read() - read_before - len(output)
+    cpu = _children_cpu() - cpu_before
+    return Sample(wall, cpu, read, max(0.0, _busy() - busy_before - cpu), anon, rss, output)
 
 
 class _Watcher:
@@ -113,6 +119,22 @@ def _children_cpu() -> float:
     return times.children_user + times.children_system
 
 
+def _busy() -> float:
+    """Seconds that all processors together have worked since the machine started."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet(limit_s: float = 20.0) -> None:
+    """Wait until the machine is nearly idle, or until ``limit_s`` have passed."""
+    end = time.perf_counter() + limit_s
+    while time.perf_counter() < end:
+        before = _busy()
+        time.sleep(0.3)
+        if _busy() - before <= 0.03:
+            return
+
+
 def remove(*paths: Path) -> None:
     """Delete ``paths`` and wait until the disk is idle."""
     for path in paths:
@@ -148,6 +170,7 @@ def summary(samples: Sequence[Sample]) -> dict[str, object]:
     return {
         "wall_s": round(median(s.wall_s for s in samples), 4),
         "cpu_s": round(median(s.cpu_s for s in samples), 4),
+        "others_cpu_s": round(median(s.others_cpu_s for s in samples), 4),
         "all_wall_s": [round(s.wall_s, 4) for s in samples],
     }
 

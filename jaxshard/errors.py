@@ -13,7 +13,6 @@ Each is also a builtin, so that code which knows nothing of jaxshard can catch i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class JaxshardError(Exception):
@@ -73,5 +72,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("lm_head.wieght", ["lm_head.weight", "norm.weight"])
     ' Did you mean lm_head.weight?'
     """
+    from difflib import get_close_matches  # noqa: PLC0415 - only when something is wrong
+
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""

@@ -13,14 +13,7 @@ from pathlib import Path
 
 from .catalog import Catalog
 from .errors import FormatError, NotFoundError
-from .formats import (
-    complete_ckpt,
-    huggingface,
-    iteration,
-    layout_file,
-    rank_files,
-    strategy_files,
-)
+from .formats import iteration_names, rank_names
 from .layout import Layout
 from .storage.local import LocalFolder
 from .storage.staging import is_unfinished
@@ -72,7 +65,7 @@ def _places(where: Path) -> Iterator[Path]:
     yield where
     for place in (where, where / "checkpoint"):
         if place.is_dir():
-            newest = iteration.latest(LocalFolder(place))
+            newest = iteration_names.latest(LocalFolder(place))
             yield place / newest if newest else place
 
 
@@ -81,14 +74,22 @@ def _read(
 ) -> Catalog | None:
     """What ``folder`` holds, by the first format that knows it."""
     files = folder.files()
-    if rank_files.recognise(files):
+    if any(map(rank_names.is_rank_file, files)):
+        from .formats import rank_files  # noqa: PLC0415
+
         layout, notes = _source_layout(where, strategy)
         catalog = rank_files.read(folder, layout, suffix=suffix)
         return replace(catalog, notes=(*notes, *catalog.notes))
-    if iteration.recognise(files):
+    if iteration_names.recognise(files):
+        from .formats import iteration  # noqa: PLC0415
+
         return iteration.read(folder)
+    from .formats import huggingface  # noqa: PLC0415
+
     if huggingface.recognise(files):
         return huggingface.read(folder)
+    from .formats import complete_ckpt  # noqa: PLC0415
+
     if complete_ckpt.recognise(folder, files):
         return complete_ckpt.read(folder)
     return None
@@ -102,6 +103,8 @@ def open_strategy(path: PathLike) -> Layout:
         FormatError: not strategy files.
         CoverageError: files of one stage contradict each other, or a stage is missing.
     """
+    from .formats import layout_file, strategy_files  # noqa: PLC0415
+
     folder = LocalFolder(path)
     try:
         own = layout_file.find(folder)

@@ -14,7 +14,7 @@ from typing import Any
 from .catalog import Catalog, Tensor
 from .errors import LayoutError
 from .formats import iteration_metadata
-from .formats.iteration import COMMON, METADATA, TRACKER
+from .formats.iteration_names import COMMON, METADATA, TRACKER
 from .lay_files import as_safetensors
 from .layout import Layout, Placement, Shard
 from .outputs import Outputs, arrange

@@ -10,10 +10,10 @@ This module decides and touches no disk; ``convert`` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 
-from . import target_folders, target_iteration, target_ranks
 from .catalog import Catalog, Tensor
 from .errors import LayoutError, NotFoundError
 from .layout import Layout
@@ -25,16 +25,17 @@ from .strategy import Strategy
 __all__ = ["FORMATS", "Request", "Result", "lay_out_for", "make_result"]
 
 _Make = Callable[[Catalog, Sequence[Tensor], Request], Result]
-_COMPLETE: Mapping[str, _Make] = {
-    "huggingface": target_folders.huggingface,
-    "unified": target_folders.unified,
-    "ckpt": target_folders.ckpt,
-    "iteration": target_iteration.iteration,
+# Module and function, by format: each module is imported only when it is needed.
+_COMPLETE = {
+    "huggingface": ("target_folders", "huggingface"),
+    "unified": ("target_folders", "unified"),
+    "ckpt": ("target_folders", "ckpt"),
+    "iteration": ("target_iteration", "iteration"),
 }
-_CUT: Mapping[str, _Make] = {
-    "ranks": target_ranks.rank_folders,
-    "ckpt": target_ranks.rank_folders,
-    "iteration": target_iteration.iteration,
+_CUT = {
+    "ranks": ("target_ranks", "rank_folders"),
+    "ckpt": ("target_ranks", "rank_folders"),
+    "iteration": ("target_iteration", "iteration"),
 }
 
 
@@ -86,11 +87,12 @@ def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
     """
     makers = _COMPLETE if request.to is None else _CUT
     name = request.format or next(iter(makers))
-    make = makers.get(name)
-    if make is None:
+    if name not in makers:
         what = "a complete checkpoint" if request.to is None else "files of ranks"
         raise LayoutError(
             f"format {name!r} is none for {what}; there are {', '.join(makers)}. "
             + ("Give a layout with --to." if request.to is None else "Give --to full.")
         )
+    module, function = makers[name]
+    make: _Make = getattr(import_module(f".{module}", __package__), function)
     return make(source, tensors, request)

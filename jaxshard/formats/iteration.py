@@ -15,7 +15,6 @@ their holders or by one. What the metadata says is read by ``iteration_metadata`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -26,44 +25,13 @@ from ..rules.match import weight_name
 from . import huggingface
 from .folder import Folder
 from .iteration_metadata import Described, parse
+from .iteration_names import COMMON, METADATA
 from .job_numbers import job_numbers
 from .safetensors import Entry, read_header
 from .strict_json import FETCH, parse_object, shown
 
-METADATA, COMMON, TRACKER = "metadata.json", "common.json", "latest_checkpointed_iteration.txt"
-
-_FOLDER = re.compile(r"iteration_(\d{1,18})")
-_FILE = re.compile(r"(?:[^/]*-)?(?:model|opt)-\d{7}-\d{7}\.safetensors")
 _MAX_METADATA_BYTES = 1 << 28  # a thousand tensors on a thousand ranks, with all copies
 _MAX_COMMON_BYTES = 1 << 20
-
-
-def latest(folder: Folder) -> str | None:
-    """The iteration folder below ``folder`` that counts, or None if there is none.
-
-    It is the one that the tracker names, if it is there, else the one with the largest number.
-    """
-    files = folder.files()
-    found = dict[int, str]()
-    for path in files:
-        parent, _, name = path.partition("/")
-        match = _FOLDER.fullmatch(parent)
-        if match and (name == METADATA or _FILE.fullmatch(name)):
-            found[int(match[1])] = parent
-    if not found:
-        return None
-    tracker = files.get(TRACKER)
-    if tracker is not None and tracker.num_bytes <= 64:
-        text = folder.read(TRACKER, 0, tracker.num_bytes).decode("ascii", "replace").strip()
-        if text.isdecimal() and int(text) in found:
-            return found[int(text)]
-    return found[max(found)]
-
-
-def recognise(files: Iterable[str]) -> bool:
-    """Whether these are the files of one iteration, with its metadata."""
-    names = set(files)
-    return METADATA in names and any(map(_FILE.fullmatch, names))
 
 
 def read(folder: Folder) -> Catalog:

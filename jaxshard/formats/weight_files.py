@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..box import Box
 from ..dtypes import DType
-from . import mindspore_ckpt, safetensors
+from . import safetensors
 from .folder import Folder
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
@@ -47,6 +47,8 @@ def read_weight_file(folder: Folder, path: str) -> WeightFile:
     """
     if not path.endswith(".ckpt"):
         return _safetensors(safetensors.read_header(folder, path))
+    from . import mindspore_ckpt  # noqa: PLC0415 - seldom needed, and not small
+
     header = mindspore_ckpt.read_header(folder, path)
     int4 = {e.name: INT4 for e in header.entries if e.tensor_type == INT4}
     entries = tuple(Stored(e.name, e.dtype, e.shape, e.pieces) for e in header.entries)

@@ -6,7 +6,6 @@ becomes one LayoutError; the rest becomes notes. This module knows no boxes.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Literal
 
 from ..errors import LayoutError, some
@@ -105,6 +104,8 @@ class Findings:
 
     def _remedy(self, rules: Rules) -> str:
         """The rule that would fit the first name, and the one that nearly does."""
+        from difflib import get_close_matches  # noqa: PLC0415 - only when something is wrong
+
         (_, shape), names = next(iter(self._names["unmatched"].items()))
         name = weight_name(names[0])
         whole = ",".join("-" for n in shape.strip("()").split(",") if n.strip()) or "-"

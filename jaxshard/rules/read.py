@@ -21,7 +21,6 @@ Text in, rules out: this module opens no file.
 from __future__ import annotations
 
 import re
-import tomllib
 from typing import Any
 
 from ..errors import LayoutError, nearest
@@ -43,6 +42,8 @@ def read_rules(text: str, where: str = "rules") -> Rules:
     >>> read_rules('[specs]\n"*.weight" = "mp,-"').specs
     (('*.weight', 'mp,-'),)
     """
+    import tomllib  # noqa: PLC0415 - seldom needed
+
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:

@@ -26,14 +26,13 @@ from numpy.typing import NDArray
 from ..box import Box
 from ..catalog import Piece, Tensor
 from ..cells import Cell
-from ..errors import LayoutError
-from ..planning import BLOCK_BYTES, TILE_BYTES, Move, Steps, block_steps, cell_blocks, move_into
+from ..planning import Move, Steps, block_steps, cell_blocks, move_into
 from ..ranges import Runs, byte_runs
-from .budget import Budget as Budget
-from .budget import Counts as Counts
-from .budget import fit_budget as fit_budget
+from .budget import Budget, Counts, fit_budget
 from .requests import Bytes, Read, read_runs
 from .viewing import Operands, Viewer
+
+__all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
 
 Write = Callable[[Move, int, int, memoryview], int]
 """``write(move, target, offset, buffer)`` stores it there; returns how many writes that took."""

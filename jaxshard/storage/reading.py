@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..catalog import Catalog, Piece
 from ..errors import FormatError, some
-from ..formats.mindspore_ckpt import check_crc
 from .local import Handles, LocalFolder
 
 
@@ -44,6 +43,8 @@ class SourceFiles:
         """
         for file in self._files:
             if file.path.endswith(".ckpt"):
+                from ..formats.mindspore_ckpt import check_crc  # noqa: PLC0415 - seldom needed
+
                 check_crc(self._folder, file.path)
 
     def close(self) -> None:

@@ -1,0 +1,74 @@
+"""Budgets: how much memory a run may hold; and counts of what it did.
+
+Apart from the engine, so that a command that moves nothing needs no NumPy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from ..errors import LayoutError
+from ..planning import BLOCK_BYTES, TILE_BYTES
+
+_BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
+_TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
+_LEAST_BLOCK = 64 << 10
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run did; equals the plan's totals of the same names."""
+
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    num_reads: int = 0
+    bytes_written: int = 0
+    num_writes: int = 0
+    num_copies: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many threads, and how large their blocks: what ``host_bytes`` allows."""
+
+    workers: int
+    block_bytes: int
+    tile_bytes: int = BLOCK_BYTES  # a block of what is read transposed
+
+    @property
+    def host_bytes(self) -> int:
+        """The most memory the threads hold at once."""
+        return self.workers * (
+            self.block_bytes * _BLOCKS_PER_WORKER + self.tile_bytes * _TILES_PER_WORKER
+        )
+
+
+def fit_budget(host_bytes: int, workers: int) -> Budget:
+    """The most threads, up to ``workers``, and block size that ``host_bytes`` allows.
+
+    Raises:
+        LayoutError: not even one thread with the smallest block fits.
+
+    >>> fit_budget(64 << 20, workers=2)
+    Budget(workers=2, block_bytes=1048576, tile_bytes=8388608)
+    """
+    if workers < 1:
+        raise LayoutError(f"{workers} workers; at least 1 is needed.")
+    least = _LEAST_BLOCK * _BLOCKS_PER_WORKER
+    if host_bytes < least:
+        raise LayoutError(
+            f"{host_bytes} bytes of host memory are too few: one thread needs {least}. "
+            f"Give --host-bytes {least} or more."
+        )
+    workers = min(workers, host_bytes // least)
+    block = _power_of_two(min(BLOCK_BYTES, host_bytes // workers // _BLOCKS_PER_WORKER))
+    left = host_bytes // workers - block * _BLOCKS_PER_WORKER
+    tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
+    return Budget(workers, block, tile)
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << (limit.bit_length() - 1)
