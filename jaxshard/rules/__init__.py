@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 from .families import FAMILIES, MODEL_TYPES
+from .findings import Policy
 from .match import OPTIMIZER_PREFIXES, weight_name
-from .place import Policy, layout
+from .place import layout
 from .read import read_rules
 from .recognise import rules_for
 from .stages import split_layers
