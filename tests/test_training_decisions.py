@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxshard.errors import FormatError, LayoutError, NotFoundError
+from jaxshard.errors import FormatError, LayoutError
 from jaxshard.training import checksums, naming, records
 from jaxshard.training.cadence import Cadence
 from jaxshard.training.naming import NETWORK, TRAINABLE, RankFile, StepName
@@ -326,7 +326,7 @@ def test_a_file_that_was_not_covered_is_not_called_whole():
 
 def test_checksums_of_a_kind_that_nothing_here_computes_are_refused(monkeypatch):
     monkeypatch.setattr(checksums, "ALGORITHMS", {"crc32": zlib.crc32})
-    with pytest.raises(NotFoundError, match=r"jaxshard\[crc32c\]"):
+    with pytest.raises(LayoutError, match=r"jaxshard\[crc32c\]"):
         checksums.algorithm("crc32c")
     with pytest.raises(FormatError, match="md5"):
         checksums.algorithm("md5")

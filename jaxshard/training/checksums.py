@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import FormatError, NotFoundError
+from ..errors import FormatError, LayoutError
 
 Sum = Callable[[bytes | memoryview], int]
 Chunk = tuple[int, int, int]  # offset in the file, bytes, checksum
@@ -49,7 +49,7 @@ def algorithm(name: str) -> Sum:
     """The function that computes ``name``.
 
     Raises:
-        NotFoundError: no package here computes it.
+        LayoutError: no package here computes it.
         FormatError: it is none that jaxshard writes.
 
     >>> hex(algorithm("crc32")(b"123456789"))
@@ -59,7 +59,7 @@ def algorithm(name: str) -> Sum:
     if found is not None:
         return found
     if name == "crc32c":
-        raise NotFoundError(
+        raise LayoutError(
             "the checksums are CRC-32C, and no package here computes them. "
             "Install one: pip install 'jaxshard[crc32c]'."
         )

@@ -1,0 +1,387 @@
+"""The manager: what a training loop calls.
+
+    manager = CheckpointManager("output", prefix="llama", save_every_steps=100, async_save=True)
+    found = manager.restore(state, missing_ok=True)
+    for step in range(found.step + 1 if found else 1, last + 1):
+        state = train_step(state, batch)
+        manager.maybe_save(step, state, extras={"data": reader.position()})
+    manager.close()
+
+It composes the rest of this package and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+
+from .. import rules as family_rules
+from ..catalog import Catalog, Tensor
+from ..elements import stored_as
+from ..errors import LayoutError, StorageError, nearest
+from ..layout import Layout
+from ..strategy import Strategy
+from ..targets import lay_out_for
+from . import naming, records
+from .background import Background
+from .cadence import Cadence
+from .filling import Where
+from .layouts import Wish
+from .naming import StepName
+from .places import Places
+from .placing import is_number, layout_of
+from .restoring import Parts, Restored, finish_interrupted, restore
+from .saving_steps import Job, Keeping, save_step
+from .snapshots import How, Snapshot
+from .states import Array, Leaf, Roles, as_array, take_apart
+from .steps import Step, examine, find_steps
+
+Format = Literal["ranks", "iteration", "huggingface", "orbax"]
+FORMATS: tuple[Format, ...] = ("ranks", "iteration", "huggingface", "orbax")
+
+_log = logging.getLogger("jaxshard.training")
+
+
+class CheckpointManager:
+    """Saves a run's steps, keeps the right ones, and brings a run back.
+
+    A step is there once all of it is on the disk; until then, the steps before it are. The
+    directory is MindFormers' own (see ``naming``), and what is beyond it is hidden.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        prefix: str = "CKP",
+        format: Format = "ranks",
+        save_every_steps: int = 0,
+        save_every_seconds: float = 0.0,
+        keep_max: int = 5,
+        keep_every: int = 0,
+        steps_per_epoch: int | None = None,
+        global_batch_size: int | None = None,
+        strategy: str | Strategy | Layout | None = None,
+        rules: family_rules.Rules | None = None,
+        remove_redundancy: bool = False,
+        save_optimizer: bool = True,
+        save_network_only: bool = False,
+        save_trainable_only: bool = False,
+        trainable: Iterable[str] = (),
+        async_save: bool = False,
+        snapshot: How = "auto",
+        durable: bool = True,
+        on_storage_error: Literal["raise", "warn"] = "raise",
+        roles: Roles = Roles(),  # noqa: B008 - frozen
+        rename: Callable[[str], str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        workers: int | None = None,
+        host_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A manager of the run in ``directory``; nothing is touched before the first save.
+
+        Args:
+            directory: the run's output folder; made when needed.
+            prefix: the first part of files' names.
+            format: how steps are stored. ``"ranks"``: a file for each rank. ``"iteration"``:
+                a Checkpoint-2.0 folder. ``"huggingface"``: complete files, which is what
+                MindSpore calls integrated. ``"orbax"``.
+            save_every_steps: ``maybe_save`` saves steps that this divides.
+            save_every_seconds: and whenever this time has passed.
+            keep_max: how many of the newest steps stay; 0 for all.
+            keep_every: steps that this divides stay for good.
+            steps_per_epoch: how steps are counted in names; without it all are of epoch 1.
+            global_batch_size: kept with every step, for resuming with another.
+            strategy: how rank files are cut; by default as the arrays lie.
+            rules: layout rules that go before the family's, where there is a strategy.
+            remove_redundancy: store each shard on one of its holders only.
+            save_optimizer: the optimizer's state too.
+            save_network_only: the weights once more, alone, in ``checkpoint_network/``.
+            save_trainable_only: those of them that are trained, in ``checkpoint_trainable/``;
+                then not in ``checkpoint_network/``.
+            trainable: regular expressions for the names of weights that are trained; all
+                are, if none is given.
+            async_save: ``save`` waits for the snapshot only. What fails afterwards is raised
+                by the next call.
+            snapshot: see ``snapshots``; ``"copy"`` copies on the CPU backend too.
+            durable: have a step on the disk (fsync) before it counts.
+            on_storage_error: when the disk is full or refuses, raise, or warn and let the
+                training go on without that step.
+            roles: where in a state the weights and the optimizer's state are.
+            rename: the names of weights in files, from their names in the state.
+            config: what the model is, for ``config.json`` of complete files.
+            workers: threads; by default one a core, at most 8.
+            host_bytes: the most memory for data in flight.
+            clock: seconds; for ``save_every_seconds``.
+
+        Raises:
+            LayoutError: an option is impossible.
+        """
+        naming.check_prefix(prefix)
+        if format not in FORMATS:
+            raise LayoutError(f"format {format!r} is none of {FORMATS}.{nearest(format, FORMATS)}")
+        if keep_max < 0 or keep_every < 0:
+            raise LayoutError(f"keep_max={keep_max}, keep_every={keep_every}: 0 or more.")
+        self._places = Places(Places.of(directory).root)
+        self._prefix, self._format = prefix, format
+        self._cadence = Cadence(save_every_steps, save_every_seconds)
+        self._keeping = Keeping(keep_max, keep_every)
+        self._steps_per_epoch, self._batch = steps_per_epoch, global_batch_size
+        self._strategy, self._rules = strategy, rules
+        self._redundancy, self._optimizer = remove_redundancy, save_optimizer
+        self._network, self._trainable = save_network_only, save_trainable_only
+        self._trained = tuple(_pattern(text) for text in trainable)
+        self._async, self._how, self._durable = async_save, snapshot, durable
+        self._warn = on_storage_error == "warn"
+        self._roles, self._rename = roles, rename
+        self._config = None if config is None else json.dumps(dict(config), indent=2).encode()
+        self._workers, self._host_bytes, self._clock = workers, host_bytes, clock
+        self._background = Background()
+        self._last_step: int | None = None
+        self._last_time = clock()
+        self.last_failure: StorageError | None = None
+
+    # --- saving --------------------------------------------------------------------------
+
+    def maybe_save(self, step: int, state: Any, **what: Any) -> bool:
+        """``save`` if it is time to; whether it was. Arguments and errors as ``save``."""
+        self._background.raise_failure()
+        now = self._clock()
+        if not self._cadence.is_due(
+            step, now=now, last_step=self._last_step, last_time=self._last_time
+        ):
+            return False
+        self.save(step, state, **what)
+        return True
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        extras: Mapping[str, Any] | None = None,
+        loss_scale: float | None = None,
+    ) -> None:
+        """Save ``state`` as step number ``step`` of the whole run.
+
+        Args:
+            step: counts from 1.
+            state: any pytree of arrays, PRNG keys and numbers.
+            extras: what JSON can hold: the position in the data, a configuration …
+            loss_scale: kept where MindFormers looks for it.
+
+        Raises:
+            StorageError: the disk is full or refuses (but see ``on_storage_error``), now or
+                in the background since the last call. The steps before are all there.
+            LayoutError: the state cannot be saved in this way; or could not, likewise.
+        """
+        self._background.wait()  # never two writers, and never two snapshots
+        # Checkpoint-2.0 folders are named by the step of the whole run
+        epochs = None if self._format == "iteration" else self._steps_per_epoch
+        name = naming.step_name(step, epochs)
+        records.check_extras(extras or {})
+        leaves = [
+            leaf
+            for leaf in take_apart(state, self._roles, self._rename).leaves
+            if self._optimizer or leaf.role != "optimizer"
+        ]
+        job = self._job(step, name, leaves, dict(extras or {}), loss_scale)
+        self._last_step, self._last_time = step, self._clock()
+        if self._async:
+            self._background.start(f"saving step {name}", lambda: self._run(job))
+        else:
+            self._run(job)
+
+    def wait(self) -> None:
+        """Wait until what was begun in the background is on the disk.
+
+        Raises:
+            JaxshardError: it failed.
+        """
+        self._background.wait()
+
+    def close(self) -> None:
+        """As ``wait``; the manager may be used again all the same."""
+        self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- coming back ---------------------------------------------------------------------
+
+    def restore(
+        self,
+        target: Any,
+        step: int | str | StepName | None = None,
+        *,
+        parts: Parts = "all",
+        verify: bool = False,
+        missing_ok: bool = False,
+        strategy: str | Strategy | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        strict: bool = True,
+    ) -> Restored | None:
+        """The newest good step, or the one named, in the layout of ``target``.
+
+        Args:
+            target: a state like the one saved, of arrays or ``jax.ShapeDtypeStruct``s, in
+                whatever layout is wanted now; or a strategy, for ``{name: array}``.
+            step: its number, ``"1_10"``, or the name of a file or folder.
+            parts: ``"weights"``, ``"optimizer"`` or ``"no_optimizer"`` leave the other
+                leaves as they are in ``target``.
+            verify: compare the checksums of every byte first.
+            missing_ok: None, instead of an error, if the run has no steps yet.
+            strategy: lays out the leaves, whatever their shardings.
+            devices: the device of each rank of the strategy.
+            strict: refuse leaves that the step has not, and tensors that the target has not.
+
+        Raises:
+            NotFoundError: no such step, or no good one, or names do not fit.
+            FormatError, CoverageError, StorageError: the step that was named is not good.
+            LayoutError: the target does not fit.
+        """
+        self._background.wait()
+        finish_interrupted(self._places)
+        if missing_ok and step is None and not find_steps(self._places):
+            return None
+        where = Where(
+            strategy,
+            self._rules,
+            devices,
+            self._roles,
+            self._rename,
+            strict,
+            self._workers,
+            self._host_bytes,
+        )
+        return restore(self._places, target, step, where=where, parts=parts, verify=verify)
+
+    def steps(self, *, deep: bool = False) -> list[Step]:
+        """All steps there are, oldest first, with their states; ``deep`` reads every byte."""
+        found = find_steps(self._places)
+        return [examine(self._places, s, deep=deep, workers=self._workers or 2) for s in found]
+
+    def latest_step(self) -> int | None:
+        """The number of the newest good step, by what is there; None if there is none."""
+        for step in reversed(find_steps(self._places)):
+            found = examine(self._places, step)
+            if found.state == "complete":
+                return found.global_step
+        return None
+
+    # --- how a save is put together ------------------------------------------------------
+
+    def _run(self, job: Job) -> None:
+        try:
+            save_step(job)
+        except StorageError as error:
+            if not self._warn:
+                raise
+            self.last_failure = error
+            _log.warning("step %s is not saved: %s", job.wish.step, error)
+
+    def _job(
+        self,
+        step: int,
+        name: StepName,
+        leaves: Sequence[Leaf],
+        extras: Mapping[str, Any],
+        loss_scale: float | None,
+    ) -> Job:
+        arrays = {leaf.name: as_array(leaf.value) for leaf in leaves}
+        weights = frozenset(leaf.name for leaf in leaves if leaf.role == "weights")
+        numbers = {
+            "epoch_num": naming.step_name(step, self._steps_per_epoch).epoch,
+            "step_num": step,
+            "global_step": step,
+            "loss_scale": loss_scale,
+            "global_batch_size": self._batch,
+        }
+        hyper = {n for n, a in arrays.items() if n not in weights and is_number(a)}
+        if self._format != "iteration":  # which keeps them in common.json
+            added = {n: a for n, a in _number_tensors(numbers).items() if n not in arrays}
+            arrays |= added
+            hyper |= added.keys()
+        layout = self._layout(arrays, frozenset(hyper))
+        wish = Wish(self._prefix, name, step, layout, self._redundancy, numbers, self._config)
+        return Job(
+            self._places,
+            self._format,
+            wish,
+            Snapshot(arrays, how=self._how),
+            weights,
+            frozenset(hyper),
+            self._copies(weights),
+            extras,
+            self._keeping,
+            self._durable,
+            self._workers,
+            self._host_bytes,
+        )
+
+    def _layout(self, arrays: Mapping[str, Array], hyper: frozenset[str]) -> Layout:
+        if self._strategy is None:
+            return layout_of(arrays)
+        if isinstance(self._strategy, Layout):
+            return self._strategy
+        strategy = self._strategy
+        strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+        described = _described(arrays, hyper)
+        return lay_out_for(described, strategy, self._rules)
+
+    def _copies(self, weights: frozenset[str]) -> dict[str, tuple[str, ...]]:
+        ordered = sorted(weights)
+        if self._trainable:
+            names = [n for n in ordered if not self._trained or self._is_trained(n)]
+            return {naming.TRAINABLE: tuple(names)}
+        return {naming.NETWORK: tuple(ordered)} if self._network else {}
+
+    def _is_trained(self, name: str) -> bool:
+        return any(pattern.search(name) for pattern in self._trained)
+
+
+def _described(arrays: Mapping[str, Array], hyper: frozenset[str]) -> Catalog:
+    """Arrays as a catalog of names and shapes, which is what rules ask for."""
+    tensors = {n: Tensor(n, stored_as(a.dtype), a.shape, ()) for n, a in arrays.items()}
+    return Catalog("memory", "arrays", (), tensors, hyper=hyper)
+
+
+def _number_tensors(numbers: Mapping[str, Any]) -> dict[str, Array]:
+    """The job's numbers as MindFormers stores them."""
+    kinds = {
+        "epoch_num": (np.int64, ()),
+        "step_num": (np.int64, ()),
+        "global_step": (np.int32, (1,)),
+        "loss_scale": (np.float32, ()),
+        "global_batch_size": (np.int64, ()),
+    }
+    return {
+        name: np.full(shape, numbers[name], dtype)
+        for name, (dtype, shape) in kinds.items()
+        if numbers.get(name) is not None
+    }
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise LayoutError(f"trainable: {text!r} is not a regular expression: {error}.") from None

@@ -1,0 +1,150 @@
+"""Opening steps: from a step in a run's directory to a catalog.
+
+A rank's folder holds many steps, and what a directory's strategy files say holds for the
+newest only; so a step is opened with its own files and its own strategy. The formats do
+the reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..catalog import Catalog, File
+from ..errors import CoverageError, FormatError, NotFoundError
+from ..formats import huggingface, iteration, rank_files
+from ..formats.folder import Folder
+from ..layout import Layout
+from ..opening import open_strategy
+from ..storage.local import LocalFolder
+from . import naming
+from .places import Places
+from .records import Record
+
+STATE_FOLDER = "training_state"  # in a complete checkpoint: all that is no weight
+
+
+class Chosen:
+    """Some of the files of a folder, as a format sees them."""
+
+    def __init__(self, folder: Folder, paths: Iterable[str]) -> None:
+        listed = folder.files()
+        self._folder = folder
+        self._files = {path: listed[path] for path in sorted(paths) if path in listed}
+
+    @property
+    def root(self) -> str:
+        """The folder they are in."""
+        return self._folder.root
+
+    def files(self) -> Mapping[str, File]:
+        """Those files."""
+        return self._files
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """As the folder does."""
+        return self._folder.read(path, offset, length)
+
+
+def open_step(
+    places: Places, record: Record | None, kind: str, paths: tuple[str, ...] = ()
+) -> Catalog:
+    """The catalog of a step, from headers only.
+
+    Args:
+        places: where it is.
+        record: what is known of it; None if somebody else saved it.
+        kind: its format.
+        paths: without a record: its files, or its folder, below ``places.steps``.
+
+    Raises:
+        FormatError: a file is not what it claims to be.
+        CoverageError: files contradict each other, or the strategy is missing.
+        NotFoundError: a file is missing.
+        StorageError: the disk refused.
+    """
+    if record:
+        head = f"{places.main}/" if places.main else ""
+        paths = tuple(u.removeprefix(head) for u in record.units if u.startswith(head))
+    if not paths:
+        raise FormatError(f"a step of {places.root} has no files.")
+    if kind == "ranks":
+        return _open_ranks(places, record, paths)
+    where = places.steps / paths[0]
+    if kind == "orbax":
+        from ..formats import orbax  # noqa: PLC0415 - orbax is slow to import
+
+        return orbax.read(where)
+    folder = LocalFolder(where)
+    try:
+        if kind == "iteration":
+            return iteration.read(folder)
+        return _open_complete(folder)
+    finally:
+        folder.close()
+
+
+def _open_ranks(places: Places, record: Record | None, paths: tuple[str, ...]) -> Catalog:
+    layout = _layout(places, record)
+    if record and layout.num_ranks != len(paths):
+        raise CoverageError(
+            f"step {record.step} has {len(paths)} rank files, but its strategy is one of "
+            f"{layout.num_ranks} ranks."
+        )
+    folder = LocalFolder(places.steps)
+    try:
+        return rank_files.read(Chosen(folder, paths), layout)
+    finally:
+        folder.close()
+
+
+def _layout(places: Places, record: Record | None) -> Layout:
+    if record and record.strategy:
+        return open_strategy(places.root / record.strategy)
+    for place in places.strategies:
+        if place.is_dir():
+            return open_strategy(place)
+    raise CoverageError(
+        f"{places.root} has no {naming.STRATEGY}/ folder, so nothing says which part of a tensor "
+        "each rank holds. Put the strategy files there."
+    )
+
+
+def _open_complete(folder: LocalFolder) -> Catalog:
+    """The weights of a Hugging Face folder, and the rest of the state beside them."""
+    listed = folder.files()
+    below = [p for p in listed if p.startswith(f"{STATE_FOLDER}/")]
+    found: Catalog | None = None
+    if any("/" not in p and p.endswith(".safetensors") for p in listed):
+        found = huggingface.read(Chosen(folder, [p for p in listed if "/" not in p]))
+    if not below:
+        if found is None:
+            raise NotFoundError(f"{folder.root} has no weight files.")
+        return found
+    inner = LocalFolder(Path(folder.root) / STATE_FOLDER)
+    try:
+        rest = huggingface.read(inner)
+    finally:
+        inner.close()
+    rest = replace(
+        rest, files=tuple(replace(f, path=f"{STATE_FOLDER}/{f.path}") for f in rest.files)
+    )
+    if found is None:
+        return replace(rest, root=folder.root)
+    return _together(found, rest)
+
+
+def _together(a: Catalog, b: Catalog) -> Catalog:
+    """One catalog of two, below one root."""
+    twice = a.tensors.keys() & b.tensors.keys()
+    if twice:
+        raise CoverageError(f"{min(twice)} of {a.root} is stored both as weight and as state.")
+    shift = len(a.files)
+    moved = {
+        t.name: replace(t, pieces=tuple(replace(p, file=p.file + shift) for p in t.pieces))
+        for t in b.tensors.values()
+    }
+    return replace(
+        a, files=(*a.files, *b.files), tensors={**a.tensors, **moved}, hyper=a.hyper | b.hyper
+    )

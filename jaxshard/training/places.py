@@ -1,0 +1,130 @@
+"""Places: where everything of a run lies, and small files that are replaced at once.
+
+    output/checkpoint …, output/strategy      what others read: see ``naming``
+    output/.jaxshard/1_10.json                the record of a step: see ``records``
+    output/.jaxshard/1_10.saving/             a step on its way, as it will lie in ``output``
+    output/.jaxshard/strategy-5e1f…/          who held what, one folder for each layout
+    output/.jaxshard/removed/                 what is being deleted
+
+The folder of our own is hidden, and every reader passes it by.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import StorageError
+from . import naming, records
+from .naming import StepName
+
+_OURS = re.compile(r"rank_\d+|iteration_\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """A run's directory.
+
+    Attributes:
+        root: what paths in records are relative to.
+        main: the folder with the steps, below ``root``; empty where a folder of steps that
+            somebody else wrote was named itself.
+    """
+
+    root: Path
+    main: str = naming.CHECKPOINT
+
+    @classmethod
+    def of(cls, directory: str | os.PathLike[str]) -> Places:
+        """The places of ``directory``: the run's, or its ``checkpoint`` folder."""
+        root = Path(os.path.abspath(directory))
+        if (root / naming.CHECKPOINT).is_dir() or (root / records.FOLDER).is_dir():
+            return cls(root)
+        if root.name == naming.CHECKPOINT and (root.parent / records.FOLDER).is_dir():
+            return cls(root.parent)
+        with suppress(OSError):
+            if any(_OURS.fullmatch(entry.name) for entry in os.scandir(root)):
+                return cls(root, "")
+        return cls(root)
+
+    @property
+    def steps(self) -> Path:
+        """The folder that holds the steps."""
+        return self.root / self.main
+
+    @property
+    def own(self) -> Path:
+        """Our own folder."""
+        return self.root / records.FOLDER
+
+    def record(self, step: StepName, state: str = records.WHOLE) -> Path:
+        """The record of ``step`` in a state."""
+        return self.own / f"{step}{state}"
+
+    def staging(self, step: StepName) -> Path:
+        """Where ``step`` lies before it is put in place."""
+        return self.own / f"{step}.saving"
+
+    @property
+    def strategies(self) -> tuple[Path, ...]:
+        """Where the strategy files of a run without records may lie."""
+        return (self.root / naming.STRATEGY, self.steps / naming.STRATEGY) + (
+            () if self.main else (self.root.parent / naming.STRATEGY,)
+        )
+
+
+@contextmanager
+def only_writer(places: Places) -> Iterator[None]:
+    """Hold the directory, so that there is one writer of it at most.
+
+    Raises:
+        StorageError: somebody else holds it, or it cannot be made.
+    """
+    try:
+        places.own.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(places.own / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StorageError(f"{places.own} cannot be made: {error.strerror}.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StorageError(
+            f"another writer is at work in {places.root}. Wait for it, or save elsewhere."
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
+def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
+    """Make ``path`` hold ``data``; at any instant it holds that, or what it held before.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    with open(scratch, "wb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(scratch, path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in the folder at ``path`` are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

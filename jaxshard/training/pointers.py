@@ -1,0 +1,62 @@
+"""Pointers: the small files by which others find the newest step.
+
+    checkpoint/rank_{r}/meta.json                     MindFormers' rank files
+    strategy/ckpt_strategy_rank_{r}.ckpt              who holds what of them
+    checkpoint/latest_checkpointed_iteration.txt      Checkpoint-2.0 folders
+
+They are written after the step is whole, from its record; we ourselves read none of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import StorageError
+from . import naming
+from .places import Places, replace_file
+from .records import Record
+
+
+def point_at(places: Places, record: Record) -> None:
+    """Have the pointer files say that the step of ``record`` is the newest.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    try:
+        if record.format == "ranks":
+            _point_ranks(places, record)
+            if record.strategy:
+                _show_strategy(places.root / naming.STRATEGY, places.root / record.strategy)
+        elif record.format == "iteration":
+            said = str(record.global_step).encode()
+            _put(places.steps / naming.TRACKER, said)
+    except OSError as error:
+        raise StorageError(f"step {record.step} of {places.root}: {error}.") from error
+
+
+def _point_ranks(places: Places, record: Record) -> None:
+    head = f"{naming.CHECKPOINT}/"
+    for unit in record.units:
+        file = naming.parse_rank_file(unit.removeprefix(head))
+        if unit.startswith(head) and file:
+            said = naming.meta_json(file.prefix, file.rank, file.step)
+            _put(places.root / unit.rsplit("/", 1)[0] / naming.META, said)
+
+
+def _show_strategy(place: Path, kept: Path) -> None:
+    """Make the strategy files at ``place`` those that are ``kept``."""
+    wanted = {path.name for path in kept.iterdir()}
+    for name in sorted(wanted):
+        _put(place / name, (kept / name).read_bytes())
+    for path in place.glob("ckpt_strategy_rank_*"):
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)  # of a run on more ranks: readers would take it for ours
+
+
+def _put(path: Path, data: bytes) -> None:
+    with suppress(FileNotFoundError):
+        if path.read_bytes() == data:
+            return
+    replace_file(path, data, durable=False)

@@ -1,0 +1,178 @@
+"""Restoring: the newest good step, onto whatever layout the caller has now.
+
+    steps, newest first     50 partial   40 corrupt   30 complete   20 …
+                            passed over, and said so  ↑ restored
+
+A step is good if it is complete, its headers agree with its files' sizes, and, when asked,
+every byte has its checksum. What is wrong with the *request* (a name that no step has) is
+an error; what is wrong with a *step* leads to the one before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..catalog import Catalog
+from ..errors import (
+    CoverageError,
+    FormatError,
+    JaxshardError,
+    NotFoundError,
+    StorageError,
+    some,
+)
+from ..formats.job_numbers import NAMES
+from ..job_values import job_values
+from .committing import is_interrupted, recover
+from .filling import Where, fill
+from .naming import StepName, parse_wish
+from .opening_steps import open_step
+from .places import Places, only_writer
+from .progress import Progress
+from .steps import Step, examine, find_steps
+
+Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
+
+_log = logging.getLogger("jaxshard.training")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state as it was.
+
+    Attributes:
+        state: the target, with the saved leaves in it.
+        step: the step it is of, counted over the whole run.
+        name: the same as epoch and step.
+        extras: what was saved with it; empty if its record is lost or it is MindFormers'.
+        numbers: the job's numbers that were saved: ``epoch_num``, ``loss_scale`` …
+        passed_over: newer steps that were not good, each with the reason.
+    """
+
+    state: Any = field(repr=False)
+    step: int
+    name: StepName
+    extras: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run had come: what ``resume_point`` takes."""
+        batch = self.numbers.get("global_batch_size")
+        return Progress(
+            int(self.numbers.get("epoch_num") or self.name.epoch),
+            int(self.numbers.get("step_num") or self.step),
+            int(self.numbers.get("global_step") or self.step),
+            int(batch) if batch else None,
+        )
+
+
+def restore(
+    places: Places,
+    target: Any,
+    step: int | str | StepName | None,
+    *,
+    where: Where,
+    parts: Parts = "all",
+    verify: bool = False,
+) -> Restored:
+    """The state saved at ``step``, by default the newest good one.
+
+    Raises:
+        NotFoundError: there is no such step or no good one, or names do not fit.
+        FormatError, CoverageError, StorageError: the step that was named is not good.
+        LayoutError: the target does not fit.
+    """
+    finish_interrupted(places)
+    wish = parse_wish(step)
+    passed: list[tuple[str, str]] = []
+    for found in _candidates(places, wish):
+        try:
+            catalog = _opened(places, found, verify=verify, workers=where.workers)
+            state, numbers = _loaded(catalog, target, where, parts)
+        except (FormatError, CoverageError, StorageError, _Missing) as error:
+            if wish is not None:
+                raise error.cause if isinstance(error, _Missing) else error from None
+            passed.append((str(found.name), str(error)))
+            _log.warning("step %s is passed over: %s", found.name, error)
+            continue
+        if passed:
+            _log.warning("step %s is restored instead of %s", found.name, passed[0][0])
+        record = found.record
+        number = record.global_step if record else _number(numbers, found)
+        extras = dict(record.extras) if record else {}
+        return Restored(state, number, found.name, extras, numbers, tuple(passed))
+    raise NotFoundError(_none(places, wish, passed))
+
+
+def finish_interrupted(places: Places) -> list[str]:
+    """Go on with a save or a removal that was interrupted, if nobody else is at work."""
+    if not places.own.is_dir() or not is_interrupted(places):
+        return []
+    with suppress(StorageError), only_writer(places):
+        done = recover(places)
+        for line in done:
+            _log.info("%s", line)
+        return done
+    return []
+
+
+class _Missing(Exception):
+    """A step lacks a file: the step's fault, unlike a name that the request gets wrong."""
+
+    def __init__(self, cause: JaxshardError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _candidates(places: Places, wish: StepName | int | None) -> Iterator[Step]:
+    for found in reversed(find_steps(places)):
+        if wish is None or wish in (found.name, found.global_step):
+            yield found
+
+
+def _opened(places: Places, step: Step, *, verify: bool, workers: int | None) -> Catalog:
+    """The catalog of a step that is good."""
+    if verify and step.state == "complete" and step.record is None:
+        raise FormatError(
+            "it has no checksums, so it cannot be verified; restore it by name, without verify"
+        )
+    step = examine(places, step, deep=verify, workers=workers or 2)
+    if step.state == "incomplete":
+        raise CoverageError(f"it is incomplete: {step.reason}")
+    if step.state != "complete":
+        raise FormatError(f"it is {step.state}: {step.reason}")
+    try:
+        return open_step(places, step.record, step.format, step.paths)
+    except NotFoundError as error:
+        raise _Missing(error) from error
+
+
+def _loaded(
+    catalog: Catalog, target: Any, where: Where, parts: Parts
+) -> tuple[Any, dict[str, Any]]:
+    numbers = {n: v for n, v in job_values(catalog).items() if n in NAMES and v is not None}
+    return fill(catalog, target, where, parts), numbers
+
+
+def _number(numbers: dict[str, Any], step: Step) -> int:
+    """The step of a run that kept no record of it."""
+    if step.format == "iteration":
+        return step.global_step
+    return int(numbers.get("step_num") or numbers.get("global_step") or step.global_step)
+
+
+def _none(places: Places, wish: object, passed: list[tuple[str, str]]) -> str:
+    there = [str(s.name) for s in find_steps(places)]
+    if wish is not None:
+        held = f"there are {some(reversed(there))}" if there else "there are none"
+        return f"{places.root} has no step {wish}; {held}."
+    if not passed:
+        return f"{places.root} has no steps. Save one, or give another directory."
+    told = "; ".join(f"{name}: {reason}" for name, reason in passed[:5])
+    return f"none of the {len(passed)} steps of {places.root} is good: {told}"

@@ -1,0 +1,124 @@
+"""Snapshots: the state of one step, held still while the loop goes on.
+
+    CPU      the host looks at the arrays where they are. As long as it does, JAX will not
+             give their memory to the next step: donating them has no effect, and the step
+             makes its results elsewhere. Nothing is copied, nothing waits.
+    others   one transfer to the host for each distinct shard, all under way at once
+
+What NumPy owns is copied: the loop may write into it. A snapshot knows no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from ..box import Box
+from ..catalog import Catalog, File, Piece, Tensor
+from ..elements import stored_as
+from ..errors import JaxshardError, LayoutError, StorageError
+from .states import Array
+
+How = Literal["auto", "copy"]
+_Bytes = NDArray[np.uint8]
+
+
+class Snapshot:
+    """The shards of arrays on the host; the engine reads them as it reads files."""
+
+    def __init__(self, arrays: Mapping[str, Array], *, how: How = "auto") -> None:
+        """Hold ``arrays``; when this returns, the loop may go on.
+
+        Args:
+            arrays: by their names in files.
+            how: ``"auto"`` as the module says; ``"copy"`` copies on the CPU backend too.
+
+        Raises:
+            LayoutError: an array's dtype is none that files have.
+        """
+        self._held = [a for a in arrays.values() if isinstance(a, jax.Array)]
+        shards = {name: _distinct_shards(array) for name, array in arrays.items()}
+        for found in shards.values():
+            for shard in found.values():
+                if isinstance(shard, jax.Array):
+                    shard.copy_to_host_async()
+        self._shards: list[_Bytes] = []
+        tensors = {name: self._tensor(name, a, shards[name], how) for name, a in arrays.items()}
+        files = tuple(File(f"shard {i}", shard.nbytes) for i, shard in enumerate(self._shards))
+        self.catalog = Catalog("memory", "arrays", files, tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all distinct shards."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` of the shard that is ``piece``."""
+        shard = self._shards[piece.file]
+        np.frombuffer(buffer, np.uint8)[:] = shard[offset : offset + len(buffer)]
+
+    def lend(self, piece: Piece, offset: int, num_bytes: int) -> memoryview | None:
+        """The shard's own memory."""
+        return self._shards[piece.file][offset : offset + num_bytes].data
+
+    def check_still(self) -> None:
+        """Refuse a snapshot whose memory may have been given away after all.
+
+        Raises:
+            StorageError: an array was deleted while it was looked at.
+        """
+        if any(array.is_deleted() for array in self._held):
+            raise StorageError(
+                "an array was deleted while it was being saved, so what was written may be of the "
+                "step after. Delete nothing during a save, or take snapshot='copy'."
+            )
+
+    def close(self) -> None:
+        """Let go of the arrays."""
+        self._shards.clear()
+        self._held.clear()
+
+    def _tensor(self, name: str, array: Array, shards: Mapping[Box, Array], how: How) -> Tensor:
+        try:
+            kind = stored_as(array.dtype)
+        except JaxshardError as error:
+            raise type(error)(f"{name}: {error}") from None
+        if kind.bits < 8:
+            raise LayoutError(f"{name}: {kind} is packed in files. Cast it to save it.")
+        pieces = []
+        for box, shard in shards.items():
+            pieces.append(Piece(len(self._shards), 0, box))
+            self._shards.append(_host_bytes(shard, how))
+        return Tensor(name, kind, array.shape, tuple(pieces))
+
+
+def _host_bytes(shard: Array, how: How) -> _Bytes:
+    flat = np.ascontiguousarray(np.asarray(shard)).reshape(-1).view(np.uint8)
+    if isinstance(shard, np.ndarray) or (how == "copy" and _is_on_host(shard)):
+        return flat.copy()
+    return flat
+
+
+def _is_on_host(shard: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in shard.devices())
+
+
+def _distinct_shards(array: Array) -> dict[Box, Array]:
+    """One shard for each distinct box that this process can address."""
+    if not isinstance(array, jax.Array):
+        return {Box.whole(array.shape): array}
+    found: dict[Box, Array] = {}
+    for shard in array.addressable_shards:
+        box = _box(shard.index, array.shape)
+        if box not in found:
+            found[box] = shard.data
+    return found
+
+
+def _box(index: Sequence[slice], shape: tuple[int, ...]) -> Box:
+    ranges = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    return Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))

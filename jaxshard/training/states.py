@@ -1,0 +1,170 @@
+"""States: a training state as named leaves, and what each is called in files.
+
+    params.layers.0.wq           layers.0.wq             a weight is called what the model calls it
+    opt_state.0.mu.layers.0.wq   adam_m.layers.0.wq      as MindSpore calls Adam's moments
+    opt_state.0.nu.layers.0.wq   adam_v.layers.0.wq
+    opt_state.0.count            opt_state.0.count       everything else keeps its path
+    key                          key                     a PRNG key as the integers it is
+    step                         step                    a number as a tensor without dims
+
+A state without a ``params`` at its top is all weights. This module moves no bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import PyTreeDef
+from numpy.typing import NDArray
+
+from ..errors import LayoutError, some
+from ..trees import named_leaves
+
+Role = Literal["weights", "optimizer", "rest"]
+Array = jax.Array | NDArray[np.generic]
+
+_MOMENTS = {"mu": "adam_m", "nu": "adam_v"}
+_OPTIMIZER = re.compile(r"adam_[mv]\.|opt_state\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The keys at a state's top under which its weights and its optimizer's state are."""
+
+    weights: str = "params"
+    optimizer: str = "opt_state"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One leaf: its path in the state, its name in files, what it is for, and itself."""
+
+    path: str
+    name: str
+    role: Role
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A state taken apart; ``build`` puts one with other leaves together."""
+
+    leaves: tuple[Leaf, ...]
+    structure: PyTreeDef
+
+    def build(self, values: Sequence[Any]) -> Any:
+        """The state whose leaves are ``values``, in the order of ``leaves``."""
+        return jax.tree_util.tree_unflatten(self.structure, values)
+
+
+def take_apart(
+    tree: Any,
+    roles: Roles = Roles(),
+    rename: Callable[[str], str] | None = None,
+) -> State:
+    """``tree`` as named leaves.
+
+    ``rename`` is applied to the names of weights, and within the names of their moments.
+
+    Raises:
+        LayoutError: two leaves would have one name, or a leaf cannot be in a file.
+
+    >>> state = {"params": {"w": np.ones(2)}, "opt_state": [{"mu": {"w": np.ones(2)}}], "step": 3}
+    >>> [(leaf.name, leaf.role) for leaf in take_apart(state).leaves]
+    [('adam_m.w', 'optimizer'), ('w', 'weights'), ('step', 'rest')]
+    """
+    named, structure = named_leaves(tree)
+    has_weights = any(path.split(".")[0] == roles.weights for path, _ in named)
+    called = rename or (lambda name: name)
+    inside = f"{roles.weights}."
+    weights = {
+        path.removeprefix(inside) if has_weights else path
+        for path, _ in named
+        if path.startswith(inside) or not has_weights
+    }
+    leaves = []
+    for path, value in named:
+        role = _role(path, roles, has_weights)
+        name = path
+        if role == "weights":
+            name = called(path.removeprefix(inside) if has_weights else path)
+        elif role == "optimizer":
+            name = _moment(path, weights, called) or path
+        leaves.append(Leaf(path, name, role, value))
+    leaves = _apart(leaves)
+    for leaf in leaves:
+        _check(leaf)
+    return State(tuple(leaves), structure)
+
+
+def as_array(value: Any) -> Array:
+    """A leaf as the array that is stored for it."""
+    if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return jax.random.key_data(value)
+        return value
+    if isinstance(value, bool | int | float):
+        return np.array(value)  # int64, float64 and bool: as wide as Python's own
+    return np.asarray(value)
+
+
+def is_optimizer_name(name: str) -> bool:
+    """Whether a name in a file is one of an optimizer's state."""
+    return _OPTIMIZER.match(name) is not None
+
+
+def _role(path: str, roles: Roles, has_weights: bool) -> Role:
+    top = path.split(".", maxsplit=1)[0]
+    if not has_weights or top == roles.weights:
+        return "weights"
+    return "optimizer" if top == roles.optimizer else "rest"
+
+
+def _moment(path: str, weights: set[str], called: Callable[[str], str]) -> str | None:
+    """What MindSpore calls the moment of a weight at ``path``; None if it is none."""
+    keys = path.split(".")
+    for at, key in enumerate(keys):
+        if key in _MOMENTS and ".".join(keys[at + 1 :]) in weights:
+            return f"{_MOMENTS[key]}.{called('.'.join(keys[at + 1 :]))}"
+    return None
+
+
+def _apart(leaves: list[Leaf]) -> list[Leaf]:
+    """Moments of two optimizers would share names: they keep their paths instead."""
+    count: dict[str, int] = {}
+    for leaf in leaves:
+        count[leaf.name] = count.get(leaf.name, 0) + 1
+    found = [
+        Leaf(leaf.path, leaf.path, leaf.role, leaf.value)
+        if count[leaf.name] > 1 and leaf.role == "optimizer"
+        else leaf
+        for leaf in leaves
+    ]
+    names = [leaf.name for leaf in found]
+    if len(set(names)) < len(names):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise LayoutError(
+            f"{some(twice)}: several leaves of the state would have this name in files. Rename "
+            "one of them."
+        )
+    return found
+
+
+def _check(leaf: Leaf) -> None:
+    value = leaf.value
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return
+    if isinstance(value, bool | int | float):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise LayoutError(f"{leaf.path} = {value} does not fit 64 bits. Put it into extras.")
+        return
+    raise LayoutError(
+        f"{leaf.path} is a {type(value).__name__}, which no tensor holds. Give arrays and numbers "
+        "in the state, and put text and the like into extras."
+    )
