@@ -3,6 +3,9 @@
 import os
 
 from hypothesis import HealthCheck, settings
+from mindspore_ranks import ranks, training
+
+__all__ = ["ranks", "training"]  # fixtures
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")

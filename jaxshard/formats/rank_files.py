@@ -70,6 +70,7 @@ def read(
             gathered.add(rank, number, entry, by_rank[rank])
         gathered.metadata |= file.metadata
         notes += file.notes
+    gathered.check_names(folder.root)
     notes += gathered.notes()
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
     if missing:
@@ -156,6 +157,15 @@ class _Gathered:
                 f"{entry.dtype} {shape} by {path}. Give the strategy files these were written with."
             )
         found.pieces += [Piece(file, at, _moved(part, box)) for at, part in entry.pieces]
+
+    def check_names(self, root: str) -> None:
+        """Refuse a strategy that knows none of the tensors: every one would pass for whole."""
+        if self._placed and self._found and not self._found.keys() & self._placed.keys():
+            raise CoverageError(
+                f"none of the {len(self._found)} tensors of the files is in the strategy: {root} "
+                f"has {some(self._found, 3)}, the strategy {some(self._placed, 3)}. Give the "
+                "strategy files these were written with."
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         return {

@@ -1,0 +1,111 @@
+"""MindSpore's ``.ckpt`` as ranks and as whole models, to safetensors and back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import mindspore_files as ms
+import numpy as np
+import pytest
+from golden_files import golden
+from mindspore_ranks import (
+    ARRAYS,
+    QUICK,
+    as_ckpt,
+    check_equal,
+    held_by,
+    merged,
+    write_strategy,
+)
+
+import jaxshard as js
+from jaxshard.cli import main
+from jaxshard.errors import FormatError
+
+# --- ranks of .ckpt files ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_bytes", [512 << 20, 40, 12])
+def test_ckpt_ranks_are_merged_wherever_their_tensors_are_cut(
+    tmp_path: Path, chunk_bytes: int
+) -> None:
+    """A large tensor is in parts that have nothing to do with rows, here every 10 or 3 numbers."""
+    write_strategy(tmp_path / "strategy")
+    for rank in range(4):
+        place = tmp_path / "c" / f"rank_{rank}" / f"net_rank_{rank}-1_1.ckpt"
+        place.parent.mkdir(parents=True)
+        place.write_bytes(as_ckpt(held_by(rank), chunk_bytes))
+    catalog = js.open(tmp_path / "c")
+    assert len(catalog["wo"].pieces) == {512 << 20: 4, 40: 20, 12: 48}[chunk_bytes]
+    check_equal(merged(tmp_path / "c", tmp_path / "o"), ARRAYS)
+    assert js.verify(catalog).problems == ()
+
+
+@pytest.mark.parametrize("crc", [False, True])
+def test_ranks_become_ckpt_files_and_come_back(ranks: Path, tmp_path: Path, crc: bool) -> None:
+    flags = ["--crc"] if crc else []
+    out = tmp_path / "as_ckpt"
+    assert main(["convert", str(ranks), str(out), "--to", "same", "--format", "ckpt", *flags]) == 0
+    for rank in range(4):
+        path = out / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"
+        held = ms.weights(path)
+        assert {n: t[2] for n, t in held.items()} == {
+            n: a.tobytes() for n, a in held_by(rank).items()
+        }
+        assert (path.read_bytes()[-17:-10] == b"crc_num") == crc
+    check_equal(merged(out, tmp_path / "o"), ARRAYS)
+    back = tmp_path / "back"
+    assert main(["convert", str(out), str(back), "--to", "same", "--format", "ranks"]) == 0
+    assert js.verify(back, ranks).problems == ()
+
+
+def test_a_damaged_checksum_stops_a_conversion_before_anything_is_made(
+    ranks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "as_ckpt"
+    js.convert(ranks, out, "same", format="ckpt", crc=True, options=QUICK)
+    path = out / "rank_2" / "checkpoint_2.ckpt"
+    data = bytearray(path.read_bytes())
+    data[data.index(held_by(2)["wo"].tobytes())] ^= 1
+    path.write_bytes(data)
+    for work in (lambda: js.verify(out), lambda: js.merge(out, tmp_path / "o", options=QUICK)):
+        with pytest.raises(FormatError, match=r"rank_2/checkpoint_2\.ckpt: its checksum says"):
+            work()
+    assert not (tmp_path / "o").exists()
+
+
+def test_text_and_int4_go_from_ckpt_to_safetensors_and_back(tmp_path: Path) -> None:
+    data = as_ckpt({"q": np.arange(6, dtype=np.uint8)}, strings={"note": "hello"}, int4=["q"])
+    (tmp_path / "model.ckpt").write_bytes(data)
+    js.convert(tmp_path / "model.ckpt", tmp_path / "s", format="huggingface", options=QUICK)
+    (written,) = (tmp_path / "s").glob("*.safetensors")
+    metadata = ms.check_mindspore_reads(written)
+    assert (metadata["note"], metadata["q"]) == ("hello", "Int4")
+    js.convert(tmp_path / "s", tmp_path / "c", format="ckpt", options=QUICK)
+    assert (tmp_path / "c" / "model.ckpt").read_bytes() == data
+
+
+@pytest.mark.parametrize("name", ["all_dtypes", "crc", "chunked", "chunked_async"])
+def test_a_ckpt_becomes_the_safetensors_of_the_same_tensors(name: str, tmp_path: Path) -> None:
+    source = golden("ckpt_formats", f"{name}.ckpt")
+    js.convert(source, tmp_path / "o", options=QUICK)
+    assert ms.folder_weights(tmp_path / "o") == ms.weights(source)
+    js.convert(tmp_path / "o", tmp_path / "back", format="ckpt", options=QUICK)
+    assert ms.folder_weights(tmp_path / "back") == ms.weights(source)
+
+
+def test_names_that_two_complete_ckpt_files_share_are_refused(tmp_path: Path) -> None:
+    for name in ("a.ckpt", "b.ckpt"):
+        (tmp_path / name).write_bytes(as_ckpt(ARRAYS))
+    with pytest.raises(FormatError, match=r"wq is in both a.ckpt and b.ckpt"):
+        js.open(tmp_path)
+    check_equal(merged(tmp_path / "a.ckpt", tmp_path / "o"), ARRAYS)
+
+
+def test_an_encrypted_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    shutil.copy(golden("ckpt_formats", "enc_AES-GCM.ckpt"), folder)
+    with pytest.raises(FormatError, match=r"is encrypted \(AES-GCM\). Decrypt it where the key"):
+        js.open(folder)
