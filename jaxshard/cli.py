@@ -227,6 +227,16 @@ def _add_running(to: argparse.ArgumentParser) -> None:
     to.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
     to.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     to.add_argument(
+        "--process-index",
+        metavar="I",
+        help="do part I of the files; others, here or on other hosts, do the rest, in any order",
+    )
+    to.add_argument(
+        "--process-count",
+        metavar="N",
+        help="in how many parts; auto takes both numbers from SLURM, Open MPI or JAX",
+    )
+    to.add_argument(
         "--overwrite", action="store_true", help="replace DST, when the new one is whole"
     )
     to.add_argument(

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import picture
 from .catalog import Catalog
-from .conversion import Options, Prepared, Report, budget_of, execute, prepare
+from .conversion import Options, Prepared, Report, budget_of, execute, part_plan, prepare
 from .errors import LayoutError, StorageError
 from .formats.huggingface_files import parse_size
+from .multiprocess.environment import part_of
 from .opening import open_checkpoint
 from .rules import Rules, read_rules
-from .verification import Verdict, verify_against
-from .verification import verify as verify_alone
+
+if TYPE_CHECKING:
+    from .verification import Verdict
 
 _PROBLEM = 3  # the exit status of a checkpoint that is not right
 
@@ -58,6 +61,9 @@ def slice(a: Namespace) -> int:
 
 def verify(a: Namespace) -> int:
     """Check a checkpoint, or compare two."""
+    from .verification import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
+    from .verification import verify_against  # noqa: PLC0415
+
     budget = budget_of(_options(a))
     catalog = _source(a)
     with _progress("checking", a.quiet or a.json) as told:
@@ -79,10 +85,11 @@ def demo(a: Namespace) -> int:
 
 def _convert(a: Namespace, to: str) -> int:
     prepared = _prepare(a, to)
+    options = _options(a)
     if a.dry_run:
-        return _show_plan(prepared, a)
+        return _show_plan(replace(prepared, plan=part_plan(prepared.plan, options.part)), a)
     with _progress("writing", a.quiet or a.json) as told:
-        report = execute(prepared, a.destination, options=_options(a), progress=told)
+        report = execute(prepared, a.destination, options=options, progress=told)
     if a.json:
         _print_json(asdict(report))
     elif not a.quiet:
@@ -133,6 +140,9 @@ def _options(a: Namespace) -> Options:
         resume=getattr(a, "resume", False),
         overwrite=getattr(a, "overwrite", False),
         durable=not getattr(a, "no_fsync", False),
+        part=part_of(
+            getattr(a, "process_index", None), getattr(a, "process_count", None), os.environ
+        ),
     )
 
 
@@ -202,6 +212,8 @@ def _report_text(report: Report) -> str:
     ]
     if report.skipped_files:
         lines.append(f"{report.skipped_files:,} files were finished before")
+    if not report.is_published:
+        lines.append(f"{report.part} is done; the result appears when all others are")
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines)
 

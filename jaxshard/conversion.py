@@ -14,22 +14,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import rules as family_rules
 from .catalog import Catalog
 from .errors import LayoutError, StorageError, some
-from .job_values import job_values
 from .layout import Layout
-from .mapping import Mapping, find_mapping
+from .multiprocess.splitting import Part, split_outputs
 from .opening import PathLike, open_checkpoint, open_strategy
 from .planning import Plan, make_plan
 from .selection import select
-from .storage.engine import Budget, Counts, fit_budget, run
+from .storage.budget import Budget, Counts, fit_budget
+from .storage.parts import PartStaging
 from .storage.reading import SourceFiles
 from .storage.staging import Staging
 from .storage.writing import OutputFiles
 from .strategy import Strategy
 from .targets import Request, Result, lay_out_for, make_result
+
+if TYPE_CHECKING:
+    from .mapping import Mapping
 
 Progress = Callable[[int], None]
 _DEFAULT_BUDGET = 256 << 20
@@ -46,6 +50,8 @@ class Options:
         resume: go on with an interrupted run.
         overwrite: replace an existing destination.
         durable: have every file on the disk (fsync) before the result appears.
+        part: make one part only, of several that as many processes make on a disk they
+            share. The last to be done publishes; a part begun again goes on.
     """
 
     workers: int | None = None
@@ -53,6 +59,7 @@ class Options:
     resume: bool = False
     overwrite: bool = False
     durable: bool = True
+    part: Part | None = None
 
 
 _DEFAULT = Options()
@@ -76,6 +83,8 @@ class Report:
     num_files: int
     skipped_files: int
     notes: tuple[str, ...] = ()
+    part: Part | None = None
+    is_published: bool = True  # False: other parts are still to be made
 
 
 def prepare(
@@ -139,11 +148,13 @@ def prepare(
     )
     chosen = replace(catalog, tensors={t.name: t for t in tensors}, notes=(*catalog.notes, *notes))
     if names is not None:
+        from .mapping import find_mapping  # noqa: PLC0415 - seldom needed, and not small
+
         chosen = find_mapping(names, chosen).apply(chosen)
         tensors = list(chosen.tensors.values())
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
     layout = chosen.layout if to == "same" else _target_layout(to, lay_out)
-    numbers = job_values(chosen) if format == "iteration" else {}
+    numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
     result = make_result(chosen, tensors, request)
     only = _check_ranks(ranks, layout)
@@ -181,16 +192,13 @@ def execute(
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Carry out a prepared conversion (errors as ``convert``)."""
+    from .storage.engine import run  # noqa: PLC0415 - NumPy, which a plan alone does not need
+
     prepared, budget = fitted(prepared, options), budget_of(options)
     plan, catalog = prepared.plan, prepared.plan.source
     _refuse_inside(catalog, Path(destination))
-    staging = Staging(
-        Path(destination),
-        prepared.request,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        durable=options.durable,
-    )
+    plan = part_plan(plan, options.part)
+    staging = _staging(Path(destination), prepared.request, options)
     notes = (*catalog.notes, *plan.outputs.layout.notes)
     if staging.published:
         return Report(str(destination), Counts(), 0, plan.totals.num_files, notes)
@@ -206,13 +214,35 @@ def execute(
         finally:
             files.close()
             source.close()
-        _write_side_files(prepared, staging, Path(destination))
         source.check_unchanged()
-        staging.publish()
+        is_published = staging.publish(
+            partial(_write_side_files, prepared, staging, Path(destination))
+        )
     except BaseException:
         staging.abandon()
         raise
-    return Report(str(destination), counts, plan.totals.num_files, skipped, notes)
+    num_files = plan.totals.num_files
+    return Report(str(destination), counts, num_files, skipped, notes, options.part, is_published)
+
+
+def _staging(destination: Path, request: str, options: Options) -> Staging | PartStaging:
+    overwrite, durable, part = options.overwrite, options.durable, options.part
+    if part is None:
+        return Staging(
+            destination, request, resume=options.resume, overwrite=overwrite, durable=durable
+        )
+    return PartStaging(
+        destination, request, part.index, part.count, overwrite=overwrite, durable=durable
+    )
+
+
+def part_plan(plan: Plan, part: Part | None) -> Plan:
+    """``plan`` for the files that ``part`` makes; all of it where that is None."""
+    if part is None:
+        return plan
+    ranks = range(len(plan.outputs.paths)) if plan.only is None else plan.only
+    only = split_outputs(plan.outputs, ranks, part.count)[part.index]
+    return make_plan(plan.source, plan.outputs, only=only, block_bytes=plan.block_bytes)
 
 
 def budget_of(options: Options) -> Budget:
@@ -259,6 +289,12 @@ def _target_layout(
             f"--to {text}: neither full, nor an existing strategy file or folder; {error}"
         ) from None
     return lay_out(strategy)
+
+
+def _job_values(catalog: Catalog) -> dict[str, Any]:
+    from .job_values import job_values  # noqa: PLC0415 - the dtypes of JAX, seldom needed
+
+    return job_values(catalog)
 
 
 def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
@@ -314,7 +350,7 @@ def _refuse_inside(catalog: Catalog, destination: Path) -> None:
         )
 
 
-def _without_finished(plan: Plan, staging: Staging) -> tuple[Plan, int]:
+def _without_finished(plan: Plan, staging: Staging | PartStaging) -> tuple[Plan, int]:
     """``plan`` less the files that an earlier run finished."""
     paths = plan.outputs.paths
     wanted = set(range(len(paths))) if plan.only is None else set(plan.only)
@@ -336,7 +372,9 @@ def _check_room(plan: Plan, place: Path) -> None:
         )
 
 
-def _write_side_files(prepared: Prepared, staging: Staging, destination: Path) -> None:
+def _write_side_files(
+    prepared: Prepared, staging: Staging | PartStaging, destination: Path
+) -> None:
     source = Path(prepared.plan.source.root)
     inside = destination.resolve()
     try:

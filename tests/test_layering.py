@@ -26,7 +26,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("outputs", "cells", "ranges", "planning"),
     ("storage",),
     ("results", "lay_files", "target_folders", "target_ranks", "target_iteration"),
-    ("targets", "opening", "job_values"),
+    ("targets", "opening", "job_values", "multiprocess"),
     ("conversion", "verification"),
     ("devices", "transfer"),
     ("trees", "on_devices"),
@@ -35,7 +35,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("picture", "api", "cli", "commands", "strategy_commands", "mindformers", "demo", "__init__", "__main__"),
 )
 DEVICE_RINGS = range(10, 14)
-INSIDE_FUNCTIONS = {"demo", "mapping.expressions"}  # may import JAX when called, and only then
+INSIDE_FUNCTIONS = {"demo", "mapping.expressions", "multiprocess.barriers"}  # may import JAX when called, and only then
 WITH_ORBAX = ("formats.orbax",)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from ..catalog import Catalog, Piece
-from ..errors import FormatError, some
+from ..catalog import Catalog, File, Piece
+from ..errors import FormatError, NotFoundError, some
 from .local import Handles, LocalFolder
 
 
@@ -28,7 +31,7 @@ class SourceFiles:
             FormatError: a file has another size or time than when its header was read.
         """
         now = self._folder.files()
-        changed = [f.path for f in self._files if f.mtime_ns and now.get(f.path) != f]
+        changed = [f.path for f in self._files if f.mtime_ns and _state(f, now) != f]
         if changed:
             raise FormatError(
                 f"{some(changed)} of {self._folder.root} changed while being read. Convert again "
@@ -50,3 +53,14 @@ class SourceFiles:
     def close(self) -> None:
         """Close all handles."""
         self._handles.close()
+
+
+def _state(file: File, folder: Mapping[str, File]) -> File | None:
+    """``file`` as it is now; one with an absolute path is from another folder."""
+    if not os.path.isabs(file.path):
+        return folder.get(file.path)
+    try:
+        (now,) = LocalFolder(file.path).files().values()
+    except NotFoundError:
+        return None
+    return replace(now, path=file.path)

@@ -5,7 +5,7 @@
         journal.json          what is being made, from which files
         finished              a line for each file that is complete and on the disk
         files/                the result so far
-        publishing            while files is renamed: which folder it is
+        placing               which folder is about to get its name
 
 A crash at any instant leaves ``out`` as it was. Publishing renames ``files`` to
 ``out`` (exchanging the two when an old result is replaced), then removes the rest.
@@ -21,15 +21,16 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LayoutError, StorageError
 
-_FILES, _JOURNAL, _FINISHED, _LOCK = "files", "journal.json", "finished", "lock"
-_PUBLISHING, _REPLACED = "publishing", "replaced"
+FILES, JOURNAL, LOCK = "files", "journal.json", "lock"
+_FINISHED, _PLACING, _REPLACED = "finished", "placing", "replaced"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_RECORDING = threading.Lock()
 
 
 class Staging:
@@ -37,7 +38,7 @@ class Staging:
 
     Attributes:
         files: the folder to write into; what lies there is published.
-        finished: the files an earlier, interrupted run completed.
+        finished: the files an earlier, interrupted run completed, with their sizes.
         published: whether that run had even published the result; nothing is left to do.
     """
 
@@ -63,17 +64,14 @@ class Staging:
             LayoutError: the destination exists, or an interrupted run lies there.
             StorageError: another run is writing there, or the disk refuses.
         """
-        self._destination = destination = Path(os.path.realpath(destination))
-        if not destination.name:
-            raise LayoutError(f"{destination} cannot be replaced. Choose another destination.")
-        self._request, self._durable, self._finishing = request, durable, threading.Lock()
-        self._base = destination.with_name(f".{destination.name}.partial")
-        self.files = self._base / _FILES
-        self.finished: frozenset[str] = frozenset()
-        with _told(f"{self._base} cannot be made"):
-            self.published = resume and self._was_published(request)
+        self._destination = destination = real_place(destination)
+        self._durable, self.finished = durable, dict[str, int]()
+        self._base = staging_folder(destination)
+        self.files = self._base / FILES
+        with told(f"{self._base} cannot be made"):
+            self.published = resume and _was_published(self._base, destination, request)
             if not self.published:
-                _refuse_existing(destination, overwrite)
+                refuse_existing(destination, overwrite)
             there_was = self._base.exists()
             self._base.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -86,39 +84,27 @@ class Staging:
                         f"an interrupted run left {self._base}. Go on with --resume, or discard "
                         "it with --overwrite."
                     )
+                put_back(self._base, destination)
                 self.finished = self._begin(request, resume, overwrite)
             except BaseException:
                 self._release()
                 raise
 
-    def finish(self, path: str) -> None:
+    def finish(self, path: str, num_bytes: int) -> None:
         """Record that the file at ``path`` is complete; it is put on the disk first."""
         self.sync(self.files / path)
-        line = json.dumps([path, *self._identity(path)]) + "\n"
-        with (
-            self._finishing,
-            _told(f"{self._base / _FINISHED} cannot be written"),
-            open(self._base / _FINISHED, "a", encoding="utf-8") as journal,
-        ):
-            journal.write(line)
-            journal.flush()
-            if self._durable:
-                os.fsync(journal.fileno())
+        record_finished(self._base / _FINISHED, path, num_bytes, durable=self._durable)
 
-    def publish(self) -> None:
-        """Make the result visible under its name, in one step."""
-        with _told(
-            f"{self._destination} cannot be published (the finished files are in {self.files})"
-        ):
-            if self._durable:
-                for folder, _, _ in os.walk(self.files):
-                    self.sync(Path(folder))
-            (self._base / _PUBLISHING).write_text(_inode(self.files) + self._request)
-            self.sync(self._base / _PUBLISHING)
-            self.sync(self._base)
-            _swap(self.files, self._destination)
-            self.sync(self._destination.parent)
+    def publish(self, last: Callable[[], None] | None = None) -> bool:
+        """Make the result visible under its name, in one step; True: it is there now.
+
+        ``last`` is called just before, and writes what belongs to no file of the plan.
+        """
+        if last is not None:
+            last()
+        place(self._base, self._destination, durable=self._durable)
         self._remove()
+        return True
 
     def abandon(self) -> None:
         """Stop. What was finished is kept for a later run to resume; otherwise all goes."""
@@ -127,130 +113,88 @@ class Staging:
         else:
             self._remove()
 
-    def _was_published(self, request: str) -> bool:
-        """Whether a run of this request ended between the renaming and the tidying up."""
-        try:
-            noted = (self._base / _PUBLISHING).read_text()
-            return noted == _inode(self._destination) + request
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-
-    def _begin(self, request: str, resume: bool, overwrite: bool) -> frozenset[str]:
-        journal, replaced = self._base / _JOURNAL, self._base / _REPLACED
-        if replaced.exists() and not self._destination.exists():
-            replaced.rename(self._destination)  # an earlier run ended between two renames
-        if resume and journal.exists():
+    def _begin(self, request: str, resume: bool, overwrite: bool) -> dict[str, int]:
+        journal = self._base / JOURNAL
+        if resume and journal.exists() and not was_placed(self._base):
             if journal.read_text() == request:
-                return self._keep_finished()
-            if (self._base / _FINISHED).exists() and not overwrite:
-                raise LayoutError(
-                    f"{self._base} is from another conversion, or its source has changed since. "
-                    "Repeat that one exactly, or discard it with --overwrite."
-                )
-        for name in (_JOURNAL, _FINISHED, _PUBLISHING, _FILES):
-            _remove(self._base / name)
-        self.files.mkdir()
-        scratch = journal.with_suffix(".new")
-        scratch.write_text(request)
-        scratch.rename(journal)
-        return frozenset()
-
-    def _keep_finished(self) -> frozenset[str]:
-        """The files that were finished and not touched since; all others are removed."""
-        finished = frozenset(self._read_finished())
-        self.files.mkdir(exist_ok=True)
-        for folder, _, names in os.walk(self.files):
-            for name in names:
-                path = Path(folder, name)
-                if path.relative_to(self.files).as_posix() not in finished:
-                    path.unlink()  # its room may be what the disk lacks
-        return finished
-
-    def _read_finished(self) -> Iterator[str]:
-        path = self._base / _FINISHED
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                name, *identity = json.loads(line)
-                if identity[:3] == self._identity(name)[:3] and identity[3] in ("", _boot()):
-                    yield name
-            except (ValueError, TypeError, IndexError, OSError):
-                continue  # a torn last line is no promise
-
-    def _identity(self, path: str) -> list[object]:
-        """What a finished file is known by: an exchanged or rewritten one is another.
-
-        What was not put on the disk counts only until the machine is started again.
-        """
-        info = (self.files / path).stat()
-        return [info.st_size, info.st_mtime_ns, info.st_ino, "" if self._durable else _boot()]
+                self.files.mkdir(exist_ok=True)
+                finished = read_finished(self._base / _FINISHED, self.files)
+                _remove_others(self.files, finished)
+                return finished
+            if has_work(self._base) and not overwrite:
+                raise other_request(self._base)
+        begin(self._base, request)
+        return {}
 
     def _take_lock(self) -> int:
-        path = self._base / _LOCK
+        path = self._base / LOCK
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino != path.stat().st_ino:  # of a run that has just ended
-                raise FileNotFoundError
-        except OSError:
+        # a lock that is no longer there is of a run that has just ended
+        if not lock(descriptor, fcntl.LOCK_EX) or not is_same(descriptor, path):
             os.close(descriptor)
-            raise StorageError(
-                f"another process is writing {self._destination}. Wait for it, or choose another "
-                "destination."
-            ) from None
+            raise in_use(self._destination)
         return descriptor
 
     def sync(self, path: Path) -> None:
         """Wait until ``path`` is on the disk, where the result is to be durable."""
         if self._durable:
-            with _told(f"{path} cannot be put on the disk"):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            sync(path)
 
     def _remove(self) -> None:
-        for name in (_FILES, _REPLACED):  # what says that all is published goes last
-            shutil.rmtree(self._base / name, ignore_errors=True)
-        shutil.rmtree(self._base, ignore_errors=True)
+        remove_base(self._base)
         self._release()
 
     def _release(self) -> None:
-        """Let another run take the lock; once, for the number may be another file's by then."""
-        descriptor, self._lock = self._lock, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+# --- the steps, which several processes that share one result take too ---------------
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """The disk's refusals inside, as an error that says ``what`` failed."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         raise StorageError(
-            f"{what}: {error.strerror}. Make room or mend the disk, then run again with --resume."
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-            else f"{what}: {error.strerror}. Choose another destination, or mend this one."
+            f"{what}: {error.strerror}. "
+            + (
+                "Make room or mend the disk, then run again with --resume."
+                if full
+                else "Choose another destination, or mend this one."
+            )
         ) from error
 
 
-def _inode(path: Path) -> str:
-    info = path.stat()
-    return f"{info.st_dev} {info.st_ino}\n"
+def real_place(destination: Path) -> Path:
+    """Where ``destination`` is, links followed.
+
+    Raises:
+        LayoutError: it is the root of the disk.
+    """
+    real = Path(os.path.realpath(destination))
+    if not real.name:
+        raise LayoutError(f"{destination} cannot be replaced. Choose another destination.")
+    return real
 
 
-def _boot() -> str:
-    """What is the same until the machine is started again."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return "unknown"
+def staging_folder(destination: Path) -> Path:
+    """Where ``destination`` (an absolute path) is made."""
+    return destination.with_name(f".{destination.name}.partial")
 
 
-def _refuse_existing(destination: Path, overwrite: bool) -> None:
+def refuse_existing(destination: Path, overwrite: bool) -> None:
+    """Refuse a destination that something lies at.
+
+    Raises:
+        LayoutError: it exists, is not empty, and may not be replaced.
+    """
     if not destination.exists() or overwrite:
         return
     if destination.is_dir() and not any(destination.iterdir()):
@@ -258,6 +202,165 @@ def _refuse_existing(destination: Path, overwrite: bool) -> None:
     raise LayoutError(
         f"{destination} exists. Choose another destination, or replace it with --overwrite."
     )
+
+
+def lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
+    """Lock an open file; False if another process has it. The lock goes with the process."""
+    try:
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def in_use(destination: Path) -> StorageError:
+    """What is said to whoever comes second."""
+    return StorageError(
+        f"another process is writing {destination}. Wait for it, or choose another destination."
+    )
+
+
+def other_request(base: Path) -> LayoutError:
+    """What is said where the work in ``base`` is not the work asked for."""
+    return LayoutError(
+        f"{base} is from another conversion, or its source has changed since. "
+        "Repeat that one exactly, or discard it with --overwrite."
+    )
+
+
+def has_work(base: Path) -> bool:
+    """Whether a file was finished in ``base``, by a run alone or by one part of several."""
+    return (base / _FINISHED).exists() or any(base.glob("*.journal"))
+
+
+def begin(base: Path, request: str) -> None:
+    """Make ``base`` empty but for its locks, and ready for the making of ``request``."""
+    for entry in [e for e in base.iterdir() if e.suffix != ".lock" and e.name != LOCK]:
+        _remove(entry)
+    (base / FILES).mkdir()
+    scratch = base / "journal.new"
+    scratch.write_text(request)
+    scratch.rename(base / JOURNAL)
+
+
+def record_finished(journal: Path, path: str, num_bytes: int, *, durable: bool) -> None:
+    """Add a line to ``journal``: the file at ``path`` is complete. Safe from several threads."""
+    with told(f"{journal} cannot be written"), _RECORDING:
+        identity = [*_identity(journal.parent / FILES / path), "" if durable else _boot()]
+        with open(journal, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps([path, num_bytes, identity]) + "\n")
+            lines.flush()
+            if durable:
+                os.fsync(lines.fileno())
+
+
+def read_finished(journal: Path, files: Path) -> dict[str, int]:
+    """Finished files that nobody has touched since; a torn last line is no promise."""
+    found: dict[str, int] = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+        try:
+            name, num_bytes, (*identity, boot) = json.loads(line)
+            if identity == _identity(files / name) and boot in ("", _boot()):
+                found[name] = num_bytes
+        except (ValueError, TypeError, OSError):
+            continue
+    return found
+
+
+def _identity(path: Path) -> list[int]:
+    """What a finished file is known by: one that was exchanged or written again is another."""
+    info = path.stat()
+    return [info.st_size, info.st_mtime_ns, info.st_ino]
+
+
+def _boot() -> str:
+    """What stays until the machine is started again: files never put on the disk may too."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _remove_others(files: Path, finished: Container[str]) -> None:
+    """Remove what was not finished: its room may be what the disk lacks."""
+    for folder, _, names in os.walk(files):
+        for name in names:
+            path = Path(folder, name)
+            if path.relative_to(files).as_posix() not in finished:
+                path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until ``path``, a file or a folder, is on the disk."""
+    with told(f"{path} cannot be put on the disk"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def place(base: Path, destination: Path, *, durable: bool) -> None:
+    """Make ``base/files`` the ``destination``, in one step.
+
+    Raises:
+        StorageError: the disk refused; the files are where they were.
+    """
+    files = base / FILES
+    with told(f"{destination} cannot be published (the finished files are in {files})"):
+        if durable:
+            for folder, _, _ in os.walk(files):
+                sync(Path(folder))
+        (base / _PLACING).write_text(f"{files.stat().st_ino}\n{(base / JOURNAL).read_text()}")
+        if durable:
+            sync(base / _PLACING)
+            sync(base)
+        _swap(files, destination)
+        if durable:
+            sync(destination.parent)
+
+
+def remove_base(base: Path) -> None:
+    """Remove all of ``base``; what says that the result was published goes last."""
+    for name in (FILES, _REPLACED):
+        shutil.rmtree(base / name, ignore_errors=True)
+    shutil.rmtree(base, ignore_errors=True)
+
+
+def was_placed(base: Path) -> bool:
+    """Whether the files of ``base`` have got their name, and only the tidying is left.
+
+    What lies in ``files`` then is the old result, and must not be taken for the new one.
+    """
+    try:
+        placing = (base / _PLACING).read_text().partition("\n")[0]
+        return placing != "" and str((base / FILES).stat().st_ino) != placing
+    except FileNotFoundError:
+        return (base / _PLACING).exists()
+
+
+def _was_published(base: Path, destination: Path, request: str) -> bool:
+    """Whether ``destination`` is what an earlier run of ``request`` in ``base`` made."""
+    try:
+        noted = (base / _PLACING).read_text()
+        return noted == f"{destination.stat().st_ino}\n{request}"
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def is_same(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at ``path``, and not one that was removed."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def put_back(base: Path, destination: Path) -> None:
+    """Where a result was being replaced in two steps, and only the first was done, undo it."""
+    replaced = base / _REPLACED
+    if replaced.exists() and not destination.exists():
+        os.rename(replaced, destination)
 
 
 def _remove(path: Path) -> None:
@@ -295,5 +398,5 @@ def is_unfinished(path: Path) -> bool:
     """Whether ``path`` is a result in the making, or lies in one: no checkpoint yet."""
     at = Path(os.path.abspath(path))
     return any(
-        place.name.endswith(".partial") and (place / _LOCK).exists() for place in (at, *at.parents)
+        place.name.endswith(".partial") and (place / LOCK).exists() for place in (at, *at.parents)
     )

@@ -17,6 +17,7 @@ from ..errors import StorageError
 from ..outputs import Entry
 from ..planning import Move, Plan
 from .local import Handles
+from .parts import PartStaging
 from .staging import Staging
 
 
@@ -46,7 +47,11 @@ class OutputFiles:
     """The files of a plan, open for writing."""
 
     def __init__(
-        self, plan: Plan, staging: Staging, lay_file: LayFile, seal: Seal | None = None
+        self,
+        plan: Plan,
+        staging: Staging | PartStaging,
+        lay_file: LayFile,
+        seal: Seal | None = None,
     ) -> None:
         outputs = plan.outputs
         wanted = range(len(outputs.paths)) if plan.only is None else sorted(plan.only)
@@ -95,9 +100,9 @@ class OutputFiles:
             raise StorageError(f"{path} cannot be made: {error.strerror}.") from error
 
     def _finish(self, rank: int) -> None:
-        path = self._paths[rank]
-        for offset, data in self._layouts[self._content_of[rank]].segments:
+        path, layout = self._paths[rank], self._layouts[self._content_of[rank]]
+        for offset, data in layout.segments:
             self._handles.write(path, offset, memoryview(data))
         if self._seal:
             self._seal(self._staging.files / path)
-        self._staging.finish(path)
+        self._staging.finish(path, layout.num_bytes)

@@ -1,0 +1,183 @@
+"""Parts: several processes, on any hosts that share the disk, make one result together.
+
+    .out.partial/
+        journal.json    what is being made, and in how many parts
+        lock            held by every part that is at work, shared
+        turn.lock       held while a part begins or ends, by one alone
+        part-1.lock     held by part 1, so that it is not done twice at once
+        part-1.journal  a line for each file that part 1 has finished
+        part-1.done     part 1 is complete
+        files/          the result so far
+
+They need not run at the same time, nor in any order: whoever is done last publishes. A
+part that was killed is started again and goes on; its locks went with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import LayoutError, StorageError
+from . import staging as steps
+
+
+class PartStaging:
+    """One part of a result in the making; used as ``Staging`` is.
+
+    Attributes:
+        files: the folder to write into.
+        finished: the files an earlier run of this part completed, with their sizes.
+        published: False: a part that is begun when all are done begins anew.
+    """
+
+    published = False
+
+    def __init__(
+        self,
+        destination: Path,
+        request: str,
+        index: int,
+        count: int,
+        *,
+        overwrite: bool = False,
+        durable: bool = True,
+    ) -> None:
+        """Begin, join or go on with the making of ``destination``.
+
+        Args:
+            destination: the folder to publish as.
+            request: a text that all parts share.
+            index: which part this is.
+            count: of how many.
+            overwrite: replace an existing result, and discard another interrupted run.
+            durable: have every file on the disk before it counts as finished.
+
+        Raises:
+            LayoutError: the destination exists, or other work lies there.
+            StorageError: this part runs already, or the disk refuses.
+        """
+        self._destination = destination = steps.real_place(destination)
+        self._count, self._durable, self._overwrite = count, durable, overwrite
+        self._base = base = steps.staging_folder(destination)
+        self.files = base / steps.FILES
+        self._name = f"part-{index}"
+        self._request = json.dumps({"parts": count, "request": request})
+        self._locks: list[int] = []
+        try:
+            self._join()
+            self.finished = steps.read_finished(base / f"{self._name}.journal", self.files)
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                raise StorageError(f"{base} cannot be made: {error.strerror}.") from error
+            raise
+
+    def finish(self, path: str, num_bytes: int) -> None:
+        """Record that the file at ``path`` is complete; it is put on the disk first."""
+        self.sync(self.files / path)
+        journal = self._base / f"{self._name}.journal"
+        steps.record_finished(journal, path, num_bytes, durable=self._durable)
+
+    def publish(self, last: Callable[[], None] | None = None) -> bool:
+        """This part is complete; whether the result is there now, because it was the last.
+
+        Of all parts exactly one calls ``last``, when all others are complete.
+        """
+        (self._base / f"{self._name}.done").touch()
+        with self._turn() as is_there:
+            is_last = is_there and all(
+                (self._base / f"part-{i}.done").exists() for i in range(self._count)
+            )
+            if is_last:
+                if last is not None:
+                    last()
+                steps.place(self._base, self._destination, durable=self._durable)
+                steps.remove_base(self._base)
+        self.abandon()
+        return is_last or not is_there
+
+    def abandon(self) -> None:
+        """Stop. What was finished is kept for the next run of this part."""
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def sync(self, path: Path) -> None:
+        """Wait until ``path`` is on the disk, where the result is to be durable."""
+        if self._durable:
+            steps.sync(path)
+
+    def _join(self) -> None:
+        self._base.mkdir(parents=True, exist_ok=True)
+        with self._turn() as is_there:
+            if is_there:
+                steps.put_back(self._base, self._destination)
+                steps.refuse_existing(self._destination, self._overwrite)
+                self._lock(self._base / steps.LOCK, fcntl.LOCK_SH, self._is_in_use)
+                if not self._is_ours():
+                    self._begin()
+                self._lock(
+                    self._base / f"{self._name}.lock",
+                    fcntl.LOCK_EX,
+                    lambda: StorageError(
+                        f"{self._name} of {self._destination} runs already. Wait for it, or give "
+                        "each process a number of its own."
+                    ),
+                )
+                (self._base / f"{self._name}.done").unlink(missing_ok=True)
+                return
+        self._join()  # the folder went while we waited: its result was published
+
+    def _is_ours(self) -> bool:
+        journal = self._base / steps.JOURNAL
+        return (
+            journal.exists()
+            and not steps.was_placed(self._base)
+            and journal.read_text() == self._request
+        )
+
+    def _begin(self) -> None:
+        """Discard what lies there, if nobody is at work on it and it may go."""
+        os.close(self._locks.pop())
+        others = LayoutError(f"other parts are at work: {steps.other_request(self._base)}")
+        self._lock(self._base / steps.LOCK, fcntl.LOCK_EX, lambda: others)
+        if steps.has_work(self._base) and not self._overwrite and not steps.was_placed(self._base):
+            raise steps.other_request(self._base)
+        steps.begin(self._base, self._request)
+        fcntl.flock(self._locks[-1], fcntl.LOCK_SH)  # nobody can come between: it is our turn
+
+    def _is_in_use(self) -> StorageError:
+        return steps.in_use(self._destination)
+
+    def _lock(self, path: Path, kind: int, refusal: Callable[[], Exception]) -> None:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        self._locks.append(descriptor)
+        if not steps.lock(descriptor, kind):
+            raise refusal()
+
+    @contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Wait to be alone; whether the folder is still there then."""
+        path = self._base / "turn.lock"
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            steps.lock(descriptor, fcntl.LOCK_EX, wait=True)
+            yield _is_same(descriptor, path)
+        finally:
+            os.close(descriptor)
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at ``path``, and not one that was removed."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

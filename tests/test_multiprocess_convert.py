@@ -1,0 +1,326 @@
+"""Several processes convert together: any order, killed and restarted, nothing partial."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import checkpoints
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxshard as js
+from jaxshard.conversion import Options, execute, prepare
+from jaxshard.errors import LayoutError, StorageError
+from jaxshard.multiprocess.environment import part_of
+from jaxshard.multiprocess.splitting import Part, assign, cut_evenly, split_outputs
+from jaxshard.storage import parts as parts_module
+from jaxshard.storage.staging import Staging
+
+SIZES = {"layers": 4, "hidden": 64, "vocab": 128}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "llama"
+    checkpoints.write_llama(folder, num_files=3, **SIZES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(llama, tmp_path_factory):
+    """What one process makes of it."""
+    folder = tmp_path_factory.mktemp("alone") / "cut"
+    js.convert(llama, folder, "dp2mp2pp2")
+    return folder
+
+
+def run_part(source, destination, index, count, to="dp2mp2pp2", **options):
+    options = Options(part=Part(index, count), durable=False, **options)
+    return execute(prepare(source, to), destination, options=options)
+
+
+def assert_same(folder, other):
+    found = filecmp.dircmp(folder, other)
+    stack = [found]
+    while stack:
+        here = stack.pop()
+        assert not here.left_only
+        assert not here.right_only
+        _, different, odd = filecmp.cmpfiles(here.left, here.right, here.common_files, False)
+        assert (different, odd) == ([], [])
+        stack += here.subdirs.values()
+
+
+def visible(folder):
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+
+# --- who writes what -----------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=40), st.integers(1, 9))
+def test_neighbours_stay_together_and_nobody_is_far_from_his_share(sizes, count):
+    cuts = cut_evenly(sizes, count)
+    assert cuts == sorted(cuts)
+    assert all(0 <= p < count for p in cuts)
+    for process in range(count):
+        done = sum(s for s, p in zip(sizes, cuts, strict=True) if p == process)
+        assert done <= sum(sizes) / count + max(sizes)
+
+
+def test_every_file_is_written_by_one_process(llama):
+    outputs = prepare(llama, "dp4mp2pp2").plan.outputs
+    for count in (1, 3, 5, 16, 40):
+        split = split_outputs(outputs, range(16), count)
+        assert sorted(r for ranks in split for r in ranks) == list(range(16))
+
+
+def test_replicas_go_to_one_process(llama):
+    """So each reads half of the matrices, though every process writes files of all kinds."""
+    outputs = prepare(llama, "dp4mp2").plan.outputs
+    assert split_outputs(outputs, range(8), 2) == ({0, 2, 4, 6}, {1, 3, 5, 7})
+
+
+def test_shards_are_assigned_by_weight():
+    weights = {i: i % 7 + 1 for i in range(60)}
+    owners = assign(weights, {i: (i % 3, (i + 1) % 3) for i in weights})
+    loads = [sum(weights[i] for i, o in owners.items() if o == p) for p in range(3)]
+    assert max(loads) - min(loads) <= 7
+    assert all(o in (i % 3, (i + 1) % 3) for i, o in owners.items())
+
+
+# --- who am I ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "environ", "part"),
+    [
+        ("1", "3", {}, Part(1, 3)),
+        ("auto", None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, Part(1, 4)),
+        (
+            "auto",
+            "auto",
+            {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0"},
+            Part(2, 4),
+        ),
+        ("auto", "8", {"JAX_PROCESS_ID": "5", "JAX_NUM_PROCESSES": "6"}, Part(5, 8)),
+        (None, None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, None),  # never behind one's back
+    ],
+)
+def test_the_part_is_as_said_or_as_the_job_says(index, count, environ, part):
+    assert part_of(index, count, environ) == part
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "environ", "said"),
+    [
+        ("1", None, {}, "needs --process-count"),
+        (None, "2", {}, "needs --process-index"),
+        ("2", "2", {}, "numbered from 0 to 1"),
+        ("auto", "auto", {}, "SLURM_PROCID"),
+        ("x", "2", {}, "not a number"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(index, count, environ, said):
+    with pytest.raises(LayoutError, match=said):
+        part_of(index, count, environ)
+
+
+# --- together ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_in_any_order_make_what_one_process_makes(llama, whole, tmp_path, seed):
+    order = random.Random(seed).sample(range(3), 3)
+    out = tmp_path / "cut"
+    for n, index in enumerate(order):
+        report = run_part(llama, out, index, 3)
+        assert report.is_published == (n == 2)
+        assert out.exists() == (n == 2)
+    assert_same(out, whole)
+    assert visible(tmp_path) == ["cut"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_each_part_reads_and_writes_its_share(llama, tmp_path):
+    alone = prepare(llama, "mp2pp2").plan.totals
+    reports = [run_part(llama, tmp_path / "cut", i, 4, "mp2pp2") for i in range(4)]
+    assert sum(r.counts.bytes_written for r in reports) == alone.bytes_written
+    for report in reports:
+        assert report.counts.bytes_written <= alone.bytes_written / 4 * 1.3
+        assert report.counts.bytes_needed <= alone.bytes_needed / 4 * 1.3
+
+
+def test_more_parts_than_files_leave_some_with_nothing_to_do(llama, tmp_path):
+    reports = [run_part(llama, tmp_path / "full", i, 3, "full") for i in (2, 0, 1)]
+    assert sorted(r.num_files for r in reports) == [0, 0, 1]
+    assert [r.is_published for r in reports] == [False, False, True]
+    verdict = js.verify(tmp_path / "full", llama)
+    assert not verdict.problems
+
+
+def test_parts_that_end_together_publish_once(llama, whole, tmp_path):
+    """Eight at once, several times over: one publishes, all succeed."""
+    for attempt in range(3):
+        out, reports, barrier = tmp_path / f"cut{attempt}", [], threading.Barrier(8)
+
+        def work(index, out=out, reports=reports, barrier=barrier):
+            barrier.wait()
+            reports.append(run_part(llama, out, index, 8))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+        assert sum(r.is_published for r in reports) == 1
+        assert len(reports) == 8
+        assert_same(out, whole)
+
+
+KILLED = """
+import os, signal, sys
+from jaxshard.conversion import Options, execute, prepare
+from jaxshard.multiprocess.splitting import Part
+from jaxshard.storage import parts
+source, out, index, count, after, what = sys.argv[1:]
+plain, left = getattr(parts.PartStaging, what), [int(after)]
+def dying(self, *args):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return plain(self, *args)
+setattr(parts.PartStaging, what, dying)
+how = Options(part=Part(int(index), int(count)), durable=False, workers=1)
+execute(prepare(source, "dp2mp2pp2"), out, options=how)
+"""
+
+
+def test_a_part_that_was_killed_goes_on_when_started_again(llama, whole, tmp_path):
+    out = tmp_path / "cut"
+    run_part(llama, out, 2, 3)
+    arguments = [llama, out, "0", "3", "1", "finish"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)], check=False, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert visible(tmp_path) == []
+    assert not run_part(llama, out, 1, 3).is_published  # all others are done, and it is not there
+    assert visible(tmp_path) == []
+    report = run_part(llama, out, 0, 3)
+    assert (report.skipped_files, report.is_published) == (1, True)
+    assert_same(out, whole)
+
+
+def test_a_part_killed_before_it_could_publish_publishes_when_started_again(llama, whole, tmp_path):
+    out = tmp_path / "cut"
+    for index in (0, 1):
+        run_part(llama, out, index, 3)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, [llama, out, "2", "3", "0", "publish"])],
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert visible(tmp_path) == []
+    assert run_part(llama, out, 2, 3).is_published
+    assert_same(out, whole)
+
+
+def test_a_finished_part_may_be_started_again(llama, whole, tmp_path):
+    for index in (0, 0, 1, 0):
+        report = run_part(llama, tmp_path / "cut", index, 3)
+    assert report.counts.bytes_written == 0
+    run_part(llama, tmp_path / "cut", 2, 3)
+    assert_same(tmp_path / "cut", whole)
+
+
+def test_the_command_line_takes_its_part_from_the_job(llama, whole, tmp_path):
+    out = tmp_path / "cut"
+    command = [sys.executable, "-m", "jaxshard", "convert", str(llama), str(out)]
+    command += ["--to", "dp2mp2pp2", "--process-index", "auto", "--json"]
+    jobs = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"SLURM_PROCID": str(i), "SLURM_NTASKS": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    answers = [json.loads(job.communicate(timeout=60)[0]) for job in jobs]
+    assert sorted(a["is_published"] for a in answers) == [False, True]
+    assert_same(out, whole)
+
+
+# --- what does not belong together ---------------------------------------------------
+
+
+def test_parts_of_other_requests_are_refused(llama, tmp_path):
+    out = tmp_path / "cut"
+    run_part(llama, out, 0, 3)
+    for index, count, to in ((1, 4, "dp2mp2pp2"), (1, 3, "mp2")):
+        with pytest.raises(LayoutError, match="another conversion"):
+            run_part(llama, out, index, count, to)
+    for resume in (True, False):
+        with pytest.raises(LayoutError):
+            js.convert(llama, out, "dp2mp2pp2", options=Options(resume=resume))
+    assert run_part(llama, out, 1, 3).skipped_files == 0
+    assert run_part(llama, out, 2, 3).is_published
+
+
+def test_another_request_may_be_discarded_when_nobody_works_on_it(llama, tmp_path):
+    out = tmp_path / "cut"
+    run_part(llama, out, 0, 2, "mp2")
+    for index in (0, 1):
+        run_part(llama, out, index, 2, overwrite=True)
+    assert js.open(out).layout.num_ranks == 8
+
+
+def test_another_request_is_not_discarded_while_a_part_is_at_work(llama, tmp_path):
+    out = tmp_path / "cut"
+    at_work = parts_module.PartStaging(out, "something else", 0, 2, durable=False)
+    with pytest.raises(LayoutError, match="other parts are at work"):
+        run_part(llama, out, 1, 2, overwrite=True)
+    with pytest.raises(StorageError, match=r"part-0 of .* runs already"):
+        parts_module.PartStaging(out, "something else", 0, 2)
+    with pytest.raises(StorageError, match="another process"):
+        Staging(out, "alone", overwrite=True)
+    at_work.abandon()
+    assert run_part(llama, out, 1, 2).num_files == 4  # nothing was finished: it may go
+
+
+def test_an_existing_result_is_replaced_only_when_the_last_part_is_done(llama, whole, tmp_path):
+    out = tmp_path / "cut"
+    js.convert(llama, out, "mp2")
+    with pytest.raises(LayoutError, match="exists"):
+        run_part(llama, out, 0, 2)
+    run_part(llama, out, 1, 2, overwrite=True)
+    assert js.open(out).layout.num_ranks == 2
+    run_part(llama, out, 0, 2, overwrite=True)
+    assert_same(out, whole)
+
+
+def test_a_replaced_result_is_not_taken_for_finished_work(llama, whole, tmp_path, monkeypatch):
+    """Killed after the exchange and before the tidying: what lies in the staging is the old one."""
+    out = tmp_path / "cut"
+    checkpoints.write_llama(tmp_path / "other", num_files=3, seed=1, **SIZES)
+    js.convert(tmp_path / "other", out, "dp2mp2pp2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "_remove", lambda self: self._release())
+        patch.setattr("jaxshard.storage.staging.shutil.rmtree", lambda *a, **k: None)
+        js.convert(llama, out, "dp2mp2pp2", options=Options(overwrite=True))
+    assert_same(out, whole)
+    assert (tmp_path / ".cut.partial" / "files").exists()
+    js.convert(llama, out, "dp2mp2pp2", options=Options(overwrite=True, resume=True))
+    assert_same(out, whole)
+    assert Path(out).exists()
