@@ -2,6 +2,7 @@
 
     python benchmarks/reshard.py            the 1.7 GB tree of 147 tensors
     python benchmarks/reshard.py --smoke    the same, tiny
+    python benchmarks/reshard.py --stress   50 runs while every cpu is busy: no deadlock
     python benchmarks/reshard.py --gpu      what one GPU can show; says so where there is none
 
 Each method runs in a process of its own, on eight devices of the CPU backend: one first call,
@@ -23,6 +24,9 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+
+# ruff: noqa: PLC0415 - JAX and what needs it are imported by the measured processes alone
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 METHODS = ("jaxshard", "jaxshard device", "device_put", "one jit", "floor")
 CASES = ("dp2mp4 → mp8", "dp2mp4 → dp4mp2", "mp8 → pp2mp4", "4 → 8 devices")
@@ -49,7 +53,7 @@ def tensors(scale: int) -> dict[str, tuple[tuple[int, ...], str]]:
     return found
 
 
-def shardings(case: str, scale: int):  # noqa: ANN201 - JAX is imported in the child only
+def shardings(case: str, scale: int):
     """The source and the target sharding of every tensor."""
     import jax
     import numpy as np
@@ -86,7 +90,8 @@ def make(before: dict, scale: int) -> dict:
     import jax.numpy as jnp
 
     tree = {}
-    for n, (name, (shape, _)) in enumerate(tensors(scale).items()):
+    shapes = {name: shape for name, (shape, _) in tensors(scale).items() if name in before}
+    for n, (name, shape) in enumerate(shapes.items()):
         fill = jax.jit(
             lambda n, shape=shape: (
                 (
@@ -162,7 +167,7 @@ def fresh(tree: dict) -> dict:
     }
 
 
-def method_of(method: str, tree: dict, before: dict, after: dict, scale: int):  # noqa: ANN201
+def method_of(method: str, tree: dict, before: dict, after: dict, scale: int):
     """A function of the tree that does the whole job, and the time to prepare it."""
     import jax
     import numpy as np
@@ -231,15 +236,16 @@ def child(case: str, method: str, scale: int, repeats: int) -> None:
     )
 
 
+def use_eight_cpu_devices(env) -> None:
+    """Set in ``env`` what JAX reads when it is imported."""
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
 def measure(case: str, method: str, scale: int, repeats: int) -> dict | str:
     """The result of one method, or why there is none."""
     command = [sys.executable, __file__, "--child", case, method, str(scale), str(repeats)]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
+    env = dict(os.environ)
+    use_eight_cpu_devices(env)
     try:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -253,28 +259,69 @@ def measure(case: str, method: str, scale: int, repeats: int) -> dict | str:
 
 def report(cases: list[str], methods: list[str], scale: int, repeats: int) -> None:
     """Print one table per case."""
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cpus, {platform.platform()}"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cpus, {platform.platform()}")
     for case in cases:
         print(f"\n{case}")
         found = {m: measure(case, m, scale, repeats) for m in methods}
         floor = found.get("floor")
-        base = statistics.median(floor["walls"]) if isinstance(floor, dict) else None
-        print(
-            f"  {'':16}{'prepare s':>10}{'first s':>9}{'repeat s':>9}{'min s':>8}{'÷ floor':>8}{'memory MB':>11}{'÷ target':>9}"
-        )
+        base = statistics.median(floor["walls"]) if isinstance(floor, dict) else float("nan")
+        heads = ("prepare s", "first s", "repeat s", "min s", "÷ floor", "memory MB", "÷ target")
+        print(" " * 18 + "".join(f"{head:>11}" for head in heads))
         for method, got in found.items():
             if isinstance(got, str):
                 print(f"  {method:16} {got}")
                 continue
             wall = statistics.median(got["walls"])
-            ratio = f"{wall / base:8.2f}" if base else f"{'':8}"
-            share = f"{got['memory'] / got['target_bytes']:9.2f}" if got["target_bytes"] else ""
-            print(
-                f"  {method:16}{got['prepare']:10.2f}{got['first']:9.2f}{wall:9.3f}{min(got['walls']):8.3f}{ratio}"
-                f"{got['memory'] / 1e6:11.0f}{share}"
-            )
+            share = got["memory"] / got["target_bytes"] if got["target_bytes"] else float("nan")
+            cells = (got["prepare"], got["first"], wall, min(got["walls"]), wall / base)
+            numbers = "".join(f"{x:11.3f}" for x in cells)
+            print(f"  {method:16}{numbers}{got['memory'] / 1e6:11.0f}{share:11.2f}")
+
+
+def stress(scale: int, layers: int, runs: int) -> None:
+    """Run the device routes again and again while other processes keep every cpu busy.
+
+    Without a barrier between programs in which devices wait for each other, XLA:CPU
+    stops for good under such load; the caller's timeout is what would notice.
+    """
+    import jax
+    import numpy as np
+
+    import jaxshard.transfer as js
+
+    spin = "while True: pass"
+    load = [
+        subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2 * (os.cpu_count() or 1))
+    ]
+    try:
+        before, after = shardings("dp2mp4 → mp8", scale)
+        tree = make(before, scale)
+        there = js.prepare_reshard(tree, {n: columns(s) for n, s in after.items()}, route="device")
+        want = {n: np.asarray(x).view(np.uint16) for n, x in tree.items()}
+        t0 = time.perf_counter()
+        for _ in range(runs):
+            moved = there(tree)
+        seconds = time.perf_counter() - t0
+        assert all(np.array_equal(np.asarray(moved[n]).view(np.uint16), want[n]) for n in want)
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
+    kinds = {leaf.kind for leaf in there.plan.leaves}
+    print(
+        f"{runs} runs of {len(tree)} arrays ({', '.join(sorted(kinds))}) ended in {seconds:.1f} s"
+    )
+    print(f"jax {jax.__version__}, load of {len(load)} processes on {os.cpu_count()} cpus")
+
+
+def columns(sharding):
+    """The sharding with its last dim split in place of its first: every byte is exchanged."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    spec = (
+        PartitionSpec(None, "mp") if sharding.spec == PartitionSpec("mp", None) else sharding.spec
+    )
+    return NamedSharding(sharding.mesh, spec)
 
 
 def gpu() -> None:
@@ -283,15 +330,58 @@ def gpu() -> None:
 
     devices = [d for d in jax.devices() if d.platform == "gpu"]
     if not devices:
-        print(f"skipped: no GPU here, only {jax.devices()}")
+        print(f"skipped: no GPU here, only {jax.devices()[0].platform}")
+        print("With one GPU it would show that reshard and gather on that device, into its pinned")
+        print("host memory and back, pass JAX's device-to-host and host-to-device guards, which on")
+        print("a GPU catch every copy; with several, the same for each pair of layouts over them.")
         return
-    print("see check_gpu")
+    check_on(devices)
+
+
+def check_on(devices: list) -> None:
+    """Move arrays between all layouts of these devices under JAX's transfer guards."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+    import jaxshard.transfer as js
+
+    mesh = Mesh(np.array(devices), ("x",))
+    specs = [PartitionSpec(), PartitionSpec("x"), PartitionSpec(None, "x")]
+    ends = [NamedSharding(mesh, s) for s in specs]
+    ends += [SingleDeviceSharding(devices[-1])]
+    side = 4096 * len(devices)
+    seconds = defaultdict(list)
+    for dtype in ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn"):
+        value = jax.random.randint(jax.random.key(0), (side, side), 0, 8).astype(dtype)
+        for a in ends:
+            for b in ends:
+                x = jax.block_until_ready(jax.device_put(value, a))
+                run = js.prepare_reshard(x, b)
+                with (
+                    jax.transfer_guard_device_to_host("disallow_explicit"),
+                    jax.transfer_guard_host_to_device("disallow_explicit"),
+                ):
+                    jax.block_until_ready(run(x))
+                    t0 = time.perf_counter()
+                    y = jax.block_until_ready(run(x))
+                seconds[run.plan.leaves[0].kind].append(time.perf_counter() - t0)
+                assert y.sharding.is_equivalent_to(b, 2)
+                same = jnp.array_equal(jax.device_put(y, devices[0]), jax.device_put(x, devices[0]))
+                assert bool(same), (dtype, a, b)
+    print(f"{len(devices)} × {devices[0].device_kind}: every pair arrived, guards silent")
+    for kind, times in seconds.items():
+        print(f"  {kind:10}{len(times):4} moves, median {statistics.median(times) * 1e3:.2f} ms")
+    if len(devices) == 1:
+        print("  not shown: anything between devices; one GPU cannot be several to JAX")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--stress", action="store_true", help="50 runs while every cpu is busy")
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("--repeats", type=int, default=5)
@@ -302,6 +392,9 @@ def main() -> None:
         child(case, method, int(scale), int(repeats))
     elif args.gpu:
         gpu()
+    elif args.stress:
+        use_eight_cpu_devices(os.environ)
+        stress(16 if args.smoke else 4, 1 if args.smoke else 16, 50)
     else:
         scale, repeats = (16, 2) if args.smoke else (1, args.repeats)
         report(args.case or list(CASES), args.method or list(METHODS), scale, repeats)

@@ -9,12 +9,10 @@ not done here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
-from math import prod
 
 import jax
 import numpy as np
@@ -25,22 +23,12 @@ from .bits import as_bits, from_bits
 from .factored import Common, common
 from .geometry import Move
 from .hops import paths
+from .programs import Executable, compile_program
 
 #: The largest intermediate, as a multiple of the larger shard.
 MAX_RATIO = 1.25
 
 _MAX_WAYS = 12  # ways round that are compiled before giving up; the first has sufficed so far
-_INDEX_BYTES = 1024  # tables of device numbers and offsets, which do not grow with the tensor
-_DIGITS = re.compile(r"\d+")
-_BUFFER = re.compile(r"\b(pred|[subfc]\d+|bf16|f8e\w+|f4e\w+)\[([\d,]*)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """What one program needs on each device beyond its arguments and results."""
-
-    largest_bytes: int
-    temporary_bytes: int
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +60,7 @@ def _between(ends: Common, dtype: np.dtype[np.generic]) -> tuple[Spec, ...] | No
         stops = [ends.sharding(s) for s in (ends.source, *way, ends.target)]
         limit = _limit([Move(shape, dtype, stops[0], stops[-1])])
         steps = pairwise(stops)
-        if all(_peak(Move(shape, dtype, a, b)).largest_bytes <= limit for a, b in steps):
+        if all(_largest_bytes(Move(shape, dtype, a, b)) <= limit for a, b in steps):
             return tuple(way)
     return None
 
@@ -99,8 +87,8 @@ def _limit(moves: Sequence[Move]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _peak(move: Move) -> Peak:
-    return program((move,)).peak
+def _largest_bytes(move: Move) -> int:
+    return program((move,)).executable.largest_bytes
 
 
 @dataclass(frozen=True)
@@ -108,33 +96,28 @@ class Program:
     """One compiled program that takes several arrays along, each on its own way."""
 
     moves: tuple[Move, ...]
-    compiled: jax.stages.Compiled
-    peak: Peak
+    executable: Executable
 
     @property
     def fits(self) -> bool:
         """Whether its intermediates are within the bound."""
-        return self.peak.largest_bytes <= _limit(self.moves)
+        return self.executable.largest_bytes <= _limit(self.moves)
 
     def __call__(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """The arrays, each at its move's target. They must be at its source."""
-        return list(self.compiled(*arrays))
+        return list(self.executable.call(*arrays))
 
 
 @lru_cache(maxsize=4096)
 def program(moves: tuple[Move, ...]) -> Program:
     """The program for ``moves``, compiled once for each tuple of them."""
-    identity = jax.jit(
+    executable = compile_program(
         lambda *arrays: [_take(m, x) for m, x in zip(moves, arrays, strict=True)],
+        [jax.ShapeDtypeStruct(m.shape, m.dtype) for m in moves],
         in_shardings=tuple(m.source for m in moves),
         out_shardings=[m.target for m in moves],
     )
-    with jax.enable_x64(True):
-        described = [jax.ShapeDtypeStruct(m.shape, m.dtype) for m in moves]
-        compiled = identity.lower(*described).compile()
-    memory = compiled.memory_analysis()
-    temporary = int(memory.temp_size_in_bytes) if memory is not None else 0
-    return Program(moves, compiled, Peak(_largest_buffer(compiled.as_text() or ""), temporary))
+    return Program(moves, executable)
 
 
 def _take(move: Move, array: jax.Array) -> jax.Array:
@@ -144,18 +127,3 @@ def _take(move: Move, array: jax.Array) -> jax.Array:
     for sharding in (move.source, move.target):
         bits = jax.lax.with_sharding_constraint(bits, sharding)
     return from_bits(bits, move.dtype)
-
-
-def _largest_buffer(text: str) -> int:
-    """Bytes of the largest array that is mentioned in a compiled program.
-
-    >>> _largest_buffer("%p = bf16[8,4]{1,0} parameter(0), %t = s32[8]{0} constant(...)")
-    64
-    """
-    largest = 0
-    for kind, dims in _BUFFER.findall(text):
-        bits = 8 if kind == "pred" else int(_DIGITS.search(kind)[0])  # type: ignore[index]
-        size = prod(map(int, filter(None, dims.split(",")))) * max(bits // 8, 1)
-        if size > _INDEX_BYTES or kind not in ("s32", "u32", "pred"):
-            largest = max(largest, size)
-    return largest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
 from typing import Any
 
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .bits import as_bits, from_bits
+from .bits import as_bits, from_bits, is_narrow_float
 from .geometry import Move
 from .pieces import WHOLE, Cut, Join, Origin, Wave, positions, waves
+from .programs import Executable, compile_program
 from .shards import data_of, gathered_from
 
 _AXIS = "device"
@@ -59,8 +60,8 @@ class _Round:
     """One wave of each move: for each set of devices one program that cuts, or one that joins."""
 
     waves: tuple[Wave | None, ...]
-    cuts: dict[_Numbers, jax.stages.Compiled]
-    joins: dict[_Numbers, jax.stages.Compiled]
+    cuts: dict[_Numbers, Executable]
+    joins: dict[_Numbers, Executable]
     peak_bytes: int
 
     def run(
@@ -81,7 +82,7 @@ class _Round:
                 else:
                     waiting[join.devices].append((m, slots))
         for numbers, parts in waiting.items():
-            joined = self.joins[numbers](*(slots for _, slots in parts))
+            joined = self.joins[numbers].call(*(slots for _, slots in parts))
             for (m, _), array in zip(parts, joined, strict=True):
                 _place(shards[m], numbers, array)
 
@@ -96,7 +97,7 @@ class _Round:
                 _stack([sources[m][n] for n in numbers], _at(moves[m].source_devices, numbers))
                 for m, _ in parts
             ]
-            for (m, cuts), outputs in zip(parts, cut(*stacked), strict=True):
+            for (m, cuts), outputs in zip(parts, cut.call(*stacked), strict=True):
                 for (c, _), array in zip(cuts, outputs, strict=True):
                     for n, piece in zip(numbers, data_of(array), strict=True):
                         made[m][Origin(n, c)] = piece
@@ -132,7 +133,7 @@ def _round(moves: tuple[Move, ...], now: tuple[Wave | None, ...]) -> _Round:
         numbers: _compile_joins(_at(moves[0].target_devices, numbers), parts)
         for numbers, parts in joining.items()
     }
-    temporary = [_temporary_bytes(p) for p in (*cuts.values(), *joins.values())]
+    temporary = [p.temporary_bytes for p in (*cuts.values(), *joins.values())]
     peak = sum(w.peak_bytes for w in now if w)
     return _Round(now, cuts, joins, peak + max(temporary, default=0))
 
@@ -151,7 +152,7 @@ def _cuts_by(
 
 def _compile_cuts(
     devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Sequence[Cut]]]
-) -> jax.stages.Compiled:
+) -> Executable:
     mesh = _line(tuple(devices))
 
     def cut(*shards: jax.Array) -> list[list[jax.Array]]:
@@ -176,16 +177,11 @@ def _slice(shard: jax.Array, cut: Cut, me: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(shard, list(start), cut.shape)
 
 
-def _compile_joins(
-    devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Join]]
-) -> jax.stages.Compiled:
+def _compile_joins(devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Join]]) -> Executable:
     mesh = _line(tuple(devices))
 
     def joined(*slots: list[jax.Array]) -> list[jax.Array]:
-        return [
-            from_bits(_assemble([as_bits(s) for s in pieces], j), m.dtype)
-            for pieces, (m, j) in zip(slots, parts, strict=True)
-        ]
+        return [_assemble(pieces, j, m.dtype) for pieces, (m, j) in zip(slots, parts, strict=True)]
 
     inputs = [
         [
@@ -197,19 +193,29 @@ def _compile_joins(
     return _compile(joined, mesh, inputs)
 
 
-def _assemble(slots: Sequence[jax.Array], join: Join) -> jax.Array:
+def _assemble(slots: Sequence[jax.Array], join: Join, dtype: np.dtype[np.generic]) -> jax.Array:
+    """The shard, written straight to the result: each form here was seen to need no temporary."""
     cut_dims = [d for d, lengths in enumerate(join.segments) if len(lengths) > 1]
     if len(cut_dims) == 1:
-        return jnp.concatenate(slots, axis=cut_dims[0])
-    whole = jnp.zeros([sum(lengths) for lengths in join.segments], slots[0].dtype)
-    for at, slot in zip(positions(join.segments), slots, strict=True):
-        whole = jax.lax.dynamic_update_slice(whole, slot, at)
-    return whole
+        return from_bits(jnp.concatenate([as_bits(s) for s in slots], axis=cut_dims[0]), dtype)
+    shape = [sum(lengths) for lengths in join.segments]
+    starts = positions(join.segments)
+    if not is_narrow_float(dtype):
+        whole = jnp.zeros(shape, dtype)
+        for start, slot in zip(starts, slots, strict=True):
+            whole = jax.lax.dynamic_update_slice(whole, slot, start)
+        return whole
+    # updates as bits would be made beside the result and copied; disjoint bits can be or-ed into it
+    padded = (_padded(as_bits(s), start, shape) for start, s in zip(starts, slots, strict=True))
+    return from_bits(reduce(jnp.bitwise_or, padded), dtype)
 
 
-def _compile(
-    function: Callable[..., Any], mesh: Mesh, inputs: Sequence[object]
-) -> jax.stages.Compiled:
+def _padded(piece: jax.Array, start: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    margins = [(a, n - a - size, 0) for a, n, size in zip(start, shape, piece.shape, strict=True)]
+    return jax.lax.pad(piece, jnp.zeros((), piece.dtype), margins)
+
+
+def _compile(function: Callable[..., Any], mesh: Mesh, inputs: Sequence[Any]) -> Executable:
     spread = PartitionSpec(_AXIS)
     mapped = jax.shard_map(
         function,
@@ -219,13 +225,7 @@ def _compile(
         check_vma=False,
     )
     sharding = NamedSharding(mesh, spread)
-    with jax.enable_x64(True):
-        return jax.jit(mapped, in_shardings=sharding).lower(*inputs).compile()
-
-
-def _temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    memory = compiled.memory_analysis()
-    return int(memory.temp_size_in_bytes) if memory is not None else 0
+    return compile_program(mapped, inputs, in_shardings=sharding, out_shardings=sharding)
 
 
 @lru_cache(maxsize=1024)

@@ -270,7 +270,7 @@ def _on_host(path: Sequence[Any], array: jax.Array) -> np.ndarray[Any, Any]:
             filled.add(box)
             # a wrapper of its own, so that JAX does not keep the host copy with the source
             alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
-            np.copyto(whole[box.slices], np.asarray(alone))
+            whole[box.slices] = np.asarray(alone)
     return whole
 
 
@@ -284,12 +284,12 @@ def _check_alive(name: str, array: Any) -> None:
 
 def _check_as_planned(leaf: Leaf, array: Any) -> None:
     move = leaf.move
+    if not isinstance(array, jax.Array):
+        raise LayoutError(f"{leaf.name}: a {type(array).__name__} holds nothing. Give the array.")
     if sharding_of(leaf.name, array) == move.source and (
         leaf.key_impl is not None or (array.shape, array.dtype) == (move.shape, move.dtype)
     ):
         return
-    if not isinstance(array, jax.Array):
-        raise LayoutError(f"{leaf.name}: a {type(array).__name__} holds nothing. Give the array.")
     raise LayoutError(
         f"{leaf.name}: prepared for {move.dtype} {move.shape} on {move.source}; this is "
         f"{array.dtype} {array.shape} on {array.sharding}. Prepare a resharder for it."

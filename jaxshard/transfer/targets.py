@@ -133,7 +133,7 @@ def _check_devices(name: str, sharding: Sharding) -> None:
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
         raise LayoutError(f"{name}: {sharding.mesh} has no devices. Give a Mesh.")
     devices: set[Any] = sharding.device_set
-    absent = [device for device in devices if device not in _present(device.platform)]
+    absent = [device for device in devices if device not in present(device.platform)]
     if absent:
         raise LayoutError(
             f"{name}: {len(absent)} of {len(sharding.device_set)} devices are not here: "
@@ -142,7 +142,8 @@ def _check_devices(name: str, sharding: Sharding) -> None:
 
 
 @lru_cache
-def _present(platform: str) -> frozenset[jax.Device]:
+def present(platform: str) -> frozenset[jax.Device]:
+    """The devices of this process on a platform."""
     try:
         return frozenset(jax.local_devices(backend=platform))
     except RuntimeError:  # a platform described, as by jax.experimental.topologies, and not here

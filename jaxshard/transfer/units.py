@@ -169,23 +169,23 @@ def _stage(steps: Sequence[Step], device_bytes: int | None) -> Stage | None:
 
 def _compiled_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage | None:
     found = compiled.program(moves)
-    in_flight = found.peak.temporary_bytes
+    in_flight = found.executable.temporary_bytes
     if not found.fits or (device_bytes is not None and in_flight > device_bytes):
         return None
 
     def run(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         return found([relabelled(x, m.source) for x, m in zip(arrays, moves, strict=True)])
 
-    return Stage(run, "compiled", found.peak.largest_bytes, in_flight, 1, found)
+    return Stage(run, "compiled", found.executable.largest_bytes, in_flight, 1, found)
 
 
 def _pieces_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage | None:
     limits = [piece_limit(m) for m in moves]
-    if device_bytes is not None:
-        limits = [min(n, device_bytes) for n in limits]
     found = piecewise.program(moves, tuple(limits))
-    if device_bytes is not None and found.peak_bytes > device_bytes:
-        return None
+    if device_bytes is not None and found.peak_bytes > device_bytes:  # as many waves as there are
+        found = piecewise.program(moves, (0,) * len(moves))
+        if found.peak_bytes > device_bytes:
+            return None
     return Stage(found, "pieces", found.peak_bytes, found.peak_bytes, found.num_compiled, found)
 
 
