@@ -18,14 +18,14 @@ import jax
 
 from ..catalog import Catalog
 from ..conversion import default_budget
-from ..mapping import Mapping
+from ..mapping import Mapping, find_mapping
 from ..opening import PathLike, open_checkpoint
 from ..rules import Rules
 from ..selection import select
-from ..storage.engine import Counts, fit_budget
+from ..storage.budget import Counts
 from ..storage.reading import SourceFiles
 from .carrying import carry
-from .limits import check_dtypes, check_memory, in_flight_limit, need_of
+from .limits import check_dtypes, check_memory, in_flight_limit, load_budget, need_of
 from .sources import file_source
 from .targeting import Devices, resolve
 from .wanted import Wanted, jobs
@@ -102,8 +102,6 @@ def load(
     tensors, _ = select(catalog, include, exclude)
     chosen = replace(catalog, tensors={t.name: t for t in tensors})
     if names is not None:
-        from ..mapping import find_mapping  # tables of names, which most loads do not need
-
         chosen = find_mapping(names, chosen).apply(chosen)
     wanted = resolve(
         chosen, target, devices=devices, rules=rules, dtype=dtype, strict=strict, name_of=name_of
@@ -120,7 +118,7 @@ def _read(
     """The arrays of ``wanted``, in its order."""
     found = jobs(wanted.wants)
     todo = [job for job, _ in found]
-    need, budget = need_of(todo), fit_budget(host_bytes or default_budget(), workers)
+    need, budget = need_of(todo), load_budget(host_bytes or default_budget(), workers)
     in_flight = in_flight_limit(need, host_bytes, budget)
     check_memory(need, budget, in_flight)
     check_dtypes(todo)

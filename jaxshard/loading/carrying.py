@@ -15,7 +15,8 @@ import jax
 
 from ..catalog import Piece
 from ..planning import Move
-from ..storage.engine import Budget, Counts, run
+from ..storage.budget import Budget, Counts
+from ..storage.engine import run
 from .memory import Bytes, JobMemory
 from .placing import place
 from .wanted import Job

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from ..errors import LayoutError
-from ..storage.engine import Budget
+from ..storage.budget import Budget, fit_budget
 from .placing import adopts, keeping_64_bits
 from .wanted import Job
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SPARE_BYTES = 64 << 20
+_BLOCK_BYTES = 2 << 20
+
+
+def load_budget(host_bytes: int, workers: int) -> Budget:
+    """Threads and blocks for ``host_bytes``: larger blocks than between files, if they fit.
+
+    A block that goes into memory is written in a few long copies, so that fewer steps
+    between blocks save more than a colder cache costs.
+
+    Raises:
+        LayoutError: not even one thread with the smallest block fits.
+    """
+    budget = fit_budget(host_bytes, workers)
+    larger = replace(budget, block_bytes=_BLOCK_BYTES)
+    return larger if larger.host_bytes <= host_bytes else budget
 
 
 @dataclass(frozen=True, slots=True)

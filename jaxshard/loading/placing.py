@@ -3,8 +3,8 @@
     CPU     the memory becomes the array's own; replicas share it
     others  one transfer for each distinct shard, replicas copied from device to device
 
-``device_put`` of a NumPy array to a sharding over several processes would gather it from
-all of them to compare; arrays are made from single-device ones instead.
+Both ways make an array from what each device of this process gets: ``device_put`` of a
+whole NumPy array would, on several processes, gather it from all of them to compare.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from .memory import Bytes, as_array
-from .wanted import Job
+from .wanted import Job, Want
+
+Shaped = NDArray[np.generic]
+Use = Sequence[tuple[jax.Device, int]]
 
 
 def adopts(devices: Sequence[jax.Device]) -> bool:
@@ -29,28 +34,28 @@ def place(job: Job, memory: Sequence[Bytes]) -> list[jax.Array]:
     Where host memory is copied to the device, the copy is complete.
     """
     shards = [as_array(m, shard) for m, shard in zip(memory, job.shards, strict=True)]
-    arrays: list[jax.Array] = []
+    arrays = []
     for want, use in zip(job.wants, job.uses, strict=True):
         with keeping_64_bits(want.dtype.itemsize):
-            devices = [device for device, _ in use]
-            if adopts(devices):
-                parts = jax.device_put([shards[number] for _, number in use], devices)
+            if adopts([device for device, _ in use]):
+                arrays.append(_adopted(job, want, use, shards))
             else:
-                parts = _transferred(shards, use)
-            arrays.append(
-                jax.make_array_from_single_device_arrays(
-                    job.tensor.shape, want.sharding, parts, dtype=want.dtype
-                )
-            )
-    if not all(adopts([device for device, _ in use]) for use in job.uses):
-        jax.block_until_ready(arrays)
+                arrays.append(_transferred(job, want, use, shards))
     return arrays
 
 
-def _transferred(
-    shards: Sequence[object], use: Sequence[tuple[jax.Device, int]]
-) -> list[jax.Array]:
-    """The single-device arrays of one want: host to device once a shard, then between devices."""
+def _adopted(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Array:
+    """An array whose memory is that of ``shards``."""
+    shape = job.tensor.shape
+    indices = want.sharding.addressable_devices_indices_map(shape)
+    at = {_key(indices[device]): shards[number] for device, number in use}
+    return jax.make_array_from_callback(
+        shape, want.sharding, lambda index: at[_key(index)], dtype=want.dtype
+    )
+
+
+def _transferred(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Array:
+    """An array on other devices: host to device once a shard, then between devices."""
     first: dict[int, jax.Array] = {}
     parts = []
     for device, number in use:
@@ -58,7 +63,15 @@ def _transferred(
             parts.append(jax.device_put(first[number], device))
         else:
             parts.append(first.setdefault(number, jax.device_put(shards[number], device)))
-    return parts
+    array = jax.make_array_from_single_device_arrays(
+        job.tensor.shape, want.sharding, parts, dtype=want.dtype
+    )
+    array.block_until_ready()
+    return array
+
+
+def _key(index: tuple[slice, ...] | None) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((s.start, s.stop) for s in index or ())
 
 
 def keeping_64_bits(itemsize: int) -> AbstractContextManager[object]:

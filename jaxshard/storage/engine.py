@@ -43,6 +43,7 @@ Lend = Callable[[Piece, int, int], memoryview | None]
 """``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
 
 _BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
+_STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps, no memory
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
     The first error of any thread stops all of them and is raised.
     """
     ends = _Ends(read, write, place, lend)
-    source = _Batches(moves, budget)
+    source = _Batches(moves, budget, place)
     workers = [_Worker(ends, budget, progress) for _ in range(budget.workers)]
     if budget.workers == 1:
         workers[0].work(source)
@@ -88,8 +89,8 @@ class _Batch:
 class _Batches:
     """Runs of neighbouring blocks, handed to whichever thread asks next."""
 
-    def __init__(self, moves: Iterable[Move], budget: Budget) -> None:
-        self._batches = _batches(moves, budget)
+    def __init__(self, moves: Iterable[Move], budget: Budget, place: Place | None) -> None:
+        self._batches = _batches(moves, budget, place)
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -101,15 +102,31 @@ class _Batches:
         self._stopped = True
 
 
-def _batches(moves: Iterable[Move], budget: Budget) -> Iterator[_Batch]:
+def _batches(moves: Iterable[Move], budget: Budget, place: Place | None) -> Iterator[_Batch]:
     for move in moves:
         operands = Operands(move.operands) if any(move.forms) and move.operands else None
         for cell in move.cells:
-            all_blocks = cell_blocks(
-                cell, move.forms, move.unit_bytes, budget.block_bytes, budget.tile_bytes
-            )
-            while batch := tuple(islice(all_blocks, _BATCH_BLOCKS)):
+            limit = budget.block_bytes
+            if place is not None and _is_straight(move, cell, place):
+                limit = max(limit, _STRAIGHT_BYTES)
+            all_blocks = cell_blocks(cell, move.forms, move.unit_bytes, limit, budget.tile_bytes)
+            most = max(1, _BATCH_BLOCKS * budget.block_bytes // limit)
+            while batch := tuple(islice(all_blocks, most)):
                 yield _Batch(move, cell, batch, operands)
+
+
+def _is_straight(move: Move, cell: Cell, place: Place) -> bool:
+    """Whether a run of one source is a run of one target's own memory: it needs no block."""
+    if len(cell.sources) != 1 or len(cell.targets) != 1:
+        return False
+    (source, part), (target, box) = cell.sources[0], cell.targets[0]
+    stored = move.sources[source]
+    return (
+        move.forms[source] is None
+        and part == box == cell.box
+        and not byte_runs(box.within(stored), stored.shape, move.unit_bytes).outer
+        and place(move, target, 0, 0) is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)
