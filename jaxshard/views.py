@@ -70,12 +70,15 @@ class AddProduct:
         a: (rank, columns).
         b: (rows, rank).
         at: the row and the column of each element of the box.
+        reproducible: sum over the rank one by one, each fused with its product and rounded,
+            so that the bits depend on no machine; else as fast as the machine can.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
     at: tuple[Affine, Affine]
+    reproducible: bool = False
 
 
 Step = Round | Scale | AddProduct

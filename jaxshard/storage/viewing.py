@@ -27,6 +27,7 @@ Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
 
 _TILE = (32, 512)  # elements along what is consecutive where it goes, and where it comes from
+_IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
 _SMALL = 1 << 11  # a plane of fewer elements is quick in any order
 
 
@@ -107,7 +108,8 @@ def _stepped(values: Array, step: Step, start: tuple[int, ...], known: Values) -
         return values.astype(numpy_dtype(step.dtype)).astype(values.dtype)
     (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
     if isinstance(step, AddProduct):
-        table = _take(known[step.b], rows, 0) @ _take(known[step.a], columns, 1)
+        b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
+        table = _product(b, a) if step.reproducible else b @ a
         table *= np.float32(step.scaling)
     else:
         table = known[step.scale][rows // step.block[0]][:, columns // step.block[1]]
@@ -118,6 +120,24 @@ def _stepped(values: Array, step: Step, start: tuple[int, ...], known: Values) -
     else:
         values *= table
     return values
+
+
+def _product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``b @ a``, each sum in order of the rank and rounded at every step, whatever the BLAS.
+
+    A fused multiply-add in float32: the product of two is exact in float64.
+    """
+    made = np.zeros((b.shape[0], a.shape[1]), np.float32)
+    step = max(1, _IN_CACHE // max(1, a.shape[1]))
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    for first in range(0, len(made), step):
+        rows = slice(first, first + step)
+        total = np.zeros(made[rows].shape, np.float64)
+        for k in range(a.shape[0]):
+            total += wide_b[rows, k, None] * wide_a[k]
+            made[rows] = total
+            total[...] = made[rows]
+    return made
 
 
 def _indices(

@@ -1,0 +1,134 @@
+"""LoRA: low-rank adapters added to the weights they adapt, in any layout, while they stream.
+
+merge_lora("llama/", "merged/", adapter="adapter/")          file to file
+load(with_adapter("llama/", "adapter/"), "dp2mp4")           inside a sharded load
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..catalog import Catalog
+from ..conversion import Options, Report, execute, prepare
+from ..errors import LayoutError
+from ..layout import Layout
+from ..opening import PathLike, open_checkpoint
+from ..strategy import Strategy
+from .adapters import find_adapters, is_adapter
+from .merging import Merged, merged
+from .settings import Settings, find_settings
+
+__all__ = [
+    "Merged",
+    "Settings",
+    "find_adapters",
+    "find_settings",
+    "is_adapter",
+    "merge_lora",
+    "merged",
+    "with_adapter",
+]
+
+_DEFAULT = Options()
+
+
+def with_adapter(
+    source: Catalog | PathLike,
+    adapter: Catalog | PathLike | None = None,
+    *,
+    alpha: float | None = None,
+    rank: int | None = None,
+    scaling: float | None = None,
+    fan_in_fan_out: bool | None = None,
+    unmerge: bool = False,
+    reproducible: bool = False,
+    src_strategy: PathLike | None = None,
+    adapter_strategy: PathLike | None = None,
+) -> Catalog:
+    """``source`` with its adapters added when it is read; load or convert it as any catalog.
+
+    Args:
+        source: the base model, or base and adapters in one checkpoint.
+        adapter: the adapters, if they are beside it: a PEFT folder, or any checkpoint.
+        alpha: what the adapter was trained with; by default what its config says, and an
+            error if none does.
+        rank: refuse adapters of another rank.
+        scaling: alpha / rank itself, for all adapters alike.
+        fan_in_fan_out: whether square weights are (in, out); others tell by their shape.
+        unmerge: subtract, to get back the base of a merged model, but for rounding.
+        reproducible: sum in one order on every machine, several times slower; otherwise the
+            last bit of a float32 weight depends on the machine's matrix product.
+        src_strategy: strategy files of a source cut into ranks.
+        adapter_strategy: those of adapters cut into ranks.
+
+    Raises:
+        NotFoundError: no adapters, a weight or half a pair is missing, or nobody says alpha.
+        LayoutError: shapes that do not fit, or an adapter that is more than a product.
+        FormatError: a config that does not belong to the adapter.
+    """
+    if alpha is not None and scaling is not None:
+        raise LayoutError(f"alpha={alpha} and scaling={scaling} are both given; one says it all.")
+    base = source if isinstance(source, Catalog) else open_checkpoint(source, strategy=src_strategy)
+    beside = (
+        adapter
+        if adapter is None or isinstance(adapter, Catalog)
+        else open_checkpoint(adapter, strategy=adapter_strategy)
+    )
+    settings = find_settings((beside or base).root)
+    if alpha is not None or scaling is not None:
+        settings = replace(settings, alpha=alpha, scaling=scaling, where="")
+    if rank is not None:
+        settings = replace(settings, rank=rank, rank_pattern={}, where="rank=")
+    if fan_in_fan_out is not None:
+        settings = replace(settings, fan_in_fan_out=fan_in_fan_out)
+    done = merged(base, settings, beside, sign=-1 if unmerge else 1, reproducible=reproducible)
+    if unmerge and done.replaced:
+        raise LayoutError(
+            f"{len(done.replaced)} tensors were replaced by the adapter ({done.replaced[0]} …), "
+            "not added to; what they were is only in the base model."
+        )
+    return done.catalog
+
+
+def merge_lora(
+    source: Catalog | PathLike,
+    destination: PathLike,
+    to: str | PathLike | Strategy | Layout = "full",
+    *,
+    adapter: Catalog | PathLike | None = None,
+    alpha: float | None = None,
+    rank: int | None = None,
+    scaling: float | None = None,
+    fan_in_fan_out: bool | None = None,
+    unmerge: bool = False,
+    reproducible: bool = False,
+    src_strategy: PathLike | None = None,
+    adapter_strategy: PathLike | None = None,
+    options: Options = _DEFAULT,
+    progress: Callable[[int], Callable[[int], None]] | None = None,
+    **how: Any,
+) -> Report:
+    """Make ``destination``: ``source`` with its adapters merged, laid out as ``to`` says.
+
+    The arguments of the adapters are those of ``with_adapter``, all others those of
+    ``convert``. Memory is that of a conversion: the model may be larger than the machine's.
+
+    Raises:
+        JaxshardError: as ``with_adapter`` and ``convert``, before a byte is written.
+    """
+    catalog = with_adapter(
+        source,
+        adapter,
+        alpha=alpha,
+        rank=rank,
+        scaling=scaling,
+        fan_in_fan_out=fan_in_fan_out,
+        unmerge=unmerge,
+        reproducible=reproducible,
+        src_strategy=src_strategy,
+        adapter_strategy=adapter_strategy,
+    )
+    prepared = prepare(catalog, to, **how)
+    return execute(prepared, destination, options=options, progress=progress)

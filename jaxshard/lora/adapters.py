@@ -1,0 +1,163 @@
+"""Adapters: the low-rank pairs among a checkpoint's names, and the weights they belong to.
+
+    base_model.model.X.lora_A.weight    X.lora_A.weight         PEFT; MindFormers' parallel core
+    X.mindpet_delta_lora_a              X.lora_a                MindFormers' older and newer ones
+    X.lora_embedding_A                                          PEFT, on an embedding
+
+A pair is A (rank, in) and B (out, rank); the weight is X.weight. Names only: nothing is
+read, and what the pairs are multiplied with is ``settings``'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..catalog import Tensor
+from ..errors import LayoutError, NotFoundError, some
+from ..rules import weight_name
+
+_HALF = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"lora_(?P<linear>[AB])(?:\.(?P<name>[^.]+))?\.weight"
+    r"|lora_embedding_(?P<embedding>[AB])(?:\.(?P<embedding_name>[^.]+))?"
+    r"|(?:mindpet_delta_)?lora_(?P<older>[ab]))"
+)
+_WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|base_layer)\.")
+_PEFT = "base_model.model."
+_UNKNOWN = {
+    "lora_magnitude_vector": "DoRA, which also rescales columns",
+    "lora_B.bias": "a bias of the adapter (lora_bias)",
+    "lora_E": "AdaLoRA, which has a third matrix",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One pair.
+
+    Attributes:
+        module: the name of what it adapts, without ``.weight``.
+        a: (rank, in).
+        b: (out, rank).
+        is_embedding: its weight is (in, out).
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    is_embedding: bool = False
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight it is added to."""
+        return self.module + ".weight"
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the tensors of a checkpoint are to an adapter.
+
+    Attributes:
+        adapters: the pairs.
+        others: all that is no part of a pair, by the name it has in the model.
+        dropped: how many optimizer states of adapters there are.
+    """
+
+    adapters: tuple[Adapter, ...]
+    others: Mapping[str, Tensor] = field(repr=False)
+    dropped: int = 0
+
+
+def is_adapter(name: str) -> bool:
+    """Whether ``name`` is half a pair, or an optimizer state of one.
+
+    >>> is_adapter("adam_m.layers.0.wq.lora_a"), is_adapter("layers.0.wq.weight")
+    (True, False)
+    """
+    return _HALF.fullmatch(weight_name(name)) is not None
+
+
+def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
+    """The adapters among ``tensors``, which are of the checkpoint ``where``.
+
+    Raises:
+        NotFoundError: a pair lacks one half.
+        LayoutError: two adapters for one weight, shapes that are no pair, or a kind of adapter
+            that is more than a pair.
+    """
+    halves: dict[str, dict[str, Tensor]] = {}
+    embeddings, labels = set[str](), set[str]()
+    others: dict[str, Tensor] = {}
+    dropped = 0
+    for name, tensor in tensors.items():
+        _refuse_unknown(name)
+        plain = weight_name(name)
+        match = _HALF.fullmatch(plain)
+        if match is None:
+            others[own_name(name)] = tensor
+        elif plain != name:
+            dropped += 1
+        else:
+            module, half = own_name(match["module"]), _half(match)
+            if half in halves.setdefault(module, {}):
+                raise LayoutError(_two_of(module, where))
+            halves[module][half] = tensor
+            labels.add(match["name"] or match["embedding_name"] or "")
+            if match["embedding"]:
+                embeddings.add(module)
+    if len(labels - {""}) > 1:
+        raise LayoutError(
+            f"{where} holds several adapters ({some(sorted(labels))}). Save the one to merge alone."
+        )
+    found = [_pair(m, pair, m in embeddings, where) for m, pair in halves.items()]
+    return Found(tuple(found), others, dropped)
+
+
+def own_name(name: str) -> str:
+    """The name that a tensor saved by PEFT has in the model.
+
+    >>> own_name("base_model.model.lm_head.modules_to_save.default.weight")
+    'lm_head.weight'
+    """
+    return _WRAPPED.sub(".", name.removeprefix(_PEFT)).removesuffix(".base_layer")
+
+
+def _half(match: re.Match[str]) -> str:
+    return str(match["linear"] or match["embedding"] or match["older"].upper())
+
+
+def _pair(module: str, pair: Mapping[str, Tensor], is_embedding: bool, where: str) -> Adapter:
+    missing = [half for half in "AB" if half not in pair]
+    if missing:
+        there = next(iter(pair.values()))
+        raise NotFoundError(
+            f"{where}: {there.name} is there, but the {missing[0]} that it goes with is not. The "
+            "adapter is incomplete; fetch or save it again."
+        )
+    a, b = pair["A"], pair["B"]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise LayoutError(
+            f"{a.name} {a.shape} and {b.name} {b.shape} are no pair: A is (rank, in), B is (out, "
+            "rank). Adapters of convolutions and of stacked experts cannot be merged."
+        )
+    return Adapter(module, a, b, is_embedding)
+
+
+def _refuse_unknown(name: str) -> None:
+    for part, what in _UNKNOWN.items():
+        if name.endswith(part) or f".{part}." in name:
+            raise LayoutError(
+                f"{name} is part of {what}; that is more than adding a product, and cannot be "
+                "merged here. Merge it with the program that made it."
+            )
+
+
+def _two_of(module: str, where: str) -> str:
+    return f"two sources for one target: {where} has two adapters of {module}.weight."
