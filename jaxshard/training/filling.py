@@ -169,6 +169,8 @@ def _placed(
     catalog: Catalog, structs: dict[str, jax.ShapeDtypeStruct], where: Where
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """``structs``, all with a sharding: by the strategy, if there is one."""
+    if not structs:
+        return {}  # and a state of NumPy's arrays wakes no device
     if where.strategy is None:
         lone = SingleDeviceSharding((where.devices or jax.devices())[0])
         return {

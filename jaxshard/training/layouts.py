@@ -11,7 +11,6 @@ that MindFormers uses. This module decides, and touches no disk.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +20,7 @@ from ..layout import Layout
 from ..results import Request, Result
 from ..target_ranks import STRATEGY_FOLDER
 from ..targets import make_result
-from . import naming, records
+from . import naming
 from .naming import StepName
 from .opening_steps import STATE_FOLDER
 
@@ -86,14 +85,6 @@ def copies_of(
         return [_rank_part(chosen, wish, folder)]
     suffix = folder.removeprefix(f"{naming.CHECKPOINT}_")
     return [_complete_part(chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
-
-
-def strategy_folder(strategy: Mapping[str, bytes]) -> str:
-    """Where strategy files of that content are kept."""
-    digest = hashlib.sha256()
-    for name, data in sorted(strategy.items()):
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    return f"{records.FOLDER}/strategy-{digest.hexdigest()[:16]}"
 
 
 def _ranks(catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:

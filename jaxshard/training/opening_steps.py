@@ -20,7 +20,7 @@ from ..opening import open_strategy
 from ..storage.local import LocalFolder
 from . import naming
 from .places import Places
-from .records import Record
+from .records import Record, strategy_folder
 
 STATE_FOLDER = "training_state"  # in a complete checkpoint: all that is no weight
 
@@ -101,13 +101,32 @@ def _open_ranks(places: Places, record: Record | None, paths: tuple[str, ...]) -
 
 def _layout(places: Places, record: Record | None) -> Layout:
     if record and record.strategy:
-        return open_strategy(places.root / record.strategy)
+        return open_strategy(_kept_strategy(places, record.strategy))
     for place in places.strategies:
         if place.is_dir():
             return open_strategy(place)
     raise CoverageError(
         f"{places.root} has no {naming.STRATEGY}/ folder, so nothing says which part of a tensor "
         "each rank holds. Put the strategy files there."
+    )
+
+
+def _kept_strategy(places: Places, kept: str) -> Path:
+    """A folder with the strategy files that a step was saved with, as they were.
+
+    They are kept by content, so what is damaged is known; and the newest layout's files lie
+    in the open as well.
+    """
+    for place in (places.root / kept, places.root / naming.STRATEGY):
+        try:
+            held = {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()}
+        except OSError:
+            continue
+        if strategy_folder(held) == kept:
+            return place
+    raise FormatError(
+        f"the strategy files of {kept} are missing or damaged, so nothing says for certain which "
+        "part of a tensor each rank holds."
     )
 
 

@@ -11,6 +11,7 @@ taken away when it goes. This module makes and reads their bytes only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -56,6 +57,18 @@ class Record:
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(f.num_bytes for f in self.files.values())
+
+
+def strategy_folder(strategy: Mapping[str, bytes]) -> str:
+    """Where strategy files of that content are kept: the name tells whether they still are.
+
+    >>> strategy_folder({"ckpt_strategy_rank_0.ckpt": b""})
+    '.jaxshard/strategy-b2b9623008e5dca5'
+    """
+    digest = hashlib.sha256()
+    for name, data in sorted(strategy.items()):
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    return f"{FOLDER}/strategy-{digest.hexdigest()[:16]}"
 
 
 def check_extras(extras: Mapping[str, Any]) -> None:

@@ -19,12 +19,12 @@ from typing import Any
 from ..errors import FormatError, StorageError
 from ..storage.staging import Staging
 from . import naming
-from .checksums import FileSums, Gathered
+from .checksums import FileSums
 from .committing import commit, drop_unused_strategies, recover, remove
-from .layouts import Part, Wish, copies_of, parts_of, strategy_folder
+from .layouts import Part, Wish, copies_of, parts_of
 from .places import Places, only_writer, replace_file, sync_folder
 from .pointers import point_at
-from .records import Record
+from .records import Record, strategy_folder
 from .retention import expired
 from .snapshots import Snapshot
 from .steps import find_steps
@@ -126,7 +126,7 @@ def _written(job: Job) -> Record:
         job.kind,
         algorithm,
         units,
-        {**files, **more, **(_strategy_sums(kept, strategy) if kept else {})},
+        {**files, **more},
         kept,
         job.extras,
         time.time(),
@@ -170,16 +170,6 @@ def _holds(path: Path, data: bytes) -> bool:
         return path.read_bytes() == data
     except OSError:
         return False
-
-
-def _strategy_sums(kept: str, strategy: Mapping[str, bytes]) -> dict[str, FileSums]:
-    gathered = Gathered()
-    for name, data in strategy.items():
-        gathered.add(f"{kept}/{name}", 0, data)
-    return {
-        f"{kept}/{name}": gathered.of(f"{kept}/{name}", len(data))
-        for name, data in strategy.items()
-    }
 
 
 def _let_go(job: Job, saved: Record) -> None:

@@ -1,0 +1,355 @@
+"""What survives: processes killed at any moment, damaged files, full disks."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import training_kills
+from training_kills import CUT, is_state_of, state_of
+
+from jaxshard.errors import FormatError, JaxshardError, NotFoundError, StorageError
+from jaxshard.storage.local import Handles
+from jaxshard.training import CheckpointManager, committing
+from jaxshard.training.naming import StepName
+from jaxshard.training.places import Places, only_writer
+from jaxshard.training.steps import find_steps
+
+FORMATS = ("ranks", "iteration", "huggingface")
+
+
+def _killed(directory: Path, *options: str) -> dict[str, object]:
+    program = Path(training_kills.__file__)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(program.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, program, directory, *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        timeout=300,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("seed", "options"),
+    enumerate(
+        [
+            ["--format=ranks"],
+            ["--format=ranks", "--async", "--network"],
+            ["--format=iteration", "--keep=1"],
+            ["--format=iteration", "--async"],
+            ["--format=huggingface"],
+            ["--format=huggingface", "--async", "--keep=1"],
+        ]
+    ),
+)
+def test_a_run_killed_at_any_moment_has_the_last_step_that_was_saved(tmp_path, seed, options):
+    found = _killed(tmp_path / "run", "--kills=20", f"--seed={seed}", *options)
+    assert found["wrong"] == []
+    assert found["saved"] >= 5  # it got somewhere between the kills
+    assert found["partial"] >= 3  # and kills did hit saves and removals in the middle
+
+
+def test_removing_the_old_before_the_new_is_whole_would_be_found_out(tmp_path):
+    found = _killed(tmp_path / "run", "--kills=12", "--keep=1", "--broken")
+    assert found["wrong"]
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def _manager(directory: Path, **how: object) -> CheckpointManager:
+    options = {"prefix": "net", "strategy": CUT, "durable": False, "workers": 1} | how
+    return CheckpointManager(directory, **options)
+
+
+def _saved(directory: Path, steps: range, **how: object) -> CheckpointManager:
+    manager = _manager(directory, **how)
+    for step in steps:
+        manager.save(step, state_of(step), extras={"at": step})
+    return manager
+
+
+def _save_and_wait(manager: CheckpointManager, step: int) -> None:
+    manager.save(step, state_of(step))
+    manager.wait()
+
+
+def _flip(data: bytes, chance: random.Random) -> bytes | None:
+    bit = chance.randrange(len(data) * 8)
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def _cut(data: bytes, chance: random.Random) -> bytes | None:
+    return data[: chance.randrange(len(data))]
+
+
+def _delete(data: bytes, chance: random.Random) -> bytes | None:
+    return None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damage_to_any_one_file_never_leads_to_wrong_data(tmp_path, format):
+    chance = random.Random(7)
+    manager = _saved(tmp_path, range(1, 4), format=format)
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size]
+    newest = set(find_steps(Places.of(tmp_path))[-1].record.files)
+    for number in range(84):
+        path = chance.choice(files)
+        whole = path.read_bytes()
+        damaged = (_flip, _flip, _cut, _delete)[number % 4](whole, chance)
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        found = manager.restore(state_of(0), verify=True)
+        assert is_state_of(found.state, found.step), path
+        assert found.extras == {"at": found.step}
+        if path.relative_to(tmp_path).as_posix() in newest:
+            assert found.step == 2
+            assert found.passed_over[0][0] == "1_3"
+            assert found.passed_over[0][1]
+        else:
+            assert found.step == 3 or ".jaxshard/1_3" in str(path)
+        path.write_bytes(whole)
+    assert manager.restore(state_of(0), verify=True).step == 3
+
+
+def test_without_checksums_a_flipped_bit_would_be_restored(tmp_path):
+    manager = _saved(tmp_path, range(1, 2))
+    path = tmp_path / "checkpoint/rank_0/net_rank_0-1_1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert not is_state_of(manager.restore(state_of(0)).state, 1)
+    with pytest.raises(NotFoundError, match="checksum"):
+        manager.restore(state_of(0), verify=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_verify_a_missing_or_truncated_file_leads_to_the_step_before(
+    tmp_path, format, caplog
+):
+    manager = _saved(tmp_path, range(1, 4), format=format)
+    last, before = (step.record for step in find_steps(Places.of(tmp_path))[:0:-1])
+    path = next(tmp_path / p for p in last.files if p.endswith(".safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    other = next(tmp_path / p for p in before.files if p.endswith(".safetensors"))
+    other.unlink()
+    with caplog.at_level(logging.WARNING):
+        found = manager.restore(state_of(0))
+    assert found.step == 1
+    assert is_state_of(found.state, 1)
+    (first, truncated), (second, missing) = found.passed_over
+    assert (first, second) == ("1_3", "1_2")
+    assert "bytes" in truncated
+    assert path.name in truncated
+    assert "missing" in missing
+    assert other.name in missing
+    assert "passed over" in caplog.text
+
+
+def test_a_named_step_that_is_damaged_is_an_error_and_not_another_step(tmp_path):
+    manager = _saved(tmp_path, range(1, 3))
+    path = tmp_path / "checkpoint/rank_1/net_rank_1-1_2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FormatError, match="rank_1"):
+        manager.restore(state_of(0), step=2)
+
+
+def test_damaged_strategy_files_are_not_believed(tmp_path):
+    manager = _saved(tmp_path, range(1, 2))
+    (kept,) = tmp_path.glob(".jaxshard/strategy-*")
+    for folder in (kept, tmp_path / "strategy"):
+        (folder / "ckpt_strategy_rank_0.ckpt").write_bytes(b"")
+        if folder == kept:  # the newest layout's files lie in the open as well
+            assert manager.restore(state_of(0)).step == 1
+    with pytest.raises(NotFoundError, match="strategy files"):
+        manager.restore(state_of(0))
+    manager.save(2, state_of(2))  # which mends them
+    assert manager.restore(state_of(0), step=1, verify=True).step == 1
+
+
+def test_states_are_told_apart(tmp_path):
+    manager = _saved(tmp_path, range(1, 6), keep_max=0)
+    ranks = tmp_path / "checkpoint/rank_1"
+    (ranks / "net_rank_1-1_2.safetensors").unlink()
+    path = ranks / "net_rank_1-1_3.safetensors"
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    os.rename(tmp_path / ".jaxshard/1_4.json", tmp_path / ".jaxshard/1_4.removed")
+    plain = {s.name.step: s.state for s in manager.steps()}
+    assert plain == {1: "complete", 2: "incomplete", 3: "corrupt", 4: "partial", 5: "complete"}
+    path = ranks / "net_rank_1-1_5.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert manager.steps()[4].state == "complete"
+    assert manager.steps(deep=True)[4].state == "corrupt"
+
+
+# --- interrupted, and gone on with -------------------------------------------------------------
+
+
+def _stop_in_commit(monkeypatch, after: int) -> None:
+    """Have the ``after``-th renaming fail as if the process ended there."""
+    count = iter(range(10**6))
+    rename = os.replace
+
+    def replace(a, b):
+        if ".saving" in str(a) and next(count) == after:
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(committing.os, "replace", replace)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_step_that_was_on_the_disk_is_put_in_place_by_the_next_process(
+    tmp_path, format, monkeypatch
+):
+    manager = _saved(tmp_path, range(1, 2), format=format)
+    with monkeypatch.context() as patched:
+        _stop_in_commit(patched, after=1 if format == "ranks" else 0)
+        with pytest.raises(KeyboardInterrupt):
+            manager.save(2, state_of(2), extras={"at": 2})
+    assert [s.state for s in find_steps(Places.of(tmp_path))] == ["complete", "partial"]
+    found = _manager(tmp_path, format=format).restore(state_of(0), verify=True)
+    assert (found.step, found.passed_over) == (2, ())
+    assert is_state_of(found.state, 2)
+    assert not list((tmp_path / ".jaxshard").glob("*.saving"))
+
+
+def test_saving_a_step_again_is_never_a_mixture(tmp_path, monkeypatch):
+    manager = _saved(tmp_path, range(1, 3))
+    with monkeypatch.context() as patched:
+        _stop_in_commit(patched, after=1)
+        with pytest.raises(KeyboardInterrupt):
+            manager.save(2, state_of(22), extras={"at": 22})
+    found = _manager(tmp_path).restore(state_of(0), verify=True)
+    assert is_state_of(found.state, 22)
+
+
+def test_a_removal_that_was_interrupted_is_finished_and_looks_complete_to_nobody(tmp_path):
+    manager = _saved(tmp_path, range(1, 4), format="iteration", keep_max=0)
+    places = Places.of(tmp_path)
+    os.rename(places.record(StepName(1, 1)), places.record(StepName(1, 1), ".removed"))
+    assert [s.state for s in find_steps(places)] == ["partial", "complete", "complete"]
+    manager.save(4, state_of(4))
+    assert [s.name.step for s in find_steps(places)] == [2, 3, 4]
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == [
+        *(f"iteration_{n:08d}" for n in (2, 3, 4)),
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_two_writers_are_refused(tmp_path):
+    manager = _saved(tmp_path, range(1, 2))
+    with only_writer(Places.of(tmp_path)), pytest.raises(StorageError, match="another writer"):
+        manager.save(2, state_of(2))
+    manager.save(2, state_of(2))
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+def _fill_disk(monkeypatch, after_bytes: int) -> None:
+    left = [after_bytes]
+    write = Handles.write
+
+    def refuse(self, path, offset, data):
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise StorageError(f"{path}: {os.strerror(errno.ENOSPC)}.")
+        write(self, path, offset, data)
+
+    monkeypatch.setattr(Handles, "write", refuse)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_on_a_full_disk_the_step_fails_cleanly_and_the_others_stay(
+    tmp_path, monkeypatch, asynchronous
+):
+    manager = _saved(tmp_path, range(1, 3), async_save=asynchronous)
+    manager.wait()
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patched:
+        _fill_disk(patched, 5000)
+        with pytest.raises(StorageError, match="No space left"):
+            _save_and_wait(manager, 3)
+    assert sorted(tmp_path.rglob("*")) == before
+    manager.save(4, state_of(4))  # room again
+    manager.wait()
+    assert [s.name.step for s in manager.steps()] == [1, 2, 4]
+
+
+def test_on_a_full_disk_training_goes_on_where_it_was_told_to(tmp_path, monkeypatch, caplog):
+    manager = _saved(tmp_path, range(1, 3), on_storage_error="warn")
+    with monkeypatch.context() as patched:
+        _fill_disk(patched, 5000)
+        with caplog.at_level(logging.WARNING):
+            manager.save(3, state_of(3))
+    assert "not saved" in caplog.text
+    assert "No space left" in str(manager.last_failure)
+    assert manager.latest_step() == 2
+
+
+def test_a_disk_with_too_little_room_is_not_even_begun_with(tmp_path, monkeypatch):
+    manager = _saved(tmp_path, range(1, 2))
+    room = argparse.Namespace(free=100)
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxshard.training.writing.shutil.disk_usage", lambda place: room)
+        with pytest.raises(StorageError, match="100 bytes free"):
+            manager.save(2, state_of(2))
+    assert manager.latest_step() == 1
+
+
+def test_a_limit_of_the_system_is_told_as_what_it_is(tmp_path):
+    """A real refusal by the kernel, in a process of its own: files may not grow beyond a limit."""
+    program = """
+import resource, signal, sys
+from training_kills import *
+from jaxshard.errors import StorageError
+ours = CheckpointManager(sys.argv[1], prefix="net", strategy=CUT, workers=1)
+ours.save(1, state_of(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    ours.save(2, state_of(2))
+except StorageError as error:
+    print("refused", error)
+print("newest", ours.latest_step())
+"""
+    here = Path(training_kills.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.stdout.startswith("refused")
+    assert done.stdout.endswith("newest 1\n")
+
+
+def test_what_fails_in_the_background_is_raised_by_the_next_call_with_its_cause(
+    tmp_path, monkeypatch
+):
+    manager = _saved(tmp_path, range(1, 2), async_save=True)
+    manager.wait()
+    with monkeypatch.context() as patched:
+        _fill_disk(patched, 0)
+        manager.save(2, state_of(2))
+        manager._background._thread.join()
+    with pytest.raises(StorageError, match="saving step 1_2 failed in the background") as caught:
+        manager.maybe_save(3, state_of(3))
+    assert isinstance(caught.value.__cause__, JaxshardError)
+    manager.save(3, state_of(3))
+    manager.close()
+    assert manager.latest_step() == 3

@@ -1,0 +1,178 @@
+"""Saves in a process that is killed again and again, and a look at what is left each time.
+
+Run as a program: a process with everything imported forks one child a trial, so that a trial
+costs milliseconds. The child restores and goes on saving, and says after each save that it is
+done; it is killed at a random moment. Then the newest good step must be at least the last one
+that was said to be done, and be bit for bit the state of that step.
+
+    python tests/training_kills.py DIR --format ranks --kills 20 --seed 1 [--async] [--broken]
+
+States are NumPy's, so that no device is woken before a fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from jaxshard.layout import Layout, Placement
+from jaxshard.training import CheckpointManager, saving_steps
+from jaxshard.training.places import Places
+from jaxshard.training.steps import find_steps
+
+warnings.simplefilter("ignore")  # a fork beside JAX is warned of; no device is awake here
+
+NAMES = {"model.layers.0.wq": (8, 64), "model.layers.0.wo": (64, 8), "model.norm": (64,)}
+CUT = Layout(
+    2,
+    {
+        name: (Placement((("mp", 2),), spec),)
+        for base, spec in (
+            ("model.layers.0.wq", (("mp",),)),
+            ("model.layers.0.wo", ((), ("mp",))),
+            ("model.norm", ()),
+        )
+        for name in (base, f"adam_m.{base}", f"adam_v.{base}")
+    },
+)
+
+
+def state_of(step: int) -> dict[str, object]:
+    """A state that tells which step it is of, in every element."""
+    random_numbers = np.random.default_rng(step)
+
+    def arrays() -> dict[str, np.ndarray]:
+        return {n: random_numbers.standard_normal(s, np.float32) for n, s in NAMES.items()}
+
+    return {
+        "params": arrays(),
+        "opt_state": [{"mu": arrays(), "nu": arrays(), "count": np.int32(step)}],
+        "step": step,
+    }
+
+
+def is_state_of(state: dict[str, object], step: int) -> bool:
+    want = state_of(step)
+    same = state["step"] == step and state["opt_state"][0]["count"] == step
+    for part, other in (
+        (state["params"], want["params"]),
+        (state["opt_state"][0]["mu"], want["opt_state"][0]["mu"]),
+        (state["opt_state"][0]["nu"], want["opt_state"][0]["nu"]),
+    ):
+        same &= all(np.array_equal(part[n], other[n]) for n in NAMES)
+    return bool(same)
+
+
+def manager(options: argparse.Namespace) -> CheckpointManager:
+    return CheckpointManager(
+        options.directory,
+        prefix="net",
+        format=options.format,
+        strategy=CUT,
+        keep_max=options.keep,
+        async_save=options.asynchronous,
+        save_network_only=options.network,
+        remove_redundancy=options.network,
+        durable=False,
+        workers=1,
+    )
+
+
+def child(options: argparse.Namespace, pipe: int) -> None:
+    """Go on saving until killed; each number said is a step that is on the disk."""
+    ours = manager(options)
+    found = ours.restore(state_of(0), missing_ok=True)
+    step = found.step if found else 0
+    os.write(pipe, b"0 ")
+    while True:
+        step += 1
+        ours.save(step, state_of(step), extras={"at": step})
+        # in the background only the one before is certain now
+        os.write(pipe, b"%d " % (step - options.asynchronous))
+
+
+def trial(options: argparse.Namespace, said: int) -> tuple[int, str, list[str]]:
+    """Kill one child; the last step it said, what is wrong, and the states that it left."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(options, writer)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    select.select([reader], [], [], 60)
+    time.sleep(random.random() * options.longest)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    text = b""
+    while part := os.read(reader, 1 << 16):
+        text += part
+    os.close(reader)
+    said = max([said, *(int(n) for n in text.split())])
+    if not os.WIFSIGNALED(status):
+        return said, "the child ended by itself", []
+    left = [s.state for s in find_steps(Places.of(options.directory))]
+    try:
+        found = manager(options).restore(state_of(0), verify=True, missing_ok=True)
+    except Exception as error:
+        return said, f"restore fails: {error}", left
+    if found is None:
+        return said, f"step {said} was saved and is gone" if said > 0 else "", left
+    if found.step < said:
+        return said, f"step {found.step} was restored, {said} was saved", left
+    if not is_state_of(found.state, found.step) or found.extras != {"at": found.step}:
+        return said, f"step {found.step} is not what was saved", left
+    return max(said, found.step), "", left
+
+
+def break_it() -> None:
+    """Remove the old before the new is whole, which is what must not be done."""
+    written = saving_steps._written
+
+    def remove_first(job: saving_steps.Job) -> object:
+        for step in find_steps(job.places):
+            if step.record:
+                saving_steps.remove(job.places, step.record)
+        return written(job)
+
+    saving_steps._written = remove_first
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--format", default="ranks")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=int, default=2)
+    parser.add_argument("--longest", type=float, default=0.1)
+    parser.add_argument("--async", dest="asynchronous", action="store_true")
+    parser.add_argument("--network", action="store_true")
+    parser.add_argument("--broken", action="store_true")
+    options = parser.parse_args()
+    random.seed(options.seed)
+    if options.broken:
+        break_it()
+    said, wrong, partial = 0, [], 0
+    for number in range(options.kills):
+        said, problem, left = trial(options, said)
+        partial += any(state != "complete" for state in left)
+        if problem:
+            wrong.append(f"kill {number}: {problem}")
+    print(json.dumps({"kills": options.kills, "saved": said, "partial": partial, "wrong": wrong}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
