@@ -150,6 +150,7 @@ def test_shards_that_stay_are_kept_when_the_rest_is_donated(route):
 )
 def test_scalars_and_empty_and_replicated_arrays_arrive(shape, before, after, route):
     array = put(numbers(shape), on(dp2mp4(), *before))
+    array = reshard(array, on(mesh((4,), ("mp",), range(4)), *before), route=route)
     for target in (on(mp8(), *after), on(mesh((2,), ("mp",), (6, 7)), *after)):
         moved = reshard(array, target, route=route)
         assert (moved.shape, moved.sharding) == (shape, target)
