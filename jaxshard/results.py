@@ -51,6 +51,7 @@ class Result:
         side_files: other files, by path, with their contents.
         seal: finishes a weight file of which all bytes are written.
         extras_to: where files that are carried along go, under the result's root.
+        files_per_rank: how many files a rank has; second ones are numbered after all first.
     """
 
     format: str
@@ -59,3 +60,4 @@ class Result:
     side_files: Mapping[str, bytes] = field(repr=False)
     seal: Callable[[Path], None] | None = None
     extras_to: str = ""
+    files_per_rank: int = 1

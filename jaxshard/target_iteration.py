@@ -55,7 +55,14 @@ def iteration(source: Catalog, tensors: Sequence[Tensor], request: Request) -> R
         f"{folder}/{COMMON}": _common(request.numbers),
         TRACKER: str(step).encode(),
     }
-    return Result("iteration", outputs, as_safetensors({"format": "ms"}), side, extras_to=folder)
+    return Result(
+        "iteration",
+        outputs,
+        as_safetensors({"format": "ms"}),
+        side,
+        extras_to=folder,
+        files_per_rank=files.num_files // layout.num_ranks,
+    )
 
 
 def _is_state(name: str, source: Catalog) -> bool:
@@ -105,15 +112,14 @@ class _Files:
         """Which files store a shard, as the metadata is to say it."""
 
         def stores(name: str, placement: Placement, shard: Shard) -> list[tuple[int, str]]:
-            found = []
-            for lying in outputs.layout.placements[name]:
-                rank = lying.first_rank % self._num_ranks
-                if (lying.axes, lying.spec) != (placement.axes, placement.spec):
-                    continue  # cut otherwise in another stage: one layout is all that can be said
-                if rank != placement.first_rank and lying.num_ranks == 1 and placement.axes:
-                    continue
-                holders = outputs.holders(name, lying, shard)
-                found += [(file % self._num_ranks, self.names[file]) for file in holders]
-            return found
+            mine = next(
+                p
+                for p in outputs.layout.placements[name]
+                if p.first_rank % self._num_ranks == placement.first_rank
+            )  # of several stages that hold it the first: one layout is all that can be said
+            return [
+                (file % self._num_ranks, self.names[file])
+                for file in outputs.holders(name, mine, shard)
+            ]
 
         return stores
