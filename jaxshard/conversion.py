@@ -157,7 +157,7 @@ def prepare(
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
     result = make_result(chosen, tensors, request)
-    only = _check_ranks(ranks, layout)
+    only = _files_of(_check_ranks(ranks, layout), layout, result.files_per_rank)
     plan = make_plan(chosen, result.outputs, only=only)
     return Prepared(plan, result, _fingerprint(chosen, result, only))
 
@@ -313,6 +313,15 @@ def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozense
             )
         )
     return only
+
+
+def _files_of(
+    ranks: frozenset[int] | None, layout: Layout | None, files_per_rank: int
+) -> frozenset[int] | None:
+    """The numbers of the files of ``ranks``: second files come after all first ones."""
+    if ranks is None or layout is None:
+        return None
+    return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
 
 
 def _fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -> str:

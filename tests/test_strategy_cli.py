@@ -1,0 +1,210 @@
+"""``jaxshard strategy``: what people see of strategy files, and make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from golden_files import golden
+from mindspore_ranks import ARRAYS, QUICK, check_equal, merged, write_ranks
+
+import jaxshard as js
+from jaxshard.cli import main
+from jaxshard.errors import LayoutError
+from jaxshard.formats import strategy_files
+from jaxshard.layout import Layout, Placement
+from jaxshard.opening import open_strategy
+
+Capture = pytest.CaptureFixture[str]
+
+
+def shown(capsys: Capture, *arguments: object) -> str:
+    assert main(["strategy", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_table_tells_how_each_kind_of_tensor_is_cut(capsys: Capture) -> None:
+    text = shown(capsys, "show", golden("dp4mp2_opt2", "strategy"), "--include", "^model")
+    lines = [line.split() for line in text.splitlines()]
+    assert text.splitlines()[0].endswith(": 8 ranks, 8 in each of 1 stages")
+    assert [
+        "0",
+        "4",
+        "model.layers.#.attention.wq.weight",
+        "4×2",
+        "0,-1",
+        "2",
+        "ways",
+        "4×1",
+    ] in lines
+    assert [
+        "0",
+        "4",
+        "model.layers.#.attention.wo.weight",
+        "4×2",
+        "-1,0",
+        "2",
+        "ways",
+        "2×2",
+    ] in lines
+
+
+def test_a_picture_tells_who_holds_what(capsys: Capture) -> None:
+    text = shown(capsys, "show", golden("dp2mp2pp2", "merged_strategy.ckpt"), "--include", "wo")
+    assert "│ 0, 2 │ 1, 3 │" in text  # columns, over mp, in the first stage
+    assert "│ 4, 6 │ 5, 7 │" in text  # and in the second
+
+
+def test_every_tensor_is_listed_when_asked(capsys: Capture) -> None:
+    text = shown(
+        capsys, "show", golden("dp2mp2pp2", "strategy"), "--all", "--include", "wq.weight$"
+    )
+    assert text.count("attention.wq.weight  ") == 16  # four layers: weight, two states, gradients
+
+
+def test_the_same_as_json(capsys: Capture) -> None:
+    told = json.loads(shown(capsys, "show", golden("dp1mp4", "strategy"), "--json"))
+    assert (told["num_ranks"], told["num_stages"]) == (4, 1)
+    one = next(t for t in told["tensors"] if t["name"] == "lm_head.weight")
+    assert (one["dev_matrix"], one["tensor_maps"], one["parts"]) == ([4], [[0, -1]], "4×1")
+
+
+def test_a_stage_that_is_missing_is_said(capsys: Capture) -> None:
+    text = shown(capsys, "show", golden("dp2mp2pp2", "strategy", "ckpt_strategy_rank_4.ckpt"))
+    assert "note: the strategy of stage 0 is not here." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "why"),
+    [
+        (["show", "NOWHERE"], 2, "NotFoundError: NOWHERE does not exist"),
+        (["show", "STRATEGY", "--include", "nobody"], 2, "matches no tensor"),
+        (["show", "STRATEGY", "--include", "("], 2, "not a regular expression"),
+        (["show", "WEIGHTS"], 3, "is a MindSpore weight checkpoint, not a strategy file"),
+        (["merge", "ONE_STAGE", "OUT"], 3, "the strategy of stage 1 is given"),
+        (["make", "MODEL", "OUT", "--to", "dp3xp3"], 2, "is not a strategy"),
+    ],
+)
+def test_what_cannot_be_shown_or_made_is_one_sentence(
+    arguments: list[str], status: int, why: str, tmp_path: Path, capsys: Capture
+) -> None:
+    places = {
+        "NOWHERE": "NOWHERE",
+        "STRATEGY": golden("dp1mp4", "strategy"),
+        "WEIGHTS": golden("ckpt_formats", "all_dtypes.ckpt"),
+        "ONE_STAGE": golden("dp2mp2pp2", "strategy", "ckpt_strategy_rank_4.ckpt"),
+        "MODEL": golden("dp2mp2pp2", "full", "full.safetensors"),
+        "OUT": tmp_path / "out",
+    }
+    assert main(["strategy", *(str(places.get(a, a)) for a in arguments)]) == status
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- merge ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["merged.ckpt", "merged.json"])
+def test_a_merged_file_says_what_the_folder_says(
+    name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = golden("dp2mp2pp2", "strategy")
+    shown(capsys, "merge", folder, tmp_path / name)
+    assert open_strategy(tmp_path / name) == open_strategy(folder)
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "merged.ckpt"
+    out.write_text("mine")
+    command = ["strategy", "merge", str(golden("dp1mp4", "strategy")), str(out)]
+    assert main(command) == 2
+    assert out.read_text() == "mine"
+    assert main([*command, "--overwrite"]) == 0
+    assert open_strategy(out).num_ranks == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["merged.ckpt"]
+    capsys.readouterr()
+
+
+def test_names_with_a_hyphen_are_merged_and_read(tmp_path: Path, capsys: Capture) -> None:
+    """MindSpore splits ``0-my-weight`` at every hyphen and gives up."""
+    names = {"my-weight": "wq", "norm-1": "norm"}
+    arrays = {new: ARRAYS[old] for new, old in names.items()}
+    rows = Placement((("mp", 2),), (("mp",),), 2)  # all of it in the second of two stages
+    first = Placement((("mp", 2),), (("mp",),))
+    layout = Layout(4, {"my-weight": (rows,), "norm-1": (first,)})
+    shapes = {n: a.shape for n, a in arrays.items()}
+    (tmp_path / "strategy").mkdir()
+    for name, data in strategy_files.raw_files(strategy_files.from_layout(layout, shapes)).items():
+        (tmp_path / "strategy" / name).write_bytes(data)
+    shown(capsys, "merge", tmp_path / "strategy", tmp_path / "merged.ckpt")
+    read = open_strategy(tmp_path / "merged.ckpt")
+    assert read.placements.keys() == names.keys()
+
+    def held(rank: int) -> dict[str, np.ndarray]:
+        mine = "my-weight" if rank >= 2 else "norm-1"
+        return {mine: np.ascontiguousarray(np.split(arrays[mine], 2)[rank % 2])}
+
+    source = write_ranks(tmp_path / "c" / "d", held)
+    check_equal(merged(source, tmp_path / "o", src_strategy=tmp_path / "merged.ckpt"), arrays)
+    assert "my-weight" in shown(capsys, "show", tmp_path / "merged.ckpt")
+
+
+# --- make ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "theirs"),
+    [
+        ("dp2mp2pp2", ("dp2mp2pp2", "strategy")),
+        ("dp1mp4", ("dp2mp2pp2", "targets", "dp1mp4_strategy.ckpt")),
+        ("dp4mp2", ("dp2mp2pp2", "targets", "dp4mp2_strategy.ckpt")),
+        ("dp4mp2opt2", ("dp2mp2pp2", "targets", "dp4mp2_opt2_strategy.ckpt")),
+    ],
+)
+@pytest.mark.parametrize("merged_file", [False, True])
+def test_what_is_made_cuts_as_a_real_job_did(
+    strategy: str, theirs: tuple[str, ...], merged_file: bool, tmp_path: Path, capsys: Capture
+) -> None:
+    source = golden("dp2mp2pp2", "full", "full.safetensors")
+    flags = ["--merged"] if merged_file else []
+    shown(capsys, "make", source, tmp_path / "made", "--to", strategy, *flags)
+    ours, real = open_strategy(tmp_path / "made"), open_strategy(golden(*theirs))
+    assert ours.num_ranks == real.num_ranks
+    shapes = {
+        t.name: t.shape for t in js.open(source).tensors.values() if t.name in real.placements
+    }
+    assert len(shapes) > 80
+    for name, shape in shapes.items():
+        for rank in range(real.num_ranks):
+            assert ours.box_of(name, shape, rank) == real.box_of(name, shape, rank), name
+
+
+def test_ranks_written_for_what_was_made_need_no_other_strategy(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    source = golden("dp2mp2pp2", "full", "full.safetensors")
+    shown(capsys, "make", source, tmp_path / "dst", "--to", "dp1mp2pp2")
+    js.convert(source, tmp_path / "o", tmp_path / "dst", options=QUICK)
+    assert js.verify(tmp_path / "o", source).problems == ()
+
+
+def test_the_embedding_may_stay_whole_over_mp(tmp_path: Path, capsys: Capture) -> None:
+    """MindFormers' ``vocab_emb_dp``; golden jobs have it off."""
+    source = golden("dp2mp2pp2", "full", "full.safetensors")
+    name = "model.tok_embeddings.embedding_weight"
+    shape = js.open(source)[name].shape
+    for text, ways in (("dp2mp2", 2), ("dp2mp2vocabdp", 1)):
+        shown(capsys, "make", source, tmp_path / text, "--to", text)
+        (placement,) = open_strategy(tmp_path / text).placements[name]
+        assert placement.local_shape(shape)[0] == shape[0] // ways
+        js.slice(source, tmp_path / f"cut_{text}", text, options=QUICK)
+        held = safetensors.numpy.load_file(
+            tmp_path / f"cut_{text}" / "rank_1" / "checkpoint_1.safetensors"
+        )
+        assert held[name].shape[0] == shape[0] // ways
+    assert str(js.Strategy.parse("mp2vocabdpdp4")) == "dp4mp2vocabdp"
+    with pytest.raises(LayoutError, match="is not a strategy"):
+        js.Strategy.parse("mp2vocabdpvocabdp")
