@@ -47,6 +47,8 @@ def place(job: Job, memory: Sequence[Bytes]) -> list[jax.Array]:
 def _adopted(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Array:
     """An array whose memory is that of ``shards``."""
     shape = job.tensor.shape
+    if not use:  # all its devices are other processes'; JAX would still ask for a shard
+        return jax.make_array_from_single_device_arrays(shape, want.sharding, [], dtype=want.dtype)
     indices = want.sharding.addressable_devices_indices_map(shape)
     at = {_key(indices[device]): shards[number] for device, number in use}
     return jax.make_array_from_callback(
