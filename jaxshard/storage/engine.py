@@ -14,9 +14,7 @@ An end that is memory itself says so, and one copy falls away:
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from itertools import islice
 
@@ -28,6 +26,7 @@ from ..catalog import Piece, Tensor
 from ..cells import Cell
 from ..planning import Move, Steps, block_steps, cell_blocks, move_into
 from ..ranges import Runs, byte_runs
+from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget
 from .requests import Bytes, Read, read_runs
 from .viewing import Operands, Viewer
@@ -41,8 +40,8 @@ Place = Callable[[Move, int, int, int], memoryview | None]
 still told how many bytes are in place, and has nothing to copy."""
 Lend = Callable[[Piece, int, int], memoryview | None]
 """``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
+_Given = tuple[Batch, Operands | None]
 
-_BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
 _STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps, no memory
 
 
@@ -61,58 +60,28 @@ def run(
     ``progress`` is told the bytes written since it was last told, from any thread.
     The first error of any thread stops all of them and is raised.
     """
-    ends = _Ends(read, write, place, lend)
-    source = _Batches(moves, budget, place)
-    workers = [_Worker(ends, budget, progress) for _ in range(budget.workers)]
-    if budget.workers == 1:
-        workers[0].work(source)
-        return workers[0].counts
-    with ThreadPoolExecutor(budget.workers, thread_name_prefix="jaxshard") as pool:
-        jobs = [pool.submit(w.work, source) for w in workers]
-        try:
-            wait(jobs, return_when=FIRST_EXCEPTION)
-        finally:
-            source.stop()
-    for job in jobs:
-        job.result()
+    ends = Ends(read, write, place, lend)
+    workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
+    in_threads([w.work for w in workers], Shared(_batches(moves, budget, place)))
     return sum((w.counts for w in workers), Counts())
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    move: Move
-    cell: Cell
-    blocks: tuple[Box, ...]
-    operands: Operands | None
-
-
-class _Batches:
-    """Runs of neighbouring blocks, handed to whichever thread asks next."""
-
-    def __init__(self, moves: Iterable[Move], budget: Budget, place: Place | None) -> None:
-        self._batches = _batches(moves, budget, place)
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def next(self) -> _Batch | None:
-        with self._lock:
-            return None if self._stopped else next(self._batches, None)
-
-    def stop(self) -> None:
-        self._stopped = True
-
-
-def _batches(moves: Iterable[Move], budget: Budget, place: Place | None) -> Iterator[_Batch]:
+def _batches(moves: Iterable[Move], budget: Budget, place: Place | None) -> Iterator[_Given]:
     for move in moves:
-        operands = Operands(move.operands) if any(move.forms) and move.operands else None
+        operands = operands_of(move)
         for cell in move.cells:
             limit = budget.block_bytes
             if place is not None and _is_straight(move, cell, place):
                 limit = max(limit, _STRAIGHT_BYTES)
             all_blocks = cell_blocks(cell, move.forms, move.unit_bytes, limit, budget.tile_bytes)
-            most = max(1, _BATCH_BLOCKS * budget.block_bytes // limit)
+            most = max(1, BATCH_BLOCKS * budget.block_bytes // limit)
             while batch := tuple(islice(all_blocks, most)):
-                yield _Batch(move, cell, batch, operands)
+                yield Batch(move, cell, batch), operands
+
+
+def operands_of(move: Move) -> Operands | None:
+    """The small tensors that steps of ``move`` need, to be read once for all its batches."""
+    return Operands(move.operands) if any(move.forms) and move.operands else None
 
 
 def _is_straight(move: Move, cell: Cell, place: Place) -> bool:
@@ -130,7 +99,7 @@ def _is_straight(move: Move, cell: Cell, place: Place) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ends:
+class Ends:
     """Where bytes come from and go to."""
 
     read: Read
@@ -139,26 +108,31 @@ class _Ends:
     lend: Lend | None
 
 
-class _Worker:
+class Worker:
     """One thread's buffers and counts."""
 
-    def __init__(self, ends: _Ends, budget: Budget, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, ends: Ends, budget: Budget, progress: Callable[[int], None] | None) -> None:
         self.counts = Counts()
         self._ends, self._budget, self._progress = ends, budget, progress
         self._block = np.empty(budget.block_bytes, np.uint8)
         self._spare = np.empty(budget.block_bytes, np.uint8)
         self._viewer = Viewer(ends.read)
 
-    def work(self, source: _Batches) -> None:
-        while batch := source.next():
-            before = self.counts.bytes_written
-            if batch.operands:
-                batch.operands.load(self._read_operand)
-                self._viewer.values = batch.operands.values
-            for block in batch.blocks:
-                self._carry(batch.move, batch.cell, block)
-            if self._progress:
-                self._progress(self.counts.bytes_written - before)
+    def work(self, source: Shared[_Given]) -> None:
+        """Carry out what ``source`` gives until it has no more."""
+        while given := source.next():
+            self.carry(*given)
+
+    def carry(self, batch: Batch, operands: Operands | None) -> None:
+        """Carry out one batch."""
+        before = self.counts.bytes_written
+        if operands:
+            operands.load(self._read_operand)
+            self._viewer.values = operands.values
+        for block in batch.blocks:
+            self._carry(batch.move, batch.cell, block)
+        if self._progress:
+            self._progress(self.counts.bytes_written - before)
 
     def _carry(self, move: Move, cell: Cell, block: Box) -> None:
         steps = block_steps(cell, block, move.sources, move.forms)

@@ -1,0 +1,76 @@
+"""Batches: work in portions, handed to whichever thread asks next.
+
+Threads, and not processes: all that takes long (reading, writing, copying) lets other
+threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ..box import Box
+from ..cells import Cell
+from ..planning import Move
+
+BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Neighbouring blocks of one cell."""
+
+    move: Move
+    cell: Cell
+    blocks: tuple[Box, ...]
+
+
+class Shared(Generic[T]):
+    """An iterator that several threads take from."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items, self._lock, self._stopped = items, threading.Lock(), False
+
+    def next(self) -> T | None:
+        """The next item, or None: there is none left, or somebody said stop."""
+        with self._lock:
+            return None if self._stopped else next(self._items, None)
+
+    def stop(self) -> None:
+        """Give nothing more to anybody."""
+        self._stopped = True
+
+
+def in_threads(jobs: Sequence[Callable[[Shared[T]], None]], source: Shared[T]) -> None:
+    """Run each of ``jobs`` on ``source`` in a thread of its own; one alone runs in this one.
+
+    The first error of any thread stops all of them and is raised.
+    """
+    if len(jobs) == 1:
+        jobs[0](source)
+        return
+    errors: list[BaseException] = []
+
+    def guarded(job: Callable[[Shared[T]], None]) -> None:
+        try:
+            job(source)
+        except BaseException as error:  # also an interrupt: whoever waits must hear of it
+            errors.append(error)
+            source.stop()
+
+    threads = [threading.Thread(target=guarded, args=(job,), name="jaxshard") for job in jobs]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:  # an interrupt here: nothing is closed under a thread that still writes
+        source.stop()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
