@@ -26,7 +26,7 @@ def test_parts_are_of_at_most_the_size_given_and_numbers_lie_apart(
     assert main(["merge", str(training), str(out), *flags]) == 0
     parts = {p.name: ms.weights(p) for p in out.glob("part*.safetensors")}
     assert all(sum(len(t[2]) for t in held.values()) <= 400 for held in parts.values())
-    assert sorted(parts) == ["part0.safetensors", "part1.safetensors"]
+    assert parts.keys() == {f"part{i}.safetensors" for i in range(3)}
     assert ms.weights(out / "hyper_param.safetensors").keys() == NUMBERS.keys()
     text = (out / "param_name_map.json").read_text()
     index = json.loads(text)
