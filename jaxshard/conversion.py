@@ -24,6 +24,7 @@ from .multiprocess.splitting import Part, split_outputs
 from .opening import PathLike, open_checkpoint, open_strategy
 from .planning import Plan, make_plan
 from .selection import select
+from .storage import streams
 from .storage.budget import Budget, Counts, fit_budget
 from .storage.parts import PartStaging
 from .storage.reading import SourceFiles
@@ -147,16 +148,19 @@ def prepare(
         catalog, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
     chosen = replace(catalog, tensors={t.name: t for t in tensors}, notes=(*catalog.notes, *notes))
+    config: dict[str, bytes] = {}
     if names is not None:
-        from .mapping import find_mapping  # noqa: PLC0415 - seldom needed, and not small
+        from .mapping import find_mapping, true_config  # noqa: PLC0415 - seldom needed, and not small
 
         chosen = find_mapping(names, chosen).apply(chosen)
-        tensors = list(chosen.tensors.values())
+        tensors, config = list(chosen.tensors.values()), true_config(chosen)
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
     layout = chosen.layout if to == "same" else _target_layout(to, lay_out)
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
     result = make_result(chosen, tensors, request)
+    if config:
+        result = replace(result, side_files={**config, **result.side_files})
     only = _files_of(_check_ranks(ranks, layout), layout, result.files_per_rank)
     plan = make_plan(chosen, result.outputs, only=only)
     return Prepared(plan, result, _fingerprint(chosen, result, only))
@@ -192,8 +196,6 @@ def execute(
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Carry out a prepared conversion (errors as ``convert``)."""
-    from .storage.engine import run  # noqa: PLC0415 - NumPy, which a plan alone does not need
-
     prepared, budget = fitted(prepared, options), budget_of(options)
     plan, catalog = prepared.plan, prepared.plan.source
     _refuse_inside(catalog, Path(destination))
@@ -210,7 +212,7 @@ def execute(
         source.check_checksums()
         files = OutputFiles(plan, staging, prepared.result.lay_file, prepared.result.seal)
         try:
-            counts = run(plan.moves(), source.read, files.write, budget=budget, progress=tell)
+            counts = streams.run(plan.moves(), source, files, budget=budget, progress=tell)
         finally:
             files.close()
             source.close()

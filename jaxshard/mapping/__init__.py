@@ -24,7 +24,7 @@ from .ops import (
     Unpad,
     Unrepeat,
 )
-from .tables import FORMS, dequantized, find_mapping, form_of, table
+from .tables import FORMS, dequantized, find_mapping, form_of, table, true_config
 from .text import read_mapping, write_mapping
 
 __all__ = [
@@ -55,5 +55,6 @@ __all__ = [
     "form_of",
     "read_mapping",
     "table",
+    "true_config",
     "write_mapping",
 ]

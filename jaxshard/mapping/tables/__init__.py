@@ -7,6 +7,7 @@ Every form is described by what Hugging Face's own becomes; others are composed.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,7 +24,9 @@ from .families import FAMILIES, Facts, facts_of
 from .jaxes import linen, linen_scan, maxtext, nnx, nnx_scan, tunix
 from .mindspore import mcore, mindformers
 
-__all__ = ["FORMS", "dequantized", "find_mapping", "form_of", "table"]
+__all__ = ["FORMS", "dequantized", "find_mapping", "form_of", "table", "true_config"]
+
+CONFIG = "config.json"
 
 
 def _hf(facts: Facts) -> Mapping:
@@ -103,6 +106,17 @@ def dequantized(catalog: Catalog) -> Mapping | None:
     kind = BY_NUMPY.get(word) if isinstance(word, str) else None
     dtype = kind.name if kind else "BF16"
     return Mapping((Dequantize(block=(int(rows), int(columns)), dtype=dtype),))
+
+
+def true_config(mapped: Catalog) -> dict[str, bytes]:
+    """``config.json`` for tensors that are no longer quantized, if it says that they are."""
+    before = mapped.origin.catalog if mapped.origin else mapped
+    if CONFIG not in mapped.extras or "quantization_config" not in before.model.config:
+        return {}
+    if dequantized(before) is None or dequantized(mapped) is not None:
+        return {}
+    left = {k: v for k, v in before.model.config.items() if k != "quantization_config"}
+    return {CONFIG: json.dumps(left, indent=2).encode()}
 
 
 def _find_table(text: str, catalog: Catalog) -> Mapping:

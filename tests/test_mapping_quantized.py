@@ -1,0 +1,144 @@
+"""FP8 weights in blocks with a factor each come out as their true values, shard by shard."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mapping_models import save
+from mapping_worlds import Memory, read_all, read_box, same
+from safetensors.numpy import load_file, save_file
+
+from jaxshard.api import convert
+from jaxshard.box import Box
+from jaxshard.conversion import Options, execute, prepare
+from jaxshard.errors import LayoutError, NotFoundError
+from jaxshard.mapping import Cast, Dequantize, Mapping, Stack, Transpose
+from jaxshard.storage.engine import Budget
+
+QUICK = Options(workers=1, durable=False)
+FP8 = ml_dtypes.float8_e4m3fn
+
+
+def quantized(shape: tuple[int, int], block: tuple[int, int], seed: int = 0):
+    """A weight, its factors, and its true values in float32, block by block."""
+    random = np.random.default_rng(seed)
+    weight = random.normal(size=shape).astype(FP8)
+    scale = random.uniform(0.5, 2, [-(-n // b) for n, b in zip(shape, block, strict=True)])
+    scale = scale.astype(np.float32)
+    true = weight.astype(np.float32)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            part = np.s_[
+                i * block[0] : (i + 1) * block[0],
+                j * block[1] : (j + 1) * block[1],
+            ]
+            true[part] *= scale[i, j]
+    return weight, scale, true
+
+
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.tuples(st.sampled_from([1, 3, 4, 8]), st.sampled_from([2, 4, 5])),
+    st.sampled_from(["BF16", "F32", "F16"]),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_any_shard_is_dequantized_as_the_whole_would_be(shape, block, dtype, turn, random) -> None:
+    weight, scale, true = quantized(shape, block)
+    memory = Memory({"a.weight": weight, "a.weight_scale_inv": scale})
+    ops = (Dequantize(block=block, dtype=dtype),)
+    mapping = Mapping((*ops, Transpose(("a.weight",))) if turn else ops)
+    kinds = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16}
+    expected = true.astype(kinds[dtype])
+    expected = expected.T if turn else expected
+    tensor = mapping.apply(memory.catalog)["a.weight"]
+    start = tuple(random.randrange(n) for n in tensor.shape)
+    box = Box(
+        start, tuple(random.randrange(a, n) + 1 for a, n in zip(start, tensor.shape, strict=True))
+    )
+    made, _ = read_box(memory, tensor, box, Budget(1, 64, 128))
+    assert made.dtype == expected.dtype
+    np.testing.assert_array_equal(made, expected[box.slices])
+    in_memory = mapping.apply_arrays({"a.weight": weight, "a.weight_scale_inv": scale})
+    np.testing.assert_array_equal(in_memory["a.weight"], expected)
+
+
+def test_dequantized_experts_are_stacked_and_each_rank_reads_its_own() -> None:
+    arrays, true = {}, []
+    for i in range(4):
+        weight, scale, values = quantized((16, 12), (8, 4), seed=i)
+        arrays |= {f"e.{i}.weight": weight, f"e.{i}.weight_scale_inv": scale}
+        true.append(values.astype(ml_dtypes.bfloat16))
+    memory = Memory(arrays)
+    mapping = Mapping((Dequantize(block=(8, 4)), Stack("e.{expert}.weight", "e", "expert")))
+    tensor = mapping.apply(memory.catalog)["e"]
+    made, counts = read_box(memory, tensor, Box((0, 8, 0), (4, 16, 12)), Budget(1, 1 << 20))
+    np.testing.assert_array_equal(made, np.stack(true)[:, 8:])
+    scales = sum(x.nbytes for n, x in arrays.items() if n.endswith("scale_inv"))
+    assert counts.bytes_needed == 4 * 8 * 12 + scales
+
+
+def test_true_values_are_rounded_again_on_a_further_cast() -> None:
+    weight, scale, true = quantized((8, 8), (4, 4))
+    arrays = {"a.weight": weight, "a.weight_scale_inv": scale}
+    memory = Memory(arrays)
+    mapping = Mapping((Dequantize(block=(4, 4)), Cast(("a.weight",), "F32")))
+    made = read_all(memory, mapping.apply(memory.catalog))
+    expected = true.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(made["a.weight"], expected)
+    assert same(made, mapping.apply_arrays(arrays))
+
+
+def test_a_quantized_folder_becomes_a_plain_one(tmp_path) -> None:
+    source = save("deepseek_v3", tmp_path / "plain")
+    plain = load_file(source / "model.safetensors")
+    stored, expected = {}, {}
+    for i, (name, x) in enumerate(plain.items()):
+        stored[name] = expected[name] = x
+        if "_proj.weight" in name:
+            weight, scale, true = quantized(x.shape, (16, 16), seed=i)
+            stored |= {name: weight, f"{name}_scale_inv": scale}
+            expected[name] = true
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out", names="auto", options=QUICK)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert same(made, expected)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    prepared = prepare(source, "mp2", names="hf:mcore-fused")
+    counts = execute(prepared, tmp_path / "ranks", options=QUICK).counts
+    totals = prepared.plan.totals
+    assert (counts.bytes_needed, counts.bytes_read) == (totals.bytes_needed, totals.bytes_read)
+    assert counts.num_reads == totals.num_reads
+
+
+@pytest.mark.parametrize(
+    ("arrays", "kind", "said"),
+    [
+        (
+            {"a.weight": np.zeros((8, 8), FP8), "a.weight_scale_inv": np.ones((3, 2), np.float32)},
+            LayoutError,
+            r"needs scales of shape \(2, 2\), and a.weight_scale_inv has \(3, 2\)",
+        ),
+        (
+            {"a.weight_scale_inv": np.ones((3, 2), np.float32)},
+            NotFoundError,
+            "scales a.weight, which is missing",
+        ),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(arrays, kind, said) -> None:
+    with pytest.raises(kind, match=said):
+        Mapping((Dequantize(block=(4, 4)),)).apply(Memory(arrays).catalog)
+
+
+def test_dequantizing_has_no_inverse_and_says_so() -> None:
+    with pytest.raises(LayoutError, match="the factors would have to be chosen anew"):
+        Mapping((Dequantize(),)).inverse()
