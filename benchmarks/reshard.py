@@ -192,6 +192,34 @@ def method_of(method: str, tree: dict, before: dict, after: dict, scale: int):
     return lambda _: jax.block_until_ready(jax.device_put(ones, to)), 0.0
 
 
+def idle_share(run, tree: dict) -> float:
+    """The part of a repeated call in which no thread is copying; the least of five."""
+    from jaxshard.transfer import host_views
+
+    copy, spans = host_views._copy, []
+
+    def timed(copies) -> None:
+        t0 = time.perf_counter()
+        copy(copies)
+        spans.append((t0, time.perf_counter()))
+
+    host_views._copy = timed
+    shares = []
+    for _ in range(5):
+        source = fresh(tree)
+        spans.clear()
+        t0 = time.perf_counter()
+        run(source)
+        t1 = time.perf_counter()
+        busy, busy_until = 0.0, t0
+        for a, b in sorted(spans):
+            busy += max(b - max(a, busy_until), 0.0)
+            busy_until = max(busy_until, b)
+        shares.append(1 - busy / (t1 - t0))
+    host_views._copy = copy
+    return min(shares)
+
+
 def child(case: str, method: str, scale: int, repeats: int) -> None:
     """Measure one method, and print the result as JSON."""
     import jax
@@ -217,6 +245,7 @@ def child(case: str, method: str, scale: int, repeats: int) -> None:
         t0 = time.perf_counter()
         out = run(source)
         walls.append(time.perf_counter() - t0)
+    idle = idle_share(run, tree) if method == "jaxshard" else None
     target_bytes = (
         sum(s.data.nbytes for x in out.values() for s in x.addressable_shards)
         if method != "floor"
@@ -229,6 +258,7 @@ def child(case: str, method: str, scale: int, repeats: int) -> None:
                 "first": first,
                 "walls": walls,
                 "memory": memory.grown,
+                "idle": idle,
                 "target_bytes": target_bytes,
                 "jax": jax.__version__,
             }
@@ -275,7 +305,8 @@ def report(cases: list[str], methods: list[str], scale: int, repeats: int) -> No
             share = got["memory"] / got["target_bytes"] if got["target_bytes"] else float("nan")
             cells = (got["prepare"], got["first"], wall, min(got["walls"]), wall / base)
             numbers = "".join(f"{x:11.3f}" for x in cells)
-            print(f"  {method:16}{numbers}{got['memory'] / 1e6:11.0f}{share:11.2f}")
+            idle = "" if got["idle"] is None else f"  {got['idle']:.1%} of a call copies nothing"
+            print(f"  {method:16}{numbers}{got['memory'] / 1e6:11.0f}{share:11.2f}{idle}")
 
 
 def stress(scale: int, layers: int, runs: int) -> None:
