@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .errors import JaxshardError
+from .errors import JaxshardError, StorageError
 
 FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration")  # as in targets
 
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # NumPy and all, only once a command is known
         run = getattr(import_module(f".{arguments.module}", __package__), arguments.command)
-        return int(run(arguments))
+        status = int(run(arguments))
+        sys.stdout.flush()  # here, and not when Python ends, a reader that has gone is no error
+        return status
     except JaxshardError as error:
         return _fail(error, arguments)
     except KeyboardInterrupt:
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
         return 0
+    except OSError as error:  # none is foreseen here, but it is the machine's refusal and no bug
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(StorageError(f"{where}{error.strerror or error}."), arguments)
 
 
 def _fail(error: JaxshardError, arguments: argparse.Namespace) -> int:
@@ -91,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("destination", metavar="DST", help="the folder to make")
         _add_how(made, name)
         _add_output(made)
+        _add_budget(made)
         if name != "plan":
             _add_running(made)
 
@@ -223,7 +229,6 @@ def _add_budget(to: argparse.ArgumentParser) -> None:
 
 
 def _add_running(to: argparse.ArgumentParser) -> None:
-    _add_budget(to)
     to.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
     to.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     to.add_argument(

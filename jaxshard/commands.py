@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from . import picture
 from .catalog import Catalog
-from .conversion import Options, Prepared, Report, budget_of, execute, part_plan, prepare
-from .errors import LayoutError, StorageError
+from .conversion import (
+    Options,
+    Prepared,
+    Report,
+    budget_of,
+    execute,
+    fitted,
+    part_plan,
+    prepare,
+)
+from .errors import LayoutError, NotFoundError, StorageError
 from .formats.huggingface_files import parse_size
 from .multiprocess.environment import part_of
 from .opening import open_checkpoint
@@ -41,7 +50,7 @@ def inspect(a: Namespace) -> int:
 
 def plan(a: Namespace) -> int:
     """Show what ``convert`` would do."""
-    return _show_plan(_prepare(a, a.to), a)
+    return _show_plan(fitted(_prepare(a, a.to), _options(a)), a)
 
 
 def convert(a: Namespace) -> int:
@@ -84,8 +93,8 @@ def demo(a: Namespace) -> int:
 
 
 def _convert(a: Namespace, to: str) -> int:
-    prepared = _prepare(a, to)
     options = _options(a)
+    prepared = fitted(_prepare(a, to), options)
     if a.dry_run:
         return _show_plan(replace(prepared, plan=part_plan(prepared.plan, options.part)), a)
     with _progress("writing", a.quiet or a.json) as told:
@@ -127,6 +136,8 @@ def read_rules_file(path: str | None) -> Rules | None:
         return None
     try:
         return read_rules(Path(path).read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        raise NotFoundError(f"--rules {path} does not exist.") from None
     except OSError as error:
         raise StorageError(f"--rules {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -199,19 +210,20 @@ def _show_verdict(verdict: Verdict, a: Namespace) -> int:
         compared = (
             f", {picture.size(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
         )
-        outcome = f"{len(verdict.problems)} problems" if verdict.problems else "all is well"
-        print(f"{verdict.num_tensors:,} tensors{compared}: {outcome}")
+        found = picture.count(len(verdict.problems), "problem")
+        outcome = found if verdict.problems else "all is well"
+        print(f"{picture.count(verdict.num_tensors, 'tensor')}{compared}: {outcome}")
     return _PROBLEM if verdict.problems else 0
 
 
 def _report_text(report: Report) -> str:
     c = report.counts
     lines = [
-        f"{report.destination}: {report.num_files:,} files with {picture.size(c.bytes_written)} "
-        f"written, {picture.size(c.bytes_read)} read"
+        f"{report.destination}: {picture.count(report.num_files, 'file')} with "
+        f"{picture.size(c.bytes_written)} written, {picture.size(c.bytes_read)} read"
     ]
     if report.skipped_files:
-        lines.append(f"{report.skipped_files:,} files were finished before")
+        lines.append(f"finished before: {picture.count(report.skipped_files, 'file')}")
     if not report.is_published:
         lines.append(f"{report.part} is done; the result appears when all others are")
     lines += [f"note: {note}" for note in report.notes]

@@ -282,13 +282,13 @@ def _target_layout(
     text = os.fspath(to)
     if text in ("full", "same"):  # the same as a source that is complete
         return None
-    if os.path.exists(text):
-        return open_strategy(text)
     try:
-        strategy = Strategy.parse(text)
+        strategy = Strategy.parse(text)  # before files: a result called mp4 may lie here too
     except LayoutError as error:
+        if os.path.exists(text):
+            return open_strategy(text)
         raise LayoutError(
-            f"--to {text}: neither full, nor an existing strategy file or folder; {error}"
+            f"--to: neither full, nor an existing strategy file or folder; {error}"
         ) from None
     return lay_out(strategy)
 

@@ -7,12 +7,12 @@ which they are asked.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .catalog import Catalog
-from .errors import FormatError, NotFoundError
+from .catalog import Catalog, File
+from .errors import FormatError, LayoutError, NotFoundError
 from .formats import iteration_names, rank_names
 from .layout import Layout
 from .storage.local import LocalFolder
@@ -54,10 +54,24 @@ def open_checkpoint(
             folder.close()
         if catalog is not None:
             return catalog
+    _refuse_other_weights(where)
     raise NotFoundError(
         f"{where} holds no checkpoint that jaxshard can read: neither *.safetensors, nor rank_0/ "
         "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
     )
+
+
+def _refuse_other_weights(where: Path) -> None:
+    """Say what is missing where there are weights, but in no format or place that is read.
+
+    Raises:
+        NotFoundError: there are such.
+    """
+    from .formats import huggingface  # noqa: PLC0415
+
+    folder = LocalFolder(where)
+    if huggingface.carried(folder.files(), ())[1]:
+        huggingface.read(folder)
 
 
 def _places(where: Path) -> Iterator[Path]:
@@ -80,6 +94,17 @@ def _read(
         layout, notes = _source_layout(where, strategy)
         catalog = rank_files.read(folder, layout, suffix=suffix)
         return replace(catalog, notes=(*notes, *catalog.notes))
+    found = _read_unranked(folder, files)
+    if found is not None and (strategy is not None or suffix is not None):
+        raise LayoutError(
+            f"{where} has no rank_0/ … folders, so strategy files (--src-strategy) and --suffix "
+            "mean nothing for it. Leave them out."
+        )
+    return found
+
+
+def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | None:
+    """What ``folder`` holds, which has no files of ranks."""
     if iteration_names.recognise(files):
         from .formats import iteration  # noqa: PLC0415
 

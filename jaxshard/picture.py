@@ -29,6 +29,15 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{int(num_bytes)} B"
 
 
+def count(number: int, what: str) -> str:
+    """How many of ``what`` there are.
+
+    >>> count(1, "file"), count(2048, "file")
+    ('1 file', '2,048 files')
+    """
+    return f"{number:,} {what}" + ("s" if number != 1 else "")
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns under ``head``; numbers to the right, words to the left.
 
@@ -163,8 +172,8 @@ def catalog_text(catalog: Catalog) -> str:
     stored = sum(f.num_bytes for f in catalog.files)
     lines = [
         f"{catalog.root}: {_format(catalog)}",
-        f"{len(tensors):,} tensors of {size(catalog.num_bytes)} in "
-        + (f"{len(catalog.files):,} files" if len(catalog.files) > 1 else "one file")
+        f"{count(len(tensors), 'tensor')} of {size(catalog.num_bytes)} in "
+        + count(len(catalog.files), "file")
         + f" of {size(stored)}",
         "",
         table(
@@ -195,9 +204,10 @@ def plan_text(plan: Plan) -> str:
     lines = [
         f"{plan.source.root}: {_format(plan.source)}",
         "",
-        f"reads   {size(t.bytes_read)} in {t.num_reads:,} requests"
+        f"reads   {size(t.bytes_read)} in {count(t.num_reads, 'request')}"
         + (f", {size(over)} of them in gaps" if over else ""),
-        f"writes  {size(t.bytes_written)} in {t.num_writes:,} requests to {t.num_files:,} files",
+        f"writes  {size(t.bytes_written)} in {count(t.num_writes, 'request')} "
+        f"to {count(t.num_files, 'file')}",
         f"copies  {t.num_copies:,} blocks in memory are cut or joined on the way",
         "",
         _output_table(plan.outputs, plan.only),

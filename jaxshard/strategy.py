@@ -19,7 +19,8 @@ from .errors import LayoutError
 
 Axes = tuple[tuple[str, int], ...]  # mesh axes in row-major order: (name, size), last fastest
 
-_PART = re.compile(r"(dp|mp|tp|pp|ep|cp|opt)(\d+|all)|(vocabdp)")
+_PART = re.compile(r"(dp|mp|tp|pp|ep|cp|opt)([0-9]{1,9}|all)|(vocabdp)")
+_MAX_RANKS = 1 << 20  # boxes are listed per rank; the largest jobs have tens of thousands
 _FIELD = {"tp": "mp", "opt": "optimizer_shard"}
 
 
@@ -61,6 +62,11 @@ class Strategy:
                 f"strategy: ep={self.ep} does not divide dp={self.dp}. "
                 "Expert parallel ranks are a part of the data parallel ones."
             )
+        if self.num_ranks > _MAX_RANKS:
+            raise LayoutError(
+                f"strategy: {self} has {self.num_ranks} ranks, more than {_MAX_RANKS}. Correct its "
+                "sizes."
+            )
         if self.optimizer_shard != -1 and self.optimizer_shard < 1:
             raise LayoutError(
                 f"strategy: optimizer_shard={self.optimizer_shard}; give a number of ways, "
@@ -88,7 +94,7 @@ class Strategy:
             at = match.end()
         if not sizes or at != len(lowered):
             raise LayoutError(
-                f"{text!r} is not a strategy. Write each axis once with its size: "
+                f"{text[:60]!r} is not a strategy. Write each axis once with its size: "
                 "dp2mp4, dp1mp2pp2, mp8, dp4mp2ep2, dp2mp2optall (axes: dp, mp or tp, pp, ep, cp, "
                 "opt; vocabdp leaves the embedding whole over mp)."
             )
