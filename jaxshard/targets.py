@@ -66,7 +66,7 @@ def lay_out_for(
         else:
             kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
             return replace(carried, placements=kept)
-    names = list(source.tensors)
+    names = [name for name in source.tensors if name not in source.hyper]
     try:
         table = rules_for(source.model, names)
     except (LayoutError, NotFoundError):

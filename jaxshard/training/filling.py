@@ -74,7 +74,7 @@ def fill(catalog: Catalog, target: Any, where: Where, parts: str = "all") -> Any
     """
     if isinstance(target, str | Strategy):
         return load(
-            catalog,
+            _with_numbers(catalog),
             target,
             devices=where.devices,
             rules=where.rules,
@@ -179,9 +179,21 @@ def _placed(
     strategy = where.strategy
     strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     chosen = replace(catalog, tensors={n: catalog.tensors[n] for n in structs})
+    chosen = _with_numbers(chosen)
     layout = lay_out_for(chosen, strategy, where.rules)
     found = shardings(layout, rank_devices(strategy, where.devices), structs)
     return {name: _with(s, found[name]) for name, s in structs.items()}
+
+
+def _with_numbers(catalog: Catalog) -> Catalog:
+    """``catalog``, in which the rest of a state is told from weights: no rule speaks of it."""
+    rest = {
+        t.name
+        for t in catalog.tensors.values()
+        if t.shape == () or t.name.startswith("opt_state.") or t.dtype.name[0] not in "FB"
+    }
+    tensors = catalog.tensors
+    return replace(catalog, hyper=catalog.hyper | frozenset(rest & tensors.keys()))
 
 
 def _with(struct: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:

@@ -132,7 +132,7 @@ class CheckpointManager:
             raise LayoutError(f"format {format!r} is none of {FORMATS}.{nearest(format, FORMATS)}")
         if keep_max < 0 or keep_every < 0:
             raise LayoutError(f"keep_max={keep_max}, keep_every={keep_every}: 0 or more.")
-        self._places = Places(Places.of(directory).root)
+        self._places = Places.of(directory)
         self._prefix, self._format = prefix, format
         self._cadence = Cadence(save_every_steps, save_every_seconds)
         self._keeping = Keeping(keep_max, keep_every)
@@ -186,6 +186,11 @@ class CheckpointManager:
             LayoutError: the state cannot be saved in this way; or could not, likewise.
         """
         self._background.wait()  # never two writers, and never two snapshots
+        if not self._places.main:
+            raise LayoutError(
+                f"{self._places.root} is a folder of somebody else's steps. Give the directory "
+                "above it, or another, to save in."
+            )
         # Checkpoint-2.0 folders are named by the step of the whole run
         epochs = None if self._format == "iteration" else self._steps_per_epoch
         name = naming.step_name(step, epochs)

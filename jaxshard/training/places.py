@@ -48,7 +48,7 @@ class Places:
         if root.name == naming.CHECKPOINT and (root.parent / records.FOLDER).is_dir():
             return cls(root.parent)
         with suppress(OSError):
-            if any(_OURS.fullmatch(entry.name) for entry in os.scandir(root)):
+            if any(map(_OURS.fullmatch, os.listdir(root))):
                 return cls(root, "")
         return cls(root)
 

@@ -234,7 +234,7 @@ def _others(places: Places) -> Iterator[Step]:
     if not places.steps.is_dir():
         return
     ranks: dict[int, list[str]] = {}
-    for entry in os.scandir(places.steps):
+    for entry in sorted(os.scandir(places.steps), key=lambda entry: entry.name):
         if not entry.is_dir() or entry.name.startswith("."):
             continue
         if match := _RANK.fullmatch(entry.name):
