@@ -145,6 +145,20 @@ def is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
     return not byte_runs(box, shape, 1).outer
 
 
+def block_dim(box: Box, itemsize: int, limit: int) -> int:
+    """The dim of which each of ``box``'s blocks has a range: whole after it, one thick before.
+
+    >>> block_dim(Box((0, 0), (4, 8)), itemsize=2, limit=32)
+    0
+    """
+    lengths = box.shape
+    dim, inner = len(lengths), itemsize
+    while dim and inner * lengths[dim - 1] <= limit:
+        dim -= 1
+        inner *= lengths[dim]
+    return max(0, dim - 1)
+
+
 def blocks(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
     """``box`` cut into boxes of at most ``limit`` bytes, in row-major order.
 
@@ -158,14 +172,12 @@ def blocks(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
     lengths = box.shape
     if not prod(lengths):
         return
-    cut, inner = len(lengths), itemsize
-    while cut and inner * lengths[cut - 1] <= limit:
-        cut -= 1
-        inner *= lengths[cut]
-    if not cut:
+    dim = block_dim(box, itemsize, limit)
+    cut, inner = dim + 1, itemsize * prod(lengths[dim + 1 :])
+    if not lengths or inner * prod(lengths[: dim + 1]) <= limit:
         yield box
         return
-    dim, step = cut - 1, max(1, limit // inner)
+    step = max(1, limit // inner)
     outer = (range(a, b) for a, b in zip(box.start[:dim], box.stop[:dim], strict=True))
     for index in product(*outer):
         head, after = tuple(index), tuple(i + 1 for i in index)

@@ -187,16 +187,24 @@ def no_checkpoint_at(destination: Path) -> bool:
 def test_a_full_disk_leaves_what_can_be_resumed(small, tmp_path, monkeypatch, share):
     before, expected = checkpoints.files_of(small), checkpoints.files_of(tmp_path / "right")
     room = [int(share * sum(f.stat().st_size for f in (tmp_path / "right").rglob("*.safet*")))]
-    real = os.pwrite
+    real, real_vector = os.pwrite, os.pwritev
 
-    def pwrite(descriptor, data, offset):
-        room[0] -= len(data)
+    def take(num_bytes):
+        room[0] -= num_bytes
         if room[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def pwrite(descriptor, data, offset):
+        take(len(data))
         return real(descriptor, data, offset)
+
+    def pwritev(descriptor, views, offset):
+        take(sum(map(len, views)))
+        return real_vector(descriptor, views, offset)
 
     destination = tmp_path / "out"
     monkeypatch.setattr(local.os, "pwrite", pwrite)
+    monkeypatch.setattr(local.os, "pwritev", pwritev)
     with pytest.raises(StorageError, match=r"No space left.*--resume"):
         js.slice(small, destination, "mp4", options=js.Options(workers=2))
     monkeypatch.undo()

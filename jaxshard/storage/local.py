@@ -12,7 +12,7 @@ import resource
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..errors import FormatError, NotFoundError, StorageError
 
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096
+_MOST_VECTORS = 1024  # IOV_MAX of Linux
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
@@ -107,6 +108,23 @@ def _ended(path: str, size: int, offset: int, length: int) -> FormatError:
     )
 
 
+def _requests(views: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
+    """``views`` in groups that the kernel takes at once."""
+    if len(views) <= _MOST_VECTORS:
+        yield views
+        return
+    for at in range(0, len(views), _MOST_VECTORS):
+        yield views[at : at + _MOST_VECTORS]
+
+
+def _left(views: Sequence[memoryview], done: int) -> Iterator[tuple[memoryview, int]]:
+    """The views that a request of ``done`` bytes did not finish, and how much of each it did."""
+    for view in views:
+        if done < len(view):
+            yield view, done
+        done = max(0, done - len(view))
+
+
 class Handles:
     """Open file descriptors below one folder: kept for reuse, and never too many.
 
@@ -159,6 +177,53 @@ class Handles:
                 done += n
                 requests += 1
         return requests
+
+    def read_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill ``views`` one after the other, from byte ``offset`` of ``path``.
+
+        Raises:
+            FormatError, StorageError: as ``read_into``.
+        """
+        if len(views) == 1:
+            self.read_into(path, offset, views[0])
+            return
+        with self.use(path) as descriptor:
+            for some in _requests(views):
+                want, done = sum(map(len, some)), 0
+                try:
+                    done = os.preadv(descriptor, some, offset)
+                except OSError as error:
+                    raise StorageError(
+                        f"{self._base / path} cannot be read at byte {offset}: {error.strerror}."
+                    ) from error
+                for view, skip in _left(some, done):
+                    self.read_into(path, offset + done, view[skip:])
+                    done += len(view) - skip
+                offset += want
+
+    def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
+        """Write ``views`` one after the other at byte ``offset`` of ``path``.
+
+        Raises:
+            StorageError: the disk is full or refused.
+        """
+        if len(views) == 1:
+            self.write(path, offset, views[0])
+            return
+        with self.use(path) as descriptor:
+            for some in _requests(views):
+                want, done = sum(map(len, some)), 0
+                try:
+                    done = os.pwritev(descriptor, some, offset)
+                except OSError as error:
+                    raise StorageError(
+                        f"{self._base / path} cannot be written: {error.strerror}. "
+                        "Make room or mend the disk, then run again with --resume."
+                    ) from error
+                for view, skip in _left(some, done):
+                    self.write(path, offset + done, view[skip:])
+                    done += len(view) - skip
+                offset += want
 
     def write(self, path: str, offset: int, buffer: memoryview) -> None:
         """Write all of ``buffer`` at byte ``offset`` of ``path``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,10 @@ class SourceFiles:
     def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
         self._handles.read_into(self._files[piece.file].path, offset, buffer)
+
+    def read_views(self, piece: Piece, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill ``views`` one after the other, from byte ``offset`` of that file."""
+        self._handles.read_views(self._files[piece.file].path, offset, views)
 
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile.

@@ -71,19 +71,34 @@ class OutputFiles:
 
     def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
         """Store part of a target box in the file of every rank that wants it."""
+        return self.write_views(move, target, offset, (buffer,), len(buffer))
+
+    def write_views(
+        self, move: Move, target: int, offset: int, views: Sequence[memoryview], num_bytes: int
+    ) -> int:
+        """Store ``views``, which one after the other are part of a target box, likewise."""
         ranks = move.targets[target].ranks
         for rank in ranks:
-            layout = self._layouts[self._content_of[rank]]
-            done = 0
-            for at, length in layout.spans(move.name, offset, len(buffer)):
-                self._handles.write(self._paths[rank], at, buffer[done : done + length])
-                done += length
-            with self._lock:
-                self._left[rank] -= len(buffer)
-                finished = not self._left[rank]
-            if finished:
-                self._finish(rank)
+            path = self._paths[rank]
+            spans = self._layouts[self._content_of[rank]].spans(move.name, offset, num_bytes)
+            if len(spans) == 1:
+                self._handles.write_views(path, spans[0][0], views)
+            else:
+                joined = views[0] if len(views) == 1 else memoryview(b"".join(views))
+                done = 0
+                for at, length in spans:
+                    self._handles.write(path, at, joined[done : done + length])
+                    done += length
+            self._count(rank, num_bytes)
         return len(ranks)
+
+    def _count(self, rank: int, num_bytes: int) -> None:
+        """Note that ``num_bytes`` more of the file of ``rank`` are written."""
+        with self._lock:
+            self._left[rank] -= num_bytes
+            is_finished = not self._left[rank]
+        if is_finished:
+            self._finish(rank)
 
     def close(self) -> None:
         """Close all handles."""
