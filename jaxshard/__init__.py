@@ -33,6 +33,7 @@ _HOME = {
     "convert": "api",
     "gather": "api",
     "load": "loading",
+    "load_rank": "rank_share",
     "merge": "api",
     "mesh": "devices",
     "open": "api",

@@ -27,7 +27,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("storage",),
     ("results", "lay_files", "target_folders", "target_ranks", "target_iteration"),
     ("targets", "opening", "job_values", "multiprocess"),
-    ("conversion", "verification"),
+    ("conversion", "verification", "rank_share"),
     ("devices", "transfer"),
     ("trees", "on_devices"),
     ("loading", "saving"),

@@ -1,0 +1,314 @@
+"""MindFormers configurations: what a YAML file asks to be loaded, and loading it.
+
+    load_checkpoint: ./output/checkpoint      which checkpoint; before pretrained_model_dir
+    auto_trans_ckpt: True                     any layout is loaded onto any other anyway
+    parallel_config: {data_parallel: 2 …}     the strategy to load it for
+    resume_training: False                    weights only
+
+What the files are decides. Keys that tell of them (``remove_redundancy``,
+``load_ckpt_format``, ``auto_trans_ckpt``, ``use_parallel``) may be absent or wrong; where
+they contradict the files, a note says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .catalog import Catalog
+from .errors import FormatError, NotFoundError, StorageError
+from .opening import PathLike, open_checkpoint
+from .strategy import Strategy
+
+if TYPE_CHECKING:
+    import jax
+    from numpy.typing import NDArray
+
+Config = Mapping[str, Any]
+
+_MAX_YAML_BYTES = 16_000_000
+_SIZES = {
+    "data_parallel": "dp",
+    "model_parallel": "mp",
+    "pipeline_stage": "pp",
+    "context_parallel": "cp",
+    "expert_parallel": "ep",
+}
+_STATES = (r"^adam_m\.", r"^adam_v\.", r"^moment[12]\.")
+_GRADIENTS = r"^accu_grads\."
+_ALL_REPLICAS = -1
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a configuration asks for.
+
+    Attributes:
+        path: the checkpoint.
+        strategy: how the job that loads it is parallel.
+        src_strategy: the strategy files it was written with, if they are named.
+        suffix: which of several files a rank, if one is named.
+        with_states: optimizer states and the job's numbers too: training goes on.
+        said: what the configuration says of the files, for comparing.
+        notes: what a person should know: what was ignored, what contradicts what.
+    """
+
+    path: Path
+    strategy: Strategy
+    src_strategy: Path | None = None
+    suffix: str | None = None
+    with_states: bool = False
+    said: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    def exclude(self, catalog: Catalog) -> tuple[str, ...]:
+        """Expressions for the tensors of ``catalog`` that are not to be loaded."""
+        if self.with_states:
+            return (_GRADIENTS,)
+        return (_GRADIENTS, *_STATES, *(f"^{re.escape(n)}$" for n in sorted(catalog.hyper)))
+
+    def open(self) -> Catalog:
+        """The checkpoint, with a note for every key that contradicts its files.
+
+        Raises:
+            JaxshardError: as ``open_checkpoint``.
+        """
+        catalog = open_checkpoint(self.path, strategy=self.src_strategy, suffix=self.suffix)
+        notes = (*self.notes, *_contradictions(self, catalog), *catalog.notes)
+        return replace(catalog, notes=notes)
+
+
+def from_config(config: Config | PathLike) -> Loading:
+    """What a MindFormers YAML file, or the same as a mapping, asks to be loaded.
+
+    Paths in it are taken as MindFormers takes them: from the current folder.
+
+    Raises:
+        NotFoundError: it names no checkpoint, or one that is not there.
+        FormatError: the file is not YAML, or a key has a value that means nothing.
+        LayoutError: ``parallel_config`` is impossible.
+        StorageError: the file cannot be read, or PyYAML is missing.
+    """
+    told = config if isinstance(config, Mapping) else read_yaml(config)
+    path, notes = _path(told)
+    strategy, more = _strategy(told)
+    suffix, with_states = _resume(told)
+    src = told.get("src_strategy_path_or_dir") or None
+    if src is not None and not Path(str(src)).exists():
+        raise NotFoundError(f"src_strategy_path_or_dir: {src} does not exist.")
+    if told.get("only_save_strategy"):
+        more.append(
+            "only_save_strategy: nothing is to be loaded; jaxshard strategy make writes the files."
+        )
+    keys = ("remove_redundancy", "load_ckpt_format", "auto_trans_ckpt")
+    said = {k: told[k] for k in keys if told.get(k) is not None}
+    return Loading(
+        path,
+        strategy,
+        Path(str(src)) if src is not None else None,
+        suffix,
+        with_states,
+        said,
+        (*notes, *more),
+    )
+
+
+def load(
+    config: Config | PathLike | Loading,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    **how: Any,
+) -> dict[str, jax.Array]:
+    """The tensors that a configuration asks for, on the devices as it says.
+
+    Nothing is merged to disk first, whatever strategy the checkpoint was written with.
+    ``how`` is as for ``jaxshard.load``.
+
+    Raises:
+        JaxshardError: as ``from_config`` and ``jaxshard.load``.
+    """
+    from .loading import load as load_arrays  # noqa: PLC0415 - wakes JAX
+
+    asked = config if isinstance(config, Loading) else from_config(config)
+    catalog = asked.open()
+    how.setdefault("exclude", asked.exclude(catalog))
+    arrays: dict[str, jax.Array] = load_arrays(catalog, asked.strategy, devices=devices, **how)
+    return arrays
+
+
+def load_rank(
+    config: Config | PathLike | Loading, rank: int = 0, **how: Any
+) -> dict[str, NDArray[Any]]:
+    """What one rank of the job that a configuration describes holds, as NumPy arrays.
+
+    Raises:
+        JaxshardError: as ``from_config`` and ``jaxshard.load_rank``.
+    """
+    from .rank_share import load_rank as load_share  # noqa: PLC0415 - most callers want devices
+
+    asked = config if isinstance(config, Loading) else from_config(config)
+    catalog = asked.open()
+    how.setdefault("exclude", asked.exclude(catalog))
+    return load_share(catalog, asked.strategy, rank, **how)
+
+
+def read_yaml(path: PathLike) -> Config:
+    """The mapping in the YAML file at ``path``.
+
+    Raises:
+        StorageError: it cannot be read, or PyYAML is missing.
+        FormatError: it is not YAML, or no mapping.
+    """
+    try:
+        import yaml  # noqa: PLC0415 - only YAML needs it
+    except ImportError:
+        raise StorageError(
+            "PyYAML is not installed, which reads YAML files. Install jaxshard[yaml], or give the "
+            "configuration as a dict."
+        ) from None
+    try:
+        if os.stat(path).st_size > _MAX_YAML_BYTES:
+            raise FormatError(f"{path} is larger than any configuration. Check the path.")
+        told = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        line = str(error).splitlines()[0]
+        raise FormatError(f"{path} is not YAML: {line}. Check the file.") from None
+    if not isinstance(told, dict):
+        raise FormatError(f"{path} is no mapping of keys to values. Check the file.")
+    return told
+
+
+# ---------------------------------------------------------------------------- the keys
+
+
+def _path(told: Config) -> tuple[Path, list[str]]:
+    """The checkpoint that is named: ``load_checkpoint`` before ``pretrained_model_dir``."""
+    new = _section(told, "checkpoint")
+    places = [
+        ("checkpoint.load_path", new.get("load_path")),
+        ("load_checkpoint", told.get("load_checkpoint")),
+        ("pretrained_model_dir", told.get("pretrained_model_dir")),
+    ]
+    named = [(key, value) for key, value in places if value]
+    if not named:
+        raise NotFoundError(
+            "the configuration names no checkpoint: neither load_checkpoint nor "
+            "pretrained_model_dir (nor checkpoint.load_path) has a path."
+        )
+    key, value = named[0]
+    if not isinstance(value, str):
+        raise FormatError(f"{key}: {value!r} is not a path. Name the checkpoint's folder or file.")
+    if not Path(value).exists():
+        raise NotFoundError(f"{key}: {value} does not exist.")
+    others = [f"{k} ({v})" for k, v in named[1:] if v != value]
+    return Path(value), [f"{key} is loaded, not {other}." for other in others]
+
+
+def _strategy(told: Config) -> tuple[Strategy, list[str]]:
+    """How the job is parallel, and what of it contradicts itself."""
+    config, parallel = _section(told, "parallel_config"), _section(told, "parallel")
+    sizes = {name: _size(config, key) for key, name in _SIZES.items()}
+    strategy = Strategy(
+        **sizes,
+        optimizer_shard=_optimizer_shard(parallel),
+        vocab_emb_dp=bool(config.get("vocab_emb_dp", False)),
+    )
+    use = told.get("use_parallel")
+    if strategy.num_ranks == 1 or use:
+        return strategy, []
+    if use is None:
+        return strategy, [
+            f"use_parallel is absent, but parallel_config has {strategy.num_ranks} ranks: it is "
+            f"taken for {strategy}."
+        ]
+    return Strategy(), [
+        f"use_parallel is {use}, so one rank loads all; parallel_config ({strategy}) is not used."
+    ]
+
+
+def _size(config: Config, key: str) -> int:
+    value = config.get(key, 1)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FormatError(f"parallel_config.{key}: {value!r} is not a number of ranks.")
+    return value
+
+
+def _optimizer_shard(parallel: Config) -> int:
+    if not parallel.get("enable_parallel_optimizer"):
+        return 1
+    config = _section(parallel, "parallel_optimizer_config")
+    size = config.get("optimizer_weight_shard_size", _ALL_REPLICAS)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise FormatError(f"optimizer_weight_shard_size: {size!r} is not a number of ranks.")
+    return size
+
+
+def _resume(told: Config) -> tuple[str | None, bool]:
+    """Which file of each rank is named, and whether training goes on."""
+    new, resume = _section(told, "checkpoint"), told.get("resume_training", False)
+    if not isinstance(resume, bool | str):
+        raise FormatError(f"resume_training: {resume!r} is neither True, False nor a file's name.")
+    without = new.get("no_load_optim")
+    with_states = bool(resume) if without is None else not without
+    if not isinstance(resume, str) or not resume:
+        return None, with_states
+    stem = re.sub(r"\.(ckpt|safetensors)$", "", os.path.basename(resume))
+    return re.sub(r".*rank_(\d+|k)(?=[-_])", "", stem), with_states
+
+
+def _section(told: Config, key: str) -> Config:
+    value = told.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{key}: {value!r} is not a mapping of keys to values.")
+    return value
+
+
+# ---------------------------------------------------------------------------- the files
+
+
+def _contradictions(asked: Loading, catalog: Catalog) -> list[str]:
+    """What the configuration says of the files and they are not."""
+    notes = []
+    kind = {"safetensors"} if not _is_ckpt(catalog) else {"ckpt"}
+    told = asked.said.get("load_ckpt_format")
+    if told is not None and told not in kind:
+        notes.append(f"load_ckpt_format is {told}, but the files are {kind.pop()}; they are read.")
+    once = _is_stored_once(catalog)
+    redundancy = asked.said.get("remove_redundancy")
+    if redundancy is not None and once is not None and bool(redundancy) != once:
+        are = "stored once each" if once else "stored by every replica"
+        notes.append(f"remove_redundancy is {redundancy}, but shards are {are}; so they are read.")
+    ranks = catalog.layout.num_ranks if catalog.layout else 1
+    if asked.said.get("auto_trans_ckpt") is False and ranks != asked.strategy.num_ranks:
+        notes.append(
+            f"auto_trans_ckpt is False, but the checkpoint is one of {ranks} ranks and the job has "
+            f"{asked.strategy.num_ranks}; it is laid out anew."
+        )
+    return notes
+
+
+def _is_ckpt(catalog: Catalog) -> bool:
+    return any(file.path.endswith(".ckpt") for file in catalog.files)
+
+
+def _is_stored_once(catalog: Catalog) -> bool | None:
+    """Whether replicas are left out; None where there would be none."""
+    if catalog.layout is None:
+        return None
+    for name, placements in catalog.layout.placements.items():
+        tensor = catalog.tensors.get(name)
+        if tensor is None or name in catalog.hyper:
+            continue
+        boxes = len({piece.box for piece in tensor.pieces})
+        holders = sum(p.num_ranks for p in placements)
+        if holders > boxes:
+            return len(tensor.pieces) == boxes
+    return None

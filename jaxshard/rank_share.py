@@ -1,0 +1,83 @@
+"""One rank's share of a checkpoint, in memory: what its file would hold, without the file.
+
+This is ``convert`` whose outputs are arrays. NumPy holds them; no device is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .catalog import Catalog
+from .conversion import Options, budget_of, prepare
+from .elements import Conversion, numpy_dtype
+from .errors import LayoutError
+from .layout import Layout
+from .opening import PathLike
+from .outputs import Entry
+from .planning import Move
+from .storage.engine import run
+from .storage.reading import SourceFiles
+from .strategy import Strategy
+
+_ONE_FILE = 1 << 62
+_DEFAULT = Options()
+
+
+def load_rank(
+    source: Catalog | PathLike,
+    to: str | PathLike | Strategy | Layout,
+    rank: int = 0,
+    *,
+    options: Options = _DEFAULT,
+    **how: Any,
+) -> dict[str, NDArray[Any]]:
+    """What ``rank`` holds of ``source`` laid out as ``to`` says: ``{name: array}``.
+
+    Args:
+        source: a checkpoint, or its path.
+        to: as for ``convert``; of ``"full"`` there is rank 0 only.
+        rank: which.
+        options: threads and memory.
+        how: as for ``prepare``: include, exclude, rules, names …
+
+    Raises:
+        JaxshardError: as ``prepare``.
+    """
+    whole = isinstance(to, str) and to == "full"
+    if whole and rank:
+        raise LayoutError(f"rank {rank} of a complete checkpoint: there is rank 0 only.")
+    ranks = None if whole else [rank]
+    plan = prepare(source, to, ranks=ranks, max_shard_bytes=_ONE_FILE, **how).plan
+    wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
+    entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
+    share = {e.tensor.name: _Memory(e) for e in entries}
+
+    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        share[move.name].fill(offset, buffer)
+        return 1
+
+    files = SourceFiles(plan.source)
+    try:
+        files.check_checksums()
+        run(plan.moves(), files.read, write, budget=budget_of(options))
+        files.check_unchanged()
+    finally:
+        files.close()
+    return {name: memory.array for name, memory in share.items()}
+
+
+class _Memory:
+    """The memory of one tensor's share."""
+
+    def __init__(self, entry: Entry) -> None:
+        stored = entry.tensor.dtype
+        self._conversion = Conversion(stored, numpy_dtype(stored))
+        self._bytes = np.empty(self._conversion.num_bytes(entry.shape), np.uint8)
+        self.array = self._bytes.view(self._conversion.dtype).reshape(entry.shape)
+
+    def fill(self, offset: int, buffer: memoryview) -> None:
+        """Put the stored bytes of ``buffer`` where they belong."""
+        self._conversion.fill(self._bytes, offset, np.frombuffer(buffer, np.uint8))

@@ -1,0 +1,276 @@
+"""What MindFormers' configurations ask for, and that it is what is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mindspore_files as ms
+import numpy as np
+import pytest
+from golden_files import golden, manifest
+from mindspore_ranks import ARRAYS, LAYOUT, NUMBERS, QUICK, held_by, write_ranks
+
+import jaxshard as js
+from jaxshard import mindformers
+from jaxshard.errors import FormatError, LayoutError, NotFoundError, StorageError
+from jaxshard.opening import open_strategy
+from jaxshard.strategy import Strategy
+
+TWO = {"data_parallel": 1, "model_parallel": 2, "pipeline_stage": 1}
+WQ = "model.layers.1.attention.wq.weight"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """The output folder of a real job: two stages of four ranks."""
+    out = tmp_path / "output"
+    shutil.copytree(golden("dp2mp2pp2", "src_safetensors_dedup"), out / "checkpoint")
+    shutil.copytree(golden("dp2mp2pp2", "strategy"), out / "strategy")
+    return out
+
+
+def config(job: Path, **values: Any) -> dict[str, Any]:
+    return {
+        "load_checkpoint": str(job / "checkpoint"),
+        "use_parallel": True,
+        "auto_trans_ckpt": True,
+        "parallel_config": TWO,
+        **values,
+    }
+
+
+# --- loading -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_job_of_another_strategy_is_loaded_onto_the_devices(job: Path, resume: bool) -> None:
+    """MindFormers merges it to disk first, and cuts it again."""
+    arrays = mindformers.load(config(job, resume_training=resume))
+    wanted = {
+        n: t
+        for n, t in ms.weights(golden("dp2mp2pp2", "full", "full.safetensors")).items()
+        if resume or (not n.startswith("adam_") and n not in manifest("dp2mp2pp2")["hyper"])
+    }
+    assert arrays.keys() == wanted.keys()
+    for name, array in arrays.items():
+        assert (array.shape, np.asarray(array).tobytes()) == (wanted[name][1], wanted[name][2])
+    assert len(arrays[WQ].sharding.device_set) == 2
+    assert arrays[WQ].addressable_shards[1].index == (slice(16, 32), slice(None))
+
+
+def test_the_share_of_one_rank_is_what_its_file_would_hold(job: Path, tmp_path: Path) -> None:
+    strategy = golden("dp2mp2pp2", "targets", "dp4mp2_opt2_strategy.ckpt")
+    js.convert(job / "checkpoint", tmp_path / "o", strategy, options=QUICK)
+    files = ms.rank_weights_of(tmp_path / "o")
+    for rank in (0, 5):
+        share = js.load_rank(job / "checkpoint", strategy, rank, options=QUICK)
+        assert share.keys() == files[rank].keys()
+        for name, (_, shape, data) in files[rank].items():
+            assert (share[name].shape, share[name].tobytes()) == (shape, data), name
+    assert open_strategy(strategy).num_ranks == 8
+    with pytest.raises(LayoutError, match="the target has ranks 0 to 7"):
+        js.load_rank(job / "checkpoint", strategy, 8)
+
+
+def test_the_share_of_a_complete_checkpoint_is_all_of_it(ranks: Path) -> None:
+    whole = js.load_rank(ranks, "full")
+    assert {n: a.tobytes() for n, a in whole.items()} == {n: a.tobytes() for n, a in ARRAYS.items()}
+    with pytest.raises(LayoutError, match="there is rank 0 only"):
+        js.load_rank(ranks, "full", 1)
+
+
+def test_a_rank_of_the_configured_job_is_loaded_as_numpy(job: Path) -> None:
+    whole = ms.weights(golden("dp2mp2pp2", "full", "full.safetensors"))
+    share = mindformers.load_rank(config(job), rank=1)
+    _, shape, data = whole[WQ]
+    rows = np.frombuffer(data, np.uint16).reshape(shape)[shape[0] // 2 :]
+    assert share[WQ].tobytes() == rows.tobytes()
+    assert not any(n.startswith("adam_") for n in share)
+
+
+def test_ranks_with_their_own_files_are_chosen_by_the_name_to_resume(
+    training: Path,
+) -> None:
+    newer = {n: a + 1 for n, a in ARRAYS.items()}
+    write_ranks(
+        training, lambda r: {**held_by(r, newer), **NUMBERS}, "net_rank_{r}-1_20.safetensors"
+    )
+    for name in ("net_rank_3-1_10.safetensors", "net_rank_k-1_10", "net_rank_0-1_10"):
+        asked = mindformers.from_config(
+            {"load_checkpoint": str(training), "resume_training": name, "use_parallel": True}
+        )
+        assert (asked.suffix, asked.with_states) == ("-1_10", True)
+        share = js.load_rank(
+            asked.open(), LAYOUT, 0, exclude=asked.exclude(asked.open()), include="^wq"
+        )
+        assert share["wq"].tobytes() == held_by(0)["wq"].tobytes()
+
+
+# --- the keys ------------------------------------------------------------------------------
+
+
+def asked(told: Mapping[str, Any]) -> mindformers.Loading:
+    return mindformers.from_config(told)
+
+
+def test_load_checkpoint_wins_over_the_pretrained_model(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    both = asked(config(job, pretrained_model_dir=str(tmp_path / "hf")))
+    assert both.path == job / "checkpoint"
+    assert both.notes == (
+        f"load_checkpoint is loaded, not pretrained_model_dir ({tmp_path / 'hf'}).",
+    )
+    alone = asked({"load_checkpoint": "", "pretrained_model_dir": str(tmp_path / "hf")})
+    assert (alone.path, alone.notes) == (tmp_path / "hf", ())
+    new = asked({"checkpoint": {"load_path": str(job)}, "load_checkpoint": str(job)})
+    assert (new.path, new.notes) == (job, ())
+
+
+@pytest.mark.parametrize(
+    ("values", "strategy", "note"),
+    [
+        ({}, "dp1mp2", None),
+        ({"parallel_config": {"data_parallel": 2, "pipeline_stage": 2}}, "dp2mp1pp2", None),
+        ({"parallel_config": {**TWO, "vocab_emb_dp": True}}, "dp1mp2vocabdp", None),
+        ({"parallel_config": {"data_parallel": 4, "expert_parallel": 2}}, "dp4mp1ep2", None),
+        ({"parallel": {"enable_parallel_optimizer": True}}, "dp1mp2optall", None),
+        (
+            {
+                "parallel": {
+                    "enable_parallel_optimizer": True,
+                    "parallel_optimizer_config": {"optimizer_weight_shard_size": 2},
+                }
+            },
+            "dp1mp2opt2",
+            None,
+        ),
+        ({"use_parallel": None}, "dp1mp2", "use_parallel is absent, but parallel_config has 2"),
+        ({"use_parallel": False}, "dp1mp1", r"parallel_config \(dp1mp2\) is not used"),
+        ({"use_parallel": False, "parallel_config": {}}, "dp1mp1", None),
+    ],
+)
+def test_the_strategy_is_that_of_the_parallel_config(
+    job: Path, values: dict[str, Any], strategy: str, note: str | None
+) -> None:
+    found = asked(config(job, **values))
+    assert found.strategy == Strategy.parse(strategy)
+    assert bool(found.notes) == (note is not None)
+    if note:
+        with pytest.raises(AssertionError, match=note):
+            raise AssertionError(found.notes[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ({"remove_redundancy": False}, "remove_redundancy is False, but shards are stored once"),
+        ({"remove_redundancy": True}, None),
+        ({}, None),
+        ({"load_ckpt_format": "ckpt"}, "load_ckpt_format is ckpt, but the files are safetensors"),
+        ({"load_ckpt_format": "safetensors"}, None),
+        ({"auto_trans_ckpt": False}, "but the checkpoint is one of 8 ranks and the job has 2"),
+    ],
+)
+def test_what_files_contradict_is_said_and_the_files_are_right(
+    job: Path, values: dict[str, Any], note: str | None
+) -> None:
+    catalog = asked(config(job, **values)).open()
+    said = [n for n in catalog.notes if n.split()[0] in {*values, "the"}]
+    assert len(said) == (note is not None), catalog.notes
+    assert note is None or note in said[0]
+
+
+def test_ckpt_files_with_all_replicas_are_told_apart_too(tmp_path: Path, job: Path) -> None:
+    shutil.copytree(golden("dp4mp2_opt2", "src_ckpt"), tmp_path / "c" / "checkpoint")
+    shutil.copytree(golden("dp4mp2_opt2", "strategy"), tmp_path / "c" / "strategy")
+    told = config(tmp_path / "c", remove_redundancy=True, load_ckpt_format="safetensors")
+    notes = " ".join(asked(told).open().notes)
+    assert "load_ckpt_format is safetensors, but the files are ckpt; they are read." in notes
+    assert "remove_redundancy is True, but shards are stored by every replica" in notes
+
+
+def test_the_source_strategy_may_be_named(tmp_path: Path, ranks: Path) -> None:
+    (ranks.parent / "strategy").rename(tmp_path / "elsewhere")
+    told = {"load_checkpoint": str(ranks), "src_strategy_path_or_dir": str(tmp_path / "elsewhere")}
+    assert asked(told).open().layout.num_ranks == 4
+    with pytest.raises(NotFoundError, match="src_strategy_path_or_dir: nowhere does not exist"):
+        asked({**told, "src_strategy_path_or_dir": "nowhere"})
+
+
+def test_states_are_loaded_when_training_goes_on(job: Path) -> None:
+    for values, with_states in (
+        ({}, False),
+        ({"resume_training": True}, True),
+        ({"checkpoint": {"no_load_optim": False}}, True),
+        ({"checkpoint": {"no_load_optim": True}, "resume_training": True}, False),
+    ):
+        assert asked(config(job, **values)).with_states == with_states
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "why"),
+    [
+        ({"load_checkpoint": ""}, NotFoundError, "names no checkpoint"),
+        ({"load_checkpoint": "nowhere"}, NotFoundError, "load_checkpoint: nowhere does not exist"),
+        ({"load_checkpoint": True}, FormatError, "load_checkpoint: True is not a path"),
+        ({"parallel_config": {"model_parallel": "2"}}, FormatError, "'2' is not a number of ranks"),
+        ({"parallel_config": {"model_parallel": 0}}, LayoutError, "mp=0"),
+        ({"parallel_config": 3}, FormatError, "parallel_config: 3 is not a mapping"),
+        ({"resume_training": 1.5}, FormatError, "neither True, False nor a file's name"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(
+    job: Path, values: dict[str, Any], error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        asked(config(job, **values))
+
+
+def test_only_save_strategy_is_pointed_elsewhere(job: Path) -> None:
+    assert "jaxshard strategy make" in asked(config(job, only_save_strategy=True)).notes[0]
+
+
+# --- YAML ----------------------------------------------------------------------------------
+
+
+def test_a_yaml_file_says_the_same_as_a_mapping(job: Path, tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    place = tmp_path / "run.yaml"
+    place.write_text(
+        f"""seed: 0
+load_checkpoint: '{job / "checkpoint"}'
+auto_trans_ckpt: True  # comments and anchors are YAML's
+use_parallel: True
+parallel_config: &parallel
+  data_parallel: 1
+  model_parallel: 2
+  pipeline_stage: 1
+callbacks:
+  - type: CheckpointMonitor
+    prefix: "llama"
+"""
+    )
+    assert asked(place) == asked(config(job))
+    share = mindformers.load_rank(place, 0)
+    assert WQ in share
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "!!python/object/apply:os.getcwd []"])
+def test_what_is_no_configuration_is_refused(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(FormatError, match=r"run.yaml is (not YAML|no mapping)"):
+        asked(tmp_path / "run.yaml")
+
+
+def test_a_missing_file_and_a_missing_library_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match="cannot be read"):
+        mindformers.read_yaml(tmp_path / "run.yaml")
+    monkeypatch.setitem(__import__("sys").modules, "yaml", None)
+    with pytest.raises(StorageError, match=r"Install jaxshard\[yaml\], or give the configuration"):
+        mindformers.read_yaml(tmp_path / "run.yaml")
