@@ -27,7 +27,7 @@ from .selection import select
 from .storage import streams
 from .storage.budget import Budget, Counts, fit_budget
 from .storage.parts import PartStaging
-from .storage.reading import SourceFiles
+from .storage.sources import open_source
 from .storage.staging import Staging
 from .storage.writing import OutputFiles
 from .strategy import Strategy
@@ -208,7 +208,7 @@ def execute(
         plan, skipped = _without_finished(plan, staging)
         _check_room(plan, staging.files)
         tell = progress(plan.totals.bytes_written) if progress else None
-        source = SourceFiles(catalog)
+        source = open_source(catalog)
         source.check_checksums()
         files = OutputFiles(plan, staging, prepared.result.lay_file, prepared.result.seal)
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .catalog import Catalog, File
 from .errors import FormatError, LayoutError, NotFoundError
-from .formats import iteration_names, rank_names
+from .formats import iteration_names, orbax_names, rank_names
 from .layout import Layout
 from .storage.local import LocalFolder
 from .storage.staging import is_unfinished
@@ -109,6 +109,10 @@ def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | 
         from .formats import iteration  # noqa: PLC0415
 
         return iteration.read(folder)
+    if orbax_names.recognise(files):
+        from .formats import orbax  # noqa: PLC0415 - and with it JAX
+
+        return orbax.read(folder.root, list(files))
     from .formats import huggingface  # noqa: PLC0415
 
     if huggingface.recognise(files):

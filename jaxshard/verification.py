@@ -18,7 +18,7 @@ from .catalog import Catalog, Piece, Tensor
 from .errors import CoverageError
 from .planning import Move, check_covered, move_into
 from .storage.engine import Budget, run
-from .storage.reading import SourceFiles
+from .storage.sources import OpenSource, open_source
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def verify(
     problems = _incomplete(catalog)
     seen = _Differences()
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
-    files = SourceFiles(catalog)
+    files = open_source(catalog)
 
     def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
         first, *others = move.pieces[target]
@@ -89,7 +89,7 @@ def verify_against(
     """Check that two checkpoints hold the same tensors, bit for bit, whatever their layouts."""
     problems = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
     seen = _Differences()
-    here, there = SourceFiles(catalog), SourceFiles(other)
+    here, there = open_source(catalog), open_source(other)
     in_other: dict[str, tuple[Piece, ...]] = {}
 
     def moves() -> Iterator[Move]:
@@ -158,12 +158,12 @@ def _in_both(a: Catalog, b: Catalog) -> Iterable[Tensor]:
     return (t for name, t in a.tensors.items() if name in b.tensors)
 
 
-def _equal(files: SourceFiles, piece: Piece, offset: int, buffer: memoryview) -> bool:
+def _equal(files: OpenSource, piece: Piece, offset: int, buffer: memoryview) -> bool:
     return _first_difference(files, piece, offset, buffer) is None
 
 
 def _first_difference(
-    files: SourceFiles, piece: Piece, offset: int, buffer: memoryview
+    files: OpenSource, piece: Piece, offset: int, buffer: memoryview
 ) -> int | None:
     theirs = np.empty(len(buffer), np.uint8)
     files.read(piece, offset, theirs.data)

@@ -23,9 +23,10 @@ from ..opening import PathLike, open_checkpoint
 from ..rules import Rules
 from ..selection import select
 from ..storage.budget import Counts
-from ..storage.reading import SourceFiles
+from ..storage.sources import open_source
 from .carrying import carry
 from .limits import check_dtypes, check_memory, in_flight_limit, load_budget, need_of
+from .orbax_loading import restore, restored_by_orbax
 from .sources import file_source
 from .targeting import Devices, resolve
 from .wanted import Wanted, jobs
@@ -106,6 +107,8 @@ def load(
     wanted = resolve(
         chosen, target, devices=devices, rules=rules, dtype=dtype, strict=strict, name_of=name_of
     )
+    if restored_by_orbax(catalog, wanted.wants):
+        return wanted.build(restore(catalog, wanted.wants))
     arrays, counts = _read(catalog, wanted, host_bytes, workers or _cores(), mmap=mmap)
     if counted is not None:
         counted(counts)
@@ -122,7 +125,7 @@ def _read(
     in_flight = in_flight_limit(need, host_bytes, budget)
     check_memory(need, budget, in_flight)
     check_dtypes(todo)
-    files = SourceFiles(catalog)
+    files = open_source(catalog)
     try:
         source = file_source(catalog, files, mmap=mmap)
         made, counts = carry(todo, source, budget=budget, in_flight_bytes=in_flight)

@@ -15,7 +15,7 @@ from ..catalog import Catalog
 from ..errors import LayoutError
 from ..ranges import byte_runs
 from ..storage.mapping import MappedFiles
-from ..storage.reading import SourceFiles
+from ..storage.sources import OpenSource
 from .carrying import Source
 from .memory import Bytes, is_aligned
 from .placing import adopts
@@ -24,7 +24,7 @@ from .wanted import Job
 IO_VARIABLE = "JAXSHARD_IO"
 
 
-def file_source(catalog: Catalog, files: SourceFiles, *, mmap: bool) -> Source:
+def file_source(catalog: Catalog, files: OpenSource, *, mmap: bool) -> Source:
     """The source that reads ``files``, the open files of ``catalog``.
 
     Raises:
@@ -33,7 +33,7 @@ def file_source(catalog: Catalog, files: SourceFiles, *, mmap: bool) -> Source:
     asked = os.environ.get(IO_VARIABLE, "pread")
     if asked not in ("pread", "mmap"):
         raise LayoutError(f"{IO_VARIABLE}={asked!r}: set it to pread or mmap, or not at all.")
-    if not mmap and asked == "pread":
+    if catalog.format == "orbax" or (not mmap and asked == "pread"):
         return Source(files.read)
     mapped = MappedFiles(catalog)
     if not mmap:

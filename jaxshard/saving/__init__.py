@@ -1,28 +1,216 @@
+"""Saving: from arrays on devices to standard files, without gathering.
+
+    arrays  →  a catalog of shards  →  the same plan as from files  →  each at its final offset
+
+Files are laid out from shapes first. Every distinct shard is written once, straight from
+where the host sees it; the result appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from ..targets import Request, make_result
-from ..planning import make_plan
-from ..conversion import default_budget
-from ..storage.engine import fit_budget, run
-from ..storage.staging import Staging
-from ..storage.writing import OutputFiles
-from .arrays import ArraySource
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..catalog import Catalog, Model
+from ..conversion import Report, default_budget
+from ..errors import LayoutError, nearest, some
+from ..formats import huggingface
+from ..layout import Layout
+from ..opening import PathLike, open_checkpoint, open_strategy
+from ..results import Request
+from ..rules import Rules
+from ..storage.budget import fit_budget
+from ..strategy import Strategy
+from ..targets import lay_out_for, make_result
+from ..trees import is_array_like, named_leaves
+from . import orbax_saving
+from .arrays import Array, ArraySource, host_bytes_of
+from .committing import commit
+
+__all__ = ["FORMATS", "save"]
+
+FORMATS = ("huggingface", "ranks", "ckpt", "unified", "orbax")
+_CHUNKS_PER_WORKER = 4
 
 
-def save(tree, path, *, max_shard_bytes=5 * 10**9, durable=True, overwrite=False, workers=2):
-    source = ArraySource(tree)
-    tensors = list(source.catalog.tensors.values())
-    result = make_result(source.catalog, tensors, Request(None, max_shard_bytes))
-    plan = make_plan(source.catalog, result.outputs)
-    staging = Staging(Path(path), "save", overwrite=overwrite, durable=durable)
-    files = OutputFiles(plan, staging, result.lay_file)
-    run(
-        plan.moves(),
-        source.read,
-        files.write,
-        budget=fit_budget(default_budget(), workers),
-        lend=source.lend,
-    )
-    files.close()
-    for p, data in result.side_files.items():
-        (staging.files / p).write_bytes(data)
-    staging.publish()
+def save(
+    tree: Any,
+    path: PathLike,
+    *,
+    format: str = "huggingface",
+    strategy: str | PathLike | Strategy | Layout | None = None,
+    rules: Rules | None = None,
+    max_shard_size: int | str | None = None,
+    prefix: str = "checkpoint_",
+    remove_redundancy: bool = False,
+    name_of: Callable[[str], str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    extras: Catalog | PathLike | None = None,
+    metadata: Mapping[str, str] | None = None,
+    host_bytes: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    durable: bool = True,
+) -> Report:
+    """Write the arrays of ``tree`` as a checkpoint at ``path``; what was done.
+
+    Args:
+        tree: a pytree of arrays with any sharding, NumPy's among them. The name of a tensor
+            is its leaf's path, joined by dots; leaves that are no arrays are left out.
+        path: a folder; it appears whole or not at all.
+        format: ``huggingface`` (safetensors, an index where there are several files),
+            ``ranks`` (one file a rank and strategy files), ``ckpt`` or ``unified`` as
+            MindSpore has them, or ``orbax``.
+        strategy: for files by rank, who holds what: a strategy, strategy files or a
+            ``Layout``. By default as the arrays lie, rank r being the mesh's r-th device.
+        rules: layout rules that go before the family's own, for a strategy.
+        max_shard_size: the most tensor bytes in one file, such as ``"5GB"``.
+        prefix: rank files are called ``rank_{r}/{prefix}{r}.safetensors``.
+        remove_redundancy: store each shard on one rank only, balanced by bytes.
+        name_of: the tensor's name for a leaf's path.
+        config: what the model is, for ``config.json``.
+        extras: a checkpoint whose other files (config, tokenizer) are carried along.
+        metadata: text for the files' headers.
+        host_bytes: the most memory for what is in flight; by default 256 MiB.
+        workers: threads; by default one a core, at most 8.
+        overwrite: replace what is at ``path``.
+        durable: have every file on the disk before the result appears.
+
+    Raises:
+        LayoutError: an array or the target cannot be written so, or ``path`` exists.
+        NotFoundError: no rules for the names, or no ``extras`` there.
+        StorageError: the disk is full or refuses.
+    """
+    _check_format(format)
+    arrays, notes = arrays_of(tree, name_of)
+    carried = _opened(extras)
+    if format == "orbax":
+        own = tree if name_of is None else arrays
+        counts = orbax_saving.save(
+            own, arrays, Path(path), carried, overwrite=overwrite, durable=durable
+        )
+        return Report(str(path), counts, 0, 0, notes)
+    limit, threads = host_bytes or default_budget(), workers or _cores()
+    chunks = _CHUNKS_PER_WORKER * threads
+    budget = fit_budget(_left_for_blocks(limit, host_bytes_of(chunks, arrays)), threads)
+    source = ArraySource(arrays, model=_model(config, carried), metadata=metadata, chunks=chunks)
+    try:
+        layout = _layout(format, strategy, rules, source.catalog, arrays)
+        max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
+        request = Request(layout, max_bytes, prefix, remove_redundancy, format)
+        result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
+        if config is not None:
+            told = (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
+            place = f"{result.extras_to}/{huggingface.CONFIG}".lstrip("/")
+            result = replace(result, side_files={**result.side_files, place: told})
+        counts = commit(
+            source, result, Path(path), carried, budget, overwrite=overwrite, durable=durable
+        )
+    finally:
+        source.close()
+    notes = (*notes, *result.outputs.layout.notes)
+    return Report(str(path), counts, len(result.outputs.paths), 0, notes)
+
+
+def arrays_of(
+    tree: Any, name_of: Callable[[str], str] | None = None
+) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The arrays of ``tree`` by the names they are saved under, and notes.
+
+    Raises:
+        LayoutError: two have one name, none is an array, or one lies on devices of other
+            processes too.
+    """
+    found: dict[str, Array] = {}
+    others = []
+    for path, leaf in named_leaves(tree)[0]:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            if is_array_like(leaf):
+                raise LayoutError(f"{path}: a {type(leaf).__name__} holds nothing to save.")
+            others.append(path)
+            continue
+        name = name_of(path) if name_of else path
+        if name in found:
+            raise LayoutError(f"two leaves are to be saved as {name}: {path} is the second.")
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise LayoutError(
+                f"{name}: {len(leaf.sharding.device_set)} devices hold it, some of them of other "
+                "processes. Saving from several processes needs the training checkpoint manager."
+            )
+        found[name] = leaf
+    if not found:
+        raise LayoutError("nothing to save: the tree has no arrays.")
+    note = f"{len(others)} leaves that are no arrays are not saved: {some(others)}."
+    return found, (note,) if others else ()
+
+
+def _layout(
+    format: str,
+    strategy: str | PathLike | Strategy | Layout | None,
+    rules: Rules | None,
+    catalog: Catalog,
+    arrays: Mapping[str, Array],
+) -> Layout | None:
+    """Who holds what in files by rank; None where files are complete."""
+    if strategy is None and format == "ranks":
+        from ..training.placing import layout_of  # noqa: PLC0415 - which imports this package
+
+        return layout_of(arrays)
+    if strategy is None:
+        return None
+    if format not in ("ranks", "ckpt"):
+        raise LayoutError(
+            f"strategy={strategy} says how files by rank are cut, and {format} has none. Leave it "
+            'out, or save with format="ranks".'
+        )
+    if isinstance(strategy, Layout):
+        return strategy
+    if not isinstance(strategy, Strategy):
+        text = os.fspath(strategy)
+        if os.path.exists(text):
+            return open_strategy(text)
+        strategy = Strategy.parse(text)
+    return lay_out_for(catalog, strategy, rules)
+
+
+def _left_for_blocks(limit: int, chunk_bytes: int) -> int:
+    """Host memory for the engine, when parts of shards take ``chunk_bytes``.
+
+    Raises:
+        LayoutError: nothing is left.
+    """
+    if chunk_bytes >= limit:
+        raise LayoutError(
+            f"host_bytes={limit}: rows on their way from the devices take {chunk_bytes}. Give "
+            f"host_bytes={2 * chunk_bytes} or more, or fewer workers."
+        )
+    return limit - chunk_bytes
+
+
+def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:
+    if config is not None:
+        return huggingface.model_of(config)
+    return carried.model if carried else Model()
+
+
+def _opened(extras: Catalog | PathLike | None) -> Catalog | None:
+    return extras if extras is None or isinstance(extras, Catalog) else open_checkpoint(extras)
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise LayoutError(
+            f"there is no format {format!r}.{nearest(format, FORMATS)} Known are "
+            f"{', '.join(FORMATS)}."
+        )
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)))

@@ -1,67 +1,126 @@
 """Arrays as a checkpoint: what is on the devices, catalogued like what is in files.
 
 Every distinct shard that this process holds is a piece; its "file" is the shard, from
-byte 0. So the planner that lays out files from files lays them out from devices as well.
-Nothing is gathered: a shard is looked at where it lies, or copied to the host a part at
-a time.
+byte 0. So the planner that lays out files from files lays them out from devices as well,
+and nothing is gathered.
+
+    CPU     the host looks at the shard where it lies
+    others  rows of the shard come to the host, a few megabytes at a time, while needed
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from math import prod
 
 import jax
 import numpy as np
+from jax import lax
 from numpy.typing import NDArray
 
 from ..box import Box
 from ..catalog import Catalog, File, Model, Piece, Tensor
-from ..elements import stored_as
-from ..errors import JaxshardError
+from ..dtypes import num_bytes
+from ..elements import pack, stored_as
+from ..errors import JaxshardError, LayoutError
 
 Array = jax.Array | NDArray[np.generic]
+Bytes = NDArray[np.uint8]
+
+CHUNK_BYTES = 8 << 20  # rows fetched from a device at a time
 
 
 class ArraySource:
-    """The shards of arrays, read as the engine reads files."""
+    """The shards of arrays, read as the engine reads files.
 
-    def __init__(self, arrays: Mapping[str, Array], model: Model = Model()) -> None:  # noqa: B008
-        """Catalogue ``arrays``.
+    Attributes:
+        catalog: what there is.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Array],
+        *,
+        model: Model = Model(),  # noqa: B008 - frozen
+        metadata: Mapping[str, str] | None = None,
+        chunks: int = 16,
+    ) -> None:
+        """Catalogue ``arrays``; at most ``chunks`` parts of shards are on the host at once.
 
         Raises:
-            LayoutError: an array's dtype is none that files have.
+            LayoutError: an array's dtype is none that files have, or the array is gone.
         """
         self._shards: list[Array] = []
-        self._views: dict[int, NDArray[np.uint8]] = {}
+        self._views: dict[int, Bytes] = {}
+        self._fetched = _Fetched(chunks)
         tensors = {name: self._tensor(name, array) for name, array in arrays.items()}
-        files = tuple(File(f"shard {i}", shard.nbytes) for i, shard in enumerate(self._shards))
-        self.catalog = Catalog("memory", "arrays", files, tensors, model=model)
+        files = tuple(File(f"shard {i}", s.nbytes) for i, s in enumerate(self._shards))
+        self.catalog = Catalog(
+            "the arrays", "arrays", files, tensors, model=model, metadata=dict(metadata or {})
+        )
 
     def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the shard that is ``piece``."""
-        np.frombuffer(buffer, np.uint8)[:] = self._bytes(piece)[offset : offset + len(buffer)]
+        out = np.frombuffer(buffer, np.uint8)
+        view = self._view(piece)
+        if view is not None:
+            out[...] = view[offset : offset + out.size]
+            return
+        shard = self._shards[piece.file]
+        assert isinstance(shard, jax.Array)
+        done = 0
+        while done < out.size:
+            start, chunk = self._fetched.holding(piece.file, shard, offset + done)
+            part = chunk[offset + done - start :][: out.size - done]
+            out[done : done + part.size] = part
+            done += part.size
 
     def lend(self, piece: Piece, offset: int, num_bytes: int) -> memoryview | None:
         """The shard's own memory, where the host can see it."""
-        return self._bytes(piece)[offset : offset + num_bytes].data
+        view = self._view(piece)
+        return None if view is None else view[offset : offset + num_bytes].data
 
-    def _bytes(self, piece: Piece) -> NDArray[np.uint8]:
+    def close(self) -> None:
+        """Let go of the arrays' memory: one that is looked at cannot be donated."""
+        self._views.clear()
+        self._shards.clear()
+        self._fetched.clear()
+
+    def _view(self, piece: Piece) -> Bytes | None:
         view = self._views.get(piece.file)
         if view is None:
-            view = np.ascontiguousarray(self._shards[piece.file]).reshape(-1).view(np.uint8)
+            shard = self._shards[piece.file]
+            if isinstance(shard, jax.Array) and not on_host(shard):
+                return None
+            view = _stored_bytes(np.asarray(shard))
             self._views[piece.file] = view
         return view
 
     def _tensor(self, name: str, array: Array) -> Tensor:
+        if isinstance(array, jax.Array) and array.is_deleted():
+            raise LayoutError(
+                f"{name}: the array was donated or deleted and holds nothing any more. Save what "
+                "the step returned."
+            )
         try:
             kind = stored_as(array.dtype)
+            num_bytes(tuple(array.shape), kind)
         except JaxshardError as error:
-            raise type(error)(f"{name}: {error}") from None
+            raise LayoutError(f"{name}: {error}") from None
         pieces = []
         for box, shard in _distinct_shards(array).items():
             pieces.append(Piece(len(self._shards), 0, box))
             self._shards.append(shard)
-        return Tensor(name, kind, array.shape, tuple(pieces))
+        return Tensor(name, kind, tuple(array.shape), tuple(pieces))
+
+
+def on_host(shard: jax.Array) -> bool:
+    """Whether the host sees the memory of ``shard``."""
+    return all(device.platform == "cpu" for device in shard.devices())
 
 
 def _distinct_shards(array: Array) -> dict[Box, Array]:
@@ -72,5 +131,77 @@ def _distinct_shards(array: Array) -> dict[Box, Array]:
     for shard in array.addressable_shards:
         ranges = [s.indices(n)[:2] for s, n in zip(shard.index, array.shape, strict=True)]
         box = Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
-        found.setdefault(box, shard.data)
+        if box not in found:
+            found[box] = shard.data
     return found
+
+
+def _stored_bytes(view: NDArray[np.generic]) -> Bytes:
+    """The elements as they are stored; the same memory unless they are packed there."""
+    flat = np.ascontiguousarray(view).reshape(-1).view(np.uint8)
+    return pack(flat) if stored_as(view.dtype).bits == 4 else flat
+
+
+class _Fetched:
+    """Parts of shards that have come from their device, the last used kept.
+
+    Safe to use from several threads; a part is fetched once, unless it had to go meanwhile.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._chunks: OrderedDict[tuple[int, int], Bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def holding(self, number: int, shard: jax.Array, offset: int) -> tuple[int, Bytes]:
+        """The part of shard ``number`` that holds its byte ``offset``, and where it starts."""
+        row_bytes = _row_bytes(shard)
+        rows = max(1, CHUNK_BYTES // max(1, row_bytes))
+        index = offset // (rows * row_bytes)
+        start = index * rows
+        with self._lock:
+            key = (number, index)
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+            else:
+                while len(self._chunks) >= self._most:
+                    self._chunks.popitem(last=False)
+                self._chunks[key] = _stored_bytes(fetch_rows(shard, start, rows))
+            return start * row_bytes, self._chunks[key]
+
+    def clear(self) -> None:
+        self._chunks.clear()
+
+
+def _row_bytes(shard: jax.Array) -> int:
+    """Stored bytes of one index of the first dim."""
+    return num_bytes(tuple(shard.shape), stored_as(shard.dtype)) // max(1, (*shard.shape, 1)[0])
+
+
+def fetch_rows(shard: jax.Array, start: int, rows: int) -> NDArray[np.generic]:
+    """Rows ``start … start + rows`` of a single-device array, on the host.
+
+    JAX keeps the host copy of an array with it, so what is copied is an array of its own.
+    """
+    with jax.enable_x64(True) if shard.dtype.itemsize == 8 else nullcontext():
+        if not shard.shape or rows >= shard.shape[0]:
+            alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
+            return np.asarray(alone)
+        first = min(start, shard.shape[0] - rows)  # one compiled program for all, the last too
+        return np.asarray(_rows(shard, first, rows))[start - first :]
+
+
+@partial(jax.jit, static_argnums=2)
+def _rows(shard: jax.Array, start: int, rows: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(shard, start, rows)
+
+
+def host_bytes_of(chunks: int, arrays: Mapping[str, Array]) -> int:
+    """The most host memory that ``chunks`` parts of these arrays' shards take."""
+    most = 0
+    for array in arrays.values():
+        if isinstance(array, jax.Array) and not on_host(array):
+            shape = array.sharding.shard_shape(array.shape)
+            row = prod(shape[1:]) * array.dtype.itemsize
+            most = max(most, min(prod(shape) * array.dtype.itemsize, max(row, CHUNK_BYTES)))
+    return chunks * most

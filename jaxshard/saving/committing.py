@@ -1,0 +1,148 @@
+"""Committing: a save is written beside its place and appears by one rename.
+
+What a save leaves behind when it is cut short cannot be gone on with, because the arrays
+are gone; so the next save clears it away. The leavings of a conversion are not touched.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from ..catalog import Catalog
+from ..errors import LayoutError, StorageError
+from ..planning import make_plan
+from ..results import Result
+from ..storage.budget import Budget, Counts
+from ..storage.engine import run
+from ..storage.staging import (
+    JOURNAL,
+    Staging,
+    real_place,
+    refuse_existing,
+    remove_base,
+    staging_folder,
+    told,
+)
+from ..storage.writing import OutputFiles
+from .arrays import ArraySource
+
+_REQUEST = '{"made from": "arrays in memory"}'
+
+
+def commit(
+    source: ArraySource,
+    result: Result,
+    destination: Path,
+    carried: Catalog | None,
+    budget: Budget,
+    *,
+    overwrite: bool,
+    durable: bool,
+) -> Counts:
+    """Write the files of ``result`` from ``source`` and publish them as ``destination``.
+
+    Raises:
+        LayoutError: the destination exists, or an interrupted conversion lies there.
+        StorageError: the disk is full or refuses.
+    """
+    plan = make_plan(source.catalog, result.outputs, block_bytes=budget.block_bytes)
+
+    def write(files: Path, staging: Staging) -> Counts:
+        _check_room(files, plan.totals.bytes_written)
+        outputs = OutputFiles(plan, staging, result.lay_file, result.seal)
+        try:
+            return run(plan.moves(), source.read, outputs.write, budget=budget, lend=source.lend)
+        finally:
+            outputs.close()
+
+    return publish(
+        destination,
+        write,
+        side_files={f"{path}": data for path, data in result.side_files.items()},
+        carried=carried,
+        extras_to=result.extras_to,
+        overwrite=overwrite,
+        durable=durable,
+    )
+
+
+def publish(
+    destination: Path,
+    write: Callable[[Path, Staging], Counts],
+    *,
+    side_files: Mapping[str, bytes],
+    carried: Catalog | None = None,
+    extras_to: str = "",
+    overwrite: bool,
+    durable: bool,
+) -> Counts:
+    """Have ``write`` fill a folder, add the other files, and give it its name.
+
+    Raises:
+        LayoutError: the destination exists, or an interrupted conversion lies there.
+        StorageError: the disk is full or refuses.
+    """
+    destination = real_place(destination)
+    refuse_existing(destination, overwrite)
+    _refuse_inside(destination, carried)
+    base = staging_folder(destination)
+    discard = overwrite or _is_left_by_a_save(base)
+    staging = Staging(destination, _REQUEST, overwrite=discard, durable=durable)
+    try:
+        counts = write(staging.files, staging)
+        staging.publish(partial(_add, staging, side_files, carried, extras_to))
+    except BaseException:
+        staging.abandon()
+        if _is_left_by_a_save(base):
+            remove_base(base)
+        raise
+    return counts
+
+
+def _is_left_by_a_save(base: Path) -> bool:
+    journal = base / JOURNAL
+    return journal.exists() and journal.read_text() == _REQUEST
+
+
+def _add(
+    staging: Staging, side_files: Mapping[str, bytes], carried: Catalog | None, extras_to: str
+) -> None:
+    """Write the other files: those of the format go before those carried along."""
+    for path in carried.extras if carried else ():
+        if path in side_files or carried is None:
+            continue
+        place = staging.files / extras_to / path
+        with told(f"{place} cannot be written"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(carried.root) / path, place)
+            staging.sync(place)
+    for path, data in side_files.items():
+        place = staging.files / path
+        with told(f"{place} cannot be written"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+            staging.sync(place)
+
+
+def _refuse_inside(destination: Path, carried: Catalog | None) -> None:
+    """Refuse to replace the checkpoint that files are carried from."""
+    if carried is None:
+        return
+    source = Path(carried.root).resolve()
+    if source == destination or destination in source.parents:
+        raise LayoutError(
+            f"{destination} holds the checkpoint whose files are to be carried along. Choose "
+            "another destination."
+        )
+
+
+def _check_room(place: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise StorageError(
+            f"{place} has {free} bytes free, and the result needs {num_bytes}. Make room, or "
+            "choose another disk."
+        )

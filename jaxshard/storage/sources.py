@@ -1,0 +1,46 @@
+"""Sources: what reads the bytes of a catalog, whatever its format.
+
+Most formats say where a tensor's bytes lie in a file; Orbax keeps that to itself and is
+asked for the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..catalog import Catalog, Piece
+from .reading import SourceFiles
+
+
+class OpenSource(Protocol):
+    """A catalog's bytes, open for reading."""
+
+    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
+        ...
+
+    def read_views(self, piece: Piece, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill ``views`` one after the other, from byte ``offset`` of that file."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Refuse a result made from files that changed meanwhile (``FormatError``)."""
+        ...
+
+    def check_checksums(self) -> None:
+        """Compare what the files say of their bytes with them (``FormatError``)."""
+        ...
+
+    def close(self) -> None:
+        """Close all handles."""
+        ...
+
+
+def open_source(catalog: Catalog) -> OpenSource:
+    """What reads the tensors of ``catalog``."""
+    if catalog.format == "orbax":
+        from ..formats.orbax import Restored  # noqa: PLC0415 - a second to import
+
+        return Restored(catalog)
+    return SourceFiles(catalog)
