@@ -299,11 +299,11 @@ SLOW = """
 import sys, time
 from jaxshard.cli import main
 from jaxshard.storage.reading import SourceFiles
-real = SourceFiles.read
+real = SourceFiles.read_views
 def read(*a):
     time.sleep(0.01)
     real(*a)
-SourceFiles.read = read
+SourceFiles.read_views = read
 sys.exit(main(sys.argv[1:]))
 """
 
