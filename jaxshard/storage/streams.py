@@ -28,7 +28,7 @@ from ..planning import Move, cell_blocks
 from ..ranges import Runs, block_dim, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts
-from .reading import SourceFiles
+from .sources import OpenSource
 from .writing import OutputFiles
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _MOST_VIEWS = 1 << 14  # kept for reuse by a thread: some megabytes
 
 def run(
     moves: Iterable[Move],
-    source: SourceFiles,
+    source: OpenSource,
     target: OutputFiles,
     *,
     budget: Budget,
@@ -175,7 +175,7 @@ class _Stream:
 
     def __init__(
         self,
-        source: SourceFiles,
+        source: OpenSource,
         target: OutputFiles,
         budget: Budget,
         progress: Callable[[int], None] | None,
