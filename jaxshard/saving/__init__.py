@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..array_layouts import layout_of
 from ..catalog import Catalog, Model
 from ..conversion import Report, default_budget
 from ..errors import LayoutError, nearest, some
@@ -160,8 +161,6 @@ def _layout(
 ) -> Layout | None:
     """Who holds what in files by rank; None where files are complete."""
     if strategy is None and format == "ranks":
-        from ..training.placing import layout_of  # noqa: PLC0415 - which imports this package
-
         return layout_of(arrays)
     if strategy is None:
         return None

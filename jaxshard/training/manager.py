@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from .. import rules as family_rules
+from ..array_layouts import layout_of
 from ..catalog import Catalog, Tensor
 from ..elements import stored_as
 from ..errors import LayoutError, StorageError, nearest
@@ -38,11 +39,10 @@ from .filling import Where
 from .layouts import Wish
 from .naming import StepName
 from .places import Places
-from .placing import is_number, layout_of
 from .restoring import Parts, Restored, finish_interrupted, restore
 from .saving_steps import Job, Keeping, save_step
 from .snapshots import How, Snapshot
-from .states import Array, Leaf, Roles, as_array, take_apart
+from .states import Array, Leaf, Roles, as_array, is_number, take_apart
 from .steps import Step, examine, find_steps
 
 Format = Literal["ranks", "iteration", "huggingface", "orbax"]

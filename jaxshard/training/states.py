@@ -29,6 +29,7 @@ from ..trees import named_leaves
 Role = Literal["weights", "optimizer", "rest"]
 Array = jax.Array | NDArray[np.generic]
 
+_LARGE_ELEMENTS = 1024  # readers of rank files take a larger tensor for a forgotten weight
 _MOMENTS = {"mu": "adam_m", "nu": "adam_v"}
 _OPTIMIZER = re.compile(r"adam_[mv]\.|opt_state\.")
 
@@ -112,6 +113,12 @@ def as_array(value: Any) -> Array:
     if isinstance(value, bool | int | float):
         return np.array(value)  # int64, float64 and bool: as wide as Python's own
     return np.asarray(value)
+
+
+def is_number(array: Array) -> bool:
+    """Whether a tensor that is no weight is small and whole: then no strategy tells of it."""
+    cut = isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
+    return array.size <= _LARGE_ELEMENTS and not cut
 
 
 def is_optimizer_name(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Placing: which rank holds which box, read off the arrays as they lie on the devices.
+"""Array layouts: which rank holds which box, read off the arrays as they lie on the devices.
 
 Rank ``r`` is the ``r``-th device of the mesh; pipeline stages on meshes of their own are
 put one behind the other. What has no mesh (a step counter on one device) every rank has.
@@ -10,19 +10,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
+from numpy.typing import NDArray
 
-from ..devices import STAGE_AXIS, placement_of
-from ..errors import LayoutError
-from ..layout import Layout, Placement
-from .states import Array
+from .devices import STAGE_AXIS, placement_of
+from .errors import LayoutError
+from .layout import Layout, Placement
 
 _Devices = tuple[jax.Device, ...]
+_Array = jax.Array | NDArray[np.generic]
 
-_LARGE_ELEMENTS = 1024  # readers of rank files take a larger tensor for a forgotten weight
 
-
-def layout_of(arrays: Mapping[str, Array]) -> Layout:
+def layout_of(arrays: Mapping[str, _Array]) -> Layout:
     """The layout in which ``arrays`` lie.
 
     Raises:
@@ -38,13 +38,7 @@ def layout_of(arrays: Mapping[str, Array]) -> Layout:
     return Layout(len(ranks), placements)
 
 
-def is_number(array: Array) -> bool:
-    """Whether a tensor that is no weight is small and whole: then no strategy tells of it."""
-    cut = isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
-    return array.size <= _LARGE_ELEMENTS and not cut
-
-
-def _devices(array: Array) -> _Devices:
+def _devices(array: _Array) -> _Devices:
     """The devices of an array's mesh in order; none where it has no mesh of several."""
     if not isinstance(array, jax.Array):
         return ()
@@ -79,7 +73,7 @@ def _ranks(meshes: Iterable[_Devices]) -> _Devices:
     return ranks
 
 
-def _placements(name: str, array: Array, mesh: _Devices, ranks: _Devices) -> tuple[Placement, ...]:
+def _placements(name: str, array: _Array, mesh: _Devices, ranks: _Devices) -> tuple[Placement, ...]:
     assert isinstance(array, jax.Array)
     placement = placement_of(array.sharding)  # type: ignore[arg-type]
     whole = Placement(placement.axes, placement.spec)
