@@ -19,10 +19,12 @@ from typing import Any
 
 _HOME = {
     "Catalog": "catalog",
+    "CheckpointManager": "training",
     "CoverageError": "errors",
     "FormatError": "errors",
     "JaxshardError": "errors",
     "Layout": "layout",
+    "Mapping": "mapping",
     "LayoutError": "errors",
     "NotFoundError": "errors",
     "Options": "conversion",
@@ -35,6 +37,7 @@ _HOME = {
     "load": "loading",
     "load_rank": "rank_share",
     "merge": "api",
+    "merge_lora": "lora",
     "mesh": "devices",
     "open": "api",
     "plan": "api",

@@ -111,6 +111,15 @@ def parser() -> argparse.ArgumentParser:
     _add_budget(verify)
     _add_output(verify)
 
+    lora = command("lora", "merge LoRA adapters into their weights, in any layout")
+    _add_source(lora)
+    lora.add_argument("destination", metavar="DST", help="the folder to make")
+    _add_lora(lora)
+    _add_how(lora, "convert")
+    _add_budget(lora)
+    _add_output(lora)
+    _add_running(lora)
+
     _add_strategy(command("strategy", "show, merge and make MindSpore's strategy files"))
 
     demo = command("demo", "do the main job on a small checkpoint and check it bit for bit")
@@ -150,6 +159,18 @@ def _add_strategy(to: argparse.ArgumentParser) -> None:
     _add_written(make)
 
 
+def _add_lora(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--adapter", metavar="PATH", help="the adapters, where they are not in SRC: a PEFT folder …"
+    )
+    to.add_argument("--adapter-strategy", metavar="PATH", help="strategy files of cut adapters")
+    to.add_argument(
+        "--alpha", type=float, help="lora_alpha of the training (default: as its config says)"
+    )
+    to.add_argument("--scaling", type=float, help="alpha / rank itself, for all adapters alike")
+    to.add_argument("--unmerge", action="store_true", help="subtract, to get the base back")
+
+
 def _add_written(to: argparse.ArgumentParser) -> None:
     to.add_argument("--overwrite", action="store_true", help="replace OUT")
     _add_output(to)
@@ -181,6 +202,11 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
             help="full, a strategy (dp2mp4pp2), a strategy file or folder, or same",
         )
     to.add_argument("--format", choices=FORMATS, help="default: as --to implies")
+    to.add_argument(
+        "--names",
+        metavar="A:B",
+        help="other names and shapes: llama-hf:llama-mindformers, or a TOML file of a mapping",
+    )
     to.add_argument(
         "--rules", metavar="FILE", help="layout rules (TOML) that go before the family's"
     )

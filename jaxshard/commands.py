@@ -85,6 +85,21 @@ def verify(a: Namespace) -> int:
     return _show_verdict(verdict, a)
 
 
+def lora(a: Namespace) -> int:
+    """Merge LoRA adapters into their weights."""
+    from .lora import with_adapter  # noqa: PLC0415 - not needed by all
+
+    source = with_adapter(
+        _source(a),
+        a.adapter,
+        alpha=a.alpha,
+        scaling=a.scaling,
+        unmerge=a.unmerge,
+        adapter_strategy=a.adapter_strategy,
+    )
+    return _convert(a, a.to, source)
+
+
 def demo(a: Namespace) -> int:
     """Do the main job on a small checkpoint."""
     from .demo import run_demo  # noqa: PLC0415 - imports JAX, which no other command here does
@@ -92,9 +107,9 @@ def demo(a: Namespace) -> int:
     return run_demo(a.path, keep=a.keep, quiet=a.quiet or a.json, as_json=a.json)
 
 
-def _convert(a: Namespace, to: str) -> int:
+def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:
     options = _options(a)
-    prepared = fitted(_prepare(a, to), options)
+    prepared = fitted(_prepare(a, to, source), options)
     if a.dry_run:
         return _show_plan(replace(prepared, plan=part_plan(prepared.plan, options.part)), a)
     with _progress("writing", a.quiet or a.json) as told:
@@ -106,10 +121,11 @@ def _convert(a: Namespace, to: str) -> int:
     return 0
 
 
-def _prepare(a: Namespace, to: str) -> Prepared:
+def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
     return prepare(
-        _source(a),
+        source or _source(a),
         to,
+        names=a.names,
         rules=read_rules_file(a.rules),
         unmatched=a.unmatched,
         uneven=a.uneven,
