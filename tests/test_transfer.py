@@ -124,6 +124,19 @@ def test_an_array_that_is_in_the_tree_twice_is_donated_once(route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_what_one_use_of_a_donated_array_shares_is_not_freed_by_another(route):
+    array = put(numbers((8, 8)), on(dp2mp4(), "mp"))
+    key = jax.device_put(jax.random.key(5), on(dp2mp4()))
+    tree = {"stays": array, "goes": array, "key": key, "same key": key}
+    target = {"stays": on(mesh((2, 4), ("x", "y")), "y"), "goes": on(mp8(), None, "mp")}
+    target |= {"key": on(mp8()), "same key": on(mesh((2,), ("x",), (3, 4)))}
+    moved = reshard(tree, target, donate=True, route=route)
+    assert raw(moved["stays"]) == raw(moved["goes"]) == numbers((8, 8)).tobytes()
+    for name in ("key", "same key"):
+        assert jax.random.key_data(moved[name]).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_an_array_that_is_there_already_shares_its_memory_and_survives_donation(route):
     array = put(numbers((8, 8)), on(dp2mp4(), "mp"))
     other = on(mesh((2, 4), ("x", "y")), "y")

@@ -141,6 +141,15 @@ def pieces(move: Move) -> tuple[Piece, ...]:
 
 
 @lru_cache(maxsize=8192)
+def senders(move: Move) -> tuple[int, ...]:
+    """For each target device of a relabelling the source device (by number) that has its shard."""
+    return tuple(
+        next(p.source for p in pieces(move) if target in p.targets)
+        for target in range(len(move.target_boxes))
+    )
+
+
+@lru_cache(maxsize=8192)
 def traffic(move: Move) -> Traffic:
     """What the pieces of ``move`` weigh on each kind of link."""
     same = cross = 0

@@ -11,7 +11,7 @@ because XLA:CPU can deadlock when several do.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -64,7 +64,8 @@ class Resharder:
             for x, leaf in zip(arrays, self._leaves, strict=True)
         ]
         with jax.enable_x64(True):  # outside it, JAX cuts 64-bit values to 32 without a word
-            moved = _Run(self._leaves, data, self._donate).all(self._units, self._in_flight_bytes)
+            run = _Run(self._leaves, data, _uses(arrays) if self._donate else None)
+            moved = run.all(self._units, self._in_flight_bytes)
         found = [
             x if leaf.key_impl is None else jax.random.wrap_key_data(x, impl=leaf.key_impl)
             for x, leaf in zip(moved, self._leaves, strict=True)
@@ -87,12 +88,13 @@ class Resharder:
 class _Run:
     """One call: what is in flight, and which sources may be freed."""
 
-    def __init__(self, leaves: Sequence[Leaf], data: list[jax.Array], donate: bool) -> None:
+    def __init__(
+        self, leaves: Sequence[Leaf], data: list[jax.Array], uses: list[list[int]] | None
+    ) -> None:
         self.leaves = leaves
         self.data: list[jax.Array | None] = list(data)
         self.found: list[jax.Array | None] = [None] * len(data)
-        # an array that stands in the tree twice is freed after its last use
-        self.uses = Counter(map(id, data)) if donate else Counter()
+        self.uses = uses
         self.in_flight: list[jax.Array] = []
         self.in_flight_bytes = 0
 
@@ -102,7 +104,8 @@ class _Run:
         for unit in units:
             if unit.kind != "views":
                 self._unit(unit, limit_bytes)
-        self._barrier()
+        if self.in_flight and _is_cpu(self.in_flight[0]):
+            self._barrier()  # the caller's own programs must not meet ours either
         return [x for x in self.found if x is not None]
 
     def _views(self, numbers: Sequence[int]) -> None:
@@ -144,21 +147,30 @@ class _Run:
     def _finish(self, n: int, array: jax.Array) -> None:
         source = self._source(n)
         self.found[n], self.data[n] = array, None
-        if id(source) in self.uses:
-            self.uses[id(source)] -= 1
-            if self.uses[id(source)] == 0:
-                _free(source, self.leaves[n].move)
+        if self.uses is not None and all(self.data[other] is None for other in self.uses[n]):
+            _free(source, [self.leaves[other].move for other in self.uses[n]])
 
 
-def _free(array: jax.Array, move: Move) -> None:
-    """Give up the source's shards, except those that the target holds as they are."""
-    kept = device_boxes(move.target, move.shape)
-    same_memory = move.source.memory_kind == move.target.memory_kind
-    for (device, box), shard in zip(
-        device_boxes(move.source, move.shape).items(), data_of(array), strict=True
-    ):
-        if not (same_memory and kept.get(device) == box):
-            shard.delete()
+def _uses(arrays: Sequence[jax.Array]) -> list[list[int]]:
+    """For each leaf all leaves that are the same array: it is freed after the last of them."""
+    same: dict[int, list[int]] = defaultdict(list)
+    for n, array in enumerate(arrays):
+        same[id(array)].append(n)
+    return [same[id(array)] for array in arrays]
+
+
+def _free(array: jax.Array, moves: Sequence[Move]) -> None:
+    """Give up the source's shards, except those that a target may hold as they are."""
+    kept = {
+        shard
+        for move in moves
+        if move.source.memory_kind == move.target.memory_kind
+        for shard in device_boxes(move.target, move.shape).items()
+    }
+    held = device_boxes(moves[0].source, moves[0].shape).items()
+    for shard, data in zip(held, data_of(array), strict=True):
+        if shard not in kept:
+            data.delete()
 
 
 def prepare_reshard(

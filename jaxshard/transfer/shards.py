@@ -36,7 +36,9 @@ def gathered_from(
     """
     devices = list(device_boxes(sharding, shape))
     kind = sharding.memory_kind
-    if any(x.sharding.memory_kind != kind for x in data):
+    # the one call would copy to every replica the first one's shard, their own notwithstanding
+    replicated = sharding.is_fully_replicated and len(devices) > 1
+    if replicated or any(x.sharding.memory_kind != kind for x in data):
         places = [SingleDeviceSharding(d, memory_kind=kind) for d in devices]
         data = jax.device_put(list(data), places)
         return jax.make_array_from_single_device_arrays(shape, sharding, data)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ..errors import LayoutError
 from . import compiled, piecewise
-from .geometry import Move
+from .geometry import Move, senders
 from .routes import Kind, Route, Step, Way, choose, dominant, piece_limit
 from .shards import data_of, gathered_from, relabelled
 from .targets import Leaf
@@ -198,20 +198,7 @@ def _stay(move: Move, array: jax.Array) -> jax.Array:
 
 def _copy(move: Move, array: jax.Array) -> jax.Array:
     data = data_of(array)
-    held = dict(zip(move.source_devices, move.source_boxes, strict=True))
-    own = dict(zip(move.source_devices, data, strict=True))
-    holders: dict[object, list[jax.Array]] = defaultdict(list)
-    for box, shard in zip(move.source_boxes, data, strict=True):
-        holders[box].append(shard)
-    sent: dict[object, int] = defaultdict(int)
-    chosen = []
-    for device, box in zip(move.target_devices, move.target_boxes, strict=True):
-        if held.get(device) == box:
-            chosen.append(own[device])
-        else:  # the replicas take turns
-            chosen.append(holders[box][sent[box] % len(holders[box])])
-            sent[box] += 1
-    return gathered_from(chosen, move.target, move.shape)
+    return gathered_from([data[n] for n in senders(move)], move.target, move.shape)
 
 
 def _empty(move: Move, array: jax.Array) -> jax.Array:
