@@ -134,15 +134,19 @@ def prepare_reshard(
     )
 
 
-def gather(tree: Any, device: Any = None, *, host: bool = False) -> Any:
+def gather(
+    tree: Any, device: Any = None, *, host: bool = False, from_processes: bool = False
+) -> Any:
     """The arrays of ``tree`` whole: on one device, on each of their own, or as NumPy.
+
+    With ``from_processes``, ``host`` gives every process also what only others hold.
 
     Raises:
         LayoutError: both a device and the host are asked for.
     """
     from . import transfer  # noqa: PLC0415 - JAX, only where devices are used
 
-    return transfer.gather(tree, device, host=host)
+    return transfer.gather(tree, device, host=host, from_processes=from_processes)
 
 
 def _opened(checkpoint: Catalog | PathLike) -> Catalog:

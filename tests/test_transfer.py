@@ -310,12 +310,6 @@ def test_devices_that_are_not_here_are_named(monkeypatch):
         reshard(array, on(mp8()))
 
 
-def test_several_processes_are_refused_for_now(monkeypatch):
-    array = put(numbers((8,)), on(mp8(), "mp"))
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(LayoutError, match=r"2 processes; .* not supported yet"):
-        reshard(array, on(mp8()))
-
 
 def test_a_route_that_is_none_or_cannot_do_it_is_refused():
     array = put(numbers((8, 8), "int4"), on(mp8(), "mp"))

@@ -11,6 +11,7 @@ Nothing here touches a device's memory.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -54,17 +55,23 @@ class Move:
     @property
     def source_shard_bytes(self) -> int:
         """Bytes of one source shard."""
-        return self.source_boxes[0].size * self.dtype.itemsize
+        return prod(self.source.shard_shape(self.shape)) * self.dtype.itemsize
 
     @property
     def target_shard_bytes(self) -> int:
         """Bytes of one target shard."""
-        return self.target_boxes[0].size * self.dtype.itemsize
+        return prod(self.target.shard_shape(self.shape)) * self.dtype.itemsize
 
     @property
     def shard_bytes(self) -> int:
         """Bytes of the larger of the two: what every bound on memory is measured against."""
         return max(self.source_shard_bytes, self.target_shard_bytes)
+
+    @property
+    def processes(self) -> frozenset[int]:
+        """The processes whose devices are in the source or the target."""
+        devices: set[jax.Device] = {*self.source.device_set, *self.target.device_set}
+        return frozenset(device.process_index for device in devices)
 
     @property
     def is_empty(self) -> bool:
@@ -97,9 +104,21 @@ class Traffic:
 
 @lru_cache(maxsize=8192)
 def device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
-    """The box of every device, in the order in which JAX lists the shards of such an array."""
+    """The box of every device of this process, in the order of such an array's shards."""
+    return _boxes(sharding.addressable_devices_indices_map(shape), shape)
+
+
+@lru_cache(maxsize=8192)
+def all_device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
+    """The box of every device, those of other processes too."""
+    return _boxes(sharding.devices_indices_map(shape), shape)
+
+
+def _boxes(
+    indices: Mapping[jax.Device, tuple[slice, ...] | None], shape: tuple[int, ...]
+) -> dict[jax.Device, Box]:
     boxes = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+    for device, index in indices.items():
         ranges = [s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True)]
         boxes[device] = Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
     return boxes
@@ -167,9 +186,9 @@ def traffic(move: Move) -> Traffic:
 
 
 def stays(move: Move) -> bool:
-    """Whether every target device already holds exactly what it shall hold."""
-    held = device_boxes(move.source, move.shape)
-    return all(held.get(d) == b for d, b in device_boxes(move.target, move.shape).items())
+    """Whether every target device, here or elsewhere, already holds exactly what it shall hold."""
+    held = all_device_boxes(move.source, move.shape)
+    return all(held.get(d) == b for d, b in all_device_boxes(move.target, move.shape).items())
 
 
 def is_relabelling(move: Move) -> bool:

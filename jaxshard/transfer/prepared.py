@@ -23,9 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from ..errors import LayoutError
 from . import host_views
-from .geometry import Move, device_boxes, traffic
+from .geometry import Move, all_device_boxes, device_boxes
 from .report import LeafPlan, ReshardPlan
-from .routes import Route
+from .routes import Route, traffic_of
 from .shards import data_of, relabelled
 from .targets import Leaf, Target, leaves_of, sharding_of
 from .units import Unit, units_of
@@ -236,7 +236,13 @@ def reshard(
     )
 
 
-def gather(tree: Any, device: jax.Device | None = None, *, host: bool = False) -> Any:
+def gather(
+    tree: Any,
+    device: jax.Device | None = None,
+    *,
+    host: bool = False,
+    from_processes: bool = False,
+) -> Any:
     """The arrays of ``tree`` whole: on one device, on each of their own, or on the host.
 
     Args:
@@ -245,15 +251,19 @@ def gather(tree: Any, device: jax.Device | None = None, *, host: bool = False) -
             it is on.
         host: return NumPy arrays, put together shard by shard, so that no device ever
             holds more than it does now.
+        from_processes: for ``host``, get what only other processes hold from them, one array at a
+            time: each becomes whole on the devices first, and every process gets all of them.
 
     Raises:
-        LayoutError: both are asked for, or keys of a random generator are to go to the host.
+        LayoutError: both are asked for, keys of a random generator are to go to the host, or
+            another process holds what ``host`` needs.
     """
     if host and device is not None:
         raise LayoutError(f"gather: both {device} and the host were asked for. Choose one.")
     if host:
         named, structure = jax.tree_util.tree_flatten_with_path(tree)
-        return jax.tree_util.tree_unflatten(structure, [_on_host(p, x) for p, x in named])
+        found = [_on_host(p, x, from_processes=from_processes) for p, x in named]
+        return jax.tree_util.tree_unflatten(structure, found)
     if device is not None:
         return reshard(tree, SingleDeviceSharding(device))
     return reshard(tree, jax.tree.map(_replicated, tree))
@@ -267,16 +277,25 @@ def _replicated(array: jax.Array) -> NamedSharding:
     return NamedSharding(Mesh(devices, ("device",)), PartitionSpec())
 
 
-def _on_host(path: Sequence[Any], array: jax.Array) -> np.ndarray[Any, Any]:
+def _on_host(
+    path: Sequence[Any], array: jax.Array, *, from_processes: bool
+) -> np.ndarray[Any, Any]:
     name = jax.tree_util.keystr(tuple(path), simple=True, separator=".")
-    sharding = sharding_of(name, array)
+    sharding_of(name, array)  # refuses what is on no device
     _check_alive(name, array)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise LayoutError(f"{name}: keys have no NumPy dtype. Gather jax.random.key_data(keys).")
+    if not _is_all_here(array):
+        if not from_processes:
+            raise LayoutError(
+                f"{name or 'the array'}: other processes hold parts of it. Save it, or give "
+                "from_processes=True in all of them to have each get the whole."
+            )
+        array = reshard(array, _replicated(array))
     whole = np.empty(array.shape, array.dtype)
     filled = set()
     for box, shard in zip(
-        device_boxes(sharding, array.shape).values(), data_of(array), strict=True
+        device_boxes(array.sharding, array.shape).values(), data_of(array), strict=True
     ):
         if box not in filled:
             filled.add(box)
@@ -284,6 +303,12 @@ def _on_host(path: Sequence[Any], array: jax.Array) -> np.ndarray[Any, Any]:
             alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
             whole[box.slices] = np.asarray(alone)
     return whole
+
+
+def _is_all_here(array: jax.Array) -> bool:
+    """Whether this process's devices hold every element."""
+    here = set(device_boxes(array.sharding, array.shape).values())
+    return here >= set(all_device_boxes(array.sharding, array.shape).values())
 
 
 def _check_alive(name: str, array: Any) -> None:
@@ -321,7 +346,7 @@ def _plan(leaves: Sequence[Leaf], units: Sequence[Unit], device_bytes: int | Non
                 programs[id(stage.program)] = stage.num_compiled
         for n, between in zip(unit.leaves, unit.between, strict=True):
             move = leaves[n].move
-            moved = traffic(move)
+            moved = traffic_of(move)
             rows[n] = LeafPlan(
                 leaves[n].name,
                 move.shape,

@@ -6,6 +6,8 @@
     pieces     anything else: cut, copy device to device, join
     views      on the CPU backend: put together from zero-copy views of the shards
     empty      no elements
+    exchange   over several processes: all run a program in which devices send to each other
+    elsewhere  all devices are other processes': nothing to do here
 
 Memory kinds other than the device's own are entered and left by a copy.
 """
@@ -17,15 +19,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
+import jax
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
-from ..errors import LayoutError
+from ..errors import LayoutError, some
 from . import compiled
 from .bits import bits_of
+from .exchange import exchange_traffic
 from .geometry import Move, Traffic, is_relabelling, stays, traffic
 from .shards import default_memory_kind
 
-Kind = Literal["stay", "copy", "compiled", "pieces", "views", "empty"]
+Kind = Literal["stay", "copy", "compiled", "pieces", "views", "empty", "exchange", "elsewhere"]
 Route = Literal["auto", "device", "views"]
 
 
@@ -65,7 +69,7 @@ class Way:
     @property
     def traffic(self) -> Traffic:
         """Bytes delivered on all legs."""
-        return sum((traffic(s.move) for s in self.steps), Traffic())
+        return sum((traffic_of(s.move) for s in self.steps), Traffic())
 
 
 @lru_cache(maxsize=8192)
@@ -77,6 +81,8 @@ def choose(move: Move, route: Route = "auto") -> Way:
     """
     if route not in get_args(Route):
         raise LayoutError(f"route {route!r} is not one of {', '.join(get_args(Route))}.")
+    if move.processes != {jax.process_index()}:
+        return _over_processes(move, route)
     if move.is_empty:
         return Way((Step("empty", move),))
     same_memory = _memory_kind(move.source) == _memory_kind(move.target)
@@ -90,6 +96,45 @@ def choose(move: Move, route: Route = "auto") -> Way:
     if is_relabelling(move):
         return Way((Step("copy", move),))
     return _staged(move)
+
+
+def traffic_of(move: Move) -> Traffic:
+    """Bytes delivered by ``move``, in all processes that have a part in it."""
+    if len(move.processes) > 1 and not move.is_empty:
+        return exchange_traffic(move)
+    return traffic(move)
+
+
+def _over_processes(move: Move, route: Route) -> Way:
+    """The way of a move that others have a part in; all of them choose the same.
+
+    Raises:
+        LayoutError: JAX cannot move it between processes, or not by ``route``.
+    """
+    if jax.process_index() not in move.processes:
+        return Way((Step("elsewhere", move),))
+    kinds = {_memory_kind(move.source), _memory_kind(move.target)}
+    if kinds != {default_memory_kind(next(iter(move.source.device_set)))} and not stays(move):
+        raise LayoutError(
+            f"between processes {some(map(str, sorted(move.processes)))}: arrays in "
+            f"{some(sorted(kinds))} memory are not moved. Move them to device memory first."
+        )
+    if bits_of(move.dtype) < 8:
+        raise LayoutError(
+            f"{move.dtype} elements are narrower than a byte; between processes "
+            f"{some(map(str, sorted(move.processes)))} they are not moved. View them as uint8."
+        )
+    if route == "views":
+        raise LayoutError('route "views" works inside one process; use "auto".')
+    if move.is_empty:
+        return Way((Step("empty", move),))
+    if stays(move):
+        return Way((Step("stay", move),))
+    if move.source.device_set == move.target.device_set:
+        found = compiled.route(move)
+        if found is not None:
+            return Way(tuple(Step("compiled", m) for m in found))
+    return Way((Step("exchange", move),))
 
 
 def _staged(move: Move) -> Way:

@@ -40,11 +40,6 @@ def leaves_of(tree: Any, target: Target) -> tuple[list[Leaf], Any]:
         LayoutError: a leaf is no array with a sharding, or its target cannot hold it.
         NotFoundError: the target says nothing of some leaves.
     """
-    if jax.process_count() > 1:
-        raise LayoutError(
-            f"reshard: {jax.process_count()} processes; moving between devices of several "
-            "processes is not supported yet. Save, and load with the new layout."
-        )
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [_name(path) for path, _ in paths]
     arrays = [leaf for _, leaf in paths]
@@ -145,7 +140,7 @@ def _check_devices(name: str, sharding: Sharding) -> None:
 def present(platform: str) -> frozenset[jax.Device]:
     """The devices of this process on a platform."""
     try:
-        return frozenset(jax.local_devices(backend=platform))
+        return frozenset(jax.devices(platform))
     except RuntimeError:  # a platform described, as by jax.experimental.topologies, and not here
         return frozenset()
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import LayoutError
-from . import compiled, piecewise
-from .geometry import Move, senders
+from . import compiled, exchange, piecewise
+from .geometry import Move, all_device_boxes, senders
 from .routes import Kind, Route, Step, Way, choose, dominant, piece_limit
 from .shards import data_of, gathered_from, relabelled
 from .targets import Leaf
@@ -66,7 +66,7 @@ class Unit:
     @property
     def has_collectives(self) -> bool:
         """Whether devices wait for each other inside its programs."""
-        return any(s.kind == "compiled" for s in self.stages)
+        return any(s.kind in ("compiled", "exchange") for s in self.stages)
 
 
 def units_of(leaves: Sequence[Leaf], route: Route, device_bytes: int | None) -> list[Unit]:
@@ -93,7 +93,7 @@ def _groups(ways: Sequence[Way]) -> Iterator[tuple[int, ...]]:
     similar: dict[object, dict[Way, list[int]]] = defaultdict(lambda: defaultdict(list))
     for n, way in enumerate(ways):
         if way.kind in ("compiled", "pieces"):
-            key = tuple((s.kind, s.move.source_devices, s.move.target_devices) for s in way.steps)
+            key = tuple((s.kind, *_devices(s.move)) for s in way.steps)
             similar[key][way].append(n)
         else:
             alone.append(n)
@@ -105,6 +105,12 @@ def _groups(ways: Sequence[Way]) -> Iterator[tuple[int, ...]]:
         for together in _chunks(ordered, size, [ways[g[0]] for g in ordered]):
             for nth in range(max(map(len, together))):
                 yield tuple(numbers[nth] for numbers in together if nth < len(numbers))
+
+
+def _devices(move: Move) -> tuple[tuple[jax.Device, ...], ...]:
+    """The devices of the source and of the target; all processes group by the same."""
+    ends = (move.source, move.target)
+    return tuple(tuple(all_device_boxes(sharding, move.shape)) for sharding in ends)
 
 
 def _chunks(
@@ -153,7 +159,8 @@ def _in_pieces(way: Way) -> Way:
     first = way.steps.index(legs[0])
     ends = Move(legs[0].move.shape, legs[0].move.dtype, legs[0].move.source, legs[-1].move.target)
     rest = way.steps[first + len(legs) :]
-    return Way((*way.steps[:first], Step("pieces", ends), *rest))
+    kind: Kind = "exchange" if len(ends.processes) > 1 else "pieces"
+    return Way((*way.steps[:first], Step(kind, ends), *rest))
 
 
 def _stage(steps: Sequence[Step], device_bytes: int | None) -> Stage | None:
@@ -163,7 +170,15 @@ def _stage(steps: Sequence[Step], device_bytes: int | None) -> Stage | None:
         return _compiled_stage(moves, device_bytes)
     if kind == "pieces":
         return _pieces_stage(moves, device_bytes)
-    one = {"stay": _stay, "copy": _copy, "empty": _empty, "views": _stay}[kind]
+    if kind == "exchange":
+        return _exchange_stage(moves[0], device_bytes)
+    one = {
+        "stay": _stay,
+        "copy": _copy,
+        "empty": _empty,
+        "views": _stay,
+        "elsewhere": _elsewhere,
+    }[kind]
     return Stage(lambda arrays: [one(m, x) for m, x in zip(moves, arrays, strict=True)], kind)
 
 
@@ -189,6 +204,19 @@ def _pieces_stage(moves: tuple[Move, ...], device_bytes: int | None) -> Stage | 
     return Stage(found, "pieces", found.peak_bytes, found.peak_bytes, found.num_compiled, found)
 
 
+def _exchange_stage(move: Move, device_bytes: int | None) -> Stage | None:
+    found = exchange.program(move)
+    peak = exchange.blank_bytes(move) + found.executable.temporary_bytes
+    if device_bytes is not None and peak > device_bytes:
+        return None
+    largest = found.executable.largest_bytes
+    return Stage(lambda arrays: [found(x) for x in arrays], "exchange", largest, peak, 1, found)
+
+
+def _elsewhere(move: Move, array: jax.Array) -> jax.Array:
+    return jax.make_array_from_single_device_arrays(move.shape, move.target, [], dtype=move.dtype)
+
+
 def _stay(move: Move, array: jax.Array) -> jax.Array:
     held = dict(zip(move.source_devices, data_of(array), strict=True))
     return jax.make_array_from_single_device_arrays(
@@ -206,7 +234,10 @@ def _empty(move: Move, array: jax.Array) -> jax.Array:
 
 
 def _too_much(leaf: Leaf, move: Move, device_bytes: int | None) -> LayoutError:
-    needed = piecewise.program((move,), (0,)).peak_bytes
+    if len(move.processes) > 1:
+        needed = exchange.blank_bytes(move) + exchange.program(move).executable.temporary_bytes
+    else:
+        needed = piecewise.program((move,), (0,)).peak_bytes
     return LayoutError(
         f"{leaf.name}: moving {move.dtype} {move.shape} takes {needed:,} bytes in flight on one "
         f"device, and device_bytes is {device_bytes:,}. Raise it to {needed:,} or more."
