@@ -15,6 +15,7 @@ from mindspore_ranks import ARRAYS, LAYOUT, NUMBERS, QUICK, held_by, write_ranks
 
 import jaxshard as js
 from jaxshard import mindformers
+from jaxshard.cli import parser
 from jaxshard.errors import FormatError, LayoutError, NotFoundError, StorageError
 from jaxshard.opening import open_strategy
 from jaxshard.strategy import Strategy
@@ -274,3 +275,22 @@ def test_a_missing_file_and_a_missing_library_are_said(
     monkeypatch.setitem(__import__("sys").modules, "yaml", None)
     with pytest.raises(StorageError, match=r"Install jaxshard\[yaml\], or give the configuration"):
         mindformers.read_yaml(tmp_path / "run.yaml")
+
+
+# --- the page ------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_are_commands() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "mindformers.md").read_text()
+    blocks = [block.split("```")[0] for block in page.split("```sh\n")[1:]]
+    commands = [
+        line.split()[1:]
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("jaxshard ")
+    ]
+    assert len(commands) >= 5
+    for command in commands:
+        assert parser().parse_args(command).command
+    with pytest.raises(SystemExit):
+        parser().parse_args(["convert", "a", "b", "--no-such-flag"])
