@@ -52,7 +52,7 @@ def verify(
     catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
 ) -> Verdict:
     """Check that every tensor is stored completely and that its replicas are equal."""
-    problems = _incomplete(catalog)
+    problems = [text for _, text in _incomplete(catalog)]
     seen = _Differences()
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
     files = open_source(catalog)
@@ -87,26 +87,34 @@ def verify_against(
     progress: Callable[[int], None] | None = None,
 ) -> Verdict:
     """Check that two checkpoints hold the same tensors, bit for bit, whatever their layouts."""
-    problems = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
+    found = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
+    problems, broken = [text for _, text in found], {name for name, _ in found}
     seen = _Differences()
     here, there = open_source(catalog), open_source(other)
     in_other: dict[str, tuple[Piece, ...]] = {}
 
     def moves() -> Iterator[Move]:
-        broken = {p.split(":")[0] for p in problems}
         for tensor in _in_both(catalog, other):
             if tensor.name not in broken:
-                boxes = {p.box: (i,) for i, p in enumerate(other.tensors[tensor.name].pieces)}
-                in_other[tensor.name] = other.tensors[tensor.name].pieces
+                pieces = in_other[tensor.name] = other.tensors[tensor.name].pieces
+                boxes: dict[Box, tuple[int, ...]] = {}
+                for i, piece in enumerate(pieces):  # replicas too: each is compared
+                    boxes[piece.box] = (*boxes.get(piece.box, ()), i)
                 yield move_into(tensor, boxes)
 
     def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
-        piece = in_other[move.name][move.targets[target].ranks[0]]
-        different = _first_difference(there, piece, piece.offset + offset, buffer)
-        if different is not None:
-            at = _element(move, target, offset + different)
-            seen.add(move.name, f"{move.name}: the values differ, first at element {at}.")
-        seen.count(len(buffer))
+        for number in move.targets[target].ranks:
+            piece = in_other[move.name][number]
+            different = _first_difference(there, piece, piece.offset + offset, buffer)
+            if different is not None:
+                at = _element(move, target, offset + different)
+                path = other.files[piece.file].path
+                seen.add(
+                    move.name,
+                    f"{move.name}: the values differ, first at element {at} "
+                    f"({path} of {other.root}).",
+                )
+            seen.count(len(buffer))
         return 1
 
     try:
@@ -116,17 +124,18 @@ def verify_against(
     finally:
         here.close()
         there.close()
-    found = (*problems, *(seen.found[n] for n in sorted(seen.found)))
-    return Verdict(len(catalog.tensors), seen.bytes_compared, found, (*catalog.notes, *other.notes))
+    told = (*problems, *(seen.found[n] for n in sorted(seen.found)))
+    return Verdict(len(catalog.tensors), seen.bytes_compared, told, (*catalog.notes, *other.notes))
 
 
-def _incomplete(catalog: Catalog) -> list[str]:
+def _incomplete(catalog: Catalog) -> list[tuple[str, str]]:
+    """The names of tensors that are not all there, and what is missing."""
     problems = []
     for tensor in catalog.tensors.values():
         try:
             check_covered(tensor)
         except CoverageError as error:
-            problems.append(str(error))
+            problems.append((tensor.name, str(error)))
     return problems
 
 
@@ -140,17 +149,19 @@ def _replicas(tensor: Tensor) -> Move | None:
     return move_into(tensor, dict.fromkeys(copies, (0,)))
 
 
-def _headers_differ(a: Catalog, b: Catalog) -> Iterator[str]:
-    for name in a.tensors.keys() - b.tensors.keys():
-        yield f"{name}: only in {a.root}."
-    for name in b.tensors.keys() - a.tensors.keys():
-        yield f"{name}: only in {b.root}."
+def _headers_differ(a: Catalog, b: Catalog) -> Iterator[tuple[str, str]]:
+    """The names of tensors that are not in both alike, and how they differ."""
+    for here, there in ((a, b), (b, a)):
+        for name in here.tensors:
+            if name not in there.tensors:
+                yield name, f"{name}: only in {here.root}."
     for tensor in _in_both(a, b):
         twin = b.tensors[tensor.name]
         if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):
             yield (
+                tensor.name,
                 f"{tensor.name}: {tensor.dtype} {tensor.shape} in {a.root}, but {twin.dtype} "
-                f"{twin.shape} in {b.root}."
+                f"{twin.shape} in {b.root}.",
             )
 
 

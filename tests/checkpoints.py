@@ -80,7 +80,7 @@ def write_folder(
     for i in range(num_files):
         path = "model.safetensors" if num_files == 1 else f"model-{i + 1:05d}-of-{num_files:05d}"
         path = path if path.endswith(".safetensors") else path + ".safetensors"
-        part = {n: np.ascontiguousarray(arrays[n]) for n in names[i * each : (i + 1) * each]}
+        part = {n: np.array(arrays[n], order="C") for n in names[i * each : (i + 1) * each]}
         safetensors.numpy.save_file(part, folder / path, {"format": "pt"})
         weight_map |= dict.fromkeys(part, path)
     if num_files > 1:
