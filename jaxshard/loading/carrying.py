@@ -72,10 +72,17 @@ def carry(
 
 
 class _Carried:
-    """The jobs of one load: those not begun, in flight, and done."""
+    """The jobs of one load: those not begun, in flight, and done.
+
+    Raises:
+        CoverageError: the source lacks part of a shard.
+        LayoutError: a shard would cut through a byte of a packed dtype.
+    """
 
     def __init__(self, jobs: Sequence[Job], source: Source, in_flight_bytes: int | None) -> None:
         self._jobs, self._source, self._most = jobs, source, in_flight_bytes
+        given = [source.given(job) for job in jobs]
+        self._todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
         self._memory: dict[str, JobMemory] = {}
         self._done: dict[str, list[jax.Array]] = {}
         self._in_flight = 0
@@ -84,9 +91,7 @@ class _Carried:
 
     def moves(self) -> Iterator[Move]:
         """The journeys, each once there is memory for it."""
-        for job in self._jobs:
-            given = self._source.given(job)
-            move = job.move(given)
+        for job, given, move in self._todo:
             if not self._wait_for_room(job.num_bytes):
                 return
             memory = JobMemory(job, given)

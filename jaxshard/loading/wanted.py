@@ -10,7 +10,7 @@ files and makes no array.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,11 @@ class Job:
             if number not in there and shard.box.size:
                 targets[shard.box] = (*targets.get(shard.box, ()), number)
         try:
-            return move_into(self.tensor, targets) if targets else None
+            if not targets:
+                return None
+            move = move_into(self.tensor, targets)
+            move.cells  # noqa: B018 - what is not covered is found before anything is read
+            return move
         except JaxshardError as error:
             raise type(error)(f"{self.tensor.name}: {error}") from None
 
@@ -118,20 +122,3 @@ def _job(wants: Sequence[Want]) -> Job:
 
 def _first_byte(tensor: Tensor) -> tuple[int, int]:
     return min(((p.file, p.offset) for p in tensor.pieces), default=(0, 0))
-
-
-def by_name(arrays: Sequence[jax.Array], names: Sequence[str]) -> Mapping[str, jax.Array]:
-    """The arrays as ``{name: array}``."""
-    return dict(zip(names, arrays, strict=True))
-
-
-def distinct_bytes(all_jobs: Iterable[Job]) -> int:
-    """Bytes that all distinct shards take in memory."""
-    return sum(job.num_bytes for job in all_jobs)
-
-
-def moves(all_jobs: Iterable[Job]) -> Iterator[Move]:
-    """The journeys of all jobs that have one."""
-    for job in all_jobs:
-        if move := job.move():
-            yield move
