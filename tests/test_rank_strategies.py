@@ -160,6 +160,14 @@ def test_every_safetensors_file_is_one_that_mindspore_reads(
             assert metadata["remove_redundancy"] == "False"  # as Python writes it
 
 
+def test_the_checksum_of_a_source_is_not_claimed_for_the_result(tmp_path: Path) -> None:
+    source = golden("ckpt_formats", "crc_nobf16.safetensors")
+    assert "crc_num" in ms.check_mindspore_reads(source)
+    js.convert(source, tmp_path / "o", options=QUICK, exclude="f64")
+    (written,) = (tmp_path / "o").glob("*.safetensors")
+    assert ms.check_mindspore_reads(written).keys() == {"format"}
+
+
 def test_that_check_refuses_a_header_in_another_order(tmp_path: Path) -> None:
     header = {
         "b": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]},

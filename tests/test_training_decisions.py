@@ -246,6 +246,7 @@ def _record() -> records.Record:
         {"checkpoint/rank_0/a.safetensors": sums},
         ".jaxshard/strategy-1",
         {"data": {"file": 3, "at": 0.1}, "text": "é"},
+        {"step_num": 15, "loss_scale": 0.5},
         1700000000.25,
     )
 

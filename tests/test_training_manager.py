@@ -26,7 +26,7 @@ from jaxshard.training import CheckpointManager, resume_point, saving_steps
 from jaxshard.training.snapshots import Snapshot
 from jaxshard.training.states import Roles
 
-FORMATS = ("ranks", "iteration", "huggingface")
+FORMATS = ("ranks", "iteration", "huggingface", "orbax")
 NUMBERS = {"epoch_num", "step_num", "global_step", "loss_scale", "global_batch_size"}
 
 
@@ -233,7 +233,9 @@ def test_nothing_is_lost_in_silence(tmp_path):
     fewer = state(2, 4, 1)
     for part in (fewer["params"], fewer["opt_state"][0].mu, fewer["opt_state"][0].nu):
         del part["model.norm.weight"]
-    with pytest.raises(NotFoundError, match=r"3 tensors of the step are not in the target: .*model\.norm\.weight"):
+    with pytest.raises(
+        NotFoundError, match=r"3 tensors of the step are not in the target: .*model\.norm\.weight"
+    ):
         manager.restore(fewer)
     assert manager.restore(fewer, strict=False).step == 1
     more = state(2, 4, 1) | {"extra": jnp.zeros(3)}

@@ -21,6 +21,8 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -103,37 +105,60 @@ def child(options: argparse.Namespace, pipe: int) -> None:
 
 def trial(options: argparse.Namespace, said: int) -> tuple[int, str, list[str]]:
     """Kill one child; the last step it said, what is wrong, and the states that it left."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(options, writer)
-        finally:
-            os._exit(1)
-    os.close(writer)
+    reader, pid = forked(lambda pipe: child(options, pipe))
     select.select([reader], [], [], 60)
     time.sleep(random.random() * options.longest)
     os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    text = b""
-    while part := os.read(reader, 1 << 16):
-        text += part
-    os.close(reader)
+    text, status = ended(reader, pid)
     said = max([said, *(int(n) for n in text.split())])
-    if not os.WIFSIGNALED(status):
-        return said, "the child ended by itself", []
+    if status != signal.SIGKILL:
+        return said, f"the child ended by itself: {status}", []
+    text, status = ended(*forked(lambda pipe: os.write(pipe, json.dumps(look(options)).encode())))
+    if status or not text:
+        return said, f"looking at what is left ended with {status}", []
+    left, step, problem = json.loads(text)
+    if not problem and step < said:
+        problem = f"step {step} was restored, {said} was saved"
+    return max(said, step), problem, left
+
+
+def look(options: argparse.Namespace) -> tuple[list[str], int, str]:
+    """The states of the steps that are left, the step that is restored, and what is wrong."""
     left = [s.state for s in find_steps(Places.of(options.directory))]
     try:
         found = manager(options).restore(state_of(0), verify=True, missing_ok=True)
     except Exception as error:
-        return said, f"restore fails: {error}", left
+        return left, 0, f"restore fails: {error}"
     if found is None:
-        return said, f"step {said} was saved and is gone" if said > 0 else "", left
-    if found.step < said:
-        return said, f"step {found.step} was restored, {said} was saved", left
+        return left, 0, ""
     if not is_state_of(found.state, found.step) or found.extras != {"at": found.step}:
-        return said, f"step {found.step} is not what was saved", left
-    return max(said, found.step), "", left
+        return left, found.step, f"step {found.step} is not what was saved"
+    return left, found.step, ""
+
+
+def forked(work: Callable[[int], object]) -> tuple[int, int]:
+    """A child that does ``work``, given the end of a pipe; the other end, and its number."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(reader)
+            work(writer)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    return reader, pid
+
+
+def ended(reader: int, pid: int) -> tuple[bytes, int]:
+    """All that a child said, and how it ended."""
+    text = b""
+    while part := os.read(reader, 1 << 16):
+        text += part
+    os.close(reader)
+    return text, os.waitpid(pid, 0)[1]
 
 
 def break_it() -> None:
@@ -162,6 +187,8 @@ def main() -> int:
     parser.add_argument("--broken", action="store_true")
     options = parser.parse_args()
     random.seed(options.seed)
+    if options.format == "orbax":
+        import_module("jaxshard.formats.orbax")  # once, and not in every child
     if options.broken:
         break_it()
     said, wrong, partial = 0, [], 0

@@ -28,7 +28,7 @@ from ..formats.job_numbers import NAMES
 from ..loading import load
 from ..planning import Move, move_into
 from ..storage.engine import fit_budget, run
-from ..storage.reading import SourceFiles
+from ..storage.sources import open_source
 from ..strategy import Strategy
 from ..targets import lay_out_for
 from .states import Leaf, Roles, as_array, is_optimizer_name, take_apart
@@ -225,7 +225,7 @@ def _on_host(catalog: Catalog, names: Sequence[str]) -> dict[str, NDArray[np.gen
         for n in names
         if catalog.tensors[n].num_bytes
     ]
-    files = SourceFiles(catalog)
+    files = open_source(catalog)
     try:
         run(moves, files.read, write, budget=fit_budget(default_budget(), 1))
     finally:

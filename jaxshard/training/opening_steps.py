@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..catalog import Catalog, File
 from ..errors import CoverageError, FormatError, NotFoundError
-from ..formats import huggingface, iteration, rank_files
+from ..formats import huggingface, rank_files
 from ..formats.folder import Folder
 from ..layout import Layout
-from ..opening import open_strategy
+from ..opening import open_checkpoint, open_strategy
 from ..storage.local import LocalFolder
 from . import naming
 from .places import Places
@@ -72,14 +72,10 @@ def open_step(
     if kind == "ranks":
         return _open_ranks(places, record, paths)
     where = places.steps / paths[0]
-    if kind == "orbax":
-        from ..formats import orbax  # noqa: PLC0415 - orbax is slow to import
-
-        return orbax.read(where)
+    if kind != "huggingface":
+        return open_checkpoint(where)
     folder = LocalFolder(where)
     try:
-        if kind == "iteration":
-            return iteration.read(folder)
         return _open_complete(folder)
     finally:
         folder.close()

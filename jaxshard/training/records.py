@@ -40,6 +40,7 @@ class Record:
         strategy: the folder with the strategy files of this step, if it is cut into ranks;
             relative to the directory.
         extras: what the training loop wanted kept.
+        numbers: the job's numbers, as MindFormers calls them.
         saved_at: seconds since 1970.
     """
 
@@ -51,6 +52,7 @@ class Record:
     files: Mapping[str, FileSums] = field(repr=False)
     strategy: str | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0
 
     @property
@@ -102,6 +104,7 @@ def to_bytes(record: Record) -> bytes:
         "files": {p: [f.num_bytes, list(f.chunks)] for p, f in sorted(record.files.items())},
         "strategy": record.strategy,
         "extras": dict(record.extras),
+        "numbers": dict(record.numbers),
         "saved_at": record.saved_at,
     }
     line = json.dumps(said, separators=(",", ":")).encode()
@@ -143,6 +146,7 @@ def _record(said: Any) -> Record:
         files=files,
         strategy=None if said["strategy"] is None else _inside(said["strategy"]),
         extras=dict(said["extras"]),
+        numbers=dict(said["numbers"]),
         saved_at=float(said["saved_at"]),
     )
 

@@ -94,7 +94,8 @@ def restore(
     for found in _candidates(places, wish):
         try:
             catalog = _opened(places, found, verify=verify, workers=where.workers)
-            state, numbers = _loaded(catalog, target, where, parts)
+            state = fill(catalog, target, where, parts)
+            numbers = dict(found.record.numbers) if found.record else _numbers(catalog)
         except (FormatError, CoverageError, StorageError, _Missing) as error:
             if wish is not None:
                 raise error.cause if isinstance(error, _Missing) else error from None
@@ -153,11 +154,8 @@ def _opened(places: Places, step: Step, *, verify: bool, workers: int | None) ->
         raise _Missing(error) from error
 
 
-def _loaded(
-    catalog: Catalog, target: Any, where: Where, parts: Parts
-) -> tuple[Any, dict[str, Any]]:
-    numbers = {n: v for n, v in job_values(catalog).items() if n in NAMES and v is not None}
-    return fill(catalog, target, where, parts), numbers
+def _numbers(catalog: Catalog) -> dict[str, Any]:
+    return {n: v for n, v in job_values(catalog).items() if n in NAMES and v is not None}
 
 
 def _number(numbers: dict[str, Any], step: Step) -> int:

@@ -129,6 +129,7 @@ def _written(job: Job) -> Record:
         {**files, **more},
         kept,
         job.extras,
+        {name: n for name, n in wish.numbers.items() if n is not None},
         time.time(),
     )
 
@@ -139,7 +140,7 @@ def _write_orbax(job: Job, root: Path) -> tuple[dict[str, FileSums], str, tuple[
     unit = f"{naming.CHECKPOINT}/{naming.step_folder(job.wish.prefix, job.wish.step)}"
     place = root / unit
     place.parent.mkdir(parents=True, exist_ok=True)
-    orbax.write(place, job.snapshot)
+    orbax.write(place, job.snapshot.whole())
     paths = sorted(p.relative_to(root).as_posix() for p in place.rglob("*") if p.is_file())
     files, algorithm = sums_of(root, paths)
     return files, algorithm, (unit,)

@@ -40,7 +40,7 @@ class Snapshot:
         Raises:
             LayoutError: an array's dtype is none that files have.
         """
-        self._held = [a for a in arrays.values() if isinstance(a, jax.Array)]
+        self._arrays, self._how = dict(arrays), how
         shards = {name: _distinct_shards(array) for name, array in arrays.items()}
         for found in shards.values():
             for shard in found.values():
@@ -65,13 +65,17 @@ class Snapshot:
         """The shard's own memory."""
         return self._shards[piece.file][offset : offset + num_bytes].data
 
+    def whole(self) -> dict[str, Array]:
+        """The arrays themselves, where they are held still; elsewhere whole ones of the host's."""
+        return {name: self._whole(name, array) for name, array in self._arrays.items()}
+
     def check_still(self) -> None:
         """Refuse a snapshot whose memory may have been given away after all.
 
         Raises:
             StorageError: an array was deleted while it was looked at.
         """
-        if any(array.is_deleted() for array in self._held):
+        if any(a.is_deleted() for a in self._arrays.values() if isinstance(a, jax.Array)):
             raise StorageError(
                 "an array was deleted while it was being saved, so what was written may be of the "
                 "step after. Delete nothing during a save, or take snapshot='copy'."
@@ -80,7 +84,17 @@ class Snapshot:
     def close(self) -> None:
         """Let go of the arrays."""
         self._shards.clear()
-        self._held.clear()
+        self._arrays.clear()
+
+    def _whole(self, name: str, array: Array) -> Array:
+        pieces = self.catalog.tensors[name].pieces
+        if isinstance(array, jax.Array) and self._how == "auto" and _is_on_host(array):
+            return array
+        out = np.empty(array.shape, array.dtype)
+        for piece in pieces:
+            shard = self._shards[piece.file].view(array.dtype).reshape(piece.box.shape)
+            out[piece.box.slices] = shard
+        return out
 
     def _tensor(self, name: str, array: Array, shards: Mapping[Box, Array], how: How) -> Tensor:
         try:
