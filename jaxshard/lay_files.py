@@ -12,6 +12,7 @@ from .storage.writing import FileLayout, LayFile, Seal
 
 def as_safetensors(metadata: Mapping[str, str]) -> LayFile:
     """Lays entries out as a safetensors file with ``metadata``."""
+    metadata = {k: v for k, v in metadata.items() if k != "crc_num"}  # that of another file
 
     def lay_file(entries: Sequence[Entry]) -> FileLayout:
         return safetensors.layout_file(

@@ -220,7 +220,12 @@ def plan_text(plan: Plan) -> str:
 
 
 def _format(catalog: Catalog) -> str:
-    what = {"huggingface": "a Hugging Face checkpoint", "ranks": "rank files"}
+    what = {
+        "huggingface": "a Hugging Face checkpoint",
+        "ranks": "rank files",
+        "ckpt": "a MindSpore .ckpt",
+        "iteration": "a Checkpoint 2.0 folder",
+    }
     text = what.get(catalog.format, catalog.format)
     if catalog.model.type:
         text += f" of a {catalog.model.type} model"
