@@ -7,6 +7,7 @@ which they are asked.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from .storage.staging import is_unfinished
 
 PathLike = str | os.PathLike[str]
 
+_RANK = re.compile(r"rank_\d+")
 # Of the two that MindFormers merges, dst_ is of the job that saves beside it.
 _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
@@ -100,6 +102,9 @@ def _read(
             f"{where} has no rank_0/ … folders, so strategy files (--src-strategy) and --suffix "
             "mean nothing for it. Leave them out."
         )
+    if found is not None and where.is_file() and _RANK.fullmatch(where.parent.name):
+        note = f"{where.name} is the file of one rank; its tensors are taken as whole."
+        return replace(found, notes=(note, *found.notes))
     return found
 
 

@@ -160,6 +160,15 @@ def test_a_missing_rank_without_a_replica_is_told_with_its_tensor(
     assert not (tmp_path / "o").exists()
 
 
+def test_a_stage_that_is_missing_does_not_pass_for_half_a_model(tmp_path: Path) -> None:
+    shutil.copytree(golden("dp2mp2pp2", "src_safetensors"), tmp_path / "checkpoint")
+    shutil.copytree(golden("dp2mp2pp2", "strategy"), tmp_path / "strategy")
+    for rank in range(4, 8):
+        shutil.rmtree(tmp_path / "checkpoint" / f"rank_{rank}")
+    with pytest.raises(CoverageError, match=r"22 weights .* no files \(rank 4, 5, 6, 7\): lm_head"):
+        js.open(tmp_path / "checkpoint")
+
+
 def test_replicas_that_differ_are_found_by_verify(
     ranks: Path, capsys: pytest.CaptureFixture
 ) -> None:

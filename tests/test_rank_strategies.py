@@ -74,6 +74,12 @@ def test_ranks_without_a_strategy_are_refused_and_one_alone_is_whole(
     check_equal(merged(several, tmp_path / "o", src_strategy=ranks.parent / "strategy"), ARRAYS)
 
 
+def test_the_file_of_one_rank_is_said_to_be_that(ranks: Path) -> None:
+    catalog = js.open(ranks / "rank_1" / STEP.format(r=1))
+    assert "is the file of one rank; its tensors are taken as whole" in catalog.notes[0]
+    assert catalog["wq"].shape == (4, 6)
+
+
 def test_the_wrong_thing_given_as_a_strategy_is_said_to_be_so(ranks: Path) -> None:
     weights = write_ranks(ranks.parent / "w", name="net_rank_{r}-1_1.ckpt")
     with pytest.raises(FormatError, match="is a MindSpore weight checkpoint, not a strategy file"):

@@ -12,7 +12,7 @@ module decides nothing about targets; the strategy files' own format is another'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -71,6 +71,7 @@ def read(
         gathered.metadata |= file.metadata
         notes += file.notes
     gathered.check_names(folder.root)
+    gathered.check_ranks(by_rank.keys(), folder.root)
     notes += gathered.notes()
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
     if missing:
@@ -165,6 +166,22 @@ class _Gathered:
                 f"none of the {len(self._found)} tensors of the files is in the strategy: {root} "
                 f"has {some(self._found, 3)}, the strategy {some(self._placed, 3)}. Give the "
                 "strategy files these were written with."
+            )
+
+    def check_ranks(self, present: Collection[int], root: str) -> None:
+        """Refuse ranks that lack whole weights: a stage that is missing must not go unseen."""
+        lost = {
+            name: sorted(ranks)
+            for name, placed in self._placed.items()
+            if name not in self._found
+            and weight_name(name) == name
+            and not (ranks := {r for p in placed for r in p.ranks}).intersection(present)
+        }
+        if lost:
+            gone = sorted({rank for held in lost.values() for rank in held})
+            raise CoverageError(
+                f"{len(lost)} weights lie on ranks of which {root} has no files (rank "
+                f"{some(map(str, gone), 8)}): {some(sorted(lost))}. Fetch one replica of each."
             )
 
     def tensors(self) -> dict[str, Tensor]:
