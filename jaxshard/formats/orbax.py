@@ -163,18 +163,32 @@ def _model(where: str) -> Model:
     return huggingface.model_of(config) if isinstance(config, dict) else Model()
 
 
+def _metadata(where: str) -> Tree:
+    """The tree of the item, with descriptions for leaves.
+
+    Raises:
+        FormatError: Orbax cannot read it.
+    """
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    try:
+        item = reader.metadata(Path(where).absolute()).item_metadata
+    except Exception as error:  # Orbax raises a bare Exception, among others
+        raise FormatError(
+            f"{where}: Orbax cannot read its metadata: {_said(error)}. Fetch it again."
+        ) from error
+    finally:
+        reader.close()
+    if item is None:
+        raise FormatError(
+            f"{where}: Orbax finds no arrays for its metadata. Fetch the checkpoint again."
+        )
+    return item.tree
+
+
 def _leaves(where: str) -> tuple[dict[str, Any], list[str]]:
     """The arrays' metadata by name; and what a person should know."""
     with _quiet():
-        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        try:
-            tree = reader.metadata(Path(where).absolute()).item_metadata.tree
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(
-                f"{where}: Orbax cannot read its metadata: {_said(error)}. Fetch it again."
-            ) from error
-        finally:
-            reader.close()
+        tree = _metadata(where)
     found, others = {}, []
     for path, leaf in tree_flatten_with_path(tree)[0]:
         name = _name(path)
@@ -195,18 +209,17 @@ def _restore(
 ) -> dict[str, Any]:
     """The leaves that ``arguments`` names; the others are not read."""
     with _quiet(), _wide(wide):
-        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        paths, structure = tree_flatten_with_path(_metadata(catalog.root))
+        names = [_name(path) for path, _ in paths]
         where = Path(catalog.root).absolute()
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
-            tree = reader.metadata(where).item_metadata.tree
-            paths, structure = tree_flatten_with_path(tree)
-            names = [_name(path) for path, _ in paths]
             item = tree_unflatten(
                 structure, [0 if n in arguments else ocp.PLACEHOLDER for n in names]
             )
             how = tree_unflatten(structure, [arguments.get(n, ocp.RestoreArgs()) for n in names])
             found = reader.restore(where, args=ocp.args.PyTreeRestore(item, restore_args=how))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # Orbax raises a bare Exception of damaged data
             raise FormatError(
                 f"{where}: Orbax cannot read {some(arguments)}: {_said(error)}."
             ) from error

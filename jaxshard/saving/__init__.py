@@ -140,6 +140,11 @@ def arrays_of(
         name = name_of(path) if name_of else path
         if name in found:
             raise LayoutError(f"two leaves are to be saved as {name}: {path} is the second.")
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise LayoutError(
+                f"{name}: the array was donated or deleted and holds nothing any more. Save what "
+                "the step returned."
+            )
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise LayoutError(
                 f"{name}: {len(leaf.sharding.device_set)} devices hold it, some of them of other "

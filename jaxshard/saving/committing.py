@@ -51,7 +51,7 @@ def commit(
     plan = make_plan(source.catalog, result.outputs, block_bytes=budget.block_bytes)
 
     def write(files: Path, staging: Staging) -> Counts:
-        _check_room(files, plan.totals.bytes_written)
+        check_room(files, plan.totals.bytes_written)
         outputs = OutputFiles(plan, staging, result.lay_file, result.seal)
         try:
             return run(plan.moves(), source.read, outputs.write, budget=budget, lend=source.lend)
@@ -86,20 +86,37 @@ def publish(
         StorageError: the disk is full or refuses.
     """
     destination = real_place(destination)
-    refuse_existing(destination, overwrite)
-    _refuse_inside(destination, carried)
-    base = staging_folder(destination)
-    discard = overwrite or _is_left_by_a_save(base)
-    staging = Staging(destination, _REQUEST, overwrite=discard, durable=durable)
+    staging = begin(destination, carried, overwrite=overwrite, durable=durable)
     try:
         counts = write(staging.files, staging)
-        staging.publish(partial(_add, staging, side_files, carried, extras_to))
+        staging.publish(partial(add_files, staging, side_files, carried, extras_to))
     except BaseException:
-        staging.abandon()
-        if _is_left_by_a_save(base):
-            remove_base(base)
+        abandon(staging, destination)
         raise
     return counts
+
+
+def begin(
+    destination: Path, carried: Catalog | None, *, overwrite: bool, durable: bool
+) -> Staging:
+    """A staging for ``destination`` (a real place); what an earlier save left there is gone.
+
+    Raises:
+        LayoutError: the destination exists, or an interrupted conversion lies there.
+        StorageError: the disk refuses.
+    """
+    refuse_existing(destination, overwrite)
+    _refuse_inside(destination, carried)
+    discard = overwrite or _is_left_by_a_save(staging_folder(destination))
+    return Staging(destination, _REQUEST, overwrite=discard, durable=durable)
+
+
+def abandon(staging: Staging, destination: Path) -> None:
+    """Give up a save: nothing of it can be gone on with."""
+    staging.abandon()
+    base = staging_folder(destination)
+    if _is_left_by_a_save(base):
+        remove_base(base)
 
 
 def _is_left_by_a_save(base: Path) -> bool:
@@ -107,7 +124,7 @@ def _is_left_by_a_save(base: Path) -> bool:
     return journal.exists() and journal.read_text() == _REQUEST
 
 
-def _add(
+def add_files(
     staging: Staging, side_files: Mapping[str, bytes], carried: Catalog | None, extras_to: str
 ) -> None:
     """Write the other files: those of the format go before those carried along."""
@@ -139,7 +156,7 @@ def _refuse_inside(destination: Path, carried: Catalog | None) -> None:
         )
 
 
-def _check_room(place: Path, num_bytes: int) -> None:
+def check_room(place: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if num_bytes > free:
         raise StorageError(

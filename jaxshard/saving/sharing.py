@@ -1,0 +1,158 @@
+"""Sharing: which process writes which shard, and where its bytes go.
+
+Several processes fill the same files, each the parts that it alone is to write. A shard
+that several hold is written by one of them; shards of one process that lie side by
+side are joined, so that rows are written as long as they can be.
+
+    held by       0 0 1 1            written    by process 0     by process 1
+    the tensor    a b c d  ×2 rows              ab·· ab··        ··cd ··cd
+
+Every process computes the same shares from the shardings alone; nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import jax
+
+from ..box import Box
+from ..catalog import Catalog, Tensor
+from ..dtypes import in_units
+from ..multiprocess.splitting import assign
+from ..outputs import Outputs
+from ..planning import Move, move_into
+from ..ranges import Runs, byte_runs
+from ..transfer.geometry import all_device_boxes
+from .arrays import Array
+
+_Holders = tuple[tuple[Box, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a box that this process writes lies in the box that a rank's file holds."""
+
+    rank: int
+    runs: Runs
+
+    def spans(self, offset: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """(offset in the tensor's data, length) of bytes ``offset …`` of the box, row by row.
+
+        >>> list(Place(0, Runs(offset=8, length=4, outer=((3, 16),))).spans(2, 6))
+        [(10, 2), (24, 4)]
+        """
+        while num_bytes:
+            row, inside = divmod(offset, self.runs.length)
+            length = min(self.runs.length - inside, num_bytes)
+            yield self._start(row) + inside, length
+            offset, num_bytes = offset + length, num_bytes - length
+
+    def _start(self, row: int) -> int:
+        at = self.runs.offset
+        for count, stride in reversed(self.runs.outer):
+            row, index = divmod(row, count)
+            at += index * stride
+        return at
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMove:
+    """The journey of one tensor's shards; ``Target.ranks`` are indices into ``places``."""
+
+    move: Move
+    places: tuple[Place, ...]
+
+
+def owners(arrays: Mapping[str, Array], here: int) -> dict[tuple[str, Box], int]:
+    """The process that writes each distinct shard, about equally many bytes each.
+
+    What is on the host, or on one process's own devices in every process, is everybody's to
+    write: ``here`` takes it.
+    """
+    weights: dict[tuple[str, Box], int] = {}
+    holders: dict[tuple[str, Box], tuple[int, ...]] = {}
+    found: dict[tuple[str, Box], int] = {}
+    for name, array in arrays.items():
+        if not isinstance(array, jax.Array) or array.is_fully_addressable:
+            for box in _local_boxes(array):
+                found[name, box] = here
+            continue
+        for box, processes in _holders(array.sharding, tuple(array.shape)):
+            weights[name, box] = box.size * array.dtype.itemsize
+            holders[name, box] = processes
+    return found | assign(weights, holders)
+
+
+def _local_boxes(array: Array) -> set[Box]:
+    if not isinstance(array, jax.Array):
+        return {Box.whole(array.shape)}
+    return set(all_device_boxes(array.sharding, tuple(array.shape)).values())
+
+
+@lru_cache(maxsize=4096)
+def _holders(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> _Holders:
+    found: dict[Box, dict[int, None]] = {}
+    for device, box in all_device_boxes(sharding, shape).items():
+        found.setdefault(box, {})[device.process_index] = None
+    return tuple((box, tuple(processes)) for box, processes in found.items())
+
+
+def shared_moves(
+    catalog: Catalog, outputs: Outputs, owner: Mapping[tuple[str, Box], int], here: int
+) -> Iterator[SharedMove]:
+    """The journeys of the shards that process ``here`` writes."""
+    for tensor in catalog.tensors.values():
+        pieces = tuple(p for p in tensor.pieces if owner[tensor.name, p.box] == here)
+        if pieces and tensor.name in outputs.layout.placements:
+            yield _shared_move(replace(tensor, pieces=pieces), outputs)
+
+
+def _shared_move(tensor: Tensor, outputs: Outputs) -> SharedMove:
+    own = joined(tuple(p.box for p in tensor.pieces))
+    wanted: dict[Box, tuple[int, ...]] = {}
+    places: list[Place] = []
+    for placement in outputs.layout.placements[tensor.name]:
+        for shard in placement.shards(tensor.shape):
+            ranks = outputs.holders(tensor.name, placement, shard)
+            for part in filter(None, (shard.box.intersect(box) for box in own)):
+                _, (inner, outer) = in_units(tensor.shape, (part, shard.box), tensor.dtype)
+                runs = byte_runs(inner.within(outer), outer.shape, tensor.dtype.unit_bytes)
+                first = len(places)
+                places += [Place(rank, runs) for rank in ranks]
+                wanted[part] = (*wanted.get(part, ()), *range(first, len(places)))
+    return SharedMove(move_into(tensor, wanted), tuple(places))
+
+
+@lru_cache(maxsize=4096)
+def joined(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
+    """Disjoint boxes with those that lie side by side made one, the last dim first.
+
+    >>> joined((Box((0, 0), (2, 4)), Box((0, 4), (2, 8)), Box((2, 0), (4, 8))))
+    (Box(start=(0, 0), stop=(4, 8)),)
+    """
+    found = list(boxes)
+    for dim in reversed(range(len(found[0].start) if found else 0)):
+        found = _joined_along(found, dim)
+    return tuple(found)
+
+
+def _joined_along(boxes: Sequence[Box], dim: int) -> list[Box]:
+    groups: dict[object, list[Box]] = {}
+    for box in boxes:
+        ends = tuple(zip(box.start, box.stop, strict=True))
+        groups.setdefault((ends[:dim], ends[dim + 1 :]), []).append(box)
+    found = []
+    for group in groups.values():
+        group.sort(key=lambda box: box.start[dim])
+        last = group[0]
+        for box in group[1:]:
+            if box.start[dim] == last.stop[dim]:
+                last = Box(last.start, box.stop)
+            else:
+                found.append(last)
+                last = box
+        found.append(last)
+    return found
