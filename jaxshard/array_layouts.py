@@ -38,6 +38,15 @@ def layout_of(arrays: Mapping[str, _Array]) -> Layout:
     return Layout(len(ranks), placements)
 
 
+def rank_devices_of(arrays: Mapping[str, _Array]) -> _Devices:
+    """The device that is each rank of ``layout_of(arrays)``.
+
+    Raises:
+        LayoutError: as ``layout_of``.
+    """
+    return _ranks({_devices(array) for array in arrays.values()})
+
+
 def _devices(array: _Array) -> _Devices:
     """The devices of an array's mesh in order; none where it has no mesh of several."""
     if not isinstance(array, jax.Array):

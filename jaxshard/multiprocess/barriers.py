@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, cast
 
 from ..errors import JaxshardError, StorageError, some
@@ -41,6 +41,7 @@ class Processes:
     Attributes:
         index: the number of this process.
         count: how many there are.
+        timeout_s: how long they wait for each other.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Processes:
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self.index, self.count = index, count
-        self._coordinator, self._timeout_s = coordinator, timeout_s
+        self._coordinator, self.timeout_s = coordinator, timeout_s
 
     def meet(self, what: str, error: BaseException | None = None) -> None:
         """Wait until all processes are here; ``error`` is why this one cannot go on.
@@ -65,7 +66,7 @@ class Processes:
         said = None if error is None else f"{type(error).__name__}: {error}"
         try:
             self._coordinator.key_value_set(f"{place}/{self.index}", json.dumps(said))
-            self._coordinator.wait_at_barrier(place, round(self._timeout_s * 1000))
+            self._coordinator.wait_at_barrier(place, round(self.timeout_s * 1000))
         except Exception as refused:
             if error is None:  # else the caller's own error says more
                 raise self._absent(what, place, refused) from refused
@@ -94,25 +95,39 @@ class Processes:
         self.meet(what)
 
     def agree(self, what: str, make: Callable[[], str]) -> str:
-        """What process 0 makes, known to all.
+        """What ``make`` gives in process 0, where alone it is called; known to all.
 
         Raises:
-            StorageError: process 0 did not say it in time.
+            StorageError: process 0 failed, or did not say it in time.
         """
         if self._coordinator is None:
             return make()
         place = _next_place(what)
         if self.index == 0:
-            text = make()
-            self._coordinator.key_value_set(place, text)
-            return text
+            return self._say(place, make)
         try:
-            return self._coordinator.blocking_key_value_get(place, round(self._timeout_s * 1000))
+            said = self._coordinator.blocking_key_value_get(place, round(self.timeout_s * 1000))
         except Exception as refused:
             raise StorageError(
-                f"{what}: process 0 said nothing within {self._timeout_s:g} s. It ended, or does "
+                f"{what}: process 0 said nothing within {self.timeout_s:g} s. It ended, or does "
                 "something else."
             ) from refused
+        text, error = json.loads(said)
+        if error is not None:
+            raise StorageError(f"{what}: process 0 failed: {error}")
+        return str(text)
+
+    def _say(self, place: str, make: Callable[[], str]) -> str:
+        assert self._coordinator is not None
+        try:
+            text = make()
+        except BaseException as error:
+            said = json.dumps([None, f"{type(error).__name__}: {error}"])
+            with suppress(Exception):  # the caller's own error says more
+                self._coordinator.key_value_set(place, said)
+            raise
+        self._coordinator.key_value_set(place, json.dumps([text, None]))
+        return text
 
     def _statuses(self, place: str) -> dict[int, str | None]:
         assert self._coordinator is not None
@@ -131,7 +146,7 @@ class Processes:
         missing = sorted(set(range(self.count)) - set(statuses))
         return StorageError(
             f"{what}: {len(missing)} of {self.count} processes did not come within "
-            f"{self._timeout_s:g} s: {some(map(str, missing), 8)}."
+            f"{self.timeout_s:g} s: {some(map(str, missing), 8)}."
             + "".join(f" Process {i} failed: {why}." for i, why in failed[:3])
             + " They ended, or need longer; what was being made is not visible, and what was there "
             "before still is."

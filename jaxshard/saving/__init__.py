@@ -24,14 +24,16 @@ from ..conversion import Report, default_budget
 from ..errors import LayoutError, nearest, some
 from ..formats import huggingface
 from ..layout import Layout
+from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, processes_of_jax
 from ..opening import PathLike, open_checkpoint, open_strategy
 from ..results import Request
 from ..rules import Rules
-from ..storage.budget import fit_budget
+from ..storage.budget import Counts, fit_budget
 from ..strategy import Strategy
 from ..targets import lay_out_for, make_result
 from ..trees import is_array_like, named_leaves
 from . import orbax_saving
+from .across import Work, check_across, commit_across, commit_own, holders_of
 from .arrays import Array, ArraySource, host_bytes_of
 from .committing import commit
 
@@ -59,8 +61,14 @@ def save(
     workers: int | None = None,
     overwrite: bool = False,
     durable: bool = True,
+    shared: bool = True,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Report:
     """Write the arrays of ``tree`` as a checkpoint at ``path``; what was done.
+
+    Where several processes hold the arrays, all processes of the job call this alike, each
+    writes its share, and they meet before the result appears. Arrays that one process has all
+    for itself are written by that one.
 
     Args:
         tree: a pytree of arrays with any sharding, NumPy's among them. The name of a tensor
@@ -83,14 +91,24 @@ def save(
         workers: threads; by default one a core, at most 8.
         overwrite: replace what is at ``path``.
         durable: have every file on the disk before the result appears.
+        shared: of several processes, all see one disk at ``path``. If not, each writes there,
+            on its own disk, the files of the ranks whose devices it has, and ``load`` in the
+            same process finds what its devices need; only for files by rank.
+        timeout_s: how long several processes wait for each other.
 
     Raises:
         LayoutError: an array or the target cannot be written so, or ``path`` exists.
         NotFoundError: no rules for the names, or no ``extras`` there.
-        StorageError: the disk is full or refuses.
+        StorageError: the disk is full or refuses, or another process fails or does not come.
     """
     _check_format(format)
     arrays, notes = arrays_of(tree, name_of)
+    holders = holders_of(arrays)
+    if len(holders) == 1 and jax.process_index() not in holders:
+        return Report(str(path), Counts(), 0, 0, (*notes, f"process {holders.pop()} saves it."))
+    across = len(holders) > 1
+    if across:
+        check_across(format, shared=shared)
     carried = _opened(extras)
     if format == "orbax":
         own = tree if name_of is None else arrays
@@ -111,9 +129,13 @@ def save(
             told = (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
             place = f"{result.extras_to}/{huggingface.CONFIG}".lstrip("/")
             result = replace(result, side_files={**result.side_files, place: told})
-        counts = commit(
-            source, result, Path(path), carried, budget, overwrite=overwrite, durable=durable
-        )
+        where, keep = Path(path), {"overwrite": overwrite, "durable": durable}
+        if across:
+            processes = processes_of_jax(timeout_s)
+            work = Work(source, result, where, carried, budget, processes, **keep)
+            counts = (commit_across if shared else commit_own)(work, arrays)
+        else:
+            counts = commit(source, result, where, carried, budget, **keep)
     finally:
         source.close()
     notes = (*notes, *result.outputs.layout.notes)
@@ -126,8 +148,7 @@ def arrays_of(
     """The arrays of ``tree`` by the names they are saved under, and notes.
 
     Raises:
-        LayoutError: two have one name, none is an array, or one lies on devices of other
-            processes too.
+        LayoutError: two have one name, or none is an array.
     """
     found: dict[str, Array] = {}
     others = []
@@ -144,11 +165,6 @@ def arrays_of(
             raise LayoutError(
                 f"{name}: the array was donated or deleted and holds nothing any more. Save what "
                 "the step returned."
-            )
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise LayoutError(
-                f"{name}: {len(leaf.sharding.device_set)} devices hold it, some of them of other "
-                "processes. Saving from several processes needs the training checkpoint manager."
             )
         found[name] = leaf
     if not found:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import jax
 
+from ..array_layouts import rank_devices_of
 from ..catalog import Catalog
 from ..errors import LayoutError, StorageError
 from ..multiprocess.barriers import Processes
@@ -28,7 +29,7 @@ from ..storage.engine import run
 from ..storage.shared_writing import SharedFiles
 from ..storage.staging import FILES, Staging, real_place, staging_folder
 from .arrays import Array, ArraySource
-from .committing import abandon, add_files, begin, check_room
+from .committing import abandon, add_files, begin, check_room, write_files
 from .sharing import Place, owners, shared_moves
 
 _TOKEN = "together"
@@ -49,7 +50,7 @@ class Work:
     durable: bool
 
 
-def commit_across(work: Work, arrays: dict[str, Array]) -> Counts:
+def commit_across(work: Work, arrays: Mapping[str, Array]) -> Counts:
     """Write this process's share and publish; what this process did. All must call it alike.
 
     Raises:
@@ -108,7 +109,7 @@ class _Led:
             abandon(self._staging, self._work.destination)
 
 
-def _write(work: Work, arrays: dict[str, Array], token: str, processes: Processes) -> Counts:
+def _write(work: Work, arrays: Mapping[str, Array], token: str, processes: Processes) -> Counts:
     _check_shared(work.destination, token, processes)
     owner = owners(arrays, processes.index)
     files = _files(work)
@@ -130,9 +131,7 @@ def _write(work: Work, arrays: dict[str, Array], token: str, processes: Processe
         return len(ranks)
 
     try:
-        counts = run(
-            moves(), work.source.read, write, budget=work.budget, lend=work.source.lend
-        )
+        counts = run(moves(), work.source.read, write, budget=work.budget, lend=work.source.lend)
         if work.durable:
             files.sync()
     finally:
@@ -168,15 +167,41 @@ def _check_shared(destination: Path, token: str, processes: Processes) -> None:
         time.sleep(0.05)
 
 
-def own_ranks(arrays: dict[str, Array], num_ranks: int) -> frozenset[int]:
+def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
+    """Write the files of the ranks whose devices this process has, to a disk of its own.
+
+    The results of all processes appear when all have written theirs, or none does.
+
+    Raises:
+        LayoutError: the ranks are not the devices, or the destination exists.
+        StorageError: the disk refuses here or elsewhere, or a process does not come in time.
+    """
+    destination, processes = real_place(work.destination), work.processes
+    what = f"saving {destination}"
+    with processes.together(f"{what}: beginning"):
+        only = own_ranks(arrays, work.result.outputs.layout.num_ranks)
+        staging = begin(destination, work.carried, overwrite=work.overwrite, durable=work.durable)
+    try:
+        with processes.together(f"{what}: writing"):
+            counts = write_files(work.source, work.result, staging, work.budget, only=only)
+        side_files = dict(work.result.side_files)
+        with processes.together(f"{what}: publishing"):
+            staging.publish(
+                partial(add_files, staging, side_files, work.carried, work.result.extras_to)
+            )
+    except BaseException:
+        abandon(staging, destination)
+        raise
+    return counts
+
+
+def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
     """The ranks whose devices this process has; ranks are as in ``array_layouts``.
 
     Raises:
         LayoutError: the ranks are not the devices that the arrays lie on.
     """
-    from ..array_layouts import ranks_of  # noqa: PLC0415
-
-    devices = ranks_of(arrays)
+    devices: tuple[jax.Device, ...] = rank_devices_of(arrays)
     if len(devices) != num_ranks:
         raise LayoutError(
             f"the arrays lie on {len(devices)} devices, and {num_ranks} ranks are to be saved. "
@@ -185,3 +210,31 @@ def own_ranks(arrays: dict[str, Array], num_ranks: int) -> frozenset[int]:
         )
     here = jax.process_index()
     return frozenset(r for r, device in enumerate(devices) if device.process_index == here)
+
+
+def holders_of(arrays: Mapping[str, Array]) -> set[int]:
+    """The processes whose devices hold some of ``arrays``; this one, if all are on the host."""
+    found = set[int]()
+    for array in arrays.values():
+        if isinstance(array, jax.Array):
+            devices: set[jax.Device] = array.sharding.device_set
+            found |= {device.process_index for device in devices}
+    return found or {jax.process_index()}
+
+
+def check_across(format: str, *, shared: bool) -> None:
+    """Refuse what several processes cannot write.
+
+    Raises:
+        LayoutError: the format is not one for it.
+    """
+    if format == "orbax":
+        raise LayoutError(
+            "Orbax's own format is written here by one process only. Save as huggingface or ranks, "
+            "or call Orbax itself in every process."
+        )
+    if not shared and format not in ("ranks", "ckpt"):
+        raise LayoutError(
+            f"{format} files hold what several processes have, so they need a disk that all of "
+            'them share. With shared=False, save with format="ranks".'
+        )

@@ -48,25 +48,38 @@ def commit(
         LayoutError: the destination exists, or an interrupted conversion lies there.
         StorageError: the disk is full or refuses.
     """
-    plan = make_plan(source.catalog, result.outputs, block_bytes=budget.block_bytes)
-
-    def write(files: Path, staging: Staging) -> Counts:
-        check_room(files, plan.totals.bytes_written)
-        outputs = OutputFiles(plan, staging, result.lay_file, result.seal)
-        try:
-            return run(plan.moves(), source.read, outputs.write, budget=budget, lend=source.lend)
-        finally:
-            outputs.close()
-
     return publish(
         destination,
-        write,
+        lambda files, staging: write_files(source, result, staging, budget),
         side_files={f"{path}": data for path, data in result.side_files.items()},
         carried=carried,
         extras_to=result.extras_to,
         overwrite=overwrite,
         durable=durable,
     )
+
+
+def write_files(
+    source: ArraySource,
+    result: Result,
+    staging: Staging,
+    budget: Budget,
+    *,
+    only: frozenset[int] | None = None,
+) -> Counts:
+    """Write the files of ``result``, or of its ranks ``only``.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    outputs = result.outputs
+    plan = make_plan(source.catalog, outputs, only=only, block_bytes=budget.block_bytes)
+    check_room(staging.files, plan.totals.bytes_written)
+    files = OutputFiles(plan, staging, result.lay_file, result.seal)
+    try:
+        return run(plan.moves(), source.read, files.write, budget=budget, lend=source.lend)
+    finally:
+        files.close()
 
 
 def publish(
@@ -96,9 +109,7 @@ def publish(
     return counts
 
 
-def begin(
-    destination: Path, carried: Catalog | None, *, overwrite: bool, durable: bool
-) -> Staging:
+def begin(destination: Path, carried: Catalog | None, *, overwrite: bool, durable: bool) -> Staging:
     """A staging for ``destination`` (a real place); what an earlier save left there is gone.
 
     Raises:
@@ -157,6 +168,11 @@ def _refuse_inside(destination: Path, carried: Catalog | None) -> None:
 
 
 def check_room(place: Path, num_bytes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StorageError: fewer bytes are free.
+    """
     free = shutil.disk_usage(place).free
     if num_bytes > free:
         raise StorageError(

@@ -69,16 +69,16 @@ class SharedMove:
 def owners(arrays: Mapping[str, Array], here: int) -> dict[tuple[str, Box], int]:
     """The process that writes each distinct shard, about equally many bytes each.
 
-    What is on the host, or on one process's own devices in every process, is everybody's to
-    write: ``here`` takes it.
+    What is on the host is alike in all processes, and process 0 writes it. An array that is on
+    devices of this process alone may be another's copy too: ``here`` writes it.
     """
     weights: dict[tuple[str, Box], int] = {}
     holders: dict[tuple[str, Box], tuple[int, ...]] = {}
     found: dict[tuple[str, Box], int] = {}
     for name, array in arrays.items():
         if not isinstance(array, jax.Array) or array.is_fully_addressable:
-            for box in _local_boxes(array):
-                found[name, box] = here
+            writer = here if isinstance(array, jax.Array) else 0
+            found |= {(name, box): writer for box in _local_boxes(array)}
             continue
         for box, processes in _holders(array.sharding, tuple(array.shape)):
             weights[name, box] = box.size * array.dtype.itemsize
