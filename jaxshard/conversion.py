@@ -31,7 +31,7 @@ from .storage.sources import open_source
 from .storage.staging import Staging
 from .storage.writing import OutputFiles
 from .strategy import Strategy
-from .targets import Request, Result, lay_out_for, make_result
+from .targets import Request, Result, lay_out_for, make_result, same_layout
 
 if TYPE_CHECKING:
     from .mapping import Mapping
@@ -155,7 +155,7 @@ def prepare(
         chosen = find_mapping(names, chosen).apply(chosen)
         tensors, config = list(chosen.tensors.values()), true_config(chosen)
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
-    layout = chosen.layout if to == "same" else _target_layout(to, lay_out)
+    layout = same_layout(chosen) if to == "same" else _target_layout(to, lay_out)
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
     result = make_result(chosen, tensors, request)

@@ -22,7 +22,7 @@ from .rules import Policy, Rules, rules_for
 from .rules import layout as lay_out
 from .strategy import Strategy
 
-__all__ = ["FORMATS", "Request", "Result", "lay_out_for", "make_result"]
+__all__ = ["FORMATS", "Request", "Result", "lay_out_for", "make_result", "same_layout"]
 
 _Make = Callable[[Catalog, Sequence[Tensor], Request], Result]
 # Module and function, by format: each module is imported only when it is needed.
@@ -77,6 +77,18 @@ def lay_out_for(
         table = table.override(rules) if rules else table
     shapes = {t.name: t.shape for t in source.tensors.values()}
     return lay_out(shapes, strategy, table, source.model, source.hyper, unmatched, uneven)
+
+
+def same_layout(source: Catalog) -> Layout | None:
+    """The layout that ``source`` has, whatever names it was given; None if it is complete.
+
+    Raises:
+        LayoutError: what its ranks share is no whole part of a mapped tensor.
+    """
+    if source.layout is not None or source.origin is None:
+        return source.layout
+    before = source.origin.catalog
+    return source.origin.place(before.layout) if before.layout is not None else None
 
 
 def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:

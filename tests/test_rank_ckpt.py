@@ -109,3 +109,22 @@ def test_an_encrypted_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
     shutil.copy(golden("ckpt_formats", "enc_AES-GCM.ckpt"), folder)
     with pytest.raises(FormatError, match=r"is encrypted \(AES-GCM\). Decrypt it where the key"):
         js.open(folder)
+
+
+def test_names_may_change_on_the_way(ranks: Path, tmp_path: Path) -> None:
+    """MindSpore's ``name_map``; for rank folders too, which keep their layout."""
+    table = tmp_path / "names.toml"
+    table.write_text('[[op]]\nop = "rename"\nrules = [["f32", "renamed.f32"]]\n')
+    source = golden("ckpt_formats", "all_dtypes.ckpt")
+    js.convert(source, tmp_path / "o", names=str(table), options=QUICK)
+    theirs = ms.weights(golden("ckpt_formats", "c2s_map", "all_dtypes.safetensors"))
+    assert ms.folder_weights(tmp_path / "o") == theirs
+    table.write_text('[[op]]\nop = "rename"\nrules = [["w{x}", "layer.{x}.weight"]]\n')
+    js.convert(ranks, tmp_path / "r", "same", names=str(table), format="ckpt", options=QUICK)
+    wanted = {"layer.q.weight": "wq", "layer.o.weight": "wo", "norm": "norm"}
+    for rank, held in ms.rank_weights_of(tmp_path / "r").items():
+        assert {n: t[2] for n, t in held.items()} == {
+            new: held_by(rank)[old].tobytes() for new, old in wanted.items()
+        }
+    whole = merged(tmp_path / "r", tmp_path / "whole")
+    check_equal(whole, {new: ARRAYS[old] for new, old in wanted.items()})
