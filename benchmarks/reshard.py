@@ -283,7 +283,8 @@ def measure(case: str, method: str, scale: int, repeats: int) -> dict | str:
     except subprocess.TimeoutExpired:
         return "no answer in 300 s"
     if done.returncode:
-        return done.stderr.strip().splitlines()[-1][:90]
+        said = done.stderr.strip().splitlines()
+        return said[-1][:90] if said else f"ended by signal {-done.returncode}: out of memory?"
     return json.loads(done.stdout.splitlines()[-1])
 
 

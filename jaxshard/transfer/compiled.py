@@ -9,10 +9,10 @@ not done here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 
 import jax
 import numpy as np
@@ -53,8 +53,8 @@ def route(move: Move) -> tuple[Move, ...] | None:
 
 @lru_cache(maxsize=4096)
 def _between(ends: Common, dtype: np.dtype[np.generic]) -> tuple[Spec, ...] | None:
-    ways: list[Sequence[Spec]] = [()]
-    ways += islice(paths(ends.axes, ends.source, ends.target), _MAX_WAYS)
+    round_about = islice(paths(ends.axes, ends.source, ends.target), _MAX_WAYS)
+    ways: Iterator[Sequence[Spec]] = chain([()], round_about)
     shape = _small_shape(len(ends.devices), len(ends.source))
     for way in ways:
         stops = [ends.sharding(s) for s in (ends.source, *way, ends.target)]

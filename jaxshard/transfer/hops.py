@@ -16,34 +16,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import permutations
+from itertools import islice, permutations
 from math import prod
 
 from ..layout import Spec
 from ..strategy import Axes
 
+_MAX_ORDERS = 720  # all orders of six axes, 64 devices; of more axes only the first are tried
 
-def paths(axes: Axes, source: Spec, target: Spec, *, max_between: int = 2) -> Iterator[list[Spec]]:
-    """The specs between ``source`` and ``target``, fewest first.
 
-    No spec on the way has larger shards than the larger of the two ends. The way
-    straight there, with nothing between, is not among them.
+def paths(axes: Axes, source: Spec, target: Spec) -> Iterator[list[Spec]]:
+    """The one or two specs between ``source`` and ``target``, found as they are asked for.
+
+    Every move can be undone by one, so the last spec is looked for among the
+    moves of the target. None has larger shards than the larger of the two ends.
 
     >>> axes = (("a", 2), ("b", 2), ("c", 2))
     >>> next(paths(axes, (("b",), ("a",)), (("b", "c", "a"), ())))
     [(('b', 'c'), ('a',))]
     """
     least_parts = min(_parts(axes, source), _parts(axes, target))
-    layer: list[list[Spec]] = [[source]]
-    for step in range(max_between + 1):
-        longer = []
-        for path in layer:
-            for spec in _moves(axes, path[-1]):
-                if spec == target and step > 0:
-                    yield path[1:]
-                elif spec not in path and spec != target and _parts(axes, spec) >= least_parts:
-                    longer.append([*path, spec])
-        layer = longer
+    last = {s for s in _moves(axes, target) if _parts(axes, s) >= least_parts} - {source}
+    first = [s for s in _moves(axes, source) if _parts(axes, s) >= least_parts and s != target]
+    for spec in first:
+        if spec in last:
+            yield [spec]
+    for spec in first:
+        for other in _moves(axes, spec):
+            if other in last:
+                yield [spec, other]
 
 
 @lru_cache(maxsize=4096)
@@ -75,7 +76,7 @@ def _same_counts(axes: Axes, lengths: tuple[int, ...]) -> tuple[Spec, ...]:
     """Every spec with that many axes per dim."""
     names = [a for a, _ in axes]
     specs = []
-    for order in permutations(names, sum(lengths)):
+    for order in islice(permutations(names, sum(lengths)), _MAX_ORDERS):
         left = list(order)
         specs.append(tuple(tuple(left.pop(0) for _ in range(n)) for n in lengths))
     return tuple(specs)
