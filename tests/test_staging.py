@@ -1,0 +1,254 @@
+"""Staging: the old result, or the new one, and never anything between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+
+from jaxshard.errors import LayoutError, StorageError
+from jaxshard.storage import staging
+from jaxshard.storage.staging import Staging, is_unfinished
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "out"
+
+
+def partial(place):
+    return place.with_name(f".{place.name}.partial")
+
+
+def put(made: Staging, name: str, data: bytes) -> None:
+    (made.files / name).parent.mkdir(parents=True, exist_ok=True)
+    (made.files / name).write_bytes(data)
+    made.finish(name, len(data))
+
+
+def content(place) -> dict[str, bytes]:
+    return {
+        p.relative_to(place).as_posix(): p.read_bytes() for p in place.rglob("*") if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_result_appears_whole_and_leaves_nothing_behind(place, durable):
+    made = Staging(place, "request", durable=durable)
+    put(made, "rank_0/a", b"1")
+    assert not place.exists()
+    made.publish()
+    assert content(place) == {"rank_0/a": b"1"}
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_an_empty_destination_is_as_good_as_none(place):
+    place.mkdir()
+    made = Staging(place, "request")
+    put(made, "a", b"1")
+    made.publish()
+    assert content(place) == {"a": b"1"}
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
+def test_an_old_result_is_replaced_when_the_new_one_is_whole(place, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+    place.mkdir()
+    (place / "old").write_bytes(b"0")
+    with pytest.raises(LayoutError, match=r"exists.*--overwrite"):
+        Staging(place, "request")
+    made = Staging(place, "request", overwrite=True)
+    put(made, "new", b"1")
+    assert content(place) == {"old": b"0"}
+    made.publish()
+    assert content(place) == {"new": b"1"}
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_crash_between_two_renames_loses_neither(place, monkeypatch, overwrite):
+    monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+    place.mkdir()
+    (place / "old").write_bytes(b"0")
+    made = Staging(place, "request", overwrite=True)
+    put(made, "new", b"1")
+    real = os.rename
+
+    def crash(a, b):
+        if str(b).endswith("/out"):
+            raise OSError(errno.EIO, "crash")
+        real(a, b)
+
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(StorageError):
+        made.publish()
+    monkeypatch.undo()
+    made.abandon()
+    assert not place.exists()
+    again = Staging(place, "another", overwrite=True) if overwrite else None
+    if again:
+        assert content(place) == {"old": b"0"}
+        again.abandon()
+        assert content(place) == {"old": b"0"}
+    else:
+        again = Staging(place, "request", resume=True, overwrite=True)
+        assert set(again.finished) == {"new"}
+        again.publish()
+        assert content(place) == {"new": b"1"}
+
+
+def test_without_anything_finished_nothing_is_kept(place):
+    Staging(place, "request").abandon()
+    assert list(place.parent.iterdir()) == []
+
+
+def interrupted(place, durable=True) -> None:
+    made = Staging(place, "request", durable=durable)
+    put(made, "a", b"whole")
+    (made.files / "b").write_bytes(b"half")
+    made.abandon()
+
+
+def test_what_is_finished_is_kept_and_what_is_not_goes(place):
+    interrupted(place)
+    with pytest.raises(LayoutError, match="--resume, or discard it with --overwrite"):
+        Staging(place, "request")
+    made = Staging(place, "request", resume=True)
+    assert made.finished == {"a": 5}
+    assert content(made.files) == {"a": b"whole"}
+    made.abandon()
+
+
+def test_discarding_begins_anew(place):
+    interrupted(place)
+    made = Staging(place, "request", overwrite=True)
+    assert made.finished == {}
+    assert content(made.files) == {}
+    made.abandon()
+
+
+def test_resuming_nothing_begins(place):
+    made = Staging(place, "request", resume=True)
+    put(made, "a", b"1")
+    made.publish()
+    assert content(place) == {"a": b"1"}
+
+
+def test_another_request_is_not_resumed(place):
+    interrupted(place)
+    with pytest.raises(LayoutError, match="from another conversion, or its source has changed"):
+        Staging(place, "other", resume=True)
+    assert Staging(place, "other", resume=True, overwrite=True).finished == {}
+
+
+@pytest.mark.parametrize("change", ["content", "copy", "gone", "shorter"])
+def test_a_finished_file_that_was_touched_is_not_trusted(place, change):
+    interrupted(place)
+    path = partial(place) / "files" / "a"
+    if change == "content":
+        path.write_bytes(b"wrong")
+    elif change == "copy":  # same size and time, but another file
+        shutil.copy2(path, path.with_name("copy"))
+        path.with_name("copy").rename(path)
+    elif change == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, 2)
+    made = Staging(place, "request", resume=True)
+    assert made.finished == {}
+    made.abandon()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "garbage", '["b", 4]', "[", "null", '["../../x", 1, [1, 2, 3, ""]]'],
+)
+def test_a_torn_line_is_no_promise(place, line):
+    interrupted(place)
+    with open(partial(place) / "finished", "a", encoding="utf-8") as journal:
+        journal.write(line)
+    made = Staging(place, "request", resume=True)
+    assert made.finished == {"a": 5}
+    made.abandon()
+
+
+def test_what_was_never_put_on_the_disk_is_not_trusted_after_a_restart(place, monkeypatch):
+    interrupted(place, durable=False)
+    made = Staging(place, "request", resume=True)
+    assert made.finished == {"a": 5}
+    made.abandon()
+    monkeypatch.setattr(staging, "_boot", lambda: "another")
+    made = Staging(place, "request", resume=True)
+    assert made.finished == {}
+    made.abandon()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_crash_after_publishing_is_seen_and_tidied(place, monkeypatch, old):
+    """Else the old result, which lies in the staging folder then, would be taken for finished."""
+    if old:
+        place.mkdir()
+        (place / "a").write_bytes(b"old!!")
+    made = Staging(place, "request", overwrite=True)
+    put(made, "a", b"whole")
+    monkeypatch.setattr(made, "_remove", made._release)
+    made.publish()
+    assert partial(place).exists()
+    again = Staging(place, "request", resume=True, overwrite=old)
+    assert again.published
+    assert content(place) == {"a": b"whole"}
+    assert not partial(place).exists()
+
+
+def test_after_publishing_another_request_does_not_take_the_old_for_its_own(place, monkeypatch):
+    place.mkdir()
+    (place / "a").write_bytes(b"old!!")
+    made = Staging(place, "request", overwrite=True)
+    put(made, "a", b"whole")
+    monkeypatch.setattr(made, "_remove", made._release)
+    made.publish()
+    again = Staging(place, "other", resume=True, overwrite=True)
+    assert not again.published
+    assert again.finished == {}
+    again.abandon()
+
+
+def test_two_at_once_are_refused_in_one_process_too(place):
+    first = Staging(place, "request")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(StorageError, match="another process is writing"):
+            Staging(place, "request", **how)
+    first.abandon()
+    Staging(place, "request").abandon()
+
+
+def test_a_link_is_followed_to_where_the_result_shall_be(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "result")
+    made = Staging(tmp_path / "out", "request")
+    put(made, "a", b"1")
+    assert partial(disk / "result").exists()
+    made.publish()
+    assert content(disk / "result") == {"a": b"1"}
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_an_unfinished_result_is_known_by_all_its_folders(place, monkeypatch):
+    interrupted(place)
+    for path in (partial(place), partial(place) / "files", partial(place) / "files" / "a"):
+        assert is_unfinished(path)
+    monkeypatch.chdir(partial(place) / "files")
+    assert is_unfinished(staging.Path("."))
+    assert not is_unfinished(place)
+    assert not is_unfinished(place.parent)
+
+
+def test_the_journal_is_one_line_a_file(place):
+    interrupted(place)
+    (line,) = (partial(place) / "finished").read_text().splitlines()
+    assert json.loads(line)[:2] == ["a", 5]
