@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -115,8 +116,8 @@ def _bytes_read() -> int:
 
 
 def _children_cpu() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # finer than the ticks of os.times
+    return used.ru_utime + used.ru_stime
 
 
 def _busy() -> float:
@@ -125,7 +126,7 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_for_quiet(limit_s: float = 20.0) -> None:
+def wait_for_quiet(limit_s: float = 5.0) -> None:
     """Wait until the machine is nearly idle, or until ``limit_s`` have passed."""
     end = time.perf_counter() + limit_s
     while time.perf_counter() < end:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..catalog import File
 from ..errors import FormatError, NotFoundError, StorageError
+from .linux import start_writing_back
 
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096
@@ -241,6 +242,11 @@ class Handles:
                         f"{self._base / path} cannot be written: {error.strerror}. "
                         "Make room or mend the disk, then run again with --resume."
                     ) from error
+
+    def start_writing_back(self, path: str) -> None:
+        """Have the disk begin with ``path``; nobody waits for it."""
+        with self.use(path) as descriptor:
+            start_writing_back(descriptor)
 
     def sync(self, path: str) -> None:
         """Wait until ``path`` is on the disk."""

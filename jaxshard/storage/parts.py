@@ -33,6 +33,7 @@ class PartStaging:
         files: the folder to write into.
         finished: the files an earlier run of this part completed, with their sizes.
         published: False: a part that is begun when all are done begins anew.
+        durable: have every file on the disk before it counts as finished.
     """
 
     published = False
@@ -62,7 +63,7 @@ class PartStaging:
             StorageError: this part runs already, or the disk refuses.
         """
         self._destination = destination = steps.real_place(destination)
-        self._count, self._durable, self._overwrite = count, durable, overwrite
+        self._count, self.durable, self._overwrite = count, durable, overwrite
         self._base = base = steps.staging_folder(destination)
         self.files = base / steps.FILES
         self._name = f"part-{index}"
@@ -81,7 +82,7 @@ class PartStaging:
         """Record that the file at ``path`` is complete; it is put on the disk first."""
         self.sync(self.files / path)
         journal = self._base / f"{self._name}.journal"
-        steps.record_finished(journal, path, num_bytes, durable=self._durable)
+        steps.record_finished(journal, path, num_bytes, durable=self.durable)
 
     def publish(self, last: Callable[[], None] | None = None) -> bool:
         """This part is complete; whether the result is there now, because it was the last.
@@ -96,7 +97,7 @@ class PartStaging:
             if is_last:
                 if last is not None:
                     last()
-                steps.place(self._base, self._destination, durable=self._durable)
+                steps.place(self._base, self._destination, durable=self.durable)
                 steps.remove_base(self._base)
         self.abandon()
         return is_last or not is_there
@@ -108,7 +109,7 @@ class PartStaging:
 
     def sync(self, path: Path) -> None:
         """Wait until ``path`` is on the disk, where the result is to be durable."""
-        if self._durable:
+        if self.durable:
             steps.sync(path)
 
     def _join(self) -> None:

@@ -40,6 +40,7 @@ class Staging:
         files: the folder to write into; what lies there is published.
         finished: the files an earlier, interrupted run completed, with their sizes.
         published: whether that run had even published the result; nothing is left to do.
+        durable: have every file on the disk before it counts as finished.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Staging:
             StorageError: another run is writing there, or the disk refuses.
         """
         self._destination = destination = real_place(destination)
-        self._durable, self.finished = durable, dict[str, int]()
+        self.durable, self.finished = durable, dict[str, int]()
         self._base = staging_folder(destination)
         self.files = self._base / FILES
         with told(f"{self._base} cannot be made"):
@@ -93,7 +94,7 @@ class Staging:
     def finish(self, path: str, num_bytes: int) -> None:
         """Record that the file at ``path`` is complete; it is put on the disk first."""
         self.sync(self.files / path)
-        record_finished(self._base / _FINISHED, path, num_bytes, durable=self._durable)
+        record_finished(self._base / _FINISHED, path, num_bytes, durable=self.durable)
 
     def publish(self, last: Callable[[], None] | None = None) -> bool:
         """Make the result visible under its name, in one step; True: it is there now.
@@ -102,7 +103,7 @@ class Staging:
         """
         if last is not None:
             last()
-        place(self._base, self._destination, durable=self._durable)
+        place(self._base, self._destination, durable=self.durable)
         self._remove()
         return True
 
@@ -137,7 +138,7 @@ class Staging:
 
     def sync(self, path: Path) -> None:
         """Wait until ``path`` is on the disk, where the result is to be durable."""
-        if self._durable:
+        if self.durable:
             sync(path)
 
     def _remove(self) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 from ..errors import StorageError
 from ..outputs import Entry
 from ..planning import Move, Plan
+from .linux import reserve
 from .local import Handles
 from .parts import PartStaging
 from .staging import Staging
@@ -42,6 +43,8 @@ class FileLayout(Protocol):
 LayFile = Callable[[Sequence[Entry]], FileLayout]
 Seal = Callable[[Path], None]
 
+_HELD_BYTES = 8 << 20  # the disk works while files are filled, and the fsync at the end is short
+
 
 class OutputFiles:
     """The files of a plan, open for writing."""
@@ -64,6 +67,7 @@ class OutputFiles:
         self._lock = threading.Lock()
         sizes = outputs.rank_bytes()
         self._left = {rank: sizes[rank] for rank in wanted}
+        self._held = dict.fromkeys(wanted, 0)  # written since the disk was last told to begin
         for rank in wanted:
             self._create(rank)
         for rank in [r for r, left in self._left.items() if not left]:
@@ -96,9 +100,15 @@ class OutputFiles:
         """Note that ``num_bytes`` more of the file of ``rank`` are written."""
         with self._lock:
             self._left[rank] -= num_bytes
+            self._held[rank] += num_bytes
             is_finished = not self._left[rank]
+            is_due = self._staging.durable and self._held[rank] >= _HELD_BYTES
+            if is_due:
+                self._held[rank] = 0
         if is_finished:
             self._finish(rank)
+        elif is_due:
+            self._handles.start_writing_back(self._paths[rank])
 
     def close(self) -> None:
         """Close all handles."""
@@ -110,7 +120,7 @@ class OutputFiles:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
-                file.truncate(layout.num_bytes)
+                reserve(file.fileno(), layout.num_bytes)
         except OSError as error:
             raise StorageError(f"{path} cannot be made: {error.strerror}.") from error
 
