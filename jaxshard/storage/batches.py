@@ -55,22 +55,25 @@ def in_threads(jobs: Sequence[Callable[[Shared[T]], None]], source: Shared[T]) -
         return
     errors: list[BaseException] = []
 
-    def guarded(job: Callable[[Shared[T]], None]) -> None:
+    def guarded(job: Callable[[Shared[T]], None], done: threading.Event) -> None:
         try:
             job(source)
         except BaseException as error:  # also an interrupt: whoever waits must hear of it
             errors.append(error)
             source.stop()
+        finally:
+            done.set()
 
-    threads = [threading.Thread(target=guarded, args=(job,), name="jaxshard") for job in jobs]
-    for thread in threads:
-        thread.start()
+    # not join(): in Python 3.11 one that was interrupted takes the thread for ended
+    ended = [threading.Event() for _ in jobs]
+    for given in zip(jobs, ended, strict=True):
+        threading.Thread(target=guarded, args=given, name="jaxshard").start()
     try:
-        for thread in threads:
-            thread.join()
+        for event in ended:
+            event.wait()
     finally:  # an interrupt here: nothing is closed under a thread that still writes
         source.stop()
-        for thread in threads:
-            thread.join()
+        for event in ended:
+            event.wait()
     if errors:
         raise errors[0]
