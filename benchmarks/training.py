@@ -1,0 +1,295 @@
+"""The training loop's checkpoints: what a save costs, what it costs the loop, and coming back.
+
+    python benchmarks/training.py [--rounds 5] [--dir DISK] [--save] [--smoke]
+
+A state of 1.74 GB, a Llama's weights in bfloat16 with Adam's moments in float32, lies on 8 CPU
+devices as dp2mp4.
+
+    sync      a save, beside ``cp -r`` of the files it makes, with and without fsync; and Orbax
+    async     how long ``save`` keeps the loop: looking at the arrays, or copying them
+    restore   onto dp4mp2, beside a plain ``load`` of the same files
+
+All in one process, in turns. Answers are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from measure import Sample
+from models import SMOKE, Llama, write_llama
+
+import jaxshard as js
+from jaxshard.loading import load
+from jaxshard.training import CheckpointManager, checksums
+from jaxshard.training.opening_steps import open_step
+from jaxshard.training.places import Places
+from jaxshard.training.snapshots import Snapshot
+from jaxshard.training.states import as_array, take_apart
+from jaxshard.training.steps import check_sums, find_steps
+
+MODEL = Llama(layers=12, hidden=1024, intermediate=2816, vocab=16000, heads=16, kv_heads=8)
+
+
+def state_on(strategy: str, folder: Path) -> dict[str, object]:
+    """The weights in ``folder`` on devices, with moments that lie like them."""
+    params = load(folder, strategy)
+    adam = optax.ScaleByAdamState(
+        jnp.int32(7),
+        {n: _moment(n, a) for n, a in params.items()},
+        {n: _moment(f"{n} v", a) for n, a in params.items()},
+    )
+    return {"params": params, "opt_state": (adam,), "step": 7}
+
+
+_BASE = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
+
+
+def _moment(name: str, like: jax.Array) -> jax.Array:
+    """Numbers that no compressor gets smaller, laid out as ``like``."""
+    start = hash(name) % 1000
+    data = np.resize(_BASE[start:], like.shape)
+    return jax.device_put(data, like.sharding)
+
+
+def timed(work: Callable[[], object]) -> Sample:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Sample(time.perf_counter() - wall, time.process_time() - cpu, 0)
+
+
+class Bench:
+    """One state, and the ways to save it."""
+
+    def __init__(self, work: Path, model: Llama, real: bool) -> None:
+        self.work, self.real = work, real
+        write_llama(work / "model", model, num_files=2)
+        self.state = state_on("dp2mp4", work / "model")
+        self.num_bytes = sum(
+            leaf.nbytes for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)
+        )
+        self.out = work / "out"
+        self.kept = work / "kept"
+        manager = CheckpointManager(self.kept, prefix="llama", remove_redundancy=True)
+        manager.save(1, self.state)
+
+    def quiet(self) -> None:
+        measure.remove(self.out)
+        if self.real:
+            measure.wait_for_quiet()
+            measure.touch_memory(self.num_bytes * 3 // 2)
+
+    def manager(self, **how: object) -> CheckpointManager:
+        return CheckpointManager(self.out, prefix="llama", remove_redundancy=True, **how)
+
+    def save(self, **how: object) -> Callable[[], Sample]:
+        def sample() -> Sample:
+            self.quiet()
+            manager = self.manager(**how)
+            return timed(lambda: manager.save(1, self.state))
+
+        return sample
+
+    def copy(self, *, sync: bool) -> Callable[[], Sample]:
+        text = 'cp -r "$0" "$1"' + (' && find "$1" -type f -exec sync {} +' if sync else "")
+
+        def sample() -> Sample:
+            self.quiet()
+            measure.read_files(self.kept)
+            command = ["sh", "-c", text, str(self.kept / "checkpoint"), str(self.out)]
+            return timed(lambda: subprocess.run(command, check=True))
+
+        return sample
+
+    def orbax(self) -> Sample:
+        self.quiet()
+        saver = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        tree = {k: self.state[k] for k in ("params", "opt_state")}
+        found = timed(lambda: saver.save(self.out, args=ocp.args.StandardSave(tree)))
+        saver.close()
+        return found
+
+    def blocked(self, **how: object) -> Callable[[], Sample]:
+        """The time that ``save`` keeps the loop; the rest of the save is waited for, untimed."""
+
+        def sample() -> Sample:
+            self.quiet()
+            manager = self.manager(async_save=True, durable=False, **how)
+            found = timed(lambda: manager.save(1, self.state))
+            manager.close()
+            return found
+
+        return sample
+
+    def orbax_blocked(self) -> Sample:
+        self.quiet()
+        saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        tree = {k: self.state[k] for k in ("params", "opt_state")}
+        found = timed(lambda: saver.save(self.out, args=ocp.args.StandardSave(tree)))
+        saver.wait_until_finished()
+        saver.close()
+        return found
+
+
+def sync_saves(bench: Bench, rounds: int) -> dict[str, object]:
+    """A save beside a copy of its bytes, and beside Orbax."""
+    cases = {
+        "cp": bench.copy(sync=False),
+        "save": bench.save(durable=False),
+        "orbax": bench.orbax,
+        "cp+sync": bench.copy(sync=True),
+        "save durable": bench.save(durable=True),
+    }
+    bench.orbax()  # its first save imports and starts what later ones find
+    samples = measure.in_turns(cases, rounds)
+    return {
+        **{name: measure.summary(each) for name, each in samples.items()},
+        "save/cp": measure.ratio(samples["save"], samples["cp"]),
+        "durable/cp+sync": measure.ratio(samples["save durable"], samples["cp+sync"]),
+        "save/orbax": measure.ratio(samples["save"], samples["orbax"]),
+    }
+
+
+def async_saves(bench: Bench, rounds: int) -> dict[str, object]:
+    """What a save costs the loop, beside a synchronous one."""
+    cases = {
+        "save": bench.save(durable=False),
+        "blocked, looking": bench.blocked(),
+        "blocked, copying": bench.blocked(snapshot="copy"),
+        "orbax blocked": bench.orbax_blocked,
+    }
+    samples = measure.in_turns(cases, rounds)
+    names = [n for n in cases if n != "save"]
+    return {
+        **{name: measure.summary(each) for name, each in samples.items()},
+        **{f"{n}/save": measure.ratio(samples[n], samples["save"]) for n in names},
+    }
+
+
+def restores(bench: Bench, rounds: int) -> dict[str, object]:
+    """Coming back in another layout, beside loading the same tensors."""
+    places = Places.of(bench.kept)
+    (step,) = find_steps(places)
+    layout = js.Strategy.parse("dp4mp2")
+    manager = CheckpointManager(bench.kept)
+    described = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x,
+        bench.state,
+    )
+    target = jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            if isinstance(x, jax.Array)
+            else x
+        ),
+        manager.restore(described, strategy=layout).state,
+    )
+    flat = {
+        leaf.name: leaf.value
+        for leaf in take_apart(target).leaves
+        if isinstance(leaf.value, jax.ShapeDtypeStruct)
+    }
+
+    def plain() -> Sample:
+        bench.quiet()
+        return timed(lambda: load(open_step(places, step.record, step.format), flat, strict=False))
+
+    def restored(verify: bool) -> Callable[[], Sample]:
+        def sample() -> Sample:
+            bench.quiet()
+            return timed(lambda: manager.restore(target, verify=verify))
+
+        return sample
+
+    check_answer(bench, manager.restore(target, verify=True).state)
+    measure.read_files(bench.kept)
+    cases = {"load": plain, "restore": restored(False), "restore, verified": restored(True)}
+    samples = measure.in_turns(cases, rounds)
+    return {
+        **{name: measure.summary(each) for name, each in samples.items()},
+        "restore/load": measure.ratio(samples["restore"], samples["load"]),
+        "verified/load": measure.ratio(samples["restore, verified"], samples["load"]),
+    }
+
+
+def check_answer(bench: Bench, found: object) -> None:
+    for a, b in zip(jax.tree.leaves(bench.state), jax.tree.leaves(found), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b)), "restored is not what was saved"
+
+
+def pieces(bench: Bench) -> dict[str, object]:
+    """Where the time goes: a look, a copy, and the checksums of everything."""
+    arrays = {leaf.name: as_array(leaf.value) for leaf in take_apart(bench.state).leaves}
+    (step,) = find_steps(Places.of(bench.kept))
+    return {
+        "checksum": checksums.BEST,
+        "look_s": timed(lambda: Snapshot(arrays)).wall_s,
+        "copy_s": timed(lambda: Snapshot(arrays, how="copy")).wall_s,
+        "check_sums_s": timed(lambda: check_sums(Places.of(bench.kept), step.record)).wall_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="the disk to measure on (default: temporary)")
+    parser.add_argument("--only", choices=("sync", "async", "restore"), help="one part alone")
+    parser.add_argument("--save", action="store_true", help="keep the results with the project's")
+    parser.add_argument("--smoke", action="store_true", help="tiny: the answers, not the clock")
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="jaxshard-bench-", dir=options.dir))
+    rounds = 1 if options.smoke else options.rounds
+    try:
+        bench = Bench(work, SMOKE if options.smoke else MODEL, not options.smoke)
+        results: dict[str, object] = {
+            "bytes": bench.num_bytes,
+            "file_system": measure.file_system(work),
+            "load_before": measure.load(),
+            "pieces": pieces(bench),
+        }
+        parts = {"sync": sync_saves, "async": async_saves, "restore": restores}
+        for name, part in parts.items():
+            if options.only in (None, name):
+                results[name] = part(bench, rounds)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    results["load_after"] = measure.load()
+    show(results)
+    if options.save:
+        print(f"kept in {measure.save('training', results)}")
+
+
+def show(results: dict[str, object]) -> None:
+    """The results as a person reads them."""
+    print(f"{measure.machine()}, {results['file_system']}, {results['bytes'] / 1e9:.2f} GB")
+    print(f"load {results['load_before']} before, {results['load_after']} after")
+    print(results["pieces"])
+    for part in ("sync", "async", "restore"):
+        for name, value in results.get(part, {}).items():
+            if isinstance(value, dict):
+                text = f"{value['wall_s']:.3f} s, cpu {value['cpu_s']:.3f} s  {value['all_wall_s']}"
+            else:
+                text = f"{value:.3f}"
+            print(f"{part:>8}  {name:<24} {text}")
+
+
+if __name__ == "__main__":
+    main()
