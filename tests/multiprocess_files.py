@@ -58,6 +58,14 @@ def load_and_save(index, count, source, out):
             "read": counts[0].bytes_needed,
             "share": distinct_bytes(arrays),
         }
+    answer["balanced"] = {}
+    for strategy in ("dp2mp4", "dp8", "dp2mp2pp2"):
+        counts = []
+        arrays = loading.load(source, strategy, counted=counts.append, balanced=True)
+        answer["balanced"][strategy] = {
+            "right": is_right(arrays, truth),
+            "read": counts[0].bytes_needed,
+        }
     for strategy in ("dp2mp4", "mp4pp2", "dp4mp2optall"):
         arrays = loading.load(source, strategy)
         for form in ("huggingface", "ranks"):

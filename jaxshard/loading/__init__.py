@@ -10,7 +10,9 @@ be said from headers is said before the first of them is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,20 +20,25 @@ import jax
 
 from ..catalog import Catalog
 from ..conversion import default_budget
+from ..errors import CoverageError, some
 from ..mapping import Mapping, find_mapping
+from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..opening import PathLike, open_checkpoint
 from ..rules import Rules
 from ..selection import select
 from ..storage.budget import Counts
 from ..storage.sources import open_source
+from .balancing import gathered, kept_bytes, spread
 from .carrying import carry
 from .limits import check_dtypes, check_memory, in_flight_limit, load_budget, need_of
 from .orbax_loading import restore, restored_by_orbax
 from .sources import file_source
 from .targeting import Devices, resolve
-from .wanted import Wanted, jobs
+from .wanted import Want, jobs
 
 __all__ = ["load"]
+
+_RANK = re.compile(r"(?:^|/)rank_(\d+)/")
 
 
 def load(
@@ -51,6 +58,8 @@ def load(
     strategy: PathLike | None = None,
     suffix: str | None = None,
     workers: int | None = None,
+    balanced: bool = False,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     counted: Callable[[Counts], None] | None = None,
 ) -> Any:
     """The tensors of a checkpoint as arrays: ``{name: jax.Array}``, or the tree given as target.
@@ -86,6 +95,9 @@ def load(
         strategy: the strategy files of a source cut into ranks.
         suffix: which of several files a rank the source has.
         workers: threads; by default one a core, at most 8.
+        balanced: of several processes, none reads what another does; what they hold in common
+            goes from device to device. All of them must call this alike.
+        timeout_s: how long they then wait for each other to have read.
         counted: is told the counts of what was read.
 
     Raises:
@@ -109,19 +121,30 @@ def load(
     )
     if restored_by_orbax(catalog, wanted.wants):
         return wanted.build(restore(catalog, wanted.wants))
-    arrays, counts = _read(catalog, wanted, host_bytes, workers or _cores(), mmap=mmap)
+    first = spread(wanted.wants) if balanced else list(wanted.wants)
+    extra = kept_bytes(first, wanted.wants)
+    processes = processes_of_jax(timeout_s) if balanced else Processes()
+    with processes.together(f"loading {catalog.root}"), _told_of_hosts(catalog):
+        arrays, counts = _read(catalog, first, host_bytes, workers or _cores(), mmap, extra)
+    if balanced:
+        arrays = gathered(arrays, wanted.wants)
     if counted is not None:
         counted(counts)
     return wanted.build(arrays)
 
 
 def _read(
-    catalog: Catalog, wanted: Wanted, host_bytes: int | None, workers: int, *, mmap: bool
+    catalog: Catalog,
+    wants: Sequence[Want],
+    host_bytes: int | None,
+    workers: int,
+    mmap: bool,
+    extra_bytes: int,
 ) -> tuple[list[jax.Array], Counts]:
-    """The arrays of ``wanted``, in its order."""
-    found = jobs(wanted.wants)
+    """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
+    found = jobs(wants)
     todo = [job for job, _ in found]
-    need, budget = need_of(todo), load_budget(host_bytes or default_budget(), workers)
+    need, budget = need_of(todo, extra_bytes), load_budget(host_bytes or default_budget(), workers)
     in_flight = in_flight_limit(need, host_bytes, budget)
     check_memory(need, budget, in_flight)
     check_dtypes(todo)
@@ -135,6 +158,23 @@ def _read(
     places = [place for _, numbers in found for place in numbers]
     arrays = [array for arrays in made for array in arrays]
     return [array for _, array in sorted(zip(places, arrays, strict=True), key=_place)], counts
+
+
+@contextmanager
+def _told_of_hosts(catalog: Catalog) -> Iterator[None]:
+    """What is missing may lie on another host, where ranks are missing altogether."""
+    try:
+        yield
+    except CoverageError as error:
+        have = {int(n) for f in catalog.files for n in _RANK.findall(f.path)}
+        if catalog.layout is None or not have or len(have) == catalog.layout.num_ranks:
+            raise
+        raise CoverageError(
+            f"{error} Of {catalog.layout.num_ranks} ranks, {catalog.root} has {len(have)}: "
+            f"{some(map(str, sorted(have)))}. Where hosts share no disk, each process loads what "
+            "was saved by it, onto the same devices; for another layout, copy the other ranks' "
+            "folders here."
+        ) from None
 
 
 def _place(item: tuple[int, jax.Array]) -> int:

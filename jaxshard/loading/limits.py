@@ -46,9 +46,9 @@ class Need:
     largest_bytes: int
 
 
-def need_of(jobs: Sequence[Job]) -> Need:
-    """What the jobs take in host memory, apart from the engine's blocks."""
-    kept = largest = 0
+def need_of(jobs: Sequence[Job], extra_bytes: int = 0) -> Need:
+    """What the jobs take in host memory, apart from the engine's blocks, and ``extra_bytes``."""
+    kept, largest = extra_bytes, 0
     for job in jobs:
         if adopts([device for use in job.uses for device, _ in use]):
             kept += job.num_bytes
