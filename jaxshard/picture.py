@@ -185,8 +185,7 @@ def catalog_text(catalog: Catalog) -> str:
         lines += ["", _rank_table(catalog)]
         for drawn in layout_pictures(tensors, catalog.layout):
             lines += ["", drawn]
-    lines += [f"note: {note}" for note in catalog.notes]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_noted(catalog.notes)])
 
 
 def tensor_table(tensors: Iterable[Tensor]) -> str:
@@ -215,8 +214,11 @@ def plan_text(plan: Plan) -> str:
     if plan.outputs.paths[0].startswith("rank_"):
         for drawn in layout_pictures(plan.source.tensors.values(), plan.outputs.layout):
             lines += ["", drawn]
-    lines += [f"note: {note}" for note in (*plan.source.notes, *plan.outputs.layout.notes)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_noted((*plan.source.notes, *plan.outputs.layout.notes))])
+
+
+def _noted(notes: Sequence[str]) -> list[str]:
+    return ["", *(f"note: {note}" for note in notes)] if notes else []
 
 
 def _format(catalog: Catalog) -> str:

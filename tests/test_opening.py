@@ -1,0 +1,100 @@
+"""Opening: whatever lies there is recognised, or told to be what it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+import jaxshard as js
+from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
+from jaxshard.formats import layout_file
+from jaxshard.layout import Placement
+from jaxshard.opening import open_checkpoint, open_strategy
+
+QUICK = js.Options(durable=False)
+
+
+@pytest.fixture
+def base(tmp_path):
+    checkpoints.write_llama(tmp_path / "llama")
+    js.slice(tmp_path / "llama", tmp_path / "cut", "dp2mp2", options=QUICK)
+    return tmp_path
+
+
+def test_a_folder_and_a_file_of_it_are_opened(base):
+    folder, alone = (open_checkpoint(base / p) for p in ("llama", "llama/model.safetensors"))
+    assert folder.tensors == alone.tensors
+    assert (folder.extras, alone.extras) == (("config.json", "tokenizer.json"), ())
+
+
+@pytest.mark.parametrize("path", [Path, str, lambda p: f"{p}/"])
+def test_paths_come_as_one_likes(base, path):
+    assert len(open_checkpoint(path(base / "llama")).tensors) == 21
+
+
+def test_rank_files_are_opened_with_the_strategy_inside_beside_or_given(base, tmp_path):
+    inside = open_checkpoint(base / "cut")
+    strategy = base / "cut" / "strategy"
+    strategy.rename(base / "strategy")
+    assert open_checkpoint(base / "cut").tensors == inside.tensors
+    (base / "strategy").rename(base / "elsewhere")
+    assert open_checkpoint(base / "cut", strategy=base / "elsewhere").tensors == inside.tensors
+    one = base / "elsewhere" / "ckpt_strategy_rank_0.ckpt"
+    assert open_checkpoint(base / "cut", strategy=one).tensors == inside.tensors
+    with pytest.raises(LayoutError, match="--src-strategy PATH"):
+        open_checkpoint(base / "cut")
+
+
+def test_the_layout_of_rank_files_is_as_it_was_asked_for(base):
+    catalog = open_checkpoint(base / "cut")
+    asked = js.plan(base / "llama", "dp2mp2").outputs.layout
+    for tensor in catalog.tensors.values():
+        for rank in range(4):
+            box = asked.box_of(tensor.name, tensor.shape, rank)
+            assert catalog.layout.box_of(tensor.name, tensor.shape, rank) == box
+
+
+def test_a_layout_of_our_own_goes_before_strategy_files(base):
+    own = js.Layout(2, {"w": (Placement((("mp", 2),), (("mp",),)),)})
+    place = base / "cut" / "strategy" / layout_file.NAME
+    place.write_bytes(layout_file.to_bytes(own, own.placements))
+    assert open_strategy(base / "cut" / "strategy") == open_strategy(place) == own
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"jaxshard_layout": ', b"\xff\xfe"])
+def test_a_json_file_that_is_no_layout_is_refused(tmp_path, data):
+    (tmp_path / "layout.json").write_bytes(data)
+    with pytest.raises((FormatError, NotFoundError)):
+        open_strategy(tmp_path / "layout.json")
+
+
+def test_what_is_elsewhere_is_told(tmp_path):
+    checkpoints.write_llama(tmp_path / "models" / "llama")
+    with pytest.raises(NotFoundError, match=r"below it llama/model.safetensors. Name that folder"):
+        open_checkpoint(tmp_path / "models")
+
+
+def test_an_empty_folder_and_a_stray_file_hold_no_checkpoint(tmp_path):
+    (tmp_path / "readme.txt").write_text("hello")
+    for path in (tmp_path, tmp_path / "readme.txt"):
+        with pytest.raises(NotFoundError, match="holds no checkpoint that jaxshard can read"):
+            open_checkpoint(path)
+
+
+def test_no_handles_stay_open(base):
+    before = len(os.listdir("/proc/self/fd"))
+    catalogs = [open_checkpoint(base / p) for p in ("llama", "cut") for _ in range(5)]
+    assert len(catalogs) == 10
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_rank_more_than_the_strategy_knows_is_refused(base):
+    (base / "cut" / "rank_0").rename(base / "cut" / "rank_4")
+    (base / "cut" / "rank_4" / "checkpoint_0.safetensors").rename(
+        base / "cut" / "rank_4" / "checkpoint_4.safetensors"
+    )
+    with pytest.raises(CoverageError, match="its strategy is one of 4 ranks"):
+        open_checkpoint(base / "cut")

@@ -1,0 +1,87 @@
+"""Pictures: readable for any layout, and short however many ranks."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from random_layouts import in_memory, models
+from test_laws import outputs_of
+
+from jaxshard import picture
+from jaxshard.catalog import Tensor
+from jaxshard.dtypes import BY_NAME
+from jaxshard.layout import Placement
+from jaxshard.planning import make_plan
+
+BF16 = BY_NAME["BF16"]
+
+
+def drawn(shape: tuple[int, ...], placement: Placement) -> list[str]:
+    return picture.holders(Tensor("w", BF16, shape, ()), placement).splitlines()
+
+
+@given(models())
+def test_any_layout_can_be_drawn(model):
+    source, target = model.layouts
+    catalog, _ = in_memory(model, source)
+    plan = make_plan(catalog, outputs_of(catalog, target, lean=True))
+    for text in (picture.catalog_text(catalog), picture.plan_text(plan)):
+        assert all(len(line) < 200 for line in text.splitlines())
+        for frame in re.findall(r"┌.*?┘", text, re.DOTALL):
+            assert len({len(line) for line in frame.splitlines()}) == 1
+
+
+@given(models(num_layouts=1))
+def test_every_rank_is_in_the_picture_of_a_small_layout(model):
+    (layout,) = model.layouts
+    for tensor in model.tensors:
+        for placement in layout.placements[tensor.name]:
+            if placement.num_ranks <= 4 and len(placement.shards(tensor.shape)) > 1:
+                cells = " ".join(drawn(tensor.shape, placement)[1:])
+                shown = {int(n) for n in re.findall(r"\d+", cells)}
+                split = [d for d in range(len(tensor.shape)) if placement.ways(d) > 1]
+                if len(split) <= 2 and "to" not in cells:
+                    assert shown == set(placement.ranks)
+
+
+def test_rows_and_columns_are_cut_as_the_tensor_is():
+    placement = Placement((("dp", 2), ("mp", 2)), (("mp",), ("dp",)), 8)
+    assert drawn((4, 8), placement) == [
+        "w  BF16 (4, 8)",
+        "┌────┬────┐",
+        "│ 8  │ 10 │",
+        "├────┼────┤",
+        "│ 9  │ 11 │",
+        "└────┴────┘",
+    ]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (1,)])
+def test_numbers_and_empty_tensors_are_one_cell(shape):
+    assert drawn(shape, Placement((("dp", 3),)))[2] == "│ 0 to 2 │"
+
+
+def test_thousands_of_ranks_are_a_few_lines():
+    placement = Placement((("dp", 64), ("mp", 32)), (("mp",), ("dp",)))
+    lines = drawn((2048, 2048), placement)
+    assert len(lines) < 25
+    assert max(map(len, lines)) < 100
+    assert "…" in "".join(lines)
+
+
+def test_long_tables_are_shortened_in_the_middle():
+    rows = picture.elided([[i, f"file {i}"] for i in range(2048)])
+    text = picture.table(["rank", "file"], rows)
+    assert len(text.splitlines()) == 18
+    assert "2047  file 2047" in text
+    assert picture.elided([[1]] * 16) == [[1]] * 16
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (1_705_119_744, "1.71 GB"), (1e21, "1e+06 PB")],
+)
+def test_sizes_have_three_digits(num_bytes, text):
+    assert picture.size(num_bytes) == text
