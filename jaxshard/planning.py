@@ -19,7 +19,7 @@ from .dtypes import DType, in_units
 from .errors import CoverageError, JaxshardError
 from .layout import Placement
 from .outputs import Outputs
-from .ranges import Runs, blocks, byte_runs, strided_runs, tiles
+from .ranges import Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
 from .views import ZEROS
 
 BLOCK_BYTES = 1 << 20  # a block stays in the cache of one core between its read and its write
@@ -331,18 +331,40 @@ def part_runs(part: Box, stored: Box, form: Form | None, unit: int) -> Runs | No
 
 
 def cell_blocks(
-    cell: Cell, forms: Forms, unit: int, block_bytes: int, tile_bytes: int = TILE_BYTES
+    cell: Cell,
+    forms: Forms,
+    unit: int,
+    block_bytes: int,
+    tile_bytes: int = TILE_BYTES,
+    *,
+    in_memory: bool = False,
 ) -> Iterator[Box]:
-    """The blocks that ``cell`` is carried in: tiles where a source lies transposed."""
+    """The blocks that ``cell`` is carried in: tiles where a source lies transposed.
+
+    Where targets are ``in_memory``, which is written anywhere at no cost, a transposed source
+    is read in the order of its file.
+    """
     found = [form for i, _ in cell.sources if (form := forms[i])]
     if not found:
         return blocks(cell.box, unit, block_bytes)
     widest = max(unit, *(form.work_bytes for form in found))
+    permuted = permuted_form(cell, forms)
+    if permuted is None:
+        return blocks(cell.box, widest, block_bytes)
+    strides = permuted.strides
+    if not in_memory:
+        return tiles(cell.box, strides, widest, tile_bytes)
+    order = sorted(range(len(strides)), key=lambda d: -(strides[d] or 1 << 62))
+    return blocks_along(cell.box, tuple(order), widest, block_bytes)
+
+
+def permuted_form(cell: Cell, forms: Forms) -> Form | None:
+    """The form of a source of ``cell`` that lies in another order of dims, if there is one."""
     for i, part in cell.sources:
         form = forms[i]
         if form and form.is_permuted(part):
-            return tiles(cell.box, form.strides, widest, tile_bytes)
-    return blocks(cell.box, widest, block_bytes)
+            return form
+    return None
 
 
 def block_steps(

@@ -136,6 +136,18 @@ def tiles(
         yield Box(tuple(a for a, _ in intervals), tuple(b for _, b in intervals))
 
 
+def blocks_along(box: Box, order: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Box]:
+    """As ``blocks``, of a box whose dims lie in another ``order``, slowest first.
+
+    >>> [str(b) for b in blocks_along(Box((0, 0), (8, 4)), (1, 0), itemsize=2, limit=32)]
+    ['[0:8, 0:2]', '[0:8, 2:4]']
+    """
+    place = [order.index(d) for d in range(len(order))]
+    turned = Box(tuple(box.start[d] for d in order), tuple(box.stop[d] for d in order))
+    for block in blocks(turned, itemsize, limit):
+        yield Box(tuple(block.start[i] for i in place), tuple(block.stop[i] for i in place))
+
+
 def is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
     """Whether ``box`` is one run of a row-major tensor of ``shape``.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +25,12 @@ from numpy.typing import NDArray
 from ..box import Box
 from ..catalog import Piece, Tensor
 from ..cells import Cell
-from ..planning import Move, Steps, block_steps, cell_blocks, move_into
+from ..planning import Move, Steps, block_steps, cell_blocks, move_into, permuted_form
 from ..ranges import Runs, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget
 from .requests import Bytes, Read, read_runs
-from .viewing import Operands, Viewer
+from .viewing import Operands, Viewer, copy_into
 
 __all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
 
@@ -73,7 +74,14 @@ def _batches(moves: Iterable[Move], budget: Budget, place: Place | None) -> Iter
             limit = budget.block_bytes
             if place is not None and _is_straight(move, cell, place):
                 limit = max(limit, _STRAIGHT_BYTES)
-            all_blocks = cell_blocks(cell, move.forms, move.unit_bytes, limit, budget.tile_bytes)
+            all_blocks = cell_blocks(
+                cell,
+                move.forms,
+                move.unit_bytes,
+                limit,
+                budget.tile_bytes,
+                in_memory=place is not None,
+            )
             most = max(1, BATCH_BLOCKS * budget.block_bytes // limit)
             while batch := tuple(islice(all_blocks, most)):
                 yield Batch(move, cell, batch), operands
@@ -129,8 +137,10 @@ class Worker:
         if operands:
             operands.load(self._read_operand)
             self._viewer.values = operands.values
+        permuted = permuted_form(batch.cell, batch.move.forms) is not None
+        carry = self._carry_permuted if permuted and self._ends.place else self._carry
         for block in batch.blocks:
-            self._carry(batch.move, batch.cell, block)
+            carry(batch.move, batch.cell, block)
         if self._progress:
             self._progress(self.counts.bytes_written - before)
 
@@ -169,6 +179,38 @@ class Worker:
             self.counts.num_writes += writes
             self.counts.bytes_written += writes * num_bytes
         self.counts.num_copies += steps.num_copies
+
+    def _carry_permuted(self, move: Move, cell: Cell, block: Box) -> None:
+        """As ``_carry``, from sources in another order straight into memory, with no block."""
+        steps = block_steps(cell, block, move.sources, move.forms)
+        for index, part in steps.reads:
+            values, runs = self._viewer.values_of(move, index, part)
+            self._count_reads(runs)
+            plain = values.view(_element(move.unit_bytes))
+            for target, wanted in steps.writes:
+                shared = part.intersect(wanted)
+                if shared is not None:
+                    inside = _inside(plain, shared.within(part))
+                    self._put(move, target, shared.within(move.targets[target].box), inside)
+        self.counts.num_copies += steps.num_copies
+
+    def _put(self, move: Move, target: int, part: Box, values: NDArray[np.generic]) -> None:
+        """Store ``part`` of a target, wherever its elements come from."""
+        shape = move.targets[target].box.shape
+        runs = byte_runs(part, shape, move.unit_bytes)
+        last = sum((n - 1) * stride for n, stride in runs.outer)
+        memory = self._place(move, target, runs.offset, last + runs.length)
+        if memory is None:
+            flat = np.empty(part.shape, values.dtype)
+            copy_into(flat, values)
+            self._write_runs(move, target, runs, flat)
+            return
+        strides = [move.unit_bytes * prod(shape[i + 1 :]) for i in range(len(shape))]
+        out = np.lib.stride_tricks.as_strided(memory.view(values.dtype), part.shape, strides)
+        copy_into(out, values)
+        writes = self._ends.write(move, target, runs.offset, memory[: runs.num_bytes].data)
+        self.counts.num_writes += writes
+        self.counts.bytes_written += writes * runs.num_bytes
 
     def _write_runs(self, move: Move, index: int, runs: Runs, inside: NDArray[np.generic]) -> None:
         """Write a part of a tile that is not one run of its target."""

@@ -26,7 +26,8 @@ from .requests import Bytes, Read, read_runs
 Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
 
-_TILE = (32, 512)  # elements along what is consecutive where it goes, and where it comes from
+_TILE = (64, 512)  # elements along what is consecutive where it goes, and where it comes from
+_APART = 32  # elements between the rows of a tile
 _IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
 _SMALL = 1 << 11  # a plane of fewer elements is quick in any order
 
@@ -66,10 +67,24 @@ class Viewer:
         """Fill ``out`` with ``part`` of source ``index``; the runs that were read, if any."""
         form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
         assert form is not None
+        view = piece.view
+        if out.flags.c_contiguous and view and not view.steps and view.dtype == move.dtype:
+            runs, order = form.runs(part, stored, piece.offset)
+            if form.item_bytes and runs.num_bytes == out.nbytes and list(order) == sorted(order):
+                read_runs(self._read, piece, runs, out.reshape(-1).view(np.uint8))
+                return runs
+        values, read = self.values_of(move, index, part)
+        copy_into(out, values.view(out.dtype))
+        return read
+
+    def values_of(self, move: Move, index: int, part: Box) -> tuple[Array, Runs | None]:
+        """``part`` of source ``index``, valid until the next, and the runs that were read."""
+        form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
+        assert form is not None
         assert piece.view is not None
+        dtype = numpy_dtype(move.dtype)
         if not form.item_bytes:
-            out[...] = np.zeros((), out.dtype)
-            return None
+            return np.broadcast_to(np.zeros((), dtype), part.shape), None
         runs, order = form.runs(part, stored, piece.offset)
         if runs.num_bytes > len(self._buffer):
             self._buffer = np.empty(runs.num_bytes, np.uint8)
@@ -77,9 +92,8 @@ class Viewer:
         read_runs(self._read, piece, runs, compact)
         values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
         start = part.within(stored).start
-        done = _converted(values, piece.view, start, numpy_dtype(move.dtype), self.values)
-        copy_into(out, np.broadcast_to(done.view(out.dtype), out.shape))
-        return runs
+        done = _converted(values, piece.view, start, dtype, self.values)
+        return np.broadcast_to(done, part.shape), runs
 
 
 def _in_order(compact: Array, lengths: tuple[int, ...], order: tuple[int, ...]) -> Array:
@@ -166,18 +180,26 @@ def copy_into(out: Array, values: Array) -> None:
     """``out[...] = values``, in tiles where the two lie in memory in different orders.
 
     A plain transposed copy touches a new cache line with every element; here each line
-    that was fetched is used up before it is dropped.
+    that was fetched is used up before it is dropped. Tiles pass through memory whose rows
+    are no power of two apart: otherwise they would push each other out of the cache.
     """
     to, come = _fastest(out), _fastest(values)
     if to == come or out.shape[to] * out.shape[come] < _SMALL:
         out[...] = values
         return
-    steps = [1] * out.ndim
-    steps[to], steps[come] = _TILE
-    cuts = [range(0, n, s) for n, s in zip(out.shape, steps, strict=True)]
-    for corner in product(*cuts):
-        tile = tuple(slice(i, i + s) for i, s in zip(corner, steps, strict=True))
-        out[tile] = values[tile]
+    others = [range(1 if d in (to, come) else n) for d, n in enumerate(out.shape)]
+    rows, columns = _TILE
+    spare = np.empty((rows, columns + _APART), out.dtype)
+    for corner in product(*others):
+        plane = tuple(slice(None) if d in (to, come) else i for d, i in enumerate(corner))
+        a, b = (x[plane] if to < come else x[plane].T for x in (out, values))
+        for i in range(0, a.shape[0], rows):
+            for j in range(0, a.shape[1], columns):
+                tile = (slice(i, i + rows), slice(j, j + columns))
+                there = a[tile]
+                here = spare[: there.shape[0], : there.shape[1]]
+                here[...] = b[tile]
+                there[...] = here
 
 
 def _fastest(array: Array) -> int:
