@@ -100,8 +100,11 @@ def parser() -> argparse.ArgumentParser:
         if name != "plan":
             _add_running(made)
 
-    verify = command("verify", "check a checkpoint, or compare two of any layouts")
+    verify = command("verify", "check a checkpoint or a run's steps, or compare two of any layouts")
     _add_source(verify)
+    verify.add_argument(
+        "--deep", action="store_true", help="compare the checksums of every byte of a run's steps"
+    )
     verify.add_argument("--against", metavar="PATH", help="compare with this, bit for bit")
     verify.add_argument(
         "--against-strategy",

@@ -37,7 +37,9 @@ _PROBLEM = 3  # the exit status of a checkpoint that is not right
 
 
 def inspect(a: Namespace) -> int:
-    """Show what a checkpoint holds."""
+    """Show what a checkpoint holds, or the steps of a training run."""
+    if (done := _run_of_steps(a, deep=False)) is not None:
+        return done
     catalog = _source(a)
     if a.json:
         _print_json(_catalog_facts(catalog))
@@ -69,7 +71,9 @@ def slice(a: Namespace) -> int:
 
 
 def verify(a: Namespace) -> int:
-    """Check a checkpoint, or compare two."""
+    """Check a checkpoint or the steps of a training run, or compare two."""
+    if not a.against and (done := _run_of_steps(a, deep=a.deep)) is not None:
+        return done
     from .verification import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
     from .verification import verify_against  # noqa: PLC0415
 
@@ -83,6 +87,31 @@ def verify(a: Namespace) -> int:
                 catalog, other, budget=budget, progress=told(catalog.num_bytes)
             )
     return _show_verdict(verdict, a)
+
+
+def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
+    """The answer, if the source is the directory of a training run; else None."""
+    if not any(os.path.isdir(os.path.join(a.source, f)) for f in (".jaxshard", "checkpoint")):
+        return None
+    from .training import listing  # noqa: PLC0415 - only for runs
+
+    steps = listing.steps_of_run(a.source)
+    if not steps:
+        return None
+    with _progress("checking", a.quiet or a.json) as told:
+        progress = told(sum(s.num_bytes for s in steps)) if deep else None
+        steps = listing.examined(a.source, steps, deep=deep, progress=progress)
+    well = listing.is_well(steps)
+    best = listing.resumes_from(steps)
+    if a.json:
+        _print_json(
+            {"steps": listing.facts(steps), "resumes_from": str(best.name) if best else None}
+        )
+    elif not a.quiet:
+        head = ("step", "number", "state", "format", "size", "age", "")
+        print(picture.table(head, listing.rows(steps, picture.size, listing.clock())))
+        print(listing.verdict(best, deep=deep))
+    return 0 if well or a.command == "inspect" else _PROBLEM
 
 
 def lora(a: Namespace) -> int:
