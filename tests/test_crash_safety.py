@@ -65,13 +65,19 @@ def staged(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.partial")
 
 
-def finished(destination: Path) -> dict[str, int]:
-    """The files an interrupted run says it finished, and their inodes now."""
+def finished(destination: Path) -> dict[str, tuple[int, int]]:
+    """The files an interrupted run says it finished: which they are, and when written."""
     journal = staged(destination) / "finished"
     if not journal.exists():
         return {}
     names = [json.loads(line)[0] for line in journal.read_text().splitlines() if line.endswith("]")]
-    return {n: (staged(destination) / "files" / n).stat().st_ino for n in names}
+    return {n: written(staged(destination) / "files" / n) for n in names}
+
+
+def written(path: Path) -> tuple[int, int]:
+    """Which file ``path`` is, and when it was written last."""
+    info = path.stat()
+    return info.st_ino, info.st_mtime_ns
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +134,8 @@ def test_killed_at_any_moment_nothing_half_made_looks_whole(source, journey, tmp
             assert report.skipped_files >= len(done)
             assert not staged(destination).exists()
         assert checkpoints.files_of(destination) == expected
-        for name, inode in done.items():
-            assert (destination / name).stat().st_ino == inode, f"{name} was made again"
+        for name, was in done.items():
+            assert written(destination / name) == was, f"{name} was made again"
         shutil.rmtree(destination)
     assert interrupted >= ROUNDS // 3, "the kills did not fall into the conversion"
 
@@ -155,7 +161,7 @@ def assert_no_reader_is_fooled(destination: Path, right: Path, published: bool) 
             assert path.read_bytes() == (right / path.relative_to(base / "files")).read_bytes()
 
 
-def spoil_what_is_not_finished(destination: Path, done: dict[str, int]) -> None:
+def spoil_what_is_not_finished(destination: Path, done: dict[str, tuple[int, int]]) -> None:
     for path in (staged(destination) / "files").rglob("*"):
         name = path.relative_to(staged(destination) / "files").as_posix()
         if path.is_file() and name not in done:
@@ -214,7 +220,8 @@ def test_a_full_disk_leaves_what_can_be_resumed(small, tmp_path, monkeypatch, sh
     done = finished(destination)
     assert staged(destination).exists() == bool(done)
     report = js.slice(small, destination, "mp4", options=js.Options(resume=True))
-    assert report.skipped_files == len(done)
+    assert (report.skipped_files, report.num_files) == (len(done), 4 - len(done))
+    assert all(written(destination / name) == was for name, was in done.items())
     assert checkpoints.files_of(destination) == expected
 
 
