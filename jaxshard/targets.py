@@ -61,11 +61,19 @@ def lay_out_for(
         try:
             layout = lay_out_for(before, strategy, unmatched=unmatched, uneven=uneven)
             carried = source.origin.place(layout)
-        except (LayoutError, NotFoundError):
-            pass
-        else:
-            kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
-            return replace(carried, placements=kept)
+        except (LayoutError, NotFoundError) as error:
+            try:
+                return _by_rules(source, strategy, None, unmatched, uneven)
+            except (LayoutError, NotFoundError):
+                raise error from None  # which says what is wrong with the mapping
+        kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
+        return replace(carried, placements=kept)
+    return _by_rules(source, strategy, rules, unmatched, uneven)
+
+
+def _by_rules(
+    source: Catalog, strategy: Strategy, rules: Rules | None, unmatched: Policy, uneven: Policy
+) -> Layout:
     names = [name for name in source.tensors if name not in source.hyper]
     try:
         table = rules_for(source.model, names)

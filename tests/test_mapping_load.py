@@ -15,6 +15,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from jaxshard.errors import LayoutError  # noqa: E402
 from jaxshard.loading import load  # noqa: E402
 from jaxshard.lora import merge_lora, with_adapter  # noqa: E402
 from jaxshard.mapping import FORMS, Fuse, Mapping, Rename, Stack, Transpose, find_mapping  # noqa: E402
@@ -135,6 +136,11 @@ def test_a_scanned_model_on_fused_weights_computes_what_transformers_does(folder
     for strategy in ("dp1mp1", "dp2mp2"):
         params = load(folder, strategy, names=FUSED)
         np.testing.assert_allclose(logits(params, jnp.asarray(ids)), expected, atol=2e-5)
+
+
+def test_fewer_kv_heads_than_ranks_are_told_of_by_the_mapping(folder) -> None:
+    with pytest.raises(LayoutError, match=r"mp=4 cuts .* it has 2 groups \(kv heads, say\)"):
+        load(folder, "mp4", names=FUSED)
 
 
 def test_adapters_are_merged_inside_a_sharded_load(folder, tmp_path) -> None:

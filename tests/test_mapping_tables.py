@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mapping_models import MODELS, save
 from mapping_worlds import same
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxshard.api import convert, plan
 from jaxshard.conversion import Options, execute, prepare
@@ -172,3 +172,18 @@ def test_a_table_needs_the_numbers_of_the_model() -> None:
 
 def test_every_family_has_a_model_here() -> None:
     assert set(FORMS_OF) == set(MODELS) == set(LAYOUTS)
+
+
+def test_optimizer_states_and_numbers_of_the_job_go_along(folders, tmp_path) -> None:
+    tensors = dict(weights(folders("llama")))
+    tensors |= {f"adam_m.{n}": x + 1 for n, x in weights(folders("llama")).items()}
+    tensors["global_step"] = np.array([10], np.int32)
+    (tmp_path / "src").mkdir()
+    save_file(tensors, tmp_path / "src" / "model.safetensors")
+    config = (folders("llama") / "config.json").read_text()
+    (tmp_path / "src" / "config.json").write_text(config)
+    prepared = prepare(tmp_path / "src", "dp2mp2", names="hf:mcore-fused")
+    execute(prepared, tmp_path / "ranks", options=QUICK)
+    mapping = find_mapping("llama-hf:mcore-fused", open_checkpoint(tmp_path / "src"))
+    convert(tmp_path / "ranks", tmp_path / "back", names=mapping.inverse(), options=QUICK)
+    assert same(weights(tmp_path / "back"), tensors)

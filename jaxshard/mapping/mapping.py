@@ -65,13 +65,15 @@ class Mapping:
         names = (self.name.split(":")[0], other.name.split(":")[-1])
         return Mapping((*self.ops, *other.ops), ":".join(n for n in names if n))
 
-    def place(self, layout: Layout, tensors: Dict[str, Tensor]) -> Layout:
+    def place(
+        self, layout: Layout, tensors: Dict[str, Tensor], hyper: frozenset[str] = frozenset()
+    ) -> Layout:
         """The layout of what ``tensors`` become, when they lie as ``layout`` says.
 
         Raises:
             LayoutError: what ranks share is no whole part of a target (fewer kv heads than mp).
         """
-        made = self.tensors(placed(tensors, layout), Placing())
+        made = self.tensors(placed(tensors, layout), Placing(), hyper)
         placements = {n: x.placements for n, x in made.items()}
         return replace(layout, placements=placements)
 
@@ -115,7 +117,7 @@ class Origin:
 
     def place(self, layout: Layout) -> Layout:
         """The layout of the mapped tensors, when the catalog's own lie as ``layout`` says."""
-        return self.mapping.place(layout, self.catalog.tensors)
+        return self.mapping.place(layout, self.catalog.tensors, self.catalog.hyper)
 
 
 def _by_prefix(tensors: Dict[str, T], hyper: frozenset[str]) -> dict[str, dict[str, T]]:
