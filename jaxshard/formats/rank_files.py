@@ -22,12 +22,14 @@ from ..dtypes import DType
 from ..errors import CoverageError, FormatError, LayoutError, some
 from ..layout import Layout, Placement
 from ..rules.match import weight_name
-from . import huggingface, rank_names
+from . import elsewhere, huggingface, rank_names
 from .folder import Folder
 from .job_numbers import job_numbers
 from .weight_files import Stored, read_weight_file
 
-_OWN = re.compile(r"rank_\d+/|(merged_)?strategy/|merged_strategy\.ckpt")  # not the model's
+_OWN = re.compile(  # not the model's
+    r"rank_\d+/|(merged_)?strategy/|merged_strategy\.ckpt|elsewhere\.json$"
+)
 _LARGE_ELEMENTS = 1024  # of a tensor that no strategy tells of: more is no number of a job
 
 
@@ -71,6 +73,7 @@ def read(
         gathered.metadata |= file.metadata
         notes += file.notes
     gathered.check_names(folder.root)
+    gathered.add_elsewhere(elsewhere.read(folder) if layout else {})
     gathered.check_ranks(by_rank.keys(), folder.root)
     notes += gathered.notes()
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
@@ -158,6 +161,12 @@ class _Gathered:
                 f"{entry.dtype} {shape} by {path}. Give the strategy files these were written with."
             )
         found.pieces += [Piece(file, at, _moved(part, box)) for at, part in entry.pieces]
+
+    def add_elsewhere(self, tensors: Mapping[str, Tensor]) -> None:
+        """Know of ``tensors`` that are in no file here, but in another host's."""
+        for name, tensor in tensors.items():
+            if name in self._placed and name not in self._found:
+                self._found[name] = _Found(tensor.dtype, tensor.shape, elsewhere.NAME)
 
     def check_names(self, root: str) -> None:
         """Refuse a strategy that knows none of the tensors: every one would pass for whole."""

@@ -107,25 +107,32 @@ def load(
         LayoutError: the target does not fit the tensors, the devices or the memory.
         StorageError: the disk refused.
     """
-    catalog = (
-        source
-        if isinstance(source, Catalog)
-        else open_checkpoint(source, strategy=strategy, suffix=suffix)
-    )
-    tensors, _ = select(catalog, include, exclude)
-    chosen = replace(catalog, tensors={t.name: t for t in tensors})
-    if names is not None:
-        chosen = find_mapping(names, chosen).apply(chosen)
-    wanted = resolve(
-        chosen, target, devices=devices, rules=rules, dtype=dtype, strict=strict, name_of=name_of
-    )
-    if restored_by_orbax(catalog, wanted.wants):
-        return wanted.build(restore(catalog, wanted.wants))
-    first = spread(wanted.wants) if balanced else list(wanted.wants)
-    extra = kept_bytes(first, wanted.wants)
     processes = processes_of_jax(timeout_s) if balanced else Processes()
-    with processes.together(f"loading {catalog.root}"), _told_of_hosts(catalog):
-        arrays, counts = _read(catalog, first, host_bytes, workers or _cores(), mmap, extra)
+    with processes.about(str(getattr(source, "root", source))).together("loading"):
+        catalog = (
+            source
+            if isinstance(source, Catalog)
+            else open_checkpoint(source, strategy=strategy, suffix=suffix)
+        )
+        tensors, _ = select(catalog, include, exclude)
+        chosen = replace(catalog, tensors={t.name: t for t in tensors})
+        if names is not None:
+            chosen = find_mapping(names, chosen).apply(chosen)
+        wanted = resolve(
+            chosen,
+            target,
+            devices=devices,
+            rules=rules,
+            dtype=dtype,
+            strict=strict,
+            name_of=name_of,
+        )
+        if restored_by_orbax(catalog, wanted.wants):
+            return wanted.build(restore(catalog, wanted.wants))
+        first = spread(wanted.wants) if balanced else list(wanted.wants)
+        extra = kept_bytes(first, wanted.wants)
+        with _told_of_hosts(catalog):
+            arrays, counts = _read(catalog, first, host_bytes, workers or _cores(), mmap, extra)
     if balanced:
         arrays = gathered(arrays, wanted.wants)
     if counted is not None:

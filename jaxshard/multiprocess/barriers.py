@@ -50,9 +50,14 @@ class Processes:
         count: int = 1,
         coordinator: Coordinator | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        about: str = "",
     ) -> None:
-        self.index, self.count = index, count
-        self._coordinator, self.timeout_s = coordinator, timeout_s
+        self.index, self.count, self.timeout_s = index, count, timeout_s
+        self._coordinator, self._about = coordinator, about
+
+    def about(self, subject: str) -> Processes:
+        """The same processes, whose errors name ``subject``; it may be called otherwise in each."""
+        return Processes(self.index, self.count, self._coordinator, self.timeout_s, f"{subject}: ")
 
     def meet(self, what: str, error: BaseException | None = None) -> None:
         """Wait until all processes are here; ``error`` is why this one cannot go on.
@@ -76,7 +81,7 @@ class Processes:
             self._coordinator.key_value_delete(before)
         if failed and error is None:
             raise StorageError(
-                f"{what}: {len(failed)} of {self.count} processes failed: "
+                f"{self._about}{what}: {len(failed)} of {self.count} processes failed: "
                 f"{some(f'process {i}: {why}' for i, why in sorted(failed.items()))}"
             )
 
@@ -109,12 +114,12 @@ class Processes:
             said = self._coordinator.blocking_key_value_get(place, round(self.timeout_s * 1000))
         except Exception as refused:
             raise StorageError(
-                f"{what}: process 0 said nothing within {self.timeout_s:g} s. It ended, or does "
-                "something else."
+                f"{self._about}{what}: process 0 said nothing within {self.timeout_s:g} s. It "
+                "ended, or does something else."
             ) from refused
         text, error = json.loads(said)
         if error is not None:
-            raise StorageError(f"{what}: process 0 failed: {error}")
+            raise StorageError(f"{self._about}{what}: process 0 failed: {error}")
         return str(text)
 
     def _say(self, place: str, make: Callable[[], str]) -> str:
@@ -139,13 +144,13 @@ class Processes:
             statuses = self._statuses(place)
         except Exception:
             return StorageError(
-                f"{what}: process 0, which the others meet at, does not answer "
+                f"{self._about}{what}: process 0, which the others meet at, does not answer "
                 f"({str(refused).splitlines()[0]}). Start the job again."
             )
         failed = sorted((i, why) for i, why in statuses.items() if why is not None)
         missing = sorted(set(range(self.count)) - set(statuses))
         return StorageError(
-            f"{what}: {len(missing)} of {self.count} processes did not come within "
+            f"{self._about}{what}: {len(missing)} of {self.count} processes did not come within "
             f"{self.timeout_s:g} s: {some(map(str, missing), 8)}."
             + "".join(f" Process {i} failed: {why}." for i, why in failed[:3])
             + " They ended, or need longer; what was being made is not visible, and what was there "

@@ -21,6 +21,7 @@ import jax
 from ..array_layouts import rank_devices_of
 from ..catalog import Catalog
 from ..errors import LayoutError, StorageError
+from ..formats import elsewhere
 from ..multiprocess.barriers import Processes
 from ..planning import Move
 from ..results import Result
@@ -58,13 +59,13 @@ def commit_across(work: Work, arrays: Mapping[str, Array]) -> Counts:
         StorageError: the disk refuses here or elsewhere, or a process does not come in time.
     """
     work = replace(work, destination=real_place(work.destination))
-    what, processes = f"saving {work.destination}", work.processes
+    processes = work.processes.about(str(work.destination))
     led = _Led(work)
     try:
-        token = processes.agree(f"{what}: beginning", led.begin)
-        with processes.together(f"{what}: writing"):
+        token = processes.agree("saving: beginning", led.begin)
+        with processes.together("saving: writing"):
             counts = _write(work, arrays, token, processes)
-        processes.agree(f"{what}: publishing", led.publish)
+        processes.agree("saving: publishing", led.publish)
     except BaseException:
         led.abandon()
         raise
@@ -176,16 +177,16 @@ def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
         LayoutError: the ranks are not the devices, or the destination exists.
         StorageError: the disk refuses here or elsewhere, or a process does not come in time.
     """
-    destination, processes = real_place(work.destination), work.processes
-    what = f"saving {destination}"
-    with processes.together(f"{what}: beginning"):
+    destination = real_place(work.destination)
+    processes = work.processes.about(str(destination))
+    with processes.together("saving: beginning"):
         only = own_ranks(arrays, work.result.outputs.layout.num_ranks)
         staging = begin(destination, work.carried, overwrite=work.overwrite, durable=work.durable)
     try:
-        with processes.together(f"{what}: writing"):
+        with processes.together("saving: writing"):
             counts = write_files(work.source, work.result, staging, work.budget, only=only)
-        side_files = dict(work.result.side_files)
-        with processes.together(f"{what}: publishing"):
+        side_files = {**work.result.side_files, **_told_of_others(work, only)}
+        with processes.together("saving: publishing"):
             staging.publish(
                 partial(add_files, staging, side_files, work.carried, work.result.extras_to)
             )
@@ -193,6 +194,17 @@ def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
         abandon(staging, destination)
         raise
     return counts
+
+
+def _told_of_others(work: Work, only: frozenset[int]) -> dict[str, bytes]:
+    """The file that says which tensors only other processes' folders hold, if there are any."""
+    placements = work.result.outputs.layout.placements
+    others = [
+        tensor
+        for name, tensor in work.source.catalog.tensors.items()
+        if not any(only.intersection(p.ranks) for p in placements.get(name, ()))
+    ]
+    return {elsewhere.NAME: elsewhere.to_bytes(others)} if others else {}
 
 
 def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
