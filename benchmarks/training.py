@@ -15,6 +15,7 @@ All in one process, in turns. Answers are compared bit for bit.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import subprocess
@@ -230,6 +231,31 @@ def restores(bench: Bench, rounds: int) -> dict[str, object]:
     }
 
 
+def _anonymous_bytes() -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssAnon:")[1].split()[0]) << 10
+
+
+def memory(bench: Bench) -> dict[str, object]:
+    """The most anonymous memory that a save takes beyond what the state has."""
+    found: dict[str, object] = {"state_mib": round(bench.num_bytes / 2**20)}
+    ways: dict[str, dict[str, object]] = {
+        "sync": {},
+        "async": {"async_save": True},
+        "async, copying": {"async_save": True, "snapshot": "copy"},
+    }
+    for name, how in ways.items():
+        bench.quiet()
+        gc.collect()
+        before = _anonymous_bytes()
+        watcher = measure._Watcher(os.getpid())
+        with bench.manager(durable=False, **how) as manager:
+            manager.save(1, bench.state)
+        peak, _ = watcher.stop()
+        found[f"{name}: mib beyond it"] = round((peak - before) / 2**20)
+    return found
+
+
 def check_answer(bench: Bench, found: object) -> None:
     for a, b in zip(jax.tree.leaves(bench.state), jax.tree.leaves(found), strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b)), "restored is not what was saved"
@@ -264,6 +290,7 @@ def main() -> None:
             "file_system": measure.file_system(work),
             "load_before": measure.load(),
             "pieces": pieces(bench),
+            "memory": memory(bench),
         }
         parts = {"sync": sync_saves, "async": async_saves, "restore": restores}
         for name, part in parts.items():
@@ -282,6 +309,7 @@ def show(results: dict[str, object]) -> None:
     print(f"{measure.machine()}, {results['file_system']}, {results['bytes'] / 1e9:.2f} GB")
     print(f"load {results['load_before']} before, {results['load_after']} after")
     print(results["pieces"])
+    print(results["memory"])
     for part in ("sync", "async", "restore"):
         for name, value in results.get(part, {}).items():
             if isinstance(value, dict):
