@@ -278,6 +278,7 @@ def time_all(bench: Bench, rounds: int) -> dict[str, object]:
         def sample() -> Sample:
             measure.remove(out)
             if bench.job.num_bytes > _REAL_BYTES:
+                measure.wait_for_quiet()
                 measure.touch_memory(num_bytes)
             return measure.run(command)
 
