@@ -5,10 +5,13 @@ What fails is raised by the next call of whoever asked for it, with its cause.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from ..errors import JaxshardError, StorageError
+
+_log = logging.getLogger("jaxshard.training")
 
 
 class Background:
@@ -36,6 +39,8 @@ class Background:
                 work()
             except BaseException as error:
                 self._failure = (what, error)
+                # said at once as well: the next call may never come
+                _log.error("%s failed in the background: %s", what, error)
 
         # not a daemon: a program that ends has its last save finished first
         self._thread = threading.Thread(target=run, name=f"jaxshard {what}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import FormatError, LayoutError
@@ -137,8 +137,3 @@ def first_difference(
         if compute(read(offset, length)) != expected:
             return offset
     return None
-
-
-def total_bytes(files: Iterable[FileSums]) -> int:
-    """Bytes that the checksums cover."""
-    return sum(f.num_bytes for f in files)

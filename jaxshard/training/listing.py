@@ -39,7 +39,7 @@ def examined(
     steps: Iterable[Step],
     *,
     deep: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Step]:
     """``steps`` with the states that their headers tell, and with ``deep`` every byte.

@@ -282,7 +282,7 @@ class CheckpointManager:
     def steps(self, *, deep: bool = False) -> list[Step]:
         """All steps there are, oldest first, with their states; ``deep`` reads every byte."""
         found = find_steps(self._places)
-        return [examine(self._places, s, deep=deep, workers=self._workers or 2) for s in found]
+        return [examine(self._places, s, deep=deep, workers=self._workers) for s in found]
 
     def latest_step(self) -> int | None:
         """The number of the newest good step, by what is there; None if there is none."""

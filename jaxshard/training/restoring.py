@@ -33,7 +33,7 @@ from .naming import StepName, parse_wish
 from .opening_steps import open_step
 from .places import Places, only_writer
 from .progress import Progress
-from .steps import Step, examine, find_steps
+from .steps import Step, check_sums, find_steps
 
 Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
 
@@ -143,12 +143,13 @@ def _opened(places: Places, step: Step, *, verify: bool, workers: int | None) ->
         raise FormatError(
             "it has no checksums, so it cannot be verified; restore it by name, without verify"
         )
-    step = examine(places, step, deep=verify, workers=workers or 2)
     if step.state == "incomplete":
         raise CoverageError(f"it is incomplete: {step.reason}")
     if step.state != "complete":
         raise FormatError(f"it is {step.state}: {step.reason}")
     try:
+        if verify and step.record:
+            check_sums(places, step.record, workers=workers)
         return open_step(places, step.record, step.format, step.paths)
     except NotFoundError as error:
         raise _Missing(error) from error

@@ -38,8 +38,10 @@ class Snapshot:
             how: ``"auto"`` as the module says; ``"copy"`` copies on the CPU backend too.
 
         Raises:
-            LayoutError: an array's dtype is none that files have.
+            LayoutError: an array's dtype is none that files have, or it lies on devices of
+                other processes too.
         """
+        _check_addressable(arrays)
         self._arrays, self._how = dict(arrays), how
         shards = {name: _distinct_shards(array) for name, array in arrays.items()}
         for found in shards.values():
@@ -108,6 +110,15 @@ class Snapshot:
             pieces.append(Piece(len(self._shards), 0, box))
             self._shards.append(_host_bytes(shard, how))
         return Tensor(name, kind, array.shape, tuple(pieces))
+
+
+def _check_addressable(arrays: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise LayoutError(
+                f"{name}: {len(array.sharding.device_set)} devices hold it, some of them of other "
+                "processes. The manager saves from one process; save() does from several."
+            )
 
 
 def _host_bytes(shard: Array, how: How) -> _Bytes:

@@ -16,7 +16,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -84,7 +83,7 @@ def examine(
     step: Step,
     *,
     deep: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Step:
     """``step`` with the state that its headers tell, and with ``deep`` its bytes.
@@ -109,7 +108,7 @@ def check_sums(
     places: Places,
     record: Record,
     *,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Read every byte of a step and compare the checksums.
@@ -137,7 +136,7 @@ def check_sums(
                 progress(sums.num_bytes)
 
     try:
-        with ThreadPoolExecutor(workers, thread_name_prefix="jaxshard") as pool:
+        with ThreadPoolExecutor(workers or _cores(), thread_name_prefix="jaxshard") as pool:
             for _ in pool.map(check, record.files.items()):
                 pass
     except FileNotFoundError as error:
@@ -146,6 +145,10 @@ def check_sums(
         if isinstance(error, JaxshardError):
             raise
         raise StorageError(f"{error.filename or places.root}: {error.strerror}.") from error
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 class _Reader:
@@ -280,10 +283,3 @@ def _rank_steps(places: Places, ranks: Mapping[int, list[str]]) -> Iterator[Step
             max(s.st_mtime for s in stats),
             paths=tuple(by_rank[r] for r in sorted(by_rank)),
         )
-
-
-def good_steps(places: Places, *, deep: bool = False) -> Iterator[Step]:
-    """Every step, newest first, examined; the first complete one is the one to resume from."""
-    for step in reversed(find_steps(places)):
-        with suppress(FileNotFoundError):
-            yield examine(places, step, deep=deep)
