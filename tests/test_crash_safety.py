@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -248,15 +247,18 @@ def test_a_disk_that_refuses_at_other_moments_is_told_of_too(
     assert checkpoints.files_of(destination) == checkpoints.files_of(tmp_path / "right")
 
 
+SMALL_FILES = """
+import resource, sys
+from jaxshard.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_files_may_not_grow_so_large(small, tmp_path):
     destination = tmp_path / "out"
-    limit = 20_000
-
-    def lower() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    command = [sys.executable, "-m", "jaxshard", "slice", small, destination, "--to", "mp2"]
-    done = subprocess.run(command, preexec_fn=lower, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", SMALL_FILES, "slice", small, destination, "--to", "mp2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
     assert "File too large" in done.stderr
