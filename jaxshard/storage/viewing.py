@@ -28,6 +28,7 @@ Values = Mapping[Tensor, NDArray[np.float32]]
 
 _TILE = (64, 512)  # elements along what is consecutive where it goes, and where it comes from
 _APART = 32  # elements between the rows of a tile
+_ALONE = 1 << 17  # multiplications that OpenBLAS does in the calling thread
 _IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
 _SMALL = 1 << 11  # a plane of fewer elements is quick in any order
 
@@ -123,7 +124,7 @@ def _stepped(values: Array, step: Step, start: tuple[int, ...], known: Values) -
     (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
     if isinstance(step, AddProduct):
         b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
-        table = _product(b, a) if step.reproducible else b @ a
+        table = _fused_product(b, a) if step.reproducible else _product(b, a)
         table *= np.float32(step.scaling)
     else:
         table = known[step.scale][rows // step.block[0]][:, columns // step.block[1]]
@@ -137,6 +138,20 @@ def _stepped(values: Array, step: Step, start: tuple[int, ...], known: Values) -
 
 
 def _product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``b @ a``, in products so small that the BLAS starts no threads for them.
+
+    Its threads would fight with ours, and wait for each other when the machine is busy.
+    """
+    made = np.empty((b.shape[0], a.shape[1]), np.float32)
+    rows, columns = 16, max(64, _ALONE // (16 * max(1, a.shape[0])))
+    for i in range(0, b.shape[0], rows):
+        for j in range(0, a.shape[1], columns):
+            out = made[i : i + rows, j : j + columns]
+            np.matmul(b[i : i + rows], a[:, j : j + columns], out=out)
+    return made
+
+
+def _fused_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
     """``b @ a``, each sum in order of the rank and rounded at every step, whatever the BLAS.
 
     A fused multiply-add in float32: the product of two is exact in float64.
