@@ -12,7 +12,7 @@ Everybody decides alike from the shardings, and does the same in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 
 from .. import transfer
 from ..devices import partition_spec, placement_of, sharding
-from ..layout import Placement, shard_dim_over_replicas
+from ..multiprocess.splitting import cut_by_replicas
 from ..transfer.bits import bits_of
 from ..transfer.geometry import all_device_boxes
 from .placing import adopts
@@ -82,22 +82,10 @@ def is_shared(named: Sharding, shape: tuple[int, ...]) -> bool:
 @lru_cache(maxsize=4096)
 def _finer(named: Sharding, shape: tuple[int, ...]) -> NamedSharding | None:
     """``named`` cut further by all its replicas, so that every device holds something else."""
-    if not isinstance(named, NamedSharding) or not shape:
+    if not isinstance(named, NamedSharding):
         return None
-    placement = placement_of(named)
-    used = {a for axes in placement.spec for a in axes}
-    ways = prod(n for a, n in placement.axes if a not in used)
-    devices = tuple(named.mesh.devices.flat)
-    for dim in _largest_first(placement, shape):
-        if shape[dim] % (placement.ways(dim) * ways) == 0:
-            return sharding(shard_dim_over_replicas(placement, ways, dim), devices)
-    return None
-
-
-def _largest_first(placement: Placement, shape: tuple[int, ...]) -> Iterator[int]:
-    """Dims by what they have left to cut; of equals the first, whose parts are contiguous."""
-    left = [n // placement.ways(dim) for dim, n in enumerate(shape)]
-    yield from sorted(range(len(shape)), key=lambda dim: (dim != 0, -left[dim]))
+    finer = cut_by_replicas(placement_of(named), shape)
+    return None if finer is None else sharding(finer, tuple(named.mesh.devices.flat))
 
 
 def _one_replica(named: Sharding, turn: int) -> NamedSharding | None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TypeVar
 
 from ..errors import LayoutError
+from ..layout import Placement, shard_dim_over_replicas
 from ..outputs import Entry, Outputs
 
 _Place = tuple[int, tuple[int, ...], int]
@@ -91,6 +93,23 @@ def assign(weights: Mapping[_T, int], holders: Mapping[_T, Sequence[int]]) -> di
         loads[process] = loads.get(process, 0) + weight
         found[item] = process
     return found
+
+
+def cut_by_replicas(placement: Placement, shape: tuple[int, ...]) -> Placement | None:
+    """``placement`` cut further by all its replicas, so that no two ranks hold the same.
+
+    None where no dim divides. The first dim goes before others: its parts are contiguous.
+
+    >>> str(cut_by_replicas(Placement((("dp", 2), ("mp", 2)), ((), ("mp",))), (4, 8)))
+    '[dp,mp] over dp2 mp2 from rank 0'
+    """
+    used = {a for axes in placement.spec for a in axes}
+    ways = prod(n for a, n in placement.axes if a not in used)
+    left = [n // placement.ways(dim) for dim, n in enumerate(shape)]
+    for dim in sorted(range(len(shape)), key=lambda dim: (dim != 0, -left[dim])):
+        if left[dim] % ways == 0:
+            return shard_dim_over_replicas(placement, ways, dim)
+    return None
 
 
 def _widest(outputs: Outputs) -> dict[range, Entry]:

@@ -1,0 +1,108 @@
+"""Two hosts that share a disk: load, reshard, save together, and load what was saved.
+
+    python examples/two_hosts_shared_disk.py            both hosts are processes of this machine
+
+On two real hosts start it on each, with a folder that both see and that holds a checkpoint:
+
+    python examples/two_hosts_shared_disk.py --coordinator host0:1234 --index 0 --folder /shared/job
+    python examples/two_hosts_shared_disk.py --coordinator host0:1234 --index 1 --folder /shared/job
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+HOSTS, DEVICES = 2, 4  # four devices each
+
+
+def on_one_host(coordinator: str, index: int, folder: Path) -> None:
+    """What every host runs, alike."""
+    import jax  # noqa: PLC0415 - after the environment is set
+
+    jax.distributed.initialize(coordinator, num_processes=HOSTS, process_id=index)
+    import jaxshard as js  # noqa: PLC0415
+
+    counts = []
+    params = js.load(folder / "model", "dp2mp4", counted=counts.append)
+    print(f"host {index}: read {counts[0].bytes_needed:,} bytes for its own devices")
+
+    counts.clear()
+    params = js.load(folder / "model", "dp2mp4", balanced=True, counted=counts.append)
+    print(f"host {index}: read {counts[0].bytes_needed:,} bytes that the other did not read")
+
+    params = js.reshard(
+        params, "dp4mp2"
+    )  # between the hosts' devices; nothing over a host's memory
+    report = js.save(params, folder / "saved", timeout_s=60)
+    print(f"host {index}: wrote {report.counts.bytes_written:,} bytes, its share")
+
+    # pipeline stages: each host holds the layers of its own
+    again = js.load(folder / "saved", "mp4pp2")
+    here = sum(bool(array.addressable_shards) for array in again.values())
+    print(f"host {index}: holds {here} of {len(again)} tensors")
+    truth = safetensors.numpy.load_file(folder / "model" / "model.safetensors")
+    for name, array in again.items():
+        for shard in array.addressable_shards:
+            assert np.array_equal(np.asarray(shard.data), truth[name][shard.index]), name
+
+
+def write_model(folder: Path) -> None:
+    """A small Llama with random weights."""
+    chance = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (128, 64), "model.norm.weight": (64,)}
+    for i in range(4):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}self_attn.{p}_proj.weight": (64, 64) for p in "qkvo"}
+        shapes |= {f"{at}mlp.{p}_proj.weight": (256, 64) for p in ("gate", "up")}
+        shapes |= {f"{at}mlp.down_proj.weight": (64, 256)}
+        shapes |= {f"{at}input_layernorm.weight": (64,)}
+        shapes |= {f"{at}post_attention_layernorm.weight": (64,)}
+    shapes["lm_head.weight"] = (128, 64)
+    folder.mkdir()
+    arrays = {n: chance.standard_normal(s, np.float32) for n, s in shapes.items()}
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    config = {"model_type": "llama", "num_hidden_layers": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def both_hosts(script: str, folder: Path) -> None:
+    """Start every host as a process of this machine, and wait for all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
+    command = [sys.executable, script, "--coordinator", coordinator, "--folder", str(folder)]
+    hosts = [
+        subprocess.Popen([*command, "--index", str(index)], env=environ) for index in range(HOSTS)
+    ]
+    ended = [host.wait(timeout=120) for host in hosts]
+    assert ended == [0] * HOSTS, ended
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--coordinator", help="host:port of host 0")
+    parser.add_argument("--index", type=int)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    if arguments.index is not None:
+        on_one_host(arguments.coordinator, arguments.index, arguments.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "model")
+        both_hosts(__file__, Path(folder))
+        print("saved by both:", *sorted(p.name for p in (Path(folder) / "saved").iterdir()))
+
+
+if __name__ == "__main__":
+    main()
