@@ -6,16 +6,20 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
 import golden_files
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from training_states import described, lies_as, mesh, same, state
@@ -114,6 +118,16 @@ def test_a_snapshot_holds_each_distinct_shard_once(how):
     assert all(shared) == (how == "auto")
 
 
+@pytest.mark.parametrize("how", ["auto", "copy"])
+def test_whole_arrays_are_put_together_from_shards_where_the_host_cannot_look(how, monkeypatch):
+    arrays = state(2, 4)["params"]
+    if how == "auto":
+        monkeypatch.setattr("jaxshard.training.snapshots._is_on_host", lambda shard: False)
+    whole = Snapshot(arrays, how=how).whole()
+    assert all(isinstance(whole[n], np.ndarray) for n in arrays)
+    assert all(np.array_equal(whole[n], arrays[n]) for n in arrays)
+
+
 def test_pipeline_stages_lie_on_devices_of_their_own_and_come_back_without(tmp_path):
     devices = np.array(jax.devices())
     first, second = (Mesh(devices[n : n + 4].reshape(2, 2), ("dp", "mp")) for n in (0, 4))
@@ -194,6 +208,58 @@ def test_steps_of_several_layouts_lie_in_one_run(tmp_path):
     manager = _manager(tmp_path, keep_max=1)
     manager.save(3, second)
     assert len(list(tmp_path.glob(".jaxshard/strategy-*"))) == 1
+
+
+_DTYPES = [
+    *(np.dtype(n) for n in ("bool", "int8", "uint8", "int16", "uint32", "int64", "uint64")),
+    *(np.dtype(n) for n in ("float16", "float32", "float64", "complex64")),
+    *(np.dtype(getattr(ml_dtypes, n)) for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2")),
+]
+
+
+@st.composite
+def _arrays(draw: st.DrawFn) -> np.ndarray:
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    dtype = draw(st.sampled_from(_DTYPES))
+    size = int(np.prod(shape)) * dtype.itemsize
+    data = (
+        bytes(n % 2 for n in range(size))
+        if dtype.kind == "b"
+        else draw(st.binary(min_size=size, max_size=size))
+    )
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+_LEAVES = st.one_of(
+    _arrays(),
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    st.integers(0, 255).map(np.uint8),
+)
+_TREES = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(
+        st.dictionaries(st.sampled_from("abcd"), inner, max_size=3),
+        st.lists(inner, max_size=3),
+        st.tuples(inner, inner),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.fixed_dictionaries({"params": _TREES, "rest": _TREES}),
+    st.sampled_from(["ranks", "huggingface"]),
+)
+def test_any_tree_of_arrays_and_numbers_comes_back_as_it_was(tree, format):
+    if not jax.tree.leaves(tree):
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        manager = _manager(Path(directory), format=format)
+        manager.save(1, tree)
+        assert same(manager.restore(tree, verify=True).state, tree)
 
 
 # --- parts, names ------------------------------------------------------------------------------
@@ -347,6 +413,30 @@ def test_only_trained_weights_are_copied_when_asked(tmp_path):
     place = tmp_path / "checkpoint_trainable/rank_0/llama_rank_0-trainable_params-1_1.safetensors"
     assert all("norm" in n for n in safetensors.numpy.load_file(place))
     assert not (tmp_path / "checkpoint_network").exists()
+
+
+def test_a_checkpoint_2_0_run_has_mindformers_names_and_contents(tmp_path):
+    manager = _manager(tmp_path, format="iteration", steps_per_epoch=8, global_batch_size=16)
+    manager.save(10, state(1, 2), loss_scale=64.0)
+    listed = {
+        p.relative_to(tmp_path / "checkpoint").as_posix()
+        for p in (tmp_path / "checkpoint").rglob("*")
+        if p.is_file()
+    }
+    assert listed == {
+        "latest_checkpointed_iteration.txt",
+        "iteration_00000010/common.json",
+        "iteration_00000010/metadata.json",
+        *(
+            f"iteration_00000010/llama-{kind}-{rank:07d}-0000002.safetensors"
+            for kind in ("model", "opt")
+            for rank in (0, 1)
+        ),
+    }
+    assert (tmp_path / "checkpoint/latest_checkpointed_iteration.txt").read_text() == "10"
+    common = json.loads((tmp_path / "checkpoint/iteration_00000010/common.json").read_text())
+    numbers = {"epoch_num": 2, "step_num": 10, "global_step": 10, "loss_scale": 64.0}
+    assert {n: common[n] for n in numbers} == numbers
 
 
 @pytest.mark.parametrize("which", ["balanced", "full_copies"])
