@@ -81,8 +81,7 @@ class Placement:
         Raises:
             LayoutError: as ``boxes``.
         """
-        check_divides(self, shape)
-        return tuple(n // self.ways(d) for d, n in enumerate(shape))
+        return _local_shape(self.axes, self.spec, shape)
 
     def __str__(self) -> str:
         sizes = " ".join(f"{a}{n}" for a, n in self.axes)
@@ -148,6 +147,13 @@ def check_divides(placement: Placement, shape: tuple[int, ...], name: str = "") 
 
 def _text(spec: Spec) -> str:
     return ",".join("+".join(axes) or "-" for axes in spec) or "-"
+
+
+@lru_cache(maxsize=4096)
+def _local_shape(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    placement = Placement(axes, spec)
+    check_divides(placement, shape)
+    return tuple(n // placement.ways(d) for d, n in enumerate(shape))
 
 
 @lru_cache(maxsize=4096)

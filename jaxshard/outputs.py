@@ -15,26 +15,30 @@ from dataclasses import dataclass, field
 from .catalog import Tensor
 from .dtypes import num_bytes
 from .errors import LayoutError
-from .layout import Layout, Placement, Shard
+from .layout import Layout, Placement, Shard, Spec
+from .strategy import Axes
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor as a rank's file holds it: its local shape follows from the placement."""
+    """One tensor as a rank's file holds it.
+
+    Attributes:
+        shape: the shape of the rank's box, which follows from the placement.
+        num_bytes: its bytes.
+    """
 
     tensor: Tensor
     placement: Placement
     order: int
+    shape: tuple[int, ...]  # kept, not asked for: thousands of ranks share an entry
+    num_bytes: int
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the rank's box."""
-        return self.placement.local_shape(self.tensor.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the rank's box."""
-        return num_bytes(self.shape, self.tensor.dtype)
+    @classmethod
+    def of(cls, tensor: Tensor, placement: Placement, order: int) -> Entry:
+        """The entry of ``tensor`` on the ranks of ``placement``."""
+        shape = placement.local_shape(tensor.shape)
+        return cls(tensor, placement, order, shape, num_bytes(shape, tensor.dtype))
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def arrange(
         if not placements:
             raise LayoutError(f"{tensor.name} is placed on no rank of the target.")
         for placement in placements:
-            shelves.put(Entry(tensor, placement, order), remove_redundancy)
+            shelves.put(Entry.of(tensor, placement, order), remove_redundancy)
     contents, content_of = shelves.contents(layout.num_ranks)
     return Outputs(tuple(paths), layout, shelves.kept, contents, content_of)
 
@@ -101,30 +105,45 @@ class _Shelves:
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, int], int] = {}
-        self._by_ranks: dict[range | tuple[_Replicas, int], list[Entry]] = {}
-        self._loads: dict[_Replicas, list[tuple[int, int]]] = {}
+        self._whole: dict[range, list[Entry]] = {}
+        self._groups: dict[tuple[Axes, Spec, int, bool], _Replicas] = {}
 
     def put(self, entry: Entry, remove_redundancy: bool) -> None:
         placement, shape = entry.placement, entry.tensor.shape
         shards = placement.shards(shape)
         replicas = len(shards[0].holders)
         if not remove_redundancy or replicas == 1:
-            self._by_ranks.setdefault(placement.ranks, []).append(entry)
+            self._whole.setdefault(placement.ranks, []).append(entry)
             return
-        group = _Replicas(placement.first_rank, tuple(s.holders for s in shards))
-        loads = self._loads.setdefault(group, [(0, k) for k in range(replicas)])
-        load, keeper = heapq.heappop(loads)
-        heapq.heappush(loads, (load + entry.num_bytes, keeper))
+        group = self._group(placement, shards, 0 in shape)
+        load, keeper = heapq.heappop(group.loads)
+        heapq.heappush(group.loads, (load + entry.num_bytes, keeper))
         self.kept[entry.tensor.name, placement.first_rank] = keeper
-        self._by_ranks.setdefault((group, keeper), []).append(entry)
+        group.kept[keeper].append(entry)
+
+    def _group(self, placement: Placement, shards: Sequence[Shard], is_empty: bool) -> _Replicas:
+        """The replicas that hold ``shards``; the same for other specs that cut ranks alike."""
+        key = (placement.axes, placement.spec, placement.first_rank, is_empty)
+        group = self._groups.get(key)
+        if group is None:  # seldom: the holders may be thousands
+            first, holders = placement.first_rank, tuple(s.holders for s in shards)
+            known = self._groups.values()
+            like = (g for g in known if (g.first_rank, g.holders) == (first, holders))
+            group = self._groups[key] = next(like, None) or _Replicas(first, holders)
+        return group
 
     def contents(self, num_ranks: int) -> tuple[tuple[tuple[Entry, ...], ...], tuple[int, ...]]:
         shelves: list[list[int]] = [[] for _ in range(num_ranks)]
-        lists = list(self._by_ranks.values())
-        for i, ranks in enumerate(self._by_ranks):
-            holders = ranks if isinstance(ranks, range) else ranks[0].keepers(ranks[1])
-            for rank in holders:
-                shelves[rank].append(i)
+        lists = list(self._whole.values())
+        holders: list[Sequence[int]] = list(self._whole)
+        for group in {id(g): g for g in self._groups.values()}.values():
+            for keeper, entries in enumerate(group.kept):
+                lists.append(entries)
+                holders.append(group.keepers(keeper))
+        for i, ranks in enumerate(holders):
+            if lists[i]:
+                for rank in ranks:
+                    shelves[rank].append(i)
         numbers: dict[tuple[int, ...], int] = {}
         content_of = tuple(numbers.setdefault(tuple(s), len(numbers)) for s in shelves)
         contents = tuple(
@@ -134,12 +153,13 @@ class _Shelves:
         return contents, content_of
 
 
-@dataclass(frozen=True, slots=True)
 class _Replicas:
-    """Which ranks are replicas of each other: one tuple of holders per shard."""
+    """Which ranks are replicas of each other, one tuple of holders per shard; what each keeps."""
 
-    first_rank: int
-    holders: tuple[tuple[int, ...], ...]
+    def __init__(self, first_rank: int, holders: tuple[tuple[int, ...], ...]) -> None:
+        self.first_rank, self.holders = first_rank, holders
+        self.loads = [(0, keeper) for keeper in range(len(holders[0]))]
+        self.kept: list[list[Entry]] = [[] for _ in self.loads]
 
     def keepers(self, index: int) -> list[int]:
         """The ranks that store a tensor whose keeper is ``index``."""
