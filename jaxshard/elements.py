@@ -120,4 +120,5 @@ def _unpack(data: NDArray[np.uint8]) -> NDArray[np.generic]:
 def pack(elements: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """One 4-bit float a byte as two a byte: how they are stored."""
     halves = elements.reshape(-1, 2)
-    return halves[:, 0] & 0x0F | halves[:, 1] << 4
+    packed: NDArray[np.uint8] = (halves[:, 0] & 0x0F | halves[:, 1] << 4).astype(np.uint8)
+    return packed
