@@ -60,6 +60,7 @@ def test_a_run_killed_at_any_moment_has_the_last_step_that_was_saved(tmp_path, s
     assert found["wrong"] == []
     assert found["saved"] >= 3  # it got somewhere between the kills
     assert found["partial"] >= 1  # and kills did hit saves and removals in the middle
+    assert found["left_over"] == []
 
 
 def test_removing_the_old_before_the_new_is_whole_would_be_found_out(tmp_path):
@@ -355,3 +356,19 @@ def test_what_fails_in_the_background_is_raised_by_the_next_call_with_its_cause(
     manager.save(3, state_of(3))
     manager.close()
     assert manager.latest_step() == 3
+
+
+def test_a_step_whose_pointers_cannot_be_written_is_there_all_the_same(
+    tmp_path, monkeypatch, caplog
+):
+    manager = _saved(tmp_path, range(1, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxshard.training.pointers.replace_file", _no_room)
+        with caplog.at_level(logging.WARNING):
+            manager.save(2, state_of(2))
+    assert "pointers to it are not" in caplog.text
+    assert manager.restore(state_of(0), verify=True).step == 2
+
+
+def _no_room(path: Path, data: bytes, *, durable: bool) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

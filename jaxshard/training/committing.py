@@ -170,6 +170,7 @@ def _leftovers(places: Places) -> Iterable[Path]:
         if path.stem not in moving:
             yield path
     yield from places.own.glob(".*.saving.partial")
+    yield from places.own.glob(".*.new")
     yield from (places.own / "removed").glob("*")
 
 

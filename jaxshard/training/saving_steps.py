@@ -85,7 +85,10 @@ def save_step(job: Job) -> None:
             raise
         finally:
             job.snapshot.close()
-        point_at(places, record)
+        try:
+            point_at(places, record)
+        except StorageError as error:  # the step is whole all the same
+            _log.warning("step %s is saved, but pointers to it are not: %s", record.step, error)
         _let_go(job, record)
 
 
