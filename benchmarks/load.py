@@ -169,7 +169,7 @@ def compare(cases: Mapping[str, Callable[[], Result]], rounds: int, touch_bytes:
         for name in list(cases)[:: -1 if number % 2 else 1]:
             if touch_bytes:
                 measure.touch_memory(touch_bytes)
-                measure.wait_for_quiet()
+                measure.wait_for_quiet(limit_s=4.0)
             taken[name].append(cases[name]())
     found: Result = {}
     base: Result | None = None

@@ -95,7 +95,7 @@ def compare(scratch: Path, model: Llama, rounds: int) -> dict[str, Any]:
             measure.remove(copied)
             if model is not SMOKE:
                 measure.touch_memory(3 << 30)
-                measure.wait_for_quiet()
+                measure.wait_for_quiet(limit_s=4.0)
             taken[name].append(timed(cases[name]))
     wall = {name: median(seconds for seconds, _ in samples) for name, samples in taken.items()}
     against = {"cp": "cp", "cp and sync": "cp and sync", "save, durable": "cp and sync"}
