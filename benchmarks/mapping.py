@@ -60,7 +60,7 @@ def fused(model: Llama) -> Any:
     return Mapping(
         (
             Fuse(qkv, _L + "qkv", (model.heads // model.kv_heads, 1, 1), model.kv_heads),
-            Fuse(gate, _L + "fc1", (1, 1), model.intermediate),
+            Fuse(gate, _L + "fc1", (1, 1)),
             Transpose(
                 (
                     *(_L + x for x in ("qkv", "fc1")),
@@ -112,7 +112,7 @@ def _check(arrays: dict[str, Any], folder: Path, model: Llama, *, mapped: bool) 
         expected = np.concatenate(grouped, axis=1).reshape(-1, model.hidden).T
         assert _same(arrays["layers.qkv"][layer], expected), layer
         gate, up = (stored(f"model.layers.{layer}.mlp.{x}_proj.weight") for x in ("gate", "up"))
-        expected = np.stack([gate, up], axis=1).reshape(-1, model.hidden).T
+        expected = np.concatenate([gate, up]).T
         assert _same(arrays["layers.fc1"][layer], expected), layer
         down = stored(f"model.layers.{layer}.mlp.down_proj.weight")
         assert _same(arrays["layers.mlp.down_proj.weight"][layer], down.T), layer

@@ -354,8 +354,20 @@ def cell_blocks(
     strides = permuted.strides
     if not in_memory:
         return tiles(cell.box, strides, widest, tile_bytes)
-    order = sorted(range(len(strides)), key=lambda d: -(strides[d] or 1 << 62))
-    return blocks_along(cell.box, tuple(order), widest, block_bytes)
+    return blocks_along(cell.box, _stored_order(strides), widest, block_bytes)
+
+
+def _stored_order(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims as they lie in the file, slowest first.
+
+    A dim along which sources follow each other (stride 0: rows of two matrices in turns, say)
+    stays inside the dim before it, so that what lies together in the target is done together.
+    """
+    keys, last = [], 1 << 62
+    for dim, stride in enumerate(strides):
+        last = stride or last
+        keys.append((-last, dim))
+    return tuple(dim for _, dim in sorted(keys))
 
 
 def permuted_form(cell: Cell, forms: Forms) -> Form | None:
