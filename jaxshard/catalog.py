@@ -18,7 +18,6 @@ from .errors import LayoutError, NotFoundError, nearest
 from .layout import Layout, Placement
 from .views import View
 
-
 #: Axes whose ranks compute with what they hold, and so need whole heads of it.
 TENSOR_AXES = frozenset({"mp", "tp", "model", "tensor"})
 
@@ -87,7 +86,6 @@ class Tensor:
             start += a
             stop += b
         return Box(tuple(start), tuple(stop))
-
 
     def check_groups(self, placement: Placement) -> None:
         """Refuse ranks that hold a part of what belongs together (a kv head and its q heads).

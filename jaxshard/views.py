@@ -112,7 +112,7 @@ class View:
 
 def with_places(step: Step, at: tuple[Affine, ...]) -> Step:
     """``step`` for elements that are elsewhere in the box."""
-    return step if isinstance(step, Round) else replace(step, at=at)
+    return step if isinstance(step, Round) else replace(step, at=(at[0], at[1]))
 
 
 def places(step: Step) -> tuple[Affine, ...]:

@@ -127,7 +127,7 @@ MODELS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def save_model(name: str, folder: Path, max_shard_size: str = "5GB") -> Any:
-    """The model called ``name``, saved by transformers into ``folder``: GPT-2 in F32, others BF16."""
+    """The model ``name``, saved by transformers into ``folder``: GPT-2 in F32, others BF16."""
     import torch  # noqa: PLC0415 - the light run has no torch
     import transformers  # noqa: PLC0415
 

@@ -310,7 +310,6 @@ def test_devices_that_are_not_here_are_named(monkeypatch):
         reshard(array, on(mp8()))
 
 
-
 def test_a_route_that_is_none_or_cannot_do_it_is_refused():
     array = put(numbers((8, 8), "int4"), on(mp8(), "mp"))
     with pytest.raises(LayoutError, match=r"'fast' is not one of auto, device, views"):

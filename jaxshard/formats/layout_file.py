@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn
 
@@ -102,7 +103,7 @@ def _tensors(
         )
         if key not in shared:
             chosen = sorted((placements[n] for n in key), key=lambda p: p.first_rank)
-            for before, after in zip(chosen, chosen[1:], strict=False):
+            for before, after in pairwise(chosen):
                 if after.first_rank < before.ranks.stop:
                     _refuse(path, f"the placements of {shown(name)} (they overlap)", numbers)
             if not chosen:
