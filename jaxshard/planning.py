@@ -354,7 +354,8 @@ def cell_blocks(
     strides = permuted.strides
     if not in_memory:
         return tiles(cell.box, strides, widest, tile_bytes)
-    return blocks_along(cell.box, _stored_order(strides), widest, block_bytes)
+    # longer rows of the target at a time are worth more than a block that stays in a cache
+    return blocks_along(cell.box, _stored_order(strides), widest, max(block_bytes, tile_bytes // 2))
 
 
 def _stored_order(strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from .requests import Bytes, Read, read_runs
 Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
 
-_TILE = (64, 512)  # elements along what is consecutive where it goes, and where it comes from
+_TILE = (256, 256)  # elements along what is consecutive where it goes, and where it comes from
 _APART = 32  # elements between the rows of a tile
 _ALONE = 1 << 17  # multiplications that OpenBLAS does in the calling thread
 _IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
