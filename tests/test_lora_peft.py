@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from mapping_models import DECODER, MODELS
-from safetensors.torch import load_file
 
 from jaxshard.conversion import Options
 from jaxshard.errors import LayoutError
@@ -18,6 +17,7 @@ from jaxshard.lora import merge_lora
 torch = pytest.importorskip("torch", reason="PEFT needs torch")
 peft = pytest.importorskip("peft", reason="PEFT is the oracle")
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
+load_file = pytest.importorskip("safetensors.torch", reason="it needs torch").load_file
 
 QUICK = Options(workers=1, durable=False)
 
