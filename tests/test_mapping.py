@@ -177,14 +177,22 @@ def test_one_rank_of_a_fused_stacked_model_reads_its_eighth_and_nothing_else() -
     box = Box((0, rank * 16, 0), (32, (rank + 1) * 16, 16))
     _, counts = read_box(memory, tensor, box, Budget(1, 1 << 20, 1 << 20))
     assert counts.bytes_needed == counts.bytes_read == tensor.num_bytes // tp
+    assert only_touched(memory, rank, tp)
+    read_box(memory, tensor, Box((0, 0, 0), (1, 16, 16)))  # what rank 0 would read
+    assert not only_touched(memory, rank, tp)
+
+
+def only_touched(memory: Memory, rank: int, tp: int) -> bool:
+    """Whether of every tensor just the rows of ``rank`` were read."""
     touched = np.zeros(len(memory.data), bool)
     for a, b in memory.touched:
         touched[a:b] = True
-    for name, stored in memory.catalog.tensors.items():
-        a = stored.pieces[0].offset
-        mine = np.zeros(stored.num_bytes, bool)
-        mine[rank * stored.num_bytes // tp : (rank + 1) * stored.num_bytes // tp] = True
-        assert np.array_equal(touched[a : a + stored.num_bytes], mine), name
+    mine = np.zeros(len(memory.data), bool)
+    for stored in memory.catalog.tensors.values():
+        share = stored.num_bytes // tp
+        first = stored.pieces[0].offset + rank * share
+        mine[first : first + share] = True
+    return np.array_equal(touched, mine)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

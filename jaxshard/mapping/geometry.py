@@ -18,10 +18,20 @@ from ..box import Box
 from ..catalog import Piece, Tensor
 from ..dtypes import DType
 from ..errors import LayoutError
-from ..views import ZEROS, Affine, Round, Scale, Step, View, places, with_places
+from ..views import ZEROS, Affine, Round, Scale, Step, View
+from .pieces import (
+    merged,
+    part_of,
+    permuted,
+    rows_of,
+    shifted,
+    split,
+    with_dim,
+    with_steps,
+    without_dim,
+)
 
 Factors = tuple[tuple[int, ...], ...]
-_Turn = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 def transpose(tensor: Tensor, order: Sequence[int]) -> Tensor:
@@ -38,7 +48,7 @@ def transpose(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return replace(
         tensor,
         shape=tuple(tensor.shape[d] for d in order),
-        pieces=tuple(_permuted(p, fine) for p in tensor.pieces),
+        pieces=tuple(permuted(p, fine) for p in tensor.pieces),
         factors=tuple(factors[d] for d in order),
     )
 
@@ -71,7 +81,7 @@ def _refactored(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     fine, pieces = [n for n in tensor.fine_shape if n != 1], tensor.pieces
     for i, n in reversed(list(enumerate(tensor.fine_shape))):
         if n == 1:
-            pieces = tuple(_without_dim(p, i) for p in pieces)
+            pieces = tuple(without_dim(p, i) for p in pieces)
     factors: list[tuple[int, ...]] = []
     at = 0
     for n in shape:
@@ -80,12 +90,12 @@ def _refactored(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
             if left % fine[at]:
                 if fine[at] % left:
                     return None
-                pieces = tuple(q for p in pieces for q in _split(p, at, fine[at] // left))
+                pieces = tuple(q for p in pieces for q in split(p, at, fine[at] // left))
                 fine[at : at + 1] = [left, fine[at] // left]
             left //= fine[at]
             at += 1
         if begin == at:
-            pieces = tuple(_with_dim(p, at) for p in pieces)
+            pieces = tuple(with_dim(p, at) for p in pieces)
             fine.insert(at, 1)
             at += 1
         factors.append(tuple(fine[begin:at]))
@@ -110,7 +120,7 @@ def cut(tensor: Tensor, dim: int, start: int, stop: int) -> Tensor:
     except LayoutError:
         tensor = _flat_dim(tensor, dim)
         inside = tensor.fine(box)
-    pieces = [q for p in tensor.pieces if (q := _part(p, inside))]
+    pieces = [q for p in tensor.pieces if (q := part_of(p, inside))]
     factors = _factors(tensor)
     first = _offsets(factors)[dim]
     extents = inside.shape[first : first + len(factors[dim])]
@@ -139,7 +149,7 @@ def join(tensors: Sequence[Tensor], dim: int, name: str) -> Tensor:
     at = _offsets(factors)[dim]
     pieces, done = [], 0
     for t in aligned:
-        pieces += [_shifted(p, at, done) for p in t.pieces]
+        pieces += [shifted(p, at, done) for p in t.pieces]
         done += _factors(t)[dim][0]
     made = (*factors[:dim], (done, *factors[dim][1:]), *factors[dim + 1 :])
     shape = list(first.shape)
@@ -160,7 +170,7 @@ def repeat(tensor: Tensor, dim: int, times: int) -> Tensor:
     pieces = []
     for p in tensor.pieces:
         box = Box(p.box.start, (*p.box.stop[:at], times, *p.box.stop[at + 1 :]))
-        pieces.append(_with_steps(replace(p, box=box), lambda s: (*s[:at], 0, *s[at + 1 :])))
+        pieces.append(with_steps(replace(p, box=box), lambda s: (*s[:at], 0, *s[at + 1 :])))
     factors = _factors(tensor)
     made = (*factors[:dim], (times,), *factors[dim + 1 :])
     shape = (*tensor.shape[:dim], times, *tensor.shape[dim + 1 :])
@@ -265,104 +275,16 @@ def _offsets(factors: Factors) -> list[int]:
     return found
 
 
-def _with_steps(piece: Piece, turn: _Turn) -> Piece:
-    """``piece`` with every tuple of steps (strides in bytes, places) changed alike."""
-    view = piece.view
-    assert view is not None
-    steps = tuple(
-        with_places(s, tuple(Affine(a.start, turn(a.steps)) for a in places(s))) for s in view.steps
-    )
-    return replace(piece, view=View(turn(view.strides), view.dtype, steps))
-
-
-def _moved(piece: Piece, dim: int, by: int) -> Piece:
-    """``piece`` with its first element ``by`` later along ``dim``; its box stays."""
-    view = piece.view
-    assert view is not None
-    if not by:
-        return piece
-    steps = tuple(with_places(s, tuple(a.moved(dim, by) for a in places(s))) for s in view.steps)
-    offset = piece.offset + by * view.strides[dim]
-    return Piece(piece.file, offset, piece.box, View(view.strides, view.dtype, steps))
-
-
-def _permuted(piece: Piece, order: Sequence[int]) -> Piece:
-    def turn(values: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(values[i] for i in order)
-
-    return _with_steps(replace(piece, box=Box(turn(piece.box.start), turn(piece.box.stop))), turn)
-
-
-def _with_dim(piece: Piece, at: int) -> Piece:
-    """``piece`` with one more dim, of length 1."""
-    start, stop = piece.box.start, piece.box.stop
-    box = Box((*start[:at], 0, *start[at:]), (*stop[:at], 1, *stop[at:]))
-    return _with_steps(replace(piece, box=box), lambda s: (*s[:at], 0, *s[at:]))
-
-
-def _without_dim(piece: Piece, at: int) -> Piece:
-    """``piece`` less a dim of length 1."""
-    start, stop = piece.box.start, piece.box.stop
-    box = Box((*start[:at], *start[at + 1 :]), (*stop[:at], *stop[at + 1 :]))
-    return _with_steps(replace(piece, box=box), lambda s: (*s[:at], *s[at + 1 :]))
-
-
-def _shifted(piece: Piece, dim: int, by: int) -> Piece:
-    start, stop = list(piece.box.start), list(piece.box.stop)
-    start[dim] += by
-    stop[dim] += by
-    return replace(piece, box=Box(tuple(start), tuple(stop)))
-
-
-def _part(piece: Piece, inside: Box) -> Piece | None:
-    """What of ``piece`` lies in ``inside``, in coordinates local to it."""
-    shared = piece.box.intersect(inside)
-    if shared is None:
-        return None
-    for dim, (a, b) in enumerate(zip(piece.box.start, shared.start, strict=True)):
-        piece = _moved(piece, dim, b - a)
-    return replace(piece, box=shared.within(inside))
-
-
-def _split(piece: Piece, dim: int, inner: int) -> list[Piece]:
-    """``piece`` with a fine dim seen as (outer, ``inner``): one box, or up to three."""
-    start, stop = piece.box.start[dim], piece.box.stop[dim]
-    first, last = start // inner, (stop - 1) // inner
-    if first == last:
-        parts = [(start, stop)]
-    else:
-        middle = (-(-start // inner) * inner, stop // inner * inner)
-        parts = [p for p in ((start, middle[0]), middle, (middle[1], stop)) if p[0] < p[1]]
-    found = []
-    for a, b in parts:
-        row = a // inner
-        rows = max(1, (b - a) // inner)
-        box = Box(
-            (*piece.box.start[:dim], row, a - row * inner, *piece.box.start[dim + 1 :]),
-            (
-                *piece.box.stop[:dim],
-                row + rows,
-                b - (row + rows - 1) * inner,
-                *piece.box.stop[dim + 1 :],
-            ),
-        )
-        moved = replace(_moved(piece, dim, a - start), box=box)
-        found.append(
-            _with_steps(moved, lambda s: (*s[:dim], s[dim] * inner, s[dim], *s[dim + 1 :]))
-        )
-    return found
-
-
 def _simple(tensor: Tensor) -> Tensor:
     """``tensor`` with as few factors as its pieces allow: targets may then be cut anywhere."""
     for dim in range(len(tensor.shape)):
         at = 0
         while at + 1 < len(_factors(tensor)[dim]):
-            merged = _merge(tensor, dim, at)
-            if merged is None:
+            made = _merge(tensor, dim, at)
+            if made is None:
                 at += 1
             else:
-                tensor = merged
+                tensor = made
     return tensor
 
 
@@ -375,53 +297,23 @@ def _merge(tensor: Tensor, dim: int, at: int, *, force: bool = False) -> Tensor 
     fine, inner = _offsets(factors)[dim] + at, factors[dim][at + 1]
     pieces: list[Piece] = []
     for p in tensor.pieces:
-        merged = _merged(p, fine, inner)
-        if merged is not None:
-            pieces.append(merged)
+        one = merged(p, fine, inner)
+        if one is not None:
+            pieces.append(one)
         elif force:
-            pieces += [m for row in _rows(p, fine) if (m := _merged(row, fine, inner))]
+            pieces += [m for row in rows_of(p, fine) if (m := merged(row, fine, inner))]
         else:
             return None
     now = (*factors[dim][:at], factors[dim][at] * inner, *factors[dim][at + 2 :])
     return replace(tensor, pieces=tuple(pieces), factors=(*factors[:dim], now, *factors[dim + 1 :]))
 
 
-def _merged(piece: Piece, dim: int, inner: int) -> Piece | None:
-    """``piece`` with fine dims ``dim`` and ``dim + 1`` (of length ``inner``) as one."""
-    start, stop, view = piece.box.start, piece.box.stop, piece.view
-    assert view is not None
-    if stop[dim] - start[dim] > 1:
-        if (start[dim + 1], stop[dim + 1]) != (0, inner):
-            return None
-        all_steps = [view.strides, *(a.steps for s in view.steps for a in places(s))]
-        if inner > 1 and any(s[dim] != inner * s[dim + 1] for s in all_steps):
-            return None
-    keep = dim if inner == 1 else dim + 1  # of a dim of length 1 the steps say nothing
-    box = Box(
-        (*start[:dim], start[dim] * inner + start[dim + 1], *start[dim + 2 :]),
-        (*stop[:dim], (stop[dim] - 1) * inner + stop[dim + 1], *stop[dim + 2 :]),
-    )
-    return _with_steps(replace(piece, box=box), lambda s: (*s[:dim], s[keep], *s[dim + 2 :]))
-
-
-def _rows(piece: Piece, dim: int) -> list[Piece]:
-    """``piece`` as one piece for each index along a fine dim."""
-    start, stop = piece.box.start, piece.box.stop
-    return [
-        replace(
-            _moved(piece, dim, i - start[dim]),
-            box=Box((*start[:dim], i, *start[dim + 1 :]), (*stop[:dim], i + 1, *stop[dim + 1 :])),
-        )
-        for i in range(start[dim], stop[dim])
-    ]
-
-
 def _flat_dim(tensor: Tensor, dim: int) -> Tensor:
     """``tensor`` with one factor for ``dim``, its pieces cut as small as that takes."""
     while len(_factors(tensor)[dim]) > 1:
-        merged = _merge(tensor, dim, 0, force=True)
-        assert merged is not None
-        tensor = merged
+        made = _merge(tensor, dim, 0, force=True)
+        assert made is not None
+        tensor = made
     return tensor
 
 
@@ -458,16 +350,16 @@ def _refined(tensor: Tensor, dim: int, bounds: Sequence[int]) -> Tensor:
     while (own := _bounds(_factors(tensor)[dim])) != (wanted := sorted(bounds, reverse=True)):
         extra = next((i for i, b in enumerate(own) if b not in wanted), None)
         if extra is not None:
-            merged = _merge(tensor, dim, extra, force=True)
-            assert merged is not None
-            tensor = merged
+            made = _merge(tensor, dim, extra, force=True)
+            assert made is not None
+            tensor = made
             continue
         missing = next(b for b in wanted if b not in own)
         factors = _factors(tensor)[dim]
         at = sum(b > missing for b in own)  # the factor that the new group is inside of
         inner = missing // prod(factors[at + 1 :])
         fine = _offsets(_factors(tensor))[dim] + at
-        pieces = tuple(q for p in tensor.pieces for q in _split(p, fine, inner))
+        pieces = tuple(q for p in tensor.pieces for q in split(p, fine, inner))
         now = (*factors[:at], factors[at] // inner, inner, *factors[at + 1 :])
         every = _factors(tensor)
         tensor = replace(tensor, pieces=pieces, factors=(*every[:dim], now, *every[dim + 1 :]))
