@@ -52,7 +52,9 @@ def cells(sources: tuple[Box, ...], targets: tuple[Box, ...]) -> tuple[Cell, ...
         need = sum(box.size for _, box in want)
         if len(want) > 1 and not _mutually_disjoint([b for _, b in want]):
             found.append(_cell(_bounds(b for _, b in want), have, want))
-        elif need < sum(box.size for _, box in have) or all(_one_source(b, have) for _, b in want):
+        elif all(_one_source(b, have) for _, b in want) or (
+            need < sum(box.size for _, box in have) and need < _bounds(b for _, b in want).size
+        ):
             found += [_cell(box, have, [(i, box)]) for i, box in want]
         else:
             found.append(_cell(_bounds(b for _, b in want), have, want))
