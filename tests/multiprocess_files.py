@@ -122,16 +122,20 @@ def failing_while_saving(index, count, source, out):
     return [said, seconds, is_right(loading.load(out, "mp8"), truth_of(source))]
 
 
-def balanced_while_one_fails(index, count, source):
-    """One process cannot read: nobody waits in a collective for it."""
+def balanced_while_one_fails(index, count, source, is_killed):
+    """One process cannot read, or is killed: nobody waits in a collective for it."""
     jax.devices()
-    if index == 1:
+    if index == 1 and is_killed:
+        loading.carry = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+    elif index == 1:
         source = source + "-damaged"
+    begun = time.monotonic()
     try:
-        loading.load(source, "dp2mp4", balanced=True, timeout_s=3)
+        loading.load(source, "dp2mp4", balanced=True, timeout_s=3 if is_killed else 60)
     except JaxshardError as error:
-        return [type(error).__name__, str(error)]
-    return ["loaded", ""]
+        heard = [type(error).__name__, str(error), time.monotonic() - begun]
+        return processes.leave(heard) if is_killed else heard
+    return ["loaded", "", 0]
 
 
 def apart(index, count, source, out):
