@@ -30,6 +30,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 JAXSHARD = [sys.executable, "-m", "jaxshard"]
 _PERIOD_S = 0.002
+patience_s = 5.0  # how long a sample waits for the machine to be quiet; a smoke run does not
 _TOUCH = (
     "import mmap, sys; "
     "mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
@@ -126,9 +127,9 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_for_quiet(limit_s: float = 5.0) -> None:
-    """Wait until the machine is nearly idle, or until ``limit_s`` have passed."""
-    end = time.perf_counter() + limit_s
+def wait_for_quiet() -> None:
+    """Wait until the machine is nearly idle, or until patience is over."""
+    end = time.perf_counter() + patience_s
     while time.perf_counter() < end:
         before = _busy()
         time.sleep(0.3)
