@@ -127,9 +127,9 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_for_quiet() -> None:
-    """Wait until the machine is nearly idle, or until patience is over."""
-    end = time.perf_counter() + patience_s
+def wait_for_quiet(limit_s: float | None = None) -> None:
+    """Wait until the machine is nearly idle, or until ``limit_s`` (or patience) is over."""
+    end = time.perf_counter() + (patience_s if limit_s is None else limit_s)
     while time.perf_counter() < end:
         before = _busy()
         time.sleep(0.3)
