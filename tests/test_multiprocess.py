@@ -22,6 +22,7 @@ from jaxshard.multiprocess.barriers import Processes
 
 HERE = Path(__file__).parent
 SIZES = {"layers": 4, "hidden": 64, "vocab": 128}
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiling takes longer than moving
 SHAPES = [(2, 4), (4, 2)]  # processes × devices
 
 
@@ -92,8 +93,7 @@ def test_the_work_of_writing_is_shared(files, llama):
 @pytest.mark.parametrize(("shape", "first", "step"), [((2, 4), 0, 10), ((4, 2), 4, 20)])
 def test_a_grid_of_layouts_over_processes(shape, first, step):
     """Some 65 pairs in all; every bit right, within the bound, nothing over the host."""
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # there is little to compute
-    work = partial(run_processes, "multiprocess_reshard:grid", timeout_s=240, environ=quick)
+    work = partial(run_processes, "multiprocess_reshard:grid", timeout_s=240, environ=QUICK)
     for answer in answers(work(*shape, first, step)):
         assert answer["wrong"] == []
         assert answer["over"] == []
@@ -102,7 +102,7 @@ def test_a_grid_of_layouts_over_processes(shape, first, step):
 
 
 def test_trees_dtypes_and_stages_move_between_processes():
-    for answer in answers(run_processes("multiprocess_reshard:kinds", 2, 4)):
+    for answer in answers(run_processes("multiprocess_reshard:kinds", 2, 4, environ=QUICK)):
         assert answer["right"]
         assert "exchange" in answer["plan"]
         assert "narrower than a byte; between processes 0, 1" in answer["refused"]["int4"]
