@@ -168,8 +168,15 @@ def test_more_parts_than_files_leave_some_with_nothing_to_do(llama, tmp_path):
     assert not verdict.problems
 
 
-def test_parts_that_end_together_publish_once(llama, whole, tmp_path):
+def test_parts_that_end_together_publish_once(llama, whole, tmp_path, monkeypatch):
     """Eight at once, several times over: one publishes, all succeed."""
+    published, plain = [], parts_module.steps.place
+
+    def place(base, destination, **how):
+        published.append(destination)
+        plain(base, destination, **how)
+
+    monkeypatch.setattr(parts_module.steps, "place", place)
     for attempt in range(3):
         out, reports, barrier = tmp_path / f"cut{attempt}", [], threading.Barrier(8)
 
@@ -182,7 +189,8 @@ def test_parts_that_end_together_publish_once(llama, whole, tmp_path):
             t.start()
         for t in threads:
             t.join(60)
-        assert sum(r.is_published for r in reports) == 1
+        assert published == [tmp_path / f"cut{n}" for n in range(attempt + 1)]
+        assert any(r.is_published for r in reports)  # one, or more that came to see it there
         assert len(reports) == 8
         assert_same(out, whole)
 
@@ -258,7 +266,7 @@ def test_the_command_line_takes_its_part_from_the_job(llama, whole, tmp_path):
         for i in range(2)
     ]
     answers = [json.loads(job.communicate(timeout=60)[0]) for job in jobs]
-    assert sorted(a["is_published"] for a in answers) == [False, True]
+    assert any(a["is_published"] for a in answers)
     assert_same(out, whole)
 
 
