@@ -357,5 +357,5 @@ def test_layouts_that_are_no_stages_cannot_be_written() -> None:
         sf.from_layout(Layout(4, {"a": (Placement(two, (), 1),)}), {"a": (2,)})
     with pytest.raises(LayoutError, match="a: dim 0 of shape"):
         sf.from_layout(Layout(2, {"a": (Placement(two, (("mp",),)),)}), {"a": (3,)})
-    with pytest.raises(LayoutError, match="stage 1 holds no parameter"):
+    with pytest.raises(LayoutError, match="stage 1 would hold no tensor"):
         sf.raw_files(sf.from_layout(Layout(4, {"a": (Placement(two),)}), {"a": (2,)}))
