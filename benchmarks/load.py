@@ -6,7 +6,7 @@ by columns. Every sample is a fresh process, methods take turns, and what is tim
 after imports and ends when all arrays are ready. Every method's shards are compared with
 the file bit by bit.
 
-    python benchmarks/load.py [--smoke] [--rounds 7] [--only NAME] [--save]
+    python benchmarks/load.py [--smoke] [--rounds 7] [--only NAME] [--part NAME] [--save]
 
 The baseline maps the files and gives all views to one ``jax.device_put``.
 """
@@ -171,6 +171,8 @@ def compare(cases: Mapping[str, Callable[[], Result]], rounds: int, touch_bytes:
                 measure.touch_memory(touch_bytes)
                 measure.wait_for_quiet(limit_s=4.0)
             taken[name].append(cases[name]())
+            walls = " ".join(f"{w:.2f}" for w in taken[name][-1]["walls"])
+            print(f"{name}: {walls} s", file=sys.stderr, flush=True)
     found: Result = {}
     base: Result | None = None
     for name, samples in taken.items():
@@ -282,11 +284,15 @@ def main() -> None:
         cases = {m: _case(m, folder) for m in good}
         cases["jaxshard, JAXSHARD_IO=mmap"] = lambda: sample(OURS, folder, io="mmap")
         cases["jaxshard, mmap=True, aligned files"] = lambda: sample(IN_PLACE, aligned)
-        report["warm"] = compare(cases, rounds, touch_bytes)
         again = {m: _case(m, folder, repeats=5) for m in (BASELINE, OURS)}
-        report["again_in_one_process"] = compare(again, max(1, rounds // 3), touch_bytes)
-        report["memory"] = memory(good, folder, model)
-        report["cold"] = cold(folder, max(1, rounds // 3), touch_bytes)
+        few = max(1, rounds // 3)
+        parts: dict[str, Callable[[], Result]] = {
+            "warm": lambda: compare(cases, rounds, touch_bytes),
+            "again_in_one_process": lambda: compare(again, few, touch_bytes),
+            "memory": lambda: memory(good, folder, model),
+            "cold": lambda: cold(folder, few, touch_bytes),
+        }
+        report |= {name: part() for name, part in parts.items() if options.part in (None, name)}
     report["load_average"] = measure.load()
     print(json.dumps({"machine": measure.machine(), **report}, indent=1))
     if options.save:
@@ -302,6 +308,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", help="of the peers, those whose name has this")
+    parser.add_argument("--part", help="only this: warm, again_in_one_process, memory or cold")
     parser.add_argument("--save", action="store_true", help="keep the result with this machine's")
     parser.add_argument("--child")
     parser.add_argument("--folder", type=Path)
