@@ -180,7 +180,7 @@ class Handles:
         return requests
 
     def read_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill ``views`` one after the other, from byte ``offset`` of ``path``.
+        """Fill ``views``, all of one length, one after the other from byte ``offset`` of ``path``.
 
         Raises:
             FormatError, StorageError: as ``read_into``.
@@ -190,20 +190,20 @@ class Handles:
             return
         with self.use(path) as descriptor:
             for some in _requests(views):
-                want, done = sum(map(len, some)), 0
+                want = len(some) * len(some[0])
                 try:
                     done = os.preadv(descriptor, some, offset)
                 except OSError as error:
                     raise StorageError(
                         f"{self._base / path} cannot be read at byte {offset}: {error.strerror}."
                     ) from error
-                for view, skip in _left(some, done):
+                for view, skip in _left(some, done) if done < want else ():
                     self.read_into(path, offset + done, view[skip:])
                     done += len(view) - skip
                 offset += want
 
     def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
-        """Write ``views`` one after the other at byte ``offset`` of ``path``.
+        """Write ``views``, all of one length, one after the other at byte ``offset`` of ``path``.
 
         Raises:
             StorageError: the disk is full or refused.
@@ -213,7 +213,7 @@ class Handles:
             return
         with self.use(path) as descriptor:
             for some in _requests(views):
-                want, done = sum(map(len, some)), 0
+                want = len(some) * len(some[0])
                 try:
                     done = os.pwritev(descriptor, some, offset)
                 except OSError as error:
@@ -221,7 +221,7 @@ class Handles:
                         f"{self._base / path} cannot be written: {error.strerror}. "
                         "Make room or mend the disk, then run again with --resume."
                     ) from error
-                for view, skip in _left(some, done):
+                for view, skip in _left(some, done) if done < want else ():
                     self.write(path, offset + done, view[skip:])
                     done += len(view) - skip
                 offset += want
