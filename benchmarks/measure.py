@@ -66,6 +66,7 @@ def run(command: Sequence[str], *, watch: bool = False) -> Sample:
         RuntimeError: it failed; its last words are in the message.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled, too
     read_before, cpu_before, busy_before = _bytes_read(), _children_cpu(), _busy()
     start = time.perf_counter()
     process = subprocess.Popen(
