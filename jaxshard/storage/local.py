@@ -180,7 +180,7 @@ class Handles:
         return requests
 
     def read_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill ``views``, all of one length, one after the other from byte ``offset`` of ``path``.
+        """Fill ``views`` one after the other from byte ``offset`` of ``path``.
 
         Raises:
             FormatError, StorageError: as ``read_into``.
@@ -190,7 +190,7 @@ class Handles:
             return
         with self.use(path) as descriptor:
             for some in _requests(views):
-                want = len(some) * len(some[0])
+                want = sum(map(len, some))
                 try:
                     done = os.preadv(descriptor, some, offset)
                 except OSError as error:
@@ -203,7 +203,7 @@ class Handles:
                 offset += want
 
     def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
-        """Write ``views``, all of one length, one after the other at byte ``offset`` of ``path``.
+        """Write ``views`` one after the other at byte ``offset`` of ``path``.
 
         Raises:
             StorageError: the disk is full or refused.
@@ -213,7 +213,7 @@ class Handles:
             return
         with self.use(path) as descriptor:
             for some in _requests(views):
-                want = len(some) * len(some[0])
+                want = sum(map(len, some))
                 try:
                     done = os.pwritev(descriptor, some, offset)
                 except OSError as error:
