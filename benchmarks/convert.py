@@ -184,16 +184,15 @@ def time_all(bench: Bench, rounds: int) -> dict[str, object]:
 
     def fresh(command: list[str]) -> Callable[[], Sample]:
         def sample() -> Sample:
-            measure.remove(out)
-            if bench.model.num_bytes > _REAL_BYTES:
-                measure.wait_for_quiet()
-                measure.touch_memory(bench.model.num_bytes * 3 // 2)
+            measure.wait_for_quiet()
+            measure.remove(out)  # last: its pages are the ones that the sample fills
             return measure.run(command)
 
         return sample
 
     measure.read_files(bench.whole)
     measure.read_files(bench.cut)
+    shutil.copytree(bench.whole, out)  # so that the first sample finds what the others do
     found: dict[str, object] = {}
     for durability, copy, flag in (
         ("no fsync", _COPY, ["--no-fsync"]),

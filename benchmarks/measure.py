@@ -4,10 +4,11 @@ A sample is one process from its start to its end, interpreter and imports inclu
 of different commands alternate, so that whatever else the machine does falls on all of them
 alike, and what is told is a ratio of medians within one run.
 
-On a virtual machine that hands free memory back to its host, the first write to a page costs
-more the longer that page was free. So every sample begins after free memory was touched: the
-page cache that it will fill is then there, for us and for ``cp``. And on a machine that is shared,
-every sample first waits a while for it to be quiet, and says what others took meanwhile.
+On a machine that is shared, every sample first waits a while for it to be quiet, and says what
+others took meanwhile. On a virtual machine that hands free memory back to its host, the first
+write to a page costs up to ten times more where it was free for seconds. So a sample begins
+right after the result of the one before was removed, and fills the pages that this freed; or
+after free memory was touched.
 """
 
 from __future__ import annotations
