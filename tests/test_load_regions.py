@@ -1,0 +1,101 @@
+"""Memory for shards: kept when nobody holds it any more, and never given out twice."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxshard.loading import regions
+from jaxshard.loading.memory import aligned_empty, is_aligned
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="regions are Linux's")
+SIZE = 5 << 20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    gc.collect()
+    regions.forget()
+    yield
+    gc.collect()
+    regions.forget()
+
+
+def test_a_region_that_nobody_holds_is_used_again():
+    memory, is_fresh = regions.region(SIZE)
+    where = memory.ctypes.data
+    assert is_fresh
+    del memory
+    assert regions.kept_bytes() == SIZE
+    again, is_fresh = regions.region(SIZE)
+    assert (again.ctypes.data, is_fresh) == (where, False)
+    assert regions.kept_bytes() == 0
+
+
+def test_a_region_that_somebody_looks_at_is_not():
+    memory, _ = regions.region(SIZE)
+    view = memory[100:200].view(np.uint16)
+    where = memory.ctypes.data
+    del memory
+    other, _ = regions.region(SIZE)
+    assert other.ctypes.data != where
+    view[:] = 7
+    other[:] = 0
+    assert view.tolist() == [7] * 50
+
+
+def test_an_array_holds_the_region_it_was_made_of():
+    memory = aligned_empty(SIZE)
+    assert is_aligned(memory)
+    memory[:] = 1
+    where = memory.ctypes.data
+    array = jax.device_put(memory, jax.devices()[2])
+    del memory
+    assert array.unsafe_buffer_pointer() == where
+    other = aligned_empty(SIZE)
+    other[:] = 2
+    assert np.asarray(array).sum() == SIZE
+    array.delete()
+    gc.collect()
+    assert regions.kept_bytes() == SIZE
+
+
+def test_no_more_is_kept_than_a_part_of_the_machines_memory(monkeypatch):
+    monkeypatch.setattr(regions, "_most_kept", lambda: 2 * SIZE)
+    held = [regions.region(SIZE)[0] for _ in range(4)]
+    held.clear()
+    assert regions.kept_bytes() == 2 * SIZE
+
+
+def test_prepared_pages_are_there_and_keep_what_is_in_them():
+    memory, _ = regions.region(SIZE)
+    memory[5000] = 9
+    regions.prepare(memory.ctypes.data + 4000, 3000)
+    assert memory[5000] == 9
+    regions.prepare(memory.ctypes.data, SIZE)
+    assert int(memory.sum()) == 9
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"), [("011001", True), ("011000", False), ("", False)]
+)
+def test_a_machine_that_hands_memory_back_is_known_by_its_balloon(tmp_path, features, expected):
+    (tmp_path / "virtio3").mkdir()
+    (tmp_path / "virtio3" / "features").write_text(features + "0" * 58 + "\n")
+    assert regions.hands_memory_back(str(tmp_path)) is expected
+
+
+def test_a_machine_without_a_balloon_keeps_its_memory(tmp_path):
+    assert not regions.hands_memory_back(str(tmp_path / "absent"))
+
+
+def test_elsewhere_numpy_allocates(monkeypatch):
+    monkeypatch.setattr(regions, "_system", lambda: None)
+    memory, is_fresh = regions.region(SIZE)
+    assert (memory.size, is_fresh) == (SIZE, False)
+    assert is_aligned(memory)
+    regions.prepare(memory.ctypes.data, SIZE)
