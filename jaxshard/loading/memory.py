@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .regions import LEAST_BYTES, prepare, region
+from .regions import LEAST_BYTES, Prepare, region
 from .wanted import Job, Shard
 
 Bytes = NDArray[np.uint8]
@@ -23,13 +23,13 @@ def aligned_empty(num_bytes: int) -> Bytes:
     return _allocated(num_bytes)[0]
 
 
-def _allocated(num_bytes: int) -> tuple[Bytes, bool]:
-    """Aligned memory, and whether its pages are still to be made."""
+def _allocated(num_bytes: int) -> tuple[Bytes, Prepare | None]:
+    """Aligned memory, and what makes its pages if it has none yet."""
     if num_bytes >= LEAST_BYTES:
         return region(num_bytes)
     memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + num_bytes], False
+    return memory[start : start + num_bytes], None
 
 
 def is_aligned(memory: Bytes) -> bool:
@@ -45,17 +45,17 @@ def as_array(memory: Bytes, shard: Shard) -> NDArray[np.generic]:
 class JobMemory:
     """The memory of one job's shards while it is being filled."""
 
-    __slots__ = ("_direct", "_fresh", "job", "left_bytes", "shards")
+    __slots__ = ("_direct", "_prepare", "job", "left_bytes", "shards")
 
     def __init__(self, job: Job, given: dict[int, Bytes]) -> None:
         """Allocate all shards but those of ``given``, which are filled already."""
         self.job = job
         made = [
-            (given[i], False) if i in given else _allocated(shard.num_bytes)
+            (given[i], None) if i in given else _allocated(shard.num_bytes)
             for i, shard in enumerate(job.shards)
         ]
         self.shards = [memory for memory, _ in made]
-        self._fresh = [memory.ctypes.data if is_fresh else 0 for memory, is_fresh in made]
+        self._prepare = [prepare for _, prepare in made]
         self._direct = [shard.conversion.is_copy for shard in job.shards]
         self.left_bytes = 0
 
@@ -63,8 +63,9 @@ class JobMemory:
         """Where those stored bytes of a box lie in the end, if that is one place."""
         if len(shards) != 1 or not self._direct[shards[0]]:
             return None
-        if self._fresh[shards[0]]:
-            prepare(self._fresh[shards[0]] + offset, num_bytes)
+        prepare = self._prepare[shards[0]]
+        if prepare and num_bytes:
+            prepare(offset, num_bytes)
         return self.shards[shards[0]][offset : offset + num_bytes].data
 
     def fill(self, shards: tuple[int, ...], offset: int, data: memoryview) -> None:

@@ -1,13 +1,10 @@
 """Regions: large pieces of memory from the system, and what becomes of them afterwards.
 
-Touching a fresh page costs several times what reading a page of a file does. So
-pages are asked for many at a time, and:
-
-    huge pages   are asked for, unless this is a virtual machine that hands free memory back
-                 to its host: there a huge page costs most (measured: five times as much)
-    reuse        a region that nobody holds any more is kept, and told to the system as free
-                 (MADV_FREE): it takes the pages when it needs them, and until then a region
-                 of the same size costs nothing. The process still *looks* as large.
+    arenas   regions are cut one after the other from larger pieces, so that they lie together
+             on huge pages; each is given back by itself
+    reuse    a region that nobody holds any more is kept, and told to the system as free
+             (MADV_FREE): it takes the pages when it needs them, and until then a region
+             of the same size costs nothing. The process still *looks* as large.
 
 Linux only; elsewhere NumPy allocates.
 """
@@ -18,50 +15,94 @@ import ctypes
 import mmap
 import os
 import sys
-from functools import lru_cache
-from pathlib import Path
+import threading
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .pages import Pace, linux, populate, reserve
+
 LEAST_BYTES = 256 << 10  # below, NumPy's own memory is as good
 
-_HUGE_BYTES = 2 << 20
-_BALLOONS = "/sys/bus/virtio/drivers/virtio_balloon"
-_REPORTS_FREE_PAGES = 5  # VIRTIO_BALLOON_F_REPORTING: the bit's number
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: Python has no name for it
-_FAILED = ctypes.c_void_p(-1).value
+_ARENA_BYTES = 256 << 20
+
+Prepare = Callable[[int, int], None]
+"""``prepare(offset, num_bytes)`` of a region."""
 
 _kept: dict[int, list[int]] = {}  # size -> addresses; every step on it is atomic
+_pace = Pace()
 
 
-def region(num_bytes: int) -> tuple[NDArray[np.uint8], bool]:
-    """Memory of ``num_bytes`` that starts on a page, of any content; and whether it is fresh.
+class _Arena:
+    """A piece of memory that regions are cut from, one after the other."""
+
+    def __init__(self, *, huge: bool) -> None:
+        self._huge = huge
+        self._at, self._left, self._lock = 0, 0, threading.Lock()
+
+    def cut(self, library: ctypes.CDLL, size: int) -> int:
+        """The address of ``size`` fresh bytes.
+
+        Raises:
+            MemoryError: the system refuses.
+        """
+        with self._lock:
+            if size > self._left:
+                if size >= _ARENA_BYTES // 4:
+                    return reserve(library, size, huge=self._huge)
+                at = reserve(library, _ARENA_BYTES, huge=self._huge)
+                if self._left:
+                    library.munmap(self._at, self._left)
+                self._at, self._left = at, _ARENA_BYTES
+            at = self._at
+            self._at += size
+            self._left -= size
+            return at
+
+
+_arenas = {huge: _Arena(huge=huge) for huge in (False, True)}
+
+
+def region(num_bytes: int) -> tuple[NDArray[np.uint8], Prepare | None]:
+    """Memory of ``num_bytes`` that starts on a page, of any content.
+
+    If it is fresh, also what has the pages of a part of it there, at once: one call
+    costs less than a fault for each of them.
 
     Raises:
         MemoryError: the system refuses.
     """
-    system = _system()
-    if system is None:
+    library = linux()
+    if library is None:
         memory = np.empty(num_bytes + mmap.PAGESIZE, np.uint8)
-        return memory[-memory.ctypes.data % mmap.PAGESIZE :][:num_bytes], False
-    size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        return memory[-memory.ctypes.data % mmap.PAGESIZE :][:num_bytes], None
+    size = _in_pages(num_bytes)
+    prepare: Prepare | None = None
     try:
-        address, is_fresh = _kept[size].pop(), False
+        address = _kept[size].pop()
     except (KeyError, IndexError):
-        address, is_fresh = _fresh(system, size), True
+        huge = _pace.is_huge(size)
+        address = _arenas[huge].cut(library, size)
+        prepare = partial(_prepare, library, address, address + size if huge else 0)
     held = (ctypes.c_uint8 * num_bytes).from_address(address)
     setattr(held, "region", _Region(address, size))  # noqa: B010 - ctypes knows no attributes
-    return np.ctypeslib.as_array(held), is_fresh
+    return np.ctypeslib.as_array(held), prepare
 
 
-def prepare(address: int, num_bytes: int) -> None:
-    """Have the fresh pages there at once: one call costs less than a fault for each of them."""
-    system = _system()
-    if system is not None and num_bytes:
-        start = address // mmap.PAGESIZE * mmap.PAGESIZE
-        end = -(-(address + num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-        system.madvise(start, end - start, _POPULATE_WRITE)  # kernels before 5.14 refuse: then not
+def _prepare(library: ctypes.CDLL, address: int, last: int, offset: int, num_bytes: int) -> None:
+    """Have the pages of some bytes of a region there; ``last``: its end, if on huge pages."""
+    start = address + offset // mmap.PAGESIZE * mmap.PAGESIZE
+    end = address + _in_pages(offset + num_bytes)
+    if last:
+        _pace.prepare(library, start, end, last)
+    else:
+        populate(library, start, end)
+
+
+def _in_pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class _Region:
@@ -73,25 +114,25 @@ class _Region:
         self._address, self._size = address, size
 
     def __del__(self) -> None:
-        system = _system()
-        if system is None or sys.is_finalizing():
+        library = linux()
+        if library is None or sys.is_finalizing():
             return
         if (
-            sum(size * len(held) for size, held in list(_kept.items())) + self._size > _most_kept()
-            or system.madvise(self._address, self._size, mmap.MADV_FREE) != 0
+            kept_bytes() + self._size > _most_kept()
+            or library.madvise(self._address, self._size, mmap.MADV_FREE) != 0
         ):
-            system.munmap(self._address, self._size)
+            library.munmap(self._address, self._size)
         else:
             _kept.setdefault(self._size, []).append(self._address)
 
 
 def forget() -> None:
     """Give everything that is kept back to the system."""
-    system = _system()
+    library = linux()
     for size in list(_kept):
         for address in _kept.pop(size, []):
-            assert system is not None
-            system.munmap(address, size)
+            assert library is not None
+            library.munmap(address, size)
 
 
 def kept_bytes() -> int:
@@ -99,41 +140,6 @@ def kept_bytes() -> int:
     return sum(size * len(held) for size, held in list(_kept.items()))
 
 
-def _fresh(system: ctypes.CDLL, size: int) -> int:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    address = system.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-    if address in (None, _FAILED):
-        raise MemoryError(f"{size} bytes for a shard: {os.strerror(ctypes.get_errno())}")
-    if size >= 2 * _HUGE_BYTES:
-        advice = mmap.MADV_NOHUGEPAGE if hands_memory_back() else mmap.MADV_HUGEPAGE
-        system.madvise(address, size, advice)  # a wish: refused by kernels without huge pages
-    return int(address)
-
-
-@lru_cache(maxsize=1)
-def hands_memory_back(balloons: str = _BALLOONS) -> bool:
-    """Whether this machine is a virtual one that reports its free pages to its host."""
-    try:
-        found = [path.read_text() for path in Path(balloons).glob("virtio*/features")]
-    except OSError:
-        return False
-    return any(bits[_REPORTS_FREE_PAGES : _REPORTS_FREE_PAGES + 1] == "1" for bits in found)
-
-
 @lru_cache(maxsize=1)
 def _most_kept() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-
-
-@lru_cache(maxsize=1)
-def _system() -> ctypes.CDLL | None:
-    """The C library, where it is Linux's."""
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None, use_errno=True)
-    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    library.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_long]
-    library.mmap.restype = pointer
-    library.munmap.argtypes = [pointer, size]
-    library.madvise.argtypes = [pointer, size, number]
-    return library
