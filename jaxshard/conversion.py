@@ -198,7 +198,7 @@ def execute(
     """Carry out a prepared conversion (errors as ``convert``)."""
     prepared, budget = fitted(prepared, options), budget_of(options)
     plan, catalog = prepared.plan, prepared.plan.source
-    _refuse_inside(catalog, Path(destination))
+    refuse_inside(catalog, Path(destination))
     plan = part_plan(plan, options.part)
     staging = _staging(Path(destination), prepared.request, options)
     notes = (*catalog.notes, *plan.outputs.layout.notes)
@@ -357,7 +357,7 @@ def _fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) 
     )
 
 
-def _refuse_inside(catalog: Catalog, destination: Path) -> None:
+def refuse_inside(catalog: Catalog, destination: Path) -> None:
     """Refuse a destination whose replacement would take the source, or a file of it, away."""
     source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
     linked = (Path(os.path.realpath(source / f.path)) for f in catalog.files)

@@ -149,15 +149,21 @@ def open_strategy(path: PathLike) -> Layout:
         folder.close()
 
 
-def _source_layout(where: Path, given: PathLike | None) -> tuple[Layout | None, tuple[str, ...]]:
-    """What the strategy files say, or None: then ``rank_files`` says what it misses."""
+def strategy_place(where: Path, given: PathLike | None = None) -> Path | None:
+    """Where the strategy files of rank folders in ``where`` are: as given, or as jobs have them."""
     if given is not None:
-        return open_strategy(given), ()
+        return Path(given)
     for place in (where / "strategy", where.parent / "strategy"):
         if place.is_dir():
-            return open_strategy(place), ()
-    for place in (where, where.parent):
-        for name in _MERGED:
-            if (place / name).is_file():
-                return open_strategy(place / name), (f"the layout is that of {place / name}.",)
-    return None, ()
+            return place
+    merged = (place / name for place in (where, where.parent) for name in _MERGED)
+    return next((place for place in merged if place.is_file()), None)
+
+
+def _source_layout(where: Path, given: PathLike | None) -> tuple[Layout | None, tuple[str, ...]]:
+    """What the strategy files say, or None: then ``rank_files`` says what it misses."""
+    place = strategy_place(where, given)
+    if place is None:
+        return None, ()
+    guessed = given is None and place.is_file()
+    return open_strategy(place), (f"the layout is that of {place}.",) if guessed else ()

@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from . import picture
+from .catalog import Catalog
 from .commands import read_rules_file
+from .conversion import refuse_inside
 from .errors import LayoutError, NotFoundError, StorageError
-from .formats import strategy_files
+from .formats import layout_file, strategy_files
 from .formats.strategy_files import ParamLayout, Strategies
-from .layout import Placement
-from .opening import open_checkpoint
+from .layout import Layout, Placement
+from .opening import open_checkpoint, strategy_place
 from .rules.match import template
 from .storage.local import LocalFolder
+from .storage.staging import Staging, told
 from .strategy import Strategy
 from .targets import lay_out_for
 
 
 def strategy_show(a: Namespace) -> int:
     """Show how strategy files cut tensors."""
+    if (own := _own_layout(a.path)) is not None:
+        return _show_own(a, own)
     strategies = _read(a.path)
     chosen = _chosen(strategies, a.include)
     if a.json:
@@ -40,17 +44,16 @@ def strategy_merge(a: Namespace) -> int:
     """Make one file of the strategy files of all stages."""
     strategies = _read(a.path)
     strategy_files.layout(strategies)  # refuses stages that are missing
-    as_json = a.out.endswith(".json")
-    data = (
-        strategy_files.json_file(strategies) if as_json else strategy_files.merged_file(strategies)
-    )
-    _write_file(Path(a.out), data, a.overwrite)
+    _refuse_source(Path(a.out), a.path)
+    _write_file(Path(a.out), _one_file(strategies, a.out), a.overwrite)
     return _report(a, a.out, strategies, 1)
 
 
 def strategy_make(a: Namespace) -> int:
     """Make the strategy files of a checkpoint's tensors."""
     catalog = open_checkpoint(a.source, strategy=a.src_strategy, suffix=a.suffix)
+    refuse_inside(catalog, Path(a.out))
+    _refuse_own_strategy(catalog, a)
     strategy = Strategy.parse(a.to)
     layout = lay_out_for(catalog, strategy, read_rules_file(a.rules))
     shapes = {t.name: t.shape for t in catalog.tensors.values() if t.name not in catalog.hyper}
@@ -58,7 +61,7 @@ def strategy_make(a: Namespace) -> int:
         layout, shapes, optimizer_shard=strategy.optimizer_shard != 1
     )
     if a.merged:
-        _write_file(Path(a.out), strategy_files.merged_file(strategies), a.overwrite)
+        _write_file(Path(a.out), _one_file(strategies, a.out), a.overwrite)
         return _report(a, a.out, strategies, 1)
     files = strategy_files.raw_files(strategies)
     _write_folder(Path(a.out), files, a.overwrite)
@@ -72,6 +75,11 @@ _Named = tuple[int, str, ParamLayout]  # stage, name, and how it is cut
 
 
 def _read(path: str) -> Strategies:
+    if _own_layout(path) is not None:
+        raise LayoutError(
+            f"{path} is a layout file of jaxshard's, made where MindSpore's format cannot say who "
+            "holds what. It is of all ranks: there is nothing to merge."
+        )
     folder = LocalFolder(path)
     try:
         return strategy_files.read(folder)
@@ -79,17 +87,51 @@ def _read(path: str) -> Strategies:
         folder.close()
 
 
+def _own_layout(path: str) -> Layout | None:
+    """What our own layout file at ``path`` says, if there is one."""
+    folder = LocalFolder(path)
+    try:
+        own = layout_file.find(folder)
+        return None if own is None else layout_file.read(folder, own)
+    finally:
+        folder.close()
+
+
+def _show_own(a: Namespace, layout: Layout) -> int:
+    """Show a layout file: the ranks, axes and spec of each kind of tensor, or of each tensor."""
+    names = _matching(sorted(layout.placements), a.include)
+    placed = [(name, p) for name in names for p in layout.placements[name]]
+    if a.json:
+        tensors = [{"name": n, "placement": str(p), **asdict(p)} for n, p in placed]
+        print(json.dumps({"num_ranks": layout.num_ranks, "tensors": tensors}, indent=1))
+    elif not a.quiet:
+        kinds: dict[tuple[str, str], int] = {}
+        for name, p in placed:
+            key = (name if a.all else template(name), str(p))
+            kinds[key] = kinds.get(key, 0) + 1
+        rows = [[f"{count:,}", name, where] for (name, where), count in kinds.items()]
+        print(f"{a.path}: {layout.num_ranks} ranks\n")
+        print(picture.table(["placed", "name", "spec, axes and first rank"], rows))
+    return 0
+
+
 def _chosen(strategies: Strategies, include: str | None) -> list[_Named]:
+    named = [
+        (number, name, param)
+        for number, stage in strategies.stages.items()
+        for name, param in sorted(stage.params.items())
+    ]
+    wanted = set(_matching((name for _, name, _ in named), include))
+    return [one for one in named if one[1] in wanted]
+
+
+def _matching(names: Iterable[str], include: str | None) -> list[str]:
+    """The names that the expression is found in; there is one, or it is refused."""
     try:
         pattern = re.compile(include or "")
     except re.error as error:
         raise LayoutError(f"--include {include}: not a regular expression: {error}.") from None
-    found = [
-        (number, name, param)
-        for number, stage in strategies.stages.items()
-        for name, param in sorted(stage.params.items())
-        if pattern.search(name)
-    ]
+    found = [name for name in names if pattern.search(name)]
     if not found:
         raise NotFoundError(f"--include {include} matches no tensor of these strategy files.")
     return found
@@ -185,37 +227,70 @@ def _facts(strategies: Strategies, chosen: list[_Named]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- writing
 
 
+def _one_file(strategies: Strategies, out: str) -> bytes:
+    """All stages in one file, of the kind that its name says."""
+    if out.endswith(".json"):
+        return strategy_files.json_file(strategies)
+    return strategy_files.merged_file(strategies)
+
+
 def _write_file(place: Path, data: bytes, overwrite: bool) -> None:
     """Write one file, which appears whole or not at all."""
-    _refuse_existing(place, overwrite)
+    if place.is_dir():
+        raise LayoutError(f"{place} is a folder. Name the file to make.")
+    if place.exists() and not overwrite:
+        raise LayoutError(f"{place} exists. Choose another name, or replace it with --overwrite.")
     scratch = place.with_name(f".{place.name}.new")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_bytes(data)
         os.replace(scratch, place)
     except OSError as error:
+        scratch.unlink(missing_ok=True)
         raise StorageError(f"{place} cannot be written: {error.strerror}.") from error
 
 
 def _write_folder(place: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
     """Write a folder of files, which appears whole or not at all."""
-    _refuse_existing(place, overwrite)
-    scratch = place.with_name(f".{place.name}.new")
+    if place.is_file():
+        raise LayoutError(f"{place} is a file. Name a folder, or make one file with --merged.")
+    staging = Staging(place, "strategy files", overwrite=overwrite)
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        for name, data in files.items():
-            (scratch / name).write_bytes(data)
-        if place.exists():
-            shutil.rmtree(place)
-        os.replace(scratch, place)
-    except OSError as error:
-        raise StorageError(f"{place} cannot be written: {error.strerror}.") from error
+        with told(f"{place} cannot be written"):
+            for name, data in files.items():
+                (staging.files / name).write_bytes(data)
+                staging.sync(staging.files / name)
+        staging.publish()
+    except BaseException:
+        staging.abandon()
+        raise
 
 
-def _refuse_existing(place: Path, overwrite: bool) -> None:
-    if place.exists() and not overwrite:
-        raise LayoutError(f"{place} exists. Choose another name, or replace it with --overwrite.")
+def _refuse_own_strategy(catalog: Catalog, a: Namespace) -> None:
+    """Refuse to replace the strategy files without which the source cannot be read again."""
+    own = strategy_place(Path(catalog.root), a.src_strategy) if catalog.layout else None
+    out = Path(os.path.realpath(a.out))
+    if own is not None and out in (own := Path(os.path.realpath(own)), *own.parents):
+        raise LayoutError(
+            f"{a.out} is the strategy of the source, or holds it. Choose another place; the source "
+            "is never changed."
+        )
+
+
+def _refuse_source(out: Path, source: str) -> None:
+    """Refuse to put what was merged in the place of what it was merged from."""
+    same = Path(source) / out.name if Path(source).is_dir() else Path(source)
+    if not (out.exists() and same.exists() and os.path.samefile(out, same)):
+        return
+    folder = LocalFolder(same)
+    try:
+        if not strategy_files.read_file(folder, same.name).merged:
+            raise LayoutError(
+                f"{out} is one of the files that are merged. Choose another name; the source is "
+                "never changed."
+            )
+    finally:
+        folder.close()
 
 
 def _report(a: Namespace, out: str, strategies: Strategies, num_files: int) -> int:

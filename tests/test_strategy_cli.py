@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from mindspore_ranks import ARRAYS, QUICK, check_equal, merged, write_ranks
 
 import jaxshard as js
 from jaxshard.cli import main
-from jaxshard.errors import LayoutError
-from jaxshard.formats import strategy_files
+from jaxshard.errors import FormatError, LayoutError
+from jaxshard.formats import layout_file, strategy_files
 from jaxshard.layout import Layout, Placement
 from jaxshard.opening import open_strategy
 
@@ -152,7 +153,100 @@ def test_names_with_a_hyphen_are_merged_and_read(tmp_path: Path, capsys: Capture
     assert "my-weight" in shown(capsys, "show", tmp_path / "merged.ckpt")
 
 
+def test_what_is_merged_is_not_replaced_by_the_merged(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "strategy"
+    shutil.copytree(golden("dp2mp2pp2", "strategy"), folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    one = folder / "ckpt_strategy_rank_0.ckpt"
+    assert main(["strategy", "merge", str(folder), str(one), "--overwrite"]) == 2
+    assert "is one of the files that are merged" in capsys.readouterr().err
+    assert main(["strategy", "merge", str(folder), str(folder), "--overwrite"]) == 2
+    assert "is a folder. Name the file" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    for _ in range(2):  # the merged file of before may be: it is no source
+        shown(capsys, "merge", folder, folder / "merged.ckpt", "--overwrite")
+    assert open_strategy(folder) == open_strategy(golden("dp2mp2pp2", "strategy"))
+
+
+def test_a_merged_file_of_another_time_beside_raw_ones_is_not_believed(tmp_path: Path) -> None:
+    folder = tmp_path / "strategy"
+    shutil.copytree(golden("dp1mp4", "strategy"), folder)
+    shutil.copy(golden("dp1mp4", "merged_strategy.ckpt"), folder / "merged.ckpt")
+    assert open_strategy(folder) == open_strategy(golden("dp1mp4", "strategy"))
+    shutil.copy(golden("dp2mp2pp2", "targets", "dp4mp2_strategy.ckpt"), folder / "merged.ckpt")
+    with pytest.raises(FormatError, match="both tell of stage 0 and contradict each"):
+        open_strategy(folder)
+
+
 # --- make ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["model", ".", "model/../model"])
+def test_the_checkpoint_is_never_replaced_by_its_strategy(
+    out: str, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model" / "model.safetensors"
+    shutil.copy(golden("dp2mp1", "full", "full.safetensors"), weights)
+    for source in (tmp_path / "model", weights):
+        command = ["strategy", "make", str(source), str(tmp_path / out), "--to", "mp2"]
+        assert main([*command, "--overwrite"]) == 2
+        assert "is the source, or holds it" in capsys.readouterr().err
+    command = ["strategy", "make", str(weights), str(weights), "--to", "mp2", "--merged"]
+    assert main([*command, "--overwrite"]) == 2
+    assert js.open(weights).tensors
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    capsys.readouterr()
+
+
+def test_the_strategy_of_the_source_is_never_replaced(ranks: Path, capsys: Capture) -> None:
+    own = ranks.parent / "strategy"
+    for flags in ([], ["--src-strategy", str(own)]):
+        command = ["strategy", "make", str(ranks), str(own), "--to", "mp2", *flags]
+        assert main([*command, "--overwrite"]) == 2
+        assert "is the strategy of the source" in capsys.readouterr().err
+    assert js.verify(ranks).problems == ()
+
+
+def test_what_replaces_a_strategy_replaces_it_whole(tmp_path: Path, capsys: Capture) -> None:
+    source, out = golden("dp2mp1", "full", "full.safetensors"), tmp_path / "out"
+    shown(capsys, "make", source, out, "--to", "dp2mp2")
+    command = ["strategy", "make", str(source), str(out)]
+    assert main([*command, "--to", "mp2"]) == 2  # it exists
+    shown(capsys, "make", source, out, "--to", "mp2", "--overwrite")
+    assert sorted(p.name for p in out.iterdir()) == [f"ckpt_strategy_rank_{r}.ckpt" for r in (0, 1)]
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main(["strategy", "make", str(source), str(file), "--to", "mp2", "--overwrite"]) == 2
+    assert file.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]  # and nothing half made
+    capsys.readouterr()
+
+
+def test_one_file_of_all_stages_is_json_if_its_name_says_so(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    source = golden("dp2mp1", "full", "full.safetensors")
+    for name in ("made.json", "made.ckpt"):
+        shown(capsys, "make", source, tmp_path / name, "--to", "dp2mp2", "--merged")
+    assert json.loads((tmp_path / "made.json").read_text())["parallel_layout_item"]
+    assert open_strategy(tmp_path / "made.json") == open_strategy(tmp_path / "made.ckpt")
+
+
+def test_a_layout_that_mindspore_cannot_say_is_shown_too(tmp_path: Path, capsys: Capture) -> None:
+    split = Placement((("mp", 2),), (("mp",), ()), 2)  # on half of the stage
+    layout = Layout(
+        4, {"experts.0.w": (split,), "experts.1.w": (split,), "norm": (Placement((("all", 4),)),)}
+    )
+    (tmp_path / "layout.json").write_bytes(layout_file.to_bytes(layout, layout.placements))
+    for path in (tmp_path, tmp_path / "layout.json"):
+        text = shown(capsys, "show", path)
+        assert "2  experts.#.w  [mp,-] over mp2 from rank 2" in text
+        assert "experts.0.w" in shown(capsys, "show", path, "--all")
+        told = json.loads(shown(capsys, "show", path, "--json", "--include", "^norm"))
+        assert (told["num_ranks"], [t["name"] for t in told["tensors"]]) == (4, ["norm"])
+        assert main(["strategy", "merge", str(path), str(tmp_path / "o.ckpt")]) == 2
+        assert "there is nothing to merge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
