@@ -23,7 +23,7 @@ from .layout import Layout
 from .multiprocess.splitting import Part, split_outputs
 from .opening import PathLike, open_checkpoint, open_strategy
 from .planning import Plan, make_plan
-from .selection import select
+from .selection import missed, refuse_absent, select, texts
 from .storage import streams
 from .storage.budget import Budget, Counts, fit_budget
 from .storage.parts import PartStaging
@@ -136,9 +136,10 @@ def prepare(
     Raises:
         NotFoundError: no checkpoint there, or nothing matches.
         FormatError: a file is not what it claims to be.
-        CoverageError: the source lacks part of a tensor.
+        CoverageError: the source lacks part of a tensor, or weights that the target tells of.
         LayoutError: the target does not fit the tensors.
     """
+    include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefixes))
     catalog = (
         source
         if isinstance(source, Catalog)
@@ -156,6 +157,8 @@ def prepare(
         tensors, config = list(chosen.tensors.values()), true_config(chosen)
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
     layout = same_layout(chosen) if to == "same" else _target_layout(to, lay_out)
+    if layout is not None:
+        refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
     result = make_result(chosen, tensors, request)

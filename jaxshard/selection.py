@@ -8,10 +8,12 @@ may not expect, is said in a note.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .catalog import Catalog, Tensor
-from .errors import LayoutError, NotFoundError, nearest, some
+from .errors import CoverageError, LayoutError, NotFoundError, nearest, some
+from .layout import Layout
+from .rules.match import weight_name
 
 ACCUMULATED = "accu_grads."
 
@@ -30,8 +32,8 @@ def select(
         NotFoundError: an expression of ``include`` matches nothing, or nothing is left.
         LayoutError: not a regular expression.
     """
-    wanted, unwanted = _patterns(include), _patterns(exclude)
-    prefixes = (drop_prefixes,) if isinstance(drop_prefixes, str) else tuple(drop_prefixes)
+    include, prefixes = texts(include), texts(drop_prefixes)
+    wanted, taken = _patterns(include), chooser(include, exclude, prefixes)
     names = list(catalog.tensors)
     for pattern in wanted:
         if not any(map(pattern.search, names)):
@@ -39,13 +41,7 @@ def select(
                 f"--include {pattern.pattern} matches none of the {len(names)} tensors of "
                 f"{catalog.root}.{nearest(pattern.pattern, names)}"
             )
-    left = [
-        t
-        for t in catalog.tensors.values()
-        if (not wanted or any(p.search(t.name) for p in wanted))
-        and not any(p.search(t.name) for p in unwanted)
-        and not t.name.startswith(prefixes or ("\0",))
-    ]
+    left = [t for t in catalog.tensors.values() if taken(t.name)]
     notes = [
         f"no tensor begins with {prefix}: --drop-prefix {prefix} drops nothing."
         for prefix in prefixes
@@ -63,11 +59,70 @@ def select(
     return left, tuple(notes)
 
 
+def chooser(
+    include: Iterable[str] = (), exclude: Iterable[str] = (), drop_prefixes: Iterable[str] = ()
+) -> Callable[[str], bool]:
+    """Whether the expressions and prefixes leave a name.
+
+    Raises:
+        LayoutError: not a regular expression.
+    """
+    wanted, unwanted = _patterns(include), _patterns(exclude)
+    prefixes = texts(drop_prefixes)
+
+    def takes(name: str) -> bool:
+        return (
+            (not wanted or any(p.search(name) for p in wanted))
+            and not any(p.search(name) for p in unwanted)
+            and not name.startswith(prefixes or ("\0",))
+        )
+
+    return takes
+
+
+def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]) -> None:
+    """Refuse a target that tells of weights which ``catalog`` lacks: its ranks would lack them too.
+
+    What ``takes`` would leave out is not missed, and optimizer states need not be there.
+
+    Raises:
+        CoverageError: weights are in no file.
+    """
+    absent = [
+        name
+        for name in target.placements
+        if name not in catalog.tensors and weight_name(name) == name and takes(name)
+    ]
+    if absent:
+        raise CoverageError(
+            f"{len(absent)} weights of the target's strategy are not in {catalog.root}: "
+            f"{some(sorted(absent))}.{nearest(absent[0], catalog.tensors)} Give the strategy of "
+            "this model, map the names with --names (names=), or leave them out with --exclude "
+            "(exclude=)."
+        )
+
+
+def missed(
+    names: object, include: Iterable[str], exclude: Iterable[str], drop_prefixes: Iterable[str] = ()
+) -> Callable[[str], bool]:
+    """Whether a target's name is missed where there is none; ``names`` is a mapping to others.
+
+    The expressions are about the source's names. Where these become others, nothing tells which
+    of the target's names were left out on purpose, so then none is missed.
+    """
+    if names is not None and any((include, exclude, drop_prefixes)):
+        return lambda name: False
+    return chooser(include, exclude, drop_prefixes)
+
+
+def texts(values: Iterable[str]) -> tuple[str, ...]:
+    """One text or several, as several."""
+    return (values,) if isinstance(values, str) else tuple(values)
+
+
 def _patterns(expressions: Iterable[str]) -> list[re.Pattern[str]]:
-    if isinstance(expressions, str):
-        expressions = [expressions]
     found = []
-    for text in expressions:
+    for text in texts(expressions):
         try:
             found.append(re.compile(text))
         except re.error as error:

@@ -25,7 +25,7 @@ from ..mapping import Mapping, find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..opening import PathLike, open_checkpoint
 from ..rules import Rules
-from ..selection import select
+from ..selection import missed, select, texts
 from ..storage.budget import Counts
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
@@ -103,7 +103,7 @@ def load(
     Raises:
         NotFoundError: no checkpoint there, or names are missing on either side.
         FormatError: a file is not what it claims to be, or changed while being read.
-        CoverageError: the source lacks part of a tensor.
+        CoverageError: the source lacks part of a tensor, or weights that strategy files tell of.
         LayoutError: the target does not fit the tensors, the devices or the memory.
         StorageError: the disk refused.
     """
@@ -114,6 +114,7 @@ def load(
             if isinstance(source, Catalog)
             else open_checkpoint(source, strategy=strategy, suffix=suffix)
         )
+        include, exclude = texts(include), texts(exclude)
         tensors, _ = select(catalog, include, exclude)
         chosen = replace(catalog, tensors={t.name: t for t in tensors})
         if names is not None:
@@ -126,6 +127,7 @@ def load(
             dtype=dtype,
             strict=strict,
             name_of=name_of,
+            missed=missed(names, include, exclude),
         )
         if restored_by_orbax(catalog, wanted.wants):
             return wanted.build(restore(catalog, wanted.wants))

@@ -22,10 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from ..catalog import Catalog, Tensor
 from ..devices import placement_of, rank_devices, shardings
 from ..elements import NumpyDType, can_become, is_plain_float, numpy_dtype
-from ..errors import JaxshardError, LayoutError
+from ..errors import JaxshardError, LayoutError, NotFoundError, some
+from ..formats.strategy_files import for_tensors
 from ..layout import Layout, Placement, check_divides
 from ..opening import open_strategy
 from ..rules import Rules
+from ..selection import refuse_absent
 from ..strategy import Strategy
 from ..targets import lay_out_for
 from ..trees import is_array_like, named_leaves
@@ -45,36 +47,60 @@ def resolve(
     dtype: Any = None,
     strict: bool = True,
     name_of: Callable[[str], str] | None = None,
+    missed: Callable[[str], bool] = lambda name: True,
 ) -> Wanted:
     """What ``target`` asks of the tensors of ``catalog``; see ``load`` for the arguments.
 
+    ``missed`` tells whether a weight that only the target knows is missed.
+
     Raises:
         NotFoundError: names are missing on either side.
+        CoverageError: strategy files tell of weights that the catalog lacks.
         LayoutError: the target does not fit the tensors.
     """
     cast = None if dtype is None else np.dtype(dtype)
+    target = _read_target(target)
+    if isinstance(target, Layout):
+        if strict:
+            refuse_absent(catalog, target, missed)
+        return _all_tensors(catalog, _of_layout(catalog, target, devices), devices, cast)
     place_of = _by_name(catalog, target, devices, rules)
     if place_of is not None:
         return _all_tensors(catalog, place_of, devices, cast)
     return _tree(catalog, target, devices, cast, strict=strict, name_of=name_of)
 
 
+def _read_target(target: Any) -> Any:
+    """``target``, read if it is a path or a word."""
+    if not isinstance(target, str | os.PathLike):
+        return target
+    where = os.fspath(target)
+    return open_strategy(where) if os.path.exists(where) else Strategy.parse(where)
+
+
+def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[str], Any]:
+    """The sharding of each name, as strategy files place it."""
+    shapes = {t.name: t.shape for t in catalog.tensors.values()}
+    layout = _with_hyper(for_tensors(target, shapes), catalog)
+    unplaced = sorted(n for n in catalog.tensors if not layout.placements.get(n))
+    if unplaced:
+        raise NotFoundError(
+            f"{len(unplaced)} tensors of {catalog.root} are not in the target's strategy: "
+            f"{some(unplaced)}. Leave them out with exclude= (optimizer states: "
+            'exclude="^adam_"), or give a strategy that has them.'
+        )
+    return shardings(layout, _listed(devices), catalog.tensors).__getitem__
+
+
 def _by_name(
     catalog: Catalog, target: Any, devices: Devices, rules: Rules | None
 ) -> Callable[[str], Any] | None:
     """A sharding for each name, where the target is no tree."""
-    if isinstance(target, str | os.PathLike):
-        where = os.fspath(target)
-        target = open_strategy(where) if os.path.exists(where) else Strategy.parse(where)
     if isinstance(target, Mesh):
         return mesh_shardings(catalog, target, rules).__getitem__
     if isinstance(target, Strategy):
         ranks = rank_devices(target, _listed(devices))
         return shardings(lay_out_for(catalog, target, rules), ranks).__getitem__
-    if isinstance(target, Layout):
-        return shardings(
-            _with_hyper(target, catalog), _listed(devices), catalog.tensors
-        ).__getitem__
     if isinstance(target, jax.Device):
         target = SingleDeviceSharding(target)
     if isinstance(target, Sharding | PartitionSpec):
