@@ -19,9 +19,12 @@ from math import prod
 
 from .box import Box
 from .errors import LayoutError
+from .recent import Recent
 from .strategy import Axes
 
 Spec = tuple[tuple[str, ...], ...]  # per dim, the mesh axes that split it, outer to inner
+
+_MOST_RANKS = 1 << 20  # 64 shapes on 16,384 ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,17 @@ class Placement:
         Box(start=(0, 4), stop=(4, 8))
         """
         return _boxes(self.axes, self.spec, shape)
+
+    def box(self, shape: tuple[int, ...], rank: int) -> Box:
+        """The box that ``rank``, one of ``ranks``, holds: without those of all others.
+
+        Raises:
+            LayoutError: as ``boxes``.
+
+        >>> Placement((("dp", 2), ("mp", 2)), ((), ("mp",))).box((4, 8), 1)
+        Box(start=(0, 4), stop=(4, 8))
+        """
+        return _box(self.axes, self.spec, shape, rank - self.first_rank)
 
     def shards(self, shape: tuple[int, ...]) -> tuple[Shard, ...]:
         """The distinct boxes and, for each, the ranks that hold it (relative to ``first_rank``).
@@ -115,8 +129,13 @@ class Layout:
         """The box of tensor ``name`` that ``rank`` holds, or None."""
         for placement in self.placements.get(name, ()):
             if rank in placement.ranks:
-                return placement.boxes(shape)[rank - placement.first_rank]
+                return placement.box(shape, rank)
         return None
+
+
+_Key = tuple[Axes, Spec, tuple[int, ...]]
+_RECENT_BOXES = Recent[_Key, tuple[Box, ...]](_MOST_RANKS)
+_RECENT_SHARDS = Recent[_Key, tuple[Shard, ...]](_MOST_RANKS)
 
 
 def check_divides(placement: Placement, shape: tuple[int, ...], name: str = "") -> None:
@@ -156,31 +175,64 @@ def _local_shape(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[int, .
     return tuple(n // placement.ways(d) for d, n in enumerate(shape))
 
 
-@lru_cache(maxsize=4096)
 def _boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...]:
-    check_divides(Placement(axes, spec), shape)
-    size = dict(axes)
-    full = spec + ((),) * (len(shape) - len(spec))
+    key = (axes, spec, shape)
+    return _RECENT_BOXES.get(key, _num_ranks(axes), lambda: _all_boxes(*key))
+
+
+def _all_boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...]:
+    local, size = _local_shape(axes, spec, shape), dict(axes)
+    made: dict[tuple[int, ...], Box] = {}  # replicas share theirs
     boxes = []
     for coordinates in product(*(range(n) for _, n in axes)):
-        at = dict(zip(size, coordinates, strict=True))
-        start, stop = [], []
-        for length, split in zip(shape, full, strict=True):
-            index, ways = 0, 1
-            for a in split:  # the first axis named is the slowest, as in PartitionSpec
-                index, ways = index * size[a] + at[a], ways * size[a]
-            start.append(index * (length // ways))
-            stop.append((index + 1) * (length // ways))
-        boxes.append(Box(tuple(start), tuple(stop)))
+        index = _index(spec, size, dict(zip(size, coordinates, strict=True)))
+        if index not in made:
+            made[index] = _part(index, local)
+        boxes.append(made[index])
     return tuple(boxes)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 14)
+def _box(axes: Axes, spec: Spec, shape: tuple[int, ...], number: int) -> Box:
+    """The box of rank ``number`` of those of a placement."""
+    at: dict[str, int] = {}
+    for name, size in reversed(axes):
+        number, at[name] = divmod(number, size)
+    return _part(_index(spec, dict(axes), at), _local_shape(axes, spec, shape))
+
+
+def _index(spec: Spec, size: Mapping[str, int], at: Mapping[str, int]) -> tuple[int, ...]:
+    """Which part of each dim the rank at the coordinates ``at`` holds."""
+    index = []
+    for split in spec:
+        part = 0
+        for a in split:  # the first axis named is the slowest, as in PartitionSpec
+            part = part * size[a] + at[a]
+        index.append(part)
+    return tuple(index)
+
+
+def _part(index: tuple[int, ...], local: tuple[int, ...]) -> Box:
+    """The part with number ``index`` along each dim, all of them of shape ``local``."""
+    index += (0,) * (len(local) - len(index))
+    start = tuple(i * n for i, n in zip(index, local, strict=True))
+    return Box(start, tuple(a + n for a, n in zip(start, local, strict=True)))
+
+
 def _shards(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Shard, ...]:
+    key = (axes, spec, shape)
+    return _RECENT_SHARDS.get(key, _num_ranks(axes), lambda: _all_shards(*key))
+
+
+def _all_shards(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Shard, ...]:
     holders: dict[Box, list[int]] = {}
     for rank, box in enumerate(_boxes(axes, spec, shape)):
         holders.setdefault(box, []).append(rank)
     return tuple(Shard(box, tuple(ranks)) for box, ranks in holders.items())
+
+
+def _num_ranks(axes: Axes) -> int:
+    return prod(n for _, n in axes)
 
 
 def shard_dim_over_replicas(placement: Placement, ways: int, dim: int = 0) -> Placement:

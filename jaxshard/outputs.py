@@ -18,6 +18,9 @@ from .errors import LayoutError
 from .layout import Layout, Placement, Shard, Spec
 from .strategy import Axes
 
+Keepers = Mapping[tuple[str, int], int]
+"""By a tensor's name and the first rank of its placement: an index into ``Shard.holders``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -49,14 +52,14 @@ class Outputs:
         paths: each rank's file, relative to the result's root.
         layout: which ranks hold which boxes, replicas included.
         kept: for a tensor stored without redundancy, which of each shard's holders
-            keeps it (an index into ``Shard.holders``); absent names are kept by all.
+            keeps it; absent names are kept by all.
         contents: the distinct lists of entries.
         content_of: per rank, its index in ``contents``.
     """
 
     paths: tuple[str, ...]
     layout: Layout
-    kept: Mapping[tuple[str, int], int] = field(repr=False)
+    kept: Keepers = field(repr=False)
     contents: tuple[tuple[Entry, ...], ...] = field(repr=False)
     content_of: tuple[int, ...] = field(repr=False)
 
@@ -78,18 +81,20 @@ def arrange(
     paths: Sequence[str],
     *,
     remove_redundancy: bool = False,
+    keepers: Keepers | None = None,
 ) -> Outputs:
     """The outputs that hold ``tensors`` laid out by ``layout``.
 
     With ``remove_redundancy`` every shard is stored by one of its holders only; tensors
-    that are replicated alike take turns, each going where fewest bytes lie so far.
+    that are replicated alike take turns, each going where fewest bytes lie so far. Where
+    ``keepers`` are given they decide, and a tensor that they do not name is kept by all.
 
     Raises:
         LayoutError: a tensor does not divide, or is placed nowhere.
     """
     if len(paths) != layout.num_ranks:
         raise LayoutError(f"{layout.num_ranks} ranks need as many files, not {len(paths)}.")
-    shelves = _Shelves()
+    shelves = _Shelves(keepers)
     for order, tensor in enumerate(tensors):
         placements = layout.placements.get(tensor.name, ())
         if not placements:
@@ -103,8 +108,9 @@ def arrange(
 class _Shelves:
     """Entries gathered by the set of ranks that stores them."""
 
-    def __init__(self) -> None:
+    def __init__(self, keepers: Keepers | None) -> None:
         self.kept: dict[tuple[str, int], int] = {}
+        self._keepers = keepers
         self._whole: dict[range, list[Entry]] = {}
         self._groups: dict[tuple[Axes, Spec, int, bool], _Replicas] = {}
 
@@ -112,13 +118,18 @@ class _Shelves:
         placement, shape = entry.placement, entry.tensor.shape
         shards = placement.shards(shape)
         replicas = len(shards[0].holders)
-        if not remove_redundancy or replicas == 1:
+        key = entry.tensor.name, placement.first_rank
+        told = self._keepers is None or key in self._keepers
+        if not (remove_redundancy and told) or replicas == 1:
             self._whole.setdefault(placement.ranks, []).append(entry)
             return
         group = self._group(placement, shards, 0 in shape)
-        load, keeper = heapq.heappop(group.loads)
-        heapq.heappush(group.loads, (load + entry.num_bytes, keeper))
-        self.kept[entry.tensor.name, placement.first_rank] = keeper
+        if self._keepers is None:
+            load, keeper = heapq.heappop(group.loads)
+            heapq.heappush(group.loads, (load + entry.num_bytes, keeper))
+        else:
+            keeper = self._keepers[key]
+        self.kept[key] = keeper
         group.kept[keeper].append(entry)
 
     def _group(self, placement: Placement, shards: Sequence[Shard], is_empty: bool) -> _Replicas:

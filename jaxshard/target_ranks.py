@@ -11,7 +11,7 @@ from math import prod
 
 from .catalog import Catalog, Tensor
 from .errors import LayoutError, some
-from .formats import layout_file, rank_files, strategy_files
+from .formats import layout_file, rank_files, rank_redundancy, strategy_files
 from .lay_files import as_ckpt, as_safetensors
 from .layout import Layout, Placement, check_divides
 from .outputs import arrange
@@ -26,17 +26,19 @@ def rank_folders(source: Catalog, tensors: Sequence[Tensor], request: Request) -
     Raises:
         LayoutError: a tensor is not in the layout, or does not divide.
     """
-    layout = placed(source, tensors, request)
+    layout = _by_stages(placed(source, tensors, request), source)
     strategy, notes = _strategy(source, tensors, layout)
     layout = replace(layout, notes=(*layout.notes, *notes))
     kind = "ckpt" if request.format == "ckpt" else "safetensors"
     paths = [rank_files.file_path(r, request.prefix, kind) for r in range(layout.num_ranks)]
-    outputs = arrange(tensors, layout, paths, remove_redundancy=request.remove_redundancy)
+    once = request.remove_redundancy
+    keepers = rank_redundancy.keepers(_without(layout, source.hyper)) if once else None
+    outputs = arrange(tensors, layout, paths, remove_redundancy=once, keepers=keepers)
     side = {f"{STRATEGY_FOLDER}/{path}": data for path, data in strategy.items()}
     if kind == "ckpt":
         lay_file, seal = as_ckpt(source.metadata, crc=request.crc)
         return Result("ckpt", outputs, lay_file, side, seal)
-    redundancy = {"remove_redundancy": str(request.remove_redundancy)}  # as Python writes bools
+    redundancy = {"remove_redundancy": str(once)}  # as Python writes bools
     metadata = {**source.metadata, "format": "ms", **redundancy}
     return Result("ranks", outputs, as_safetensors(metadata), side)
 
@@ -47,8 +49,8 @@ def placed(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Layo
     Raises:
         LayoutError: a tensor is not in the layout.
     """
-    layout = request.to
-    assert layout is not None
+    assert request.to is not None
+    layout = strategy_files.for_tensors(request.to, {t.name: t.shape for t in tensors})
     _check_names(source, tensors, layout)
     return _with_hyper(layout, source, tensors)
 
@@ -61,17 +63,11 @@ def _strategy(
     Hyper parameters are not told of: they are never cut.
     """
     told = [t for t in tensors if t.name not in source.hyper] or tensors
-    stage = prod(n for _, n in layout.stage_axes) if layout.stage_axes else layout.num_ranks
-    placements = {
-        t.name: tuple(s for p in layout.placements[t.name] for s in _by_stage(p, stage))
-        for t in told
-    }
-    split = Layout(layout.num_ranks, placements)
     for tensor in told:
-        for placement in placements[tensor.name]:
+        for placement in layout.placements[tensor.name]:
             check_divides(placement, tensor.shape, tensor.name)
     try:
-        strategies = strategy_files.from_layout(split, {t.name: t.shape for t in told})
+        strategies = strategy_files.from_layout(layout, {t.name: t.shape for t in told})
         return strategy_files.raw_files(strategies), ()
     except LayoutError as error:
         note = (
@@ -79,6 +75,22 @@ def _strategy(
             f"cannot: {str(error).split('. ')[0]}."
         )
         return {layout_file.NAME: layout_file.to_bytes(layout, (t.name for t in told))}, (note,)
+
+
+def _by_stages(layout: Layout, source: Catalog) -> Layout:
+    """``layout`` with what lies on several stages told stage by stage, the job's numbers apart."""
+    stage = prod(n for _, n in layout.stage_axes) if layout.stage_axes else layout.num_ranks
+    placements = {
+        name: tuple(s for p in placed for s in _by_stage(p, stage))
+        for name, placed in layout.placements.items()
+        if name not in source.hyper
+    }
+    return replace(layout, placements={**layout.placements, **placements})
+
+
+def _without(layout: Layout, names: frozenset[str]) -> Layout:
+    kept = {name: placed for name, placed in layout.placements.items() if name not in names}
+    return replace(layout, placements=kept)
 
 
 def _by_stage(placement: Placement, stage: int) -> list[Placement]:
@@ -102,6 +114,6 @@ def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> 
     if unplaced:
         raise LayoutError(
             f"{len(unplaced)} tensors are not in the target's strategy: {some(unplaced)}. Leave "
-            "them out with --exclude (optimizer states: --drop-prefix adam_), or give a strategy "
-            "that has them."
+            "them out with --exclude (exclude=; optimizer states: --drop-prefix adam_), or give a "
+            "strategy that has them."
         )

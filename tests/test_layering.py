@@ -18,7 +18,7 @@ PACKAGE = ROOT / "jaxshard"
 
 #: Rings from the inside out; a folder means everything below it.
 RINGS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "box"),
+    ("errors", "dtypes", "box", "recent"),
     ("strategy", "layout", "elements", "views"),
     ("catalog",),
     ("rules", "mapping", "selection"),
@@ -27,7 +27,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("storage",),
     ("results", "lay_files", "target_folders", "target_ranks", "target_iteration"),
     ("targets", "opening", "job_values", "multiprocess"),
-    ("conversion", "verification", "rank_share"),
+    ("conversion", "verification", "rank_share", "decryption"),
     ("devices", "transfer"),
     ("trees", "on_devices", "array_layouts"),
     ("loading", "saving"),

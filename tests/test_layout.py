@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from random_layouts import models
 
+from jaxshard import layout as layout_module
 from jaxshard.box import Box
 from jaxshard.errors import LayoutError
 from jaxshard.layout import Layout, Placement, check_divides, shard_dim_over_replicas
@@ -65,6 +66,23 @@ def test_shards_are_the_distinct_boxes_and_all_their_holders(model):
             assert {r: s.box for s in shards for r in s.holders} == dict(enumerate(boxes))
             assert len({len(s.holders) for s in shards}) == 1
             assert {b.shape for b in boxes} == {placement.local_shape(tensor.shape)}
+
+
+@given(models(num_layouts=1))
+def test_the_box_of_one_rank_needs_not_those_of_all(model):
+    for tensor in model.tensors:
+        for placement in model.layouts[0].placements[tensor.name]:
+            alone = tuple(placement.box(tensor.shape, rank) for rank in placement.ranks)
+            assert alone == placement.boxes(tensor.shape)
+
+
+def test_boxes_of_many_ranks_are_not_kept_for_ever():
+    """A strategy file may tell of thousands of ways to cut, each over as many ranks."""
+    ranks = layout_module._MOST_RANKS // 8
+    for number in range(10):
+        placement = Placement((("a", ranks // 2), ("b", 2)), (("b",),))
+        assert len(placement.boxes((2 + 2 * number,))) == ranks
+        assert layout_module._RECENT_BOXES.weight <= layout_module._MOST_RANKS
 
 
 def test_a_layout_knows_the_box_of_a_rank_in_any_stage():

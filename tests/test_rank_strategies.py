@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import mindspore_files as ms
@@ -15,6 +17,7 @@ from mindspore_ranks import (
     LAYOUT,
     NUMBERS,
     QUICK,
+    ROWS,
     STEP,
     Held,
     check_equal,
@@ -24,7 +27,13 @@ from mindspore_ranks import (
 )
 
 import jaxshard as js
-from jaxshard.errors import CoverageError, FormatError, LayoutError
+from jaxshard.errors import (
+    CoverageError,
+    FormatError,
+    JaxshardError,
+    LayoutError,
+    NotFoundError,
+)
 from jaxshard.formats import strategy_files
 from jaxshard.formats.strategy_files import ParamLayout, Stage, Strategies
 from jaxshard.layout import Layout, Placement
@@ -146,6 +155,96 @@ def test_column_splits_of_bfloat16_are_written_as_they_are(tmp_path: Path) -> No
     columns = np.split(np.frombuffer(data, np.uint16).reshape(shape), 4, axis=1)
     for rank, held in ms.rank_weights_of(tmp_path / "o").items():
         assert held[name][2] == np.ascontiguousarray(columns[rank]).tobytes()
+
+
+def test_a_vector_that_two_axes_split_is_one_dim_and_not_two(tmp_path: Path) -> None:
+    """A tensor map of two numbers looks like two dims; only the tensor's shape tells."""
+    array = np.arange(8, dtype=np.float32)
+    param = ParamLayout((2, 2), ((0, 1),))  # the fast axis outside, so no two that are one
+    stage = Stage(0, "made", {"bias": param}, (strategy_files.Operator("op", 0, ((1,),)),))
+    strategy = tmp_path / "strategy"
+    strategy.mkdir()
+    for name, data in strategy_files.raw_files(Strategies({0: stage})).items():
+        (strategy / name).write_bytes(data)
+
+    def held(rank: int) -> Held:
+        number = rank % 2 * 2 + rank // 2
+        return {"bias": array[2 * number : 2 * number + 2]}
+
+    source = write_ranks(tmp_path / "checkpoint", held)
+    check_equal(merged(source, tmp_path / "o"), {"bias": array})
+    js.convert(tmp_path / "o", tmp_path / "cut", strategy, options=QUICK)  # and as a target
+    js.convert(source, tmp_path / "again", "same", options=QUICK)
+    for made in ("cut", "again"):
+        for rank, share in ms.rank_weights_of(tmp_path / made).items():
+            assert share["bias"][2] == held(rank)["bias"].tobytes()
+
+
+def test_weights_of_the_strategy_that_are_in_no_file_are_told_and_not_skipped(
+    ranks: Path, tmp_path: Path
+) -> None:
+    """MindSpore skips them in silence, and the network keeps what it was initialised with."""
+    head = {"head.weight": (ROWS,), "adam_m.wq": (ROWS,)}
+    more = Layout(4, {**LAYOUT.placements, **head})
+    arrays = {**ARRAYS, "head.weight": ARRAYS["wq"], "adam_m.wq": ARRAYS["wq"]}
+    strategy = write_strategy(tmp_path / "more", more, arrays)
+    whole = r"1 weights of the target's strategy are not in .*: head\.weight\. .*--exclude"
+    for work in (
+        lambda **how: js.convert(ranks, tmp_path / "o", strategy, options=QUICK, **how),
+        lambda **how: js.load_rank(ranks, strategy, 1, **how),
+        lambda **how: js.load(ranks, strategy, **how),
+    ):
+        with pytest.raises(CoverageError, match=whole):
+            work()
+        work(exclude="head")
+    held = ms.rank_weights_of(tmp_path / "o")[0]  # states need not be there
+    assert held.keys() == ARRAYS.keys()
+    js.load(ranks, strategy, include=["wq", "wo"])
+    js.load(ranks, strategy, strict=False)
+    shutil.rmtree(tmp_path / "o")
+    js.convert(ranks, tmp_path / "o", strategy, options=QUICK, include="^w")
+
+
+def test_with_other_names_weights_are_missed_too_unless_some_were_left_out(
+    ranks: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "names.toml"
+    table.write_text('[[op]]\nop = "rename"\nrules = [["w{x}", "layer.{x}.weight"]]\n')
+    names = {"layer.q.weight": "wq", "layer.o.weight": "wo", "norm": "norm"}
+    target = Layout(4, {new: LAYOUT.placements[old] for new, old in names.items()})
+    lacking = Layout(4, {**target.placements, "head": (ROWS,)})
+    how = {"names": str(table), "options": QUICK}
+    js.convert(ranks, tmp_path / "o", target, **how)
+    with pytest.raises(CoverageError, match="1 weights of the target's strategy"):
+        js.convert(ranks, tmp_path / "p", lacking, **how)
+    js.convert(ranks, tmp_path / "p", target, exclude="^wo", **how)  # the source's name
+
+
+def test_states_that_the_strategy_has_not_are_left_out_as_the_error_says(training: Path) -> None:
+    for work in (js.load, js.load_rank):
+        with pytest.raises(JaxshardError, match=r"[36] tensors .*exclude=.*adam_") as error:
+            work(training, LAYOUT)
+        assert isinstance(error.value, NotFoundError | LayoutError)
+        assert work(training, LAYOUT, exclude=["^adam_", "^accu_grads"]).keys() >= ARRAYS.keys()
+
+
+def test_ranks_are_opened_without_the_boxes_of_all_others(tmp_path: Path) -> None:
+    """A few kilobytes of strategy may tell of many cuts over a hundred thousand ranks each."""
+    params = {f"w{i}": ParamLayout((2**i, 2 ** (17 - i)), ((0, -1),)) for i in range(17)}
+    stage = Stage(0, "made", params, (strategy_files.Operator("op", 0, ((1,),)),))
+    (tmp_path / "merged_strategy.ckpt").write_bytes(
+        strategy_files.merged_file(Strategies({0: stage}))
+    )
+    held = {name: np.zeros((1, 2), np.float32) for name in params}
+    write_ranks(tmp_path / "checkpoint", lambda _: held, ranks=[0, 5])
+    tracemalloc.start()
+    try:
+        catalog = js.open(tmp_path / "checkpoint")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert catalog["w3"].shape == (2**14, 2)
+    assert peak < 30_000_000  # without: 900 MB
 
 
 # --- what MindSpore's reader demands, and ours does not ---------------------------------------

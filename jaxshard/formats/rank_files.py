@@ -25,6 +25,7 @@ from ..rules.match import weight_name
 from . import elsewhere, huggingface, rank_names
 from .folder import Folder
 from .job_numbers import job_numbers
+from .strategy_algebra import for_dims
 from .weight_files import Stored, read_weight_file
 
 _OWN = re.compile(  # not the model's
@@ -144,7 +145,7 @@ class _Gathered:
     def __init__(self, layout: Layout | None) -> None:
         self.metadata: dict[str, str] = {}
         self.hyper: dict[str, None] = {}
-        self._placed = layout.placements if layout else {}
+        self._placed = dict(layout.placements) if layout else {}
         self._found: dict[str, _Found] = {}
 
     def add(self, rank: int, file: int, entry: Stored, path: str) -> None:
@@ -153,6 +154,9 @@ class _Gathered:
             self.hyper[entry.name] = None
             shape, box = entry.shape, Box.whole(entry.shape)
         else:
+            if len(entry.shape) == 1 and len(placements[0].spec) > 1:
+                placements = tuple(for_dims(p, 1) for p in placements)
+                self._placed[entry.name] = placements
             shape, box = _place(entry, placements, rank, path)
         found = self._found.setdefault(entry.name, _Found(entry.dtype, shape, path))
         if (found.shape, found.dtype) != (shape, entry.dtype):
@@ -245,4 +249,4 @@ def _place(
             f"{len(placement.spec)} dims. Give the strategy files it was written with."
         )
     shape = tuple(n * placement.ways(dim) for dim, n in enumerate(entry.shape))
-    return shape, placement.boxes(shape)[rank - placement.first_rank]
+    return shape, placement.box(shape, rank)

@@ -105,6 +105,21 @@ def full_shape(placement: Placement, local_shape: tuple[int, ...]) -> tuple[int,
     return tuple(n * placement.ways(d) for d, n in enumerate(local_shape))
 
 
+def for_dims(placement: Placement, ndim: int) -> Placement:
+    """``placement`` as what it means for a tensor of ``ndim`` dims.
+
+    A tensor map is a list for each dim, or one list with a number for each dim. So one dim that
+    two axes split looks like two dims with an axis each, and only the tensor's shape tells.
+
+    >>> two = Placement((("d1", 2), ("d0", 2)), (("d1",), ("d0",)))
+    >>> print(for_dims(two, 1))
+    [d1+d0] over d12 d02 from rank 0
+    """
+    if ndim != 1 or len(placement.spec) < 2 or any(len(axes) != 1 for axes in placement.spec):
+        return placement
+    return replace(placement, spec=(tuple(axes[0] for axes in placement.spec),))
+
+
 # ---------------------------------------------------------------------------- the way back
 
 

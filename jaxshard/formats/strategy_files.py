@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, some
@@ -22,7 +22,7 @@ from . import strategy_json, wire
 from . import strategy_messages as messages
 from .folder import Folder
 from .mindspore_kinds import kind_of, told
-from .strategy_algebra import full_shape, param_layout, placement
+from .strategy_algebra import for_dims, full_shape, param_layout, placement
 from .strategy_messages import Operator, ParamLayout, StrategyFile
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "Strategies",
     "StrategyFile",
     "find",
+    "for_dims",
+    "for_tensors",
     "from_layout",
     "full_shape",
     "json_file",
@@ -251,6 +253,18 @@ def layout(strategies: Strategies, num_ranks: int | None = None) -> Layout:
                 raise LayoutError(f"{stage.path}, parameter {name}: {e}") from None
             placements[name] = (*placements.get(name, ()), one)
     return Layout(strategies.num_ranks, placements)
+
+
+def for_tensors(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """``layout``, which strategy files told, as what it means for tensors of ``shapes``."""
+    changed = {
+        name: fitted
+        for name, shape in shapes.items()
+        if len(shape) == 1
+        and (placed := layout.placements.get(name))
+        and (fitted := tuple(for_dims(p, 1) for p in placed)) != placed
+    }
+    return replace(layout, placements={**layout.placements, **changed}) if changed else layout
 
 
 # ---------------------------------------------------------------------------- from layouts

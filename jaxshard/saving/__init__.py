@@ -82,7 +82,7 @@ def save(
         rules: layout rules that go before the family's own, for a strategy.
         max_shard_size: the most tensor bytes in one file, such as ``"5GB"``.
         prefix: rank files are called ``rank_{r}/{prefix}{r}.safetensors``.
-        remove_redundancy: store each shard on one rank only, balanced by bytes.
+        remove_redundancy: store each shard on one rank only.
         name_of: the tensor's name for a leaf's path.
         config: what the model is, for ``config.json``.
         extras: a checkpoint whose other files (config, tokenizer) are carried along.
