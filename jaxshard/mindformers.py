@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .catalog import Catalog
-from .errors import FormatError, NotFoundError, StorageError
+from .errors import CoverageError, FormatError, NotFoundError, StorageError
 from .opening import PathLike, open_checkpoint
 from .strategy import Strategy
 
@@ -40,7 +40,29 @@ _SIZES = {
 }
 _STATES = (r"^adam_m\.", r"^adam_v\.", r"^moment[12]\.")
 _GRADIENTS = r"^accu_grads\."
+_MONITOR = {
+    "directory": "directory",
+    "prefix": "prefix",
+    "save_checkpoint_steps": "save_every_steps",
+    "save_checkpoint_seconds": "save_every_seconds",
+    "keep_checkpoint_max": "keep_max",
+    "global_batch_size": "global_batch_size",
+    "remove_redundancy": "remove_redundancy",
+    "async_save": "async_save",
+    "save_optimizer": "save_optimizer",
+    "save_network_params": "save_network_only",
+    "save_trainable_params": "save_trainable_only",
+}
+_SECTION = {
+    "save_path": "directory",
+    "prefix": "prefix",
+    "save_interleaved_steps": "save_every_steps",
+    "save_max": "keep_max",
+    "save_remove_redundancy": "remove_redundancy",
+    "async_save": "async_save",
+}
 _ALL_REPLICAS = -1
+_KINDS = ("ckpt", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,7 @@ class Loading:
         src_strategy: the strategy files it was written with, if they are named.
         suffix: which of several files a rank, if one is named.
         with_states: optimizer states and the job's numbers too: training goes on.
+        how: further arguments of ``jaxshard.load``: ``balanced``, ``workers``.
         said: what the configuration says of the files, for comparing.
         notes: what a person should know: what was ignored, what contradicts what.
     """
@@ -62,6 +85,7 @@ class Loading:
     src_strategy: Path | None = None
     suffix: str | None = None
     with_states: bool = False
+    how: Mapping[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
@@ -77,9 +101,24 @@ class Loading:
         Raises:
             JaxshardError: as ``open_checkpoint``.
         """
-        catalog = open_checkpoint(self.path, strategy=self.src_strategy, suffix=self.suffix)
+        catalog = self._catalog()
         notes = (*self.notes, *_contradictions(self, catalog), *catalog.notes)
         return replace(catalog, notes=notes)
+
+    def _catalog(self) -> Catalog:
+        """The checkpoint; ``load_ckpt_format`` counts only where both kinds lie together."""
+        try:
+            return open_checkpoint(self.path, strategy=self.src_strategy, suffix=self.suffix)
+        except CoverageError:
+            kind = self.said.get("load_ckpt_format")
+            if kind not in _KINDS:
+                raise
+            suffix = f"{self.suffix or ''}.{kind}"
+            try:
+                return open_checkpoint(self.path, strategy=self.src_strategy, suffix=suffix)
+            except CoverageError:
+                pass  # then it is not what told them apart
+            raise
 
 
 def from_config(config: Config | PathLike) -> Loading:
@@ -112,8 +151,9 @@ def from_config(config: Config | PathLike) -> Loading:
         Path(str(src)) if src is not None else None,
         suffix,
         with_states,
+        _how(told),
         said,
-        (*notes, *more),
+        (*notes, *more, *_unsaid(told, strategy)),
     )
 
 
@@ -135,7 +175,7 @@ def load(
 
     asked = config if isinstance(config, Loading) else from_config(config)
     catalog = asked.open()
-    how.setdefault("exclude", asked.exclude(catalog))
+    how = {"exclude": asked.exclude(catalog), **asked.how, **how}
     arrays: dict[str, jax.Array] = load_arrays(catalog, asked.strategy, devices=devices, **how)
     return arrays
 
@@ -154,6 +194,30 @@ def load_rank(
     catalog = asked.open()
     how.setdefault("exclude", asked.exclude(catalog))
     return load_share(catalog, asked.strategy, rank, **how)
+
+
+def saving(config: Config | PathLike) -> dict[str, Any]:
+    """What ``training.CheckpointManager`` is to be given to save as a configuration says.
+
+    That is its callback ``CheckpointMonitor``, or its section ``checkpoint``; none of them: an
+    empty dict.
+
+    Raises:
+        FormatError: the file is not YAML, or a key has a value that means nothing.
+        StorageError: the file cannot be read, or PyYAML is missing.
+    """
+    told = config if isinstance(config, Mapping) else read_yaml(config)
+    new = _section(told, "checkpoint")
+    keys, said = (_SECTION, new) if new else (_MONITOR, _monitor(told))
+    found = {ours: said[theirs] for theirs, ours in keys.items() if said.get(theirs) is not None}
+    if not said:
+        return {}
+    if "no_save_optim" in new:
+        found["save_optimizer"] = not new["no_save_optim"]
+    if "async_save" in found:
+        found["async_save"] = bool(found["async_save"])  # it may name the kind of worker
+    legacy = not new and said.get("use_legacy_format", True)
+    return {"directory": "./output", **found, "format": "ranks" if legacy else "iteration"}
 
 
 def read_yaml(path: PathLike) -> Config:
@@ -217,7 +281,7 @@ def _strategy(told: Config) -> tuple[Strategy, list[str]]:
     strategy = Strategy(
         **sizes,
         optimizer_shard=_optimizer_shard(parallel),
-        vocab_emb_dp=bool(config.get("vocab_emb_dp", False)),
+        vocab_emb_dp=sizes["mp"] > 1 and bool(config.get("vocab_emb_dp", True)),
     )
     use = told.get("use_parallel")
     if strategy.num_ranks == 1 or use:
@@ -247,6 +311,52 @@ def _optimizer_shard(parallel: Config) -> int:
     if isinstance(size, bool) or not isinstance(size, int):
         raise FormatError(f"optimizer_weight_shard_size: {size!r} is not a number of ranks.")
     return size
+
+
+def _unsaid(told: Config, strategy: Strategy) -> list[str]:
+    """Notes on what keys say of the layout and a strategy in words cannot."""
+    config = _section(told, "parallel_config")
+    model = _section(_section(told, "model"), "model_config")
+    notes = []
+    for key, usual in (("offset", 0), ("pp_interleave_num", 1)):
+        value = model.get(key)
+        numbers = re.findall(r"\d+", str(value))  # of lists of lists too
+        if strategy.pp > 1 and any(int(n) != usual for n in numbers):
+            notes.append(
+                f"{key} is {value}, but layers are given to the {strategy.pp} stages in order and "
+                "evenly. For the job's own stages give its strategy files as the target, or rules "
+                "with layers_per_stage."
+            )
+    experts = config.get("expert_model_parallel")
+    if experts not in (None, 1):
+        notes.append(
+            f"expert_model_parallel is {experts}, but experts are cut as mp says. For the job's "
+            "own cut give its strategy files as the target."
+        )
+    return notes
+
+
+def _monitor(told: Config) -> Config:
+    """The arguments of the callback that saves; none where there is none."""
+    callbacks = told.get("callbacks") or []
+    if not isinstance(callbacks, list):
+        raise FormatError(f"callbacks: {callbacks!r} is not a list. Check the file.")
+    usual = {"save_checkpoint_steps": 1}
+    for one in callbacks:
+        if isinstance(one, Mapping) and one.get("type") == "CheckpointMonitor":
+            return {**usual, **one}
+    return {}
+
+
+def _how(told: Config) -> dict[str, Any]:
+    """How the files are read, as ``checkpoint:`` or the keys before it say."""
+    new = _section(told, "checkpoint")
+    balanced = new.get("load_balanced", told.get("balanced_load"))
+    workers = new.get("reshard_worker_num", told.get("reshard_worker_num"))
+    how: dict[str, Any] = {"balanced": True} if balanced else {}
+    if isinstance(workers, int) and workers > 1:
+        how["workers"] = workers
+    return how
 
 
 def _resume(told: Config) -> tuple[str | None, bool]:

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import mindspore_files as ms
 import numpy as np
 import pytest
 from golden_files import golden, manifest
-from mindspore_ranks import ARRAYS, LAYOUT, NUMBERS, QUICK, held_by, write_ranks
+from jax.sharding import NamedSharding, PartitionSpec
+from mindspore_ranks import (
+    ARRAYS,
+    LAYOUT,
+    NUMBERS,
+    QUICK,
+    as_ckpt,
+    held_by,
+    write_ranks,
+    write_strategy,
+)
 
 import jaxshard as js
 from jaxshard import mindformers
 from jaxshard.cli import parser
-from jaxshard.errors import FormatError, LayoutError, NotFoundError, StorageError
+from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError, StorageError
+from jaxshard.layout import Layout, Placement
 from jaxshard.opening import open_strategy
 from jaxshard.strategy import Strategy
+from jaxshard.training import CheckpointManager
 
 TWO = {"data_parallel": 1, "model_parallel": 2, "pipeline_stage": 1}
 WQ = "model.layers.1.attention.wq.weight"
@@ -60,6 +74,44 @@ def test_a_job_of_another_strategy_is_loaded_onto_the_devices(job: Path, resume:
         assert (array.shape, np.asarray(array).tobytes()) == (wanted[name][1], wanted[name][2])
     assert len(arrays[WQ].sharding.device_set) == 2
     assert arrays[WQ].addressable_shards[1].index == (slice(16, 32), slice(None))
+
+
+def test_ckpt_ranks_and_iterations_are_loaded_onto_a_mesh_of_another_layout(tmp_path: Path) -> None:
+    """Tensors that a ``.ckpt`` has in parts, too, which have nothing to do with rows."""
+    write_strategy(tmp_path / "strategy")
+    for rank in range(4):
+        place = tmp_path / "c" / f"rank_{rank}" / f"net_rank_{rank}-1_1.ckpt"
+        place.parent.mkdir(parents=True)
+        place.write_bytes(as_ckpt({**held_by(rank), **NUMBERS}, chunk_bytes=12))
+    js.convert(tmp_path / "c", tmp_path / "i", "same", format="iteration", options=QUICK)
+    eight = Placement((("dp", 4), ("mp", 2)), ((), ("mp",)))
+    columns = Layout(8, {"wq": (eight,), "wo": (eight,), "norm": (Placement((("all", 8),)),)})
+    for source in ("c", "i"):
+        arrays = js.load(tmp_path / source, columns)
+        for name, array in {**ARRAYS, **NUMBERS}.items():
+            found = arrays[name]
+            assert (found.shape, found.dtype) == (array.shape, array.dtype)
+            assert len(found.sharding.device_set) == 8
+            for shard in found.addressable_shards:
+                assert np.array_equal(shard.data, array[shard.index]), name
+        assert arrays["wo"].addressable_shards[1].index == (slice(None), slice(4, 8))
+
+
+@pytest.mark.parametrize("kind", ["full_copies", "balanced"])
+def test_a_real_iteration_is_loaded_onto_a_mesh(kind: str) -> None:
+    source = golden("mf_iteration_dir", kind, "checkpoint")
+    mesh = jax.make_mesh((2, 2), ("dp", "mp"))
+
+    def place(name: str) -> NamedSharding:
+        shape = catalog[name].shape
+        split = bool(shape) and shape[0] % 2 == 0
+        return NamedSharding(mesh, PartitionSpec("mp") if split else PartitionSpec())
+
+    catalog = js.open(source)
+    arrays, whole = js.load(catalog, place), js.load_rank(catalog, "full")
+    assert arrays.keys() == whole.keys()
+    for name, array in arrays.items():
+        assert np.asarray(array).tobytes() == whole[name].tobytes(), name
 
 
 def test_the_share_of_one_rank_is_what_its_file_would_hold(job: Path, tmp_path: Path) -> None:
@@ -133,11 +185,12 @@ def test_load_checkpoint_wins_over_the_pretrained_model(job: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("values", "strategy", "note"),
     [
-        ({}, "dp1mp2", None),
+        ({}, "dp1mp2vocabdp", None),  # vocab_emb_dp is on where nothing is said
         ({"parallel_config": {"data_parallel": 2, "pipeline_stage": 2}}, "dp2mp1pp2", None),
         ({"parallel_config": {**TWO, "vocab_emb_dp": True}}, "dp1mp2vocabdp", None),
+        ({"parallel_config": {**TWO, "vocab_emb_dp": False}}, "dp1mp2", None),
         ({"parallel_config": {"data_parallel": 4, "expert_parallel": 2}}, "dp4mp1ep2", None),
-        ({"parallel": {"enable_parallel_optimizer": True}}, "dp1mp2optall", None),
+        ({"parallel": {"enable_parallel_optimizer": True}}, "dp1mp2optallvocabdp", None),
         (
             {
                 "parallel": {
@@ -145,12 +198,38 @@ def test_load_checkpoint_wins_over_the_pretrained_model(job: Path, tmp_path: Pat
                     "parallel_optimizer_config": {"optimizer_weight_shard_size": 2},
                 }
             },
-            "dp1mp2opt2",
+            "dp1mp2opt2vocabdp",
             None,
         ),
-        ({"use_parallel": None}, "dp1mp2", "use_parallel is absent, but parallel_config has 2"),
-        ({"use_parallel": False}, "dp1mp1", r"parallel_config \(dp1mp2\) is not used"),
+        (
+            {"use_parallel": None},
+            "dp1mp2vocabdp",
+            "use_parallel is absent, but parallel_config has 2",
+        ),
+        ({"use_parallel": False}, "dp1mp1", r"parallel_config \(dp1mp2vocabdp\) is not used"),
         ({"use_parallel": False, "parallel_config": {}}, "dp1mp1", None),
+        (
+            {
+                "parallel_config": {"pipeline_stage": 2},
+                "model": {"model_config": {"offset": [1, -1]}},
+            },
+            "dp1mp1pp2",
+            r"offset is \[1, -1\], but layers are given to the 2 stages in order and evenly",
+        ),
+        (
+            {
+                "parallel_config": {"pipeline_stage": 2},
+                "model": {"model_config": {"offset": [[0, 0]], "pp_interleave_num": 2}},
+            },
+            "dp1mp1pp2",
+            "pp_interleave_num is 2, but layers",
+        ),
+        ({"model": {"model_config": {"offset": 1, "pp_interleave_num": 2}}}, "dp1mp2vocabdp", None),
+        (
+            {"parallel_config": {"data_parallel": 2, "expert_model_parallel": 2}},
+            "dp2mp1",
+            "expert_model_parallel is 2, but experts are cut as mp says",
+        ),
     ],
 )
 def test_the_strategy_is_that_of_the_parallel_config(
@@ -234,6 +313,72 @@ def test_only_save_strategy_is_pointed_elsewhere(job: Path) -> None:
     assert "jaxshard strategy make" in asked(config(job, only_save_strategy=True)).notes[0]
 
 
+def test_balanced_loading_and_its_threads_are_what_load_is_told(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = {"load_path": str(job), "load_balanced": True, "reshard_worker_num": 3}
+    for values in ({"checkpoint": new}, {"balanced_load": True, "reshard_worker_num": 3}):
+        assert asked(config(job, **values)).how == {"balanced": True, "workers": 3}
+    assert asked(config(job)).how == {}
+    given = {}
+    monkeypatch.setattr("jaxshard.loading.load", lambda *a, **how: given.update(how))
+    mindformers.load(config(job, checkpoint=new), workers=1)
+    assert (given["balanced"], given["workers"]) == (True, 1)
+
+
+def test_the_format_that_is_named_counts_where_both_lie_together(ranks: Path) -> None:
+    newer = {n: a + 1 for n, a in ARRAYS.items()}
+    write_ranks(ranks, lambda r: held_by(r, newer), "net_rank_{r}-1_10.ckpt")
+    told = {"load_checkpoint": str(ranks), "use_parallel": True}
+    with pytest.raises(
+        CoverageError, match=r"Choose with --suffix \.ckpt or --suffix \.safetensors"
+    ):
+        asked(told).open()
+    for kind in ("ckpt", "safetensors"):
+        for resume in (False, "net_rank_0-1_10"):
+            found = asked({**told, "load_ckpt_format": kind, "resume_training": resume}).open()
+            assert {f.path.rsplit(".")[-1] for f in found.files} == {kind}
+    with pytest.raises(CoverageError, match="nothing says which kind counts"):
+        asked({**told, "load_ckpt_format": "other"}).open()
+
+
+def test_the_monitor_of_a_configuration_becomes_a_manager(tmp_path: Path) -> None:
+    monitor = {
+        "type": "CheckpointMonitor",
+        "prefix": "llama",
+        "save_checkpoint_steps": 100,
+        "keep_checkpoint_max": 3,
+        "async_save": "thread",
+        "save_network_params": True,
+        "checkpoint_format": "safetensors",
+    }
+    told = {"callbacks": [{"type": "MFLossMonitor"}, monitor]}
+    wanted = {
+        "directory": "./output",
+        "prefix": "llama",
+        "save_every_steps": 100,
+        "keep_max": 3,
+        "async_save": True,
+        "save_network_only": True,
+        "format": "ranks",
+    }
+    assert mindformers.saving(told) == wanted
+    section = {"save_path": str(tmp_path), "save_max": 2, "no_save_optim": True, "prefix": "llama"}
+    new = mindformers.saving({**told, "checkpoint": section})
+    assert new == {
+        "directory": str(tmp_path),
+        "prefix": "llama",
+        "keep_max": 2,
+        "save_optimizer": False,
+        "format": "iteration",
+    }
+    for arguments in (wanted, new):
+        CheckpointManager(**arguments)
+    assert mindformers.saving({}) == {}
+    with pytest.raises(FormatError, match="callbacks: 3 is not a list"):
+        mindformers.saving({"callbacks": 3})
+
+
 # --- YAML ----------------------------------------------------------------------------------
 
 
@@ -278,6 +423,24 @@ def test_a_missing_file_and_a_missing_library_are_said(
 
 
 # --- the page ------------------------------------------------------------------------------
+
+SECTIONS = ("checkpoint", "parallel", "model.model_config")
+NAMED = (
+    *("load_checkpoint", "load_ckpt_format", "auto_trans_ckpt", "src_strategy_path_or_dir"),
+    *("remove_redundancy", "pretrained_model_dir", "transform_process_num", "resume_training"),
+    *("transform_checkpoint.py", "unified_safetensors.py", "convert_reversed.py", ".sh"),
+    *("transform_ckpt_lora.py", "merge_pipeline_strategys", "load_distributed_checkpoint"),
+    *("ckpt_to_safetensors", "safetensors_to_ckpt", "CheckpointMonitor", "only_save_strategy"),
+    *("callbacks", "load_balanced", "reshard_worker_num", "no_load_optim", "vocab_emb_dp"),
+    *("pp_interleave_num", "offset", "expert_model_parallel", "use_parallel", "file_suffix"),
+    *("transform_checkpoints", "unified_safetensors", "choice_func", "name_map", "crc_check"),
+)
+
+
+def test_the_page_tells_of_every_script_key_and_function_that_is_replaced() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "mindformers.md").read_text()
+    words = set(re.findall(r"[.\w]+", " ".join(re.findall(r"`([^`\n]+)`", page))))
+    assert [n for n in NAMED if not words & {n, *(f"{s}.{n}" for s in SECTIONS)}] == []
 
 
 def test_the_commands_of_the_page_are_commands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,25 @@ from jaxshard.layout import Layout, Placement
         (["net_rank_0-1_100", "net_rank_0-1_1100"], "_100", "net_rank_0-1_100"),
         (["llama2_7b_rank_0-1_10", "llama2_7b_rank_0-1_9"], None, "llama2_7b_rank_0-1_10"),
         (["llama-network-1_10", "llama-network-1_9"], None, "llama-network-1_10"),
+        # mindspore saves weights alone, and what is trained, in folders of their own
+        (
+            ["llama_rank_0-network-1_9", "llama_rank_0-network-1_10"],
+            None,
+            "llama_rank_0-network-1_10",
+        ),
+        (
+            ["llama_rank_0-trainable_params-1_10", "llama_rank_0-trainable_params-2_1"],
+            None,
+            "llama_rank_0-trainable_params-2_1",
+        ),
+        (
+            ["llama_rank_0-network-1_10", "llama_rank_0_1-network-1_10"],
+            None,
+            "llama_rank_0_1-network-1_10",
+        ),
+        (["a_rank_0-1_10", "b_rank_0-1_10"], "a-1_10", "a_rank_0-1_10"),
+        (["a_rank_0-1_10", "b_rank_0_2-1_10"], "b_2-1_10", "b_rank_0_2-1_10"),
+        (["a_0", "b_0"], "b_", "b_0"),
         (["checkpoint_0"], None, "checkpoint_0"),
         (["net"], None, "net"),
     ],
@@ -85,8 +105,24 @@ def test_another_step_is_taken_when_asked_for(ranks: Path, tmp_path: Path) -> No
 
 def test_files_that_names_do_not_tell_apart_are_refused(ranks: Path) -> None:
     write_ranks(ranks, name="other_rank_{r}-1_10.safetensors")
-    with pytest.raises(CoverageError, match=r"rank_0 has both .* Choose one with --suffix"):
+    with pytest.raises(CoverageError, match=r"rank_0 has both .* not tell which is newer") as error:
         js.open(ranks)
+    remedies = re.findall(r"--suffix ([^ ]+[0-9])", str(error.value))
+    assert remedies == ["net-1_10", "other-1_10"]
+    for suffix in remedies:  # what is advised helps
+        assert all(f"/{suffix[:3]}" in f.path for f in js.open(ranks, suffix=suffix).files)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", "ckpt", "1_10.ckpt", "-1_10.ckpt", "net-1_10.ckpt"])
+def test_files_of_two_kinds_are_told_apart_by_their_kind(
+    suffix: str, ranks: Path, tmp_path: Path
+) -> None:
+    newer = {n: a + 1 for n, a in ARRAYS.items()}
+    write_ranks(ranks, lambda r: held_by(r, newer), "net_rank_{r}-1_10.ckpt")
+    write_ranks(ranks, lambda r: held_by(r, ARRAYS), "net_rank_{r}-1_9.ckpt")
+    check_equal(merged(ranks, tmp_path / "ckpt", suffix=suffix), newer)
+    other = suffix.replace("ckpt", "safetensors")
+    check_equal(merged(ranks, tmp_path / "safetensors", suffix=other), ARRAYS)
 
 
 def test_both_kinds_of_files_at_once_are_refused_unless_one_is_chosen(
@@ -180,6 +216,19 @@ def test_replicas_that_differ_are_found_by_verify(
     assert f"wo differs between {one} and {other}." in capsys.readouterr().out
 
 
+def test_verifying_a_whole_run_says_that_replicas_are_not_compared(
+    ranks: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = ranks.parent
+    assert main(["verify", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"note: replicas are not compared; jaxshard verify {ranks} does that." in said
+    wrong = {n: a + (n == "wo") for n, a in held_by(3).items()}
+    write_ranks(ranks, lambda _: wrong, ranks=[3])
+    assert main(["verify", str(ranks)]) == 3
+    capsys.readouterr()
+
+
 def test_numbers_that_differ_between_ranks_are_found_too(tmp_path: Path) -> None:
     write_strategy(tmp_path / "strategy")
     source = write_ranks(
@@ -230,6 +279,25 @@ def test_prefixes_are_dropped_and_a_prefix_of_nothing_is_said(
     assert "no tensor begins with adma_: --drop-prefix adma_ drops nothing." in report.notes
     with pytest.raises(NotFoundError, match="all of them are excluded"):
         js.merge(training, tmp_path / "p", drop_prefixes=["w", "n", "a", "g", "l"])
+
+
+def test_the_same_is_asked_for_on_the_command_line(training: Path, tmp_path: Path) -> None:
+    newer = {n: np.asarray(a + 1) for n, a in with_states(0).items()}
+    write_ranks(training, lambda _: newer, "net_rank_{r}-1_20.safetensors")
+    flags = "--suffix 1_10 --prefix net_ --drop-prefix adam_ --exclude ^wo --keep-accu-grads"
+    out = tmp_path / "o"
+    assert main(["convert", str(training), str(out), "--to", "same", *flags.split()]) == 0
+    assert sorted(p.name for p in out.glob("rank_*/*")) == [
+        f"net_{r}.safetensors" for r in range(4)
+    ]
+    for rank, held in ms.rank_weights_of(out).items():
+        kept = {n for n in with_states(rank) if not n.startswith(("adam_", "wo"))}
+        assert held.keys() == kept
+        assert any(n.startswith("accu_grads") for n in kept)
+        assert held["wq"][2] == held_by(rank)["wq"].tobytes()  # of step 10, not 20
+    assert main(["convert", str(training), str(tmp_path / "p"), "--to", "same"]) == 0
+    (held, *_) = ms.rank_weights_of(tmp_path / "p").values()
+    assert {n.split(".")[0] for n in held} == {"adam_m", *ARRAYS, *NUMBERS}
 
 
 def test_a_note_tells_which_weights_and_states_are_in_no_file(training: Path) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..errors import CoverageError, some
 
 _RANK_FILE = re.compile(r"rank_(\d{1,7})/([^/]+)\.(safetensors|ckpt)")
+_KIND = re.compile(r"(?:^|\.)(ckpt|safetensors)$")
 _NUMBERS = re.compile(r"\d{1,18}")
 _MAX_RANK = 1 << 20  # a folder called rank_9999999 is no rank
 
@@ -43,6 +44,10 @@ def is_rank_file(path: str) -> bool:
 
 def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
     """The newest step of which every rank has a file; of those ending in ``suffix`` if given.
+
+    A suffix is what follows the rank (``1_10``, ``_2-1_10``), the end of that, or, where several
+    prefixes lie together, the whole name with the rank taken out (``llama-1_10``). It may end in,
+    or be, the kind of file that counts (``1_10.ckpt``, ``.safetensors``).
 
     Raises:
         CoverageError: the names do not tell, kinds of files are mixed, or no step is
@@ -74,12 +79,31 @@ def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
 
 
 def _suffixed(rank: int, paths: list[str], suffix: str | None) -> list[str]:
-    """Those of one rank's files that ``suffix`` means: those it is all of, else ends."""
+    """Those of one rank's files that ``suffix`` means; see ``choose``."""
     if suffix is None:
         return paths
+    kind = _KIND.search(suffix)
+    if kind is not None:
+        suffix = suffix[: kind.start()]
+        paths = [p for p in paths if p.endswith(f".{kind[1]}")]
     bare = suffix.lstrip("-_")
+    if not bare:
+        return paths
     exact = [p for p in paths if _tail(_stem(p), rank).lstrip("-_") == bare]
-    return exact or [p for p in paths if _ends_with(_stem(p), suffix)]
+    whole = [p for p in paths if _rankless(p, rank) == suffix]
+    return exact or whole or [p for p in paths if _ends_with(_stem(p), suffix)]
+
+
+def _rankless(path: str, rank: int) -> str:
+    """A file's name without its rank, which is the same for all ranks.
+
+    >>> _rankless("rank_3/llama_rank_3_2-1_10.ckpt", 3), _rankless("rank_3/checkpoint_3.ckpt", 3)
+    ('llama_2-1_10', 'checkpoint')
+    """
+    stem = _stem(path)
+    tail = _tail(stem, rank)
+    named = re.fullmatch(rf"(.*?)_?rank_{rank}", stem[: len(stem) - len(tail)])
+    return (named[1] + tail if named else tail).strip("-_")
 
 
 def _refuse_mixed(found: dict[int, list[str]]) -> None:
@@ -90,7 +114,7 @@ def _refuse_mixed(found: dict[int, list[str]]) -> None:
     if len(kinds) > 1:
         raise CoverageError(
             f"the rank folders have both {' and '.join(kinds.values())}, and nothing says which "
-            "kind counts. Choose with --suffix, or move the others away."
+            f"kind counts. Choose with {' or '.join(f'--suffix .{kind}' for kind in kinds)}."
         )
 
 
@@ -100,9 +124,10 @@ def _by_step(rank: int, paths: list[str]) -> dict[Step, str]:
     for path in sorted(paths):
         step = step_of(_stem(path), rank)
         if step in found:
+            one, other = (_rankless(p, rank) for p in (found[step], path))
             raise CoverageError(
                 f"rank_{rank} has both {found[step]} and {path}, and their names do not tell which "
-                "is newer. Choose one with --suffix, or move the other away."
+                f"is newer. Choose with --suffix {one} or --suffix {other}."
             )
         found[step] = path
     return found
