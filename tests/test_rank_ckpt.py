@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from pathlib import Path
 
 import mindspore_files as ms
@@ -11,11 +12,14 @@ import pytest
 from golden_files import golden
 from mindspore_ranks import (
     ARRAYS,
+    LAYOUT,
     QUICK,
+    STEP,
     as_ckpt,
     check_equal,
     held_by,
     merged,
+    write_ranks,
     write_strategy,
 )
 
@@ -75,6 +79,70 @@ def test_a_damaged_checksum_stops_a_conversion_before_anything_is_made(
     assert not (tmp_path / "o").exists()
 
 
+def damaged(path: Path, data: bytes) -> None:
+    """One bit of ``data`` in the file flipped."""
+    content = bytearray(path.read_bytes())
+    content[content.index(data)] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_checksum_in_a_safetensors_file_is_compared_too(tmp_path: Path) -> None:
+    """MindSpore's ``crc_num``: over the names and bytes of all tensors in order."""
+    path = tmp_path / "model.safetensors"
+    shutil.copy(golden("ckpt_formats", "crc_nobf16.safetensors"), path)
+    js.convert(path, tmp_path / "o", options=QUICK)
+    damaged(path, ms.weights(path)["a"][2])
+    for work in (lambda: js.verify(path), lambda: js.merge(path, tmp_path / "p", options=QUICK)):
+        with pytest.raises(
+            FormatError, match=r"model\.safetensors: its checksum says crc32 [0-9]+,"
+        ):
+            work()
+    other = path.read_bytes().replace(b'"format":"ms"', b'"format":"pt"')
+    assert other != path.read_bytes()
+    path.write_bytes(other)  # then it is another program's number, whatever that means
+    js.convert(path, tmp_path / "p", options=QUICK)
+
+
+def test_checksums_of_rank_files_are_compared_before_anything_is_made(
+    ranks: Path, tmp_path: Path
+) -> None:
+    for rank in range(4):
+        held, crc = held_by(rank), 0
+        for name in sorted(held):
+            crc = zlib.crc32(held[name].tobytes(), zlib.crc32(name.encode(), crc))
+        write_ranks(ranks, lambda _, h=held: h, ranks=[rank], metadata={"crc_num": str(crc)})
+    check_equal(merged(ranks, tmp_path / "o"), ARRAYS)
+    damaged(ranks / "rank_2" / STEP.format(r=2), held_by(2)["wo"].tobytes())
+    with pytest.raises(FormatError, match=r"rank_2/net_rank_2-1_10\.safetensors: its checksum"):
+        js.load_rank(ranks, LAYOUT, 0)
+
+
+def test_what_is_said_of_a_renamed_tensor_goes_with_it(tmp_path: Path) -> None:
+    data = as_ckpt({"q": np.arange(6, dtype=np.uint8)}, int4=["q"])
+    (tmp_path / "model.ckpt").write_bytes(data)
+    table = tmp_path / "names.toml"
+    table.write_text('[[op]]\nop = "rename"\nrules = [["q", "layer.q"]]\n')
+    how = {"names": str(table), "options": QUICK}
+    js.convert(tmp_path / "model.ckpt", tmp_path / "s", format="huggingface", **how)
+    (written,) = (tmp_path / "s").glob("*.safetensors")
+    assert ms.check_mindspore_reads(written) == {"format": "pt", "layer.q": "Int4"}
+    js.convert(tmp_path / "model.ckpt", tmp_path / "c", format="ckpt", **how)
+    assert (tmp_path / "c" / "model.ckpt").read_bytes() == as_ckpt(
+        {"layer.q": np.arange(6, dtype=np.uint8)}, int4=["layer.q"]
+    )
+
+
+def test_text_whose_name_is_the_formats_own_is_left_out_aloud(tmp_path: Path) -> None:
+    strings = {"format": "mine", "crc_num": "7", "note": "kept"}
+    (tmp_path / "model.ckpt").write_bytes(as_ckpt(ARRAYS, strings=strings))
+    notes = js.open(tmp_path / "model.ckpt").notes
+    assert [n for n in notes if "is left out: that name is the format's own" in n] == [*notes]
+    assert len(notes) == 2
+    js.convert(tmp_path / "model.ckpt", tmp_path / "s", options=QUICK)
+    (written,) = (tmp_path / "s").glob("*.safetensors")
+    assert ms.check_mindspore_reads(written) == {"format": "pt", "note": "kept"}
+
+
 def test_text_and_int4_go_from_ckpt_to_safetensors_and_back(tmp_path: Path) -> None:
     data = as_ckpt({"q": np.arange(6, dtype=np.uint8)}, strings={"note": "hello"}, int4=["q"])
     (tmp_path / "model.ckpt").write_bytes(data)
@@ -84,6 +152,26 @@ def test_text_and_int4_go_from_ckpt_to_safetensors_and_back(tmp_path: Path) -> N
     assert (metadata["note"], metadata["q"]) == ("hello", "Int4")
     js.convert(tmp_path / "s", tmp_path / "c", format="ckpt", options=QUICK)
     assert (tmp_path / "c" / "model.ckpt").read_bytes() == data
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("all_dtypes", "c2s"), ("crc", "c2s_crc")])
+def test_a_file_becomes_the_safetensors_that_mindspore_makes_of_it(
+    name: str, theirs: str, tmp_path: Path
+) -> None:
+    js.convert(golden("ckpt_formats", f"{name}.ckpt"), tmp_path / "o", options=QUICK)
+    wanted = ms.weights(golden("ckpt_formats", theirs, f"{name}.safetensors"))
+    assert ms.folder_weights(tmp_path / "o") == wanted
+
+
+def test_a_folder_of_ranks_becomes_the_safetensors_that_mindspore_makes_of_it(
+    tmp_path: Path,
+) -> None:
+    source, strategy = golden("dp1mp2pp2", "src_ckpt"), golden("dp1mp2pp2", "strategy")
+    how = {"src_strategy": strategy, "format": "ranks", "options": QUICK}
+    js.convert(source, tmp_path / "o", "same", **how)
+    wanted = ms.rank_weights_of(golden("ckpt_formats", "c2s_dir"))
+    assert len(wanted) == 4
+    assert ms.rank_weights_of(tmp_path / "o") == wanted
 
 
 @pytest.mark.parametrize("name", ["all_dtypes", "crc", "chunked", "chunked_async"])
@@ -107,7 +195,9 @@ def test_an_encrypted_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
     shutil.copy(golden("ckpt_formats", "enc_AES-GCM.ckpt"), folder)
-    with pytest.raises(FormatError, match=r"is encrypted \(AES-GCM\). Decrypt it where the key"):
+    with pytest.raises(
+        FormatError, match=r"is encrypted \(AES-GCM\)\. Decrypt it first: jaxshard decrypt"
+    ):
         js.open(folder)
 
 

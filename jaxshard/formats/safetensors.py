@@ -103,6 +103,19 @@ def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> 
     return Header(metadata, tuple(entries), data_start)
 
 
+def mentions(folder: Folder, path: str, text: bytes) -> bool:
+    """Whether ``text`` stands anywhere in the header of the file at ``path``; nothing is parsed.
+
+    Raises:
+        FormatError: the file is not what it claims to be.
+        NotFoundError: there is no such file.
+    """
+    listed = folder.files().get(path)
+    if listed is None:
+        raise NotFoundError(f"{folder.root} has no file {shown(path)}.")
+    return text in folder.read(path, 8, _header_bytes(folder, path, listed.num_bytes))
+
+
 def layout_file(
     entries: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> FileLayout:

@@ -7,17 +7,21 @@ written from either. This module knows nothing of ranks.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..box import Box
 from ..dtypes import DType
+from ..errors import FormatError
 from . import safetensors
 from .folder import Folder
+from .strict_json import shown
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
 _NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # said of the file, not kept in it
+_BLOCK_BYTES = 8 << 20
 
 
 class Stored(NamedTuple):
@@ -52,7 +56,13 @@ def read_weight_file(folder: Folder, path: str) -> WeightFile:
     header = mindspore_ckpt.read_header(folder, path)
     int4 = {e.name: INT4 for e in header.entries if e.tensor_type == INT4}
     entries = tuple(Stored(e.name, e.dtype, e.shape, e.pieces) for e in header.entries)
-    return WeightFile(entries, {**header.strings, **int4}, header.notes)
+    kept = {name: text for name, text in header.strings.items() if name not in _NOT_TEXT}
+    lost = sorted(header.strings.keys() - kept.keys())
+    notes = [
+        f"{path}: its text called {name} is left out: that name is the format's own."
+        for name in lost
+    ]
+    return WeightFile(entries, {**kept, **int4}, (*header.notes, *notes))
 
 
 def _safetensors(header: safetensors.Header) -> WeightFile:
@@ -62,6 +72,39 @@ def _safetensors(header: safetensors.Header) -> WeightFile:
         box = whole.get(shape) or whole.setdefault(shape, Box.whole(shape))
         entries.append(Stored(name, kind, shape, ((start, box),)))
     return WeightFile(tuple(entries), header.metadata)
+
+
+def check_crc(folder: Folder, path: str) -> bool:
+    """Whether MindSpore put a checksum into the file, after comparing it with the file's bytes.
+
+    A ``.ckpt`` ends with that of all before. A safetensors file has in its metadata that of
+    every name and its bytes, in the order of the alphabet.
+
+    Raises:
+        FormatError: the checksum is another one: the file is damaged.
+        NotFoundError: there is no such file.
+    """
+    if path.endswith(".ckpt"):
+        from . import mindspore_ckpt  # noqa: PLC0415 - as above
+
+        return mindspore_ckpt.check_crc(folder, path)
+    if not safetensors.mentions(folder, path, b'"crc_num"'):  # nearly all: not worth parsing twice
+        return False
+    header = safetensors.read_header(folder, path)
+    told = header.metadata.get("crc_num")
+    if told is None or header.metadata.get("format") != "ms":
+        return False  # a tensor's name, or another program's number
+    crc = 0
+    for name, _, _, start, stop in sorted(header.entries):
+        crc = zlib.crc32(name.encode(), crc)
+        for at in range(start, stop, _BLOCK_BYTES):
+            crc = zlib.crc32(folder.read(path, at, min(_BLOCK_BYTES, stop - at)), crc)
+    if told != str(crc):
+        raise FormatError(
+            f"{path}: its checksum says crc32 {shown(told)}, but its tensors have {crc}. The file "
+            "is damaged; fetch it again."
+        )
+    return True
 
 
 def texts(metadata: Mapping[str, str]) -> dict[str, str]:

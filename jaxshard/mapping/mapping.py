@@ -48,7 +48,9 @@ class Mapping:
         made = self.tensors(catalog.tensors, Geometry(), catalog.hyper)
         renamed = {n: t if t.name == n else replace(t, name=n) for n, t in made.items()}
         origin = Origin(catalog, self)
-        return replace(catalog, tensors=renamed, layout=None, origin=origin)
+        told = {k: v for k, v in catalog.metadata.items() if k not in catalog.tensors}
+        told |= {n: catalog.metadata[t.name] for n, t in made.items() if t.name in catalog.metadata}
+        return replace(catalog, tensors=renamed, layout=None, metadata=told, origin=origin)
 
     def inverse(self) -> Mapping:
         """The mapping back.

@@ -17,6 +17,7 @@ class SourceFiles:
 
     def __init__(self, catalog: Catalog) -> None:
         self._files = catalog.files
+        self._by_mindspore = catalog.metadata.get("format") == "ms"
         self._folder = LocalFolder(catalog.root)
         self._handles = Handles(Path(catalog.root))
 
@@ -43,14 +44,14 @@ class SourceFiles:
             )
 
     def check_checksums(self) -> None:
-        """Compare the checksums of those ``.ckpt`` files that have one with their bytes.
+        """Compare the checksums of those of MindSpore's files that have one with their bytes.
 
         Raises:
             FormatError: a file is damaged.
         """
         for file in self._files:
-            if file.path.endswith(".ckpt"):
-                from ..formats.mindspore_ckpt import check_crc  # noqa: PLC0415 - seldom needed
+            if file.path.endswith(".ckpt") or self._by_mindspore:
+                from ..formats.weight_files import check_crc  # noqa: PLC0415 - seldom needed
 
                 check_crc(self._folder, file.path)
 
