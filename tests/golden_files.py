@@ -22,7 +22,6 @@ LAYOUTS = (
     "dp4mp2_opt2",
     "dp4mp2ep2_moe",
 )
-WITH_WEIGHTS = ("dp2cp2mp2_2axis", "dp2mp2pp2", "dp4mp2_opt2", "dp4mp2ep2_moe")
 
 
 def golden(*parts: str) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from math import prod
 
 import pytest
@@ -19,6 +21,7 @@ from jaxshard.formats import strategy_files as sf
 from jaxshard.formats import strategy_messages as messages
 from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.strategy_files import ParamLayout
+from jaxshard.layout import Layout
 
 W = ParamLayout((2,), ((0, -1),))
 N = ParamLayout((2,), ((-1,),))
@@ -92,24 +95,54 @@ def test_mutated_strategy_files_are_refused_or_read_consistently() -> None:
         assert {s: v.params for s, v in again.stages.items()} == {
             s: v.params for s, v in strategies.stages.items()
         }
-        for placements in layout.placements.values():
-            for p in placements:
-                shape = tuple(p.ways(d) for d in range(len(p.spec)))
-                assert sum(s.box.size for s in p.shards(shape)) == prod(shape)
+        check_boxes(layout)
     assert min(outcomes.values()) > 1000, outcomes
     assert longest < 3000
 
 
-def test_mutated_json_strategies_are_refused_or_read() -> None:
-    strategies = sf.Strategies({0: sf.Stage(0, "x", {"w": W, "n": N})})
-    outcomes = {"read": 0, "refused": 0}
-    for data in mutations([sf.json_file(strategies)], 2_000, random.Random(3)):
-        try:
-            sf.layout(sf.read(MemoryFolder({"f.json": data})))
-            outcomes["read"] += 1
-        except (FormatError, LayoutError, CoverageError):
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 10, outcomes
+def json_strategies() -> list[bytes]:
+    """The same golden files as JSON, where JSON can say it, and a small one."""
+    seeds = [sf.json_file(sf.Strategies({0: sf.Stage(0, "x", {"w": W, "n": N})}))] * 3
+    for data in small_strategies():
+        with suppress(LayoutError):
+            seeds.append(sf.json_file(sf.read(MemoryFolder({"f": data}))))
+    return seeds
+
+
+def test_mutated_json_strategies_are_refused_or_read_consistently() -> None:
+    """What is read has boxes, and no number in the file makes us read or allocate more."""
+    outcomes, longest, folder = {"read": 0, "refused": 0}, 0, None
+    tracemalloc.start()
+    try:
+        for data in mutations(json_strategies(), 10_000, random.Random(3)):
+            folder = CountingFolder({"f.json": data})
+            try:
+                layout = sf.layout(sf.read(folder))
+            except (FormatError, LayoutError, CoverageError) as error:
+                outcomes["refused"] += 1
+                longest = max(longest, len(str(error)))
+            else:
+                outcomes["read"] += 1
+                check_boxes(layout)
+            assert folder.num_bytes <= len(data) + 100
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert min(outcomes.values()) > 500, outcomes
+    assert longest < 3000
+    assert peak < 30_000_000
+
+
+def check_boxes(layout: Layout) -> None:
+    """Every rank's box is of its own shape and the shards together are the tensor."""
+    for placements in set(layout.placements.values()):
+        for p in placements:
+            shape = tuple(p.ways(d) for d in range(len(p.spec)))
+            last = p.box(shape, p.ranks.stop - 1)
+            assert Box.whole(shape).contains(last)
+            if p.num_ranks <= 64:
+                assert p.boxes(shape)[-1] == last
+                assert sum(s.box.size for s in p.shards(shape)) == prod(shape)
 
 
 def test_deeply_nested_json_is_refused() -> None:
