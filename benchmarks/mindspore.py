@@ -6,7 +6,8 @@ The checkpoint is one of a job in training: two pipeline stages of dp2 x mp2, bf
 weights and both Adam states, every replica stored, in MindFormers' names. Each result is
 compared byte for byte with the tensors that it was made from, by code that shares nothing
 with jaxshard. A conversion is held against ``cp -r`` of its own result: as many bytes
-written. Peak memory is asserted; times are told.
+written. Peak memory is asserted; times are told. How long one large ``.ckpt`` takes to open is
+told too, for each thousand tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +29,9 @@ import numpy as np
 from measure import JAXSHARD, Sample
 from models import _base, _data
 
-from jaxshard.formats import strategy_files
+import jaxshard
+from jaxshard.dtypes import BY_NAME
+from jaxshard.formats import mindspore_ckpt_writing, strategy_files
 from jaxshard.rules import FAMILIES
 from jaxshard.rules import layout as lay_out
 from jaxshard.strategy import Strategy
@@ -127,6 +132,7 @@ def main() -> None:
         results["file_system"] = measure.file_system(bench.work)
         results["counts"] = check_answers(bench)
         results["memory"] = check_memory(bench)
+        results["opening"] = time_opening(bench, 20 if options.smoke else 5000)
         results["time"] = time_all(bench, 1 if options.smoke else options.rounds)
     results["load_after"] = measure.load()
     show(results)
@@ -270,6 +276,36 @@ def check_memory(bench: Bench) -> dict[str, object]:
     return found
 
 
+def time_opening(bench: Bench, num_tensors: int, rounds: int = 7) -> dict[str, object]:
+    """Opening one large ``.ckpt``: headers only, so a sparse file will do."""
+    shape, path = (1024, 1024), bench.place("large.ckpt")
+    names = [f"model.layers.{i}.weight" for i in range(num_tensors)]
+    layout = mindspore_ckpt_writing.layout_file((n, BY_NAME["BF16"], shape) for n in names)
+    with open(path, "wb") as file:
+        for at, data in layout.segments:
+            file.seek(at)
+            file.write(data)
+        file.truncate(layout.num_bytes)
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        catalog = jaxshard.open(path)
+        taken.append(time.perf_counter() - start)
+        assert list(catalog.tensors) == names
+        assert all(t.shape == shape for t in catalog.tensors.values())
+        assert all(
+            catalog[n].pieces[0].offset == layout.chunks[n][0]
+            for n in names[:: 1 + num_tensors // 9]
+        )
+    path.unlink()
+    return {
+        f"{layout.num_bytes / 1e9:.1f} GB .ckpt, {num_tensors} tensors": {
+            "ms_per_1000_tensors": round(1e6 * statistics.median(taken) / num_tensors, 2),
+            "all_ms": [round(1e3 * t, 2) for t in taken],
+        }
+    }
+
+
 def time_all(bench: Bench, rounds: int) -> dict[str, object]:
     """Medians, and ratios to ``cp -r`` of each result; neither waits for the disk."""
     out, made = bench.place("out"), {"merge": "whole", "slice": "cut", "convert": "anew"}
@@ -304,7 +340,7 @@ def show(results: dict[str, object]) -> None:
     """The results as a person reads them."""
     print(f"{measure.machine()}, {results['file_system']}, {results['bytes'] / 1e9:.2f} GB")
     print(f"load {results['load_before']} before, {results['load_after']} after")
-    for what in ("counts", "memory"):
+    for what in ("counts", "memory", "opening"):
         for name, numbers in results[what].items():
             print(f"{what:>8} {name:<28} {numbers}")
     for name, value in results["time"].items():

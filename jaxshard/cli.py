@@ -125,6 +125,15 @@ def parser() -> argparse.ArgumentParser:
 
     _add_strategy(command("strategy", "show, merge and make MindSpore's strategy files"))
 
+    decrypt = command("decrypt", "make a plain .ckpt of one that MindSpore encrypted")
+    decrypt.add_argument("source", metavar="SRC", help="the encrypted file")
+    decrypt.add_argument("destination", metavar="DST", help="the file to make")
+    decrypt.add_argument(
+        "--key-file", metavar="FILE", required=True, help="a file of the key's bytes, enc_key"
+    )
+    decrypt.add_argument("--overwrite", action="store_true", help="replace DST")
+    _add_output(decrypt)
+
     demo = command("demo", "do the main job on a small checkpoint and check it bit for bit")
     demo.add_argument(
         "path", nargs="?", metavar="PATH", help="a checkpoint; default: made on the spot"
@@ -192,7 +201,9 @@ def _add_source(to: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="strategy files of a source cut into ranks (default: strategy/ in or beside it)",
     )
-    to.add_argument("--suffix", help="which file of each rank, where there are several: 1_10")
+    to.add_argument(
+        "--suffix", help="which file of each rank, where there are several: 1_10, llama-1_10, .ckpt"
+    )
 
 
 def _add_how(to: argparse.ArgumentParser, command: str) -> None:

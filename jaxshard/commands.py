@@ -105,12 +105,19 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
     best = listing.resumes_from(steps)
     if a.json:
         _print_json(
-            {"steps": listing.facts(steps), "resumes_from": str(best.name) if best else None}
+            {
+                "steps": listing.facts(steps),
+                "resumes_from": str(best.name) if best else None,
+                "replicas_compared": False,
+            }
         )
     elif not a.quiet:
         head = ("step", "number", "state", "format", "size", "age", "")
         print(picture.table(head, listing.rows(steps, picture.size, listing.clock())))
         print(listing.verdict(best, deep=deep))
+        newest = os.path.join(a.source, "checkpoint")
+        if a.command == "verify" and os.path.isdir(newest):
+            print(f"note: replicas are not compared; jaxshard verify {newest} does that.")
     return 0 if well or a.command == "inspect" else _PROBLEM
 
 
@@ -127,6 +134,23 @@ def lora(a: Namespace) -> int:
         adapter_strategy=a.adapter_strategy,
     )
     return _convert(a, a.to, source)
+
+
+def decrypt(a: Namespace) -> int:
+    """Make a plain file of an encrypted one."""
+    from .decryption import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
+
+    try:
+        key = Path(a.key_file).read_bytes()
+    except OSError as error:
+        raise StorageError(f"--key-file {a.key_file}: {error.strerror}.") from error
+    key = key.removesuffix(b"\n")  # as editors and echo leave it
+    place = decrypt_file(a.source, a.destination, key, overwrite=a.overwrite)
+    if a.json:
+        _print_json({"destination": str(place), "num_bytes": place.stat().st_size})
+    elif not a.quiet:
+        print(f"{place}: {picture.size(place.stat().st_size)}, decrypted")
+    return 0
 
 
 def demo(a: Namespace) -> int:

@@ -177,8 +177,8 @@ def _check_kind(folder: Folder, path: str) -> None:
     kind = kind_of(folder, path)
     if kind in _ENCRYPTED:
         raise FormatError(
-            f"{path} is encrypted ({kind}). Decrypt it where the key is: in MindSpore, "
-            "load_checkpoint with dec_key and save_checkpoint without enc_key."
+            f"{path} is encrypted ({kind}). Decrypt it first: jaxshard decrypt SRC DST --key-file "
+            "FILE; or in MindSpore, with load_checkpoint(dec_key=) and save_checkpoint."
         )
     if kind != "weights.ckpt":
         raise FormatError(

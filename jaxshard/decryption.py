@@ -1,0 +1,63 @@
+"""Decryption: from an encrypted ``.ckpt`` of MindSpore's to a plain one beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import FormatError, LayoutError
+from .formats import mindspore_ckpt, mindspore_encryption
+from .opening import PathLike
+from .storage.local import LocalFolder
+from .storage.staging import told
+
+
+def decrypt(
+    source: PathLike, destination: PathLike, key: bytes, *, overwrite: bool = False
+) -> Path:
+    """Make ``destination``, a plain ``.ckpt``, of the encrypted one at ``source``.
+
+    It appears whole or not at all. 64 MiB of it are in memory at a time.
+
+    Args:
+        source: a file that MindSpore wrote with ``enc_key``.
+        destination: the file to make.
+        key: the bytes that were ``enc_key``; the cipher is seen from the file.
+        overwrite: replace an existing file.
+
+    Raises:
+        LayoutError: the source is not encrypted, or the destination exists.
+        FormatError: the key is another one, or the file is damaged.
+        StorageError: the disk refused, or the package ``cryptography`` is missing.
+    """
+    place, folder = Path(destination), LocalFolder(source)
+    name = os.path.basename(os.fspath(source))
+    if place.exists() and (not overwrite or os.path.samefile(place, source)):
+        raise LayoutError(f"{place} exists. Choose another name, or replace it with --overwrite.")
+    scratch = place.with_name(f".{place.name}.new")
+    try:
+        with told(f"{place} cannot be written"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(scratch, "wb") as file:
+                for block in mindspore_encryption.decrypted(folder, name, key):
+                    file.write(block)
+        _check(scratch, name)
+        with told(f"{place} cannot be written"):
+            os.replace(scratch, place)
+    finally:
+        folder.close()
+        scratch.unlink(missing_ok=True)
+    return place
+
+
+def _check(plain: Path, name: str) -> None:
+    """A wrong key gives bytes too, in some ciphers, but no weight file."""
+    folder = LocalFolder(plain)
+    try:
+        mindspore_ckpt.read_header(folder, plain.name)
+    except FormatError:
+        raise FormatError(
+            f"{name}: what the key makes of it is no weight file. Try the right key."
+        ) from None
+    finally:
+        folder.close()
