@@ -98,11 +98,12 @@ def _plain(block: _Block, key: bytes, where: str) -> bytes:
         if block.cipher == "AES-GCM":
             mode = modes.GCM(block.iv[:_GCM_IV_BYTES], block.tag)
             out = Cipher(algorithms.AES(key), mode).decryptor()
-            return out.update(block.data) + out.finalize()
+            return bytes(out.update(block.data) + out.finalize())
         algorithm = algorithms.AES(key) if block.cipher == "AES-CBC" else algorithms.SM4(key)
         out = Cipher(algorithm, modes.CBC(block.iv)).decryptor()
         unpad = padding.PKCS7(128).unpadder()
-        return unpad.update(out.update(block.data) + out.finalize()) + unpad.finalize()
+        padded = out.update(block.data) + out.finalize()
+        return bytes(unpad.update(padded) + unpad.finalize())
     except (InvalidTag, ValueError):
         raise FormatError(
             f"{where}: the key does not fit, or the block is damaged. Try the right key, or fetch "
