@@ -46,7 +46,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
 )
 DEVICE_RINGS = range(10, 14)
 #: May import JAX when called, and only then.
-INSIDE_FUNCTIONS = {"demo", "mapping.expressions", "multiprocess.barriers"}
+INSIDE_FUNCTIONS = {"demo", "mapping.expressions", "mapping.sharded", "multiprocess.barriers"}
 #: Imports JAX, and so is itself imported only when such a checkpoint is met.
 DEVICE_FORMATS = {"formats.orbax"}
 WITH_ORBAX = ("formats.orbax",)

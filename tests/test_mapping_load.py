@@ -49,18 +49,6 @@ def test_a_form_is_loaded_onto_a_mesh_by_the_layout_carried_over(folder, form, s
     assert shared >= len(made) // 2
 
 
-@pytest.mark.parametrize("form", ["mcore-fused", "nnx-scan", "maxtext", "tunix"])
-def test_arrays_on_devices_are_mapped_there_and_back(folder, form) -> None:
-    mapping = find_mapping(f"hf:{form}", open_checkpoint(folder))
-    arrays = load(folder, "dp2mp2")
-    made = mapping.apply_arrays(arrays)
-    for name, x in mapping.apply_arrays(weights(folder)).items():
-        assert isinstance(made[name], jax.Array)
-        np.testing.assert_array_equal(np.asarray(made[name]), x)
-    for name, x in mapping.inverse().apply_arrays(made).items():
-        np.testing.assert_array_equal(np.asarray(x), weights(folder)[name])
-
-
 def test_a_fused_stacked_transposed_model_on_every_device_is_read_once(folder) -> None:
     mesh = Mesh(np.array(jax.devices()[:2]), ("mp",))
     counts: list[Any] = []

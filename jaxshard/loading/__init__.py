@@ -33,7 +33,7 @@ from .carrying import carry
 from .limits import check_dtypes, check_memory, in_flight_limit, load_budget, need_of
 from .orbax_loading import restore, restored_by_orbax
 from .sources import file_source
-from .targeting import Devices, resolve
+from .targeting import Devices, asked_dtype, resolve
 from .wanted import Want, jobs
 
 __all__ = ["load"]
@@ -118,7 +118,7 @@ def load(
         tensors, _ = select(catalog, include, exclude)
         chosen = replace(catalog, tensors={t.name: t for t in tensors})
         if names is not None:
-            chosen = find_mapping(names, chosen).apply(chosen)
+            chosen = find_mapping(names, chosen, asked_dtype(target, dtype)).apply(chosen)
         wanted = resolve(
             chosen,
             target,

@@ -37,6 +37,8 @@ from .wanted import Want, Wanted
 
 Devices = Sequence[jax.Device] | Mesh | None
 
+_HALVES = ("bfloat16", "float16")
+
 
 def resolve(
     catalog: Catalog,
@@ -90,6 +92,21 @@ def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[
             'exclude="^adam_"), or give a strategy that has them.'
         )
     return shardings(layout, _listed(devices), catalog.tensors).__getitem__
+
+
+def asked_dtype(target: Any, dtype: Any) -> str | None:
+    """NumPy's name of the float that values computed on their way should have; None if unsaid.
+
+    Of several that the leaves of a tree ask for it is one that holds the values of each, so
+    that every leaf is rounded once.
+    """
+    if dtype is not None:
+        return str(np.dtype(dtype).name)
+    leaves = [leaf for leaf in jax.tree_util.tree_leaves(target) if is_array_like(leaf)]
+    asked = {str(leaf.dtype) for leaf in leaves} & {*_HALVES, "float32", "float64"}
+    if len(asked) < 2:
+        return next(iter(asked), None)
+    return "float64" if "float64" in asked else "float32"
 
 
 def _by_name(

@@ -7,7 +7,7 @@ v  (m·d, H) ──┘                                             each file wha
 
 from __future__ import annotations
 
-from .joins import ROWS, Dequantize, Fuse, Stack, Unfuse, Unstack
+from .joins import ROWS, Dequantize, Fuse, Unfuse
 from .mapping import Mapping, Origin
 from .ops import (
     Cast,
@@ -24,6 +24,8 @@ from .ops import (
     Unpad,
     Unrepeat,
 )
+from .regexes import Substitute
+from .stacks import Stack, Tie, Unstack, Untie
 from .tables import FORMS, dequantized, find_mapping, form_of, table, true_config
 from .text import read_mapping, write_mapping
 
@@ -45,11 +47,14 @@ __all__ = [
     "Slice",
     "Split",
     "Stack",
+    "Substitute",
+    "Tie",
     "Transpose",
     "Unfuse",
     "Unpad",
     "Unrepeat",
     "Unstack",
+    "Untie",
     "dequantized",
     "find_mapping",
     "form_of",

@@ -7,29 +7,43 @@ once. This module imports JAX only where it evaluates with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from ..dtypes import DType
 from ..elements import numpy_dtype
-from ..errors import LayoutError
+from ..errors import LayoutError, some
+from .checks import (
+    check_cut,
+    check_join,
+    check_order,
+    check_repeat,
+    check_reshape,
+    check_scales,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A value made from others: ``kind`` says how. A leaf has none, and a name or a number."""
+    """A value made from others: ``kind`` says how. A leaf has none, and a name or a number.
+
+    Attributes:
+        dtype: NumPy's name of it.
+        name: of the tensor that it is made of, for messages.
+    """
 
     kind: str
     shape: tuple[int, ...]
+    dtype: str
     inputs: tuple[Expression, ...] = ()
     how: tuple[Any, ...] = ()
+    name: str = field(default="", compare=False)
 
 
-def leaf(name: str | int, shape: tuple[int, ...]) -> Expression:
+def leaf(name: str | int, shape: tuple[int, ...], dtype: str) -> Expression:
     """A value that is given."""
-    return Expression("leaf", shape, (), (name,))
+    return Expression("leaf", shape, dtype, (), (name,), str(name))
 
 
 class Expressions:
@@ -43,94 +57,133 @@ class Expressions:
     @staticmethod
     def transpose(x: Expression, order: Sequence[int]) -> Expression:
         """Dim ``i`` of the result is dim ``order[i]`` of ``x``."""
-        if sorted(order) != list(range(len(x.shape))):
-            raise LayoutError(f"{tuple(order)} is not an order of the dims of shape {x.shape}.")
-        return Expression("transpose", tuple(x.shape[d] for d in order), (x,), (tuple(order),))
+        check_order(x.name, order, x.shape)
+        return _of(x, "transpose", tuple(x.shape[d] for d in order), tuple(order))
 
     @staticmethod
     def reshape(x: Expression, shape: tuple[int, ...]) -> Expression:
         """The same elements in the same row-major order."""
-        if prod(shape) != prod(x.shape):
-            raise LayoutError(f"shape {x.shape} cannot become {shape}.")
-        return Expression("reshape", shape, (x,))
+        check_reshape(x.name, x.shape, shape)
+        return _of(x, "reshape", shape)
 
     @staticmethod
     def cut(x: Expression, dim: int, start: int, stop: int) -> Expression:
         """The elements ``start:stop`` along ``dim``."""
-        if not 0 <= start < stop <= x.shape[dim]:
-            raise LayoutError(f"{start}:{stop} is no part of dim {dim} of shape {x.shape}.")
-        shape = (*x.shape[:dim], stop - start, *x.shape[dim + 1 :])
-        return Expression("cut", shape, (x,), (dim, start, stop))
+        check_cut(x.name, x.shape, dim, start, stop)
+        return _of(x, "cut", _with_length(x.shape, dim, stop - start), dim, start, stop)
 
     @staticmethod
     def join(xs: Sequence[Expression], dim: int, name: str) -> Expression:
         """``xs`` one after the other along ``dim``."""
-        first = xs[0].shape
-        for x in xs:
-            if (*x.shape[:dim], *x.shape[dim + 1 :]) != (*first[:dim], *first[dim + 1 :]):
-                raise LayoutError(f"{name}: {first} and {x.shape} do not join along dim {dim}.")
-        shape = (*first[:dim], sum(x.shape[dim] for x in xs), *first[dim + 1 :])
-        return Expression("join", shape, tuple(xs), (dim,))
+        check_join(name, dim, [(x.name, x.shape, x.dtype) for x in xs])
+        shape = _with_length(xs[0].shape, dim, sum(x.shape[dim] for x in xs))
+        return Expression("join", shape, xs[0].dtype, tuple(xs), (dim,), name)
 
     @staticmethod
     def repeat(x: Expression, dim: int, times: int) -> Expression:
         """``x`` with ``dim``, of length 1, repeated."""
-        shape = (*x.shape[:dim], times, *x.shape[dim + 1 :])
-        return Expression("repeat", shape, (x,))
+        check_repeat(x.name, x.shape, dim)
+        return _of(x, "repeat", _with_length(x.shape, dim, times))
 
     @staticmethod
     def pad(x: Expression, dim: int, length: int) -> Expression:
         """``x`` with zeros after it along ``dim``, up to ``length``."""
-        shape = (*x.shape[:dim], length, *x.shape[dim + 1 :])
-        return Expression("pad", shape, (x,), (dim,))
+        return _of(x, "pad", _with_length(x.shape, dim, length), dim)
 
     @staticmethod
     def cast(x: Expression, dtype: DType) -> Expression:
         """The values of ``x`` rounded to ``dtype``."""
-        return Expression("cast", x.shape, (x,), (dtype,))
+        name = numpy_dtype(dtype).name
+        return Expression("cast", x.shape, name, (x,), (dtype,), x.name)
 
     @staticmethod
     def scaled(
         x: Expression, scale: Expression, block: tuple[int, int], dtype: DType
     ) -> Expression:
         """The true values of a matrix whose blocks each have a factor in ``scale``."""
-        return Expression("scaled", x.shape, (x, scale), (block, dtype))
+        check_scales(x.name, x.shape, scale.name, scale.shape, block)
+        name = numpy_dtype(dtype).name
+        return Expression("scaled", x.shape, name, (x, scale), (block, dtype), x.name)
 
 
-def evaluate(made: Mapping[str, Expression], arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of ``made``: on the devices if ``arrays`` are JAX's, else with NumPy."""
+def _of(x: Expression, kind: str, shape: tuple[int, ...], *how: Any) -> Expression:
+    return Expression(kind, shape, x.dtype, (x,), how, x.name)
+
+
+def _with_length(shape: tuple[int, ...], dim: int, length: int) -> tuple[int, ...]:
+    return (*shape[:dim], length, *shape[dim + 1 :])
+
+
+def evaluate(
+    made: Mapping[str, Expression],
+    arrays: Mapping[str, Any],
+    places: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The values of ``made``: on the devices if ``arrays`` are JAX's, else with NumPy.
+
+    Args:
+        made: what to compute, by name.
+        arrays: the values of the leaves.
+        places: the shardings of results on devices; of those without, JAX decides.
+
+    Raises:
+        LayoutError: a value would be made of arrays on different devices.
+    """
     import numpy as np  # noqa: PLC0415 - descriptions do without it
 
+    numbered = {name: _numbered(expression) for name, expression in made.items()}
+    for name, (_, leaves) in numbered.items():
+        _check_together(name, leaves, arrays)
     result: dict[str, Any] = {}
-    for name, expression in made.items():
-        if expression.kind == "leaf":
-            result[name] = arrays[expression.how[0]]
-            continue
-        numbers: dict[str, int] = {}
-        general = _numbered(expression, numbers)
-        inputs = [arrays[leaf] for leaf in numbers]
-        if all(isinstance(x, np.ndarray) for x in inputs):
-            result[name] = np.ascontiguousarray(value(general, inputs, np))
+    for name, (general, leaves) in numbered.items():
+        inputs = [arrays[x] for x in leaves]
+        if general.kind == "leaf":
+            result[name] = inputs[0]
+        elif all(isinstance(x, np.ndarray) for x in inputs):
+            # ascontiguousarray would give a scalar a dim
+            result[name] = np.asarray(value(general, inputs, np), order="C")
         else:
-            result[name] = _compiled(general)(*inputs)
+            result[name] = _compiled(general, (places or {}).get(name))(*inputs)
     return result
 
 
-def _numbered(expression: Expression, numbers: dict[str, int]) -> Expression:
-    """``expression`` with numbers for its leaves' names, the same for every layer."""
-    if expression.kind == "leaf":
-        name = expression.how[0]
-        return leaf(numbers.setdefault(name, len(numbers)), expression.shape)
-    inputs = tuple(_numbered(x, numbers) for x in expression.inputs)
-    return Expression(expression.kind, expression.shape, inputs, expression.how)
+def _check_together(name: str, leaves: Sequence[str], arrays: Mapping[str, Any]) -> None:
+    """Refuse what no one program can compute: its inputs are on different devices."""
+    sets: dict[frozenset[Any], str] = {}
+    for x in leaves:
+        sharding = getattr(arrays[x], "sharding", None)
+        if sharding is not None and len(leaves) > 1:
+            sets.setdefault(frozenset(sharding.device_set), x)
+    if len(sets) > 1:
+        said = (
+            f"{x} on {some((str(n) for n in sorted(d.id for d in devices)), 8)}"
+            for devices, x in sets.items()
+        )
+        raise LayoutError(
+            f"{name} is made of arrays that lie on different devices ({some(said, 2)}), as those "
+            "of several pipeline stages do. Bring them onto one mesh first: "
+            'jaxshard.reshard(arrays, "dp1mp8"), with as many ranks as there are devices.'
+        )
+
+
+def _numbered(expression: Expression) -> tuple[Expression, list[str]]:
+    """``expression`` with numbers for its leaves' names, the same for every layer; the names."""
+    numbers: dict[str, int] = {}
+
+    def general(x: Expression) -> Expression:
+        if x.kind == "leaf":
+            return leaf(numbers.setdefault(x.how[0], len(numbers)), x.shape, x.dtype)
+        return Expression(x.kind, x.shape, x.dtype, tuple(map(general, x.inputs)), x.how)
+
+    return general(expression), list(numbers)
 
 
 @lru_cache(maxsize=1024)
-def _compiled(expression: Expression) -> Any:
+def _compiled(expression: Expression, place: Any) -> Any:
     import jax  # noqa: PLC0415 - only who has arrays on devices has JAX
     import jax.numpy as jnp  # noqa: PLC0415
 
-    return jax.jit(lambda *inputs: value(expression, inputs, jnp))
+    return jax.jit(lambda *inputs: value(expression, inputs, jnp), out_shardings=place)
 
 
 def value(expression: Expression, inputs: Sequence[Any], xp: Any) -> Any:

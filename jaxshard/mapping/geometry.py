@@ -19,6 +19,14 @@ from ..catalog import Piece, Tensor
 from ..dtypes import DType
 from ..errors import LayoutError
 from ..views import ZEROS, Affine, Round, Scale, Step, View
+from .checks import (
+    check_cut,
+    check_join,
+    check_order,
+    check_repeat,
+    check_reshape,
+    check_scales,
+)
 from .pieces import (
     merged,
     part_of,
@@ -36,11 +44,7 @@ Factors = tuple[tuple[int, ...], ...]
 
 def transpose(tensor: Tensor, order: Sequence[int]) -> Tensor:
     """Dim ``i`` of the result is dim ``order[i]`` of ``tensor``."""
-    if sorted(order) != list(range(len(tensor.shape))):
-        raise LayoutError(
-            f"{tensor.name}: {tuple(order)} is not an order of the {len(tensor.shape)} dims of "
-            f"shape {tensor.shape}."
-        )
+    check_order(tensor.name, order, tensor.shape)
     tensor = viewed(tensor)
     factors = _factors(tensor)
     first = _offsets(factors)
@@ -59,11 +63,7 @@ def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     Raises:
         LayoutError: another number of elements.
     """
-    if prod(shape) != prod(tensor.shape):
-        raise LayoutError(
-            f"{tensor.name}: shape {tensor.shape} has {prod(tensor.shape)} elements and cannot "
-            f"become {shape}, which has {prod(shape)}."
-        )
+    check_reshape(tensor.name, tensor.shape, shape)
     if not prod(shape):
         return Tensor(tensor.name, tensor.dtype, shape, (), tuple((n,) for n in shape))
     tensor = viewed(tensor)
@@ -104,10 +104,7 @@ def _refactored(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 
 def cut(tensor: Tensor, dim: int, start: int, stop: int) -> Tensor:
     """The elements ``start:stop`` along ``dim``."""
-    if not 0 <= start < stop <= tensor.shape[dim]:
-        raise LayoutError(
-            f"{tensor.name}: {start}:{stop} is no part of dim {dim} of shape {tensor.shape}."
-        )
+    check_cut(tensor.name, tensor.shape, dim, start, stop)
     tensor = viewed(tensor)
     shape = (*tensor.shape[:dim], stop - start, *tensor.shape[dim + 1 :])
     box = Box.whole(tensor.shape)
@@ -135,15 +132,7 @@ def join(tensors: Sequence[Tensor], dim: int, name: str) -> Tensor:
         LayoutError: their other dims or their dtypes differ.
     """
     first = tensors[0]
-    for t in tensors:
-        rest, others = list(first.shape), list(t.shape)
-        if len(rest) == len(others):
-            rest[dim] = others[dim] = 0
-        if rest != others or t.dtype != first.dtype:
-            raise LayoutError(
-                f"{name}: {first.name} ({first.dtype}, {first.shape}) and {t.name} ({t.dtype}, "
-                f"{t.shape}) do not join along dim {dim}. Cast or reshape one of them first."
-            )
+    check_join(name, dim, [(t.name, t.shape, t.dtype) for t in tensors])
     aligned = _aligned([viewed(t) for t in tensors], dim)
     factors = _factors(aligned[0])
     at = _offsets(factors)[dim]
@@ -160,11 +149,7 @@ def join(tensors: Sequence[Tensor], dim: int, name: str) -> Tensor:
 
 def repeat(tensor: Tensor, dim: int, times: int) -> Tensor:
     """A tensor whose ``dim``, of length 1, is repeated ``times`` times."""
-    if tensor.shape[dim] != 1:
-        raise LayoutError(
-            f"{tensor.name}: dim {dim} of shape {tensor.shape} has {tensor.shape[dim]} elements; "
-            "only 1 can be repeated."
-        )
+    check_repeat(tensor.name, tensor.shape, dim)
     tensor = viewed(tensor)
     at = _offsets(_factors(tensor))[dim]
     pieces = []
@@ -206,12 +191,7 @@ def scaled(tensor: Tensor, scale: Tensor, block: tuple[int, int], dtype: DType) 
     Raises:
         LayoutError: the factors are not one for each block.
     """
-    expected = tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=False))
-    if len(tensor.shape) != 2 or scale.shape != expected:
-        raise LayoutError(
-            f"{tensor.name}: shape {tensor.shape} in blocks of {block[0]} x {block[1]} needs "
-            f"scales of shape {expected}, and {scale.name} has {scale.shape}."
-        )
+    check_scales(tensor.name, tensor.shape, scale.name, scale.shape, block)
     made = with_step(tensor, lambda at: Scale(scale, block, at))
     return replace(made, dtype=dtype)
 

@@ -22,6 +22,7 @@ from .algebra import Algebra, Geometry, T
 from .expressions import Expressions, evaluate, leaf
 from .ops import Op
 from .placing import Placing, placed
+from .sharded import places_of
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,17 @@ class Mapping:
     def apply_arrays(self, arrays: Dict[str, Any], hyper: Iterable[str] = ()) -> dict[str, Any]:
         """Arrays by name as arrays by the target's names: JAX's stay on their devices.
 
+        A dim that devices share stays shared wherever the mapping takes it.
+
         Raises:
             JaxshardError: as ``apply``.
+            LayoutError: one result is made of arrays on different devices (pipeline stages).
         """
-        leaves = {n: leaf(n, tuple(x.shape)) for n, x in arrays.items()}
-        made = self.tensors(leaves, Expressions(), frozenset(hyper))
-        return evaluate(made, arrays)
+        kept = frozenset(hyper)
+        leaves = {n: leaf(n, tuple(x.shape), x.dtype.name) for n, x in arrays.items()}
+        made = self.tensors(leaves, Expressions(), kept)
+        places = places_of(arrays, lambda placed: self.tensors(placed, Placing(), kept))
+        return evaluate(made, arrays, places)
 
     def tensors(
         self, tensors: Dict[str, T], algebra: Algebra[T], hyper: frozenset[str] = frozenset()

@@ -12,8 +12,9 @@ from functools import lru_cache
 
 from ..errors import LayoutError
 
-_HOLE = re.compile(r"\{(\w+)(\*?)\}")
+_HOLE = re.compile(r"\{([^\W\d]\w*)(\*?)\}")
 _NUMBERS = frozenset({"layer", "expert", "index"})
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 
 Found = Mapping[str, str]
 
@@ -40,6 +41,60 @@ def fill(pattern: str, found: Found) -> str:
 def holes(pattern: str) -> frozenset[str]:
     """The placeholders of ``pattern``."""
     return frozenset(hole[1] for hole in _HOLE.finditer(pattern))
+
+
+class Patterns:
+    """An ordered list of patterns, each asked once per kind of name.
+
+    Names of one kind differ only in numbers that no pattern has: ``layers.61.*`` tells layer
+    61 from the others, and ``layers.{layer}.*`` none from another. A pattern whose answer
+    depends on more than that (a placeholder that is there twice, digits beside one) is asked
+    every time.
+
+    Attributes:
+        num_asked: how many times a pattern was compared with a name.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = tuple(patterns)
+        self._said = frozenset(n for p in self._patterns for n in _NUMBER.findall(p))
+        numbered = list(enumerate(self._patterns))
+        self._special = [(i, p) for i, p in numbered if _tells_more(p)]
+        self._plain = [(i, p) for i, p in numbered if not _tells_more(p)]
+        self._known: dict[str, int | None] = {}
+        self.num_asked = 0
+
+    def find(self, name: str) -> int | None:
+        """The number of the first pattern that matches ``name``.
+
+        >>> Patterns(["h.1.{x}", "h.{layer}.{x}"]).find("h.0.w")
+        1
+        """
+        kind = _NUMBER.sub(self._as_kind, name)
+        if kind not in self._known:
+            self._known[kind] = self._ask(self._plain, name)
+        plain = self._known[kind]
+        special = self._ask(self._special, name)
+        return min((i for i in (plain, special) if i is not None), default=None)
+
+    def _as_kind(self, number: re.Match[str]) -> str:
+        return number[0] if number[0] in self._said else "#"
+
+    def _ask(self, patterns: Iterable[tuple[int, str]], name: str) -> int | None:
+        for i, pattern in patterns:
+            self.num_asked += 1
+            if match(pattern, name) is not None:
+                return i
+        return None
+
+
+def _tells_more(pattern: str) -> bool:
+    """Whether names of one kind may differ in matching ``pattern``."""
+    names = [hole[1] for hole in _HOLE.finditer(pattern)]
+    parts = _HOLE.sub("\0", pattern).split(".")
+    return len(set(names)) < len(names) or any(
+        "\0" in part and any(map(str.isdigit, part)) for part in parts
+    )
 
 
 def check_same_holes(what: str, patterns: Iterable[str], but: Iterable[str] = ()) -> None:

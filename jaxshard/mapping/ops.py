@@ -7,16 +7,16 @@ that make one tensor of several, or several of one, are in ``joins``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
-from .. import dtypes
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..rules.match import template
 from .algebra import Algebra, T
-from .names import check_same_holes, fill, match
+from .checks import check_numbers, dtype_of, length_of
+from .names import Patterns, check_same_holes, fill, match
 
 Names = tuple[str, ...]
 
@@ -57,31 +57,16 @@ class Rename(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """The tensors by their new names."""
-        known: dict[str, int | None] = {}
-        result: dict[str, T] = {}
-        came: dict[str, str] = {}
-        for name, tensor in tensors.items():
-            new = self._new_name(name, known)
-            if new in result:
-                raise LayoutError(
-                    f"two sources for one target: {came[new]} and {name} would both be {new}."
-                )
-            result[new], came[new] = tensor, name
-        return result
+        patterns = Patterns(old for old, _ in self.rules)
+        return renamed(tensors, lambda name: self._new_name(name, patterns.find(name)))
 
-    def _new_name(self, name: str, known: dict[str, int | None]) -> str:
-        kind = template(name)
-        at = known.get(kind, -1)
-        if at is None:
+    def _new_name(self, name: str, rule: int | None) -> str:
+        if rule is None:
             return name
-        if at >= 0 and (found := match(self.rules[at][0], name)) is not None:
-            return fill(self.rules[at][1], found)
-        for i, (old, new) in enumerate(self.rules):
-            if (found := match(old, name)) is not None:
-                known[kind] = i
-                return fill(new, found)
-        known[kind] = None
-        return name
+        old, new = self.rules[rule]
+        found = match(old, name)
+        assert found is not None
+        return fill(new, found)
 
     def inverse(self) -> Rename:
         """The rules the other way round."""
@@ -102,7 +87,8 @@ class Drop(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """The tensors but those."""
-        return {n: t for n, t in tensors.items() if not is_about(self.names, n)}
+        patterns = Patterns(self.names)
+        return {n: t for n, t in tensors.items() if patterns.find(n) is None}
 
     def inverse(self) -> Drop:
         """Itself, where nothing was lost."""
@@ -121,14 +107,8 @@ class Expect(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """The tensors as they are."""
-        known: dict[str, bool] = {}
-        strange = []
-        for name in tensors:
-            kind = template(name)
-            if kind not in known:
-                known[kind] = is_about(self.names, name)
-            if not known[kind]:
-                strange.append(name)
+        patterns = Patterns(self.names)
+        strange = [name for name in tensors if patterns.find(name) is None]
         if strange:
             raise NotFoundError(
                 f"{self.what} has no rule for {len(strange)} of {len(tensors)} names: "
@@ -150,13 +130,10 @@ class _Each(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """All tensors, those changed."""
-        known: dict[str, bool] = {}
+        patterns = Patterns(self.names)
         result = dict(tensors)
         for name, tensor in tensors.items():
-            kind = template(name)
-            if kind not in known:
-                known[kind] = is_about(self.names, name)
-            if known[kind]:
+            if patterns.find(name) is not None:
                 try:
                     result[name] = self.change(tensor, algebra)
                 except LayoutError as error:
@@ -175,6 +152,13 @@ class Transpose(_Each):
     word: ClassVar[str] = "transpose"
     order: tuple[int, ...] = (1, 0)
 
+    def __post_init__(self) -> None:
+        if sorted(self.order) != list(range(len(self.order))):
+            raise LayoutError(
+                f"transpose: order {self.order} must name each of its {len(self.order)} dims once, "
+                f"from 0 to {len(self.order) - 1}."
+            )
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x`` transposed."""
         return algebra.transpose(x, self.order)
@@ -192,6 +176,12 @@ class Split(_Each):
     word: ClassVar[str] = "split"
     dim: int
     sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_numbers(self.word, dim=self.dim)
+        _check_sizes(self.word, self.sizes)
+        if self.sizes.count(-1) > 1:
+            raise LayoutError(f"split: of sizes {self.sizes} only one may be -1, for what is left.")
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x`` with more dims."""
@@ -212,17 +202,33 @@ class Merge(_Each):
     dim: int
     sizes: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        check_numbers(self.word, dim=self.dim)
+        _check_sizes(self.word, self.sizes)
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x`` with fewer dims."""
         shape = algebra.shape(x)
         end = self.dim + len(self.sizes)
         found = shape[self.dim : end]
-        if any(a not in (-1, b) for a, b in zip(self.sizes, found, strict=False)):
+        fit = end <= len(shape) and all(
+            a in (-1, b) for a, b in zip(self.sizes, found, strict=True)
+        )
+        if not fit:
             raise LayoutError(f"dims {self.dim} to {end - 1} of {shape} are not {self.sizes}.")
         return algebra.reshape(x, (*shape[: self.dim], prod(found), *shape[end:]))
 
     def inverse(self) -> Split:
-        """Split it again."""
+        """Split it again.
+
+        Raises:
+            LayoutError: ``sizes`` leave open how.
+        """
+        if self.sizes.count(-1) > 1:
+            raise LayoutError(
+                f"merge of {', '.join(self.names)} has no inverse, for sizes {self.sizes} do not "
+                "say how to split again. Give all but one."
+            )
         return Split(self.names, self.dim, self.sizes)
 
 
@@ -234,6 +240,10 @@ class Slice(_Each):
     dim: int
     start: int
     stop: int
+
+    def __post_init__(self) -> None:
+        check_numbers(self.word, dim=self.dim, start=self.start)
+        check_numbers(self.word, self.start + 1, stop=self.stop)
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """A part of ``x``."""
@@ -249,13 +259,17 @@ class Pad(_Each):
     length: int
     to: int
 
+    def __post_init__(self) -> None:
+        _check_padding(self.word, self.dim, self.length, self.to)
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x`` and zeros."""
         shape = algebra.shape(x)
-        if shape[self.dim] != self.length or self.to < self.length:
+        length = length_of(shape, self.dim)
+        if length != self.length:
             raise LayoutError(
-                f"dim {self.dim} of shape {shape} has {shape[self.dim]} elements; it is to be "
-                f"padded from {self.length} to {self.to}."
+                f"dim {self.dim} of shape {shape} has {length} elements; it is to be padded from "
+                f"{self.length} to {self.to}."
             )
         return x if self.to == self.length else algebra.pad(x, self.dim, self.to)
 
@@ -273,10 +287,13 @@ class Unpad(_Each):
     length: int
     to: int
 
+    def __post_init__(self) -> None:
+        _check_padding(self.word, self.dim, self.length, self.to)
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x`` less its padding."""
         shape = algebra.shape(x)
-        if shape[self.dim] != self.to:
+        if length_of(shape, self.dim) != self.to:
             raise LayoutError(f"dim {self.dim} of shape {shape} was to have {self.to} elements.")
         return algebra.cut(x, self.dim, 0, self.length)
 
@@ -294,11 +311,15 @@ class Repeat(_Each):
     times: int
     dim: int = 0
 
+    def __post_init__(self) -> None:
+        check_numbers(self.word, dim=self.dim)
+        check_numbers(self.word, 1, groups=self.groups, times=self.times)
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x``, longer."""
         shape = algebra.shape(x)
-        before, after = shape[: self.dim], shape[self.dim + 1 :]
         (groups, inner) = _filled((self.groups, -1), shape, self.dim)
+        before, after = shape[: self.dim], shape[self.dim + 1 :]
         x = algebra.reshape(x, (*before, groups, 1, inner, *after))
         x = algebra.repeat(x, self.dim + 1, self.times)
         return algebra.reshape(x, (*before, groups * self.times * inner, *after))
@@ -310,18 +331,25 @@ class Repeat(_Each):
 
 @dataclass(frozen=True, slots=True)
 class Unrepeat(_Each):
-    """Of each of ``groups`` groups that is there ``times`` times, the first."""
+    """Of each of ``groups`` groups that is there ``times`` times, the first.
+
+    The others are not compared with it: nothing of them is read.
+    """
 
     word: ClassVar[str] = "unrepeat"
     groups: int
     times: int
     dim: int = 0
 
+    def __post_init__(self) -> None:
+        check_numbers(self.word, dim=self.dim)
+        check_numbers(self.word, 1, groups=self.groups, times=self.times)
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x``, shorter."""
         shape = algebra.shape(x)
-        before, after = shape[: self.dim], shape[self.dim + 1 :]
         groups, times, inner = _filled((self.groups, self.times, -1), shape, self.dim)
+        before, after = shape[: self.dim], shape[self.dim + 1 :]
         x = algebra.reshape(x, (*before, groups, times, inner, *after))
         x = algebra.cut(x, self.dim + 1, 0, 1)
         return algebra.reshape(x, (*before, groups * inner, *after))
@@ -339,9 +367,13 @@ class Cast(_Each):
     dtype: str
     was: str | None = None
 
+    def __post_init__(self) -> None:
+        dtype_of(self.word, self.dtype)
+        dtype_of(self.word, self.was or self.dtype)
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x`` in another dtype."""
-        return algebra.cast(x, dtypes.dtype(self.dtype))
+        return algebra.cast(x, dtype_of(self.word, self.dtype))
 
     def inverse(self) -> Cast:
         """Back to ``was``: the values stay rounded."""
@@ -353,9 +385,33 @@ class Cast(_Each):
         return Cast(self.names, self.was, self.dtype)
 
 
-def is_about(patterns: Names, name: str) -> bool:
-    """Whether one of ``patterns`` matches ``name``."""
-    return any(match(p, name) is not None for p in patterns)
+def renamed(tensors: Mapping[str, T], new_name: Callable[[str], str]) -> dict[str, T]:
+    """The tensors by the names that ``new_name`` gives for theirs.
+
+    Raises:
+        LayoutError: two get the same.
+    """
+    result: dict[str, T] = {}
+    came: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        new = new_name(name)
+        if new in result:
+            raise LayoutError(
+                f"two sources for one target: {came[new]} and {name} would both be {new}."
+            )
+        result[new], came[new] = tensor, name
+    return result
+
+
+def put(result: dict[str, T], name: str, tensor: T) -> None:
+    """Add a tensor to a result.
+
+    Raises:
+        LayoutError: the name is there already.
+    """
+    if name in result:
+        raise LayoutError(f"two sources for one target: {name} is there twice.")
+    result[name] = tensor
 
 
 def _filled(sizes: tuple[int, ...], shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -364,10 +420,20 @@ def _filled(sizes: tuple[int, ...], shape: tuple[int, ...], dim: int) -> tuple[i
     Raises:
         LayoutError: they do not multiply to the length of the dim.
     """
-    length, known = shape[dim], prod(n for n in sizes if n != -1)
+    length, known = length_of(shape, dim), prod(n for n in sizes if n != -1)
     if length % known or (-1 not in sizes and known != length):
         raise LayoutError(
             f"dim {dim} of shape {shape} has {length} elements, which is not "
             f"{' x '.join('?' if n == -1 else str(n) for n in sizes)}."
         )
     return tuple(length // known if n == -1 else n for n in sizes)
+
+
+def _check_sizes(word: str, sizes: tuple[int, ...]) -> None:
+    if any(n < 1 and n != -1 for n in sizes):
+        raise LayoutError(f"{word}: sizes {sizes} must be 1 or more, or -1 for what is left.")
+
+
+def _check_padding(word: str, dim: int, length: int, to: int) -> None:
+    check_numbers(word, dim=dim, length=length)
+    check_numbers(word, length, to=to)

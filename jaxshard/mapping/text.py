@@ -19,7 +19,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ..errors import LayoutError, nearest
-from . import joins, ops
+from . import joins, ops, regexes, stacks
 from .mapping import Mapping
 from .ops import Op
 
@@ -28,7 +28,8 @@ _KINDS: dict[str, type[Op]] = {
     for kind in (
         *(ops.Rename, ops.Drop, ops.Expect, ops.Transpose, ops.Split, ops.Merge, ops.Slice),
         *(ops.Pad, ops.Unpad, ops.Repeat, ops.Unrepeat, ops.Cast),
-        *(joins.Fuse, joins.Unfuse, joins.Stack, joins.Unstack, joins.Dequantize),
+        *(joins.Fuse, joins.Unfuse, joins.Dequantize, regexes.Substitute),
+        *(stacks.Stack, stacks.Unstack, stacks.Tie, stacks.Untie),
     )
 }
 
@@ -44,7 +45,7 @@ def read_mapping(text: str, where: str = "the mapping") -> Mapping:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise LayoutError(f"{where}: not TOML ({error}).") from None
     strange = data.keys() - {"name", "op"}
     if strange:
@@ -62,7 +63,8 @@ def write_mapping(mapping: Mapping) -> str:
     for op in mapping.ops:
         lines += ["", "[[op]]"]
         for key, value in to_dict(op).items():
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{key} = {text}")
     return "\n".join(lines) + "\n"
 
 
@@ -97,7 +99,10 @@ def from_dict(data: dict[str, Any], where: str = "operation") -> Op:
         what = f"has no {strange[0]}" if strange else f"needs {', '.join(missing)}"
         raise LayoutError(f"{where}: {word} {what}. Its fields are {', '.join(known)}.")
     values = {n: _checked(v, str(known[n].type), f"{where}: {n}") for n, v in given.items()}
-    return kind(**values)
+    try:
+        return kind(**values)
+    except LayoutError as error:
+        raise LayoutError(f"{where}: {error}") from None
 
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "str": (str,), "bool": (bool,)}

@@ -10,15 +10,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from collections.abc import Mapping as Dict
 from functools import partial
 
 from ...catalog import Catalog
-from ...dtypes import BY_NUMPY
-from ...errors import JaxshardError, LayoutError, NotFoundError, nearest, some
+from ...dtypes import BY_NUMPY, DType
+from ...errors import (
+    FormatError,
+    LayoutError,
+    NotFoundError,
+    StorageError,
+    nearest,
+    some,
+)
 from ...rules import ModelFacts, weight_name
 from ..joins import Dequantize
 from ..mapping import Mapping
-from ..ops import Drop, Expect, is_about
+from ..names import Patterns
+from ..ops import Drop, Expect
 from ..text import read_mapping
 from .families import FAMILIES, Facts, facts_of
 from .jaxes import linen, linen_scan, maxtext, nnx, nnx_scan, tunix
@@ -27,6 +36,9 @@ from .mindspore import mcore, mindformers
 __all__ = ["FORMS", "dequantized", "find_mapping", "form_of", "table", "true_config"]
 
 CONFIG = "config.json"
+
+_MOST_BYTES = 16_000_000  # of a mapping that a person wrote
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def _hf(facts: Facts) -> Mapping:
@@ -50,6 +62,9 @@ FORMS: dict[str, Callable[[Facts], Mapping]] = {
     "tunix": tunix,
 }
 
+#: Forms that names cannot tell apart.
+_TWINS = ("mcore-fused", "mcore-fused-blocks")
+
 
 def table(source: str, target: str, model: ModelFacts | None = None) -> Mapping:
     """The mapping from one form to another: ``FAMILY-FORM``, or ``FORM`` of ``model``'s family.
@@ -68,12 +83,15 @@ def table(source: str, target: str, model: ModelFacts | None = None) -> Mapping:
     return _between(facts_of(model, family or other), a, b)
 
 
-def find_mapping(names: Mapping | str | os.PathLike[str], catalog: Catalog) -> Mapping:
+def find_mapping(
+    names: Mapping | str | os.PathLike[str], catalog: Catalog, dtype: str | None = None
+) -> Mapping:
     """The mapping that a person means by ``names``, for the tensors of ``catalog``.
 
     ``"llama-hf:llama-mindformers"`` is a table; ``"auto:mindformers"`` finds the family in
     ``config.json`` and the form in the names; ``"auto"`` goes to Hugging Face's form; the
-    path of a TOML file is a mapping of one's own.
+    path of a TOML file is a mapping of one's own. Quantized weights get their true values first,
+    in ``dtype`` (NumPy's name of a float), or as ``dequantized`` says.
 
     Raises:
         NotFoundError: none of these.
@@ -83,29 +101,69 @@ def find_mapping(names: Mapping | str | os.PathLike[str], catalog: Catalog) -> M
         return names
     text = os.fspath(names)
     if os.path.isfile(text):
-        with open(text, encoding="utf-8") as file:
-            return read_mapping(file.read(), text)
-    true = dequantized(catalog)
+        return read_mapping(_text_of(text), text)
+    true = dequantized(catalog, dtype)
     if true is not None:
         plain = true.apply(catalog)
         return Mapping((*true.ops, *_find_table(text, plain).ops))
     return _find_table(text, catalog)
 
 
-def dequantized(catalog: Catalog) -> Mapping | None:
+def _text_of(path: str) -> str:
+    try:
+        if os.path.getsize(path) > _MOST_BYTES:
+            raise LayoutError(
+                f"names={path} is larger than any mapping. Name a TOML file, or a table."
+            )
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError:
+        raise LayoutError(
+            f"names={path} is a file, but no text: a mapping is written in TOML. Name such a file, "
+            "or a table such as llama-hf:llama-mindformers."
+        ) from None
+    except OSError as error:
+        raise StorageError(f"names={path} cannot be read: {error.strerror}.") from error
+
+
+def dequantized(catalog: Catalog, dtype: str | None = None) -> Mapping | None:
     """The mapping that gives blockwise FP8 weights their true values; None if there are none.
 
-    Their dtype is what ``config.json`` says the model computes with, or BF16.
+    They become ``dtype`` (NumPy's name), if that is a float of 16 bits or more, else what
+    ``config.json`` says that the model computes with, else BF16.
+
+    Raises:
+        FormatError: ``config.json`` says no blocks where it says that there are some.
     """
     if not any(n.endswith(".weight_scale_inv") for n in catalog.tensors):
         return None
     config = catalog.model.config
-    quantization = config.get("quantization_config") or {}
-    rows, columns = quantization.get("weight_block_size") or (128, 128)
-    word = config.get("dtype") or config.get("torch_dtype")
+    words = (dtype, config.get("dtype"), config.get("torch_dtype"))
+    kind = next((k for k in map(_float, words) if k), None)
+    return Mapping((Dequantize(block=_block_of(config), dtype=kind.name if kind else "BF16"),))
+
+
+def _float(word: object) -> DType | None:
     kind = BY_NUMPY.get(word) if isinstance(word, str) else None
-    dtype = kind.name if kind else "BF16"
-    return Mapping((Dequantize(block=(int(rows), int(columns)), dtype=dtype),))
+    return kind if kind and kind.name in _FLOATS else None
+
+
+def _block_of(config: Dict[str, object]) -> tuple[int, int]:
+    """Rows and columns that share a factor."""
+    quantization = config.get("quantization_config")
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    if block is None:
+        return 128, 128
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or any(type(n) is not int or n < 1 for n in block)
+    ):
+        raise FormatError(
+            f"config.json: weight_block_size is {str(block)[:40]}, not two numbers of 1 or more "
+            "(rows, columns). Fetch it again."
+        )
+    return block[0], block[1]
 
 
 def true_config(mapped: Catalog) -> dict[str, bytes]:
@@ -123,6 +181,7 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
     source, _, target = text.partition(":")
     if source == "auto":
         facts, form = form_of(catalog.tensors, catalog.model, hyper=catalog.hyper)
+        _refuse_twins(facts, form, catalog)
         return _between(facts, form, _parsed(target or "hf")[1])
     if not target:
         raise NotFoundError(
@@ -152,17 +211,34 @@ def form_of(
     for form, make in FORMS.items():
         try:
             ops = make(facts).ops
-        except JaxshardError:
+        except (LayoutError, NotFoundError):
             continue  # a form that this family does not have
         last = next((op for op in reversed(ops) if isinstance(op, Expect)), None)
-        if last is not None and all(
-            is_about((*last.names, *facts.family.buffers), n) for n in weights
-        ):
-            return facts, form
+        if last is not None:
+            patterns = Patterns((*last.names, *facts.family.buffers))
+            if all(patterns.find(n) is not None for n in weights):
+                return facts, form
     raise NotFoundError(
         f"the names are of no form of {facts.family.name} that is known ({some(weights, 3)}); "
         f"forms are {', '.join(FORMS)}. Say it: FROM:TO."
     )
+
+
+def _refuse_twins(facts: Facts, form: str, catalog: Catalog) -> None:
+    """Refuse to choose between forms whose names are the same and whose rows are not.
+
+    Raises:
+        LayoutError: with both.
+    """
+    fused = [n for n in catalog.tensors if n.endswith(".linear_fc1.weight")]
+    if form in _TWINS and fused:
+        family = facts.family.name
+        raise LayoutError(
+            f"the names are those of {' and of '.join(_TWINS)}, which differ in how gate and up "
+            f"lie in {fused[0]}: row by row, or one after the other. Say which: "
+            + ", or ".join(f"{family}-{twin}:{family}-hf" for twin in _TWINS)
+            + "."
+        )
 
 
 def _between(facts: Facts, source: str, target: str) -> Mapping:

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import NotFoundError, nearest
+from ...errors import FormatError, NotFoundError, nearest
 from ...rules import ModelFacts
 
 LAYER = "model.layers.{layer}."
+
+_MOST_PREDICTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,28 @@ class Facts:
     family: Family
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def number(self, *keys: str, default: int | None = None) -> int:
+    def number(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         """A number of ``config.json``, under the first of ``keys`` that it has.
 
         Raises:
             NotFoundError: it has none of them.
+            FormatError: it is no number of ``least`` or more.
         """
         for key in keys:
             value = self.config.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                return value
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise FormatError(
+                    f"config.json: {key} is {str(value)[:40]}, not a number of {least} or more. "
+                    "Fetch it again."
+                )
+            return value
         if default is not None:
             return default
         raise NotFoundError(
             f"the table needs {' or '.join(keys)} of the model, and config.json does not say it. "
-            "Put config.json beside the weights, or give config=."
+            "Put config.json beside the weights; to save, give config= or extras=."
         )
 
     @property
@@ -71,8 +80,17 @@ class Facts:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.number("num_key_value_heads", default=self.heads)
+        """Key and value heads.
+
+        Raises:
+            FormatError: they do not divide the query heads.
+        """
+        found = self.number("num_key_value_heads", default=self.heads)
+        if self.heads % found:
+            raise FormatError(
+                f"config.json: {self.heads} heads in groups of {found} kv heads do not go."
+            )
+        return found
 
     @property
     def layers(self) -> int:
@@ -87,7 +105,23 @@ class Facts:
     @property
     def dense_layers(self) -> int:
         """Layers at the beginning that have no experts, in a model whose others have."""
-        return self.number("first_k_dense_replace", default=0)
+        dense = self.number("first_k_dense_replace", default=0, least=0)
+        return min(dense, self.layers) if dense else 0
+
+    @property
+    def predictions(self) -> int:
+        """Layers after the last that predict further tokens (MTP).
+
+        Raises:
+            FormatError: more than any model has.
+        """
+        found = self.number("num_nextn_predict_layers", default=0, least=0)
+        if found > _MOST_PREDICTIONS:
+            raise FormatError(
+                f"config.json: num_nextn_predict_layers is {found}; {_MOST_PREDICTIONS} are more "
+                "than any model has. Fetch it again."
+            )
+        return found
 
 
 _ATTENTION = tuple(LAYER + f"self_attn.{x}_proj" for x in "qkvo")

@@ -13,9 +13,9 @@ Only names and shapes are mapped. Some programs also keep other values (a query 
 from __future__ import annotations
 
 from ...errors import LayoutError
-from ..joins import Stack
 from ..mapping import Mapping
 from ..ops import Drop, Expect, Op, Rename, Split, Transpose
+from ..stacks import Stack
 from .families import Facts
 
 _LAYER = "model.layers.{layer}."
@@ -39,7 +39,11 @@ def linen(facts: Facts) -> Mapping:
 
 
 def nnx_scan(facts: Facts) -> Mapping:
-    """As ``nnx``, all layers in one; the first, if they have no experts, in one of their own."""
+    """As ``nnx``, all layers in one.
+
+    The first, if they have no experts, are one of their own; those after the last, which predict
+    further tokens and have more weights than others, stay apart.
+    """
     names = Expect(_stacked_names(facts), "nnx-scan")
     return Mapping((*_before(facts), *_kernels(facts), *_stacked(facts), names))
 
@@ -77,9 +81,7 @@ def maxtext(facts: Facts) -> Mapping:
         ("lm_head.kernel", "params.decoder.logits_dense.kernel"),
     )
     biases = tuple(_LAYER + f"self_attn.{x}_proj.bias" for x in "qkv")
-    stacks = [
-        Stack(_LAYER + a, layer + b, dim=0 if a in _biases() else 1) for a, b in apart.items()
-    ]
+    stacks = [Stack(_LAYER + a, layer + b, dim=1) for a, b in apart.items()]
     return Mapping(
         (
             *_before(facts),
@@ -154,8 +156,15 @@ def _stacked_names(facts: Facts) -> tuple[str, ...]:
     plain = [n.replace("{expert}.", "") for n in _kernel_names(facts)]
     names = [n.replace(layers, one) for n in plain]
     if facts.dense_layers:
-        names += [n.replace(layers, one.replace("layers.", "dense_layers.")) for n in plain]
+        names += [n.replace(layers, _kind(one, "dense")) for n in plain]
+    if facts.predictions:
+        names += [n.replace(layers, _kind(layers, "mtp")) for n in plain]
     return tuple(dict.fromkeys(names))
+
+
+def _kind(layers: str, kind: str) -> str:
+    """The name of layers of another kind."""
+    return layers.replace("layers.", f"{kind}_layers.")
 
 
 def _heads_apart(facts: Facts) -> tuple[Op, ...]:
@@ -171,7 +180,7 @@ def _heads_apart(facts: Facts) -> tuple[Op, ...]:
 def _stacked(facts: Facts) -> tuple[Op, ...]:
     layers = facts.family.layers
     one = layers.replace("{layer}.", "")
-    experts = tuple(
+    experts: tuple[Op, ...] = tuple(
         Stack(
             layers + f"{x}.experts.{{expert}}.{{rest*}}",
             layers + f"{x}.experts.{{rest*}}",
@@ -180,28 +189,28 @@ def _stacked(facts: Facts) -> tuple[Op, ...]:
         for x in ("mlp", "block_sparse_moe")
         if facts.family.name in ("qwen3_moe", "mixtral", "deepseek_v3")
     )
+    stacks = [*experts]
+    if facts.predictions:
+        stacks.append(_predictions_apart(facts))
     dense = facts.dense_layers
-    if not dense:
-        return (*experts, Stack(layers + "{rest*}", one + "{rest*}"))
-    first = one.replace("layers.", "dense_layers.")
-    numbered = layers.replace("layers.", "dense_layers.")
-    literal = tuple(
-        (
-            layers.replace("{layer}", str(i)) + "{rest*}",
-            numbered.replace("{layer}", str(i)) + "{rest*}",
+    if dense:
+        stacks.append(Stack(layers + "{rest*}", _kind(one, "dense") + "{rest*}", count=dense))
+    return (*stacks, Stack(layers + "{rest*}", one + "{rest*}", first=dense))
+
+
+def _predictions_apart(facts: Facts) -> Rename:
+    """Layers after the last, numbered by themselves."""
+    layers = facts.family.layers
+    first, apart = facts.layers, _kind(layers, "mtp")
+    return Rename(
+        tuple(
+            (
+                layers.replace("{layer}", str(first + i)) + "{rest*}",
+                apart.replace("{layer}", str(i)) + "{rest*}",
+            )
+            for i in range(facts.predictions)
         )
-        for i in range(dense)
     )
-    return (
-        *experts,
-        Rename(literal),
-        Stack(numbered + "{rest*}", first + "{rest*}"),
-        Stack(layers + "{rest*}", one + "{rest*}", first=dense),
-    )
-
-
-def _biases() -> tuple[str, ...]:
-    return tuple(f"self_attn.{x}_proj.bias" for x in "qkv")
 
 
 def _check_llama(facts: Facts, form: str) -> None:

@@ -8,9 +8,10 @@ model.layers.0.self_attn.q_proj   model.layers.0.         decoder.layers.0.self_
 from __future__ import annotations
 
 from ...errors import LayoutError
-from ..joins import ROWS, Fuse, Stack
+from ..joins import ROWS, Fuse
 from ..mapping import Mapping
 from ..ops import Drop, Expect, Merge, Op, Rename, Transpose
+from ..stacks import Stack, Tie
 from .families import Facts
 
 _OLD = "model.layers.{layer}."
@@ -63,7 +64,8 @@ def mcore(facts: Facts, *, fused: bool = False, interleaved: bool = True) -> Map
         raise LayoutError(f"{facts.family.name} has no mcore names in MindFormers.")
     rules = _mcore_rules(facts, fused)
     ops: list[Op] = [
-        Drop((*facts.family.buffers, *_copies(facts)), rebuilt=True),
+        Drop(facts.family.buffers, rebuilt=True),
+        *_copies(facts),
         Expect(tuple(a for a, _ in rules), f"{facts.family.name}-hf"),
         Rename(rules),
     ]
@@ -121,11 +123,19 @@ def _mcore_rules(facts: Facts, training: bool) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _copies(facts: Facts) -> tuple[str, ...]:
-    """What a prediction layer has a copy of: the embedding and the head."""
+def _copies(facts: Facts) -> list[Tie]:
+    """What a prediction layer has copies of: the embedding and the head, kept once here."""
     if facts.family.name != "deepseek_v3":
-        return ()
-    return (_OLD + "embed_tokens.weight", _OLD + "shared_head.head.weight")
+        return []
+    found = []
+    for i in range(facts.predictions):
+        layer = f"model.layers.{facts.layers + i}."
+        copies = (
+            (layer + "embed_tokens.weight", "model.embed_tokens.weight"),
+            (layer + "shared_head.head.weight", "lm_head.weight"),
+        )
+        found.append(Tie(copies, beside=layer + "eh_proj.weight"))
+    return found
 
 
 def _prediction_rules(
@@ -133,7 +143,7 @@ def _prediction_rules(
 ) -> list[tuple[str, str]]:
     """The multi-token prediction layers, which come after the last."""
     found: list[tuple[str, str]] = []
-    for i in range(facts.number("num_nextn_predict_layers", default=0)):
+    for i in range(facts.predictions):
         layer = f"model.layers.{facts.layers + i}."
         outer = f"mtp.layers.{i}." if training else "decoder."
         inner = outer + ("transformer_layer." if training else "transformer.")
