@@ -24,6 +24,8 @@ from ..conversion import Report, default_budget
 from ..errors import LayoutError, nearest, some
 from ..formats import huggingface
 from ..layout import Layout
+from ..mapping import Mapping as NamesAndShapes
+from ..mapping import find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, processes_of_jax
 from ..opening import PathLike, open_checkpoint, open_strategy
 from ..results import Request
@@ -54,6 +56,7 @@ def save(
     prefix: str = "checkpoint_",
     remove_redundancy: bool = False,
     name_of: Callable[[str], str] | None = None,
+    names: NamesAndShapes | str | None = None,
     config: Mapping[str, Any] | None = None,
     extras: Catalog | PathLike | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -84,6 +87,10 @@ def save(
         prefix: rank files are called ``rank_{r}/{prefix}{r}.safetensors``.
         remove_redundancy: store each shard on one rank only.
         name_of: the tensor's name for a leaf's path.
+        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes
+            (``"llama-nnx-scan:llama-hf"``; the numbers of the model come from ``config`` or
+            ``extras``): what was fused, stacked or transposed is written apart, from the shards
+            where they lie.
         config: what the model is, for ``config.json``.
         extras: a checkpoint whose other files (config, tokenizer) are carried along.
         metadata: text for the files' headers.
@@ -99,6 +106,7 @@ def save(
     Raises:
         LayoutError: an array or the target cannot be written so, or ``path`` exists.
         NotFoundError: no rules for the names, or no ``extras`` there.
+        FormatError: ``config`` has numbers that ``names`` cannot be about.
         StorageError: the disk is full or refuses, or another process fails or does not come.
     """
     _check_format(format)
@@ -110,8 +118,11 @@ def save(
     if across:
         check_across(format, shared=shared)
     carried = _opened(extras)
+    model = _model(config, carried)
     if format == "orbax":
-        own = tree if name_of is None else arrays
+        if names is not None:
+            arrays = _mapped(arrays, names, model)
+        own = tree if name_of is None and names is None else arrays
         counts = orbax_saving.save(
             own, arrays, Path(path), carried, overwrite=overwrite, durable=durable
         )
@@ -119,8 +130,10 @@ def save(
     limit, threads = host_bytes or default_budget(), workers or _cores()
     chunks = _CHUNKS_PER_WORKER * threads
     budget = fit_budget(_left_for_blocks(limit, host_bytes_of(chunks, arrays)), threads)
-    source = ArraySource(arrays, model=_model(config, carried), metadata=metadata, chunks=chunks)
+    source = ArraySource(arrays, model=model, metadata=metadata, chunks=chunks)
     try:
+        if names is not None:
+            source.map(find_mapping(names, source.catalog))
         layout = _layout(format, strategy, rules, source.catalog, arrays)
         max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
         request = Request(layout, max_bytes, prefix, remove_redundancy, format)
@@ -173,6 +186,16 @@ def arrays_of(
     return found, (note,) if others else ()
 
 
+def _mapped(
+    arrays: dict[str, Array], names: NamesAndShapes | str, model: Model
+) -> dict[str, Array]:
+    """``arrays`` with other names and shapes, computed where they are."""
+    source = ArraySource(arrays, model=model)
+    mapping = find_mapping(names, source.catalog)
+    source.close()
+    return mapping.apply_arrays(arrays)
+
+
 def _layout(
     format: str,
     strategy: str | PathLike | Strategy | Layout | None,
@@ -182,7 +205,8 @@ def _layout(
 ) -> Layout | None:
     """Who holds what in files by rank; None where files are complete."""
     if strategy is None and format == "ranks":
-        return layout_of(arrays)
+        own = layout_of(arrays)
+        return catalog.origin.place(own) if catalog.origin else own
     if strategy is None:
         return None
     if format not in ("ranks", "ckpt"):

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from ..array_layouts import rank_devices_of
-from ..catalog import Catalog
+from ..catalog import Catalog, Piece
 from ..errors import LayoutError, StorageError
 from ..formats import elsewhere
 from ..multiprocess.barriers import Processes
@@ -113,12 +113,17 @@ class _Led:
 def _write(work: Work, arrays: Mapping[str, Array], token: str, processes: Processes) -> Counts:
     _check_shared(work.destination, token, processes)
     owner = owners(arrays, processes.index)
+
+    def owner_of(piece: Piece) -> int:
+        shard = work.source.shard_of(piece)
+        return 0 if shard is None else owner[shard]
+
     files = _files(work)
     places: dict[str, tuple[Place, ...]] = {}
 
     def moves() -> Iterator[Move]:
         catalog, outputs = work.source.catalog, work.result.outputs
-        for shared in shared_moves(catalog, outputs, owner, processes.index):
+        for shared in shared_moves(catalog, outputs, owner_of, processes.index):
             places[shared.move.name] = shared.places
             yield shared.move
 

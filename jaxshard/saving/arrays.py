@@ -27,6 +27,8 @@ from ..catalog import Catalog, File, Model, Piece, Tensor
 from ..dtypes import num_bytes
 from ..elements import pack, stored_as
 from ..errors import JaxshardError, LayoutError
+from ..mapping import Mapping as NamesAndShapes
+from ..views import ZEROS
 
 Array = jax.Array | NDArray[np.generic]
 Bytes = NDArray[np.uint8]
@@ -55,6 +57,7 @@ class ArraySource:
             LayoutError: an array's dtype is none that files have.
         """
         self._shards: list[Array] = []
+        self._whose: list[tuple[str, Box]] = []
         self._views: dict[int, Bytes] = {}
         self._fetched = _Fetched(chunks)
         tensors = {name: self._tensor(name, array) for name, array in arrays.items()}
@@ -62,6 +65,18 @@ class ArraySource:
         self.catalog = Catalog(
             "the arrays", "arrays", files, tensors, model=model, metadata=dict(metadata or {})
         )
+
+    def map(self, mapping: NamesAndShapes) -> None:
+        """Catalogue the arrays by other names and shapes; nothing is computed.
+
+        Raises:
+            JaxshardError: as ``Mapping.apply``.
+        """
+        self.catalog = mapping.apply(self.catalog)
+
+    def shard_of(self, piece: Piece) -> tuple[str, Box] | None:
+        """The array and the box of it that ``piece`` lies in; None for zeros that none holds."""
+        return None if piece.file == ZEROS else self._whose[piece.file]
 
     def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the shard that is ``piece``."""
@@ -110,6 +125,7 @@ class ArraySource:
         for box, shard in _distinct_shards(array).items():
             pieces.append(Piece(len(self._shards), 0, box))
             self._shards.append(shard)
+            self._whose.append((name, box))
         return Tensor(name, kind, tuple(array.shape), tuple(pieces))
 
 

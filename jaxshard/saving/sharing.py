@@ -12,14 +12,14 @@ Every process computes the same shares from the shardings alone; nothing is sent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import jax
 
 from ..box import Box
-from ..catalog import Catalog, Tensor
+from ..catalog import Catalog, Piece, Tensor
 from ..dtypes import in_units
 from ..multiprocess.splitting import assign
 from ..outputs import Outputs
@@ -101,29 +101,31 @@ def _holders(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> _Holder
 
 
 def shared_moves(
-    catalog: Catalog, outputs: Outputs, owner: Mapping[tuple[str, Box], int], here: int
+    catalog: Catalog, outputs: Outputs, owner: Callable[[Piece], int], here: int
 ) -> Iterator[SharedMove]:
-    """The journeys of the shards that process ``here`` writes."""
+    """The journeys of the shards whose ``owner`` is process ``here``."""
     for tensor in catalog.tensors.values():
-        pieces = tuple(p for p in tensor.pieces if owner[tensor.name, p.box] == here)
+        pieces = tuple(p for p in tensor.pieces if owner(p) == here)
         if pieces and tensor.name in outputs.layout.placements:
             yield _shared_move(replace(tensor, pieces=pieces), outputs)
 
 
 def _shared_move(tensor: Tensor, outputs: Outputs) -> SharedMove:
+    fine = replace(tensor, shape=tensor.fine_shape, factors=None)  # what the pieces are boxes of
     own = joined(tuple(p.box for p in tensor.pieces))
     wanted: dict[Box, tuple[int, ...]] = {}
     places: list[Place] = []
     for placement in outputs.layout.placements[tensor.name]:
         for shard in placement.shards(tensor.shape):
             ranks = outputs.holders(tensor.name, placement, shard)
-            for part in filter(None, (shard.box.intersect(box) for box in own)):
-                _, (inner, outer) = in_units(tensor.shape, (part, shard.box), tensor.dtype)
+            held = tensor.fine(shard.box)
+            for part in filter(None, (held.intersect(box) for box in own)):
+                _, (inner, outer) = in_units(fine.shape, (part, held), tensor.dtype)
                 runs = byte_runs(inner.within(outer), outer.shape, tensor.dtype.unit_bytes)
                 first = len(places)
                 places += [Place(rank, runs) for rank in ranks]
                 wanted[part] = (*wanted.get(part, ()), *range(first, len(places)))
-    return SharedMove(move_into(tensor, wanted), tuple(places))
+    return SharedMove(move_into(fine, wanted), tuple(places))
 
 
 @lru_cache(maxsize=4096)
