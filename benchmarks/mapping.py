@@ -308,16 +308,15 @@ def main() -> None:
         folder = Path(work) / "model"
         write_llama(folder, model)
         measure.read_files(folder)
-        found: dict[str, Any] = {"machine": measure.machine(), "num_bytes": model.num_bytes}
+        found: dict[str, Any] = {"num_bytes": model.num_bytes}
         found["file_system"] = measure.file_system(Path(work))
         if a.only != "merge":
             found["load"] = measure_loads(folder, model, rounds, repeats)
         if a.only != "load":
             found["merge"] = measure_merges(Path(work), model, rounds)
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps({"machine": measure.machine(), **found}, indent=1))
     if a.save:
-        (Path(__file__).parent / "mapping.json").write_text(text + "\n")
+        print(measure.save("mapping", found))
 
 
 if __name__ == "__main__":

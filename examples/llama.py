@@ -5,8 +5,9 @@
 
 The weights come as ``{name: jax.Array}`` under the names of the file, sharded by the rules
 of the family: as dp2mp4 one program runs on all devices, as pp2mp2dp2 each pipeline stage
-runs on its own half of them. Where transformers is installed, logits and greedy text are
-compared with its.
+runs on its own half of them. Then they come as another program would have them (q, k, v in
+one, matrices transposed, layers stacked), and give the same logits, bit for bit. Where
+transformers is installed, logits and greedy text are compared with its.
 """
 
 # ruff: noqa: PLC0415 - torch is for comparing only, and JAX reads its environment once
@@ -33,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxshard as js
 from jaxshard.devices import stage_meshes
+from jaxshard.mapping import Fuse, Stack, Transpose
 from jaxshard.rules import split_layers
 
 Params = Mapping[str, jax.Array]
@@ -118,6 +120,23 @@ def layer(x: jax.Array, weights: Params, number: int, config: Config) -> jax.Arr
 def head(x: jax.Array, weights: Params, config: Config) -> jax.Array:
     name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
     return rms_norm(x, weights["model.norm.weight"], config.eps) @ weights[name].T
+
+
+def fused(config: Config) -> js.Mapping:
+    """q, k, v and gate, up in one, every matrix (in, out), all layers stacked."""
+    at = "model.layers.{layer}."
+    qkv = tuple(f"{at}self_attn.{x}_proj.weight" for x in "qkv")
+    gate = (f"{at}mlp.gate_proj.weight", f"{at}mlp.up_proj.weight")
+    groups = config.kv_heads
+    made = (f"{at}qkv", f"{at}gate_up", f"{at}self_attn.o_proj.weight", f"{at}mlp.down_proj.weight")
+    return js.Mapping(
+        (
+            Fuse(qkv, made[0], (config.heads // groups, 1, 1), groups),
+            Fuse(gate, made[1], (1, 1)),
+            Transpose(made),
+            Stack(f"{at}{{rest*}}", "layers.{rest*}"),
+        )
+    )
 
 
 # --- running it on a mesh, or on one mesh after the other --------------------------------
@@ -240,6 +259,12 @@ def run(folder: Path, *, compare: bool, count: int = 8) -> dict[str, float]:
             print(f"    logits differ from transformers' by {differences[text]:.1e} at most")
             assert differences[text] <= 1e-4, "the logits are not those of transformers"
             assert np.array_equal(generated, tokens), "the text is not that of transformers"
+    mapping, strategy = fused(config), js.Strategy.parse("dp2mp4")
+    stacked = js.load(folder, strategy, dtype="float32", names=mapping)
+    again = Llama(mapping.inverse().apply_arrays(stacked), config, strategy)
+    plain = Llama(js.load(folder, strategy, dtype="float32"), config, strategy)
+    assert np.array_equal(again.logits(prompt), plain.logits(prompt)), "other logits when fused"
+    print(f"dp2mp4, fused, transposed and stacked: {len(stacked)} tensors, the same logits")
     return differences
 
 

@@ -180,6 +180,20 @@ def _add_lora(to: argparse.ArgumentParser) -> None:
         "--alpha", type=float, help="lora_alpha of the training (default: as its config says)"
     )
     to.add_argument("--scaling", type=float, help="alpha / rank itself, for all adapters alike")
+    to.add_argument(
+        "--adapter-rank", type=int, metavar="R", help="refuse adapters of another rank than this"
+    )
+    to.add_argument(
+        "--fan-in-fan-out",
+        action="store_true",
+        default=None,
+        help="square weights are stored as (in, out); others tell by their shape",
+    )
+    to.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="the same bits on every machine and in every layout, but slower",
+    )
     to.add_argument("--unmerge", action="store_true", help="subtract, to get the base back")
 
 

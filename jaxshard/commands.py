@@ -129,8 +129,11 @@ def lora(a: Namespace) -> int:
         _source(a),
         a.adapter,
         alpha=a.alpha,
+        rank=a.adapter_rank,
         scaling=a.scaling,
+        fan_in_fan_out=a.fan_in_fan_out,
         unmerge=a.unmerge,
+        reproducible=a.reproducible,
         adapter_strategy=a.adapter_strategy,
     )
     return _convert(a, a.to, source)

@@ -7,27 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapping_models import MODELS, save
+from mapping_random import forms_of
 from mapping_worlds import same
 from safetensors.numpy import load_file, save_file
 
 from jaxshard.api import convert, plan
 from jaxshard.conversion import Options, execute, prepare
 from jaxshard.errors import LayoutError, NotFoundError
-from jaxshard.mapping import FORMS, find_mapping, form_of, read_mapping, table, write_mapping
+from jaxshard.mapping import find_mapping, form_of, read_mapping, table, write_mapping
 from jaxshard.opening import open_checkpoint
 
 QUICK = Options(workers=1, durable=False)
-FORMS_OF = {
-    "llama": tuple(FORMS),
-    "qwen2": ("mindformers-concat", "mcore-fused", "nnx-scan", "maxtext", "tunix"),
-    "qwen3": ("mcore", "mcore-fused", "linen-scan", "maxtext", "tunix"),
-    "gemma": ("mcore-fused-blocks", "nnx", "tunix"),
-    "qwen3_moe": ("mcore", "mcore-fused", "nnx-scan", "linen"),
-    "mixtral": ("nnx", "nnx-scan"),
-    "deepseek_v3": ("mcore", "mcore-fused", "nnx-scan", "linen-scan"),
-    "gpt2": ("nnx", "linen-scan"),
-    "bert": ("nnx-scan", "linen"),
-}
+FORMS_OF = {family: forms_of(family) for family in MODELS}
 EVERY = [(family, form) for family, forms in FORMS_OF.items() for form in forms]
 # what each family's ranks share must survive the mapping; experts stay whole in mcore's form
 LAYOUTS = {

@@ -7,7 +7,6 @@ load(with_adapter("llama/", "adapter/"), "dp2mp4")           inside a sharded lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from ..catalog import Catalog
@@ -53,7 +52,7 @@ def with_adapter(
         source: the base model, or base and adapters in one checkpoint.
         adapter: the adapters, if they are beside it: a PEFT folder, or any checkpoint.
         alpha: what the adapter was trained with; by default what its config says, and an
-            error if none does.
+            error if none does, or if the config says others for some modules.
         rank: refuse adapters of another rank.
         scaling: alpha / rank itself, for all adapters alike.
         fan_in_fan_out: whether square weights are (in, out); others tell by their shape.
@@ -68,21 +67,13 @@ def with_adapter(
         LayoutError: shapes that do not fit, or an adapter that is more than a product.
         FormatError: a config that does not belong to the adapter.
     """
-    if alpha is not None and scaling is not None:
-        raise LayoutError(f"alpha={alpha} and scaling={scaling} are both given; one says it all.")
     base = source if isinstance(source, Catalog) else open_checkpoint(source, strategy=src_strategy)
     beside = (
         adapter
         if adapter is None or isinstance(adapter, Catalog)
         else open_checkpoint(adapter, strategy=adapter_strategy)
     )
-    settings = find_settings((beside or base).root)
-    if alpha is not None or scaling is not None:
-        settings = replace(settings, alpha=alpha, scaling=scaling, where="")
-    if rank is not None:
-        settings = replace(settings, rank=rank, rank_pattern={}, where="rank=")
-    if fan_in_fan_out is not None:
-        settings = replace(settings, fan_in_fan_out=fan_in_fan_out)
+    settings = find_settings((beside or base).root).with_given(alpha, rank, scaling, fan_in_fan_out)
     done = merged(base, settings, beside, sign=-1 if unmerge else 1, reproducible=reproducible)
     if unmerge and done.replaced:
         raise LayoutError(

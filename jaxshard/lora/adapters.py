@@ -142,10 +142,11 @@ def _pair(module: str, pair: Mapping[str, Tensor], is_embedding: bool, where: st
             "adapter is incomplete; fetch or save it again."
         )
     a, b = pair["A"], pair["B"]
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise LayoutError(
             f"{a.name} {a.shape} and {b.name} {b.shape} are no pair: A is (rank, in), B is (out, "
-            "rank). Adapters of convolutions and of stacked experts cannot be merged."
+            "rank), of rank 1 or more. Adapters of convolutions and of stacked experts cannot be "
+            "merged."
         )
     return Adapter(module, a, b, is_embedding)
 

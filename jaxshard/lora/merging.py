@@ -57,12 +57,15 @@ def merged(
             "as lora_A.weight, lora_a, mindpet_delta_lora_a or lora_embedding_A do."
         )
     kept = {n: t for n, t in base.tensors.items() if not is_adapter(n)}
+    if adapter is not None and len(kept) < len(base.tensors):
+        _refuse_two(base, adapter)
     files, shift = _with_files(base, adapter)
     replaced: dict[str, str] = {}
     if adapter is not None:
         for name, tensor in found.others.items():
             if name not in source.hyper:
                 own = _base_name(name, kept) or name
+                _check_replaced(tensor, kept.get(own))
                 kept[own] = _shifted(replace(tensor, name=own), shift)
                 replaced[own] = name
     notes: list[str] = []
@@ -83,13 +86,34 @@ def merged(
     return Merged(catalog, len(found.adapters), tuple(sorted(replaced)))
 
 
+def _refuse_two(base: Catalog, adapter: Catalog) -> None:
+    """Refuse to choose between adapters inside the base and those beside it."""
+    own = [n for n in base.tensors if is_adapter(n)]
+    raise LayoutError(
+        f"{base.root} holds {len(own)} tensors of adapters itself ({own[0]} …), and {adapter.root} "
+        "is given too. Merge its own first, without adapter=, or leave them out when converting it "
+        "(--exclude lora)."
+    )
+
+
+def _check_replaced(tensor: Tensor, before: Tensor | None) -> None:
+    """Refuse to put a tensor that was saved with the adapter in the place of another shape."""
+    if before is not None and before.shape != tensor.shape:
+        raise LayoutError(
+            f"{tensor.name}: shape {tensor.shape} was saved with the adapter (modules_to_save), "
+            f"and the base has {before.name} of shape {before.shape}. The adapter is of another "
+            "model, or its embedding was resized: resize and save the base so first."
+        )
+
+
 def _added(
     weight: Tensor, pair: Adapter, scaling: float, swapped: bool, reproducible: bool
 ) -> Tensor:
     if not is_plain_float(weight.dtype):
         raise LayoutError(
             f"{weight.name} is {weight.dtype}; adapters are added to F16, BF16, F32 or F64. "
-            "Dequantize it first."
+            'FP8 with factors gets its true values by converting with names="auto" (--names auto) '
+            "first."
         )
 
     def step(at: tuple[Affine, Affine]) -> AddProduct:
@@ -103,10 +127,11 @@ def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[s
     """Whether the weight is (in, out), so that the product is added transposed."""
     plain = (pair.b.shape[0], pair.a.shape[1])
     fits = [weight.shape == plain, weight.shape == plain[::-1]]
-    if not any(fits):
+    made = plain[::-1] if pair.is_embedding else plain
+    if not any(fits) or (pair.is_embedding and not fits[1]):
         raise LayoutError(
-            f"{weight.name}: shape {weight.shape} does not fit B @ A, which is {plain[0]} x "
-            f"{plain[1]} ({pair.b.name} {pair.b.shape}, {pair.a.name} {pair.a.shape}). The adapter "
+            f"{weight.name}: shape {weight.shape} does not fit B @ A, which is {made[0]} x "
+            f"{made[1]} ({pair.b.name} {pair.b.shape}, {pair.a.name} {pair.a.shape}). The adapter "
             "is of another model, or lies in parts: give its strategy files."
         )
     if pair.is_embedding:
@@ -114,8 +139,8 @@ def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[s
     if all(fits):
         if settings.fan_in_fan_out is None:
             notes.append(
-                "Square weights are taken as (out, in); give fan_in_fan_out=True if they are "
-                "stored as (in, out)."
+                "Square weights are taken as (out, in); give fan_in_fan_out=True "
+                "(--fan-in-fan-out) if they are stored as (in, out)."
             )
         return bool(settings.fan_in_fan_out)
     return fits[1]
@@ -162,7 +187,8 @@ def _shifted(tensor: Tensor, by: int) -> Tensor:
 
 
 def _notes(dropped: int, settings: Settings) -> list[str]:
-    notes = [f"Alpha is as {settings.where} says."] if settings.where else []
+    told = settings.where and not settings.given
+    notes = [f"Alpha is as {settings.where} says."] if told else []
     if dropped:
         notes.append(f"{dropped} optimizer states of adapters are left out.")
     return notes

@@ -8,10 +8,10 @@ were looked in.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import sqrt
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import FormatError, LayoutError, NotFoundError
 from ..formats.strict_json import parse_object
 from ..storage.local import LocalFolder
 from .adapters import Adapter
+from .patterns import ByPattern, check_pattern
 
 PEFT_CONFIG = "adapter_config.json"
 OWN_CONFIG = "mindformers_adapter_config.json"
@@ -28,7 +29,14 @@ _MAX_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Settings:
-    """How strongly adapters act. ``where`` says who said so, for messages."""
+    """How strongly adapters act.
+
+    Attributes:
+        where: the config that says all that the caller did not.
+        rank_from: who says the rank.
+        given: alpha or scaling are the caller's.
+        looked_in: the places that a config was looked for in.
+    """
 
     alpha: float | None = None
     rank: int | None = None
@@ -38,7 +46,43 @@ class Settings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool | None = None
     where: str = ""
+    rank_from: str = ""
+    given: bool = False
     looked_in: tuple[str, ...] = ()
+
+    def with_given(
+        self,
+        alpha: float | None = None,
+        rank: int | None = None,
+        scaling: float | None = None,
+        fan_in_fan_out: bool | None = None,
+    ) -> Settings:
+        """These settings with what the caller says in their place.
+
+        Raises:
+            LayoutError: it is contradictory, or no number that anything can be multiplied with.
+        """
+        for name, number in (("alpha", alpha), ("scaling", scaling)):
+            if number is not None and not isfinite(number):
+                raise LayoutError(f"{name}={number} is no number to multiply with.")
+        if alpha is not None and scaling is not None:
+            raise LayoutError(
+                f"alpha={alpha} and scaling={scaling} are both given; one says it all."
+            )
+        if alpha is not None and self.alpha_pattern and self.alpha not in (None, alpha):
+            raise LayoutError(
+                f"alpha={alpha} is given, but {self.where} says {self.alpha}, and other alphas for "
+                f"some modules (alpha_pattern has {len(self.alpha_pattern)}). Leave alpha out, or "
+                "change that file; scaling= sets one scaling for all."
+            )
+        made = self
+        if alpha is not None or scaling is not None:
+            made = replace(made, alpha=alpha, scaling=scaling, given=True)
+        if rank is not None:
+            made = replace(made, rank=rank, rank_pattern={}, rank_from="rank= (--adapter-rank)")
+        if fan_in_fan_out is not None:
+            made = replace(made, fan_in_fan_out=fan_in_fan_out)
+        return made
 
     def scaling_of(self, adapter: Adapter) -> float:
         """What the product of ``adapter`` is multiplied with.
@@ -47,22 +91,32 @@ class Settings:
             NotFoundError: nobody says alpha; the places that were looked in are listed.
             FormatError: the config says another rank than the adapter has.
         """
+        rank = self._ranks.find(adapter.module, self.rank)
+        if rank is not None and rank != adapter.rank:
+            raise FormatError(
+                f"{adapter.a.name}: shape {adapter.a.shape} has rank {adapter.rank}, but "
+                f"{self.rank_from or self.where} says {rank}. The adapter and its config do not "
+                "belong together."
+            )
         if self.scaling is not None:
             return self.scaling
-        alpha: float | None = _by_pattern(self.alpha_pattern, adapter.module, self.alpha)
+        alpha = self._alphas.find(adapter.module, self.alpha)
         if alpha is None:
             raise NotFoundError(
                 f"{adapter.a.name}: its alpha is not known, and is not guessed. Looked for "
                 f"lora_alpha in {', '.join(self.looked_in) or 'no file'}. Give alpha= (what it was "
-                "trained with), or scaling= (alpha / rank)."
-            )
-        rank: int | None = _by_pattern(self.rank_pattern, adapter.module, self.rank)
-        if rank is not None and rank != adapter.rank:
-            raise FormatError(
-                f"{adapter.a.name}: shape {adapter.a.shape} has rank {adapter.rank}, but "
-                f"{self.where} says {rank}. The adapter and its config do not belong together."
+                "trained with), or scaling= (alpha / rank); on the command line --alpha or "
+                "--scaling."
             )
         return alpha / (sqrt(adapter.rank) if self.rslora else adapter.rank)
+
+    @cached_property
+    def _ranks(self) -> ByPattern[int | None]:
+        return ByPattern(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> ByPattern[float | None]:
+        return ByPattern(self.alpha_pattern)
 
 
 def find_settings(root: str) -> Settings:
@@ -79,7 +133,7 @@ def find_settings(root: str) -> Settings:
             path = place / name
             looked.append(str(path))
             if path.is_file():
-                return _read(path)
+                return replace(_read(path), looked_in=tuple(looked))
     return Settings(looked_in=tuple(looked))
 
 
@@ -103,54 +157,47 @@ def _read(path: Path) -> Settings:
                 f"{path}: {flag} is {said[flag]!r}; that is more than adding a product to a "
                 "matrix, and cannot be merged here. Merge it with PEFT."
             )
+    rank_key = "r" if said.get("r") is not None else "lora_rank"
+    ranks = {p: _rank(said["rank_pattern"], p, path) for p in _patterns(said, "rank_pattern", path)}
+    alphas = {
+        p: _number(said["alpha_pattern"], p, path) for p in _patterns(said, "alpha_pattern", path)
+    }
     return Settings(
-        alpha=_number(said, "lora_alpha", path),
-        rank=_whole(said, ("r", "lora_rank"), path),
+        alpha=_number(said, "lora_alpha", path) if said.get("lora_alpha") is not None else None,
+        rank=_rank(said, rank_key, path) if said.get(rank_key) is not None else None,
         rslora=bool(said.get("use_rslora")),
-        rank_pattern={k: int(v) for k, v in _patterns(said, "rank_pattern", path).items()},
-        alpha_pattern=_patterns(said, "alpha_pattern", path),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         fan_in_fan_out=bool(said["fan_in_fan_out"]) if "fan_in_fan_out" in said else None,
         where=str(path),
-        looked_in=(str(path),),
     )
 
 
-def _number(said: Mapping[str, Any], key: str, path: Path) -> float | None:
-    value = said.get(key)
-    if value is None:
-        return None
+def _number(said: Mapping[str, Any], key: str, path: Path) -> float:
+    value = said[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{path}: {key} is {value!r}, not a number.")
-    return float(value)
+        raise FormatError(f"{path}: {key} is {str(value)[:40]!r}, not a number.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
+    if not isfinite(number):
+        raise FormatError(f"{path}: {key} is {str(value)[:40]}, no number to multiply with.")
+    return number
 
 
-def _whole(said: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> int | None:
-    found = next((_number(said, k, path) for k in keys if k in said), None)
-    return None if found is None else int(found)
+def _rank(said: Mapping[str, Any], key: str, path: Path) -> int:
+    number = _number(said, key, path)
+    if number < 1 or number != int(number):
+        raise FormatError(f"{path}: {key} is {str(said[key])[:40]}, not a rank of 1 or more.")
+    return int(number)
 
 
-def _patterns(said: Mapping[str, Any], key: str, path: Path) -> dict[str, float]:
+def _patterns(said: Mapping[str, Any], key: str, path: Path) -> list[str]:
+    """The patterns of a table of modules, each an expression that can be tried."""
     value = said.get(key) or {}
     if not isinstance(value, dict):
         raise FormatError(f"{path}: {key} is no table of names and numbers.")
-    found = {}
     for pattern in value:
-        number = _number(value, pattern, path)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise FormatError(
-                f"{path}: {key} has {pattern!r}, no regular expression: {error}."
-            ) from None
-        if number is None:
-            raise FormatError(f"{path}: {key} says nothing for {pattern!r}.")
-        found[pattern] = number
-    return found
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that the end of ``module`` is."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+        check_pattern(pattern, f"{path}: {key}")
+    return list(value)

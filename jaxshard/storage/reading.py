@@ -53,7 +53,10 @@ class SourceFiles:
             if file.path.endswith(".ckpt") or self._by_mindspore:
                 from ..formats.weight_files import check_crc  # noqa: PLC0415 - seldom needed
 
-                check_crc(self._folder, file.path)
+                if os.path.isabs(file.path):  # of another folder, as adapters are
+                    check_crc(LocalFolder(file.path), os.path.basename(file.path))
+                else:
+                    check_crc(self._folder, file.path)
 
     def close(self) -> None:
         """Close all handles."""

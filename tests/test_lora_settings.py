@@ -1,0 +1,233 @@
+"""Who says how strongly adapters act, what contradicts it, and what no config may do."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+from test_lora import QUICK, save, small, weights
+
+from jaxshard.errors import FormatError, LayoutError, NotFoundError
+from jaxshard.lora import merge_lora, with_adapter
+from jaxshard.lora.patterns import ByPattern, check_pattern
+
+
+def scaling_of(catalog, name: str = "l.0.q.weight") -> float:
+    (piece,) = catalog[name].pieces
+    return piece.view.steps[0].scaling
+
+
+def test_alpha_that_nobody_says_is_asked_for_with_every_place_that_was_looked_in(tmp_path) -> None:
+    place = save(small(), tmp_path / "a" / "b" / "c")
+    with pytest.raises(NotFoundError) as caught:
+        with_adapter(place)
+    said = str(caught.value)
+    for folder in (place, tmp_path / "a" / "b", tmp_path / "a", tmp_path):
+        for name in ("adapter_config.json", "mindformers_adapter_config.json"):
+            assert str(folder / name) in said
+    assert "--alpha or --scaling" in said
+    (tmp_path / "a" / "adapter_config.json").write_text('{"r": 2}')  # found, and says nothing
+    with pytest.raises(NotFoundError) as caught:
+        with_adapter(place)
+    said = str(caught.value)
+    assert str(tmp_path / "a" / "adapter_config.json") in said
+    assert str(place / "adapter_config.json") in said
+    assert str(tmp_path / "adapter_config.json") not in said
+
+
+def test_mindformers_own_config_is_read_too(tmp_path) -> None:
+    place = save(small(), tmp_path / "a")
+    told = {"format": "mindformers_pynative_lora_adapter_v1", "lora_config": {"lora_alpha": 6}}
+    (tmp_path / "mindformers_adapter_config.json").write_text(json.dumps(told))
+    assert scaling_of(with_adapter(place)) == 3
+
+
+def test_a_given_alpha_goes_before_the_config_and_not_against_its_patterns(tmp_path) -> None:
+    plain = save(small(), tmp_path / "plain", lora_alpha=8, r=2)
+    assert scaling_of(with_adapter(plain, alpha=2)) == 1
+    assert not any("Alpha is as" in n for n in with_adapter(plain, alpha=2).notes)
+    assert any("Alpha is as" in n for n in with_adapter(plain).notes)
+    patterns = save(small(), tmp_path / "p", lora_alpha=8, alpha_pattern={"0.q": 6})
+    assert scaling_of(with_adapter(patterns)) == 3
+    assert scaling_of(with_adapter(patterns, alpha=8)) == 3  # says the same
+    assert scaling_of(with_adapter(patterns, scaling=0.5)) == 0.5
+    with pytest.raises(LayoutError, match=r"alpha=2 is given, but .*config.json says 8.* has 1"):
+        with_adapter(patterns, alpha=2)
+    only = save(small(), tmp_path / "only", alpha_pattern={"k": 6})
+    assert scaling_of(with_adapter(only, alpha=2)) == 1
+
+
+def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
+    place = save(small(), tmp_path / "a", lora_alpha=8, r=8)
+    for how in ({}, {"alpha": 4}, {"scaling": 1.0}):
+        with pytest.raises(FormatError, match=r"has rank 2, but /.*adapter_config\.json says 8"):
+            with_adapter(place, **how)
+    with pytest.raises(FormatError, match=r"has rank 2, but rank= .* says 4"):
+        with_adapter(place, rank=4)
+    assert scaling_of(with_adapter(place, rank=2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"lora_alpha": 1e400}', "lora_alpha is inf, no number to multiply with"),
+        ('{"lora_alpha": 1%s}' % ("0" * 400), "lora_alpha is 1000.*, no number to multiply with"),
+        ('{"lora_alpha": true}', "not a number"),
+        ('{"lora_alpha": 4, "r": 1e400}', "r is inf, no number"),
+        ('{"lora_alpha": 4, "r": 0}', "r is 0, not a rank of 1 or more"),
+        ('{"lora_alpha": 4, "r": 2.5}', "not a rank of 1 or more"),
+        ('{"lora_alpha": 4, "rank_pattern": {"q": 1e400}}', "q is inf"),
+        ('{"lora_alpha": 4, "rank_pattern": {"q": 0}}', "q is 0, not a rank"),
+        ('{"lora_alpha": 4, "rank_pattern": ["q"]}', "no table of names and numbers"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"q": null}}', "not a number"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"q{99999999999}": 1}}', "no regular expression"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"(?i)q": 1}}', "no regular expression"),
+    ],
+)
+def test_a_config_of_a_stranger_is_refused_and_does_not_crash(tmp_path, config, said) -> None:
+    place = save(small(), tmp_path / "a")
+    (place / "adapter_config.json").write_text(config)
+    with pytest.raises(FormatError, match=said):
+        with_adapter(place)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_alpha_is_a_number(tmp_path, number) -> None:
+    save(small(), tmp_path / "a")
+    for how in ({"alpha": number}, {"scaling": number}):
+        with pytest.raises(LayoutError, match="is no number to multiply with"):
+            with_adapter(tmp_path / "a", **how)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+b",
+        "(a|a)*b",
+        "(a*)*",
+        "(.*){5}x",
+        ".*.*.*.*.*x",
+        "a?" * 40 + "a" * 40,
+        "(a|aa)" * 40,
+    ],
+)
+def test_expressions_that_would_take_years_are_refused(pattern) -> None:
+    with pytest.raises(FormatError, match="may take too long"):
+        check_pattern(pattern, "config")
+
+
+@pytest.mark.parametrize("pattern", [".*.*.*x", "(a|b|c).*.*", "a?" * 15, r"(\w+\.)\d+", "a{9}"])
+def test_expressions_that_are_taken_end_soon(pattern) -> None:
+    check_pattern(pattern, "config")
+    start = time.monotonic()
+    ByPattern({pattern: 1}).find("a." * 32 + "b", 0)
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "found"),
+    [
+        ("q_proj", "model.layers.0.q_proj", True),
+        ("q_proj", "model.layers.0.xq_proj", False),
+        ("layers.0.q_proj", "model.layers.0.q_proj", True),
+        ("^model.layers.0.q_proj", "model.layers.0.q_proj", True),
+        ("^layers.0.q_proj", "model.layers.0.q_proj", False),
+        (r".*\.layers\.[0-5]\..*\.(q|v)_proj", "model.layers.3.self_attn.v_proj", True),
+        (r".*\.layers\.[0-5]\..*\.(q|v)_proj", "model.layers.7.self_attn.v_proj", False),
+        (r"layers\.(0|1|2|3|10)\.(self_attn|mlp)\.(q|k|v|o)_proj", "layers.10.mlp.o_proj", True),
+        (r"(?:model\.)?layers\.\d+\.q", "model.layers.12.q", True),
+    ],
+)
+def test_the_patterns_of_real_configs_are_taken_as_peft_takes_them(pattern, module, found) -> None:
+    check_pattern(pattern, "config")
+    assert ByPattern({pattern: True}).find(module, False) is found
+
+
+# --- what lies where, and fits what -----------------------------------------------------------
+
+
+def test_adapters_inside_the_base_and_beside_it_are_not_chosen_between(tmp_path) -> None:
+    save(small(), tmp_path / "base")
+    pair = {n: x for n, x in small().items() if "lora" in n}
+    save(pair, tmp_path / "pair", lora_alpha=4)
+    with pytest.raises(LayoutError, match=r"holds 2 tensors of adapters itself \(l\.0\.q\.lora"):
+        with_adapter(tmp_path / "base", tmp_path / "pair")
+    save({n: x for n, x in small().items() if "lora" not in n}, tmp_path / "bare")
+    assert scaling_of(with_adapter(tmp_path / "bare", tmp_path / "pair")) == 2
+
+
+def embedding(tokens: int = 10, dim: int = 4) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {
+        "embed.weight": random.normal(size=(tokens, dim)).astype(np.float32),
+        "embed.lora_embedding_A": random.normal(size=(2, 10)).astype(np.float32),
+        "embed.lora_embedding_B": random.normal(size=(4, 2)).astype(np.float32),
+    }
+
+
+def test_an_adapter_of_an_embedding_fits_one_way_only(tmp_path) -> None:
+    tensors = embedding()
+    save(tensors, tmp_path / "src")
+    merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, options=QUICK)
+    delta = (tensors["embed.lora_embedding_B"] @ tensors["embed.lora_embedding_A"]).T
+    made = weights(tmp_path / "m")["embed.weight"]
+    np.testing.assert_allclose(made, tensors["embed.weight"] + delta, rtol=1e-6, atol=1e-6)
+    save(embedding() | {"embed.weight": tensors["embed.weight"].T.copy()}, tmp_path / "turned")
+    with pytest.raises(LayoutError, match=r"\(4, 10\) does not fit B @ A, which is 10 x 4"):
+        with_adapter(tmp_path / "turned", alpha=2)
+    save(embedding(tokens=12), tmp_path / "resized")
+    with pytest.raises(LayoutError, match=r"\(12, 4\) does not fit"):
+        with_adapter(tmp_path / "resized", alpha=2)
+
+
+def test_a_module_saved_with_the_adapter_has_the_shape_that_it_replaces(tmp_path) -> None:
+    base = {n: x for n, x in small().items() if "lora" not in n}
+    save(base, tmp_path / "base")
+    pair = {n: x for n, x in small().items() if "lora" in n}
+    saved = "base_model.model.l.0.norm.modules_to_save.default.weight"
+    save(pair | {saved: np.ones(6, np.float32)}, tmp_path / "right", lora_alpha=4)
+    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "right", options=QUICK)
+    np.testing.assert_array_equal(weights(tmp_path / "m")["l.0.norm.weight"], np.ones(6))
+    save(pair | {saved: np.ones(7, np.float32)}, tmp_path / "wrong", lora_alpha=4)
+    with pytest.raises(LayoutError, match=r"shape \(7,\) was saved with the adapter .*\(6,\)"):
+        with_adapter(tmp_path / "base", tmp_path / "wrong")
+
+
+def test_an_adapter_of_rank_zero_is_no_pair(tmp_path) -> None:
+    tensors = small() | {
+        "l.0.q.lora_a": np.zeros((0, 6), np.float32),
+        "l.0.q.lora_b": np.zeros((8, 0), np.float32),
+    }
+    save(tensors, tmp_path / "src")
+    with pytest.raises(LayoutError, match=r"are no pair: .* of rank 1 or more"):
+        with_adapter(tmp_path / "src", alpha=1)
+
+
+def test_a_quantized_base_is_merged_after_what_the_error_says(tmp_path) -> None:
+    import ml_dtypes  # noqa: PLC0415
+    from mapping_random import Sizes, config_of, random_model, write_model  # noqa: PLC0415
+
+    from jaxshard.api import convert  # noqa: PLC0415
+
+    sizes = Sizes(layers=1)
+    tensors = random_model("llama", sizes)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    factors = {f"{name}_scale_inv": np.full((1, 1), 2, np.float32)}
+    base = write_model(
+        tmp_path / "base", config_of("llama", sizes) | {"dtype": "float32"}, tensors | factors
+    )
+    random = np.random.default_rng(0)
+    at = name.removesuffix("weight")
+    pair = {f"{at}lora_A.weight": (2, 8), f"{at}lora_B.weight": (16, 2)}
+    pair = {n: random.normal(size=s).astype(np.float32) for n, s in pair.items()}
+    save(pair, tmp_path / "pair", lora_alpha=2)
+    with pytest.raises(LayoutError, match=r'names="auto" \(--names auto\)'):
+        with_adapter(base, tmp_path / "pair")
+    convert(base, tmp_path / "true", names="auto", options=QUICK)
+    merge_lora(tmp_path / "true", tmp_path / "m", adapter=tmp_path / "pair", options=QUICK)
+    a, b = pair.values()
+    expected = tensors[name].astype(np.float32) * 2 + b @ a
+    np.testing.assert_allclose(weights(tmp_path / "m")[name], expected, rtol=1e-6, atol=1e-6)
