@@ -180,7 +180,7 @@ def test_metadata_that_files_disagree_on_is_dropped():
 @pytest.mark.parametrize(
     ("contents", "error", "says"),
     [
-        ({INDEX: index_of(a=ONE, b=TWO), ONE: weights("a")}, NotFoundError, f"names {TWO}, which"),
+        ({INDEX: index_of(a=ONE, b=TWO), ONE: weights("a")}, CoverageError, f"names {TWO}, which"),
         (
             {INDEX: index_of(a=ONE, b=ONE), ONE: weights("a")},
             FormatError,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from jaxshard.errors import LayoutError, StorageError
-from jaxshard.storage import staging
+from jaxshard.storage import linux, staging
 from jaxshard.storage.staging import Staging, is_unfinished
+
+OLD = "model.safetensors"  # what an old result is known by
 
 
 @pytest.fixture
@@ -56,14 +60,14 @@ def test_an_empty_destination_is_as_good_as_none(place):
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
 def test_an_old_result_is_replaced_when_the_new_one_is_whole(place, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(staging, "exchange", lambda a, b: False)
     place.mkdir()
-    (place / "old").write_bytes(b"0")
+    (place / OLD).write_bytes(b"0")
     with pytest.raises(LayoutError, match=r"exists.*--overwrite"):
         Staging(place, "request")
     made = Staging(place, "request", overwrite=True)
     put(made, "new", b"1")
-    assert content(place) == {"old": b"0"}
+    assert content(place) == {OLD: b"0"}
     made.publish()
     assert content(place) == {"new": b"1"}
     assert list(place.parent.iterdir()) == [place]
@@ -71,9 +75,9 @@ def test_an_old_result_is_replaced_when_the_new_one_is_whole(place, monkeypatch,
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_crash_between_two_renames_loses_neither(place, monkeypatch, overwrite):
-    monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(staging, "exchange", lambda a, b: False)
     place.mkdir()
-    (place / "old").write_bytes(b"0")
+    (place / OLD).write_bytes(b"0")
     made = Staging(place, "request", overwrite=True)
     put(made, "new", b"1")
     real = os.rename
@@ -91,9 +95,9 @@ def test_a_crash_between_two_renames_loses_neither(place, monkeypatch, overwrite
     assert not place.exists()
     again = Staging(place, "another", overwrite=True) if overwrite else None
     if again:
-        assert content(place) == {"old": b"0"}
+        assert content(place) == {OLD: b"0"}
         again.abandon()
-        assert content(place) == {"old": b"0"}
+        assert content(place) == {OLD: b"0"}
     else:
         again = Staging(place, "request", resume=True, overwrite=True)
         assert set(again.finished) == {"new"}
@@ -192,6 +196,7 @@ def test_a_crash_after_publishing_is_seen_and_tidied(place, monkeypatch, old):
     """Else the old result, which lies in the staging folder then, would be taken for finished."""
     if old:
         place.mkdir()
+        (place / OLD).touch()
         (place / "a").write_bytes(b"old!!")
     made = Staging(place, "request", overwrite=True)
     put(made, "a", b"whole")
@@ -206,9 +211,9 @@ def test_a_crash_after_publishing_is_seen_and_tidied(place, monkeypatch, old):
 
 def test_after_publishing_another_request_does_not_take_the_old_for_its_own(place, monkeypatch):
     place.mkdir()
-    (place / "a").write_bytes(b"old!!")
+    (place / OLD).write_bytes(b"old!!")
     made = Staging(place, "request", overwrite=True)
-    put(made, "a", b"whole")
+    put(made, OLD, b"whole")
     monkeypatch.setattr(made, "_remove", made._release)
     made.publish()
     again = Staging(place, "other", resume=True, overwrite=True)
@@ -252,3 +257,88 @@ def test_the_journal_is_one_line_a_file(place):
     interrupted(place)
     (line,) = (partial(place) / "finished").read_text().splitlines()
     assert json.loads(line)[:2] == ["a", 5]
+
+
+# --- one file ------------------------------------------------------------------------
+
+
+def test_one_file_appears_at_once_and_replaces_a_file(tmp_path):
+    place = tmp_path / "out.safetensors"
+    for data in (b"1", b"2"):
+        made = Staging(place, "request", only="m", overwrite=place.exists())
+        put(made, "m", data)
+        made.publish()
+        assert place.read_bytes() == data
+        assert list(tmp_path.iterdir()) == [place]
+    with pytest.raises(LayoutError, match=r"exists.*--overwrite"):
+        Staging(place, "request", only="m")
+
+
+def test_one_file_is_not_put_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LayoutError, match="is no file"):
+        Staging(tmp_path / "out", "request", only="m", overwrite=True)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_crash_after_one_file_is_published_is_seen_and_tidied(tmp_path, monkeypatch, old):
+    place = tmp_path / "out.safetensors"
+    if old:
+        place.write_bytes(b"old")
+    made = Staging(place, "request", only="m", overwrite=True)
+    put(made, "m", b"whole")
+    monkeypatch.setattr(made, "_remove", made._release)
+    made.publish()
+    assert partial(place).exists()
+    again = Staging(place, "request", only="m", resume=True, overwrite=old)
+    assert again.published
+    assert place.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+# --- places that cannot be replaced --------------------------------------------------
+
+
+def test_a_mount_point_is_refused_before_the_work(place, monkeypatch):
+    """Empty or not: no folder can be renamed to where another file system begins."""
+    place.mkdir()
+    monkeypatch.setattr(staging, "is_mount_point", lambda path: path == place)
+    for overwrite in (False, True):
+        with pytest.raises(LayoutError, match=f"mount point.* Use {place}/result"):
+            Staging(place, "request", overwrite=overwrite)
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_mount_points_are_known_by_the_systems_list_too(tmp_path, monkeypatch):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(
+        rb"22 1 8:1 / / rw - ext4 /dev/sda1 rw"
+        b"\n"
+        rb"23 22 8:1 /x /my\040data\134 rw - ext4 /dev/sda1 rw"
+        b"\n\n"
+    )
+    monkeypatch.setattr(linux, "_MOUNTS", mounts)
+    assert linux.is_mount_point(Path("/"))
+    assert linux.is_mount_point(Path("/my data\\"))
+    assert not linux.is_mount_point(Path("/my data"))
+    monkeypatch.setattr(linux, "_MOUNTS", tmp_path / "absent")
+    assert linux.is_mount_point(Path("/"))
+    assert not linux.is_mount_point(tmp_path)
+
+
+@pytest.mark.parametrize("refused", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
+def test_file_systems_that_cannot_exchange_are_told_by_any_of_their_errors(
+    place, monkeypatch, refused
+):
+    def renameat2(*_: object) -> int:
+        ctypes.set_errno(getattr(errno, refused))
+        return -1
+
+    place.mkdir()
+    (place / OLD).write_bytes(b"0")
+    monkeypatch.setattr(linux, "_function", lambda name: renameat2)
+    made = Staging(place, "request", overwrite=True)
+    put(made, "new", b"1")
+    made.publish()
+    assert content(place) == {"new": b"1"}
+    assert list(place.parent.iterdir()) == [place]

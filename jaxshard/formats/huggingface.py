@@ -34,6 +34,7 @@ __all__ = [
     "SINGLE",
     "file_names",
     "index_json",
+    "is_weights",
     "model_of",
     "parse_size",
     "plan_files",
@@ -77,8 +78,8 @@ def read(folder: Folder) -> Catalog:
 
     Raises:
         FormatError: a file, or the index, is not what it claims to be.
-        NotFoundError: there are no safetensors weights, or a file that the index names is missing.
-        CoverageError: there is no index, and one of the numbered files is missing.
+        NotFoundError: there are no safetensors weights.
+        CoverageError: a file that the index names, or one of numbered files, is missing.
     """
     files = folder.files()
     choice = _choose(folder, files)
@@ -155,7 +156,7 @@ def _check_present(
 ) -> None:
     missing = sorted(set(serves.values()) - files.keys())
     if missing:
-        raise NotFoundError(
+        raise CoverageError(
             f"{index} names {some(map(shown, missing))}, which {folder.root} does not have. "
             "Fetch what is missing."
         )
@@ -256,12 +257,17 @@ def carried(files: Iterable[str], used: Sequence[str]) -> tuple[tuple[str, ...],
     for path in files:
         if path in used or _HIDDEN.search(path):
             continue
-        if not _WEIGHTS.search(path):
+        if not is_weights(path):
             if path != MINDSPORE_INDEX:
                 extras.append(path)
         elif not path.endswith(".index.json"):
             not_used.append(path)
     return tuple(extras), tuple(not_used)
+
+
+def is_weights(path: str) -> bool:
+    """Whether a file of that name holds weights, in whatever format, or is an index of such."""
+    return bool(_WEIGHTS.search(path))
 
 
 def _hyper(used: Sequence[File], tensors: Mapping[str, Tensor]) -> frozenset[str]:
@@ -313,7 +319,7 @@ def _check_numbered(folder: Folder, paths: Sequence[str], *, alone: bool) -> Non
 
 
 def _nothing(folder: Folder, files: Mapping[str, File]) -> str:
-    weights = [p for p in files if _WEIGHTS.search(p)]
+    weights = [p for p in files if is_weights(p)]
     if any(p.endswith(".safetensors") for p in weights):
         return (
             f"{folder.root} has no safetensors weights itself, but below it "

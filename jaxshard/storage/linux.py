@@ -1,6 +1,6 @@
 """What Linux offers beyond Python's ``os``, and what is done where it does not.
 
-Both calls only make the disk's work easier: a result is the same without them.
+Reserving and writing back only make the disk's work easier: a result is the same without.
 """
 
 from __future__ import annotations
@@ -8,11 +8,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+_AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def reserve(descriptor: int, num_bytes: int) -> None:
@@ -41,15 +45,53 @@ def start_writing_back(descriptor: int) -> None:
         call(descriptor, 0, 0, _START_WRITING)  # if it fails, the later fsync will tell
 
 
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two paths in one step (``renameat2``); False where that is not offered.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    call = _function("renameat2")
+    if call is None:
+        return False
+    if call(_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_OFFERED:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a file system is mounted at ``path`` (absolute): it cannot be renamed or replaced.
+
+    A folder bound to another of the same disk shows nowhere but in the system's own list.
+    """
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    return any(_mounted_at(line) == os.fsencode(path) for line in lines)
+
+
+def _mounted_at(line: bytes) -> bytes:
+    """The fifth field: spaces and backslashes are written as three octal digits."""
+    field = line.split(b" ", 5)[4] if line.count(b" ") > 4 else b""
+    return re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 0xFF]), field)
+
+
 @cache
 def _function(name: str) -> Any:
     try:
         function = getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError):
         return None
-    wide = ctypes.c_int64
+    wide, path = ctypes.c_int64, ctypes.c_char_p
     function.argtypes = {
         "fallocate": [ctypes.c_int, ctypes.c_int, wide, wide],
         "sync_file_range": [ctypes.c_int, wide, wide, ctypes.c_uint],
+        "renameat2": [ctypes.c_int, path, ctypes.c_int, path, ctypes.c_uint],
     }[name]
     return function

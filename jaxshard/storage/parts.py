@@ -70,12 +70,11 @@ class PartStaging:
         self._request = json.dumps({"parts": count, "request": request})
         self._locks: list[int] = []
         try:
-            self._join()
-            self.finished = steps.read_finished(base / f"{self._name}.journal", self.files)
-        except BaseException as error:
+            with steps.told(f"{base} cannot be made"):
+                self._join()
+                self.finished = steps.read_finished(base / f"{self._name}.journal", self.files)
+        except BaseException:
             self.abandon()
-            if isinstance(error, OSError) and not isinstance(error, StorageError):
-                raise StorageError(f"{base} cannot be made: {error.strerror}.") from error
             raise
 
     def finish(self, path: str, num_bytes: int) -> None:
@@ -89,7 +88,9 @@ class PartStaging:
 
         Of all parts exactly one calls ``last``, when all others are complete.
         """
-        (self._base / f"{self._name}.done").touch()
+        done = self._base / f"{self._name}.done"
+        with steps.told(f"{done} cannot be written"):
+            done.touch()
         with self._turn() as is_there:
             is_last = is_there and all(
                 (self._base / f"part-{i}.done").exists() for i in range(self._count)

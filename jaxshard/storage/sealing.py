@@ -5,9 +5,9 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
-from ..errors import StorageError
 from ..formats.mindspore_ckpt import CRC_BYTES
 from ..formats.mindspore_ckpt_writing import crc_trailer
+from .staging import told
 
 _BLOCK_BYTES = 8 << 20
 
@@ -18,15 +18,12 @@ def append_crc(path: Path) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    try:
-        with open(path, "r+b") as file:
-            end = file.seek(0, 2) - CRC_BYTES
-            file.seek(0)
-            crc, left = 0, end
-            while left and (block := file.read(min(left, _BLOCK_BYTES))):
-                crc = zlib.crc32(block, crc)
-                left -= len(block)
-            file.seek(end)
-            file.write(crc_trailer(crc))
-    except OSError as error:
-        raise StorageError(f"{path} cannot be sealed: {error.strerror}.") from error
+    with told(f"{path} cannot be sealed"), open(path, "r+b") as file:
+        end = file.seek(0, 2) - CRC_BYTES
+        file.seek(0)
+        crc, left = 0, end
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            crc = zlib.crc32(block, crc)
+            left -= len(block)
+        file.seek(end)
+        file.write(crc_trailer(crc))

@@ -14,7 +14,6 @@ Readers pass ``.out.partial`` by: it is hidden and has no checkpoint at its top.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -26,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LayoutError, StorageError
+from .linux import exchange, is_mount_point
 
 FILES, JOURNAL, LOCK = "files", "journal.json", "lock"
 _FINISHED, _PLACING, _REPLACED = "finished", "placing", "replaced"
@@ -51,15 +51,19 @@ class Staging:
         resume: bool = False,
         overwrite: bool = False,
         durable: bool = True,
+        only: str | None = None,
+        private: bool = False,
     ) -> None:
         """Begin, or go on with, the making of ``destination``.
 
         Args:
-            destination: the folder to publish as.
+            destination: the folder to publish as; with ``only``, the file.
             request: a text that two runs share exactly if they make the same result.
             resume: go on with an interrupted run of the same request, if there is one.
             overwrite: replace an existing result, and discard an interrupted run.
             durable: have every file on the disk before it counts as finished.
+            only: publish this file of the result, and not the folder it is in.
+            private: whatever lies at the destination is nobody's but the caller's.
 
         Raises:
             LayoutError: the destination exists, or an interrupted run lies there.
@@ -69,10 +73,11 @@ class Staging:
         self.durable, self.finished = durable, dict[str, int]()
         self._base = staging_folder(destination)
         self.files = self._base / FILES
+        self._made = self.files / only if only else self.files
         with told(f"{self._base} cannot be made"):
             self.published = resume and _was_published(self._base, destination, request)
             if not self.published:
-                refuse_existing(destination, overwrite)
+                refuse_existing(destination, overwrite, as_file=only is not None, private=private)
             there_was = self._base.exists()
             self._base.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -103,7 +108,7 @@ class Staging:
         """
         if last is not None:
             last()
-        place(self._base, self._destination, durable=self.durable)
+        place(self._base, self._destination, durable=self.durable, made=self._made)
         self._remove()
         return True
 
@@ -116,7 +121,7 @@ class Staging:
 
     def _begin(self, request: str, resume: bool, overwrite: bool) -> dict[str, int]:
         journal = self._base / JOURNAL
-        if resume and journal.exists() and not was_placed(self._base):
+        if resume and journal.exists() and not was_placed(self._base, self._made):
             if journal.read_text() == request:
                 self.files.mkdir(exist_ok=True)
                 finished = read_finished(self._base / _FINISHED, self.files)
@@ -190,19 +195,32 @@ def staging_folder(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.partial")
 
 
-def refuse_existing(destination: Path, overwrite: bool) -> None:
-    """Refuse a destination that something lies at.
+def refuse_existing(
+    destination: Path, overwrite: bool, *, as_file: bool = False, private: bool = False
+) -> None:
+    """Refuse a destination that something lies at; ``as_file``, one that is to be a file.
 
     Raises:
-        LayoutError: it exists, is not empty, and may not be replaced.
+        LayoutError: it exists, is not empty, and may not be replaced, or it cannot be.
     """
-    if not destination.exists() or overwrite:
+    if not destination.exists():
         return
-    if destination.is_dir() and not any(destination.iterdir()):
+    if is_mount_point(destination):
+        raise LayoutError(
+            f"{destination} is a mount point, and a result is published by renaming a folder to "
+            f"its name, which a mount point's cannot be. Use {destination / 'result'}."
+        )
+    if not as_file and destination.is_dir() and not any(destination.iterdir()):
         return
-    raise LayoutError(
-        f"{destination} exists. Choose another destination, or replace it with --overwrite."
-    )
+    if not overwrite:
+        raise LayoutError(
+            f"{destination} exists. Choose another destination, or replace it with --overwrite."
+        )
+    if private:
+        return
+    from . import replacing  # noqa: PLC0415 - the formats' names, needed only here
+
+    (replacing.refuse_other_file if as_file else replacing.refuse_foreign)(destination)
 
 
 def lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
@@ -301,22 +319,22 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def place(base: Path, destination: Path, *, durable: bool) -> None:
-    """Make ``base/files`` the ``destination``, in one step.
+def place(base: Path, destination: Path, *, durable: bool, made: Path | None = None) -> None:
+    """Make ``base/files``, or what of it is ``made``, the ``destination``, in one step.
 
     Raises:
         StorageError: the disk refused; the files are where they were.
     """
-    files = base / FILES
+    files, made = base / FILES, made or base / FILES
     with told(f"{destination} cannot be published (the finished files are in {files})"):
         if durable:
             for folder, _, _ in os.walk(files):
                 sync(Path(folder))
-        (base / _PLACING).write_text(f"{files.stat().st_ino}\n{(base / JOURNAL).read_text()}")
+        (base / _PLACING).write_text(f"{made.stat().st_ino}\n{(base / JOURNAL).read_text()}")
         if durable:
             sync(base / _PLACING)
             sync(base)
-        _swap(files, destination)
+        _swap(made, destination)
         if durable:
             sync(destination.parent)
 
@@ -328,14 +346,14 @@ def remove_base(base: Path) -> None:
     shutil.rmtree(base, ignore_errors=True)
 
 
-def was_placed(base: Path) -> bool:
-    """Whether the files of ``base`` have got their name, and only the tidying is left.
+def was_placed(base: Path, made: Path | None = None) -> bool:
+    """Whether what was ``made`` in ``base`` has got its name, and only the tidying is left.
 
     What lies in ``files`` then is the old result, and must not be taken for the new one.
     """
     try:
         placing = (base / _PLACING).read_text().partition("\n")[0]
-        return placing != "" and str((base / FILES).stat().st_ino) != placing
+        return placing != "" and str((made or base / FILES).stat().st_ino) != placing
     except FileNotFoundError:
         return (base / _PLACING).exists()
 
@@ -373,26 +391,13 @@ def _remove(path: Path) -> None:
 
 def _swap(new: Path, place: Path) -> None:
     """Put ``new`` at ``place`` at once, and what was there where ``new`` was, or beside that."""
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+    if new.is_file():
+        os.replace(new, place)
+    elif not place.exists() or (place.is_dir() and not any(place.iterdir())):
         os.rename(new, place)
-    elif not _exchange(new, place):  # a file system without: two steps, nothing lost
+    elif not exchange(new, place):  # a file system without: two steps, nothing lost
         os.rename(place, new.with_name(_REPLACED))
         os.rename(new, place)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two paths atomically (Linux ``renameat2``); False where that does not exist."""
-    at_cwd, exchange = -100, 2
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if call(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS):
-        return False
-    raise OSError(code, os.strerror(code))
 
 
 def is_unfinished(path: Path) -> bool:

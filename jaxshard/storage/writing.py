@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import StorageError
 from ..outputs import Entry
 from ..planning import Move, Plan
 from .linux import reserve
 from .local import Handles
 from .parts import PartStaging
-from .staging import Staging
+from .staging import Staging, told
 
 
 class FileLayout(Protocol):
@@ -117,12 +116,10 @@ class OutputFiles:
     def _create(self, rank: int) -> None:
         layout = self._layouts[self._content_of[rank]]
         path = self._staging.files / self._paths[rank]
-        try:
+        with told(f"{path} cannot be made"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 reserve(file.fileno(), layout.num_bytes)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be made: {error.strerror}.") from error
 
     def _finish(self, rank: int) -> None:
         path, layout = self._paths[rank], self._layouts[self._content_of[rank]]

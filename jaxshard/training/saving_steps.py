@@ -96,7 +96,7 @@ def _written(job: Job) -> Record:
     """Write the step beside the run; its record."""
     places, wish = job.places, job.wish
     staged = places.staging(wish.step)
-    staging = Staging(staged, str(wish.step), overwrite=True, durable=job.durable)
+    staging = Staging(staged, str(wish.step), overwrite=True, durable=job.durable, private=True)
     catalog = replace(job.snapshot.catalog, hyper=job.hyper)
     try:
         if job.kind == "orbax":
