@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .catalog import Catalog, File
-from .errors import FormatError, LayoutError, NotFoundError
+from .errors import CoverageError, FormatError, LayoutError, NotFoundError, some
 from .formats import iteration_names, orbax_names, rank_names
 from .layout import Layout
 from .storage.local import LocalFolder
@@ -52,15 +52,27 @@ def open_checkpoint(
         folder = LocalFolder(place)
         try:
             catalog = _read(folder, place, strategy, suffix)
+        except (CoverageError, NotFoundError) as error:
+            raise type(error)(" ".join([str(error), *_links(folder)])) from None
         finally:
             folder.close()
         if catalog is not None:
-            return catalog
+            return replace(catalog, notes=(*catalog.notes, *_links(folder)))
     _refuse_other_weights(where)
     raise NotFoundError(
         f"{where} holds no checkpoint that jaxshard can read: neither *.safetensors, nor rank_0/ "
         "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
+        + "".join(f" {text}" for text in _links(LocalFolder(where)))
     )
+
+
+def _links(folder: LocalFolder) -> tuple[str, ...]:
+    """What to say of links to folders that were not followed."""
+    names = folder.not_followed
+    if not names:
+        return ()
+    what = "is a link" if len(names) == 1 else "are links"
+    return (f"{some(names)} {what} to a folder elsewhere, not followed: copy what it holds here.",)
 
 
 def _refuse_other_weights(where: Path) -> None:

@@ -12,7 +12,7 @@ import resource
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class LocalFolder:
         self._only = None if is_folder else at.name
         self._base = at if at.is_dir() else at.parent
         self._files: Mapping[str, File] | None = None
+        self._not_followed: tuple[str, ...] = ()
         self._handles = Handles(self._base)
 
     @property
@@ -48,11 +49,26 @@ class LocalFolder:
         return str(self._base)
 
     def files(self) -> Mapping[str, File]:
-        """Every file below, by relative path; hidden ones are left out, links are followed."""
+        """Every file below, by relative path; hidden ones are left out.
+
+        Links to files are followed, those to folders only where they stay in this one.
+        """
         if self._files is None:
-            names = [self._only] if self._only else sorted(_walk(self._base))
+            names = [self._only] if self._only else self._walked()
             self._files = {n: _stat(self._base, n) for n in names}
         return self._files
+
+    @property
+    def not_followed(self) -> tuple[str, ...]:
+        """Links to folders that are not in this one, which were passed by."""
+        self.files()
+        return self._not_followed
+
+    def _walked(self) -> list[str]:
+        elsewhere = list[str]()
+        names = sorted(_walk(self._base, elsewhere.append))
+        self._not_followed = tuple(sorted(elsewhere))
+        return names
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes of ``path`` from ``offset`` (errors as in ``Folder.read``)."""
@@ -70,7 +86,9 @@ class LocalFolder:
         self._handles.close()
 
 
-def _walk(base: Path) -> Iterator[str]:
+def _walk(base: Path, leads_away: Callable[[str], None]) -> Iterator[str]:
+    """The files below ``base``; ``leads_away`` is told of links to folders that are not."""
+    root = os.path.join(os.path.realpath(base), "")
     seen = set[tuple[int, int]]()  # folders by identity: a link to a parent would never end
     stack = [base]
     while stack:
@@ -88,10 +106,17 @@ def _walk(base: Path) -> Iterator[str]:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError:
                 continue  # a link to itself: whoever needs it will miss it
-            if is_folder:
+            name = Path(entry.path).relative_to(base).as_posix()
+            if is_folder and entry.is_symlink() and not _is_below(entry.path, root):
+                leads_away(name)
+            elif is_folder:
                 stack.append(Path(entry.path))
             elif is_file:
-                yield Path(entry.path).relative_to(base).as_posix()
+                yield name
+
+
+def _is_below(path: str, root: str) -> bool:
+    return os.path.join(os.path.realpath(path), "").startswith(root)
 
 
 def _stat(base: Path, name: str) -> File:
@@ -254,7 +279,10 @@ class Handles:
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                raise StorageError(f"{self._base / path}: {error.strerror}.") from error
+                raise StorageError(
+                    f"{self._base / path} cannot be put on the disk: {error.strerror}. "
+                    "Make room or mend the disk, then run again with --resume."
+                ) from error
 
     def close(self) -> None:
         """Close every descriptor that nobody uses."""
