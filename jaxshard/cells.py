@@ -50,7 +50,7 @@ def cells(sources: tuple[Box, ...], targets: tuple[Box, ...]) -> tuple[Cell, ...
     found: list[Cell] = []
     for have, want in _touching(stored, wanted):
         need = sum(box.size for _, box in want)
-        if len(want) > 1 and not _mutually_disjoint([b for _, b in want]):
+        if len(want) > 1 and not are_disjoint([b for _, b in want]):
             found.append(_cell(_bounds(b for _, b in want), have, want))
         elif all(_one_source(b, have) for _, b in want) or (
             need < sum(box.size for _, box in have) and need < _bounds(b for _, b in want).size
@@ -118,7 +118,7 @@ def _bounds(boxes: Iterable[Box]) -> Box:
     )
 
 
-def _mutually_disjoint(boxes: Sequence[Box]) -> bool:
+def are_disjoint(boxes: Sequence[Box]) -> bool:
     """Whether no two of these distinct boxes share an element."""
     if _is_grid(boxes):
         return True

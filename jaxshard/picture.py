@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,7 @@ from .planning import Plan
 
 _MOST_CELLS = 8
 _MOST_RANKS = 16
+_OF_RANK = re.compile(r"^rank_(\d+)/|-(\d{7})-\d{7}\.safetensors$")
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
@@ -203,11 +205,12 @@ def plan_text(plan: Plan) -> str:
     lines = [
         f"{plan.source.root}: {_format(plan.source)}",
         "",
-        f"reads   {size(t.bytes_read)} in {count(t.num_reads, 'request')}"
+        f"reads   {size(t.bytes_read)} in {count(t.num_reads, 'request')}{_most_of_one(plan)}"
         + (f", {size(over)} of them in gaps" if over else ""),
         f"writes  {size(t.bytes_written)} in {count(t.num_writes, 'request')} "
         f"to {count(t.num_files, 'file')}",
         f"copies  {t.num_copies:,} blocks in memory are cut or joined on the way",
+        *_holds(plan),
         "",
         _output_table(plan.outputs, plan.only),
     ]
@@ -215,6 +218,17 @@ def plan_text(plan: Plan) -> str:
         for drawn in layout_pictures(plan.source.tensors.values(), plan.outputs.layout):
             lines += ["", drawn]
     return "\n".join([*lines, *_noted((*plan.source.notes, *plan.outputs.layout.notes))])
+
+
+def _holds(plan: Plan) -> list[str]:
+    num_bytes = plan.host_bytes
+    return [f"holds   {size(num_bytes)} of data in memory at most"] if num_bytes else []
+
+
+def _most_of_one(plan: Plan) -> str:
+    """How many of the requests go to the file that gets most, where there are several."""
+    used = [n for n in plan.reads if n]
+    return f" to {count(len(used), 'file')}, at most {max(used):,} to one" if len(used) > 1 else ""
 
 
 def _noted(notes: Sequence[str]) -> list[str]:
@@ -239,20 +253,37 @@ def _format(catalog: Catalog) -> str:
 
 
 def _rank_table(catalog: Catalog) -> str:
+    """A line for each file, with the rank whose it is."""
     held = Counter(f for t in catalog.tensors.values() for f in {p.file for p in t.pieces})
     rows = [
-        [number, f"{held[number]:,}", size(file.num_bytes), file.path]
+        [_rank_of(file.path), f"{held[number]:,}", size(file.num_bytes), file.path]
         for number, file in enumerate(catalog.files)
     ]
-    return table(["file", "tensors", "bytes", "path"], elided(rows))
+    return table(["rank", "tensors", "bytes", "path"], elided(rows))
+
+
+def _rank_of(path: str) -> str:
+    """The rank that the name of a file tells.
+
+    >>> _rank_of("rank_3/net_rank_3-1_10.ckpt"), _rank_of("llama-opt-0000003-0000008.safetensors")
+    ('3', '3')
+    """
+    match = _OF_RANK.search(path)
+    return str(int(match[1] or match[2])) if match else ""
 
 
 def _output_table(outputs: Outputs, only: frozenset[int] | None) -> str:
     sizes = outputs.rank_bytes()
-    ranks = range(len(outputs.paths)) if only is None else sorted(only)
+    chosen = range(len(outputs.paths)) if only is None else sorted(only)
+    of_ranks = bool(_rank_of(outputs.paths[0]))
     rows = [
-        [r, f"{len(outputs.contents[outputs.content_of[r]]):,}", size(sizes[r]), outputs.paths[r]]
-        for r in ranks
+        [
+            _rank_of(outputs.paths[r]) if of_ranks else r,
+            f"{len(outputs.contents[outputs.content_of[r]]):,}",
+            size(sizes[r]),
+            outputs.paths[r],
+        ]
+        for r in chosen
     ]
-    head = ["rank", "tensors", "bytes", "path"]
+    head = ["rank" if of_ranks else "file", "tensors", "bytes", "path"]
     return table(head, elided(rows))

@@ -7,14 +7,16 @@ on 2,048 ranks plan in seconds. Pure: no file, no device, no clock.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
 from .box import Box
 from .catalog import Catalog, Piece, Tensor
 from .cells import Cell, cells
+from .coverage import gaps_error
 from .dtypes import DType, in_units
 from .errors import CoverageError, JaxshardError
 from .layout import Placement
@@ -112,13 +114,24 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """How ``source`` becomes ``outputs``."""
+    """How ``source`` becomes ``outputs``; ``print`` shows it as ``jaxshard plan`` does.
+
+    Attributes:
+        only: the numbers of the outputs' files that are made; None for all.
+        block_bytes, tile_bytes: what is carried at a time; tiles where it is transposed.
+        host_bytes: the most memory for data that a run in such blocks takes, on all its
+            threads; 0 where that is not decided.
+        reads: requests to each file of the source, in their order.
+    """
 
     source: Catalog
     outputs: Outputs
     only: frozenset[int] | None = None
     block_bytes: int = BLOCK_BYTES
+    tile_bytes: int = TILE_BYTES
+    host_bytes: int = 0
     totals: Totals = field(default=Totals(), compare=False)
+    reads: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     def moves(self) -> Iterator[Move]:
         """The journey of each tensor, those that finish the first files first."""
@@ -128,6 +141,22 @@ class Plan:
             if move := make_move(tensor, self.outputs, self.only):
                 yield move
 
+    def of(self, only: frozenset[int] | None) -> Plan:
+        """The same for the files ``only``."""
+        made = make_plan(
+            self.source,
+            self.outputs,
+            only=only,
+            block_bytes=self.block_bytes,
+            tile_bytes=self.tile_bytes,
+        )
+        return replace(made, host_bytes=self.host_bytes)
+
+    def __str__(self) -> str:
+        from .picture import plan_text  # noqa: PLC0415 - which draws plans, and so imports this
+
+        return plan_text(self)
+
 
 def make_plan(
     source: Catalog,
@@ -135,26 +164,39 @@ def make_plan(
     *,
     only: frozenset[int] | None = None,
     block_bytes: int = BLOCK_BYTES,
+    tile_bytes: int = TILE_BYTES,
 ) -> Plan:
     """The plan that fills ``outputs`` (of the ranks ``only``, when given) from ``source``.
 
     Raises:
-        CoverageError: the source lacks elements of a tensor; its name and numbers are said.
+        CoverageError: the source lacks elements of some tensors; names, numbers, and which
+            ranks' files would bring them, are said.
         LayoutError: a shard would cut through a byte of a packed dtype, or a group of rows
             that belong together.
     """
-    numbers = [0] * 6
+    numbers, reads = [0] * 6, Counter[int]()
     files = set(range(len(outputs.paths))) if only is None else only
+    gaps: dict[str, CoverageError] = {}
     num_tensors = 0
     for name, placements in outputs.layout.placements.items():
         tensor = source.tensors.get(name)
         if tensor is None:
             continue
         num_tensors += 1
-        for i, n in enumerate(_tensor_cost(tensor, placements, outputs, only, block_bytes)):
+        try:
+            cost = _tensor_cost(tensor, placements, outputs, only, (block_bytes, tile_bytes))
+        except CoverageError as error:
+            gaps[name] = error
+            continue
+        for i, n in enumerate(cost.numbers):
             numbers[i] += n
+        for file, n in cost.reads:
+            reads[file] += n
+    if gaps:
+        raise gaps_error(source, gaps)
     totals = Totals(num_tensors, len(files), *numbers)
-    return Plan(source, outputs, only, block_bytes, totals)
+    plan = Plan(source, outputs, only, block_bytes, tile_bytes, totals=totals)
+    return replace(plan, reads=tuple(reads[file] for file in range(len(source.files))))
 
 
 def make_move(tensor: Tensor, outputs: Outputs, only: frozenset[int] | None) -> Move | None:
@@ -196,13 +238,14 @@ def _form(piece: Piece) -> Form | None:
     return Form(view.strides, item_bytes, _STEP_BYTES if view.steps else item_bytes)
 
 
-def _forms(pieces: tuple[Piece, ...]) -> tuple[tuple[Box, ...], Forms]:
-    """The distinct boxes of ``pieces`` and their forms."""
-    found: dict[Box, Form | None] = {}
+def firsts(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """The first piece of each distinct box: the one that is read."""
+    if len(pieces) == 1:
+        return pieces
+    found: dict[Box, Piece] = {}
     for piece in pieces:
-        if piece.box not in found:
-            found[piece.box] = _form(piece)
-    return tuple(found), tuple(found.values())
+        found.setdefault(piece.box, piece)
+    return tuple(found.values())
 
 
 @lru_cache(maxsize=4096)
@@ -213,14 +256,27 @@ def _unit_boxes(
     return boxes[: len(sources)], boxes[len(sources) :], kind.unit_bytes
 
 
+_Limits = tuple[int, int]  # bytes of a block, and of a tile
+_Numbers = tuple[int, ...]  # bytes needed, bytes read, reads, bytes written, writes, copies
+_Geometry = tuple[_Numbers, tuple[int, ...]]  # those, and the reads of each source
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorCost:
+    """What one tensor's journey takes."""
+
+    numbers: _Numbers
+    reads: tuple[tuple[int, int], ...]  # (file, requests to it)
+
+
 def _tensor_cost(
     tensor: Tensor,
     placements: tuple[Placement, ...],
     outputs: Outputs,
     only: frozenset[int] | None,
-    block_bytes: int,
-) -> tuple[int, ...]:
-    sources, forms = _forms(tensor.pieces)
+    limits: _Limits,
+) -> _TensorCost:
+    read = firsts(tensor.pieces)
     if tensor.factors is not None:
         for placement in placements:
             tensor.check_groups(placement)
@@ -229,26 +285,34 @@ def _tensor_cost(
             kept = tuple((tensor.name, p.first_rank) in outputs.kept for p in placements)
             plain = tuple((p.axes, p.spec) for p in placements)
             shape = _Shape(tensor.shape, tensor.factors, tensor.dtype)
-            cost = _whole_cost(shape, sources, forms, plain, kept, block_bytes)
+            sources = tuple(p.box for p in read)
+            forms = tuple(map(_form, read))
+            numbers, reads = _whole_cost(shape, sources, forms, plain, kept, limits)
         else:
             move = make_move(tensor, outputs, only)
             if move is None:
-                return (0,) * 6
+                return _TensorCost((0,) * 6, ())
             wanted = tuple((t.box, len(t.ranks)) for t in move.targets)
-            cost = _cost(move.sources, move.forms, wanted, move.unit_bytes, block_bytes)
-        return _with_operands(cost, tensor, block_bytes)
+            numbers, reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, limits)
+        return _with_operands(_TensorCost(numbers, _by_file(read, reads)), read, limits)
     except JaxshardError as error:
         raise type(error)(f"{tensor.name}: {error}") from None
 
 
-def _with_operands(cost: tuple[int, ...], tensor: Tensor, block_bytes: int) -> tuple[int, ...]:
+def _by_file(pieces: Iterable[Piece], reads: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((p.file, n) for p, n in zip(pieces, reads, strict=True) if n)
+
+
+def _with_operands(cost: _TensorCost, pieces: Iterable[Piece], limits: _Limits) -> _TensorCost:
     """``cost`` and the reads of the small tensors that steps need, once each."""
-    views = dict.fromkeys(p.view for p in tensor.pieces if p.view and p.view.steps)
+    views = dict.fromkeys(p.view for p in pieces if p.view and p.view.steps)
     for operand in dict.fromkeys(t for view in views for t in view.operands):
         move = move_into(operand, {Box.whole(operand.shape): (0,)})
         wanted = ((move.targets[0].box, 1),)
-        reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, block_bytes)
-        cost = (*(a + b for a, b in zip(cost[:3], reads[:3], strict=True)), *cost[3:])
+        numbers, reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, limits)
+        added = (a + b for a, b in zip(cost.numbers[:3], numbers[:3], strict=True))
+        files = _by_file((p[0] for p in move.pieces), reads)
+        cost = _TensorCost((*added, *cost.numbers[3:]), (*cost.reads, *files))
     return cost
 
 
@@ -272,8 +336,8 @@ def _whole_cost(
     forms: Forms,
     placements: tuple[tuple[tuple[tuple[str, int], ...], tuple[tuple[str, ...], ...]], ...],
     kept: tuple[bool, ...],
-    block_bytes: int,
-) -> tuple[int, ...]:
+    limits: _Limits,
+) -> _Geometry:
     wanted: dict[Box, int] = {}
     for (axes, spec), single in zip(placements, kept, strict=True):
         for shard in Placement(axes, spec).shards(shape.shape):
@@ -281,7 +345,7 @@ def _whole_cost(
     fine_shape, fine = shape.fine(wanted)
     in_source, in_target, unit = _unit_boxes(fine_shape, shape.dtype, sources, fine)
     counted = tuple(zip(in_target, wanted.values(), strict=True))
-    return _cost(in_source, forms, counted, unit, block_bytes)
+    return _cost(in_source, forms, counted, unit, limits)
 
 
 @lru_cache(maxsize=4096)
@@ -290,12 +354,13 @@ def _cost(
     forms: Forms,
     wanted: tuple[tuple[Box, int], ...],
     unit: int,
-    block_bytes: int,
-) -> tuple[int, ...]:
-    """(needed, read, reads, written, writes, copies): the engine's steps, counted."""
-    needed = read = reads = written = writes = copies = 0
+    limits: _Limits,
+) -> _Geometry:
+    """The engine's steps, counted."""
+    needed = read = written = writes = copies = 0
+    reads = [0] * len(sources)
     for cell in cells(sources, tuple(box for box, _ in wanted)):
-        for block in cell_blocks(cell, forms, unit, block_bytes):
+        for block in cell_blocks(cell, forms, unit, *limits):
             steps = block_steps(cell, block, sources, forms)
             for index, part in steps.reads:
                 runs = part_runs(part, sources[index], forms[index], unit)
@@ -303,14 +368,14 @@ def _cost(
                     requests = runs.coalesced()
                     needed += runs.num_bytes
                     read += requests.num_bytes
-                    reads += len(requests)
+                    reads[index] += len(requests)
             for index, part in steps.writes:
                 target = wanted[index][0]
                 written += part.size * unit * wanted[index][1]
                 spans = byte_runs(part.within(target), target.shape, unit)
                 writes += len(spans) * wanted[index][1]
             copies += steps.num_copies
-    return needed, read, reads, written, writes, copies
+    return (needed, read, sum(reads), written, writes, copies), tuple(reads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,13 @@ _MAX_RANKS = 1 << 20  # boxes are listed per rank; the largest jobs have tens of
 _FIELD = {"tp": "mp", "opt": "optimizer_shard"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Strategy:
-    """Sizes of the parallel axes.
+    """Sizes of the parallel axes, as a text or one by one.
 
     Attributes:
         dp: data parallel ranks (replicas of the weights).
-        mp: tensor ("model") parallel ranks; written ``tp`` as well.
+        mp: tensor ("model") parallel ranks; given as ``tp`` as well.
         pp: pipeline stages.
         ep: expert parallel ways; a part of ``dp``, as in MindSpore.
         cp: context parallel ways; weights are replicas over it.
@@ -39,9 +39,9 @@ class Strategy:
         vocab_emb_dp: keep the embedding whole on every tensor-parallel rank; written
             ``vocabdp``.
 
-    >>> Strategy.parse("dp2mp4pp2").num_ranks
+    >>> Strategy("dp2mp4pp2").num_ranks
     16
-    >>> str(Strategy(mp=8))
+    >>> str(Strategy(tp=8))
     'dp1mp8'
     """
 
@@ -53,7 +53,38 @@ class Strategy:
     optimizer_shard: int = 1
     vocab_emb_dp: bool = False
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        text: str | None = None,
+        *,
+        dp: int = 1,
+        mp: int = 1,
+        tp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        cp: int = 1,
+        optimizer_shard: int = 1,
+        vocab_emb_dp: bool = False,
+    ) -> None:
+        """The strategy that ``text`` says, as ``parse`` reads it, or of the sizes given.
+
+        Raises:
+            LayoutError: the sizes are impossible, or given twice.
+        """
+        if mp != 1 and tp != 1:
+            raise LayoutError(f"strategy: mp={mp} and tp={tp} are the same axis. Give one.")
+        given: dict[str, int] = {"dp": dp, "mp": mp * tp, "pp": pp, "ep": ep, "cp": cp}
+        given |= {"optimizer_shard": optimizer_shard, "vocab_emb_dp": vocab_emb_dp}
+        if text is not None:
+            twice = [f"{n}={v}" for n, v in given.items() if v != _DEFAULTS[n]]
+            if twice:
+                raise LayoutError(f"strategy: {text!r} and {', '.join(twice)}. Say it in one way.")
+            given |= _sizes(str(text))
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
         for name in ("dp", "mp", "pp", "ep", "cp"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"strategy: {name}={getattr(self, name)}; it must be 1 or more.")
@@ -83,22 +114,7 @@ class Strategy:
         >>> Strategy.parse("dp2mp4vocabdp")
         Strategy(dp=2, mp=4, vocab_emb_dp=True)
         """
-        sizes: dict[str, int] = {}
-        at = 0
-        lowered = text.strip().lower()
-        for match in _PART.finditer(lowered):
-            name = "vocab_emb_dp" if match[3] else _FIELD.get(match[1], match[1])
-            if match.start() != at or name in sizes or (match[2] == "all" and match[1] != "opt"):
-                break
-            sizes[name] = True if match[3] else -1 if match[2] == "all" else int(match[2])
-            at = match.end()
-        if not sizes or at != len(lowered):
-            raise LayoutError(
-                f"{text[:60]!r} is not a strategy. Write each axis once with its size: "
-                "dp2mp4, dp1mp2pp2, mp8, dp4mp2ep2, dp2mp2optall (axes: dp, mp or tp, pp, ep, cp, "
-                "opt; vocabdp leaves the embedding whole over mp)."
-            )
-        return cls(**sizes)  # type: ignore[arg-type]  # the one bool field is given a bool
+        return cls(text)
 
     @property
     def stage_axes(self) -> Axes:
@@ -141,3 +157,26 @@ class Strategy:
             if getattr(self, f.name) != f.default
         ]
         return f"Strategy({', '.join(changed)})"
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Strategy)}
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """What ``text`` says, by the names of the fields."""
+    sizes: dict[str, int] = {}
+    at = 0
+    lowered = text.strip().lower()
+    for match in _PART.finditer(lowered):
+        name = "vocab_emb_dp" if match[3] else _FIELD.get(match[1], match[1])
+        if match.start() != at or name in sizes or (match[2] == "all" and match[1] != "opt"):
+            break
+        sizes[name] = True if match[3] else -1 if match[2] == "all" else int(match[2])
+        at = match.end()
+    if not sizes or at != len(lowered):
+        raise LayoutError(
+            f"{text[:60]!r} is not a strategy. Write each axis once with its size: "
+            "dp2mp4, dp1mp2pp2, mp8, dp4mp2ep2, dp2mp2optall (axes: dp, mp or tp, pp, ep, cp, "
+            "opt; vocabdp leaves the embedding whole over mp)."
+        )
+    return sizes

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .box import Box
 from .catalog import Catalog, Piece, Tensor
-from .errors import CoverageError
+from .cells import are_disjoint
+from .coverage import remedy
+from .errors import CoverageError, LayoutError
 from .planning import Move, check_covered, move_into
 from .storage.engine import Budget, run
 from .storage.sources import OpenSource, open_source
+from .views import View
+
+_ONE = "Fetch both again, or move the wrong one away: one replica is enough."
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,34 @@ def verify(
 ) -> Verdict:
     """Check that every tensor is stored completely and that its replicas are equal."""
     problems = [text for _, text in _incomplete(catalog)]
+    verdict = differing_replicas(catalog, budget=budget, progress=progress)
+    return replace(
+        verdict, num_tensors=len(catalog.tensors), problems=(*problems, *verdict.problems)
+    )
+
+
+def differing_replicas(
+    catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
+) -> Verdict:
+    """Check that what is stored in several files, whole or in part, is the same in all of them.
+
+    Of a mapped catalog, the tensors that it is made of.
+    """
+    catalog = _stored(catalog)
     seen = _Differences()
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
     files = open_source(catalog)
 
     def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
-        first, *others = move.pieces[target]
-        for other in others:
-            if not _equal(files, other, other.offset + offset, buffer):
-                paths = [catalog.files[p.file].path for p in (first, other)]
-                seen.add(move.name, f"{move.name} differs between {paths[0]} and {paths[1]}.")
-        seen.count(len(buffer) * len(others))
+        pieces = catalog.tensors[move.name].pieces
+        numbers = move.targets[target].ranks
+        for piece in (pieces[number] for number in numbers):
+            different = _first_difference(files, piece, piece.offset + offset, buffer)
+            if different is not None:
+                at = _element(move, target, offset + different)
+                both = (catalog.files[p.file].path for p in (_read_at(move, at), piece))
+                seen.add(move.name, f"{move.name} differs between {' and '.join(both)}. {_ONE}")
+        seen.count(len(buffer) * len(numbers))
         return 1
 
     try:
@@ -71,12 +93,8 @@ def verify(
         run(moves, files.read, compare, budget=budget, progress=progress)
     finally:
         files.close()
-    return Verdict(
-        len(catalog.tensors),
-        seen.bytes_compared,
-        (*problems, *(seen.found[n] for n in sorted(seen.found))),
-        catalog.notes,
-    )
+    told = tuple(seen.found[n] for n in sorted(seen.found))
+    return Verdict(len(catalog.tensors), seen.bytes_compared, told, catalog.notes)
 
 
 def verify_against(
@@ -135,18 +153,69 @@ def _incomplete(catalog: Catalog) -> list[tuple[str, str]]:
         try:
             check_covered(tensor)
         except CoverageError as error:
-            problems.append((tensor.name, str(error)))
+            problems.append((tensor.name, f"{error} {remedy(catalog, (tensor.name,))}"))
     return problems
 
 
+def _stored(catalog: Catalog) -> Catalog:
+    """``catalog`` before any mapping, and its tensors before any step on their values.
+
+    Where steps are all that happens (an adapter is added), they lie as any others do.
+    """
+    while catalog.origin is not None:
+        catalog = catalog.origin.catalog
+    return replace(catalog, tensors={n: _as_it_lies(t) for n, t in catalog.tensors.items()})
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    if not any(p.view for p in tensor.pieces):
+        return tensor
+    kinds = {p.view.dtype if p.view else tensor.dtype for p in tensor.pieces}
+    if len(kinds) > 1 or any(p.view and _is_turned(p.box, p.view) for p in tensor.pieces):
+        raise LayoutError(f"{tensor.name} is mapped; compare what it is made of.")
+    pieces = tuple(replace(p, view=None) for p in tensor.pieces)
+    return replace(tensor, dtype=kinds.pop(), pieces=pieces)
+
+
+def _is_turned(box: Box, view: View) -> bool:
+    """Whether the elements of ``box`` do not lie in its own order, one after the other."""
+    inner = view.dtype.unit_bytes
+    for n, stride in zip(reversed(box.shape), reversed(view.strides), strict=True):
+        if n != 1 and stride != inner:
+            return True
+        inner *= n
+    return False
+
+
 def _replicas(tensor: Tensor) -> Move | None:
-    """The journey that reads one replica of each box that has several; None if none has."""
-    copies: dict[Box, int] = {}
-    for piece in tensor.pieces:
-        copies[piece.box] = copies.get(piece.box, 0) + 1
-    if max(copies.values(), default=0) < 2:
-        return None
-    return move_into(tensor, dict.fromkeys(copies, (0,)))
+    """The journey that reads once what several pieces store; None if none do.
+
+    A box goes to all its pieces but the one that it is read from; one that overlaps others is
+    read from any of them, and so goes to all of its own.
+    """
+    stored: dict[Box, list[int]] = {}
+    for number, piece in enumerate(tensor.pieces):
+        stored.setdefault(piece.box, []).append(number)
+    boxes = [box for box in stored if box.size]
+    overlap = set[Box]()
+    if len(boxes) > 1 and not are_disjoint(boxes):
+        overlap = {a for a in boxes if any(a != b and a.intersect(b) for b in boxes)}
+    wanted = {
+        box: tuple(numbers if box in overlap else numbers[1:])
+        for box, numbers in stored.items()
+        if box in overlap or len(numbers) > 1
+    }
+    return move_into(tensor, wanted) if wanted else None
+
+
+def _read_at(move: Move, at: tuple[int, ...]) -> Piece:
+    """The piece that the element ``at`` is read from: of those that hold it, the first."""
+    point = Box(at, tuple(i + 1 for i in at))
+    return next(
+        pieces[0]
+        for box, pieces in zip(move.sources, move.pieces, strict=True)
+        if box.contains(point)
+    )
 
 
 def _headers_differ(a: Catalog, b: Catalog) -> Iterator[tuple[str, str]]:
@@ -167,10 +236,6 @@ def _headers_differ(a: Catalog, b: Catalog) -> Iterator[tuple[str, str]]:
 
 def _in_both(a: Catalog, b: Catalog) -> Iterable[Tensor]:
     return (t for name, t in a.tensors.items() if name in b.tensors)
-
-
-def _equal(files: OpenSource, piece: Piece, offset: int, buffer: memoryview) -> bool:
-    return _first_difference(files, piece, offset, buffer) is None
 
 
 def _first_difference(

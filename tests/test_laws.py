@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mapping_worlds import Memory
 from random_layouts import Model, in_memory, models, read_by_hand, write_whole
+from test_mapping import FUSED
+from test_mapping import model as mapped_model
 
 import jaxshard as js
+from jaxshard.catalog import Tensor
 from jaxshard.dtypes import in_units
-from jaxshard.errors import CoverageError
-from jaxshard.layout import Layout
+from jaxshard.errors import CoverageError, LayoutError
+from jaxshard.layout import Layout, Placement
 from jaxshard.outputs import Outputs, arrange
 from jaxshard.planning import Plan, make_plan
 from jaxshard.storage import engine, streams
@@ -45,6 +49,7 @@ class Carried:
         self.got: dict[tuple[int, str], bytearray] = {}
         self.times: dict[tuple[int, str], np.ndarray] = {}
         self.files = files
+        self.reads = [0] * len(plan.source.files)
         outputs = plan.outputs
         for rank in range(len(outputs.paths)) if plan.only is None else plan.only:
             for entry in outputs.contents[outputs.content_of[rank]]:
@@ -56,13 +61,18 @@ class Carried:
         self.counts: Counts = by.run(moves, *ends, budget=budget)
 
     def read(self, piece, offset, buffer):
+        self.reads[piece.file] += 1
+        self._fill(piece, offset, buffer)
+
+    def _fill(self, piece, offset, buffer):
         assert piece.offset <= offset
         assert offset + len(buffer) <= len(self.files[piece.file])
         buffer[:] = self.files[piece.file][offset : offset + len(buffer)]
 
     def read_views(self, piece, offset, views):
+        self.reads[piece.file] += 1
         for view in views:
-            self.read(piece, offset, view)
+            self._fill(piece, offset, view)
             offset += len(view)
 
     def write(self, move, target, offset, buffer):
@@ -127,9 +137,46 @@ def test_the_plan_knows_the_numbers_of_the_run(model, drop, lean, ranks, block, 
     source, target = model.layouts
     only = None if ranks is None else frozenset(r % target.num_ranks for r in ranks)
     plan, files = planned(model, source, target, drop=drop, lean=lean, only=only, block_bytes=block)
-    counts = Carried(plan, files, Budget(1, block), by=by).counts
-    assert astuple(counts) == tuple(getattr(plan.totals, name) for name in COUNTED)
+    carried = Carried(plan, files, Budget(1, block), by=by)
+    assert astuple(carried.counts) == tuple(getattr(plan.totals, name) for name in COUNTED)
+    assert tuple(carried.reads) == plan.reads
     assert plan.totals.bytes_needed == distinct_bytes(model, plan)
+
+
+@settings(max_examples=80)
+@given(
+    dtype=st.sampled_from(["uint8", "float16", "int32", "float64"]),
+    ways=st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]),
+    dim=st.integers(0, 2),
+    block=st.sampled_from([64, 1024, MB]),
+    tile=st.sampled_from([64, 96, 512, 8 * MB]),
+    seed=st.integers(0, 9),
+    by=st.sampled_from([engine, streams]),
+)
+def test_the_plan_knows_the_numbers_of_a_mapped_run(dtype, ways, dim, block, tile, seed, by):
+    """Fused, transposed and stacked: what is read in tiles is counted in the same tiles."""
+    arrays = mapped_model(dtype=dtype, seed=seed)
+    memory = Memory(arrays, {n: ways for n, x in arrays.items() if x.ndim == 2})
+    catalog = FUSED.apply(memory.catalog)
+    target = Layout(2, {t.name: (halved(t, dim),) for t in catalog.tensors.values()})
+    plan = make_plan(catalog, outputs_of(catalog, target), block_bytes=block, tile_bytes=tile)
+    carried = Carried(plan, [memory.data], Budget(1, block, tile), by=by)
+    assert astuple(carried.counts) == tuple(getattr(plan.totals, name) for name in COUNTED)
+    assert tuple(carried.reads) == plan.reads
+    assert all((times == 1).all() for times in carried.times.values())
+
+
+def halved(tensor: Tensor, dim: int) -> Placement:
+    """Two ranks with a half each along ``dim``, or with all of it where that does not go."""
+    spec = (*[()] * min(dim, len(tensor.shape) - 1), ("mp",))
+    half = Placement((("mp", 2),), spec)
+    try:
+        tensor.check_groups(half)
+        for shard in half.shards(tensor.shape):
+            tensor.fine(shard.box)
+    except LayoutError:
+        return Placement((("mp", 2),))
+    return half
 
 
 def distinct_bytes(model: Model, plan: Plan) -> int:
@@ -300,7 +347,7 @@ def test_a_dry_run_says_what_a_run_does(place, model, ranks, lean, host_bytes):
     only = None if ranks is None else [r % other.num_ranks for r in ranks]
     how = {"ranks": only, "remove_redundancy": lean}
     options = js.Options(durable=False, workers=3, host_bytes=host_bytes)
-    totals = js.plan(base / "cut", other, **how).totals
+    totals = js.plan(base / "cut", other, options=options, **how).totals
     report = js.convert(base / "cut", base / "recut", other, options=options, **how)
     assert tuple(getattr(totals, name) for name in COUNTED) == astuple(report.counts)
     assert report.num_files == totals.num_files == len(held_by(base / "recut"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 
+import checkpoints
 import pytest
 from hypothesis import given
 from random_layouts import in_memory, models
@@ -85,3 +87,50 @@ def test_long_tables_are_shortened_in_the_middle():
 )
 def test_sizes_have_three_digits(num_bytes, text):
     assert picture.size(num_bytes) == text
+
+
+def test_inspect_draws_who_holds_what(tmp_path, capsys):
+    checkpoints.write_llama(tmp_path / "llama")
+    assert checkpoints.run("slice", tmp_path / "llama", tmp_path / "cut", "--to", "dp2mp2pp2") == 0
+    for rank in (1, 4):
+        shutil.rmtree(tmp_path / "cut" / f"rank_{rank}")
+    capsys.readouterr()
+    assert checkpoints.run("inspect", tmp_path / "cut") == 0
+    out = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert out == INSPECTED
+
+
+INSPECTED = """\
+/cut: rank files of a llama model with 2 layers, 8 ranks
+21 tensors of 11.4 KB in 6 files of 24.1 KB
+
+dtype  tensors    bytes
+BF16        21  11.4 KB
+
+rank  tensors    bytes  path
+   0       10  3.97 KB  rank_0/checkpoint_0.safetensors
+   2       10  3.97 KB  rank_2/checkpoint_2.safetensors
+   3       10  3.97 KB  rank_3/checkpoint_3.safetensors
+   5       11  4.06 KB  rank_5/checkpoint_5.safetensors
+   6       11  4.06 KB  rank_6/checkpoint_6.safetensors
+   7       11  4.06 KB  rank_7/checkpoint_7.safetensors
+
+model.embed_tokens.weight  BF16 (32, 16)
+┌──────┐
+│ 0, 2 │
+├──────┤
+│ 1, 3 │
+└──────┘
+
+model.layers.0.mlp.down_proj.weight  BF16 (16, 32)
+┌──────┬──────┐
+│ 0, 2 │ 1, 3 │
+└──────┴──────┘
+
+model.layers.0.input_layernorm.weight  BF16 (16,)
+┌────────┐
+│ 0 to 3 │
+└────────┘
+
+note: no files of rank 1, 4; replicas serve where they can.
+"""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -83,3 +86,26 @@ def test_experts_are_the_slow_part_of_data_parallel_ranks():
         ("cp", 3),
         ("mp", 2),
     )
+
+
+def test_a_strategy_may_be_written_as_text_or_with_tp():
+    assert Strategy("dp2mp4") == Strategy(dp=2, tp=4) == Strategy.parse("dp2tp4")
+    assert replace(Strategy("dp2mp4"), dp=1) == Strategy(mp=4)
+    assert pickle.loads(pickle.dumps(Strategy("dp2mp4"))) == Strategy("dp2mp4")
+    assert {Strategy("mp4"): 1}[Strategy(tp=4)] == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Strategy("dp2", pp=2), r"'dp2' and pp=2\. Say it in one way"),
+        (lambda: Strategy("dp2", vocab_emb_dp=True), "vocab_emb_dp=True"),
+        (lambda: Strategy(mp=4, tp=4), "mp=4 and tp=4 are the same axis"),
+        (lambda: Strategy(2), "'2' is not a strategy"),
+        (lambda: Strategy(""), "'' is not a strategy"),
+    ],
+    ids=["text and axis", "text and flag", "mp and tp", "a number", "nothing"],
+)
+def test_a_strategy_is_said_in_one_way(make, message):
+    with pytest.raises(LayoutError, match=message):
+        make()

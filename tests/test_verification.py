@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 import jaxshard as js
+from jaxshard.errors import CoverageError
+from jaxshard.layout import Placement
+from jaxshard.lora import merge_lora
 
 QUICK = js.Options(durable=False)
+CHECKED = js.Options(durable=False, check_replicas=True)
 
 
 @pytest.fixture
@@ -45,7 +49,8 @@ def test_replicas_that_differ_are_named_with_their_files(cut):
     flip(cut[1] / "rank_3" / "checkpoint_3.safetensors", "lm_head.weight", 5)
     assert js.verify(cut[1]).problems == (
         "lm_head.weight differs between rank_1/checkpoint_1.safetensors and "
-        "rank_3/checkpoint_3.safetensors.",
+        "rank_3/checkpoint_3.safetensors. Fetch both again, or move the wrong one away: one "
+        "replica is enough.",
     )
 
 
@@ -79,6 +84,7 @@ def test_missing_shards_are_a_problem_not_a_crash(cut):
     problems = js.verify(cut[1]).problems
     assert "model.embed_tokens.weight" in "".join(problems)
     assert all("the source holds" in p for p in problems)
+    assert all(p.endswith(" Fetch rank_0 or rank_2.") for p in problems)
     assert js.verify(cut[0], cut[1]).problems == problems
 
 
@@ -96,3 +102,47 @@ def test_not_a_number_equals_itself_bit_for_bit(tmp_path):
     checkpoints.write_folder(tmp_path / "b", {"w": np.full(4, -np.nan, np.float32)})
     assert js.verify(tmp_path / "a", tmp_path / "a").problems == ()
     assert len(js.verify(tmp_path / "a", tmp_path / "b").problems) == 1
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """One tensor in halves on ranks 0 and 1, and whole on ranks 2 and 3."""
+    w = np.arange(32, dtype=np.int16).reshape(8, 4)
+    checkpoints.write_folder(tmp_path / "one", {"w": w})
+    halves, whole = Placement((("mp", 2),), (("mp",),)), Placement((("dp", 2),), (), 2)
+    layout = js.Layout(4, {"w": (halves, whole)})
+    js.slice(tmp_path / "one", tmp_path / "cut", layout, options=QUICK)
+    return tmp_path / "cut"
+
+
+def test_pieces_that_overlap_are_compared_too(tied):
+    verdict = js.verify(tied)
+    assert (verdict.problems, verdict.bytes_compared) == ((), 64 + 2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("rank", "byte", "files"),
+    [(0, 9, (0, 2)), (1, 9, (1, 2)), (2, 9, (0, 2)), (2, 63, (1, 2)), (3, 40, (1, 3))],
+)
+def test_where_pieces_that_overlap_differ_both_files_are_told(tied, rank, byte, files):
+    flip(tied / f"rank_{rank}" / f"checkpoint_{rank}.safetensors", "w", byte)
+    a, b = (f"rank_{r}/checkpoint_{r}.safetensors" for r in files)
+    (problem,) = js.verify(tied).problems
+    assert problem.startswith(f"w differs between {a} and {b}. ")
+    with pytest.raises(CoverageError, match=f"w differs between {a} and {b}"):
+        js.merge(tied, tied.parent / "out", options=CHECKED)
+
+
+def test_replicas_of_weights_with_an_adapter_are_compared_as_they_are_stored(tmp_path):
+    arrays = {
+        "l.q.weight": np.ones((8, 6), np.float32),
+        "l.q.lora_a": np.ones((2, 6), np.float32),
+        "l.q.lora_b": np.ones((8, 2), np.float32),
+    }
+    checkpoints.write_folder(tmp_path / "one", arrays)
+    layout = js.Layout(2, {n: (Placement((("dp", 2),)),) for n in arrays})
+    js.slice(tmp_path / "one", tmp_path / "cut", layout, options=QUICK)
+    merge_lora(tmp_path / "cut", tmp_path / "out", scaling=2.0, options=CHECKED)
+    flip(tmp_path / "cut" / "rank_1" / "checkpoint_1.safetensors", "l.q.weight", 5)
+    with pytest.raises(CoverageError, match=r"l\.q\.weight differs between rank_0"):
+        merge_lora(tmp_path / "cut", tmp_path / "again", scaling=2.0, options=CHECKED)

@@ -40,10 +40,12 @@ class Budget:
 
     @property
     def host_bytes(self) -> int:
-        """The most memory the threads hold at once."""
-        return self.workers * (
-            self.block_bytes * _BLOCKS_PER_WORKER + self.tile_bytes * _TILES_PER_WORKER
-        )
+        """The most memory the threads hold at once.
+
+        Tiles as small as a block take the room of blocks: both are never carried at once.
+        """
+        tiles = _TILES_PER_WORKER if self.tile_bytes > self.block_bytes else 0
+        return self.workers * (self.block_bytes * _BLOCKS_PER_WORKER + self.tile_bytes * tiles)
 
 
 def fit_budget(host_bytes: int, workers: int) -> Budget:
