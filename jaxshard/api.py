@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from .catalog import Catalog
-from .conversion import Options, Report, budget_of, execute, prepare
+from .conversion import Options, Report, budget_of, execute, fitted, prepare
 from .layout import Layout
 from .opening import PathLike, open_checkpoint
 from .planning import Plan
@@ -24,9 +24,15 @@ def open(path: PathLike, *, strategy: PathLike | None = None, suffix: str | None
     return open_checkpoint(path, strategy=strategy, suffix=suffix)
 
 
-def plan(source: Catalog | PathLike, to: To = "full", **how: Any) -> Plan:
-    """What ``convert`` with the same arguments would read, copy and write; nothing is done."""
-    return prepare(source, to, **how).plan
+def plan(
+    source: Catalog | PathLike, to: To = "full", *, options: Options = _DEFAULT, **how: Any
+) -> Plan:
+    """What ``convert`` with the same arguments would read, copy and write; nothing is done.
+
+    ``print`` shows it as a person reads it; its ``totals`` are the numbers. Of the options, the
+    threads and the memory matter: blocks are as large as they allow.
+    """
+    return fitted(prepare(source, to, **how), options).plan
 
 
 def convert(
@@ -42,7 +48,8 @@ def convert(
 
     Args:
         source: a checkpoint, or its path.
-        destination: a folder; it appears whole or not at all.
+        destination: a folder, or one file where the name is that of a weight file
+            (``out.safetensors``); it appears whole or not at all.
         to: ``"full"``, a strategy (``"dp2mp4pp2"``), strategy files, or a ``Layout``.
         options: threads, memory, resuming, overwriting, durability.
         progress: given the bytes to write, returns a function told of those written.
@@ -51,7 +58,8 @@ def convert(
     Raises:
         JaxshardError: its five kinds say what to do; see ``errors``.
     """
-    return execute(prepare(source, to, **how), destination, options=options, progress=progress)
+    prepared = prepare(source, to, destination=destination, **how)
+    return execute(prepared, destination, options=options, progress=progress)
 
 
 def merge(source: Catalog | PathLike, destination: PathLike, **how: Any) -> Report:

@@ -18,6 +18,8 @@ from .errors import JaxshardError, StorageError
 
 FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration")  # as in targets
 
+_DESTINATION = "the folder to make; or one file: out.safetensors, out.ckpt"
+
 _EXAMPLES = """\
 examples:
   jaxshard inspect llama/                          what is in it
@@ -93,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         made = command(name, summary)
         _add_source(made)
         if name != "plan":
-            made.add_argument("destination", metavar="DST", help="the folder to make")
+            made.add_argument("destination", metavar="DST", help=_DESTINATION)
         _add_how(made, name)
         _add_output(made)
         _add_budget(made)
@@ -116,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
     lora = command("lora", "merge LoRA adapters into their weights, in any layout")
     _add_source(lora)
-    lora.add_argument("destination", metavar="DST", help="the folder to make")
+    lora.add_argument("destination", metavar="DST", help=_DESTINATION)
     _add_lora(lora)
     _add_how(lora, "convert")
     _add_budget(lora)
@@ -296,7 +298,12 @@ def _add_running(to: argparse.ArgumentParser) -> None:
         help="in how many parts; auto takes both numbers from SLURM, Open MPI or JAX",
     )
     to.add_argument(
-        "--overwrite", action="store_true", help="replace DST, when the new one is whole"
+        "--overwrite", action="store_true", help="replace DST, a checkpoint, once the new is whole"
+    )
+    to.add_argument(
+        "--check-replicas",
+        action="store_true",
+        help="first read all that SRC stores several times, and refuse it where that differs",
     )
     to.add_argument(
         "--no-fsync",

@@ -74,6 +74,12 @@ def verify(a: Namespace) -> int:
     """Check a checkpoint or the steps of a training run, or compare two."""
     if not a.against and (done := _run_of_steps(a, deep=a.deep)) is not None:
         return done
+    if a.deep:
+        raise LayoutError(
+            f"--deep reads every step of a training run, and {a.source} "
+            + ("is compared as one checkpoint" if a.against else "is the directory of none")
+            + ". Leave it out: of a checkpoint, all that is stored twice is read anyway."
+        )
     from .verification import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
     from .verification import verify_against  # noqa: PLC0415
 
@@ -195,6 +201,7 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
         remove_redundancy=a.remove_redundancy,
         format=a.format,
         crc=a.crc,
+        destination=getattr(a, "destination", None),
     )
 
 
@@ -223,6 +230,7 @@ def _options(a: Namespace) -> Options:
         resume=getattr(a, "resume", False),
         overwrite=getattr(a, "overwrite", False),
         durable=not getattr(a, "no_fsync", False),
+        check_replicas=getattr(a, "check_replicas", False),
         part=part_of(
             getattr(a, "process_index", None), getattr(a, "process_count", None), os.environ
         ),
@@ -261,6 +269,10 @@ def _show_plan(prepared: Prepared, a: Namespace) -> int:
         _print_json(
             {
                 **asdict(made.totals),
+                "peak_host_bytes": made.host_bytes,
+                "reads_of_files": dict(
+                    zip((f.path for f in made.source.files), made.reads, strict=True)
+                ),
                 "format": prepared.result.format,
                 "rank_bytes": made.outputs.rank_bytes(),
                 "paths": made.outputs.paths,

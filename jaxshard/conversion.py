@@ -6,8 +6,6 @@ bounded by a budget, not by the model; the result appears whole or not at all.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -16,22 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import one_file
 from . import rules as family_rules
 from .catalog import Catalog
-from .errors import LayoutError, StorageError, some
+from .errors import CoverageError, LayoutError, StorageError, some
+from .fingerprint import fingerprint
 from .layout import Layout
 from .multiprocess.splitting import Part, split_outputs
 from .opening import PathLike, open_checkpoint, open_strategy
 from .planning import Plan, make_plan
 from .selection import missed, refuse_absent, select, texts
-from .storage import streams
+from .storage import carrying, streams
 from .storage.budget import Budget, Counts, fit_budget
 from .storage.parts import PartStaging
 from .storage.sources import open_source
 from .storage.staging import Staging
 from .storage.writing import OutputFiles
 from .strategy import Strategy
-from .targets import Request, Result, lay_out_for, make_result, same_layout
+from .targets import Request, Result, check_request, lay_out_for, make_result, same_layout
 
 if TYPE_CHECKING:
     from .mapping import Mapping
@@ -49,10 +49,12 @@ class Options:
         host_bytes: the most memory for data in flight; by default 256 MiB or a
             sixteenth of the machine's memory, whichever is less.
         resume: go on with an interrupted run.
-        overwrite: replace an existing destination.
+        overwrite: replace an existing destination, if it is a checkpoint.
         durable: have every file on the disk (fsync) before the result appears.
         part: make one part only, of several that as many processes make on a disk they
             share. The last to be done publishes; a part begun again goes on.
+        check_replicas: before anything is written, read all that the source stores several
+            times, and refuse it where that differs. Otherwise the first replica is taken.
     """
 
     workers: int | None = None
@@ -61,6 +63,7 @@ class Options:
     overwrite: bool = False
     durable: bool = True
     part: Part | None = None
+    check_replicas: bool = False
 
 
 _DEFAULT = Options()
@@ -108,6 +111,7 @@ def prepare(
     remove_redundancy: bool = False,
     format: str | None = None,
     crc: bool = False,
+    destination: PathLike | None = None,
 ) -> Prepared:
     """Decide a conversion from headers alone; nothing is written.
 
@@ -132,12 +136,14 @@ def prepare(
         remove_redundancy: store each shard once, not on every replica.
         format: what to write (``ckpt``, ``unified`` …); by default as ``to`` implies.
         crc: end every ``.ckpt`` with a checksum.
+        destination: where the result is to be, as far as its name matters: that of one
+            weight file (``out.safetensors``) asks for one file and no folder.
 
     Raises:
         NotFoundError: no checkpoint there, or nothing matches.
         FormatError: a file is not what it claims to be.
         CoverageError: the source lacks part of a tensor, or weights that the target tells of.
-        LayoutError: the target does not fit the tensors.
+        LayoutError: the target does not fit the tensors, or a request means nothing for it.
     """
     include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefixes))
     catalog = (
@@ -155,18 +161,23 @@ def prepare(
 
         chosen = find_mapping(names, chosen).apply(chosen)
         tensors, config = list(chosen.tensors.values()), true_config(chosen)
+    extras, notes = carrying.carried(chosen)
+    chosen = replace(chosen, extras=extras, notes=(*chosen.notes, *notes))
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
     layout = same_layout(chosen) if to == "same" else _target_layout(to, lay_out)
     if layout is not None:
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
+    check_request(request)
+    request = one_file.implied(request, destination)
     result = make_result(chosen, tensors, request)
+    one_file.name_of(result, destination)  # refuses what is no one file
     if config:
         result = replace(result, side_files={**config, **result.side_files})
     only = _files_of(_check_ranks(ranks, layout), layout, result.files_per_rank)
     plan = make_plan(chosen, result.outputs, only=only)
-    return Prepared(plan, result, _fingerprint(chosen, result, only))
+    return Prepared(plan, result, fingerprint(chosen, result, only))
 
 
 def convert(
@@ -187,7 +198,7 @@ def convert(
         StorageError: the disk is full or refuses; what was finished can be resumed.
         JaxshardError: as ``prepare``, before a byte is written.
     """
-    prepared = prepare(source, to, **how)  # type: ignore[arg-type]
+    prepared = prepare(source, to, destination=destination, **how)  # type: ignore[arg-type]
     return execute(prepared, destination, options=options, progress=progress)
 
 
@@ -201,10 +212,14 @@ def execute(
     """Carry out a prepared conversion (errors as ``convert``)."""
     prepared, budget = fitted(prepared, options), budget_of(options)
     plan, catalog = prepared.plan, prepared.plan.source
-    refuse_inside(catalog, Path(destination))
+    place, only = Path(destination), one_file.name_of(prepared.result, destination)
+    refuse_inside(catalog, place)
+    if options.check_replicas:
+        _refuse_differing(catalog, budget)
     plan = part_plan(plan, options.part)
-    staging = _staging(Path(destination), prepared.request, options)
-    notes = (*catalog.notes, *plan.outputs.layout.notes)
+    staging = _staging(place, prepared.request, options, only)
+    left = one_file.notes(catalog, prepared.result, only)
+    notes = (*catalog.notes, *plan.outputs.layout.notes, *left)
     if staging.published:
         return Report(str(destination), Counts(), 0, plan.totals.num_files, notes)
     try:
@@ -221,7 +236,7 @@ def execute(
             source.close()
         source.check_unchanged()
         is_published = staging.publish(
-            partial(_write_side_files, prepared, staging, Path(destination))
+            None if only else partial(_write_side_files, prepared, staging, place)
         )
     except BaseException:
         staging.abandon()
@@ -230,15 +245,37 @@ def execute(
     return Report(str(destination), counts, num_files, skipped, notes, options.part, is_published)
 
 
-def _staging(destination: Path, request: str, options: Options) -> Staging | PartStaging:
+def _staging(
+    destination: Path, request: str, options: Options, only: str | None
+) -> Staging | PartStaging:
     overwrite, durable, part = options.overwrite, options.durable, options.part
     if part is None:
         return Staging(
-            destination, request, resume=options.resume, overwrite=overwrite, durable=durable
+            destination,
+            request,
+            resume=options.resume,
+            overwrite=overwrite,
+            durable=durable,
+            only=only,
+        )
+    if only:
+        raise LayoutError(
+            f"{destination} is one file, which is one process's work. Leave out --process-count, "
+            "or name a folder."
         )
     return PartStaging(
         destination, request, part.index, part.count, overwrite=overwrite, durable=durable
     )
+
+
+def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
+    """Refuse a source whose replicas are not equal."""
+    from .verification import differing_replicas  # noqa: PLC0415 - NumPy, seldom needed
+
+    problems = differing_replicas(catalog, budget=budget).problems
+    if problems:
+        more = f" {len(problems) - 1} more tensors have such." if len(problems) > 1 else ""
+        raise CoverageError(f"{problems[0]}{more}")
 
 
 def part_plan(plan: Plan, part: Part | None) -> Plan:
@@ -246,8 +283,7 @@ def part_plan(plan: Plan, part: Part | None) -> Plan:
     if part is None:
         return plan
     ranks = range(len(plan.outputs.paths)) if plan.only is None else plan.only
-    only = split_outputs(plan.outputs, ranks, part.count)[part.index]
-    return make_plan(plan.source, plan.outputs, only=only, block_bytes=plan.block_bytes)
+    return plan.of(split_outputs(plan.outputs, ranks, part.count)[part.index])
 
 
 def budget_of(options: Options) -> Budget:
@@ -257,12 +293,17 @@ def budget_of(options: Options) -> Budget:
 
 
 def fitted(prepared: Prepared, options: Options) -> Prepared:
-    """``prepared`` with the numbers of the block size that ``options`` allow."""
-    plan, block_bytes = prepared.plan, budget_of(options).block_bytes
-    if block_bytes == plan.block_bytes:
-        return prepared
-    plan = make_plan(plan.source, plan.outputs, only=plan.only, block_bytes=block_bytes)
-    return replace(prepared, plan=plan)
+    """``prepared`` with the numbers of the blocks and the memory that ``options`` allow."""
+    plan, budget = prepared.plan, budget_of(options)
+    if (plan.block_bytes, plan.tile_bytes) != (budget.block_bytes, budget.tile_bytes):
+        plan = make_plan(
+            plan.source,
+            plan.outputs,
+            only=plan.only,
+            block_bytes=budget.block_bytes,
+            tile_bytes=budget.tile_bytes,
+        )
+    return replace(prepared, plan=replace(plan, host_bytes=budget.host_bytes))
 
 
 def default_budget() -> int:
@@ -329,37 +370,6 @@ def _files_of(
     return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
 
 
-def _fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -> str:
-    """What two runs share exactly if they make the same files from the same source."""
-    digest = hashlib.sha256()
-    numbers: dict[int, int] = {}  # thousands of contents share their entries: each is told once
-    for content in result.outputs.contents:
-        for entry in content:
-            if id(entry) in numbers:
-                continue
-            numbers[id(entry)] = len(numbers)
-            digest.update(f"{entry.tensor.name} {entry.tensor.dtype} {entry.shape}\n".encode())
-            if catalog.origin is not None:  # the same names and shapes, made in another way
-                digest.update(repr(entry.tensor.pieces).encode())
-        digest.update(repr([numbers[id(entry)] for entry in content]).encode())
-    digest.update(repr((result.outputs.paths, result.outputs.content_of)).encode())
-    told: dict[int, bytes] = {}  # the ranks of a stage share one strategy
-    for name, data in sorted(result.side_files.items()):
-        if id(data) not in told:
-            told[id(data)] = hashlib.sha256(data).digest()
-        digest.update(name.encode() + told[id(data)])
-    return json.dumps(
-        {
-            "source": str(Path(catalog.root).absolute()),
-            "files": [[f.path, f.num_bytes, f.mtime_ns] for f in catalog.files],
-            "format": [result.format, result.seal is not None],
-            "ranks": sorted(only) if only is not None else None,
-            "result": digest.hexdigest(),
-        },
-        indent=1,
-    )
-
-
 def refuse_inside(catalog: Catalog, destination: Path) -> None:
     """Refuse a destination whose replacement would take the source, or a file of it, away."""
     source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
@@ -376,11 +386,7 @@ def _without_finished(plan: Plan, staging: Staging | PartStaging) -> tuple[Plan,
     paths = plan.outputs.paths
     wanted = set(range(len(paths))) if plan.only is None else set(plan.only)
     done = {rank for rank in wanted if paths[rank] in staging.finished}
-    if not done:
-        return plan, 0
-    left = frozenset(wanted - done)
-    plan = make_plan(plan.source, plan.outputs, only=left, block_bytes=plan.block_bytes)
-    return plan, len(done)
+    return (plan.of(frozenset(wanted - done)), len(done)) if done else (plan, 0)
 
 
 def _check_room(plan: Plan, place: Path) -> None:
@@ -396,22 +402,16 @@ def _check_room(plan: Plan, place: Path) -> None:
 def _write_side_files(
     prepared: Prepared, staging: Staging | PartStaging, destination: Path
 ) -> None:
-    source = Path(prepared.plan.source.root)
-    inside = destination.resolve()
-    try:
-        for path in prepared.plan.source.extras:
-            if inside in (source / path).resolve().parents:
-                continue  # an earlier result inside the source is no part of it
-            place = staging.files / prepared.result.extras_to / path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, place)
-            staging.sync(place)
-        for path, data in prepared.result.side_files.items():
-            place = staging.files / path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
-            staging.sync(place)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{error.filename}: {error.strerror}.") from error
+    source, inside = prepared.plan.source, destination.resolve()
+
+    def is_an_earlier_result(path: Path) -> bool:
+        return inside in path.resolve().parents
+
+    carrying.copy_extras(
+        Path(source.root),
+        source.extras,
+        staging.files / prepared.result.extras_to,
+        leave_out=is_an_earlier_result,
+        sync=staging.sync,
+    )
+    carrying.write_files(prepared.result.side_files.items(), staging.files, staging.sync)

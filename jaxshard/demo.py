@@ -18,16 +18,16 @@ import numpy as np
 
 from . import picture
 from .api import convert, merge, slice, verify
-from .catalog import Catalog, Tensor
+from .catalog import Catalog
 from .conversion import Options
 from .dtypes import dtype
-from .errors import CoverageError, StorageError
+from .errors import CoverageError, LayoutError, StorageError, some
 from .formats.safetensors import layout_file
 from .opening import open_checkpoint
-from .storage.reading import SourceFiles
+from .rank_share import load_rank
 
 _LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
-_FAST = Options(overwrite=True, durable=False)
+_FAST = Options(durable=False)
 
 
 def run_demo(
@@ -35,8 +35,8 @@ def run_demo(
 ) -> int:
     """Run the demo on the checkpoint at ``path``, or on one made on the spot.
 
-    Results go to the folder ``keep``, or to one that is removed at the end. Returns the
-    exit status: 0, since any difference raises.
+    Results go to the folder ``keep``, which must be new or empty, or to one that is removed at
+    the end. Returns the exit status: 0, since any difference raises.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     with _workplace(keep) as place:
@@ -88,7 +88,7 @@ def _on_devices(
         params = jax.block_until_ready(reshard(params, "dp4mp2"))
         yield done
     with _step("save from the devices, and compare with the original", say) as done:
-        save(params, place / "saved", overwrite=True, durable=False)
+        save(params, place / "saved", durable=False)
         _compare(place / "saved", catalog)
         yield done
     with _step("load the rank files of dp1mp2pp2 as mp8, and compare", say) as done:
@@ -103,18 +103,13 @@ def _compare(made: Path, catalog: Catalog) -> None:
 
 
 def _compare_arrays(params: dict[str, Any], catalog: Catalog) -> None:
-    files = SourceFiles(catalog)
+    """Compare arrays with what lies in the files, read by the engine into NumPy's."""
+    original = load_rank(catalog, "full", keep_accu_grads=True)
+    if params.keys() != original.keys():
+        raise CoverageError(f"{some(sorted(params.keys() ^ original.keys()))}: not in both.")
     for name, array in params.items():
-        if np.asarray(array).tobytes() != _stored(files, catalog[name]):
+        if np.asarray(array).tobytes() != original[name].tobytes():
             raise CoverageError(f"{name} differs from the original.")
-    files.close()
-
-
-def _stored(files: SourceFiles, tensor: Tensor) -> bytes:
-    """A tensor's bytes as the plainest reader gets them; only for whole ones."""
-    buffer = bytearray(tensor.num_bytes)
-    files.read(tensor.pieces[0], tensor.pieces[0].offset, memoryview(buffer))
-    return bytes(buffer)
 
 
 @contextmanager
@@ -134,8 +129,14 @@ def _workplace(keep: str | None) -> Iterator[Path]:
         return
     try:
         Path(keep).mkdir(parents=True, exist_ok=True)
+        found = sorted(path.name for path in Path(keep).iterdir())
     except OSError as error:
-        raise StorageError(f"--keep {keep}: {error.strerror}.") from error
+        raise StorageError(f"--keep {keep}: {error.strerror}. Choose another folder.") from error
+    if found:
+        raise LayoutError(
+            f"--keep {keep} holds {some(found, 3)}, and nothing of it may be lost. Choose a new or "
+            "an empty folder."
+        )
     yield Path(keep)
 
 

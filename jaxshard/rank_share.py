@@ -19,7 +19,7 @@ from .opening import PathLike
 from .outputs import Entry
 from .planning import Move
 from .storage.engine import run
-from .storage.reading import SourceFiles
+from .storage.sources import open_source
 from .strategy import Strategy
 
 _ONE_FILE = 1 << 62
@@ -49,8 +49,8 @@ def load_rank(
     whole = isinstance(to, str) and to == "full"
     if whole and rank:
         raise LayoutError(f"rank {rank} of a complete checkpoint: there is rank 0 only.")
-    ranks = None if whole else [rank]
-    plan = prepare(source, to, ranks=ranks, max_shard_bytes=_ONE_FILE, **how).plan
+    one: dict[str, Any] = {"max_shard_bytes": _ONE_FILE} if whole else {"ranks": [rank]}
+    plan = prepare(source, to, **one, **how).plan
     wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
     share = {e.tensor.name: _Memory(e) for e in entries}
@@ -59,7 +59,7 @@ def load_rank(
         share[move.name].fill(offset, buffer)
         return 1
 
-    files = SourceFiles(plan.source)
+    files = open_source(plan.source)
     try:
         files.check_checksums()
         run(plan.moves(), files.read, write, budget=budget_of(options))

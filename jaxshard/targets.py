@@ -22,7 +22,15 @@ from .rules import Policy, Rules, rules_for
 from .rules import layout as lay_out
 from .strategy import Strategy
 
-__all__ = ["FORMATS", "Request", "Result", "lay_out_for", "make_result", "same_layout"]
+__all__ = [
+    "FORMATS",
+    "Request",
+    "Result",
+    "check_request",
+    "lay_out_for",
+    "make_result",
+    "same_layout",
+]
 
 _Make = Callable[[Catalog, Sequence[Tensor], Request], Result]
 # Module and function, by format: each module is imported only when it is needed.
@@ -37,6 +45,7 @@ _CUT = {
     "ckpt": ("target_ranks", "rank_folders"),
     "iteration": ("target_iteration", "iteration"),
 }
+_IN_SHARDS = ("huggingface", "unified")
 
 
 def lay_out_for(
@@ -116,3 +125,34 @@ def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
     module, function = makers[name]
     make: _Make = getattr(import_module(f".{module}", __package__), function)
     return make(source, tensors, request)
+
+
+def check_request(request: Request) -> None:
+    """Refuse what would mean nothing for the target, and so be passed over in silence.
+
+    Raises:
+        LayoutError: with what it is for.
+    """
+    is_whole = request.to is None
+    name = request.format or ("huggingface" if is_whole else "ranks")
+    if request.remove_redundancy and is_whole:
+        raise LayoutError(
+            "--remove-redundancy is for files of ranks; a complete checkpoint stores nothing "
+            "twice. Leave it out, or give a layout with --to."
+        )
+    if request.max_shard_bytes is not None and not (is_whole and name in _IN_SHARDS):
+        raise LayoutError(
+            "--max-shard-size is for complete checkpoints in several files "
+            f"({', '.join(_IN_SHARDS)}), and the target is "
+            f"{'one file' if is_whole else 'a file a rank'}. Leave it out."
+        )
+    if request.crc and name != "ckpt":
+        raise LayoutError(
+            f"--crc ends .ckpt files, and the format is {name}. Leave it out, or give --format "
+            "ckpt."
+        )
+    if is_whole and name != "iteration" and request.prefix != Request.prefix:
+        raise LayoutError(
+            f"--prefix {request.prefix} is for files of ranks, and the target is a complete "
+            "checkpoint, whose files are named by its format. Leave it out."
+        )

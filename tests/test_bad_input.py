@@ -221,7 +221,7 @@ def in_two_files(good: Path) -> None:
 
 
 FOLDERS = {
-    "names a missing file": (repoint("absent.safetensors"), 2, "Fetch what is missing"),
+    "names a missing file": (repoint("absent.safetensors"), 3, "Fetch what is missing"),
     "names a file outside": (repoint("../one/model.safetensors"), 3, "a place you trust"),
     "names an absolute path": (repoint("/etc/passwd"), 3, "a place you trust"),
     "names a file that lacks it": (
@@ -230,7 +230,7 @@ FOLDERS = {
         "model.norm.weight",
     ),
     "is a list": (index_is_a_list, 3, "not an object"),
-    "a file is gone": (file_gone, 2, "model-00002-of-00002.safetensors"),
+    "a file is gone": (file_gone, 3, "model-00002-of-00002.safetensors"),
     "no index, and a file is gone": (no_index_and_a_file_gone, 3, "Fetch the other 1"),
     "a tensor in two files": (in_two_files, 3, "Remove the stale file"),
 }
@@ -277,8 +277,12 @@ def test_a_missing_rank_whose_replica_is_there_is_only_noted(good, capsys, tmp_p
 def test_a_missing_rank_without_a_replica_is_refused(good, capsys, tmp_path):
     remove_rank(1, 3)(good)
     command = ("merge", good / "cut", tmp_path / "out")
-    refused(capsys, tmp_path, 3, "of which the source holds", *command)
-    refused(capsys, tmp_path, 3, "of which the source holds", "plan", good / "cut", "--to", "full")
+    for how in (command, ("plan", good / "cut", "--to", "full")):
+        err = refused(capsys, tmp_path, 3, "of which the source holds", *how)
+        assert "15 more tensors lack some: " in err
+        assert err.endswith(" Fetch rank_1 or rank_3.\n")
+    assert checkpoints.run("verify", good / "cut") == 3
+    assert capsys.readouterr().out.count(" Fetch rank_1 or rank_3.\n") == 16
 
 
 def test_replicas_that_differ_are_found(good, capsys, tmp_path):
@@ -355,6 +359,23 @@ REQUESTS: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
         2,
         "format 'huggingface'",
     ),
+    "shards of a size, of ranks": (
+        flags("--to", "mp2", "--max-shard-size", "1GB"),
+        2,
+        "--max-shard-size is for complete checkpoints",
+    ),
+    "shards of a size, of one file": (
+        flags("--format", "ckpt", "--max-shard-size", "1GB"),
+        2,
+        "the target is one file",
+    ),
+    "no redundancy of a complete one": (
+        flags("--remove-redundancy"),
+        2,
+        "--remove-redundancy is for files of ranks",
+    ),
+    "a checksum where none goes": (flags("--to", "mp2", "--crc"), 2, "--format ckpt"),
+    "a prefix where none goes": (flags("--prefix", "net_"), 2, "--prefix net_ is for files of"),
     "rules that are no TOML": (
         lambda p: [*rule_file("specs = [")(p), "--to", "mp2"],
         2,
@@ -431,7 +452,7 @@ def test_only_pickles_there(capsys, tmp_path):
 def test_an_index_without_its_files(good, capsys, tmp_path):
     for path in (good / "two").glob("*.safetensors"):
         path.unlink()
-    refused(capsys, tmp_path, 2, "Fetch what is missing", "inspect", good / "two")
+    refused(capsys, tmp_path, 3, "Fetch what is missing", "inspect", good / "two")
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]])
@@ -458,10 +479,12 @@ def test_a_destination_that_exists_is_kept(good, capsys, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("thesis")
     command = ("slice", good / "one", tmp_path / "out", "--to", "mp2")
-    refused(capsys, tmp_path, 2, "--overwrite", *command)
+    for flag in ((), ("--overwrite",)):
+        refused(capsys, tmp_path, 2, "--overwrite", *command, *flag)
     (tmp_path / "file").write_text("thesis")
     command = ("slice", good / "one", tmp_path / "file", "--to", "mp2")
-    refused(capsys, tmp_path, 2, "--overwrite", *command)
+    for flag in ((), ("--overwrite",)):
+        refused(capsys, tmp_path, 2, "--overwrite", *command, *flag)
 
 
 def test_a_destination_below_a_file_is_refused(good, capsys, tmp_path):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import pty
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import checkpoints
 import pytest
 
+import jaxshard as js
 from jaxshard import cli, commands
+from jaxshard.formats.huggingface_files import parse_size
+from jaxshard.storage.budget import fit_budget
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,6 +136,158 @@ def test_a_reader_that_goes_away_is_no_error(llama):
 )
 def test_the_grammar_has_its_own_status(arguments, status):
     assert run_it(*arguments, stdout=subprocess.DEVNULL).returncode == status
+
+
+def test_a_plan_in_python_is_that_of_the_command_line(llama, capsys):
+    how = {"remove_redundancy": True}
+    text = answer(capsys, "plan", llama, "--to", "dp2mp2", "--remove-redundancy")
+    assert f"{js.plan(llama, 'dp2mp2', **how)}\n" == text
+    assert "reads   11.4 KB in 33 requests to 2 files, at most 17 to one\n" in text
+    assert "holds   " in text
+    assert "of data in memory at most" in text
+
+
+def test_a_plan_says_the_requests_of_each_file_and_the_memory(llama, capsys):
+    how = ("--to", "mp2", "--workers", 3, "--host-bytes", "3MiB")
+    told = json.loads(answer(capsys, "plan", llama, *how, "--json"))
+    assert list(told["reads_of_files"]) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert sum(told["reads_of_files"].values()) == told["num_reads"] > 21
+    assert told["peak_host_bytes"] == fit_budget(3 << 20, 3).host_bytes <= 3 << 20
+
+
+@pytest.mark.parametrize("host_bytes", ["512KiB", "4MiB", None])
+@pytest.mark.parametrize("form", ["linen", "mcore-fused"])
+def test_a_dry_run_of_a_mapping_counts_in_the_tiles_of_the_budget(
+    tmp_path, capsys, host_bytes, form
+):
+    """Transposed weights larger than a tile: the smaller the budget, the more requests."""
+    folder, options = tmp_path / "llama", js.Options(durable=False, workers=2)
+    if host_bytes:
+        options = replace(options, host_bytes=parse_size(host_bytes))
+    write_heads(folder)
+    how = {"to": "mp2", "names": f"hf:{form}"}
+    totals = js.plan(folder, options=options, **how).totals
+    report = js.convert(folder, tmp_path / "out", options=options, **how)
+    assert {n: getattr(totals, n) for n in asdict(report.counts)} == asdict(report.counts)
+
+
+def write_heads(folder: Path) -> None:
+    """A Llama whose config says its heads, which fusing asks for."""
+    checkpoints.write_llama(folder, layers=1, hidden=384)
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"hidden_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps({**config, **heads}))
+
+
+# --- one file ------------------------------------------------------------------------
+
+
+def test_a_destination_that_names_a_file_gets_a_file(llama, capsys, tmp_path):
+    answer(capsys, "slice", llama, tmp_path / "cut", "--to", "mp2")
+    for name in ("out.safetensors", "out.ckpt"):
+        for flag in ((), ("--overwrite",)):
+            out = answer(capsys, "merge", tmp_path / "cut", tmp_path / name, *flag)
+        assert "1 file with" in out
+        assert "config.json, tokenizer.json not carried along: the result is one file" in out
+        assert (tmp_path / name).is_file()
+        answer(capsys, "verify", tmp_path / name, "--against", llama)
+        assert checkpoints.run("merge", tmp_path / "cut", tmp_path / name) == 2
+        assert "exists" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] == ".") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--to", "mp2"), "names one file, but the result is rank_0/checkpoint_0.safetensors, "),
+        (("--max-shard-size", "2KB"), "names one file, but the result is model-00001-of-"),
+        (("--format", "ckpt"), "ends in .safetensors, but the result is model.ckpt"),
+        (("--format", "iteration"), "names one file"),
+        (("--process-index", 0, "--process-count", 2), "one process's work"),
+    ],
+)
+def test_what_is_no_one_file_is_refused_where_one_is_named(llama, capsys, tmp_path, flags, message):
+    assert checkpoints.run("convert", llama, tmp_path / "out.safetensors", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+# --- going on, and watching ------------------------------------------------------------
+
+
+def test_an_interrupted_run_is_gone_on_with(llama, capsys, tmp_path, monkeypatch):
+    out, real, left = tmp_path / "out", os.fsync, [3]
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    command = ("slice", llama, out, "--to", "mp4", "--workers", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert checkpoints.run(*command) == 4
+    assert "run again with --resume" in capsys.readouterr().err
+    assert not out.exists()
+    assert checkpoints.run(*command) == 2
+    assert "Go on with --resume" in capsys.readouterr().err
+    text = answer(capsys, *command, "--resume")
+    assert text.startswith(f"{out}: 2 files with ")
+    assert "finished before: 2 files\n" in text
+    answer(capsys, "verify", out, "--against", llama)
+    assert json.loads(answer(capsys, *command, "--overwrite", "--json"))["skipped_files"] == 0
+
+
+def test_progress_is_shown_on_a_terminal_beside_the_answer(llama, tmp_path):
+    ours, theirs = pty.openpty()
+    how = ("slice", llama, tmp_path / "out", "--to", "mp2")
+    command = [sys.executable, "-m", "jaxshard", *map(str, how)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with open(ours, "rb", buffering=0) as screen:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            check=True,
+            cwd=ROOT,
+            text=True,
+            env=environment,
+        )
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # what a terminal says when its other end is closed
+            while more := screen.read(4096):
+                shown += more
+    assert b"writing" in shown
+    assert b"11.6/11.6 kB" in shown
+    assert "writing" not in done.stdout
+
+
+# --- replicas --------------------------------------------------------------------------
+
+
+def test_replicas_that_differ_are_refused_where_that_is_asked(llama, capsys, tmp_path):
+    cut = tmp_path / "cut"
+    answer(capsys, "slice", llama, cut, "--to", "dp2")
+    merge = ("merge", cut, tmp_path / "out")
+    answer(capsys, *merge, "--check-replicas")
+    path = cut / "rank_1" / "checkpoint_1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert checkpoints.run(*merge, "--check-replicas", "--overwrite") == 3
+    err = capsys.readouterr().err
+    assert "differs between rank_0/checkpoint_0.safetensors and rank_1/checkpoint_1" in err
+    assert "one replica is enough" in err
+    answer(capsys, *merge, "--overwrite")
+    answer(capsys, "verify", tmp_path / "out", "--against", llama)  # the first is taken
+
+
+def test_deep_is_refused_where_there_are_no_steps(llama, capsys):
+    for more in ((), ("--against", llama)):
+        assert checkpoints.run("verify", llama, "--deep", *more) == 2
+        assert "--deep reads every step of a training run" in capsys.readouterr().err
 
 
 def test_a_bug_shows_its_traceback(llama, monkeypatch):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import tracemalloc
 
 import checkpoints
 import numpy as np
 import pytest
 
 import jaxshard as js
-from jaxshard.conversion import execute, prepare
-from jaxshard.errors import FormatError, LayoutError, NotFoundError
+from jaxshard.conversion import execute, fitted, prepare
+from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.layout import Layout, Placement
+from jaxshard.mapping import read_mapping
 from jaxshard.storage.reading import SourceFiles
 
 QUICK = js.Options(durable=False)
@@ -173,3 +175,77 @@ def test_progress_is_told_of_every_byte(llama, tmp_path):
 
     js.slice(llama, tmp_path / "out", "dp2mp2", progress=progress, options=QUICK)
     assert totals == [sum(told)]
+
+
+def test_files_read_by_another_strategy_are_another_request(llama, tmp_path):
+    """Else --resume would mix results: names, shapes and the files' states are the same."""
+    w, two = "model.embed_tokens.weight", (("a", 2), ("b", 2))
+    for name, axes in (("cut", ("a", "b")), ("other", ("b", "a"))):
+        layout = Layout(4, {w: (Placement(two, (axes,)),)})
+        js.slice(llama, tmp_path / name, layout, include=[re.escape(w)], options=QUICK)
+    requests = [
+        prepare(tmp_path / "cut", src_strategy=tmp_path / name / "strategy").request
+        for name in ("cut", "other", "cut")
+    ]
+    assert requests[0] == requests[2] != requests[1]
+
+
+def test_another_mapping_is_another_request(llama):
+    orders = [prepare(llama, names=names).request for names in (None, "hf:linen", "hf:nnx")]
+    assert len(set(orders)) == 3
+
+
+def test_replicas_are_compared_before_anything_is_written(llama, tmp_path):
+    js.slice(llama, tmp_path / "cut", "dp2", options=QUICK)
+    checked = js.Options(durable=False, check_replicas=True)
+    js.merge(tmp_path / "cut", tmp_path / "out", options=checked)
+    path = tmp_path / "cut" / "rank_1" / "checkpoint_1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xee")
+    for how in ({}, {"names": "hf:linen"}):
+        with pytest.raises(CoverageError, match=r"differs between rank_0/.* and rank_1/.*"):
+            js.merge(tmp_path / "cut", tmp_path / "again", options=checked, **how)
+    assert not list(tmp_path.glob("*again*"))
+    # of what is not taken nobody asks
+    js.merge(tmp_path / "cut", tmp_path / "again", options=checked, include=["layers.0"])
+
+
+PADDED = """
+[[op]]
+op = "pad"
+names = ["model.embed_tokens.weight", "lm_head.weight"]
+dim = 0
+length = 33
+to = 34
+"""
+
+
+def test_a_dim_that_does_not_divide_is_padded_by_a_mapping_and_comes_back(tmp_path):
+    arrays = checkpoints.write_llama(tmp_path / "llama", vocab=33)
+    with pytest.raises(LayoutError, match="pad to 34"):
+        prepare(tmp_path / "llama", "mp2")
+    (tmp_path / "pad.toml").write_text(PADDED)
+    names = str(tmp_path / "pad.toml")
+    js.slice(tmp_path / "llama", tmp_path / "cut", "mp2", names=names, options=QUICK)
+    name = "lm_head.weight"
+    held = checkpoints.stored(tmp_path / "cut" / "rank_1")[name]
+    assert held == ("BF16", (17, 16), arrays[name][17:].tobytes() + bytes(2 * 16))
+    back = read_mapping(PADDED).inverse()
+    js.merge(tmp_path / "cut", tmp_path / "again", names=back, options=QUICK)
+    assert checkpoints.stored(tmp_path / "again") == checkpoints.stored(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("names", [None, "hf:linen"], ids=["as stored", "transposed"])
+def test_no_more_memory_is_held_than_the_plan_says(tmp_path, names):
+    checkpoints.write_llama(tmp_path / "llama", layers=1, hidden=512)
+    options = js.Options(durable=False, workers=2, host_bytes=1 << 20)
+    prepared = fitted(prepare(tmp_path / "llama", "mp2", names=names), options)
+    execute(prepared, tmp_path / "imports all that is needed", options=options)
+    tracemalloc.start()
+    try:
+        execute(prepared, tmp_path / "out", options=options)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    held, written = prepared.plan.host_bytes, prepared.plan.totals.bytes_written
+    assert peak <= held == 1 << 20
+    assert written > 4 * held, "there is more to hold"

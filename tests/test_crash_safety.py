@@ -22,9 +22,10 @@ import jaxshard as js
 from jaxshard import conversion
 from jaxshard.errors import FormatError, JaxshardError, NotFoundError, StorageError
 from jaxshard.opening import open_checkpoint
-from jaxshard.storage import local, staging
+from jaxshard.storage import carrying, local, sealing, staging, writing
 
-ROUNDS = 20  # of each kind of conversion
+INSIDE = 15  # kills that fall into a conversion, of each of the two kinds: thirty in all
+MOST_ROUNDS = 40
 SIZES = {"layers": 4, "hidden": 384, "vocab": 2048}  # about 17 MB: a conversion takes a while
 
 #: Gets ready, says so, and converts when told.
@@ -34,12 +35,17 @@ import jaxshard as js
 from jaxshard.conversion import execute, prepare
 source, destination, to, overwrite = sys.argv[1:]
 options = js.Options(workers=2, overwrite=bool(overwrite), host_bytes=1 << 20)
-prepared = prepare(source, to, max_shard_bytes=2 << 20)
+prepared = prepare(source, to, max_shard_bytes=2 << 20 if to == "full" else None)
 print("ready", flush=True)
 sys.stdin.readline()
 execute(prepared, destination, options=options)
 print("done", flush=True)
 """
+
+
+def how(to: str) -> dict[str, int]:
+    """Several files, whatever the target."""
+    return {"max_shard_bytes": 2 << 20} if to == "full" else {}
 
 
 def driver(source: Path, destination: Path, to: str, overwrite: bool) -> subprocess.Popen[str]:
@@ -90,11 +96,10 @@ def source(tmp_path_factory):
 def journey(request, source, tmp_path_factory):
     """(target, the result undisturbed, an older result, how long a run takes)."""
     base = tmp_path_factory.mktemp("journey")
-    how = {"max_shard_bytes": 2 << 20}
-    js.convert(source, base / "right", request.param, **how)
+    js.convert(source, base / "right", request.param, **how(request.param))
     other = base / "other"
     checkpoints.write_llama(other, num_files=2, seed=1, **SIZES)
-    js.convert(other, base / "old", request.param, **how)
+    js.convert(other, base / "old", request.param, **how(request.param))
     times = []
     for i in range(2):
         process = driver(source, base / f"timed{i}", request.param, False)
@@ -109,34 +114,35 @@ def test_killed_at_any_moment_nothing_half_made_looks_whole(source, journey, tmp
     to, right, old, seconds = journey
     expected, before = checkpoints.files_of(right), checkpoints.files_of(source)
     older = checkpoints.files_of(old)
-    rng, interrupted = random.Random(to), 0
-    for i in range(ROUNDS):
-        destination, replaces = tmp_path / f"out{i}", i % 2 == 1
+    rng, inside, rounds = random.Random(to), 0, 0
+    while inside < INSIDE:
+        assert rounds < MOST_ROUNDS, f"only {inside} kills fell into the conversion"
+        destination, replaces = tmp_path / f"out{rounds}", rounds % 2 == 1
+        rounds += 1
         if replaces:
             shutil.copytree(old, destination)
         process = driver(source, destination, to, replaces)
         tell(process)
-        time.sleep(seconds * 1.05 * (i + rng.random()) / ROUNDS)
+        time.sleep(seconds * (inside + rng.random()) / INSIDE)
         process.kill()
         process.communicate()
 
-        interrupted += staged(destination).exists()
+        inside += staged(destination).exists()
         assert checkpoints.files_of(source) == before
         found = checkpoints.files_of(destination) if destination.exists() else None
         assert found in ([older, expected] if replaces else [None, expected])
         done = finished(destination) if found != expected else {}
         assert_no_reader_is_fooled(destination, right, found == expected)
         spoil_what_is_not_finished(destination, done)
-        if found != expected or (staged(destination) / "publishing").exists():
+        if found != expected or (staged(destination) / "placing").exists():
             options = js.Options(workers=2, resume=True, overwrite=replaces, durable=False)
-            report = js.convert(source, destination, to, options=options, max_shard_bytes=2 << 20)
+            report = js.convert(source, destination, to, options=options, **how(to))
             assert report.skipped_files >= len(done)
             assert not staged(destination).exists()
         assert checkpoints.files_of(destination) == expected
         for name, was in done.items():
             assert written(destination / name) == was, f"{name} was made again"
         shutil.rmtree(destination)
-    assert interrupted >= ROUNDS // 3, "the kills did not fall into the conversion"
 
 
 def assert_no_reader_is_fooled(destination: Path, right: Path, published: bool) -> None:
@@ -230,21 +236,40 @@ def refuse(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize(
     ("module", "call"),
-    [(staging.os, "fsync"), (staging, "open"), (staging.os, "rename"), (staging.os, "mkdir")],
-    ids=["when synced", "when noted", "when published", "when begun"],
+    [
+        (staging.os, "mkdir"),
+        (writing, "reserve"),
+        (sealing, "crc_trailer"),
+        (staging.os, "fsync"),
+        (staging, "open"),
+        (carrying.shutil, "copyfile"),
+        (Path, "write_bytes"),
+        (staging.os, "rename"),
+    ],
+    ids=[
+        "when begun",
+        "when room is reserved",
+        "when sealed",
+        "when synced",
+        "when noted",
+        "when files are carried along",
+        "when the strategy is written",
+        "when published",
+    ],
 )
 def test_a_disk_that_refuses_at_other_moments_is_told_of_too(
     small, tmp_path, monkeypatch, module, call
 ):
     destination = tmp_path / "out"
-    prepared = conversion.prepare(small, "mp4")
+    js.slice(small, tmp_path / "undisturbed", "mp4", format="ckpt", crc=True)
+    prepared = conversion.prepare(small, "mp4", format="ckpt", crc=True)
     monkeypatch.setattr(module, call, refuse, raising=False)
     with pytest.raises(StorageError, match=r"No space left.*--resume"):
         conversion.execute(prepared, destination)
     monkeypatch.undo()
     assert no_checkpoint_at(destination)
     conversion.execute(prepared, destination, options=js.Options(resume=True))
-    assert checkpoints.files_of(destination) == checkpoints.files_of(tmp_path / "right")
+    assert checkpoints.files_of(destination) == checkpoints.files_of(tmp_path / "undisturbed")
 
 
 SMALL_FILES = """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from math import prod
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 
 from jaxshard.box import Box
 from jaxshard.dtypes import BY_NAME, BY_NUMPY, dtype, in_units, num_bytes
@@ -70,3 +73,42 @@ def test_a_cut_through_a_byte_is_refused_with_the_way_out():
         in_units((2, 8), (Box((0, 1), (2, 8)),), F4)
     with pytest.raises(LayoutError, match=r"moved but not cut. Leave it whole"):
         in_units((2, 3), (Box((0, 0), (1, 3)),), F4)
+
+
+#: The dtypes of the safetensors format, and their bits.
+FORMAT = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16},
+    **{"U32": 32, "I32": 32, "U64": 64, "I64": 64},
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
+    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
+}
+
+
+def file_of(name: str, data: bytes) -> bytes:
+    """A safetensors file of twelve elements, spelled out by hand."""
+    told = {"dtype": name, "shape": [12], "data_offsets": [0, len(data)]}
+    header = json.dumps({"t": told}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def test_the_dtypes_are_all_of_the_format():
+    assert len(FORMAT) == 22
+    assert {k.name: k.bits for k in BY_NAME.values()} == FORMAT
+
+
+@pytest.mark.parametrize("name", FORMAT)
+def test_the_safetensors_package_knows_each_and_its_width(name):
+    data = bytes(12 * FORMAT[name] // 8)
+    ((_, told),) = safetensors.deserialize(file_of(name, data))
+    assert (told["dtype"], bytes(told["data"])) == (name, data)
+    for wrong in (data + b"\0", data[1:]):
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.deserialize(file_of(name, wrong))
+
+
+def test_the_safetensors_package_knows_no_other():
+    """It names all that it knows where it meets one that it does not."""
+    with pytest.raises(safetensors.SafetensorError) as caught:
+        safetensors.deserialize(file_of("F7", bytes(12)))
+    known = set(re.findall(r"`(\w+)`", str(caught.value))) - {"F7"}
+    assert known == set(FORMAT)

@@ -11,7 +11,9 @@ from functools import cache
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import pytest
+import safetensors.numpy
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxshard"
@@ -23,17 +25,16 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("catalog",),
     ("rules", "mapping", "selection"),
     ("formats",),
-    ("outputs", "cells", "ranges", "planning"),
+    ("outputs", "cells", "ranges", "coverage", "planning", "picture"),
     ("storage",),
     ("results", "lay_files", "target_folders", "target_ranks", "target_iteration"),
-    ("targets", "opening", "job_values", "multiprocess"),
+    ("targets", "opening", "one_file", "fingerprint", "job_values", "multiprocess"),
     ("conversion", "verification", "rank_share", "decryption"),
     ("devices", "transfer"),
     ("trees", "on_devices", "array_layouts"),
     ("loading", "saving"),
     ("training", "lora", "iterations"),
     (
-        "picture",
         "api",
         "cli",
         "commands",
@@ -233,6 +234,7 @@ def test_no_file_to_file_command_imports_jax(tmp_path):
     folder = tmp_path / "llama"
     checkpoints.write_llama(folder)
     cut, recut, merged = (tmp_path / n for n in ("cut", "recut", "merged"))
+    adapter = write_adapter(tmp_path / "adapter")
     commands = [
         ["inspect", folder],
         ["inspect", folder, "--json"],
@@ -243,10 +245,33 @@ def test_no_file_to_file_command_imports_jax(tmp_path):
         ["inspect", recut],
         ["merge", recut, merged],
         ["verify", merged, "--against", folder],
+        ["merge", recut, tmp_path / "one.safetensors", "--check-replicas"],
+        ["convert", folder, tmp_path / "named", "--names", "llama-hf:llama-mindformers"],
+        *[
+            ["convert", folder, tmp_path / f"{kind}{to}", "--format", kind, "--to", to]
+            for kind in ("ckpt", "iteration", "unified")
+            for to in (("full",) if kind == "unified" else ("full", "mp2"))
+        ],
+        ["verify", tmp_path / "iterationmp2", "--against", folder],
+        ["lora", folder, tmp_path / "merged_lora", "--adapter", adapter],
+        ["strategy", "make", folder, tmp_path / "made", "--to", "dp2mp2"],
+        ["strategy", "show", tmp_path / "made"],
+        ["strategy", "merge", tmp_path / "made", tmp_path / "all.ckpt"],
     ]
     lines = ["from jaxshard.cli import main"]
     lines += [f"assert main({[str(a) for a in c]!r}) == 0" for c in commands]
     assert heavy_after("\n".join(lines)) == []
+
+
+def write_adapter(folder: Path) -> Path:
+    """One of PEFT's, for the first layer of the small Llama."""
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    arrays = {f"{stem}A.weight": np.ones((2, 16), np.float32)}
+    arrays[f"{stem}B.weight"] = np.ones((16, 2), np.float32)
+    folder.mkdir()
+    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 4, "r": 2}')
+    return folder
 
 
 def test_a_loaded_jax_would_be_noticed():

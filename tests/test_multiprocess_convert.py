@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -332,3 +333,14 @@ def test_a_replaced_result_is_not_taken_for_finished_work(llama, whole, tmp_path
     js.convert(llama, out, "dp2mp2pp2", options=Options(overwrite=True, resume=True))
     assert_same(out, whole)
     assert Path(out).exists()
+
+
+def test_a_full_disk_at_the_end_of_a_part_is_told_with_the_remedy(llama, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", refuse)
+        with pytest.raises(StorageError, match=r"part-0.done cannot .*No space left.*ake room"):
+            run_part(llama, tmp_path / "cut", 0, 2)
+    assert run_part(llama, tmp_path / "cut", 0, 2).skipped_files == 4

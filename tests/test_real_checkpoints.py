@@ -113,7 +113,7 @@ def published():
 
 
 def test_a_published_model_survives_the_chain(published, tmp_path):
-    result = through(published, tmp_path, ("dp2mp4", "dp1mp2pp2", "mp4", "full"), "--no-fsync")
+    result = through(published, tmp_path, CHAIN, "--no-fsync", "--uneven", "replicate")
     assert checkpoints.stored(result) == checkpoints.stored(published)
     assert js.verify(result, published).problems == ()
 

@@ -121,5 +121,5 @@ def merge_lora(
         src_strategy=src_strategy,
         adapter_strategy=adapter_strategy,
     )
-    prepared = prepare(catalog, to, **how)
+    prepared = prepare(catalog, to, destination=destination, **how)
     return execute(prepared, destination, options=options, progress=progress)

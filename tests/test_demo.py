@@ -1,0 +1,93 @@
+"""The demo: on any checkpoint it says that all is equal, and only if it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+import jaxshard as js
+from jaxshard import demo
+from jaxshard.errors import CoverageError
+
+pytest.importorskip("jax")
+
+QUICK = js.Options(durable=False)
+SIZES = {"hidden": 64, "vocab": 64}  # divides by eight
+
+
+@pytest.fixture
+def llama(tmp_path):
+    checkpoints.write_llama(tmp_path / "llama", num_files=2, **SIZES)
+    return tmp_path / "llama"
+
+
+def cut(llama: Path) -> Path:
+    js.slice(llama, llama.parent / "cut", "dp2mp4", remove_redundancy=True, options=QUICK)
+    return llama.parent / "cut"
+
+
+def complete_ckpt(llama: Path) -> Path:
+    js.merge(llama, llama.parent / "model.ckpt", options=QUICK)
+    return llama.parent / "model.ckpt"
+
+
+@pytest.mark.parametrize("make", [lambda p: p, cut, complete_ckpt], ids=["HF", "ranks", "ckpt"])
+def test_it_does_the_whole_job_on_the_path_given(llama, capsys, make):
+    assert checkpoints.run("demo", make(llama)) == 0
+    out, err = capsys.readouterr()
+    assert "every result equals the original, bit for bit" in out
+    assert err == ""
+
+
+def test_in_json_it_tells_its_steps(llama, capsys):
+    assert checkpoints.run("demo", llama, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["steps"]) == 7
+    assert all(step["seconds"] >= 0 for step in told["steps"])
+
+
+@pytest.mark.parametrize("file", ["merged/model.safetensors", "saved/model.safetensors"])
+def test_a_wrong_bit_in_a_result_is_seen(llama, monkeypatch, file):
+    """The twin: in what was merged, and in what was saved from the devices."""
+    real = demo._compare
+
+    def spoiled(made: Path, catalog: js.Catalog) -> None:
+        path = made.parent / file
+        if path.exists() and made == path.parent:
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        real(made, catalog)
+
+    monkeypatch.setattr(demo, "_compare", spoiled)
+    with pytest.raises(CoverageError, match="differs from the original"):
+        demo.run_demo(str(llama), quiet=True)
+
+
+@pytest.mark.parametrize("as_ranks", [False, True])
+def test_a_wrong_bit_in_an_array_is_seen(llama, as_ranks):
+    catalog = js.open(cut(llama) if as_ranks else llama)
+    arrays = js.load(catalog, "dp2mp4")
+    demo._compare_arrays(arrays, catalog)
+    name = "model.layers.1.mlp.down_proj.weight"
+    wrong = {**arrays, name: arrays[name].at[5, 7].add(1)}
+    with pytest.raises(CoverageError, match=f"{name} differs from the original"):
+        demo._compare_arrays(wrong, catalog)
+    with pytest.raises(CoverageError, match=f"{name}: not in both"):
+        demo._compare_arrays({n: x for n, x in arrays.items() if n != name}, catalog)
+
+
+def test_what_lies_in_the_folder_to_keep_is_not_touched(llama, capsys):
+    before = checkpoints.files_of(llama.parent)
+    assert checkpoints.run("demo", "--keep", llama.parent) == 2
+    assert "holds llama, and nothing of it may be lost" in capsys.readouterr().err
+    assert checkpoints.files_of(llama.parent) == before
+
+
+def test_results_are_kept_where_they_shall_be(llama, tmp_path):
+    keep = tmp_path / "new" / "folder"
+    assert checkpoints.run("demo", llama, "--keep", keep, "--quiet") == 0
+    assert sorted(p.name for p in keep.iterdir()) == ["dp1mp2pp2", "dp2mp4", "merged", "saved"]
