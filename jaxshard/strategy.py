@@ -56,6 +56,7 @@ class Strategy:
     def __init__(
         self,
         text: str | None = None,
+        /,
         *,
         dp: int = 1,
         mp: int = 1,
