@@ -7,6 +7,7 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -30,6 +31,11 @@ def test_a_killed_run_goes_on_in_three_layouts_with_the_same_losses(example, tmp
     assert 0 < differences["pp2mp2dp2"] < 1e-5
     curves = json.loads((tmp_path / "losses.json").read_text())
     assert len(curves) == 4
+    picture = ElementTree.parse(tmp_path / "loss.svg").getroot()
+    drawn = [element.tag.rpartition("}")[2] for element in picture]
+    assert drawn.count("polyline") == 1
+    assert drawn.count("circle") == sum(len(c) for c in list(curves.values())[1:])
+    assert {e.text for e in picture} >= set(curves)
     assert "goes on after step" in capsys.readouterr().out
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxshard.errors import FormatError, LayoutError
 from jaxshard.training import checksums, naming, records
 from jaxshard.training.cadence import Cadence
+from jaxshard.training.lineage import Line
 from jaxshard.training.naming import NETWORK, TRAINABLE, RankFile, StepName
 from jaxshard.training.progress import Progress, ResumePoint, resume_point
 from jaxshard.training.retention import expired
@@ -119,44 +120,44 @@ def _steps(*numbers):
 
 
 @pytest.mark.parametrize(
-    ("complete", "saved", "keep", "gone"),
+    ("past", "left", "keep", "gone"),
     [
-        ((10, 20, 30), 30, {"keep_max": 2}, [10]),
-        ((10, 20, 30), 30, {"keep_max": 3}, []),
-        ((10, 20, 30), 30, {}, []),  # 0 keeps all
-        ((10, 20, 30, 40, 50), 50, {"keep_max": 1, "keep_every": 20}, [10, 30]),
-        ((10, 60, 70, 80), 20, {"keep_max": 1}, [10]),  # 60 to 80 are of a run left behind
-        ((10, 60, 70, 80), 20, {"keep_max": 2}, []),
+        ((10, 20, 30), (), {"keep_max": 2}, [10]),
+        ((10, 20, 30), (), {"keep_max": 3}, []),
+        ((10, 20, 30), (), {}, []),  # 0 keeps all
+        ((10, 20, 30, 40, 50), (), {"keep_max": 1, "keep_every": 20}, [10, 30]),
+        ((10, 20), (60, 70, 80), {"keep_max": 1}, [10]),  # 60 to 80 are of a run left behind
+        ((10, 20), (60, 70, 80), {"keep_max": 2}, []),
+        ((10, 20, 65), (60, 70, 80), {"keep_max": 2}, [60, 10]),  # which has got beyond 60
+        ((10, 20, 95), (60, 70, 80), {"keep_max": 5}, [60]),
+        ((100, 150, 80), (), {"keep_max": 2}, [100]),  # counted anew, with a larger batch
     ],
 )
-def test_the_oldest_whole_steps_go(complete, saved, keep, gone):
-    found = expired(_steps(*complete), StepName(1, saved), **keep)
+def test_the_oldest_whole_steps_go(past, left, keep, gone):
+    found = expired(_steps(*past), _steps(*left), **keep)
     assert [s.step for s in found] == gone
 
 
 def test_keeping_every_nth_step_counts_over_epochs():
     steps = {StepName(1, 10): 10, StepName(2, 5): 15, StepName(2, 10): 20, StepName(3, 5): 25}
-    assert expired(steps, StepName(3, 5), keep_max=1, keep_every=10) == (StepName(2, 5),)
+    assert expired(steps, {}, keep_max=1, keep_every=10) == (StepName(2, 5),)
 
 
 @given(
-    st.sets(st.integers(1, 60), min_size=1),
-    st.integers(1, 60),
+    st.lists(st.integers(1, 60), min_size=1, unique=True),
+    st.sets(st.integers(61, 90)),
     st.integers(0, 8),
     st.integers(0, 7),
 )
-def test_the_step_just_saved_and_enough_others_always_stay(complete, saved, most, every):
-    complete |= {saved}
+def test_the_step_just_saved_and_enough_others_always_stay(past, left, most, every):
     gone = {
         s.step
-        for s in expired(_steps(*complete), StepName(1, saved), keep_max=most, keep_every=every)
+        for s in expired(_steps(*past), _steps(*sorted(left)), keep_max=most, keep_every=every)
     }
-    left = complete - gone
-    assert saved in left
-    assert all(s < saved for s in gone)
-    assert len([s for s in left if s <= saved]) >= min(
-        most or 99, len([s for s in complete if s <= saved])
-    )
+    assert past[-1] not in gone
+    assert not gone & left  # of which the run has reached none
+    assert len([n for n in past if n not in gone]) >= min(most or 99, len(past))
+    assert gone <= set(past[: -most or None])
 
 
 # --- names --------------------------------------------------------------------------------
@@ -217,7 +218,12 @@ def test_other_files_are_not_taken_for_a_ranks(path):
 
 def test_a_file_of_a_second_task_is_recognised():
     found = naming.parse_rank_file("rank_0/llama_rank_0_1-2_5.safetensors")
-    assert found == RankFile(0, "llama", StepName(2, 5))
+    assert found == RankFile(0, "llama", StepName(2, 5), task=1)
+
+
+def test_mindformers_default_files_are_recognised():
+    found = naming.parse_rank_file("rank_0/llama_rank_0-2_5.ckpt")
+    assert found == RankFile(0, "llama", StepName(2, 5), extension="ckpt")
 
 
 @pytest.mark.parametrize("wish", ["latest", "", "1-10", True, 1.5, object()])
@@ -248,12 +254,20 @@ def _record() -> records.Record:
         {"data": {"file": 3, "at": 0.1}, "text": "é"},
         {"step_num": 15, "loss_scale": 0.5},
         1700000000.25,
+        Line(7, ((3, 4), (6, 6))),
     )
 
 
 def test_a_record_comes_back_as_it_was():
     record = _record()
     assert records.from_bytes(records.to_bytes(record), "r") == record
+
+
+def test_a_record_of_before_saves_were_counted_is_read():
+    said = json.loads(records.to_bytes(_record()).split(b"\n")[0])
+    del said["order"], said["left"]
+    line = json.dumps(said).encode()
+    assert records.from_bytes(line + b"\n%08x\n" % zlib.crc32(line), "r").line == Line()
 
 
 def test_no_single_flipped_bit_of_a_record_goes_unnoticed():
@@ -279,6 +293,9 @@ def test_no_shortened_record_goes_unnoticed():
         ("units", ["../outside"]),
         ("units", ["/etc/passwd"]),
         ("units", ["a/../../b"]),
+        ("order", -1),
+        ("left", [[1]]),
+        ("left", 3),
         ("epoch", -1),
         ("epoch", True),
         ("files", {"a": [6, [[0, 4, 1]]]}),  # two bytes without a checksum
@@ -327,13 +344,12 @@ def test_a_file_that_was_not_covered_is_not_called_whole():
 
 def test_checksums_of_a_kind_that_nothing_here_computes_are_refused(monkeypatch):
     monkeypatch.setattr(checksums, "ALGORITHMS", {"crc32": zlib.crc32})
-    with pytest.raises(LayoutError, match=r"jaxshard\[crc32c\]"):
+    with pytest.raises(LayoutError, match="pip install crc32c"):
         checksums.algorithm("crc32c")
     with pytest.raises(FormatError, match="md5"):
         checksums.algorithm("md5")
 
 
 def test_crc32c_is_the_one_with_the_published_check_value():
-    if "crc32c" not in checksums.ALGORITHMS:
-        pytest.skip("no package here computes CRC-32C")
+    assert checksums.BEST == "crc32c"
     assert checksums.algorithm("crc32c")(b"123456789") == 0xE3069283

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from jaxshard.cli import main
-from jaxshard.training import CheckpointManager
+from jaxshard.picture import size
+from jaxshard.training import CheckpointManager, listing
+from jaxshard.training.places import Places
+from jaxshard.training.steps import find_steps
 
 
 @pytest.fixture
@@ -31,6 +34,39 @@ def test_a_table_of_steps_newest_first(run, capsys):
         [f"1_{n}", str(n), "complete", "ranks"] for n in (30, 20, 10)
     ]
     assert verdict.startswith("a run resumes from 1_30")
+
+
+def test_sizes_and_ages_are_told(run, capsys, monkeypatch):
+    (record,) = (s.record for s in find_steps(Places.of(run)) if s.name.step == 30)
+    monkeypatch.setattr(listing, "clock", lambda: record.saved_at + 125)
+    assert main(["inspect", str(run)]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    on_disk = (run / "checkpoint/rank_0/net_rank_0-1_30.safetensors").stat().st_size
+    assert 40_000 < on_disk < 45_000
+    assert row[4:] == [*size(on_disk).split(), "2", "min"]
+    main(["inspect", str(run), "--json"])
+    told = json.loads(capsys.readouterr().out)["steps"][-1]
+    assert (told["num_bytes"], told["saved_at"]) == (on_disk, record.saved_at)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (-5, "0 s"), (172_800, "2 days")],
+)
+def test_ages_are_in_the_largest_unit_that_makes_sense(seconds, said):
+    assert listing.age(seconds) == said
+
+
+def test_what_was_left_behind_is_listed_as_such(run, capsys):
+    manager = CheckpointManager(run, prefix="net", durable=False)
+    target = {"params": {"w": np.zeros(5000, int)}}
+    manager.restore(target, step=20)
+    manager.save(25, target)
+    assert main(["verify", str(run)]) == 0
+    _, *rows, verdict = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["1_25", "1_20", "1_10", "1_30"]
+    assert "left behind: 1_25 was saved later" in rows[-1]
+    assert verdict.startswith("a run resumes from 1_25")
 
 
 def test_verify_tells_what_is_wrong_and_deep_looks_at_every_byte(run, capsys):

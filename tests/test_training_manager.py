@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training_states import described, lies_as, mesh, same, state
+from training_states import SPECS, described, lies_as, mesh, same, state
 
 import jaxshard as js
 from jaxshard.errors import FormatError, LayoutError, NotFoundError, StorageError
@@ -63,7 +63,7 @@ def test_what_is_saved_is_the_state_of_that_step_though_the_next_step_takes_its_
     written = saving_steps._written
 
     def wait_first(job):
-        gate.wait(30)
+        assert gate.wait(30), "the loop was kept until the files were written"
         return written(job)
 
     if asynchronous:
@@ -74,6 +74,7 @@ def test_what_is_saved_is_the_state_of_that_step_though_the_next_step_takes_its_
     before = {n: np.array(a) for n, a in now["params"].items()}
     step = jax.jit(lambda p: jax.tree.map(lambda x: x * 2 + 1, p), donate_argnums=0)
     manager.save(1, now)
+    assert manager._background.is_busy == asynchronous
     params = now["params"]
     for _ in range(3):
         params = step(params)
@@ -405,6 +406,47 @@ def test_every_step_of_the_run_opens_as_a_checkpoint(tmp_path):
         assert np.array_equal(loaded["model.norm.weight"], before["params"]["model.norm.weight"])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("options", "folder", "kind", "chosen"),
+    [
+        ({"save_network_only": True}, "checkpoint_network", "network", ""),
+        (
+            {"save_trainable_only": True, "trainable": ["norm"]},
+            "checkpoint_trainable",
+            "trainable_params",
+            "norm",
+        ),
+    ],
+)
+def test_weights_are_saved_once_more_alone_in_every_format(
+    tmp_path, format, options, folder, kind, chosen
+):
+    before = state(1, 2)
+    manager = _manager(tmp_path, format=format, keep_max=1, **options)
+    for step in (1, 2):
+        manager.save(step, before)
+    if format in ("ranks", "iteration"):
+        names = [f"rank_{r}/llama_rank_{r}-{kind}-1_2.safetensors" for r in (0, 1)]
+    else:
+        suffix = folder.removeprefix("checkpoint_")
+        names = [f"llama-{suffix}-1_2/model.safetensors"]
+    found = sorted((tmp_path / folder).rglob("*.safetensors"))
+    assert [p.relative_to(tmp_path / folder).as_posix() for p in found] == names
+    wanted = {n: a for n, a in before["params"].items() if chosen in n}
+    halves = [safetensors.numpy.load_file(path) for path in found]
+    assert all(half.keys() >= wanted.keys() for half in halves)
+    assert not any(n.startswith(("adam_", "opt_state")) for half in halves for n in half)
+    for name, array in wanted.items():
+        dim = {P("mp", None): 0, P(None, "mp"): 1}.get(SPECS[name])
+        parts = [half[name] for half in halves]
+        whole = parts[0] if dim is None or len(parts) == 1 else np.concatenate(parts, dim)
+        assert np.array_equal(whole, array), name
+    path = found[-1]  # it belongs to the step: damage to it is damage to the step
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [s.state for s in manager.steps()] == ["corrupt"]
+
+
 def test_only_trained_weights_are_copied_when_asked(tmp_path):
     manager = _manager(
         tmp_path, save_trainable_only=True, save_network_only=True, trainable=["norm"]
@@ -520,7 +562,7 @@ def test_a_run_resumed_from_an_earlier_step_keeps_what_it_saves(tmp_path):
     for step in (10, 20, 30):
         manager.save(step, {"params": {"w": np.full(4, step)}})
     manager.save(21, {"params": {"w": np.full(4, 21)}})
-    assert [s.global_step for s in manager.steps()] == [20, 21, 30]
+    assert [s.global_step for s in manager.steps()] == [30, 20, 21]  # 30 is left behind
     manager.save(30, {"params": {"w": np.full(4, 31)}})  # the step of the run left behind
     assert manager.restore({"params": {"w": np.zeros(4, int)}}).state["params"]["w"][0] == 31
 

@@ -2,10 +2,13 @@
 
 Run as a program: a process with everything imported forks one child a trial, so that a trial
 costs milliseconds. The child restores and goes on saving, and says after each save that it is
-done; it is killed at a random moment. Then the newest good step must be at least the last one
-that was said to be done, and be bit for bit the state of that step.
+done; it is killed at a random moment: while it restores, saves, or removes. Then the newest good
+step must be at least the last one that was said to be done, and be bit for bit the state of that
+step.
 
     python tests/training_kills.py DIR --format ranks --kills 20 --seed 1 [--async] [--broken]
+
+``--slow`` takes a while for each file that is removed, so that kills hit removals often.
 
 States are NumPy's, so that no device is woken before a fork.
 """
@@ -22,14 +25,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from jaxshard.layout import Layout, Placement
-from jaxshard.training import CheckpointManager, saving_steps
+from jaxshard.training import CheckpointManager, committing, saving_steps
 from jaxshard.training.places import Places
 from jaxshard.training.steps import find_steps
 
@@ -104,28 +107,42 @@ def child(options: argparse.Namespace, pipe: int) -> None:
         os.write(pipe, b"%d " % (step - options.asynchronous))
 
 
-def trial(options: argparse.Namespace, said: int) -> tuple[int, str, list[str]]:
-    """Kill one child; the last step it said, what is wrong, and the states that it left."""
+def begun(options: argparse.Namespace) -> bytes:
+    """Save a few steps; the last of them, and the seconds that each took."""
+    start, number = time.perf_counter(), 3
+    with manager(options) as ours:
+        for step in range(1, number + 1):
+            ours.save(step, state_of(step), extras={"at": step})
+    return json.dumps([number, (time.perf_counter() - start) / number]).encode()
+
+
+def trial(options: argparse.Namespace, said: int, *, early: bool) -> tuple[int, str, set[str]]:
+    """Kill one child; the last step it said, what is wrong, and what the kill hit."""
     reader, pid = forked(lambda pipe: child(options, pipe))
-    select.select([reader], [], [], 60)
-    time.sleep(random.random() * options.longest)
+    if early:  # it restores first
+        time.sleep(random.random() * options.longest / 10)
+    else:
+        select.select([reader], [], [], 60)
+        time.sleep(random.random() * options.longest)
     os.kill(pid, signal.SIGKILL)
     text, status = ended(reader, pid)
+    hit = set() if text else {"restore"}
     said = max([said, *(int(n) for n in text.split())])
     if status != signal.SIGKILL:
-        return said, f"the child ended by itself: {status}", []
+        return said, f"the child ended by itself: {status}", hit
     text, status = ended(*forked(lambda pipe: os.write(pipe, json.dumps(look(options)).encode())))
     if status or not text:
-        return said, f"looking at what is left ended with {status}", []
+        return said, f"looking at what is left ended with {status}", hit
     left, step, problem = json.loads(text)
+    hit |= {"removal" if "removing" in reason else "save" for reason in left}
     if not problem and step < said:
         problem = f"step {step} was restored, {said} was saved"
-    return max(said, step), problem, left
+    return max(said, step), problem, hit
 
 
 def look(options: argparse.Namespace) -> tuple[list[str], int, str]:
-    """The states of the steps that are left, the step that is restored, and what is wrong."""
-    left = [s.state for s in find_steps(Places.of(options.directory))]
+    """Why steps are not whole, the step that is restored, and what is wrong."""
+    left = [s.reason for s in find_steps(Places.of(options.directory)) if s.state != "complete"]
     try:
         found = manager(options).restore(state_of(0), verify=True, missing_ok=True)
     except Exception as error:
@@ -175,6 +192,18 @@ def break_it() -> None:
     saving_steps._written = remove_first
 
 
+def slow_down() -> None:
+    """Take a while for each file that is removed, as slow disks do."""
+    delete = committing._delete_units
+
+    def slowly(places: Places, units: Iterable[str]) -> None:
+        for unit in units:
+            delete(places, [unit])
+            time.sleep(0.01)
+
+    committing._delete_units = slowly
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
@@ -186,19 +215,26 @@ def main() -> int:
     parser.add_argument("--async", dest="asynchronous", action="store_true")
     parser.add_argument("--network", action="store_true")
     parser.add_argument("--broken", action="store_true")
+    parser.add_argument("--slow", action="store_true")
     options = parser.parse_args()
     random.seed(options.seed)
     if options.format == "orbax":
         import_module("jaxshard.formats.orbax")  # once, and not in every child
     if options.broken:
         break_it()
-    said, wrong, partial = 0, [], 0
+    if options.slow:
+        slow_down()
+    said, seconds = json.loads(ended(*forked(lambda pipe: os.write(pipe, begun(options))))[0])
+    options.longest = max(options.longest, 5 * seconds)  # whatever else the machine does
+    wrong: list[str] = []
+    hits = {"save": 0, "removal": 0, "restore": 0}
     for number in range(options.kills):
-        said, problem, left = trial(options, said)
-        partial += any(state != "complete" for state in left)
+        said, problem, hit = trial(options, said, early=number % 4 == 3)
+        for what in hit:
+            hits[what] += 1
         if problem:
             wrong.append(f"kill {number}: {problem}")
-    found = {"kills": options.kills, "saved": said, "partial": partial, "wrong": wrong}
+    found = {"kills": options.kills, "saved": said, "hits": hits, "wrong": wrong}
     text, _ = ended(*forked(lambda pipe: os.write(pipe, json.dumps(tidied(options)).encode())))
     print(json.dumps({**found, "left_over": json.loads(text)}))
     return 0

@@ -148,7 +148,7 @@ def write(place: Path, tree: Tree) -> None:
         saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
             saver.save(place.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Orbax raises a bare Exception, among others
             raise StorageError(f"{place}: Orbax could not write it: {_said(error)}.") from error
         finally:
             saver.close()

@@ -7,10 +7,10 @@
         manager.maybe_save(step, state)
     manager.close()
 
-    cadence, retention, naming, progress      decisions: no file, no device, no clock
-    records, checksums                        what is kept beside the data
-    places, committing, steps                 effects on the directory
-    trees, snapshots, writing, restoring      effects on arrays
+    cadence, retention, lineage, naming, progress      decisions: no file, no device, no clock
+    records, checksums                                 what is kept beside the data
+    places, committing, steps, examining               effects on the directory
+    states, laying, snapshots, writing, restoring      effects on arrays
 
 Only the last row, and ``manager`` above it, import JAX; names are fetched when first used.
 """

@@ -3,9 +3,9 @@
 A file is covered by chunks, each the bytes of one write, in any order and of any size. So
 they are computed while the bytes are on their way, in the cache of the core that writes.
 
-CRC-32C where a package brings it (the processor has an instruction for it), else the
-CRC-32 of the standard library: both find every single flipped bit and every burst of 32.
-Which it was is recorded. This module opens no file.
+CRC-32C, for which the processor has an instruction and ``crc32c`` is the package; where it
+cannot be had, the CRC-32 of the standard library: both find every single flipped bit and every
+burst of 32. Which it was is recorded. This module opens no file.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def algorithm(name: str) -> Sum:
     if name == "crc32c":
         raise LayoutError(
             "the checksums are CRC-32C, and no package here computes them. "
-            "Install one: pip install 'jaxshard[crc32c]'."
+            "Install one: pip install crc32c."
         )
     raise FormatError(f"checksums of an unknown kind, {name!r}. A newer jaxshard wrote them.")
 

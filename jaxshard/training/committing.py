@@ -21,12 +21,12 @@ from pathlib import Path
 from ..errors import FormatError, StorageError
 from . import naming, records
 from .naming import StepName
-from .places import Places, replace_file, sync_folder
+from .places import Places, check_units, replace_file, sync_folder
 from .records import MOVING, REMOVED, WHOLE, Record
 
 
 def commit(places: Places, record: Record, *, durable: bool) -> None:
-    """Put the step in ``places.staging`` in place.
+    """Put the step in ``places.staging`` in place; see ``places.check_units`` before.
 
     Raises:
         StorageError: the disk refused; the step is finished when it no longer does.
@@ -44,6 +44,7 @@ def remove(places: Places, record: Record) -> None:
     Raises:
         StorageError: the disk refused.
     """
+    check_units(places, record.units)
     try:
         os.rename(places.record(record.step), places.record(record.step, REMOVED))
         _delete(places, record)
@@ -62,14 +63,13 @@ def recover(places: Places, *, durable: bool = True) -> list[str]:
         for path in sorted(places.own.glob(f"*{MOVING}")):
             _go_on(places, path, done, durable=durable)
         for path in sorted(places.own.glob(f"*{REMOVED}")):
-            with suppress(FormatError):
-                _delete(places, records.from_bytes(path.read_bytes(), str(path)))
-            path.unlink(missing_ok=True)
-            done.append(f"step {path.stem} was being removed; the rest of it is gone.")
+            _go_on_removing(places, path, done)
         for path in _leftovers(places):
             _remove(path)
             done.append(f"{path.name.lstrip('.')} was never finished, and is cleared away.")
     except OSError as error:
+        if isinstance(error, StorageError):
+            raise
         raise StorageError(f"{places.own} cannot be tidied up: {error}.") from error
     return done
 
@@ -86,6 +86,8 @@ def _go_on(places: Places, path: Path, done: list[str], *, durable: bool) -> Non
         record = records.from_bytes(path.read_bytes(), str(path))
         if record.step != step:
             raise FormatError(f"{path} is the record of step {record.step}.")
+        check_units(places, record.units)
+        check_units(places, record.units, places.staging(record.step))
         _put_in_place(places, record, durable=durable)
     except FormatError:
         path.unlink()  # it was cut off by a power failure, before anything was moved
@@ -93,23 +95,36 @@ def _go_on(places: Places, path: Path, done: list[str], *, durable: bool) -> Non
     done.append(f"step {record.step} was on the disk and is now in place.")
 
 
+def _go_on_removing(places: Places, path: Path, done: list[str]) -> None:
+    try:
+        record = records.from_bytes(path.read_bytes(), str(path))
+    except FormatError as error:
+        # which files are the rest is not known; without a record they would pass for a step
+        done.append(f"step {path.stem} was being removed, and the rest of it stays: {error}")
+        return
+    check_units(places, record.units)
+    _delete(places, record)
+    done.append(f"step {path.stem} was being removed; the rest of it is gone.")
+
+
 def _put_in_place(places: Places, record: Record, *, durable: bool) -> None:
     staging = places.staging(record.step)
-    parents = set()
+    parents: set[Path] = set()
     for unit in record.units:
         source, place = staging / unit, places.root / unit
-        parents.add(place.parent)
+        parents |= {p for p in place.parents if p.is_relative_to(places.root)}
         if not os.path.lexists(source):
             continue  # moved by whoever was interrupted
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.is_dir():
+        if place.is_dir() and not place.is_symlink():
             _set_aside(places, place)
         os.replace(source, place)
     _delete_units(places, _replaced(places, record))
     if durable:
-        for parent in parents:
+        for parent in sorted(parents, reverse=True):  # they may be new themselves
             sync_folder(parent)
     os.replace(places.record(record.step, MOVING), places.record(record.step, WHOLE))
+    places.record(record.step, REMOVED).unlink(missing_ok=True)  # damaged: nobody could go on
     if durable:
         sync_folder(places.own)
     shutil.rmtree(staging, ignore_errors=True)
@@ -118,8 +133,9 @@ def _put_in_place(places: Places, record: Record, *, durable: bool) -> None:
 def _replaced(places: Places, record: Record) -> list[str]:
     """What an earlier save of the same step had and this one has not: files of more ranks."""
     path = places.record(record.step)
-    with suppress(FormatError, FileNotFoundError):
+    with suppress(FormatError, FileNotFoundError, StorageError):
         before = records.from_bytes(path.read_bytes(), str(path))
+        check_units(places, before.units)
         return [unit for unit in before.units if unit not in record.units]
     return []
 
@@ -133,7 +149,7 @@ def _delete(places: Places, record: Record) -> None:
 def _delete_units(places: Places, units: Iterable[str]) -> None:
     for unit in units:
         place = places.root / unit
-        if place.is_dir():
+        if place.is_dir() and not place.is_symlink():
             place = _set_aside(places, place)
             shutil.rmtree(place)
         else:
@@ -144,8 +160,8 @@ def _set_aside(places: Places, folder: Path) -> Path:
     """Take ``folder`` away in one step; where it is now, to be deleted at leisure."""
     aside = places.own / "removed" / folder.name
     aside.parent.mkdir(parents=True, exist_ok=True)
-    if aside.exists():
-        shutil.rmtree(aside)
+    if os.path.lexists(aside):
+        _remove(aside)
     os.rename(folder, aside)
     return aside
 
@@ -171,7 +187,8 @@ def _leftovers(places: Places) -> Iterable[Path]:
             yield path
     yield from places.own.glob(".*.saving.partial")
     yield from places.own.glob(".*.new")
-    yield from (places.own / "removed").glob("*")
+    removed = places.own / "removed"
+    yield from [removed] if removed.is_symlink() else removed.glob("*")
 
 
 def _remove(path: Path) -> None:

@@ -1,44 +1,56 @@
 """Filling: the leaves of a target from the tensors of a catalog.
 
-Leaves that are arrays on devices, or describe them, are loaded where they are to lie;
-NumPy's and Python's numbers are read on the host. Every complaint about names, shapes
-and dtypes is made at once, before a byte is read.
+Leaves that are arrays on devices, or describe them, are loaded where they are to lie (see
+``laying``); NumPy's and Python's numbers are read on the host. Every complaint about names,
+shapes and dtypes is made at once, before a byte is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from .. import rules as family_rules
 from ..box import Box
 from ..catalog import Catalog, Tensor
 from ..conversion import default_budget
-from ..devices import rank_devices, shardings
 from ..elements import numpy_dtype
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..formats.job_numbers import NAMES
 from ..loading import load
+from ..loading.memory import Bytes, aligned_empty
+from ..loading.placing import keeping_64_bits
 from ..planning import Move, move_into
 from ..storage.engine import fit_budget, run
 from ..storage.sources import open_source
 from ..strategy import Strategy
-from ..targets import lay_out_for
-from .states import Leaf, Roles, as_array, is_optimizer_name, take_apart
+from .checks import one_of
+from .laying import (
+    by_strategy,
+    is_key,
+    is_on_devices,
+    likes_by_name,
+    placed,
+    roles_by_name,
+    struct_of,
+)
+from .states import Leaf, Role, Roles, is_optimizer_name, take_apart
 
-_ROLES = {
+Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
+
+_ROLES: Mapping[str, tuple[Role, ...]] = {
     "all": ("weights", "optimizer", "rest"),
     "weights": ("weights",),
     "optimizer": ("optimizer",),
     "no_optimizer": ("weights", "rest"),
 }
+_LARGE_BYTES = 1 << 20  # below it, starting threads costs more than reading
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Where:
     host_bytes: int | None = None
 
 
-def fill(catalog: Catalog, target: Any, where: Where, parts: str = "all") -> Any:
+def fill(catalog: Catalog, target: Any, where: Where, parts: Parts = "all") -> Any:
     """``target`` with its leaves as they are in ``catalog``.
 
     Raises:
@@ -72,22 +84,20 @@ def fill(catalog: Catalog, target: Any, where: Where, parts: str = "all") -> Any
         LayoutError: shapes or dtypes differ, or the target does not fit the devices.
         FormatError, CoverageError, StorageError: as ``load``.
     """
+    one_of("parts", parts, get_args(Parts))
     if isinstance(target, str | Strategy):
-        return load(
-            _with_numbers(catalog),
-            target,
-            devices=where.devices,
-            rules=where.rules,
-            workers=where.workers,
-            host_bytes=where.host_bytes,
-        )
+        return _by_name(catalog, target, where, parts)
     state = take_apart(target, where.roles, where.rename)
     wanted = [leaf for leaf in state.leaves if leaf.role in _ROLES[parts]]
     found = _check(catalog, wanted, where.strict, parts)
-    structs = {leaf.name: _struct(leaf) for leaf in found if _is_on_devices(leaf)}
-    structs = _placed(catalog, structs, where)
-    arrays = _on_devices(catalog, structs, where)
-    values = _on_host(catalog, [leaf.name for leaf in found if not _is_on_devices(leaf)])
+    ours = [leaf for leaf in found if is_on_devices(leaf)]
+    structs = placed(catalog, ours, where.strategy, where.rules, where.devices)
+    arrays = {
+        **_on_devices(catalog, structs, where),
+        **_loose(catalog, [leaf.name for leaf in ours if leaf.name not in structs], where),
+    }
+    others = [leaf.name for leaf in found if not is_on_devices(leaf)]
+    values = _on_host(catalog, others, where.workers)
     names = {leaf.name for leaf in found}
     return state.build(
         [
@@ -97,6 +107,21 @@ def fill(catalog: Catalog, target: Any, where: Where, parts: str = "all") -> Any
             for leaf in state.leaves
         ]
     )
+
+
+def _by_name(
+    catalog: Catalog, strategy: str | Strategy, where: Where, parts: Parts
+) -> dict[str, jax.Array]:
+    """The tensors of ``parts`` as arrays by name."""
+    roles = roles_by_name(catalog)
+    like = likes_by_name(catalog)
+    lies = by_strategy(catalog, like, strategy, where.rules, where.devices)
+    structs = {
+        name: jax.ShapeDtypeStruct(t.shape, numpy_dtype(t.dtype), sharding=lies[name])
+        for name, t in catalog.tensors.items()
+        if roles[name] in _ROLES[parts]
+    }
+    return dict(_on_devices(catalog, structs, where))
 
 
 def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> list[Leaf]:
@@ -134,7 +159,7 @@ def _left_over(catalog: Catalog, wanted: set[str], parts: str) -> list[str]:
 
 
 def _misfit(leaf: Leaf, tensor: Tensor) -> str:
-    struct = _struct(leaf)
+    struct = struct_of(leaf)
     stored = numpy_dtype(tensor.dtype)
     if tuple(struct.shape) != tensor.shape:
         return f"{leaf.path} has shape {tuple(struct.shape)}, saved was {tensor.shape}"
@@ -142,62 +167,6 @@ def _misfit(leaf: Leaf, tensor: Tensor) -> str:
     if not plain and struct.dtype != stored:
         return f"{leaf.path} is {struct.dtype}, saved was {stored}"
     return ""
-
-
-def _is_key(value: Any) -> bool:
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
-def _is_on_devices(leaf: Leaf) -> bool:
-    return isinstance(leaf.value, jax.Array | jax.ShapeDtypeStruct)
-
-
-def _struct(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    """What is stored for a leaf, and where it is to lie if the leaf says."""
-    value = leaf.value
-    if not _is_on_devices(leaf):
-        array = as_array(value)
-        return jax.ShapeDtypeStruct(array.shape, array.dtype)
-    sharding = getattr(value, "sharding", None)
-    if _is_key(value):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(value.shape, value.dtype))
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-
-
-def _placed(
-    catalog: Catalog, structs: dict[str, jax.ShapeDtypeStruct], where: Where
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """``structs``, all with a sharding: by the strategy, if there is one."""
-    if not structs:
-        return {}  # and a state of NumPy's arrays wakes no device
-    if where.strategy is None:
-        lone = SingleDeviceSharding((where.devices or jax.devices())[0])
-        return {
-            name: s if s.sharding is not None else _with(s, lone) for name, s in structs.items()
-        }
-    strategy = where.strategy
-    strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
-    chosen = replace(catalog, tensors={n: catalog.tensors[n] for n in structs})
-    chosen = _with_numbers(chosen)
-    layout = lay_out_for(chosen, strategy, where.rules)
-    found = shardings(layout, rank_devices(strategy, where.devices), structs)
-    return {name: _with(s, found[name]) for name, s in structs.items()}
-
-
-def _with_numbers(catalog: Catalog) -> Catalog:
-    """``catalog``, in which the rest of a state is told from weights: no rule speaks of it."""
-    rest = {
-        t.name
-        for t in catalog.tensors.values()
-        if t.shape == () or t.name.startswith("opt_state.") or t.dtype.name[0] not in "FB"
-    }
-    tensors = catalog.tensors
-    return replace(catalog, hyper=catalog.hyper | frozenset(rest & tensors.keys()))
-
-
-def _with(struct: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
 
 
 def _on_devices(
@@ -212,36 +181,74 @@ def _on_devices(
     return found
 
 
-def _on_host(catalog: Catalog, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, jax.Array]:
+    """Arrays that lie on JAX's default device and may go to any other.
+
+    ``load`` makes arrays that stay where they are; only ``device_put`` without a device does not.
+    """
+    found = {}
+    for batch in _batches(catalog, names, where.host_bytes or default_budget()):
+        values = _on_host(catalog, batch, where.workers, allocate=aligned_empty)
+        for name, value in values.items():
+            with keeping_64_bits(value.itemsize):
+                found[name] = jax.device_put(value)
+        jax.block_until_ready([found[name] for name in batch])  # their host memory is free now
+    return found
+
+
+def _batches(catalog: Catalog, names: Sequence[str], most: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_bytes = 0
+    for name in names:
+        more = catalog.tensors[name].num_bytes
+        if batch and num_bytes + more > most:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(name)
+        num_bytes += more
+    if batch:
+        yield batch
+
+
+def _empty(num_bytes: int) -> Bytes:
+    return np.empty(num_bytes, np.uint8)
+
+
+def _on_host(
+    catalog: Catalog,
+    names: Sequence[str],
+    workers: int | None,
+    allocate: Callable[[int], Bytes] = _empty,
+) -> dict[str, NDArray[np.generic]]:
     """Whole tensors in memory of their own."""
-    out = {name: np.empty(catalog.tensors[name].num_bytes, np.uint8) for name in names}
+    if not names:
+        return {}
+    tensors = [catalog.tensors[name] for name in names]
+    out = {tensor.name: allocate(tensor.num_bytes) for tensor in tensors}
 
     def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
         out[move.name][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
         return 1
 
-    moves = [
-        move_into(catalog.tensors[n], {Box.whole(catalog.tensors[n].shape): (0,)})
-        for n in names
-        if catalog.tensors[n].num_bytes
-    ]
+    moves = [move_into(t, {Box.whole(t.shape): (0,)}) for t in tensors if t.num_bytes]
+    large = sum(t.num_bytes for t in tensors) > _LARGE_BYTES
+    budget = fit_budget(default_budget(), (workers or _cores()) if large else 1)
     files = open_source(catalog)
     try:
-        run(moves, files.read, write, budget=fit_budget(default_budget(), 1))
+        run(moves, files.read, write, budget=budget)
     finally:
         files.close()
-    return {
-        name: data.view(numpy_dtype(catalog.tensors[name].dtype)).reshape(
-            catalog.tensors[name].shape
-        )
-        for name, data in out.items()
-    }
+    return {t.name: out[t.name].view(numpy_dtype(t.dtype)).reshape(t.shape) for t in tensors}
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 def _as_was(leaf: Leaf, array: jax.Array | None, value: NDArray[np.generic] | None) -> Any:
     """What was stored for a leaf as the kind of leaf it was."""
     if array is not None:
-        if not _is_key(leaf.value):
+        if not is_key(leaf.value):
             return array
         return jax.random.wrap_key_data(array, impl=_implementation(leaf.value))
     assert value is not None

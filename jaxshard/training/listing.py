@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .examining import examine
 from .places import Places
-from .steps import Step, examine, find_steps
+from .steps import Step, find_steps
 
 _UNITS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
@@ -52,7 +53,7 @@ def examined(
 
 
 def rows(steps: Iterable[Step], size: Callable[[float], str], now: float) -> list[list[str]]:
-    """A row for each step, newest first: step, number, state, format, size, age, reason."""
+    """A row for each of ``steps``, backwards: step, number, state, format, size, age, reason."""
     return [
         [
             str(s.name),
@@ -63,7 +64,7 @@ def rows(steps: Iterable[Step], size: Callable[[float], str], now: float) -> lis
             age(now - s.saved_at) if s.saved_at else "-",
             s.reason,
         ]
-        for s in sorted(steps, key=lambda s: s.name, reverse=True)
+        for s in reversed(list(steps))
     ]
 
 
@@ -85,8 +86,8 @@ def facts(steps: Iterable[Step]) -> list[dict[str, Any]]:
 
 
 def resumes_from(steps: Iterable[Step]) -> Step | None:
-    """The step that a restore would take: the newest complete one."""
-    return max((s for s in steps if s.state == "complete"), key=lambda s: s.name, default=None)
+    """The step that a restore would take: the last complete one."""
+    return next((s for s in reversed(list(steps)) if s.state == "complete"), None)
 
 
 def verdict(best: Step | None, *, deep: bool) -> str:

@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import numpy as np
@@ -28,22 +28,25 @@ from .. import rules as family_rules
 from ..array_layouts import layout_of
 from ..catalog import Catalog, Tensor
 from ..elements import stored_as
-from ..errors import LayoutError, StorageError, nearest
+from ..errors import LayoutError, StorageError
 from ..layout import Layout
 from ..strategy import Strategy
-from ..targets import lay_out_for
 from . import naming, records
 from .background import Background
 from .cadence import Cadence
-from .filling import Where
+from .checks import one_of, optional, real, whole
+from .examining import examine
+from .filling import Parts, Where
+from .laying import lay_out
 from .layouts import Wish
+from .lineage import Line
 from .naming import StepName
 from .places import Places
-from .restoring import Parts, Restored, finish_interrupted, restore
+from .restoring import Restored, finish_interrupted, restore, true_number
 from .saving_steps import Job, Keeping, save_step
 from .snapshots import How, Snapshot
 from .states import Array, Leaf, Roles, as_array, is_number, take_apart
-from .steps import Step, examine, find_steps
+from .steps import Step, find_steps, of_one_job
 
 Format = Literal["ranks", "iteration", "huggingface", "orbax"]
 FORMATS: tuple[Format, ...] = ("ranks", "iteration", "huggingface", "orbax")
@@ -96,8 +99,8 @@ class CheckpointManager:
             format: how steps are stored. ``"ranks"``: a file for each rank. ``"iteration"``:
                 a Checkpoint-2.0 folder. ``"huggingface"``: complete files, which is what
                 MindSpore calls integrated. ``"orbax"``.
-            save_every_steps: ``maybe_save`` saves steps that this divides.
-            save_every_seconds: and whenever this time has passed.
+            save_every_steps: ``maybe_save`` saves steps that this divides; 0 for none.
+            save_every_seconds: and whenever this time has passed; 0 for never.
             keep_max: how many of the newest steps stay; 0 for all.
             keep_every: steps that this divides stay for good.
             steps_per_epoch: how steps are counted in names; without it all are of epoch 1.
@@ -128,15 +131,19 @@ class CheckpointManager:
             LayoutError: an option is impossible.
         """
         naming.check_prefix(prefix)
-        if format not in FORMATS:
-            raise LayoutError(f"format {format!r} is none of {FORMATS}.{nearest(format, FORMATS)}")
+        one_of("format", format, FORMATS)
+        one_of("snapshot", snapshot, get_args(How))
+        one_of("on_storage_error", on_storage_error, ("raise", "warn"))
+        keep_max, keep_every = whole("keep_max", keep_max), whole("keep_every", keep_every)
+        save_every_steps = whole("save_every_steps", save_every_steps)
         if keep_max < 0 or keep_every < 0:
             raise LayoutError(f"keep_max={keep_max}, keep_every={keep_every}: 0 or more.")
         self._places = Places.of(directory)
         self._prefix, self._format = prefix, format
         self._cadence = Cadence(save_every_steps, save_every_seconds)
         self._keeping = Keeping(keep_max, keep_every)
-        self._steps_per_epoch, self._batch = steps_per_epoch, global_batch_size
+        self._steps_per_epoch = optional(whole, "steps_per_epoch", steps_per_epoch)
+        self._batch = optional(whole, "global_batch_size", global_batch_size)
         self._strategy, self._rules = strategy, rules
         self._redundancy, self._optimizer = remove_redundancy, save_optimizer
         self._network, self._trainable = save_network_only, save_trainable_only
@@ -147,8 +154,11 @@ class CheckpointManager:
         self._config = None if config is None else json.dumps(dict(config), indent=2).encode()
         self._workers, self._host_bytes, self._clock = workers, host_bytes, clock
         self._background = Background()
+        self._said_never = False
         self._last_step: int | None = None
         self._last_time = clock()
+        self._line: Line | None = None  # of what was restored or saved last
+        self._line_step = 0
         self.last_failure: StorageError | None = None
 
     # --- saving --------------------------------------------------------------------------
@@ -156,7 +166,8 @@ class CheckpointManager:
     def maybe_save(self, step: int, state: Any, **what: Any) -> bool:
         """``save`` if it is time to; whether it was. Arguments and errors as ``save``."""
         self._background.raise_failure()
-        now = self._clock()
+        step, now = whole("step", step), self._clock()
+        self._say_if_never()
         if not self._cadence.is_due(
             step, now=now, last_step=self._last_step, last_time=self._last_time
         ):
@@ -185,6 +196,7 @@ class CheckpointManager:
                 in the background since the last call. The steps before are all there.
             LayoutError: the state cannot be saved in this way; or could not, likewise.
         """
+        step, loss_scale = whole("step", step), optional(real, "loss_scale", loss_scale)
         self._background.wait()  # never two writers, and never two snapshots
         if not self._places.main:
             raise LayoutError(
@@ -246,6 +258,9 @@ class CheckpointManager:
     ) -> Restored | None:
         """The newest good step, or the one named, in the layout of ``target``.
 
+        Of several jobs' steps in one folder, those of ``prefix`` count. What is saved next grows
+        from a state that was restored with all its parts: steps beyond it are left behind.
+
         Args:
             target: a state like the one saved, of arrays or ``jax.ShapeDtypeStruct``s, in
                 whatever layout is wanted now; or a strategy, for ``{name: array}``.
@@ -277,26 +292,40 @@ class CheckpointManager:
             self._workers,
             self._host_bytes,
         )
-        return restore(self._places, target, step, where=where, parts=parts, verify=verify)
+        found = restore(
+            self._places,
+            target,
+            step,
+            where=where,
+            parts=parts,
+            verify=verify,
+            prefix=self._prefix,
+        )
+        if parts == "all" and not isinstance(target, str | Strategy):
+            self._line, self._line_step = found.line, 0  # the run goes on from here
+        return found
 
     def steps(self, *, deep: bool = False) -> list[Step]:
-        """All steps there are, oldest first, with their states; ``deep`` reads every byte."""
+        """All steps there are, with their states; ``deep`` reads every byte.
+
+        The last is restored first; what a run left behind by going back comes before the rest.
+        """
         found = find_steps(self._places)
         return [examine(self._places, s, deep=deep, workers=self._workers) for s in found]
 
     def latest_step(self) -> int | None:
         """The number of the newest good step, by what is there; None if there is none."""
-        for step in reversed(find_steps(self._places)):
+        for step in reversed(of_one_job(find_steps(self._places), self._prefix)):
             found = examine(self._places, step)
             if found.state == "complete":
-                return found.global_step
+                return true_number(self._places, found) or found.global_step
         return None
 
     # --- how a save is put together ------------------------------------------------------
 
     def _run(self, job: Job) -> None:
         try:
-            save_step(job)
+            self._line, self._line_step = save_step(job).line, job.wish.global_step
         except StorageError as error:
             if not self._warn:
                 raise
@@ -320,12 +349,14 @@ class CheckpointManager:
             "loss_scale": loss_scale,
             "global_batch_size": self._batch,
         }
-        hyper = {n for n, a in arrays.items() if n not in weights and is_number(a)}
+        like = self._likes(leaves, arrays)
+        told = weights | like.keys()
+        hyper = {n for n, a in arrays.items() if n not in told and is_number(a)}
         if self._format != "iteration":  # which keeps them in common.json
             added = {n: a for n, a in _number_tensors(numbers).items() if n not in arrays}
             arrays |= added
             hyper |= added.keys()
-        layout = self._layout(arrays, frozenset(hyper))
+        layout = self._layout(arrays, frozenset(hyper), like)
         wish = Wish(self._prefix, name, step, layout, self._redundancy, numbers, self._config)
         return Job(
             self._places,
@@ -340,17 +371,39 @@ class CheckpointManager:
             self._durable,
             self._workers,
             self._host_bytes,
+            self._line if step > self._line_step else None,  # else the loop went back unasked
         )
 
-    def _layout(self, arrays: Mapping[str, Array], hyper: frozenset[str]) -> Layout:
+    def _likes(self, leaves: Iterable[Leaf], arrays: Mapping[str, Array]) -> dict[str, str]:
+        """What is kept for a weight and shaped as it, with the weight: both lie alike."""
+        known = self._strategy.placements if isinstance(self._strategy, Layout) else arrays
+        return {
+            leaf.name: leaf.like
+            for leaf in leaves
+            if leaf.like and leaf.name in known
+            if arrays[leaf.name].shape == arrays[leaf.like].shape
+        }
+
+    def _layout(
+        self, arrays: Mapping[str, Array], hyper: frozenset[str], like: Mapping[str, str]
+    ) -> Layout:
         if self._strategy is None:
             return layout_of(arrays)
         if isinstance(self._strategy, Layout):
             return self._strategy
         strategy = self._strategy
         strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
-        described = _described(arrays, hyper)
-        return lay_out_for(described, strategy, self._rules)
+        return lay_out(_described(arrays, hyper), like, strategy, self._rules)
+
+    def _say_if_never(self) -> None:
+        """A loop that asks and never saves should hear of it before its work is lost."""
+        if self._cadence == Cadence() and not self._said_never:
+            self._said_never = True
+            _log.warning(
+                "maybe_save saves nothing: the manager of %s was given neither save_every_steps "
+                "nor save_every_seconds",
+                self._places.root,
+            )
 
     def _copies(self, weights: frozenset[str]) -> dict[str, tuple[str, ...]]:
         ordered = sorted(weights)

@@ -8,13 +8,16 @@
     output/checkpoint/iteration_00000010/                       a Checkpoint-2.0 folder
     output/checkpoint/llama-1_10/                               a complete or an Orbax folder
 
-Steps count from 1 within their epoch. This module makes and reads names only.
+Steps count from 1 within their epoch. MindFormers writes ``.ckpt`` unless told otherwise; such
+names are read, and not made. This module makes and reads names only.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import LayoutError
@@ -27,8 +30,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _KIND = {CHECKPOINT: "", NETWORK: "-network", TRAINABLE: "-trainable_params"}
 _STEP = re.compile(r"(\d{1,18})_(\d{1,18})")
 _FILE = re.compile(
-    r"rank_(?P<folder>\d{1,7})/(?P<prefix>.+?)_rank_(?P<rank>\d{1,7})(?P<task>_\d+)?"
-    r"(?P<kind>-network|-trainable_params)?-(?P<step>\d{1,18}_\d{1,18})\.safetensors"
+    r"rank_(?P<folder>\d{1,7})/(?P<prefix>.+?)_rank_(?P<rank>\d{1,7})(?P<task>_\d{1,9})?"
+    r"(?P<kind>-network|-trainable_params)?-(?P<step>\d{1,18}_\d{1,18})"
+    r"\.(?P<extension>safetensors|ckpt)"
 )
 _ITERATION = re.compile(r"iteration_(\d{8,18})")
 _FOLDER = re.compile(r"(?P<prefix>.+?)-(?P<step>\d{1,18}_\d{1,18})")
@@ -52,11 +56,19 @@ class StepName:
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """What the name of a rank's file says."""
+    """What the name of a rank's file says.
+
+    Attributes:
+        task: which of several jobs of one prefix saved it: MindSpore adds a number where files
+            of that prefix are there already.
+        extension: ``"safetensors"``, or ``"ckpt"``, which is what MindFormers writes by default.
+    """
 
     rank: int
     prefix: str
     step: StepName
+    task: int = 0
+    extension: str = "safetensors"
 
 
 def step_name(global_step: int, steps_per_epoch: int | None = None) -> StepName:
@@ -115,7 +127,12 @@ def parse_rank_file(path: str, kind: str = CHECKPOINT) -> RankFile | None:
     if not match or match["folder"] != match["rank"] or (match["kind"] or "") != _KIND[kind]:
         return None
     step = parse_step(match["step"])
-    return RankFile(int(match["rank"]), match["prefix"], step) if step else None
+    task = int((match["task"] or "_0")[1:])
+    return (
+        RankFile(int(match["rank"]), match["prefix"], step, task, match["extension"])
+        if step
+        else None
+    )
 
 
 def meta_json(prefix: str, rank: int, step: StepName) -> bytes:
@@ -153,10 +170,15 @@ def step_folder(prefix: str, step: StepName) -> str:
     return f"{prefix}-{step}"
 
 
-def parse_folder(name: str) -> StepName | None:
-    """The step of such a folder, or None."""
+def parse_folder(name: str) -> tuple[str, StepName] | None:
+    """The prefix and the step of such a folder, or None.
+
+    >>> parse_folder("llama-1_10")
+    ('llama', StepName(epoch=1, step=10))
+    """
     match = _FOLDER.fullmatch(name)
-    return parse_step(match["step"]) if match else None
+    step = parse_step(match["step"]) if match else None
+    return (match["prefix"], step) if match and step else None
 
 
 def parse_wish(wish: object) -> StepName | int | None:
@@ -168,14 +190,19 @@ def parse_wish(wish: object) -> StepName | int | None:
     >>> parse_wish("llama_rank_0-1_10"), parse_wish("iteration_00000010"), parse_wish(7)
     (StepName(epoch=1, step=10), 10, 7)
     """
-    if wish is None or isinstance(wish, StepName) or type(wish) is int:
+    if wish is None or isinstance(wish, StepName):
         return wish
+    if not isinstance(wish, bool | str):
+        with suppress(TypeError):
+            return operator.index(wish)  # type: ignore[arg-type]  # NumPy's and JAX's too
     if isinstance(wish, str):
         text = wish.rsplit("/", 1)[-1].removesuffix(".safetensors").removesuffix(".ckpt")
         iteration = parse_iteration(text)
-        found = iteration if iteration is not None else parse_step(text) or parse_folder(text)
+        found = iteration if iteration is not None else parse_step(text)
         if found is not None:
             return found
+        if folder := parse_folder(text):
+            return folder[1]
         if text.isdecimal():
             return int(text)
     raise LayoutError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,29 +78,110 @@ class Places:
         )
 
 
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go_in_child() -> None:
+    """A forked process is no writer: were its copy of the lock to stay open, so would the lock."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 @contextmanager
-def only_writer(places: Places) -> Iterator[None]:
+def only_writer(places: Places, *, durable: bool = False) -> Iterator[None]:
     """Hold the directory, so that there is one writer of it at most.
 
     Raises:
-        StorageError: somebody else holds it, or it cannot be made.
+        StorageError: somebody else holds it, or it cannot be made or locked.
     """
+    descriptor = _opened_lock(places, durable=durable)
+    _held.add(descriptor)
     try:
-        places.own.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(places.own / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        _lock(places, descriptor)
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, while a copy is open
+    finally:
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _opened_lock(places: Places, *, durable: bool) -> int:
+    try:
+        if places.own.is_symlink():
+            raise StorageError(
+                f"{places.own} is a link. Everything in it is written and deleted as jaxshard's "
+                "own: put a folder there, or name the directory that it leads to."
+            )
+        make_folder(places.own, durable=durable)
+        return os.open(places.own / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except OSError as error:
+        if isinstance(error, StorageError):
+            raise
         raise StorageError(f"{places.own} cannot be made: {error.strerror}.") from error
+
+
+def _lock(places: Places, descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
+    except BlockingIOError:
         raise StorageError(
             f"another writer is at work in {places.root}. Wait for it, or save elsewhere."
         ) from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)  # and with it the lock
+    except OSError as error:
+        raise StorageError(
+            f"{places.own} cannot be locked: {error.strerror}. Its file system has no locks, so "
+            "two writers could not be told from one; save on one that has."
+        ) from error
+
+
+def check_units(places: Places, units: Iterable[str], below: Path | None = None) -> None:
+    """Refuse units that lie outside of the directory, through a link, or on another disk.
+
+    Args:
+        places: the run's.
+        units: relative to the directory.
+        below: what they are relative to instead.
+
+    Raises:
+        StorageError: such units.
+    """
+    root = Path(os.path.realpath(places.root))
+    for parent in sorted({os.path.dirname(unit) for unit in units}):
+        at = (below or places.root) / parent
+        while not os.path.lexists(at):
+            at = at.parent
+        real = Path(os.path.realpath(at))
+        if not real.is_relative_to(root):
+            raise StorageError(
+                f"{at} leads to {real}, outside of {root}. Name the directory that holds it "
+                "instead of a link to it."
+            )
+        if not real.is_dir():
+            raise StorageError(f"{at} is no folder. Move it away.")
+        if places.own.is_dir() and real.stat().st_dev != places.own.stat().st_dev:
+            raise StorageError(
+                f"{at} is on another disk than {places.own}, and a step is put in place by "
+                "renaming it. Save in a directory that is on one disk."
+            )
+
+
+def make_folder(path: Path, *, durable: bool) -> None:
+    """Have a folder at ``path``, and those above it.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    if durable:
+        for place in missing:
+            sync_folder(place.parent)
 
 
 def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
@@ -109,7 +190,7 @@ def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
     Raises:
         OSError: the disk refused.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, durable=durable)
     scratch = path.with_name(f".{path.name}.new")
     with open(scratch, "wb") as file:
         file.write(data)

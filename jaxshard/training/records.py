@@ -21,7 +21,8 @@ from typing import Any
 
 from ..errors import FormatError, LayoutError
 from .checksums import FileSums
-from .naming import StepName
+from .lineage import Line
+from .naming import CHECKPOINT, StepName, parse_folder, parse_rank_file
 
 FOLDER = ".jaxshard"
 WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"
@@ -42,6 +43,7 @@ class Record:
         extras: what the training loop wanted kept.
         numbers: the job's numbers, as MindFormers calls them.
         saved_at: seconds since 1970.
+        line: in which order it was saved, and what it did not grow from.
     """
 
     step: StepName
@@ -54,11 +56,24 @@ class Record:
     extras: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0
+    line: Line = Line()  # noqa: RUF009 - frozen
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(f.num_bytes for f in self.files.values())
+
+    @property
+    def prefix(self) -> str:
+        """Which job saved it, as the names of its files tell; empty if they do not."""
+        for unit in self.units:
+            head, _, path = unit.partition("/")
+            if head != CHECKPOINT:
+                continue
+            file = parse_rank_file(path)
+            folder = parse_folder(path)
+            return file.prefix if file else folder[0] if folder else ""
+        return ""
 
 
 def strategy_folder(strategy: Mapping[str, bytes]) -> str:
@@ -106,6 +121,8 @@ def to_bytes(record: Record) -> bytes:
         "extras": dict(record.extras),
         "numbers": dict(record.numbers),
         "saved_at": record.saved_at,
+        "order": record.line.order,
+        "left": list(record.line.left),
     }
     line = json.dumps(said, separators=(",", ":")).encode()
     return line + b"\n%08x\n" % zlib.crc32(line)
@@ -148,7 +165,13 @@ def _record(said: Any) -> Record:
         extras=dict(said["extras"]),
         numbers=dict(said["numbers"]),
         saved_at=float(said["saved_at"]),
+        line=_line(said),
     )
+
+
+def _line(said: Mapping[str, Any]) -> Line:
+    left = tuple((_whole(a), _whole(b)) for a, b in said.get("left", ()))
+    return Line(_whole(said.get("order", 0)), left)
 
 
 def _inside(path: Any) -> str:

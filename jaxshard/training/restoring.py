@@ -11,31 +11,32 @@ an error; what is wrong with a *step* leads to the one before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
 from ..catalog import Catalog
 from ..errors import (
     CoverageError,
     FormatError,
     JaxshardError,
+    LayoutError,
     NotFoundError,
     StorageError,
     some,
 )
 from ..formats.job_numbers import NAMES
 from ..job_values import job_values
+from .checks import one_of
 from .committing import is_interrupted, recover
-from .filling import Where, fill
+from .examining import check_sums
+from .filling import Parts, Where, fill
+from .lineage import Line
 from .naming import StepName, parse_wish
 from .opening_steps import open_step
 from .places import Places, only_writer
 from .progress import Progress
-from .steps import Step, check_sums, find_steps
-
-Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
+from .steps import Step, find_steps, of_one_job
 
 _log = logging.getLogger("jaxshard.training")
 
@@ -51,6 +52,7 @@ class Restored:
         extras: what was saved with it; empty if its record is lost or it is MindFormers'.
         numbers: the job's numbers that were saved: ``epoch_num``, ``loss_scale`` …
         passed_over: newer steps that were not good, each with the reason.
+        line: what the next save of this run grows from; None if others saved it.
     """
 
     state: Any = field(repr=False)
@@ -59,6 +61,7 @@ class Restored:
     extras: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     passed_over: tuple[tuple[str, str], ...] = ()
+    line: Line | None = field(default=None, repr=False)
 
     @property
     def progress(self) -> Progress:
@@ -80,18 +83,21 @@ def restore(
     where: Where,
     parts: Parts = "all",
     verify: bool = False,
+    prefix: str = "",
 ) -> Restored:
-    """The state saved at ``step``, by default the newest good one.
+    """The state saved at ``step``, by default the newest good one, by the job of ``prefix``.
 
     Raises:
         NotFoundError: there is no such step or no good one, or names do not fit.
         FormatError, CoverageError, StorageError: the step that was named is not good.
-        LayoutError: the target does not fit.
+        LayoutError: the target does not fit, or several steps are meant.
     """
+    one_of("parts", parts, get_args(Parts))
     finish_interrupted(places)
     wish = parse_wish(step)
     passed: list[tuple[str, str]] = []
-    for found in _candidates(places, wish):
+    steps = of_one_job(find_steps(places), prefix)
+    for found in reversed(_meant(places, steps, wish)):
         try:
             catalog = _opened(places, found, verify=verify, workers=where.workers)
             state = fill(catalog, target, where, parts)
@@ -104,10 +110,12 @@ def restore(
             continue
         if passed:
             _log.warning("step %s is restored instead of %s", found.name, passed[0][0])
+        _say(places, steps, found, catalog)
         record = found.record
         number = record.global_step if record else _number(numbers, found)
         extras = dict(record.extras) if record else {}
-        return Restored(state, number, found.name, extras, numbers, tuple(passed))
+        line = record.line if record else None
+        return Restored(state, number, found.name, extras, numbers, tuple(passed), line)
     raise NotFoundError(_none(places, wish, passed))
 
 
@@ -131,10 +139,69 @@ class _Missing(Exception):
         self.cause = cause
 
 
-def _candidates(places: Places, wish: StepName | int | None) -> Iterator[Step]:
-    for found in reversed(find_steps(places)):
-        if wish is None or wish in (found.name, found.global_step):
-            yield found
+def _meant(places: Places, steps: list[Step], wish: StepName | int | None) -> list[Step]:
+    """Those of ``steps`` that the caller means, the best last."""
+    if isinstance(wish, int):
+        return _numbered(places, steps, wish)
+    return [step for step in steps if wish in (None, step.name)]
+
+
+def _numbered(places: Places, steps: list[Step], number: int) -> list[Step]:
+    """The steps of that number in the whole run.
+
+    Names of others' rank files tell the step within its epoch only: where there are several
+    epochs, their own numbers are asked.
+    """
+    told = [s for s in steps if s.global_step == number and (s.record or s.format == "iteration")]
+    if told:
+        return told
+    if len({step.name.epoch for step in steps}) == 1:
+        return [step for step in steps if step.global_step == number]
+    unsaid = [step for step in steps if not step.record]
+    asked = [(step, true_number(places, step)) for step in unsaid]
+    found = [step for step, true in asked if true == number]
+    if found:
+        return found
+    silent = [step for step, true in asked if true is None and step.name.step == number]
+    if len(silent) > 1:
+        raise LayoutError(
+            f"step {number} may be {' or '.join(str(s.name) for s in silent)}, and their files do "
+            "not tell. Give the name instead of the number."
+        )
+    return silent
+
+
+def true_number(places: Places, step: Step) -> int | None:
+    """Which step of the whole run a step is by the numbers in its files, if they are there."""
+    if step.record:
+        return step.record.global_step
+    if step.state != "complete" or step.format == "iteration":
+        return None  # which its name tells
+    try:
+        numbers = _numbers(open_step(places, None, step.format, step.paths))
+    except JaxshardError:
+        return None
+    found = numbers.get("step_num") or numbers.get("global_step")
+    return int(found) if found else None
+
+
+def _say(places: Places, steps: list[Step], step: Step, catalog: Catalog) -> None:
+    """What a person should know of a step that is restored."""
+    level = logging.INFO if step.record else logging.WARNING  # ours is no news
+    for note in catalog.notes:
+        _log.log(level, "step %s: %s", step.name, note)
+    if step.left:
+        _log.warning("step %s is restored, which was %s", step.name, step.reason)
+    if step.record is None and places.own.is_dir():
+        _log.warning(
+            "step %s has no record in %s, so it comes without extras, and nothing tells whether "
+            "its bytes are as they were saved",
+            step.name,
+            places.own,
+        )
+    left = [str(s.name) for s in steps if s.left and s.name > step.name]
+    if left and not step.left:
+        _log.warning("step %s is restored, and not %s, which is left behind", step.name, some(left))
 
 
 def _opened(places: Places, step: Step, *, verify: bool, workers: int | None) -> Catalog:

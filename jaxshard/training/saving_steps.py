@@ -16,19 +16,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, StorageError
+from ..errors import FormatError, LayoutError, StorageError, some
 from ..storage.staging import Staging
 from . import naming
 from .checksums import FileSums
 from .committing import commit, drop_unused_strategies, recover, remove
 from .layouts import Part, Wish, copies_of, parts_of
-from .places import Places, only_writer, replace_file, sync_folder
+from .lineage import Line, following
+from .naming import StepName
+from .places import Places, check_units, only_writer, replace_file, sync_folder
 from .pointers import point_at
 from .records import Record, strategy_folder
 from .retention import expired
 from .snapshots import Snapshot
-from .steps import find_steps
-from .writing import sums_of, write_parts
+from .steps import Step, find_steps, of_prefix, past_of
+from .writing import check_room, sums_of, write_parts
 
 _log = logging.getLogger("jaxshard.training")
 
@@ -48,6 +50,7 @@ class Job:
     Attributes:
         weights: which tensors are the model's.
         copies: further copies: a folder, and the names of the tensors in it.
+        after: what the step grows from, if the loop's manager knows.
     """
 
     places: Places
@@ -62,22 +65,24 @@ class Job:
     durable: bool = True
     workers: int | None = None
     host_bytes: int | None = None
+    after: Line | None = None
 
 
-def save_step(job: Job) -> None:
-    """Save a step, and let go of those that may go.
+def save_step(job: Job) -> Record:
+    """Save a step, and let go of those that may go; its record.
 
     Raises:
         StorageError: the disk is full or refuses, or another writer is at work; nothing of
             the step is there, and all others are.
-        LayoutError: the layout does not fit the tensors.
+        LayoutError: the layout does not fit the tensors, or the step is another job's.
     """
     places = job.places
-    with only_writer(places):
-        for line in recover(places, durable=job.durable):
-            _log.info("%s", line)
+    with only_writer(places, durable=job.durable):
+        for done in recover(places, durable=job.durable):
+            _log.info("%s", done)
         try:
-            record = _written(job)
+            line = _line_of(job)  # first: it may refuse
+            record = replace(_written(job), line=line)
             job.snapshot.check_still()
             commit(places, record, durable=job.durable)
         except BaseException:
@@ -90,6 +95,54 @@ def save_step(job: Job) -> None:
         except StorageError as error:  # the step is whole all the same
             _log.warning("step %s is saved, but pointers to it are not: %s", record.step, error)
         _let_go(job, record)
+    return record
+
+
+def _line_of(job: Job) -> Line:
+    """Where the step stands among all saves; what it does not grow from is said.
+
+    Raises:
+        LayoutError: another job has saved a step of this name.
+    """
+    wish = job.wish
+    steps = [s for s in find_steps(job.places) if s.record]
+    for step in steps:
+        if step.name == wish.step and step.prefix not in ("", wish.prefix):
+            raise LayoutError(
+                f"{job.places.root} has a step {step.name} of the job {step.prefix!r}, which "
+                f"{wish.prefix!r} would replace. Give each job a directory of its own."
+            )
+    ours = of_prefix(steps, wish.prefix)
+    after = job.after or _guessed(ours, wish.global_step)
+    line = following(after, max((s.line.order for s in steps), default=0))
+    _say_what_is_left(wish.step, ours, line, after or Line())
+    return line
+
+
+def _guessed(steps: list[Step], global_step: int) -> Line | None:
+    """What a step grows from where the loop restored without its manager, or went back unasked.
+
+    The last one of the newest step's past that has a smaller number.
+    """
+    newest = max((s.line for s in steps), key=lambda line: line.order, default=Line())
+    past, _ = past_of(steps, newest)
+    return next((s.line for s in reversed(past) if s.global_step < global_step), None)
+
+
+def _say_what_is_left(name: StepName, steps: Iterable[Step], line: Line, after: Line) -> None:
+    left = [
+        str(s.name)
+        for s in steps
+        if s.name != name and s.line.order > after.order
+        if not line.grew_from(s.line.order)
+    ]
+    if left:
+        _log.info(
+            "step %s does not go on from %s, which is left behind: restored only where nothing "
+            "else is good, and removed once the run has come further",
+            name,
+            some(left),
+        )
 
 
 def _written(job: Job) -> Record:
@@ -100,13 +153,14 @@ def _written(job: Job) -> Record:
     catalog = replace(job.snapshot.catalog, hyper=job.hyper)
     try:
         if job.kind == "orbax":
-            files, algorithm, units = _write_orbax(job, staging.files)
+            files, algorithm, units = _write_orbax(job, staging)
             parts: list[Part] = []
         else:
             files, algorithm, units = {}, "", ()
             parts = parts_of(job.kind, catalog, job.weights, wish)
         for folder, names in job.copies.items():
             parts += copies_of(job.kind, catalog, names, wish, folder)
+        check_units(places, [*units, *(unit for part in parts for unit in part.units)])
         snapshot = job.snapshot
         more, algorithm = write_parts(
             parts,
@@ -137,14 +191,19 @@ def _written(job: Job) -> Record:
     )
 
 
-def _write_orbax(job: Job, root: Path) -> tuple[dict[str, FileSums], str, tuple[str, ...]]:
+def _write_orbax(job: Job, staging: Staging) -> tuple[dict[str, FileSums], str, tuple[str, ...]]:
     from ..formats import orbax  # noqa: PLC0415 - slow to import, and not for everybody
 
+    root = staging.files
     unit = f"{naming.CHECKPOINT}/{naming.step_folder(job.wish.prefix, job.wish.step)}"
     place = root / unit
+    check_units(job.places, [unit])
+    check_room(root, job.snapshot.num_bytes)  # Orbax packs, but not by much
     place.parent.mkdir(parents=True, exist_ok=True)
     orbax.write(place, job.snapshot.whole())
     paths = sorted(p.relative_to(root).as_posix() for p in place.rglob("*") if p.is_file())
+    for path in paths:
+        staging.sync(root / path)
     files, algorithm = sums_of(root, paths)
     return files, algorithm, (unit,)
 
@@ -178,14 +237,12 @@ def _holds(path: Path, data: bytes) -> bool:
 
 def _let_go(job: Job, saved: Record) -> None:
     """Remove the steps that may go; that one cannot be removed does not undo the save."""
-    complete = {
-        s.name: s.record
-        for s in find_steps(job.places)
-        if s.record is not None and s.state == "complete"
-    }
+    whole = [s for s in find_steps(job.places) if s.record and s.state == "complete"]
+    past, left = past_of(of_prefix(whole, job.wish.prefix), saved.line)
+    complete = {s.name: s.record for s in whole if s.record}
     gone = expired(
-        {name: record.global_step for name, record in complete.items()},
-        saved.step,
+        {s.name: s.global_step for s in past},
+        {s.name: s.global_step for s in left},
         keep_max=job.keeping.keep_max,
         keep_every=job.keeping.keep_every,
     )
@@ -198,7 +255,7 @@ def _let_go(job: Job, saved: Record) -> None:
         drop_unused_strategies(job.places)
 
 
-def _clear(places: Places, step: naming.StepName) -> None:
+def _clear(places: Places, step: StepName) -> None:
     """Give back the room of a step that failed."""
     if places.record(step, ".moving").exists():
         return  # it is on the disk, and will be put in place
@@ -206,6 +263,6 @@ def _clear(places: Places, step: naming.StepName) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _remains(places: Places, step: naming.StepName) -> Iterable[Path]:
+def _remains(places: Places, step: StepName) -> Iterable[Path]:
     staging = places.staging(step)
     return (staging, staging.with_name(f".{staging.name}.partial"))

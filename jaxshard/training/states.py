@@ -13,8 +13,8 @@ A state without a ``params`` at its top is all weights. This module moves no byt
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -29,7 +29,7 @@ from ..trees import named_leaves
 Role = Literal["weights", "optimizer", "rest"]
 Array = jax.Array | NDArray[np.generic]
 
-_LARGE_ELEMENTS = 1024  # readers of rank files take a larger tensor for a forgotten weight
+LARGE_ELEMENTS = 1024  # readers of rank files take a larger tensor for a forgotten weight
 _MOMENTS = {"mu": "adam_m", "nu": "adam_v"}
 _OPTIMIZER = re.compile(r"adam_[mv]\.|opt_state\.")
 
@@ -44,12 +44,21 @@ class Roles:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One leaf: its path in the state, its name in files, what it is for, and itself."""
+    """One leaf.
+
+    Attributes:
+        path: where it is in the state.
+        name: what it is called in files.
+        role: what it is for.
+        value: itself.
+        like: the name of the weight that it is kept for: a strategy lays the two out alike.
+    """
 
     path: str
     name: str
     role: Role
     value: Any
+    like: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +101,15 @@ def take_apart(
     leaves = []
     for path, value in named:
         role = _role(path, roles, has_weights)
-        name = path
+        name, like = path, None
         if role == "weights":
             name = called(path.removeprefix(inside) if has_weights else path)
-        elif role == "optimizer":
-            name = _moment(path, weights, called) or path
-        leaves.append(Leaf(path, name, role, value))
+        elif role == "optimizer" and (moment := _moment(path, weights)):
+            like = called(moment[1])
+            name = f"{moment[0]}.{like}"
+        elif weight := ending(path, weights):
+            like = called(weight)
+        leaves.append(Leaf(path, name, role, value, like))
     leaves = _apart(leaves)
     for leaf in leaves:
         _check(leaf)
@@ -118,7 +130,7 @@ def as_array(value: Any) -> Array:
 def is_number(array: Array) -> bool:
     """Whether a tensor that is no weight is small and whole: then no strategy tells of it."""
     cut = isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
-    return array.size <= _LARGE_ELEMENTS and not cut
+    return array.size <= LARGE_ELEMENTS and not cut
 
 
 def is_optimizer_name(name: str) -> bool:
@@ -133,12 +145,27 @@ def _role(path: str, roles: Roles, has_weights: bool) -> Role:
     return "optimizer" if top == roles.optimizer else "rest"
 
 
-def _moment(path: str, weights: set[str], called: Callable[[str], str]) -> str | None:
-    """What MindSpore calls the moment of a weight at ``path``; None if it is none."""
+def ending(path: str, weights: Container[str]) -> str | None:
+    """The weight whose name ``path`` ends in, after something else; None if there is none.
+
+    >>> ending("opt_state.0.trace.layers.0.wq", {"layers.0.wq", "wq"})
+    'layers.0.wq'
+    """
+    tail = path
+    while "." in tail:
+        tail = tail.split(".", maxsplit=1)[1]
+        if tail in weights:
+            return tail
+    return None
+
+
+def _moment(path: str, weights: Container[str]) -> tuple[str, str] | None:
+    """What MindSpore calls the moment at ``path``, and the weight it is of; None if it is none."""
     keys = path.split(".")
     for at, key in enumerate(keys):
-        if key in _MOMENTS and ".".join(keys[at + 1 :]) in weights:
-            return f"{_MOMENTS[key]}.{called('.'.join(keys[at + 1 :]))}"
+        weight = ".".join(keys[at + 1 :])
+        if key in _MOMENTS and weight in weights:
+            return _MOMENTS[key], weight
     return None
 
 
@@ -148,9 +175,7 @@ def _apart(leaves: list[Leaf]) -> list[Leaf]:
     for leaf in leaves:
         count[leaf.name] = count.get(leaf.name, 0) + 1
     found = [
-        Leaf(leaf.path, leaf.path, leaf.role, leaf.value)
-        if count[leaf.name] > 1 and leaf.role == "optimizer"
-        else leaf
+        replace(leaf, name=leaf.path) if count[leaf.name] > 1 and leaf.role == "optimizer" else leaf
         for leaf in leaves
     ]
     names = [leaf.name for leaf in found]

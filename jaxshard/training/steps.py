@@ -7,25 +7,26 @@
 
 Steps that we saved have a record. Others (MindFormers') are judged by their headers, and
 can be no better than complete by those. What is there decides, never a pointer file.
+
+They come in the order of restoring, the last one first: what we saved as it was saved, and
+what a run left behind by going back before all that it grew from (``lineage``); what others
+saved by its name.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CoverageError, FormatError, JaxshardError, NotFoundError, StorageError, some
+from ..errors import FormatError, LayoutError, StorageError, some
 from . import naming, records
-from .checksums import FileSums, algorithm, first_difference
 from .committing import names_in
+from .lineage import Line
 from .naming import StepName
-from .opening_steps import open_step
 from .places import Places
 from .records import MOVING, REMOVED, WHOLE, Record
 
@@ -33,6 +34,7 @@ State = Literal["complete", "incomplete", "corrupt", "partial"]
 
 _RANK = re.compile(r"rank_(\d{1,7})")
 _SAVING = re.compile(r"\.?(\d+_\d+)\.saving(\.partial)?")
+_TRIES = 20  # a writer changes a record a few times for each step
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,14 @@ class Step:
         global_step: its number in the whole run, as far as it is known: for steps that have
             no record, the step in the epoch.
         format: how it is stored.
+        state: see the module; "complete" until somebody looks closer.
+        reason: why it is not complete, or comes after others though its name is larger.
+        saved_at: seconds since 1970.
         paths: its files, or the folder it is, relative to ``Places.steps``; of steps without
             a record.
-        state: see the module; "complete" until somebody looks closer.
-        reason: why it is not complete.
-        saved_at: seconds since 1970.
+        prefix: which job saved it, as far as names of files tell; several may share a folder.
+        task: MindSpore's number of a job where files of its prefix were there already.
+        left: whether it is of a run that was left behind by going back to an earlier step.
     """
 
     name: StepName
@@ -60,114 +65,128 @@ class Step:
     saved_at: float = 0.0
     record: Record | None = field(default=None, repr=False)
     paths: tuple[str, ...] = field(default=(), repr=False)
+    prefix: str = ""
+    task: int = 0
+    left: bool = False
+
+    @property
+    def line(self) -> Line:
+        """Where it stands among all saves; of others, nobody counted."""
+        return self.record.line if self.record else Line()
 
 
 def find_steps(places: Places) -> list[Step]:
-    """All steps of a run, oldest first, judged by names, sizes and records.
+    """All steps of a run, judged by names, sizes and records; the last is restored first.
 
     Raises:
         StorageError: the directory cannot be listed.
     """
-    try:
-        own = {step.name: step for step in _recorded(places)}
-        for step in _unfinished(places):
-            own.setdefault(step.name, step)
-        others = [s for s in _others(places) if s.name not in own]
-    except OSError as error:
-        raise StorageError(f"{places.root} cannot be listed: {error.strerror}.") from error
-    return sorted([*own.values(), *others], key=lambda step: step.name)
+    for tries in range(_TRIES):
+        before = _records_in(places)
+        try:
+            found = _found(places)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and tries < _TRIES - 1:
+                continue  # removed while we looked
+            raise StorageError(f"{places.root} cannot be listed: {error.strerror}.") from error
+        # a record that changes its name meanwhile could be missed under both
+        if _records_in(places) == before:
+            break
+    return _in_order(found)
 
 
-def examine(
-    places: Places,
-    step: Step,
-    *,
-    deep: bool = False,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Step:
-    """``step`` with the state that its headers tell, and with ``deep`` its bytes.
+def of_one_job(steps: Iterable[Step], prefix: str) -> list[Step]:
+    """Those of ``steps`` that the job of ``prefix`` saved; if it saved none, those of the only one.
 
     Raises:
-        LayoutError: no package here computes its checksums.
+        LayoutError: there are steps of several other jobs.
     """
-    if step.state != "complete":
-        return step
+    steps = list(steps)
+    jobs = {step.prefix for step in steps if step.prefix}
+    if prefix in jobs:
+        return of_prefix(steps, prefix)
+    if len(jobs) > 1:
+        raise LayoutError(
+            f"there are steps of {len(jobs)} jobs, {some(sorted(jobs))}, and none of {prefix!r}. "
+            "Give the manager the prefix of the one that goes on."
+        )
+    return steps
+
+
+def of_prefix(steps: Iterable[Step], prefix: str) -> list[Step]:
+    """Those of ``steps`` that are not known to be another job's."""
+    return [step for step in steps if step.prefix in ("", prefix)]
+
+
+def past_of(steps: Iterable[Step], line: Line) -> tuple[list[Step], list[Step]]:
+    """Of steps with records, those that ``line`` grew from, and the others; as they were saved."""
+    known = sorted((step for step in steps if step.record), key=_when)
+    ours = [step for step in known if line.grew_from(step.line.order)]
+    return ours, [step for step in known if not line.grew_from(step.line.order)]
+
+
+# --- in which order ------------------------------------------------------------------------
+
+
+def _in_order(found: list[Step]) -> list[Step]:
+    known = _by_line([step for step in found if step.record])
+    others = sorted(
+        (step for step in found if not step.record), key=lambda step: (step.name, step.task)
+    )
+    ordered = []
+    while known and others:
+        ordered.append((others if _is_newer(others[-1], known[-1]) else known).pop())
+    return [*known, *others, *reversed(ordered)]
+
+
+def _by_line(recorded: list[Step]) -> list[Step]:
+    """What was left behind, and then what the newest step of each job grew from."""
+    several = len({step.prefix for step in recorded if step.prefix}) > 1
+    jobs: dict[str, list[Step]] = {}
+    for step in recorded:
+        jobs.setdefault(step.prefix if several else "", []).append(step)
+    every_left: list[Step] = []
+    every_past: list[Step] = []
+    for steps in jobs.values():
+        newest = max(steps, key=_when)
+        past, left = past_of(steps, newest.line)
+        every_left += [_left_behind(step, newest) for step in left]
+        every_past += past
+    every_past.sort(key=_when)
+    return every_left + every_past
+
+
+def _when(step: Step) -> tuple[int, StepName]:
+    return step.line.order, step.name
+
+
+def _left_behind(step: Step, newest: Step) -> Step:
+    reason = f"left behind: {newest.name} was saved later, from an earlier step"
+    return replace(step, left=True, reason=step.reason or reason)
+
+
+def _is_newer(other: Step, ours: Step) -> bool:
+    """Whether what somebody else saved comes after what we did: by its name and its files' age."""
+    is_older = bool(other.saved_at) and other.saved_at < ours.saved_at - 1
+    return other.name > ours.name and not is_older
+
+
+# --- what is there -------------------------------------------------------------------------
+
+
+def _records_in(places: Places) -> list[str]:
     try:
-        if deep and step.record:
-            check_sums(places, step.record, workers=workers, progress=progress)
-        open_step(places, step.record, step.format, step.paths)
-    except (CoverageError, NotFoundError) as error:
-        return replace(step, state="incomplete", reason=str(error))
-    except (FormatError, StorageError) as error:
-        return replace(step, state="corrupt", reason=str(error))
-    return step
+        names = os.listdir(places.own)
+    except OSError:
+        return []
+    return sorted(n for n in names if n.endswith((WHOLE, MOVING, REMOVED)))
 
 
-def check_sums(
-    places: Places,
-    record: Record,
-    *,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Read every byte of a step and compare the checksums.
-
-    Raises:
-        FormatError: a file is not what was saved.
-        StorageError: the disk refused.
-        NotFoundError: a file is missing.
-        LayoutError: no package here computes the checksums.
-    """
-    compute = algorithm(record.algorithm)
-    lock = threading.Lock()
-
-    def check(item: tuple[str, FileSums]) -> None:
-        path, sums = item
-        with open(places.root / path, "rb", buffering=0) as file:
-            reader = _Reader(file.fileno())
-            at = first_difference(sums, compute, reader.read)
-        if at is not None:
-            raise FormatError(
-                f"{path} is damaged at or after byte {at}: its checksum is not what was saved."
-            )
-        if progress:
-            with lock:
-                progress(sums.num_bytes)
-
-    try:
-        with ThreadPoolExecutor(workers or _cores(), thread_name_prefix="jaxshard") as pool:
-            for _ in pool.map(check, record.files.items()):
-                pass
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{error.filename} is missing.") from error
-    except OSError as error:
-        if isinstance(error, JaxshardError):
-            raise
-        raise StorageError(f"{error.filename or places.root}: {error.strerror}.") from error
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
-
-
-class _Reader:
-    """Reads into one buffer: fresh memory for each chunk would cost more than the reading."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._buffer = descriptor, bytearray()
-
-    def read(self, offset: int, length: int) -> memoryview:
-        if len(self._buffer) < length:
-            self._buffer = bytearray(length)
-        whole = memoryview(self._buffer)[:length]
-        done = 0
-        while done < length:
-            got = os.preadv(self._descriptor, [whole[done:]], offset + done)
-            if not got:
-                return whole[:done]
-            done += got
-        return whole
+def _found(places: Places) -> list[Step]:
+    own = {step.name: step for step in _recorded(places)}
+    for step in _unfinished(places):
+        own.setdefault(step.name, step)
+    return [*own.values(), *_others(places, own)]
 
 
 def _recorded(places: Places) -> Iterator[Step]:
@@ -175,10 +194,7 @@ def _recorded(places: Places) -> Iterator[Step]:
     moving = set(names_in(places, MOVING))
     for name in names_in(places, WHOLE):
         path = places.record(name)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            continue  # removed meanwhile
+        data = path.read_bytes()
         if name in moving:
             yield Step(name, name.step, "", "partial", "a newer save of it was interrupted")
             continue
@@ -199,6 +215,7 @@ def _recorded(places: Places) -> Iterator[Step]:
             record.num_bytes,
             record.saved_at,
             record,
+            prefix=record.prefix,
         )
 
 
@@ -232,7 +249,7 @@ def _unfinished(places: Places) -> Iterator[Step]:
             yield Step(name_of, name_of.step, "", "partial", "saving it is on its way, or was")
 
 
-def _others(places: Places) -> Iterator[Step]:
+def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
     """Steps that somebody else saved."""
     if not places.steps.is_dir():
         return
@@ -243,14 +260,24 @@ def _others(places: Places) -> Iterator[Step]:
         if match := _RANK.fullmatch(entry.name):
             ranks[int(match[1])] = sorted(os.listdir(entry.path))
         elif (number := naming.parse_iteration(entry.name)) is not None:
-            yield _folder(entry, StepName(1, number), "iteration")
+            name = StepName(1, number)
+            if not _is_ours(own, name):
+                yield _folder(entry, name, "iteration")
         elif found := naming.parse_folder(entry.name):
-            kind = "orbax" if (Path(entry.path) / "_METADATA").exists() else "huggingface"
-            yield _folder(entry, found, kind)
-    yield from _rank_steps(places, ranks)
+            prefix, name = found
+            if not _is_ours(own, name, prefix):
+                kind = "orbax" if (Path(entry.path) / "_METADATA").exists() else "huggingface"
+                yield _folder(entry, name, kind, prefix)
+    yield from _rank_steps(places, ranks, own)
 
 
-def _folder(entry: os.DirEntry[str], name: StepName, kind: str) -> Step:
+def _is_ours(own: Mapping[StepName, Step], name: StepName, prefix: str = "") -> bool:
+    """Whether a record speaks of that step; a damaged one does not say of which job."""
+    step = own.get(name)
+    return step is not None and (not prefix or step.prefix in ("", prefix))
+
+
+def _folder(entry: os.DirEntry[str], name: StepName, kind: str, prefix: str = "") -> Step:
     files = [p.stat() for p in Path(entry.path).rglob("*") if p.is_file()]
     return Step(
         name,
@@ -259,19 +286,29 @@ def _folder(entry: os.DirEntry[str], name: StepName, kind: str) -> Step:
         num_bytes=sum(f.st_size for f in files),
         saved_at=max((f.st_mtime for f in files), default=0.0),
         paths=(entry.name,),
+        prefix=prefix,
     )
 
 
-def _rank_steps(places: Places, ranks: Mapping[int, list[str]]) -> Iterator[Step]:
-    """The steps in rank folders: one is incomplete if any rank has no file of it."""
-    found: dict[StepName, dict[int, str]] = {}
+def _rank_steps(
+    places: Places, ranks: Mapping[int, list[str]], own: Mapping[StepName, Step]
+) -> Iterator[Step]:
+    """The steps in rank folders: one is incomplete if a rank of its job has no file of it."""
+    found: dict[tuple[str, int, StepName, str], dict[int, str]] = {}
+    of_job: dict[str, set[int]] = {}
     for rank, names in ranks.items():
         for name in names:
             file = naming.parse_rank_file(f"rank_{rank}/{name}")
             if file:
-                found.setdefault(file.step, {})[rank] = f"rank_{rank}/{name}"
-    for step, by_rank in found.items():
-        lacking = sorted(set(ranks) - set(by_rank))
+                key = (file.prefix, file.task, file.step, file.extension)
+                found.setdefault(key, {})[rank] = f"rank_{rank}/{name}"
+                of_job.setdefault(file.prefix, set()).add(rank)
+    for (prefix, task, step, _), by_rank in found.items():
+        if _is_ours(own, step, prefix):
+            continue
+        # a folder that is empty is of the only job that there is
+        needed = of_job[prefix] if len(of_job) > 1 else set(ranks)
+        lacking = sorted(needed - set(by_rank))
         stats = [os.stat(places.steps / path) for path in by_rank.values()]
         yield Step(
             step,
@@ -282,4 +319,6 @@ def _rank_steps(places: Places, ranks: Mapping[int, list[str]]) -> Iterator[Step
             sum(s.st_size for s in stats),
             max(s.st_mtime for s in stats),
             paths=tuple(by_rank[r] for r in sorted(by_rank)),
+            prefix=prefix,
+            task=task,
         )
