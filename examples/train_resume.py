@@ -6,7 +6,7 @@ A small Llama (``llama.py``) learns on 8 devices as dp2mp4, with optax's Adam. A
 its own does the same, saves every few steps in the background, and is killed by SIGKILL on its
 way. It is resumed three times from what it left: as dp2mp4, as dp4mp2, and as pp2mp2dp2, with
 each pipeline stage on half of the devices. The curves are compared with the one of the run
-that nobody interrupted, printed, and drawn into FOLDER/loss.png where matplotlib is there.
+that nobody interrupted, printed, and drawn into FOLDER/loss.svg.
 """
 
 from __future__ import annotations
@@ -129,16 +129,16 @@ class Trainer:
     def _updated(self, state: State, held: list[Arrays], gradients: Arrays) -> State:
         before: optax.ScaleByAdamState = state["opt_state"]
         params, mu, nu = {}, {}, {}
-        count = np.asarray(before.count)
         for mine in held:
+            # a copy of the count for each stage: it is donated, and may be on any device still
             adam = optax.ScaleByAdamState(
-                jnp.asarray(count), *({n: m[n] for n in mine} for m in (before.mu, before.nu))
+                jnp.copy(before.count), *({n: m[n] for n in mine} for m in (before.mu, before.nu))
             )
             found, after = self._update(mine, adam, {n: gradients[n] for n in mine})
             params |= found
             mu |= after.mu
             nu |= after.nu
-        return {"params": params, "opt_state": optax.ScaleByAdamState(jnp.int32(count + 1), mu, nu)}
+        return {"params": params, "opt_state": optax.ScaleByAdamState(before.count + 1, mu, nu)}
 
 
 def _stage(layers: range) -> Callable[[Mapping[str, jax.Array], jax.Array], jax.Array]:
@@ -250,29 +250,54 @@ def compare(steps: int, out: Path) -> dict[str, float]:
 
 
 def draw(curves: Mapping[str, Mapping[int, float]], out: Path) -> None:
-    """Print the curves, and draw them where matplotlib is there."""
+    """Print the curves, and draw them."""
     whole, *others = curves.values()
     top = max(whole.values())
     print("\nloss of the uninterrupted run, and of those that were resumed:")
     for step, loss in whole.items():
         same = "  ".join(f"{o[step]:.4f}" if step in o else "      " for o in others)
         print(f"{step:4} {loss:.4f}  {same}  {'█' * round(40 * loss / top)}")
-    try:
-        import matplotlib  # noqa: PLC0415 - only for the picture
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    (out / "loss.svg").write_text(picture(curves))
+    print(f"drawn in {out / 'loss.svg'}")
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for (name, losses), style in zip(curves.items(), ("-", "o", "x", "+"), strict=True):
-        axes.plot(list(losses), list(losses.values()), style, label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend()
-    figure.savefig(out / "loss.png", dpi=120)
-    pyplot.close(figure)
-    print(f"drawn in {out / 'loss.png'}")
+
+def picture(curves: Mapping[str, Mapping[int, float]]) -> str:
+    """The curves as SVG: the first as a line, the others as marks upon it."""
+    width, height, left, top = 640, 320, 50, 20
+    whole = next(iter(curves.values()))
+    steps, most = max(whole), max(max(c.values()) for c in curves.values())
+
+    def at(step: int, loss: float) -> tuple[float, float]:
+        return left + (width - left - 20) * step / steps, top + (height - 60) * (1 - loss / most)
+
+    marks = []
+    for number, (name, losses) in enumerate(curves.items()):
+        colour = ("#444444", "#1f77b4", "#d62728", "#2ca02c")[number % 4]
+        points = [at(step, loss) for step, loss in losses.items()]
+        if number == 0:
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            marks.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
+        else:  # each layout a ring of its own size, so that equal ones do not hide each other
+            marks += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 * number}" fill="none" '
+                f'stroke="{colour}"/>'
+                for x, y in points
+            ]
+        y = top + 16 * (number + 1)
+        marks.append(f'<text x="{width - 280}" y="{y}" fill="{colour}">{name}</text>')
+    (x0, y0), (x1, _), (_, y1) = at(0, 0), at(steps, 0), at(0, most)
+    axes = [
+        f'<path d="M{x0:.1f} {y1:.1f}V{y0:.1f}H{x1:.1f}" fill="none" stroke="black"/>',
+        f'<text x="{x0 - 40:.1f}" y="{y1 + 4:.1f}">{most:.2f}</text>',
+        f'<text x="{x0 - 14:.1f}" y="{y0 + 4:.1f}">0</text>',
+        f'<text x="{x1 - 50:.1f}" y="{y0 + 18:.1f}">step {steps}</text>',
+        f'<text x="{x0 - 40:.1f}" y="{(y0 + y1) / 2:.1f}">loss</text>',
+    ]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+    style = (
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    )
+    return "\n".join([head + style, *axes, *marks, "</svg>"]) + "\n"
 
 
 def main() -> None:
