@@ -20,7 +20,9 @@ from jaxshard.errors import LayoutError, StorageError
 from jaxshard.loading import load
 from jaxshard.opening import open_checkpoint
 from jaxshard.saving import save
-from jaxshard.saving.arrays import ArraySource, fetch_rows
+from jaxshard.saving.arrays import ArraySource
+from jaxshard.saving.fetching import Room
+from jaxshard.storage.budget import fit_budget
 from jaxshard.storage.writing import OutputFiles
 
 P = PartitionSpec
@@ -167,6 +169,13 @@ def test_arrays_of_a_mesh_and_of_one_device_and_of_numpy_go_together(tmp_path):
     assert {n: np.asarray(a).tobytes() for n, a in check.items()} == expected_bytes(values)
 
 
+def test_numpys_numbers_are_arrays_without_dims(tmp_path):
+    save({"step": np.int64(7), "rate": np.float32(0.5), "plain": 3}, tmp_path / "out")
+    assert the_bytes(tmp_path / "out") == expected_bytes(
+        {"step": np.array(7), "rate": np.array(0.5, np.float32)}
+    )
+
+
 def test_strided_numpy_arrays_are_saved_as_they_look(tmp_path):
     whole = np.arange(64, dtype=np.float32).reshape(8, 8)
     save({"t": whole.T, "s": whole[::2, 1::3]}, tmp_path / "out")
@@ -196,30 +205,25 @@ def test_an_array_can_be_donated_after_it_was_saved(tmp_path):
 # --- from devices that the host does not see -----------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_bytes", [64, 1 << 20])
-@pytest.mark.parametrize("chunks", [1, 16])
-def test_rows_come_from_the_device_in_parts(llama, tmp_path, monkeypatch, chunk_bytes, chunks):
+@pytest.mark.parametrize("room", [Room(1, 64), Room(16, 64), Room(1, 1 << 20), Room()])
+def test_parts_come_from_devices_that_the_host_does_not_see(llama, tmp_path, monkeypatch, room):
     folder, arrays = llama
     monkeypatch.setattr("jaxshard.saving.arrays.on_host", lambda shard: False)
-    monkeypatch.setattr("jaxshard.saving.arrays.CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr("jaxshard.saving._CHUNKS_PER_WORKER", chunks)
-    save(load(folder, "dp2mp4"), tmp_path / "out", workers=2)
+    monkeypatch.setattr("jaxshard.saving.share_out", lambda *_: (fit_budget(64 << 20, 2), room))
+    save(load(folder, "dp2mp4"), tmp_path / "out")
     assert the_bytes(tmp_path / "out") == expected_bytes(arrays)
 
 
-def test_fetched_rows_are_those_asked_for_and_leave_no_copy_behind():
-    values = np.arange(44).reshape(11, 4)
-    with jax.enable_x64(True):
-        x = jax.device_put(values, jax.devices()[1])
-    assert fetch_rows(x, 8, 4).tolist() == values[8:].tolist()
-    assert fetch_rows(x, 0, 100).tolist() == values.tolist()
-    assert x._npy_value is None
-
-
-def test_a_budget_too_small_for_the_rows_on_their_way_is_refused(llama, tmp_path, monkeypatch):
+def test_a_budget_too_small_for_one_thread_is_refused(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxshard.saving.arrays.on_host", lambda shard: False)
-    with pytest.raises(LayoutError, match="rows on their way from the devices take"):
+    with pytest.raises(LayoutError, match="Give host_bytes=1441792 or more"):
         save(load(llama[0], "dp2mp4"), tmp_path / "out", host_bytes=1024)
+
+
+@pytest.mark.parametrize("host_bytes", [0, 1])
+def test_no_budget_at_all_is_not_the_default(tmp_path, host_bytes):
+    with pytest.raises(LayoutError, match="too few"):
+        save({"x": np.ones(4, np.float32)}, tmp_path / "out", host_bytes=host_bytes)
 
 
 # --- committing and refusals ----------------------------------------------------------------

@@ -30,19 +30,19 @@ from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, processes_of_jax
 from ..opening import PathLike, open_checkpoint, open_strategy
 from ..results import Request
 from ..rules import Rules
-from ..storage.budget import Counts, fit_budget
+from ..storage.budget import Counts
 from ..strategy import Strategy
 from ..targets import lay_out_for, make_result
 from ..trees import is_array_like, named_leaves
 from . import orbax_saving
 from .across import Work, check_across, commit_across, commit_own, holders_of
-from .arrays import Array, ArraySource, host_bytes_of
+from .arrays import Array, ArraySource, num_fetched
 from .committing import commit
+from .fetching import share_out
 
 __all__ = ["FORMATS", "save"]
 
 FORMATS = ("huggingface", "ranks", "ckpt", "unified", "orbax")
-_CHUNKS_PER_WORKER = 4
 
 
 def save(
@@ -127,10 +127,9 @@ def save(
             own, arrays, Path(path), carried, overwrite=overwrite, durable=durable
         )
         return Report(str(path), counts, 0, 0, notes)
-    limit, threads = host_bytes or default_budget(), workers or _cores()
-    chunks = _CHUNKS_PER_WORKER * threads
-    budget = fit_budget(_left_for_blocks(limit, host_bytes_of(chunks, arrays)), threads)
-    source = ArraySource(arrays, model=model, metadata=metadata, chunks=chunks)
+    limit = default_budget() if host_bytes is None else host_bytes
+    budget, room = share_out(limit, _cores() if workers is None else workers, num_fetched(arrays))
+    source = ArraySource(arrays, model=model, metadata=metadata, room=room)
     try:
         if names is not None:
             source.map(find_mapping(names, source.catalog))
@@ -165,7 +164,8 @@ def arrays_of(
     """
     found: dict[str, Array] = {}
     others = []
-    for path, leaf in named_leaves(tree)[0]:
+    for path, given in named_leaves(tree)[0]:
+        leaf = np.asarray(given) if isinstance(given, np.generic) else given
         if not isinstance(leaf, jax.Array | np.ndarray):
             if is_array_like(leaf):
                 raise LayoutError(f"{path}: a {type(leaf).__name__} holds nothing to save.")
@@ -222,20 +222,6 @@ def _layout(
             return open_strategy(text)
         strategy = Strategy.parse(text)
     return lay_out_for(catalog, strategy, rules)
-
-
-def _left_for_blocks(limit: int, chunk_bytes: int) -> int:
-    """Host memory for the engine, when parts of shards take ``chunk_bytes``.
-
-    Raises:
-        LayoutError: nothing is left.
-    """
-    if chunk_bytes >= limit:
-        raise LayoutError(
-            f"host_bytes={limit}: rows on their way from the devices take {chunk_bytes}. Give "
-            f"host_bytes={2 * chunk_bytes} or more, or fewer workers."
-        )
-    return limit - chunk_bytes
 
 
 def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:

@@ -5,21 +5,15 @@ byte 0. So the planner that lays out files from files lays them out from devices
 and nothing is gathered.
 
     CPU     the host looks at the shard where it lies
-    others  rows of the shard come to the host, a few megabytes at a time, while needed
+    others  parts of the shard come to the host while they are needed (``fetching``)
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
-from math import prod
 
 import jax
 import numpy as np
-from jax import lax
 from numpy.typing import NDArray
 
 from ..box import Box
@@ -29,11 +23,10 @@ from ..elements import pack, stored_as
 from ..errors import JaxshardError, LayoutError
 from ..mapping import Mapping as NamesAndShapes
 from ..views import ZEROS
+from .fetching import Fetched, Room
 
 Array = jax.Array | NDArray[np.generic]
 Bytes = NDArray[np.uint8]
-
-CHUNK_BYTES = 8 << 20  # rows fetched from a device at a time
 
 
 class ArraySource:
@@ -49,9 +42,9 @@ class ArraySource:
         *,
         model: Model = Model(),  # noqa: B008 - frozen
         metadata: Mapping[str, str] | None = None,
-        chunks: int = 16,
+        room: Room = Room(),  # noqa: B008 - frozen
     ) -> None:
-        """Catalogue ``arrays``; at most ``chunks`` parts of shards are on the host at once.
+        """Catalogue ``arrays``; ``room`` is for parts of shards that must come to the host.
 
         Raises:
             LayoutError: an array's dtype is none that files have.
@@ -59,7 +52,7 @@ class ArraySource:
         self._shards: list[Array] = []
         self._whose: list[tuple[str, Box]] = []
         self._views: dict[int, Bytes] = {}
-        self._fetched = _Fetched(chunks)
+        self._fetched = Fetched(room, _stored_bytes)
         tensors = {name: self._tensor(name, array) for name, array in arrays.items()}
         files = tuple(File(f"shard {i}", s.nbytes) for i, s in enumerate(self._shards))
         self.catalog = Catalog(
@@ -89,8 +82,9 @@ class ArraySource:
         assert isinstance(shard, jax.Array)
         done = 0
         while done < out.size:
-            start, chunk = self._fetched.holding(piece.file, shard, offset + done)
-            part = chunk[offset + done - start :][: out.size - done]
+            kind = stored_as(shard.dtype)
+            start, held = self._fetched.holding(piece.file, shard, kind, offset + done)
+            part = held[offset + done - start :][: out.size - done]
             out[done : done + part.size] = part
             done += part.size
 
@@ -134,6 +128,15 @@ def on_host(shard: jax.Array) -> bool:
     return all(device.platform == "cpu" for device in shard.devices())
 
 
+def num_fetched(arrays: Mapping[str, Array]) -> int:
+    """The most distinct shards of one array that must come to the host; 0 if none must."""
+    found = 0
+    for array in arrays.values():
+        if isinstance(array, jax.Array) and not on_host(array):
+            found = max(found, len(_distinct_shards(array)))
+    return found
+
+
 def _distinct_shards(array: Array) -> dict[Box, Array]:
     """One shard for each distinct box that this process can address."""
     if not isinstance(array, jax.Array):
@@ -151,68 +154,3 @@ def _stored_bytes(view: NDArray[np.generic]) -> Bytes:
     """The elements as they are stored; the same memory unless they are packed there."""
     flat = np.ascontiguousarray(view).reshape(-1).view(np.uint8)
     return pack(flat) if stored_as(view.dtype).bits == 4 else flat
-
-
-class _Fetched:
-    """Parts of shards that have come from their device, the last used kept.
-
-    Safe to use from several threads; a part is fetched once, unless it had to go meanwhile.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._chunks: OrderedDict[tuple[int, int], Bytes] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def holding(self, number: int, shard: jax.Array, offset: int) -> tuple[int, Bytes]:
-        """The part of shard ``number`` that holds its byte ``offset``, and where it starts."""
-        row_bytes = _row_bytes(shard)
-        rows = max(1, CHUNK_BYTES // max(1, row_bytes))
-        index = offset // (rows * row_bytes)
-        start = index * rows
-        with self._lock:
-            key = (number, index)
-            if key in self._chunks:
-                self._chunks.move_to_end(key)
-            else:
-                while len(self._chunks) >= self._most:
-                    self._chunks.popitem(last=False)
-                self._chunks[key] = _stored_bytes(fetch_rows(shard, start, rows))
-            return start * row_bytes, self._chunks[key]
-
-    def clear(self) -> None:
-        self._chunks.clear()
-
-
-def _row_bytes(shard: jax.Array) -> int:
-    """Stored bytes of one index of the first dim."""
-    return num_bytes(tuple(shard.shape), stored_as(shard.dtype)) // max(1, (*shard.shape, 1)[0])
-
-
-def fetch_rows(shard: jax.Array, start: int, rows: int) -> NDArray[np.generic]:
-    """Rows ``start … start + rows`` of a single-device array, on the host.
-
-    JAX keeps the host copy of an array with it, so what is copied is an array of its own.
-    """
-    with jax.enable_x64(True) if shard.dtype.itemsize == 8 else nullcontext():
-        if not shard.shape or rows >= shard.shape[0]:
-            alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
-            return np.asarray(alone)
-        first = min(start, shard.shape[0] - rows)  # one compiled program for all, the last too
-        return np.asarray(_rows(shard, first, rows))[start - first :]
-
-
-@partial(jax.jit, static_argnums=2)
-def _rows(shard: jax.Array, start: int, rows: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(shard, start, rows)
-
-
-def host_bytes_of(chunks: int, arrays: Mapping[str, Array]) -> int:
-    """The most host memory that ``chunks`` parts of these arrays' shards take."""
-    most = 0
-    for array in arrays.values():
-        if isinstance(array, jax.Array) and not on_host(array):
-            shape = array.sharding.shard_shape(array.shape)
-            row = prod(shape[1:]) * array.dtype.itemsize
-            most = max(most, min(prod(shape) * array.dtype.itemsize, max(row, CHUNK_BYTES)))
-    return chunks * most

@@ -14,6 +14,9 @@ _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see r
 _TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
 _LEAST_BLOCK = 64 << 10
 
+LEAST_BYTES = _LEAST_BLOCK * _BLOCKS_PER_WORKER  # of host memory, with which one thread works
+ONE_THREAD_BYTES = _LEAST_BLOCK * (_BLOCKS_PER_WORKER + _TILES_PER_WORKER)  # what it may hold
+
 
 @dataclass(slots=True)
 class Counts:
@@ -59,13 +62,12 @@ def fit_budget(host_bytes: int, workers: int) -> Budget:
     """
     if workers < 1:
         raise LayoutError(f"{workers} workers; at least 1 is needed.")
-    least = _LEAST_BLOCK * _BLOCKS_PER_WORKER
-    if host_bytes < least:
+    if host_bytes < LEAST_BYTES:
         raise LayoutError(
-            f"{host_bytes} bytes of host memory are too few: one thread needs {least}. "
-            f"Give --host-bytes {least} or more."
+            f"{host_bytes} bytes of host memory are too few: one thread needs {LEAST_BYTES}. "
+            f"Give host_bytes={LEAST_BYTES} (--host-bytes {LEAST_BYTES}) or more."
         )
-    workers = min(workers, host_bytes // least)
+    workers = min(workers, host_bytes // LEAST_BYTES)
     block = _power_of_two(min(BLOCK_BYTES, host_bytes // workers // _BLOCKS_PER_WORKER))
     left = host_bytes // workers - block * _BLOCKS_PER_WORKER
     tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
