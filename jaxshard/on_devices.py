@@ -17,6 +17,7 @@ from .devices import rank_devices, shardings
 from .errors import LayoutError
 from .rules import Rules, layout, rules_for
 from .strategy import Strategy
+from .trees import named_leaves
 
 
 def target_of(
@@ -51,17 +52,13 @@ def strategy_shardings(
 ) -> Mapping[str, NamedSharding]:
     """The sharding of each leaf of ``tree`` under ``strategy``, by its name.
 
-    A leaf's name is its keys joined by dots. ``rules`` go before those of the family that the
-    names tell, or stand alone where they tell none.
+    A leaf's name is its path, joined by dots (see ``trees``). ``rules`` go before those of the
+    family that the names tell, or stand alone where they tell none.
 
     Raises:
         LayoutError: names without a rule, dims that do not divide, too few devices.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)[0]}
     placed = layout(shapes, strategy, _table(list(shapes), rules))
     return shardings(placed, rank_devices(strategy, devices))
 

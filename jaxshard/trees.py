@@ -2,47 +2,56 @@
 
 The name of a leaf is its path, with dots between: ``layers.0.attn.kernel`` for nested
 dicts, lists, Flax and Equinox modules alike. A Flax variable, and a box of Linen, is
-called what it is in: the ``value`` inside adds nothing to its name.
+called what it is in: the ``value`` inside adds nothing to its name. Elsewhere an
+attribute called ``value`` is one like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
-import jax
 from jax.sharding import PartitionSpec, Sharding
-from jax.tree_util import GetAttrKey, PyTreeDef, keystr
+from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
 from .errors import LayoutError, some
 
+#: Flax's classes that hold one value, by name: it need not be installed to be recognised.
+_BOXES = {"Variable", "VariableState", "AxisMetadata"}
 
-def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], PyTreeDef]:
+
+def named_leaves(tree: Any, *, unique: bool = True) -> tuple[list[tuple[str, Any]], PyTreeDef]:
     """The leaves of ``tree`` with their names, and its structure. Specs count as leaves.
 
+    The name of a tree that is a leaf itself is empty.
+
     Raises:
-        LayoutError: two leaves have the same name.
+        LayoutError: two leaves have the same name, and names are to be ``unique``.
 
     >>> [name for name, _ in named_leaves({"a": [1, 2], "b.c": 3})[0]]
     ['a.0', 'a.1', 'b.c']
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_spec)
-    names = [leaf_name(path) for path, _ in paths]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+    found = list(_named(tree))
+    names = [name for name, _ in found]
+    if unique and len(set(names)) < len(names):
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
         raise LayoutError(
             f"{len(twice)} names stand for several leaves of the tree: {some(twice)}. A key with a "
             "dot in it can look like two keys; rename one."
         )
-    return [(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)], structure
+    return found, tree_structure(tree, is_leaf=_is_spec)
 
 
-def leaf_name(path: Sequence[Any]) -> str:
-    """The name of the leaf at ``path``."""
-    keys = tuple(path)
-    if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
-        keys = keys[:-1]
-    return keystr(keys, simple=True, separator=".")
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, node in tree_flatten_with_path(tree, is_leaf=_is_spec_or_box)[0]:
+        for inside, leaf in tree_flatten_with_path(node, is_leaf=_is_spec)[0]:
+            yield _name((*path, *(inside[1:] if _is_box(node) else inside))), leaf
+
+
+def _name(path: Sequence[Any]) -> str:
+    return keystr(tuple(path), simple=True, separator=".")
 
 
 def is_array_like(leaf: Any) -> bool:
@@ -52,3 +61,19 @@ def is_array_like(leaf: Any) -> bool:
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, Sharding | PartitionSpec)
+
+
+def _is_spec_or_box(node: Any) -> bool:
+    return _is_spec(node) or _is_box(node)
+
+
+def _is_box(node: Any) -> bool:
+    kind: type = type(node)
+    return _is_box_type(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_box_type(kind: type) -> bool:
+    return any(
+        base.__name__ in _BOXES and base.__module__.split(".")[0] == "flax" for base in kind.__mro__
+    )

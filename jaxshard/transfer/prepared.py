@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ..errors import LayoutError
+from ..trees import named_leaves
 from . import host_views
 from .geometry import Move, all_device_boxes, device_boxes
 from .report import LeafPlan, ReshardPlan
@@ -229,8 +230,8 @@ def reshard(
             reached within ``device_bytes``, or an array was donated before.
         NotFoundError: the target does not name some arrays.
     """
-    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        _check_alive(jax.tree_util.keystr(path, simple=True, separator="."), x)
+    for name, x in named_leaves(tree, unique=False)[0]:
+        _check_alive(name, x)
     return prepare_reshard(tree, target, donate=donate, device_bytes=device_bytes, route=route)(
         tree
     )
@@ -261,8 +262,8 @@ def gather(
     if host and device is not None:
         raise LayoutError(f"gather: both {device} and the host were asked for. Choose one.")
     if host:
-        named, structure = jax.tree_util.tree_flatten_with_path(tree)
-        found = [_on_host(p, x, from_processes=from_processes) for p, x in named]
+        named, structure = named_leaves(tree, unique=False)
+        found = [_on_host(name, x, from_processes=from_processes) for name, x in named]
         return jax.tree_util.tree_unflatten(structure, found)
     if device is not None:
         return reshard(tree, SingleDeviceSharding(device))
@@ -277,10 +278,7 @@ def _replicated(array: jax.Array) -> NamedSharding:
     return NamedSharding(Mesh(devices, ("device",)), PartitionSpec())
 
 
-def _on_host(
-    path: Sequence[Any], array: jax.Array, *, from_processes: bool
-) -> np.ndarray[Any, Any]:
-    name = jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+def _on_host(name: str, array: jax.Array, *, from_processes: bool) -> np.ndarray[Any, Any]:
     sharding_of(name, array)  # refuses what is on no device
     _check_alive(name, array)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

@@ -5,7 +5,7 @@ Whatever can be said before a byte moves is said here, about all leaves at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from ..devices import placement_of, shardings
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..layout import Layout, check_divides
+from ..trees import named_leaves
 from .geometry import Move
 
 #: What a tree can be taken to; see `reshard`.
@@ -40,9 +41,9 @@ def leaves_of(tree: Any, target: Target) -> tuple[list[Leaf], Any]:
         LayoutError: a leaf is no array with a sharding, or its target cannot hold it.
         NotFoundError: the target says nothing of some leaves.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = [_name(path) for path, _ in paths]
-    arrays = [leaf for _, leaf in paths]
+    named, structure = named_leaves(tree, unique=False)
+    names = [name or "(the array)" for name, _ in named]
+    arrays = [leaf for _, leaf in named]
     wanted = _per_leaf(names, structure, target)
     return [_leaf(*each) for each in zip(names, arrays, wanted, strict=True)], structure
 
@@ -71,10 +72,6 @@ def _leaf(name: str, array: Any, wanted: Any) -> Leaf:
         shape, dtype, impl = data.shape, data.dtype, jax.random.key_impl(array)
     _check_shape(name, target, shape)
     return Leaf(name, Move(shape, np.dtype(dtype), source, target), impl)
-
-
-def _name(path: Sequence[Any]) -> str:
-    return jax.tree_util.keystr(tuple(path), simple=True, separator=".") or "(the array)"
 
 
 def _per_leaf(names: list[str], structure: Any, target: Target) -> list[Any]:
