@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jaxshard import devices
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.loading import load
+from jaxshard.loading.limits import Need, load_budget, share_out
 from jaxshard.loading.memory import aligned_empty, is_aligned
 from jaxshard.opening import open_checkpoint
 from jaxshard.rules import read_rules
 from jaxshard.saving import save
-from jaxshard.storage.budget import Counts
+from jaxshard.storage.budget import ONE_THREAD_BYTES, Counts
+from jaxshard.storage.local import Handles
+from jaxshard.storage.mapping import MappedFiles
 from jaxshard.strategy import Strategy
 from jaxshard.targets import lay_out_for
 
@@ -34,6 +38,13 @@ P = PartitionSpec
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("llama")
     return folder, checkpoints.write_llama(folder, layers=4, num_files=3)
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Devices whose memory the host does not see: what they hold is copied there."""
+    monkeypatch.setattr("jaxshard.loading.placing.adopts", lambda devices: False)
+    monkeypatch.setattr("jaxshard.loading.limits.adopts", lambda devices: False)
 
 
 def mesh_of(*axes: tuple[str, int]) -> Mesh:
@@ -103,6 +114,29 @@ def test_rules_of_ones_own_go_first(llama):
     arrays = load(folder, "mp8", rules=rules)
     check(arrays, expected)
     assert arrays["model.layers.0.self_attn.q_proj.weight"].sharding.spec == P(None, "mp")
+
+
+def test_rules_of_ones_own_go_with_a_mesh_of_ones_own(llama):
+    folder, expected = llama
+    mesh = mesh_of(("data", 2), ("model", 4))
+    rules = read_rules('[specs]\n"*.q_proj.weight" = "-,mp"\n"*norm.weight" = "mp"\n')
+    arrays = load(folder, mesh, rules=rules)
+    check(arrays, expected)
+    assert arrays["model.layers.0.self_attn.q_proj.weight"].sharding == NamedSharding(
+        mesh, P(None, "model")
+    )
+    assert arrays["model.norm.weight"].sharding == NamedSharding(mesh, P("model"))
+
+
+def test_a_mapping_of_names_to_specs_is_a_target(llama):
+    folder, expected = llama
+    mesh = mesh_of(("a", 4), ("b", 2))
+    specs = {n: P("b") if "norm" in n else P("a", "b") for n in expected}
+    arrays = load(folder, specs, devices=mesh)
+    check(arrays, expected)
+    assert {n: a.sharding for n, a in arrays.items()} == {
+        n: NamedSharding(mesh, spec) for n, spec in specs.items()
+    }
 
 
 def test_a_function_of_the_name_is_a_target(llama):
@@ -321,6 +355,24 @@ def test_a_loaded_tree_is_donated_and_then_updated_in_place(llama):
     check(twice, expected)
 
 
+def test_a_tree_that_owns_its_memory_is_updated_in_place_by_the_first_step(llama):
+    folder, expected = llama
+    tree = load(folder, "dp2mp4", owned=True)
+    check(tree, expected)
+    where = {n: _pointers(a) for n, a in tree.items()}
+    together = [p for pointers in where.values() for p in pointers]
+    assert len(set(together)) == len(together)  # replicas too have memory of their own
+    step = jax.jit(lambda t: jax.tree.map(lambda x: -x, t), donate_argnums=0)
+    once = jax.block_until_ready(step(tree))
+    assert {n: _pointers(a) for n, a in once.items()} == where
+    check(once, {name: -array for name, array in expected.items()})
+
+
+def test_memory_of_ones_own_and_that_of_the_file_exclude_each_other(llama):
+    with pytest.raises(LayoutError, match="Choose one"):
+        load(llama[0], "mp2", mmap=True, owned=True)
+
+
 def _pointers(array: jax.Array) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
@@ -343,8 +395,22 @@ def test_mapped_files_give_the_same_arrays(llama, tmp_path, strategy, monkeypatc
     arrays = load(tmp_path / "aligned", strategy, mmap=True, counted=counts.append)
     check(arrays, expected)
     assert counts[0].bytes_read < sum(a.nbytes for a in expected.values()) / 2
+
+
+def test_the_environment_has_bytes_looked_at_where_they_lie(llama, monkeypatch):
+    folder, expected = llama
+    lent, read = [], []
+    lend, read_into = MappedFiles.lend, Handles.read_into
+    monkeypatch.setattr(MappedFiles, "lend", lambda *a: lent.append(a[3]) or lend(*a))
+    monkeypatch.setattr(Handles, "read_into", lambda *a: read.append(len(a[3])) or read_into(*a))
+    whole = SingleDeviceSharding(jax.devices()[0])
     monkeypatch.setenv("JAXSHARD_IO", "mmap")
-    check(load(folder, strategy), expected)
+    check(load(open_checkpoint(folder), whole), expected)
+    assert sum(lent) == sum(a.nbytes for a in expected.values())
+    headers = sum(read)
+    monkeypatch.setenv("JAXSHARD_IO", "pread")
+    check(load(open_checkpoint(folder), whole), expected)
+    assert sum(lent) == sum(read) - 2 * headers
 
 
 def test_mapped_tensors_lie_in_the_file_until_it_is_replaced(tmp_path):
@@ -366,12 +432,11 @@ def test_the_environment_may_not_ask_for_what_there_is_not(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("in_flight", [1, 1 << 30])
-def test_staging_through_the_host_gives_the_same_arrays(llama, monkeypatch, in_flight):
+def test_staging_through_the_host_gives_the_same_arrays(llama, monkeypatch, unseen, in_flight):
     folder, expected = llama
-    monkeypatch.setattr("jaxshard.loading.placing.adopts", lambda devices: False)
-    monkeypatch.setattr("jaxshard.loading.limits.adopts", lambda devices: False)
-    monkeypatch.setattr("jaxshard.loading.in_flight_limit", lambda *a: in_flight)
-    check(load(folder, "dp2mp4", workers=4), expected)
+    budget = load_budget(64 << 20, workers=4)
+    monkeypatch.setattr("jaxshard.loading.share_out", lambda *_: (budget, in_flight))
+    check(load(folder, "dp2mp4"), expected)
 
 
 # --- dtypes -----------------------------------------------------------------------------
@@ -470,7 +535,10 @@ def test_all_that_does_not_fit_is_said_in_one_report(tmp_path):
     with pytest.raises(NotFoundError) as caught:
         load(tmp_path, tree)
     said = str(caught.value)
+    assert "1 names of the target are not among" in said
     assert "a.wieght" in said
+    assert "1 tensors of" in said
+    assert "are not in the target: a.weight." in said
     assert "Did you mean a.weight?" in said
     assert "b.weight: the target has shape (4, 6), the checkpoint (6, 4)" in said
     assert "Pad it to 8" in said
@@ -558,10 +626,32 @@ def test_a_budget_that_no_thread_fits_is_refused(llama):
         load(llama[0], "mp2", host_bytes=1000)
 
 
-def test_a_tensor_larger_than_the_budget_in_flight_is_refused(llama, monkeypatch):
-    monkeypatch.setattr("jaxshard.loading.limits.adopts", lambda devices: False)
+def test_a_tensor_larger_than_the_budget_in_flight_is_refused_with_a_number_that_works(
+    llama, unseen
+):
+    folder, expected = llama
+    with pytest.raises(LayoutError, match="on their way to the devices") as caught:
+        load(folder, "mp2", host_bytes=64 * 8 << 10)
+    told = re.findall(r"Give host_bytes=(\d+) or more", str(caught.value))
+    check(load(folder, "mp2", host_bytes=int(told[0])), expected)
     with pytest.raises(LayoutError, match="on their way to the devices"):
-        load(llama[0], "mp2", host_bytes=64 * 8 << 10, workers=1)
+        load(folder, "mp2", host_bytes=int(told[0]) - 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8, 64])
+def test_what_is_in_flight_and_what_is_read_into_are_within_the_budget(workers):
+    default = 256 << 20
+    for largest in (1, 30 << 20, default - ONE_THREAD_BYTES):
+        budget, in_flight = share_out(Need(0, largest), default, workers)
+        assert in_flight is not None
+        assert in_flight >= largest
+        assert budget.host_bytes + in_flight <= default
+    assert share_out(Need(1 << 40, 0), default, workers)[1] is None
+
+
+def test_no_budget_at_all_is_not_the_default(llama):
+    with pytest.raises(LayoutError, match="too few"):
+        load(llama[0], "mp2", host_bytes=0)
 
 
 def test_names_are_chosen_by_expressions(llama):

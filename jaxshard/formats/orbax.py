@@ -4,14 +4,13 @@
     default/_METADATA …                a step of a CheckpointManager has its item in a folder
 
 Where an array's bytes lie in the files is Orbax's to know. So a tensor here is one piece,
-whose "file" is the tensor's number; whoever reads it asks `Restored` for its elements.
+whose "file" is the tensor's number; whoever reads it asks ``orbax_restored`` for its elements.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -22,17 +21,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
-from numpy.typing import NDArray
 
 from ..box import Box
 from ..catalog import Catalog, File, Model, Piece, Tensor
-from ..elements import numpy_dtype, stored_as
+from ..elements import stored_as
 from ..errors import FormatError, JaxshardError, LayoutError, StorageError, some
 from . import huggingface
 from .orbax_names import ITEM_FILES, item_folder
 
 Tree = Any
 Asked = tuple[np.dtype[np.generic], Sharding]
+
+_GROUP_BYTES = 256 << 20
 
 
 def read(root: str, files: Sequence[str]) -> Catalog:
@@ -62,79 +62,92 @@ def read(root: str, files: Sequence[str]) -> Catalog:
     )
 
 
-def load(catalog: Catalog, asked: Mapping[str, Asked]) -> dict[str, jax.Array]:
+def load(
+    catalog: Catalog, asked: Mapping[str, Asked], group_bytes: int = _GROUP_BYTES
+) -> dict[str, jax.Array]:
     """The arrays ``asked`` for by name, each with its dtype and sharding.
 
-    Orbax reads the parts that this process's devices hold.
+    Orbax reads the parts that this process's devices hold, of as many tensors at a time as
+    have ``group_bytes`` together; of one, if it alone has more.
 
     Raises:
         FormatError: Orbax cannot read them.
     """
-    arguments = {
-        name: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
-        for name, (dtype, sharding) in asked.items()
-    }
-    wide = any(dtype.itemsize == 8 for dtype, _ in asked.values())
-    found = _restore(catalog, arguments, wide=wide)
-    for name, array in found.items():
-        _check(name, array, catalog.tensors[name].shape, asked[name][0])
+    item, found = Item(catalog.root), dict[str, jax.Array]()
+    for names in groups({n: catalog.tensors[n].num_bytes for n in asked}, group_bytes):
+        arguments = {
+            name: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
+            for name, (dtype, sharding) in ((n, asked[n]) for n in names)
+        }
+        wide = any(asked[n][0].itemsize == 8 for n in names)
+        for name, array in item.restore(arguments, wide=wide).items():
+            check(name, array, catalog.tensors[name].shape, asked[name][0])
+            found[name] = array
     return found
 
 
-class Restored:
-    """The tensors of an Orbax checkpoint as bytes, for the engine.
+def groups(sizes: Mapping[str, int], most_bytes: int) -> Iterator[list[str]]:
+    """Names, in their order, in groups of at most ``most_bytes``, and at least one each.
 
-    A tensor is restored whole when its first byte is asked for, and dropped once its last
-    has been read. Safe to use from several threads.
+    >>> list(groups({"a": 3, "b": 2, "c": 9, "d": 1}, most_bytes=5))
+    [['a', 'b'], ['c'], ['d']]
+    """
+    group, total = list[str](), 0
+    for name, size in sizes.items():
+        if group and total + size > most_bytes:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += size
+    if group:
+        yield group
+
+
+class Item:
+    """An Orbax item, whose metadata is read once for all that is restored from it.
+
+    Attributes:
+        leaves: what the metadata says of each leaf, by name.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self._names = [file.path for file in catalog.files]
-        self._locks = [threading.Lock() for _ in self._names]
-        self._held: dict[int, NDArray[np.uint8]] = {}
-        self._left: dict[int, int] = {}
-
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from byte ``offset`` of the tensor that is ``piece``.
+    def __init__(self, where: str) -> None:
+        """Find its leaves.
 
         Raises:
-            FormatError: Orbax cannot read it.
+            FormatError: Orbax cannot read the metadata.
         """
-        number = piece.file
-        with self._locks[number]:
-            if number not in self._held:
-                self._held[number] = self._restored(self._names[number])
-                self._left[number] = self._held[number].size
-            data = self._held[number]
-            self._left[number] -= len(buffer)
-            if self._left[number] <= 0:
-                del self._held[number]
-        np.frombuffer(buffer, np.uint8)[...] = data[offset : offset + len(buffer)]
+        self._where = Path(where).absolute()
+        with quiet():
+            paths, self._structure = tree_flatten_with_path(_metadata(where))
+        self._names = [_name(path) for path, _ in paths]
+        self.leaves = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
 
-    def read_views(self, piece: Piece, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill ``views`` one after the other, from byte ``offset`` of the tensor."""
-        for view in views:
-            self.read(piece, offset, view)
-            offset += len(view)
+    def restore(self, arguments: Mapping[str, ocp.RestoreArgs], *, wide: bool) -> dict[str, Any]:
+        """The leaves that ``arguments`` names; the others are not read.
 
-    def check_unchanged(self) -> None:
-        """Orbax writes a checkpoint once, under a name of its own."""
-
-    def check_checksums(self) -> None:
-        """Orbax's files check themselves when they are read."""
-
-    def close(self) -> None:
-        """Let go of what is held."""
-        self._held.clear()
-
-    def _restored(self, name: str) -> NDArray[np.uint8]:
-        tensor = self._catalog.tensors[name]
-        wanted = numpy_dtype(tensor.dtype)
-        arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=wanted)}
-        array = _restore(self._catalog, arguments, wide=wanted.itemsize == 8)[name]
-        _check(name, array, tensor.shape, wanted)
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        Raises:
+            FormatError: Orbax cannot read them.
+        """
+        wanted = [0 if n in arguments else ocp.PLACEHOLDER for n in self._names]
+        how = [arguments.get(n, ocp.RestoreArgs()) for n in self._names]
+        with quiet(), _wide(wide):
+            reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+            try:
+                found = reader.restore(
+                    self._where,
+                    args=ocp.args.PyTreeRestore(
+                        tree_unflatten(self._structure, wanted),
+                        restore_args=tree_unflatten(self._structure, how),
+                    ),
+                )
+            except Exception as error:  # Orbax raises a bare Exception of damaged data
+                raise FormatError(
+                    f"{self._where}: Orbax cannot read {some(arguments)}: {said(error)}."
+                ) from error
+            finally:
+                reader.close()
+        leaves = tree_leaves(found, is_leaf=lambda x: x is ocp.PLACEHOLDER)
+        return {n: leaf for n, leaf in zip(self._names, leaves, strict=True) if n in arguments}
 
 
 def write(place: Path, tree: Tree) -> None:
@@ -144,12 +157,12 @@ def write(place: Path, tree: Tree) -> None:
         StorageError: Orbax cannot write it.
     """
     leaves = tree_leaves(tree)
-    with _quiet(), _wide(any(leaf.dtype.itemsize == 8 for leaf in leaves)):
+    with quiet(), _wide(any(leaf.dtype.itemsize == 8 for leaf in leaves)):
         saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
             saver.save(place.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
         except Exception as error:  # Orbax raises a bare Exception, among others
-            raise StorageError(f"{place}: Orbax could not write it: {_said(error)}.") from error
+            raise StorageError(f"{place}: Orbax could not write it: {said(error)}.") from error
         finally:
             saver.close()
 
@@ -174,7 +187,7 @@ def _metadata(where: str) -> Tree:
         item = reader.metadata(Path(where).absolute()).item_metadata
     except Exception as error:  # Orbax raises a bare Exception, among others
         raise FormatError(
-            f"{where}: Orbax cannot read its metadata: {_said(error)}. Fetch it again."
+            f"{where}: Orbax cannot read its metadata: {said(error)}. Fetch it again."
         ) from error
     finally:
         reader.close()
@@ -187,7 +200,7 @@ def _metadata(where: str) -> Tree:
 
 def _leaves(where: str) -> tuple[dict[str, Any], list[str]]:
     """The arrays' metadata by name; and what a person should know."""
-    with _quiet():
+    with quiet():
         tree = _metadata(where)
     found, others = {}, []
     for path, leaf in tree_flatten_with_path(tree)[0]:
@@ -204,32 +217,12 @@ def _leaves(where: str) -> tuple[dict[str, Any], list[str]]:
     return found, [note] if others else []
 
 
-def _restore(
-    catalog: Catalog, arguments: Mapping[str, ocp.RestoreArgs], *, wide: bool
-) -> dict[str, Any]:
-    """The leaves that ``arguments`` names; the others are not read."""
-    with _quiet(), _wide(wide):
-        paths, structure = tree_flatten_with_path(_metadata(catalog.root))
-        names = [_name(path) for path, _ in paths]
-        where = Path(catalog.root).absolute()
-        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        try:
-            item = tree_unflatten(
-                structure, [0 if n in arguments else ocp.PLACEHOLDER for n in names]
-            )
-            how = tree_unflatten(structure, [arguments.get(n, ocp.RestoreArgs()) for n in names])
-            found = reader.restore(where, args=ocp.args.PyTreeRestore(item, restore_args=how))
-        except Exception as error:  # Orbax raises a bare Exception of damaged data
-            raise FormatError(
-                f"{where}: Orbax cannot read {some(arguments)}: {_said(error)}."
-            ) from error
-        finally:
-            reader.close()
-    leaves = tree_leaves(found, is_leaf=lambda x: x is ocp.PLACEHOLDER)
-    return {n: leaf for n, leaf in zip(names, leaves, strict=True) if n in arguments}
+def check(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    """Refuse an array that is not what the metadata says.
 
-
-def _check(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    Raises:
+        FormatError: with what it is.
+    """
     if tuple(array.shape) != shape or np.dtype(array.dtype) != dtype:
         raise FormatError(
             f"{name}: Orbax returned {array.dtype} {tuple(array.shape)}, its metadata says "
@@ -241,7 +234,8 @@ def _name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """The first line of what Orbax says of an error; it says a lot."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -251,7 +245,7 @@ def _wide(wide: bool) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Orbax warns of what is meant here: no sharding given, a target given per leaf."""
     logger = logging.getLogger("absl")
     level = logger.level

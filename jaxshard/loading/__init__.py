@@ -13,14 +13,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from ..catalog import Catalog
-from ..conversion import default_budget
-from ..errors import CoverageError, some
+from ..errors import CoverageError, LayoutError, some
 from ..mapping import Mapping, find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..opening import PathLike, open_checkpoint
@@ -30,11 +29,11 @@ from ..storage.budget import Counts
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
 from .carrying import carry
-from .limits import check_dtypes, check_memory, in_flight_limit, load_budget, need_of
+from .limits import check_dtypes, check_memory, need_of, share_out
 from .orbax_loading import restore, restored_by_orbax
 from .sources import file_source
 from .targeting import Devices, asked_dtype, resolve
-from .wanted import Want, jobs
+from .wanted import Want, files_of, jobs
 
 __all__ = ["load"]
 
@@ -55,6 +54,7 @@ def load(
     name_of: Callable[[str], str] | None = None,
     names: Mapping | str | None = None,
     mmap: bool = False,
+    owned: bool = False,
     strategy: PathLike | None = None,
     suffix: str | None = None,
     workers: int | None = None,
@@ -65,8 +65,7 @@ def load(
     """The tensors of a checkpoint as arrays: ``{name: jax.Array}``, or the tree given as target.
 
     Arrays can be donated, and do not depend on the files (but see ``mmap``). On CPU devices
-    they are the memory that was read into, and replicas share it until one is donated: XLA
-    copies what it was given by the host before it writes there.
+    they are the memory that was read into, which replicas share (but see ``owned``).
 
     Args:
         source: a checkpoint, or its path.
@@ -92,6 +91,9 @@ def load(
         mmap: use tensors where they lie in the files, if they are aligned as files written by
             jaxshard are. Nobody may change those files in place while the arrays live: what
             is written there shows through, and truncating one kills the process.
+        owned: have arrays on CPU devices in memory of XLA's own, each replica in its own. XLA
+            writes to no other: the first step to which other arrays are donated makes new
+            ones, and memory is twice the arrays until it is done. Slower, by a copy.
         strategy: the strategy files of a source cut into ranks.
         suffix: which of several files a rank the source has.
         workers: threads; by default one a core, at most 8.
@@ -107,6 +109,12 @@ def load(
         LayoutError: the target does not fit the tensors, the devices or the memory.
         StorageError: the disk refused.
     """
+    if mmap and owned:
+        raise LayoutError(
+            "mmap=True uses tensors where they lie in the files, owned=True copies them to memory "
+            "of their own. Choose one."
+        )
+    how = _How(host_bytes, _cores() if workers is None else workers, mmap, owned)
     processes = processes_of_jax(timeout_s) if balanced else Processes()
     with processes.about(str(getattr(source, "root", source))).together("loading"):
         catalog = (
@@ -129,38 +137,48 @@ def load(
             name_of=name_of,
             missed=missed(names, include, exclude),
         )
-        if restored_by_orbax(catalog, wanted.wants):
-            return wanted.build(restore(catalog, wanted.wants))
-        first = spread(wanted.wants) if balanced else list(wanted.wants)
-        extra = kept_bytes(first, wanted.wants)
-        with _told_of_hosts(catalog):
-            arrays, counts = _read(catalog, first, host_bytes, workers or _cores(), mmap, extra)
-    if balanced:
+        by_orbax = restored_by_orbax(catalog, wanted.wants) and not owned
+        if by_orbax:
+            arrays, counts = restore(catalog, wanted.wants, host_bytes)
+        else:
+            first = spread(wanted.wants) if balanced else list(wanted.wants)
+            extra = kept_bytes(first, wanted.wants)
+            with _told_of_hosts(catalog):
+                arrays, counts = _read(catalog, first, how, extra)
+    if balanced and not by_orbax:
         arrays = gathered(arrays, wanted.wants)
     if counted is not None:
         counted(counts)
     return wanted.build(arrays)
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How bytes are read, as the caller of ``load`` says."""
+
+    host_bytes: int | None
+    workers: int
+    mmap: bool
+    owned: bool
+
+
 def _read(
-    catalog: Catalog,
-    wants: Sequence[Want],
-    host_bytes: int | None,
-    workers: int,
-    mmap: bool,
-    extra_bytes: int,
+    catalog: Catalog, wants: Sequence[Want], how: _How, extra_bytes: int
 ) -> tuple[list[jax.Array], Counts]:
     """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
     found = jobs(wants)
     todo = [job for job, _ in found]
-    need, budget = need_of(todo, extra_bytes), load_budget(host_bytes or default_budget(), workers)
-    in_flight = in_flight_limit(need, host_bytes, budget)
-    check_memory(need, budget, in_flight)
+    need = need_of(todo, extra_bytes, adopted=not how.owned)
+    budget, in_flight = share_out(need, how.host_bytes, how.workers)
+    check_memory(need, budget.host_bytes, in_flight or 0)
     check_dtypes(todo)
     files = open_source(catalog)
     try:
-        source = file_source(catalog, files, mmap=mmap)
-        made, counts = carry(todo, source, budget=budget, in_flight_bytes=in_flight)
+        files.check_checksums(files_of(todo))
+        source = file_source(catalog, files, mmap=how.mmap)
+        made, counts = carry(
+            todo, source, budget=budget, in_flight_bytes=in_flight, adopted=not how.owned
+        )
         files.check_unchanged()
     finally:
         files.close()

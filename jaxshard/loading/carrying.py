@@ -46,6 +46,7 @@ def carry(
     *,
     budget: Budget,
     in_flight_bytes: int | None = None,
+    adopted: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[list[jax.Array]], Counts]:
     """The arrays of every job, and the counts of what was read.
@@ -56,17 +57,19 @@ def carry(
         budget: threads and the size of their blocks.
         in_flight_bytes: the most memory of shards that are not placed yet; None where
             placing keeps the memory.
+        adopted: whether CPU devices use the memory that was read into.
         progress: told of bytes as they are read.
     """
-    carried = _Carried(jobs, source, in_flight_bytes)
+    carried = _Carried(jobs, source, in_flight_bytes, adopted=adopted)
     counts = run(
         carried.moves(),
-        carried.read,
+        source.read,
         carried.write,
         budget=budget,
         progress=progress,
         place=carried.place,
         lend=source.lend,
+        stopped=carried.stop,
     )
     return carried.arrays(), counts
 
@@ -79,14 +82,21 @@ class _Carried:
         LayoutError: a shard would cut through a byte of a packed dtype.
     """
 
-    def __init__(self, jobs: Sequence[Job], source: Source, in_flight_bytes: int | None) -> None:
-        self._jobs, self._source, self._most = jobs, source, in_flight_bytes
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        source: Source,
+        in_flight_bytes: int | None,
+        *,
+        adopted: bool = True,
+    ) -> None:
+        self._jobs, self._most, self._adopted = jobs, in_flight_bytes, adopted
         given = [source.given(job) for job in jobs]
         self._todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
         self._memory: dict[str, JobMemory] = {}
         self._done: dict[str, list[jax.Array]] = {}
         self._in_flight = 0
-        self._failed = False
+        self._stopped = False
         self._changed = threading.Condition()
 
     def moves(self) -> Iterator[Move]:
@@ -94,7 +104,7 @@ class _Carried:
         for job, given, move in self._todo:
             if not self._wait_for_room(job.num_bytes):
                 return
-            memory = JobMemory(job, given)
+            memory = JobMemory(job, given, adopted=self._adopted)
             if move is None:
                 self._finish(memory)
                 continue
@@ -104,29 +114,18 @@ class _Carried:
             self._memory[job.tensor.name] = memory
             yield move
 
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
-        try:
-            self._source.read(piece, offset, buffer)
-        except BaseException:
-            self._fail()
-            raise
-
     def place(self, move: Move, target: int, offset: int, num_bytes: int) -> memoryview | None:
         return self._memory[move.name].place(move.targets[target].ranks, offset, num_bytes)
 
     def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
-        try:
-            memory = self._memory[move.name]
-            shards = move.targets[target].ranks
-            memory.fill(shards, offset, buffer)
-            with self._changed:
-                memory.left_bytes -= len(buffer) * len(shards)
-                full = not memory.left_bytes
-            if full:
-                self._finish(self._memory.pop(move.name))
-        except BaseException:
-            self._fail()
-            raise
+        memory = self._memory[move.name]
+        shards = move.targets[target].ranks
+        memory.fill(shards, offset, buffer)
+        with self._changed:
+            memory.left_bytes -= len(buffer) * len(shards)
+            full = not memory.left_bytes
+        if full:
+            self._finish(self._memory.pop(move.name))
         return len(shards)
 
     def arrays(self) -> list[list[jax.Array]]:
@@ -134,24 +133,25 @@ class _Carried:
 
     def _finish(self, memory: JobMemory) -> None:
         job = memory.job
-        self._done[job.tensor.name] = place(job, memory.shards)
+        self._done[job.tensor.name] = place(job, memory.shards, adopted=self._adopted)
         memory.shards.clear()
         with self._changed:
             self._in_flight -= job.num_bytes
             self._changed.notify_all()
 
     def _wait_for_room(self, num_bytes: int) -> bool:
-        """Wait until ``num_bytes`` more may be in flight; False if the load has failed."""
+        """Wait until ``num_bytes`` more may be in flight; False if the load has stopped."""
         with self._changed:
             most = self._most
             while most is not None and self._in_flight and self._in_flight + num_bytes > most:
-                if self._failed:
+                if self._stopped:
                     return False
                 self._changed.wait()
             self._in_flight += num_bytes
         return True
 
-    def _fail(self) -> None:
+    def stop(self) -> None:
+        """Begin nothing more: a thread has failed, wherever it was, or all is done."""
         with self._changed:
-            self._failed = True
+            self._stopped = True
             self._changed.notify_all()

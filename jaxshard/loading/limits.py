@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ..conversion import default_budget
 from ..errors import LayoutError
-from ..storage.budget import Budget, fit_budget
+from ..storage.budget import LEAST_BYTES, ONE_THREAD_BYTES, Budget, fit_budget
 from .placing import adopts, keeping_64_bits
 from .wanted import Job
 
@@ -46,49 +47,62 @@ class Need:
     largest_bytes: int
 
 
-def need_of(jobs: Sequence[Job], extra_bytes: int = 0) -> Need:
-    """What the jobs take in host memory, apart from the engine's blocks, and ``extra_bytes``."""
+def need_of(jobs: Sequence[Job], extra_bytes: int = 0, *, adopted: bool = True) -> Need:
+    """What the jobs take in host memory, apart from the engine's blocks, and ``extra_bytes``.
+
+    Arrays on CPU devices are what was read into if that is ``adopted``, and copies if not.
+    """
     kept, largest = extra_bytes, 0
     for job in jobs:
-        if adopts([device for use in job.uses for device, _ in use]):
+        is_seen = adopts([device for use in job.uses for device, _ in use])
+        if is_seen and adopted:
             kept += job.num_bytes
         else:
             largest = max(largest, job.num_bytes)
+        if is_seen and not adopted:
+            kept += sum(job.shards[number].num_bytes for use in job.uses for _, number in use)
     return Need(kept, largest)
 
 
-def in_flight_limit(need: Need, host_bytes: int | None, budget: Budget) -> int | None:
-    """The most bytes of shards in flight to devices; None where all stay in host memory.
+def share_out(need: Need, host_bytes: int | None, workers: int) -> tuple[Budget, int | None]:
+    """Threads and blocks, and the most bytes of shards in flight to devices.
+
+    The latter is None where all shards stay in host memory. Where a person says how much
+    there is, one tensor's shards come first, and blocks get at most half of what is left:
+    so the next tensor can be read while one is on its way.
 
     Raises:
-        LayoutError: one tensor's shards take more than ``host_bytes`` allows.
+        LayoutError: ``host_bytes`` is less than one thread and the largest tensor need.
     """
+    limit = default_budget() if host_bytes is None else host_bytes
     if not need.largest_bytes:
-        return None
+        return load_budget(limit, workers), None
     if host_bytes is None:
-        return max(2 * need.largest_bytes, budget.host_bytes)
-    left = host_bytes - budget.host_bytes
-    if left < need.largest_bytes:
+        budget = load_budget(limit, workers)
+        return budget, max(2 * need.largest_bytes, budget.host_bytes)
+    left = host_bytes - need.largest_bytes
+    if left < ONE_THREAD_BYTES:
         raise LayoutError(
             f"host_bytes={host_bytes}: the shards of one tensor take {need.largest_bytes} bytes on "
-            f"their way to the devices, and reading takes {budget.host_bytes}. Give host_bytes="
-            f"{need.largest_bytes + budget.host_bytes} or more."
+            f"their way to the devices, and reading at least {ONE_THREAD_BYTES}. Give host_bytes="
+            f"{need.largest_bytes + ONE_THREAD_BYTES} or more."
         )
-    return left
+    budget = load_budget(max(LEAST_BYTES, left // 2), workers)
+    return budget, host_bytes - budget.host_bytes
 
 
-def check_memory(need: Need, budget: Budget, in_flight_bytes: int | None) -> None:
+def check_memory(need: Need, reading_bytes: int, in_flight_bytes: int = 0) -> None:
     """Refuse a load that this machine has not the memory for.
 
     Raises:
         LayoutError: with what is needed and what there is.
     """
-    total = need.kept_bytes + (in_flight_bytes or 0) + budget.host_bytes
+    total = need.kept_bytes + in_flight_bytes + reading_bytes
     there = available_bytes()
     if there is not None and total + _SPARE_BYTES > there:
         raise LayoutError(
             f"the load needs {total} bytes of host memory (arrays {need.kept_bytes}, on their way "
-            f"{in_flight_bytes or 0}, reading {budget.host_bytes}), and {there} are available. "
+            f"{in_flight_bytes}, reading {reading_bytes}), and {there} are available. "
             "Load fewer tensors with include=, another dtype=, or onto more machines."
         )
 

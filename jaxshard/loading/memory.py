@@ -16,6 +16,7 @@ from .wanted import Job, Shard
 Bytes = NDArray[np.uint8]
 
 ALIGNMENT = 64  # what XLA's CPU backend asks of memory that it uses in place
+_OFF = 16  # the largest element
 
 
 def aligned_empty(num_bytes: int) -> Bytes:
@@ -30,6 +31,15 @@ def _allocated(num_bytes: int) -> tuple[Bytes, Prepare | None]:
     memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + num_bytes], None
+
+
+def _allocated_off(num_bytes: int) -> tuple[Bytes, Prepare | None]:
+    """The same, not aligned as the backend asks, though well enough for every element."""
+    memory, prepare = _allocated(num_bytes + _OFF)
+    if prepare is None:
+        return memory[_OFF:], None
+    made = prepare  # told to the checker of types: it is there
+    return memory[_OFF:], lambda offset, num_bytes: made(offset + _OFF, num_bytes)
 
 
 def is_aligned(memory: Bytes) -> bool:
@@ -47,11 +57,15 @@ class JobMemory:
 
     __slots__ = ("_direct", "_prepare", "job", "left_bytes", "shards")
 
-    def __init__(self, job: Job, given: dict[int, Bytes]) -> None:
-        """Allocate all shards but those of ``given``, which are filled already."""
+    def __init__(self, job: Job, given: dict[int, Bytes], *, adopted: bool = True) -> None:
+        """Allocate all shards but those of ``given``, which are filled already.
+
+        What is not to be ``adopted`` lies where the backend does not use it in place.
+        """
         self.job = job
+        allocate = _allocated if adopted else _allocated_off
         made = [
-            (given[i], None) if i in given else _allocated(shard.num_bytes)
+            (given[i], None) if i in given else allocate(shard.num_bytes)
             for i, shard in enumerate(job.shards)
         ]
         self.shards = [memory for memory, _ in made]

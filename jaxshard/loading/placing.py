@@ -1,7 +1,8 @@
 """Placing: from filled memory to ``jax.Array``.
 
     CPU     the memory becomes the array's own; replicas share it
-    others  one transfer for each distinct shard, replicas copied from device to device
+    others  one transfer for each distinct shard, replicas copied from device to device;
+            the CPU as well, where arrays are to own their memory
 
 Both ways make an array from what each device of this process gets: ``device_put`` of a
 whole NumPy array would, on several processes, gather it from all of them to compare.
@@ -28,16 +29,17 @@ def adopts(devices: Sequence[jax.Device]) -> bool:
     return all(device.platform == "cpu" for device in devices)
 
 
-def place(job: Job, memory: Sequence[Bytes]) -> list[jax.Array]:
+def place(job: Job, memory: Sequence[Bytes], *, adopted: bool = True) -> list[jax.Array]:
     """The arrays of a job whose shards are in ``memory``, one for each want.
 
-    Where host memory is copied to the device, the copy is complete.
+    Where host memory is copied to the device, the copy is complete. CPU devices copy it too if
+    it is not to be ``adopted``, and lies so that they cannot.
     """
     shards = [as_array(m, shard) for m, shard in zip(memory, job.shards, strict=True)]
     arrays = []
     for want, use in zip(job.wants, job.uses, strict=True):
         with keeping_64_bits(want.dtype.itemsize):
-            if adopts([device for device, _ in use]):
+            if adopted and adopts([device for device, _ in use]):
                 arrays.append(_adopted(job, want, use, shards))
             else:
                 arrays.append(_transferred(job, want, use, shards))

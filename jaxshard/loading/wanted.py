@@ -10,7 +10,7 @@ files and makes no array.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,18 @@ def jobs(wants: Sequence[Want]) -> tuple[tuple[Job, tuple[int, ...]], ...]:
         by_tensor.setdefault(want.tensor.name, []).append(number)
     found = [(_job([wants[n] for n in numbers]), tuple(numbers)) for numbers in by_tensor.values()]
     return tuple(sorted(found, key=lambda item: _first_byte(item[0].tensor)))
+
+
+def files_of(jobs: Iterable[Job]) -> Iterator[int]:
+    """The numbers of the files that ``jobs`` are read from, some of them several times."""
+    for job in jobs:
+        move = job.move()
+        if move is None:
+            continue
+        for cell in move.cells:
+            yield from (move.pieces[i][0].file for i, _ in cell.sources)
+        for operand in move.operands:
+            yield from (piece.file for piece in operand.pieces)
 
 
 def _job(wants: Sequence[Want]) -> Job:

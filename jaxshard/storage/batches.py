@@ -30,10 +30,15 @@ class Batch:
 
 
 class Shared(Generic[T]):
-    """An iterator that several threads take from."""
+    """An iterator that several threads take from.
 
-    def __init__(self, items: Iterator[T]) -> None:
+    ``stopped`` is called when there is nothing more to be had, for whatever reason: one thread
+    may wait inside ``items`` for what another, which has failed, will never do.
+    """
+
+    def __init__(self, items: Iterator[T], stopped: Callable[[], None] | None = None) -> None:
         self._items, self._lock, self._stopped = items, threading.Lock(), False
+        self._tell = stopped
 
     def next(self) -> T | None:
         """The next item, or None: there is none left, or somebody said stop."""
@@ -43,6 +48,8 @@ class Shared(Generic[T]):
     def stop(self) -> None:
         """Give nothing more to anybody."""
         self._stopped = True
+        if self._tell:
+            self._tell()
 
 
 def in_threads(jobs: Sequence[Callable[[Shared[T]], None]], source: Shared[T]) -> None:

@@ -55,15 +55,17 @@ def run(
     progress: Callable[[int], None] | None = None,
     place: Place | None = None,
     lend: Lend | None = None,
+    stopped: Callable[[], None] | None = None,
 ) -> Counts:
     """Carry out ``moves``; the counts of what was done.
 
     ``progress`` is told the bytes written since it was last told, from any thread.
-    The first error of any thread stops all of them and is raised.
+    The first error of any thread stops all of them and is raised; ``stopped`` is called then,
+    so that ``moves`` can stop waiting for what will not be done (and at the end as well).
     """
     ends = Ends(read, write, place, lend)
     workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
-    in_threads([w.work for w in workers], Shared(_batches(moves, budget, place)))
+    in_threads([w.work for w in workers], Shared(_batches(moves, budget, place), stopped))
     return sum((w.counts for w in workers), Counts())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,24 +39,37 @@ class SourceFiles:
         changed = [f.path for f in self._files if f.mtime_ns and _state(f, now) != f]
         if changed:
             raise FormatError(
-                f"{some(changed)} of {self._folder.root} changed while being read. Convert again "
-                "when nothing writes there."
+                f"{some(changed)} of {self._folder.root} changed while being read. Try again when "
+                "nothing writes there."
             )
 
-    def check_checksums(self) -> None:
+    def check_checksums(self, only: Iterable[int] | None = None) -> None:
         """Compare the checksums of those of MindSpore's files that have one with their bytes.
+
+        Args:
+            only: the numbers of the files to look at; by default all. Asked for them only if
+                there is a file that could have a checksum.
 
         Raises:
             FormatError: a file is damaged.
         """
-        for file in self._files:
-            if file.path.endswith(".ckpt") or self._by_mindspore:
-                from ..formats.weight_files import check_crc  # noqa: PLC0415 - seldom needed
+        able = {
+            number
+            for number, file in enumerate(self._files)
+            if file.path.endswith(".ckpt") or self._by_mindspore
+        }
+        if able and only is not None:
+            able &= set(only)
+        for number in sorted(able):
+            from ..formats.weight_files import check_crc  # noqa: PLC0415 - seldom needed
 
-                if os.path.isabs(file.path):  # of another folder, as adapters are
-                    check_crc(LocalFolder(file.path), os.path.basename(file.path))
-                else:
-                    check_crc(self._folder, file.path)
+            check_crc(*self._at(self._files[number].path))
+
+    def _at(self, path: str) -> tuple[LocalFolder, str]:
+        """The folder of a file, and its path in it; an absolute one is in another folder."""
+        if os.path.isabs(path):
+            return LocalFolder(path), os.path.basename(path)
+        return self._folder, path
 
     def close(self) -> None:
         """Close all handles."""

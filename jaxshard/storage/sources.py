@@ -6,7 +6,7 @@ asked for the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ..catalog import Catalog, Piece
@@ -28,8 +28,12 @@ class OpenSource(Protocol):
         """Refuse a result made from files that changed meanwhile (``FormatError``)."""
         ...
 
-    def check_checksums(self) -> None:
-        """Compare what the files say of their bytes with them (``FormatError``)."""
+    def check_checksums(self, only: Iterable[int] | None = None) -> None:
+        """Compare what the files, or those of ``only``, say of their bytes with them.
+
+        Raises:
+            FormatError: a file is damaged.
+        """
         ...
 
     def close(self) -> None:
@@ -40,7 +44,7 @@ class OpenSource(Protocol):
 def open_source(catalog: Catalog) -> OpenSource:
     """What reads the tensors of ``catalog``."""
     if catalog.format == "orbax":
-        from ..formats.orbax import Restored  # noqa: PLC0415 - a second to import
+        from ..formats.orbax_restored import Restored  # noqa: PLC0415 - a second to import
 
         return Restored(catalog)
     return SourceFiles(catalog)

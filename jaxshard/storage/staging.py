@@ -214,7 +214,8 @@ def refuse_existing(
         return
     if not overwrite:
         raise LayoutError(
-            f"{destination} exists. Choose another destination, or replace it with --overwrite."
+            f"{destination} exists. Choose another destination, or replace it with overwrite=True "
+            "(--overwrite)."
         )
     if private:
         return

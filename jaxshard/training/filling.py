@@ -235,6 +235,7 @@ def _on_host(
     budget = fit_budget(default_budget(), (workers or _cores()) if large else 1)
     files = open_source(catalog)
     try:
+        files.check_checksums(piece.file for tensor in tensors for piece in tensor.pieces)
         run(moves, files.read, write, budget=budget)
     finally:
         files.close()
