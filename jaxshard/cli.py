@@ -16,7 +16,7 @@ from importlib import import_module
 
 from .errors import JaxshardError, StorageError
 
-FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration")  # as in targets
+FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")  # as in targets
 
 _DESTINATION = "the folder to make; or one file: out.safetensors, out.ckpt"
 

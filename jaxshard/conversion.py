@@ -27,7 +27,7 @@ from .selection import missed, refuse_absent, select, texts
 from .storage import carrying, streams
 from .storage.budget import Budget, Counts, fit_budget
 from .storage.parts import PartStaging
-from .storage.sources import open_source
+from .storage.sources import OpenSource, open_source
 from .storage.staging import Staging
 from .storage.writing import OutputFiles
 from .strategy import Strategy
@@ -134,7 +134,8 @@ def prepare(
             default what is usual for the format.
         prefix: the first part of rank files' names.
         remove_redundancy: store each shard once, not on every replica.
-        format: what to write (``ckpt``, ``unified`` …); by default as ``to`` implies.
+        format: what to write (``ckpt``, ``unified``, ``orbax`` …); by default as ``to``
+            implies. For Orbax, whose library wants tensors whole, one at a time is in memory.
         crc: end every ``.ckpt`` with a checksum.
         destination: where the result is to be, as far as its name matters: that of one
             weight file (``out.safetensors``) asks for one file and no folder.
@@ -210,6 +211,8 @@ def execute(
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Carry out a prepared conversion (errors as ``convert``)."""
+    if options.part and prepared.result.format == "orbax":
+        raise LayoutError("Orbax's own format is written here by one process, not in parts.")
     prepared, budget = fitted(prepared, options), budget_of(options)
     plan, catalog = prepared.plan, prepared.plan.source
     place, only = Path(destination), one_file.name_of(prepared.result, destination)
@@ -228,11 +231,9 @@ def execute(
         tell = progress(plan.totals.bytes_written) if progress else None
         source = open_source(catalog)
         source.check_checksums()
-        files = OutputFiles(plan, staging, prepared.result.lay_file, prepared.result.seal)
         try:
-            counts = streams.run(plan.moves(), source, files, budget=budget, progress=tell)
+            counts = _write(plan, prepared.result, source, staging, budget, tell)
         finally:
-            files.close()
             source.close()
         source.check_unchanged()
         is_published = staging.publish(
@@ -243,6 +244,29 @@ def execute(
         raise
     num_files = plan.totals.num_files
     return Report(str(destination), counts, num_files, skipped, notes, options.part, is_published)
+
+
+def _write(
+    plan: Plan,
+    result: Result,
+    source: OpenSource,
+    staging: Staging | PartStaging,
+    budget: Budget,
+    tell: Progress | None,
+) -> Counts:
+    """Write the weight files of ``plan``; what that took."""
+    if result.format == "orbax":
+        from .orbax_writing import write_orbax  # noqa: PLC0415 - NumPy, and then JAX, seldom needed
+
+        counts = write_orbax(plan, source, staging.files, budget, tell)
+        for path in sorted(p for p in staging.files.rglob("*") if p.is_file()):
+            staging.sync(path)
+        return counts
+    files = OutputFiles(plan, staging, result.lay_file, result.seal)
+    try:
+        return streams.run(plan.moves(), source, files, budget=budget, progress=tell)
+    finally:
+        files.close()
 
 
 def _staging(
@@ -332,7 +356,7 @@ def _target_layout(
         if os.path.exists(text):
             return open_strategy(text)
         raise LayoutError(
-            f"--to: neither full, nor an existing strategy file or folder; {error}"
+            f"the target (--to) is neither full, nor an existing strategy file or folder; {error}"
         ) from None
     return lay_out(strategy)
 
@@ -351,7 +375,7 @@ def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozense
     wrong = sorted(r for r in only if not 0 <= r < num_ranks)
     if wrong or not only or layout is None:
         raise LayoutError(
-            f"--rank {some(map(str, wrong or only))}: the target has "
+            f"rank (--rank) {some(map(str, wrong or only))}: the target has "
             + (
                 f"ranks 0 to {num_ranks - 1}."
                 if layout

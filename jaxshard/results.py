@@ -14,7 +14,7 @@ from .layout import Layout
 from .outputs import Entry, Outputs
 from .storage.writing import FileLayout
 
-FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration")
+FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     huggingface   model-00001-of-00002.safetensors, model.safetensors.index.json
     unified       part0.safetensors, param_name_map.json        as MindSpore unifies
     ckpt          model.ckpt
+    orbax         what Orbax's own library writes, of a flat {name: array}
 
 The job's numbers (``global_step`` …) are no weights: where there may be several files
 they have one of their own. This module touches no disk.
@@ -21,6 +22,7 @@ from .layout import Layout, Placement
 from .outputs import Outputs, arrange
 from .results import Request, Result
 
+ORBAX_ITEM = "orbax item"
 _HUGGINGFACE_BYTES = 5 * 10**9  # what transformers puts in one file
 _UNIFIED_BYTES = 3 << 30  # what MindSpore does
 
@@ -59,6 +61,13 @@ def ckpt(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result
     outputs = arrange(tensors, Layout(1, placements), [complete_ckpt.NAME])
     lay_file, seal = as_ckpt(source.metadata, crc=request.crc)
     return Result("ckpt", outputs, lay_file, {}, seal)
+
+
+def orbax(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """An Orbax item. Where bytes lie in its files is Orbax's to know; here it is one file."""
+    placements = {t.name: (Placement(()),) for t in tensors}
+    outputs = arrange(tensors, Layout(1, placements), [ORBAX_ITEM])
+    return Result("orbax", outputs, as_safetensors({}), {})
 
 
 def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[str]]:

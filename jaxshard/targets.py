@@ -39,6 +39,7 @@ _COMPLETE = {
     "unified": ("target_folders", "unified"),
     "ckpt": ("target_folders", "ckpt"),
     "iteration": ("target_iteration", "iteration"),
+    "orbax": ("target_folders", "orbax"),
 }
 _CUT = {
     "ranks": ("target_ranks", "rank_folders"),

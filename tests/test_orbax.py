@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxshard import orbax_writing
 from jaxshard.api import convert, verify
+from jaxshard.conversion import Options, execute, fitted, prepare
 from jaxshard.errors import FormatError, LayoutError
+from jaxshard.formats.orbax import Item
 from jaxshard.formats.orbax_names import item_folder, recognise
+from jaxshard.formats.orbax_restored import Restored
 from jaxshard.loading import load
 from jaxshard.opening import open_checkpoint
 from jaxshard.saving import save
+from jaxshard.storage.budget import Counts
+from jaxshard.storage.engine import COUNTED
 
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
 P = PartitionSpec
@@ -129,6 +136,134 @@ def test_a_model_goes_from_files_to_orbax_and_back_to_files(tmp_path, to):
     assert not verify(tmp_path / "out", against=tmp_path / "in").problems
     if to == "full":
         assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_opening_reads_metadata_only(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).random((1 << 20,), np.float32)  # not to be compressed away
+    by_checkpointer(tmp_path / "there", {"w": values})
+    monkeypatch.setattr(ocp.Checkpointer, "restore", lambda *a, **k: pytest.fail("it restores"))
+    before = _bytes_read()
+    catalog = open_checkpoint(tmp_path / "there")
+    assert catalog["w"].num_bytes == values.nbytes
+    assert _bytes_read() - before < values.nbytes / 8
+
+
+def _bytes_read() -> int:
+    """Bytes that this process has asked the kernel to read."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_what_a_load_takes_is_checked_and_counted_as_for_files(tmp_path, monkeypatch):
+    tree = flat(the_tree())
+    by_checkpointer(tmp_path / "there", tree)
+    catalog = open_checkpoint(tmp_path / "there")
+    here = SingleDeviceSharding(jax.devices()[0])
+    groups, real = [], Item.restore
+
+    def restored(self: Any, arguments: Any, **how: Any) -> Any:
+        groups.append(list(arguments))
+        return real(self, arguments, **how)
+
+    monkeypatch.setattr(Item, "restore", restored)
+    counts: list[Counts] = []
+    check(load(catalog, here, host_bytes=64, counted=counts.append), tree)
+    assert counts[0].bytes_needed == sum(a.nbytes for a in tree.values())
+    assert counts[0].num_reads == len(tree)
+    assert sorted(map(len, groups)) == [1, 1, 2]  # w alone has more than the budget
+    monkeypatch.setattr("jaxshard.loading.limits.available_bytes", lambda: 1000)
+    with pytest.raises(LayoutError, match="bytes of host memory"):
+        load(catalog, here)
+
+
+def test_tensors_of_which_only_parts_are_wanted_go_when_others_need_the_room(tmp_path):
+    tree = {f"w{i}": np.full((64, 64), i, np.float32) for i in range(8)}
+    by_checkpointer(tmp_path / "there", tree)
+    catalog = open_checkpoint(tmp_path / "there")
+    source = Restored(catalog, held_bytes=2 * 64 * 64 * 4)
+    for name, tensor in catalog.tensors.items():
+        out = bytearray(64)
+        source.read(tensor.pieces[0], 128, memoryview(out))
+        assert bytes(out) == tree[name].tobytes()[128:192]
+        assert len(source._held) <= 2
+    first = next(iter(catalog.tensors.values()))
+    source.read(first.pieces[0], 0, memoryview(bytearray(64)))  # it had to go, and comes again
+    assert source.held_bytes == 4 * 64 * 64 * 4
+    source.close()
+
+
+def test_a_tensor_goes_when_all_of_it_has_been_read(tmp_path):
+    by_checkpointer(tmp_path / "there", {"w": np.arange(64, dtype=np.float32)})
+    catalog = open_checkpoint(tmp_path / "there")
+    source, out = Restored(catalog), bytearray(256)
+    for at in range(0, 256, 64):
+        source.read(catalog["w"].pieces[0], at, memoryview(out)[at : at + 64])
+    assert bytes(out) == np.arange(64, dtype=np.float32).tobytes()
+    assert not source._held
+
+
+def test_other_names_are_read_from_orbax_too(tmp_path):
+    checkpoints.write_llama(tmp_path / "in")
+    save(load(tmp_path / "in", "mp2"), tmp_path / "orbax", format="orbax", extras=tmp_path / "in")
+    names = "llama-hf:llama-mindformers"
+    convert(tmp_path / "orbax", tmp_path / "ours", names=names)
+    convert(tmp_path / "in", tmp_path / "theirs", names=names)
+    assert checkpoints.stored(tmp_path / "ours") == checkpoints.stored(tmp_path / "theirs")
+
+
+# --- file to file ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as a plain restore does
+def test_files_become_an_orbax_checkpoint_one_tensor_at_a_time(tmp_path, monkeypatch):
+    arrays = checkpoints.write_llama(tmp_path / "in", layers=3)
+    convert(tmp_path / "in", tmp_path / "cut", "mp2pp2")
+    alive: set[int] = set()
+    most, real = [], orbax_writing._Reader.read
+
+    def watched(self: Any, *args: Any) -> np.ndarray:
+        array = np.array(real(self, *args))
+        alive.add(id(array))
+        weakref.finalize(array, alive.discard, id(array))
+        most.append(len(alive))
+        return array
+
+    monkeypatch.setattr(orbax_writing._Reader, "read", watched)
+    prepared = prepare(tmp_path / "cut", "full", format="orbax")
+    report = execute(fitted(prepared, Options()), tmp_path / "out")
+    assert len(most) == len(arrays)
+    assert max(most) <= 2
+    planned = fitted(prepared, Options()).plan.totals
+    assert {n: getattr(report.counts, n) for n in COUNTED} == {
+        n: getattr(planned, n) for n in COUNTED
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        check(flat(reader.restore(tmp_path / "out")), arrays)
+    assert open_checkpoint(tmp_path / "out").model.type == "llama"
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    check(load(tmp_path / "out", "dp2mp4"), arrays)
+
+
+def test_the_command_line_writes_orbax_and_only_whole(tmp_path, capsys):
+    checkpoints.write_llama(tmp_path / "in")
+    assert checkpoints.run("convert", tmp_path / "in", tmp_path / "o", "--format", "orbax") == 0
+    assert checkpoints.run("verify", tmp_path / "o", "--against", tmp_path / "in") == 0
+    again = ("convert", tmp_path / "in", tmp_path / "p", "--format", "orbax")
+    assert checkpoints.run(*again, "--to", "mp2") == 2
+    assert checkpoints.run(*again, "--process-index", 0, "--process-count", 2) == 2
+    assert "one process" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_orbaxs_own_reader_of_safetensors_opens_what_is_saved(tmp_path):
+    from orbax.checkpoint.experimental import v1  # noqa: PLC0415
+
+    arrays = checkpoints.write_llama(tmp_path / "in")
+    save(load(tmp_path / "in", "dp2mp4"), tmp_path / "out", max_shard_size="4KB")
+    here = SingleDeviceSharding(jax.devices()[1])
+    wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in arrays.items()}
+    layout = v1.options.CheckpointLayout.SAFETENSORS
+    with v1.Context(checkpoint_layout=layout):
+        check(v1.load(tmp_path / "out", wanted), arrays)
 
 
 def test_numbers_and_texts_in_the_tree_are_left_out_and_said(tmp_path):
