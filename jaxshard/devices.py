@@ -25,6 +25,8 @@ from .strategy import Axes, Strategy
 #: The axis that is added for a tensor held by several stages; its copies are replicas over it.
 STAGE_AXIS = "stage"
 
+_SPLIT = ("TPU v5 lite", "TPU v5e")  # whose tori jax.make_mesh splits to fit an axis
+
 
 def rank_devices(
     strategy: Strategy, devices: Sequence[jax.Device] | None = None
@@ -46,7 +48,9 @@ def rank_devices(
     if found[0].platform == "cpu":  # nothing to choose: they share one memory
         return tuple(found)
     sizes = (strategy.pp, *(n for _, n in strategy.stage_axes))
-    return tuple(mesh_utils.create_device_mesh(sizes, found).flat)
+    split = found[0].device_kind in _SPLIT
+    grid = mesh_utils.create_device_mesh(sizes, found, allow_split_physical_axes=split)
+    return tuple(grid.flat)
 
 
 def mesh(strategy: Strategy, devices: Sequence[jax.Device] | None = None) -> Mesh:

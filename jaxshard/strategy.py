@@ -12,10 +12,15 @@ order of MindSpore and Megatron. This module knows no tensors.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 from .errors import LayoutError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 Axes = tuple[tuple[str, int], ...]  # mesh axes in row-major order: (name, size), last fastest
 
@@ -141,6 +146,28 @@ class Strategy:
     def num_ranks(self) -> int:
         """Ranks in the whole job."""
         return self.stage_ranks * self.pp
+
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The ``jax.sharding.Mesh`` of this strategy, without pipeline stages.
+
+        Devices given are taken in the order given; otherwise as ``jax.make_mesh`` would.
+
+        Raises:
+            LayoutError: there are fewer devices than ranks, or several stages.
+        """
+        from .devices import mesh  # noqa: PLC0415 - JAX, only where devices are asked for
+
+        return mesh(self, devices)
+
+    def stage_meshes(self, devices: Sequence[Any] | None = None) -> tuple[Mesh, ...]:
+        """The mesh of each pipeline stage; they share no device.
+
+        Raises:
+            LayoutError: there are fewer devices than ranks.
+        """
+        from .devices import stage_meshes  # noqa: PLC0415 - as above
+
+        return stage_meshes(self, devices)
 
     def __str__(self) -> str:
         text = f"dp{self.dp}mp{self.mp}"

@@ -1,8 +1,11 @@
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxshard.devices import (
@@ -66,6 +69,35 @@ def test_a_strategy_takes_the_devices_given_in_their_order():
     backwards = jax.devices()[::-1]
     assert list(mesh(Strategy(mp=4), backwards).devices.flat) == backwards[:4]
     assert rank_devices(Strategy(dp=2)) == tuple(jax.devices()[:2])
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What is known of a device before anything is put on it."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+
+
+def test_gpus_are_taken_in_the_order_that_jax_makes_meshes_of(monkeypatch):
+    by_process = [Gpu(n, n % 2) for n in (0, 2, 4, 6, 1, 3, 5, 7)]  # not the order of the links
+    monkeypatch.setattr(jax, "devices", lambda: by_process)
+    ranks = rank_devices(Strategy(dp=2, mp=2, pp=2))
+    assert [gpu.id for gpu in ranks] == list(range(8))
+    assert list(ranks) == list(mesh_utils.create_device_mesh((2, 2, 2), by_process).flat)
+    given = by_process[::-1]
+    assert rank_devices(Strategy(mp=8), given) == tuple(given)
+
+
+def test_a_strategy_gives_its_meshes_itself():
+    assert Strategy(dp=2, mp=4).mesh() == mesh(Strategy(dp=2, mp=4))
+    backwards = jax.devices()[::-1]
+    staged = Strategy(mp=2, pp=2)
+    assert staged.stage_meshes(backwards) == stage_meshes(staged, backwards)
+    with pytest.raises(LayoutError, match="2 pipeline stages are 2 meshes"):
+        staged.mesh()
 
 
 def test_too_few_devices_are_said_with_both_numbers():
