@@ -23,7 +23,7 @@ from jaxshard.opening import open_checkpoint
 from jaxshard.saving import fetching, save
 from jaxshard.saving.arrays import ArraySource
 from jaxshard.saving.fetching import Fetched, Room, cut_of, fetch, share_out
-from jaxshard.storage.budget import ONE_THREAD_BYTES
+from jaxshard.storage.budget import LEAST_BYTES
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_the_parts_of_one_shape_share_one_program():
 
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
 @pytest.mark.parametrize("num_shards", [1, 4, 64])
-@pytest.mark.parametrize("host_bytes", [2 * ONE_THREAD_BYTES, 5 << 20, 256 << 20])
+@pytest.mark.parametrize("host_bytes", [2 * LEAST_BYTES, 5 << 20, 256 << 20])
 def test_blocks_and_parts_together_are_within_the_budget(host_bytes, workers, num_shards):
     budget, room = share_out(host_bytes, workers, num_shards)
     held = (room.parts + budget.workers) * room.part_bytes
@@ -95,9 +95,9 @@ def test_blocks_and_parts_together_are_within_the_budget(host_bytes, workers, nu
 
 
 def test_less_than_one_thread_needs_is_refused_with_a_number_that_works():
-    with pytest.raises(LayoutError, match=rf"Give host_bytes={2 * ONE_THREAD_BYTES} or more"):
-        share_out(2 * ONE_THREAD_BYTES - 1, 8, 4)
-    share_out(2 * ONE_THREAD_BYTES, 8, 4)
+    with pytest.raises(LayoutError, match=rf"Give host_bytes={2 * LEAST_BYTES} or more"):
+        share_out(2 * LEAST_BYTES - 1, 8, 4)
+    share_out(2 * LEAST_BYTES, 8, 4)
 
 
 @pytest.fixture

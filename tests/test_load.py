@@ -25,7 +25,7 @@ from jaxshard.loading.memory import aligned_empty, is_aligned
 from jaxshard.opening import open_checkpoint
 from jaxshard.rules import read_rules
 from jaxshard.saving import save
-from jaxshard.storage.budget import ONE_THREAD_BYTES, Counts
+from jaxshard.storage.budget import LEAST_BYTES, Counts
 from jaxshard.storage.local import Handles
 from jaxshard.storage.mapping import MappedFiles
 from jaxshard.strategy import Strategy
@@ -641,7 +641,7 @@ def test_a_tensor_larger_than_the_budget_in_flight_is_refused_with_a_number_that
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
 def test_what_is_in_flight_and_what_is_read_into_are_within_the_budget(workers):
     default = 256 << 20
-    for largest in (1, 30 << 20, default - ONE_THREAD_BYTES):
+    for largest in (1, 30 << 20, default - LEAST_BYTES):
         budget, in_flight = share_out(Need(0, largest), default, workers)
         assert in_flight is not None
         assert in_flight >= largest

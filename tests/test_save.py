@@ -216,7 +216,7 @@ def test_parts_come_from_devices_that_the_host_does_not_see(llama, tmp_path, mon
 
 def test_a_budget_too_small_for_one_thread_is_refused(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxshard.saving.arrays.on_host", lambda shard: False)
-    with pytest.raises(LayoutError, match="Give host_bytes=1441792 or more"):
+    with pytest.raises(LayoutError, match="Give host_bytes=1048576 or more"):
         save(load(llama[0], "dp2mp4"), tmp_path / "out", host_bytes=1024)
 
 

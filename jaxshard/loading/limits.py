@@ -11,7 +11,7 @@ import numpy as np
 
 from ..conversion import default_budget
 from ..errors import LayoutError
-from ..storage.budget import LEAST_BYTES, ONE_THREAD_BYTES, Budget, fit_budget
+from ..storage.budget import LEAST_BYTES, Budget, fit_budget
 from .placing import adopts, keeping_64_bits
 from .wanted import Job
 
@@ -81,11 +81,11 @@ def share_out(need: Need, host_bytes: int | None, workers: int) -> tuple[Budget,
         budget = load_budget(limit, workers)
         return budget, max(2 * need.largest_bytes, budget.host_bytes)
     left = host_bytes - need.largest_bytes
-    if left < ONE_THREAD_BYTES:
+    if left < LEAST_BYTES:
         raise LayoutError(
             f"host_bytes={host_bytes}: the shards of one tensor take {need.largest_bytes} bytes on "
-            f"their way to the devices, and reading at least {ONE_THREAD_BYTES}. Give host_bytes="
-            f"{need.largest_bytes + ONE_THREAD_BYTES} or more."
+            f"their way to the devices, and reading at least {LEAST_BYTES}. Give host_bytes="
+            f"{need.largest_bytes + LEAST_BYTES} or more."
         )
     budget = load_budget(max(LEAST_BYTES, left // 2), workers)
     return budget, host_bytes - budget.host_bytes

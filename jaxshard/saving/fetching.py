@@ -30,7 +30,7 @@ from ..box import Box
 from ..dtypes import DType
 from ..errors import LayoutError
 from ..ranges import block_dim
-from ..storage.budget import ONE_THREAD_BYTES, Budget, fit_budget
+from ..storage.budget import LEAST_BYTES, Budget, fit_budget
 
 Bytes = NDArray[np.uint8]
 
@@ -60,11 +60,11 @@ def share_out(host_bytes: int, workers: int, num_shards: int) -> tuple[Budget, R
     """
     if not num_shards:
         return fit_budget(host_bytes, workers), Room()
-    if host_bytes < 2 * ONE_THREAD_BYTES:
+    if host_bytes < 2 * LEAST_BYTES:
         raise LayoutError(
-            f"host_bytes={host_bytes}: one thread needs {ONE_THREAD_BYTES} bytes for its blocks, "
+            f"host_bytes={host_bytes}: one thread needs {LEAST_BYTES} bytes for its blocks, "
             "and as many for what comes from the devices. Give "
-            f"host_bytes={2 * ONE_THREAD_BYTES} or more."
+            f"host_bytes={2 * LEAST_BYTES} or more."
         )
     budget = fit_budget(host_bytes // 2, workers)
     parts = budget.workers * max(_LEAST_PARTS, min(num_shards, _MOST_SHARDS))

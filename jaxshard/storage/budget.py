@@ -15,7 +15,6 @@ _TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes i
 _LEAST_BLOCK = 64 << 10
 
 LEAST_BYTES = _LEAST_BLOCK * _BLOCKS_PER_WORKER  # of host memory, with which one thread works
-ONE_THREAD_BYTES = _LEAST_BLOCK * (_BLOCKS_PER_WORKER + _TILES_PER_WORKER)  # what it may hold
 
 
 @dataclass(slots=True)
