@@ -244,7 +244,7 @@ def test_ranks_are_opened_without_the_boxes_of_all_others(tmp_path: Path) -> Non
     finally:
         tracemalloc.stop()
     assert catalog["w3"].shape == (2**14, 2)
-    assert peak < 30_000_000  # without: 900 MB
+    assert peak < 30_000_000
 
 
 # --- what MindSpore's reader demands, and ours does not ---------------------------------------
