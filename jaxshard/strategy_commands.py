@@ -15,8 +15,9 @@ from . import picture
 from .catalog import Catalog
 from .commands import read_rules_file
 from .conversion import refuse_inside
-from .errors import LayoutError, NotFoundError, StorageError
+from .errors import LayoutError, NotFoundError, StorageError, some
 from .formats import layout_file, strategy_files
+from .formats.mindspore_kinds import WEIGHTS, kind_of
 from .formats.strategy_files import ParamLayout, Strategies
 from .layout import Layout, Placement
 from .opening import open_checkpoint, strategy_place
@@ -240,6 +241,7 @@ def _write_file(place: Path, data: bytes, overwrite: bool) -> None:
         raise LayoutError(f"{place} is a folder. Name the file to make.")
     if place.exists() and not overwrite:
         raise LayoutError(f"{place} exists. Choose another name, or replace it with --overwrite.")
+    _refuse_weights(place)
     scratch = place.with_name(f".{place.name}.new")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +256,7 @@ def _write_folder(place: Path, files: Mapping[str, bytes], overwrite: bool) -> N
     """Write a folder of files, which appears whole or not at all."""
     if place.is_file():
         raise LayoutError(f"{place} is a file. Name a folder, or make one file with --merged.")
+    _refuse_weights(place)
     staging = Staging(place, "strategy files", overwrite=overwrite)
     try:
         with told(f"{place} cannot be written"):
@@ -264,6 +267,22 @@ def _write_folder(place: Path, files: Mapping[str, bytes], overwrite: bool) -> N
     except BaseException:
         staging.abandon()
         raise
+
+
+def _refuse_weights(place: Path) -> None:
+    """Refuse to replace what holds weights: that would be no newer strategy, but a loss."""
+    if not place.exists():
+        return
+    folder = LocalFolder(place)
+    try:
+        weights = [p for p in folder.files() if kind_of(folder, p) in WEIGHTS]
+    finally:
+        folder.close()
+    if weights:
+        raise LayoutError(
+            f"{place} holds weights ({some(weights, 2)}), which no strategy file replaces. Choose "
+            "another name."
+        )
 
 
 def _refuse_own_strategy(catalog: Catalog, a: Namespace) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mindspore_files as ms
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -197,6 +198,21 @@ def test_the_checkpoint_is_never_replaced_by_its_strategy(
     assert js.open(weights).tensors
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     capsys.readouterr()
+
+
+def test_the_weights_of_another_checkpoint_are_not_replaced_either(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    source, other = golden("dp2mp1", "full", "full.safetensors"), tmp_path / "other"
+    shutil.copytree(golden("dp1mp4", "src_ckpt"), other)
+    before = ms.rank_weights_of(other)
+    file = other / "rank_0" / "net_rank_0-1_10.ckpt"
+    assert file.exists()
+    for out, *flags in ((other,), (file, "--merged")):
+        command = ["strategy", "make", str(source), str(out), "--to", "mp2", *flags]
+        assert main([*command, "--overwrite"]) == 2
+        assert "which no strategy file replaces" in capsys.readouterr().err
+    assert ms.rank_weights_of(other) == before
 
 
 def test_the_strategy_of_the_source_is_never_replaced(ranks: Path, capsys: Capture) -> None:

@@ -30,6 +30,10 @@ _ENCRYPTED: dict[bytes, Kind] = {  # the first four bytes, little-endian 0x7F3A5
     bytes.fromhex("d95e3a7f"): "AES-CBC",
     bytes.fromhex("da5e3a7f"): "SM4-CBC",
 }
+#: The kinds that hold weights.
+WEIGHTS: frozenset[Kind] = frozenset(
+    {"weights.ckpt", "safetensors", "torch", "AES-GCM", "AES-CBC", "SM4-CBC"}
+)
 _TOLD: dict[Kind, str] = {
     "weights.ckpt": "a MindSpore weight checkpoint",
     "strategy.ckpt": "a MindSpore strategy file",
