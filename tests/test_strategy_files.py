@@ -305,6 +305,20 @@ def test_a_strategy_of_more_dims_than_the_tensor_is_refused() -> None:
         sf.full_shape(sf.placement(W), (4,))
 
 
+@pytest.mark.parametrize(
+    ("matrix", "stages", "why"),
+    [((2**9, 2**9), 1, "stages of 262144 ranks"), ((2**16,), 40, "a job of 2621440 ranks")],
+)
+def test_more_ranks_than_there_are_machines_for_are_refused(
+    matrix: tuple[int, ...], stages: int, why: str
+) -> None:
+    """A file of a few hundred bytes: whoever lists its ranks would need gigabytes."""
+    param = ParamLayout(matrix, ((-1,),))
+    made = sf.Strategies({n: sf.Stage(n, "x", {"w": param}) for n in range(stages)})
+    with pytest.raises(FormatError, match=f"{why}; more than .* is absurd"):
+        sf.read(MemoryFolder({"merged.ckpt": sf.merged_file(made)}))
+
+
 # ------------------------------------------------------------------ what is written
 
 

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _MAX_STAGE_RANKS = 1 << 17  # boxes are listed per rank; the largest jobs have tens of thousands
+_MAX_RANKS = 1 << 20
 _COMPARED_BYTES = 1 << 28  # ranks of a stage have equal files: past this, one per stage is read
 _RAW_TIMES, _MERGED_TIMES = 2, 1  # what MindSpore has in current_stage; it means nothing
 
@@ -204,11 +205,15 @@ def _check_ranks(strategies: Strategies) -> None:
                     f"{param.dev_matrix}), but {next(iter(first.params))} in {first.path} on "
                     f"{ranks}. All stages of a job have equally many; use the files of one job."
                 )
-    if ranks > _MAX_STAGE_RANKS:
-        raise FormatError(
-            f"{next(iter(strategies.stages.values())).path}: stages of {ranks} ranks; more than "
-            f"{_MAX_STAGE_RANKS} is absurd. The file is damaged; fetch it again."
-        )
+    for what, count, most in (
+        ("stages of", ranks, _MAX_STAGE_RANKS),
+        ("a job of", strategies.num_ranks, _MAX_RANKS),
+    ):
+        if count > most:
+            raise FormatError(
+                f"{next(iter(strategies.stages.values())).path}: {what} {count} ranks; more than "
+                f"{most} is absurd. The file is damaged; fetch it again."
+            )
 
 
 def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
