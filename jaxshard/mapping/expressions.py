@@ -135,6 +135,7 @@ def evaluate(
     for name, (_, leaves) in numbered.items():
         _check_together(name, leaves, arrays)
     result: dict[str, Any] = {}
+    together: dict[tuple[str, ...], list[str]] = {}
     for name, (general, leaves) in numbered.items():
         inputs = [arrays[x] for x in leaves]
         if general.kind == "leaf":
@@ -143,8 +144,12 @@ def evaluate(
             # ascontiguousarray would give a scalar a dim
             result[name] = np.asarray(value(general, inputs, np), order="C")
         else:
-            result[name] = _compiled(general, (places or {}).get(name))(*inputs)
-    return result
+            together.setdefault(leaves, []).append(name)
+    for leaves, names in together.items():  # layers of one stack are one program, not one each
+        expressions = tuple(numbered[name][0] for name in names)
+        program = _compiled(expressions, tuple((places or {}).get(name) for name in names))
+        result |= zip(names, program(*(arrays[x] for x in leaves)), strict=True)
+    return {name: result[name] for name in made}
 
 
 def _check_together(name: str, leaves: Sequence[str], arrays: Mapping[str, Any]) -> None:
@@ -166,7 +171,7 @@ def _check_together(name: str, leaves: Sequence[str], arrays: Mapping[str, Any])
         )
 
 
-def _numbered(expression: Expression) -> tuple[Expression, list[str]]:
+def _numbered(expression: Expression) -> tuple[Expression, tuple[str, ...]]:
     """``expression`` with numbers for its leaves' names, the same for every layer; the names."""
     numbers: dict[str, int] = {}
 
@@ -175,15 +180,18 @@ def _numbered(expression: Expression) -> tuple[Expression, list[str]]:
             return leaf(numbers.setdefault(x.how[0], len(numbers)), x.shape, x.dtype)
         return Expression(x.kind, x.shape, x.dtype, tuple(map(general, x.inputs)), x.how)
 
-    return general(expression), list(numbers)
+    return general(expression), tuple(numbers)
 
 
 @lru_cache(maxsize=1024)
-def _compiled(expression: Expression, place: Any) -> Any:
+def _compiled(expressions: tuple[Expression, ...], places: tuple[Any, ...]) -> Any:
     import jax  # noqa: PLC0415 - only who has arrays on devices has JAX
     import jax.numpy as jnp  # noqa: PLC0415
 
-    return jax.jit(lambda *inputs: value(expression, inputs, jnp), out_shardings=place)
+    def program(*inputs: Any) -> tuple[Any, ...]:
+        return tuple(value(x, inputs, jnp) for x in expressions)
+
+    return jax.jit(program, out_shardings=places)
 
 
 def value(expression: Expression, inputs: Sequence[Any], xp: Any) -> Any:
