@@ -32,8 +32,26 @@ def test_what_was_encrypted_is_the_plain_file(cipher: str, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["plain.ckpt"]
 
 
+def block(plain: bytes) -> bytes:
+    """``plain`` as one block of AES-GCM."""
+    ciphers = pytest.importorskip("cryptography.hazmat.primitives.ciphers")
+    iv = bytes(range(16))
+    encryptor = ciphers.Cipher(ciphers.algorithms.AES(KEY), ciphers.modes.GCM(iv[:12])).encryptor()
+    data = encryptor.update(plain) + encryptor.finalize()
+    sizes = [n.to_bytes(4, "little") for n in (24 + len(data), 16, len(data))]
+    return b"\xd8\x5e\x3a\x7f" + encryptor.tag + sizes[0] + sizes[1] + iv + sizes[2] + data
+
+
 def test_a_file_of_several_blocks_is_put_together(tmp_path: Path) -> None:
-    """MindSpore cuts the plain file every 64 MiB; here one and the same is there twice."""
+    """MindSpore cuts the plain file every 64 MiB."""
+    plain = golden("ckpt_formats", "all_dtypes.ckpt").read_bytes()
+    parts = [plain[:1000], plain[1000:1001], plain[1001:]]
+    (tmp_path / "three.ckpt").write_bytes(b"".join(map(block, parts)))
+    decrypt(tmp_path / "three.ckpt", tmp_path / "plain.ckpt", KEY)
+    assert (tmp_path / "plain.ckpt").read_bytes() == plain
+
+
+def test_blocks_that_are_cut_short_or_no_blocks_are_refused(tmp_path: Path) -> None:
     one = encrypted("AES-GCM").read_bytes()
     (tmp_path / "two.ckpt").write_bytes(one * 2)
     with pytest.raises(FormatError, match="no weight file"):  # every name is there twice

@@ -97,13 +97,12 @@ def _plain(block: _Block, key: bytes, where: str) -> bytes:
     try:
         if block.cipher == "AES-GCM":
             mode = modes.GCM(block.iv[:_GCM_IV_BYTES], block.tag)
-            out = Cipher(algorithms.AES(key), mode).decryptor()
-            return bytes(out.update(block.data) + out.finalize())
+            checked = Cipher(algorithms.AES(key), mode).decryptor()
+            return bytes(checked.update(block.data) + checked.finalize())
         algorithm = algorithms.AES(key) if block.cipher == "AES-CBC" else algorithms.SM4(key)
-        out = Cipher(algorithm, modes.CBC(block.iv)).decryptor()
-        unpad = padding.PKCS7(128).unpadder()
-        padded = out.update(block.data) + out.finalize()
-        return bytes(unpad.update(padded) + unpad.finalize())
+        padded = Cipher(algorithm, modes.CBC(block.iv)).decryptor()
+        plain = padding.PKCS7(128).unpadder()
+        return bytes(plain.update(padded.update(block.data) + padded.finalize()) + plain.finalize())
     except (InvalidTag, ValueError):
         raise FormatError(
             f"{where}: the key does not fit, or the block is damaged. Try the right key, or fetch "
