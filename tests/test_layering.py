@@ -49,7 +49,7 @@ DEVICE_RINGS = range(10, 14)
 #: A value's methods that lead to devices: ``Strategy.mesh`` is where people look for it.
 LEADS = {"strategy": {"devices", "devices.mesh", "devices.stage_meshes"}}
 #: May import JAX when called, and only then.
-INSIDE_FUNCTIONS = {"demo", "mapping.expressions", "mapping.sharded", "multiprocess.barriers"}
+INSIDE_FUNCTIONS = {"demo", "mapping.expressions", "multiprocess.barriers"}
 #: Import JAX, and so are themselves imported only when such a checkpoint is met.
 DEVICE_FORMATS = {"formats.orbax", "formats.orbax_restored", "formats.orbax_streaming"}
 WITH_ORBAX = ("formats.orbax",)

@@ -114,17 +114,8 @@ def _with_length(shape: tuple[int, ...], dim: int, length: int) -> tuple[int, ..
     return (*shape[:dim], length, *shape[dim + 1 :])
 
 
-def evaluate(
-    made: Mapping[str, Expression],
-    arrays: Mapping[str, Any],
-    places: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def evaluate(made: Mapping[str, Expression], arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The values of ``made``: on the devices if ``arrays`` are JAX's, else with NumPy.
-
-    Args:
-        made: what to compute, by name.
-        arrays: the values of the leaves.
-        places: the shardings of results on devices; of those without, JAX decides.
 
     Raises:
         LayoutError: a value would be made of arrays on different devices.
@@ -146,8 +137,7 @@ def evaluate(
         else:
             together.setdefault(leaves, []).append(name)
     for leaves, names in together.items():  # layers of one stack are one program, not one each
-        expressions = tuple(numbered[name][0] for name in names)
-        program = _compiled(expressions, tuple((places or {}).get(name) for name in names))
+        program = _compiled(tuple(numbered[name][0] for name in names))
         result |= zip(names, program(*(arrays[x] for x in leaves)), strict=True)
     return {name: result[name] for name in made}
 
@@ -184,14 +174,14 @@ def _numbered(expression: Expression) -> tuple[Expression, tuple[str, ...]]:
 
 
 @lru_cache(maxsize=1024)
-def _compiled(expressions: tuple[Expression, ...], places: tuple[Any, ...]) -> Any:
+def _compiled(expressions: tuple[Expression, ...]) -> Any:
     import jax  # noqa: PLC0415 - only who has arrays on devices has JAX
     import jax.numpy as jnp  # noqa: PLC0415
 
     def program(*inputs: Any) -> tuple[Any, ...]:
         return tuple(value(x, inputs, jnp) for x in expressions)
 
-    return jax.jit(program, out_shardings=places)
+    return jax.jit(program)
 
 
 def value(expression: Expression, inputs: Sequence[Any], xp: Any) -> Any:

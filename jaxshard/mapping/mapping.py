@@ -22,7 +22,6 @@ from .algebra import Algebra, Geometry, T
 from .expressions import Expressions, evaluate, leaf
 from .ops import Op
 from .placing import Placing, placed
-from .sharded import places_of
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ class Mapping:
         kept = frozenset(hyper)
         leaves = {n: leaf(n, tuple(x.shape), x.dtype.name) for n, x in arrays.items()}
         made = self.tensors(leaves, Expressions(), kept)
-        places = places_of(arrays, lambda placed: self.tensors(placed, Placing(), kept))
-        return evaluate(made, arrays, places)
+        return evaluate(made, arrays)
 
     def tensors(
         self, tensors: Dict[str, T], algebra: Algebra[T], hyper: frozenset[str] = frozenset()
