@@ -6,22 +6,20 @@ import json
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from . import picture
+from . import strategy_picture
 from .catalog import Catalog
 from .commands import read_rules_file
 from .conversion import refuse_inside
 from .errors import LayoutError, NotFoundError, StorageError, some
 from .formats import layout_file, strategy_files
 from .formats.mindspore_kinds import WEIGHTS, kind_of
-from .formats.strategy_files import ParamLayout, Strategies
-from .layout import Layout, Placement
+from .formats.strategy_files import Strategies
+from .layout import Layout
 from .opening import open_checkpoint, strategy_place
-from .rules.match import template
 from .storage.local import LocalFolder
 from .storage.staging import Staging, told
 from .strategy import Strategy
@@ -35,9 +33,9 @@ def strategy_show(a: Namespace) -> int:
     strategies = _read(a.path)
     chosen = _chosen(strategies, a.include)
     if a.json:
-        print(json.dumps(_facts(strategies, chosen), indent=1))
+        print(json.dumps(strategy_picture.facts(strategies, chosen), indent=1))
     elif not a.quiet:
-        print(_text(a.path, strategies, chosen, one_by_one=a.all))
+        print(strategy_picture.text(a.path, strategies, chosen, one_by_one=a.all))
     return 0
 
 
@@ -72,9 +70,6 @@ def strategy_make(a: Namespace) -> int:
 # ---------------------------------------------------------------------------- showing
 
 
-_Named = tuple[int, str, ParamLayout]  # stage, name, and how it is cut
-
-
 def _read(path: str) -> Strategies:
     if _own_layout(path) is not None:
         raise LayoutError(
@@ -106,17 +101,12 @@ def _show_own(a: Namespace, layout: Layout) -> int:
         tensors = [{"name": n, "placement": str(p), **asdict(p)} for n, p in placed]
         print(json.dumps({"num_ranks": layout.num_ranks, "tensors": tensors}, indent=1))
     elif not a.quiet:
-        kinds: dict[tuple[str, str], int] = {}
-        for name, p in placed:
-            key = (name if a.all else template(name), str(p))
-            kinds[key] = kinds.get(key, 0) + 1
-        rows = [[f"{count:,}", name, where] for (name, where), count in kinds.items()]
         print(f"{a.path}: {layout.num_ranks} ranks\n")
-        print(picture.table(["placed", "name", "spec, axes and first rank"], rows))
+        print(strategy_picture.placed_text(placed, one_by_one=a.all))
     return 0
 
 
-def _chosen(strategies: Strategies, include: str | None) -> list[_Named]:
+def _chosen(strategies: Strategies, include: str | None) -> list[strategy_picture.Named]:
     named = [
         (number, name, param)
         for number, stage in strategies.stages.items()
@@ -136,93 +126,6 @@ def _matching(names: Iterable[str], include: str | None) -> list[str]:
     if not found:
         raise NotFoundError(f"--include {include} matches no tensor of these strategy files.")
     return found
-
-
-def _text(path: str, strategies: Strategies, chosen: list[_Named], *, one_by_one: bool) -> str:
-    stages = sorted(strategies.stages)
-    lines = [
-        f"{path}: {strategies.num_ranks} ranks, {strategies.stage_ranks} in each of "
-        f"{strategies.num_stages} stages",
-        "",
-        _table(chosen) if one_by_one else _table_of_kinds(chosen),
-    ]
-    for title, placement, shape in _pictures(chosen):
-        lines += ["", picture.held_by(title, placement, shape)]
-    missing = [str(n) for n in range(strategies.num_stages) if n not in stages]
-    if missing:
-        lines.append(f"note: the strategy of stage {', '.join(missing)} is not here.")
-    return "\n".join(lines)
-
-
-def _table(chosen: list[_Named]) -> str:
-    rows = [[number, name, *_columns(param)] for number, name, param in chosen]
-    return picture.table(["stage", "tensor", *_HEAD], rows)
-
-
-_HEAD = ("device matrix", "tensor map", "optimizer", "parts")
-
-
-def _table_of_kinds(chosen: list[_Named]) -> str:
-    """A line for each kind of name that is cut alike: layers differ in their number only."""
-    kinds: dict[tuple[str, ParamLayout], tuple[set[int], int]] = {}
-    for number, name, param in chosen:
-        seen, count = kinds.get((template(name), param), (set(), 0))
-        kinds[template(name), param] = (seen | {number}, count + 1)
-    rows = [
-        [", ".join(map(str, sorted(seen))), f"{count:,}", kind, *_columns(param)]
-        for (kind, param), (seen, count) in kinds.items()
-    ]
-    return picture.table(["stages", "tensors", "name", *_HEAD], rows)
-
-
-def _columns(param: ParamLayout) -> tuple[str, str, str, str]:
-    maps = param.tensor_maps
-    drawn = ",".join(map(str, maps[0])) if len(maps) == 1 else str([list(m) for m in maps])
-    size = param.opt_weight_shard_size
-    shard = "" if not param.opt_weight_shard_step else "all" if size == -1 else f"{size} ways"
-    return "×".join(map(str, param.dev_matrix)), drawn, shard, _parts(param)
-
-
-def _parts(param: ParamLayout) -> str:
-    try:
-        made = strategy_files.placement(param)
-    except LayoutError:
-        return "uneven"
-    return "×".join(str(made.ways(d)) for d in range(_ndim(param))) or "1"
-
-
-def _ndim(param: ParamLayout) -> int:
-    return len(param.tensor_maps) if len(param.tensor_maps) > 1 else len(param.tensor_maps[0])
-
-
-def _pictures(
-    chosen: list[_Named], most: int = 3
-) -> Iterator[tuple[str, Placement, tuple[int, ...]]]:
-    """The commonest ways in which tensors are cut, each once: (title, placement, shape)."""
-    ways: dict[Placement, list[str]] = {}
-    for number, name, param in chosen:
-        try:
-            made = strategy_files.placement(param, number)
-        except LayoutError:
-            continue
-        if any(made.ways(d) > 1 for d in range(_ndim(param))):
-            ways.setdefault(made, []).append(name)
-    for made, names in sorted(ways.items(), key=lambda item: -len(item[1]))[:most]:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        shape = tuple(made.ways(d) for d in range(max(len(made.spec), 1)))
-        yield f"{names[0]}{more}", made, shape
-
-
-def _facts(strategies: Strategies, chosen: list[_Named]) -> dict[str, Any]:
-    return {
-        "num_ranks": strategies.num_ranks,
-        "num_stages": strategies.num_stages,
-        "stage_ranks": strategies.stage_ranks,
-        "tensors": [
-            {"stage": number, "name": name, **asdict(param), "parts": _parts(param)}
-            for number, name, param in chosen
-        ],
-    }
 
 
 # ---------------------------------------------------------------------------- writing

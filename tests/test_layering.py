@@ -39,6 +39,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
         "cli",
         "commands",
         "strategy_commands",
+        "strategy_picture",
         "mindformers",
         "demo",
         "__init__",
