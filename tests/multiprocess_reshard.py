@@ -29,6 +29,10 @@ def values(shape, dtype=BITS):
 
 def spread(truth, sharding):
     with jax.enable_x64(True):
+        if not sharding.addressable_devices:
+            return jax.make_array_from_single_device_arrays(
+                truth.shape, sharding, [], dtype=truth.dtype
+            )
         return jax.make_array_from_callback(
             truth.shape, sharding, lambda index: truth[index], dtype=truth.dtype
         )
@@ -71,7 +75,14 @@ def grid(index, count, first, step):
                 over.append((part, n, leaf.kind, leaf.largest_bytes / shard_bytes))
             if not is_right(moved, truth, target):
                 wrong.append((part, n))
-    return {"kinds": kinds, "wrong": wrong, "host_bytes": host_bytes, "over": over}
+    pairs_done = sum(kinds.values())
+    return {
+        "kinds": kinds,
+        "wrong": wrong,
+        "host_bytes": host_bytes,
+        "over": over,
+        "pairs": pairs_done,
+    }
 
 
 def kinds(index, count):
@@ -83,13 +94,12 @@ def kinds(index, count):
     rows = NamedSharding(everywhere, PartitionSpec(("a", "b")))
     tree, target, truth = {}, {}, {}
     for dtype in ("float32", "int64", "float8_e4m3fn", "bool"):
-        for n, (a, b) in enumerate(
-            (
-                (NamedSharding(stages[0], PartitionSpec("a", "b")), stages[1]),
-                (NamedSharding(stages[1], PartitionSpec(None, "m")), stages[0]),
-                (rows, stages[1]),
-            )
-        ):
+        ways = (
+            (NamedSharding(stages[0], PartitionSpec("a", "b")), stages[1]),
+            (NamedSharding(stages[1], PartitionSpec(None, "m")), stages[0]),
+            (rows, stages[1]),
+        )
+        for n, (a, b) in enumerate(ways if dtype == "float32" else ways[:1]):
             name = f"{dtype}.{n}"
             truth[name] = values((16, 24), dtype)
             tree[name] = spread(truth[name], a)
@@ -118,8 +128,17 @@ def kinds(index, count):
 
     refused = {}
     narrow = spread(values((16, 24)).view(np.uint16).astype("int4"), rows)
+    pinned = NamedSharding(stages[1], PartitionSpec("m"), memory_kind="pinned_host")
+    # processes 0 and 1 alone have a part in it; the others must refuse it all the same
+    of_two = [
+        NamedSharding(Mesh(devices[part], ("x",)), PartitionSpec())
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    elsewhere = spread(values((16, 24)).view(np.uint16).astype("int4"), of_two[0])
     for name, work in (
         ("int4", lambda: transfer.reshard(narrow, NamedSharding(stages[1], PartitionSpec("m")))),
+        ("of two", lambda: transfer.reshard(elsewhere, of_two[1])),
+        ("memory", lambda: transfer.reshard(moved["one"], pinned)),
         ("views", lambda: transfer.reshard(moved["one"], target["line"], route="views")),
         ("host", lambda: transfer.gather({"w": moved["one"]}, host=True)),
     ):
@@ -127,7 +146,8 @@ def kinds(index, count):
             work()
         except LayoutError as error:
             refused[name] = str(error)
-    whole = transfer.gather({"w": moved["one"]}, host=True, from_processes=True)["w"]
-    right = right and whole.tobytes() == truth["one"].tobytes()
+    for name in ("one", "to one", "line", "int64.0"):  # on all, on one device, on a stage
+        whole = transfer.gather({"w": moved[name]}, host=True, from_processes=True)["w"]
+        right = right and whole.tobytes() == truth[name].tobytes()
     plan = str(again.plan)
     return {"right": right, "refused": refused, "plan": plan}

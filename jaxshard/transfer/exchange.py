@@ -169,14 +169,16 @@ def _sends(move: Move) -> tuple[Send, ...]:
     for device, box in all_device_boxes(move.source, move.shape).items():
         holders[box].append(device)
     sent = dict.fromkeys(devices, 0)
+    parts: dict[Box, list[tuple[Box, list[jax.Device]]]] = {}  # replicas want the same: look once
     found = []
     for device, wanted in all_device_boxes(move.target, move.shape).items():
-        for held, replicas in holders.items():
-            shared = held.intersect(wanted)
-            if shared is not None:
-                source = min(replicas, key=lambda d: (_distance(d, device), sent[d], d.id))
-                sent[source] += shared.size
-                found.append(Send(at[source], at[device], shared))
+        if wanted not in parts:
+            touching = ((held.intersect(wanted), who) for held, who in holders.items())
+            parts[wanted] = [(shared, who) for shared, who in touching if shared is not None]
+        for shared, replicas in parts[wanted]:
+            source = min(replicas, key=lambda d: (_distance(d, device), sent[d], d.id))
+            sent[source] += shared.size
+            found.append(Send(at[source], at[device], shared))
     return tuple(found)
 
 

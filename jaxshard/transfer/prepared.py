@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from ..box import Box
 from ..errors import LayoutError
 from ..trees import named_leaves
 from . import host_views
@@ -283,13 +284,14 @@ def _on_host(name: str, array: jax.Array, *, from_processes: bool) -> np.ndarray
     _check_alive(name, array)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise LayoutError(f"{name}: keys have no NumPy dtype. Gather jax.random.key_data(keys).")
-    if not _is_all_here(array):
-        if not from_processes:
-            raise LayoutError(
-                f"{name or 'the array'}: other processes hold parts of it. Save it, or give "
-                "from_processes=True in all of them to have each get the whole."
-            )
-        array = reshard(array, _replicated(array))
+    if from_processes:
+        if not _is_all_everywhere(array):  # said alike in all processes, which then all move it
+            array = reshard(array, _everywhere(array))
+    elif not _is_all_here(array):
+        raise LayoutError(
+            f"{name or 'the array'}: other processes hold parts of it. Save it, or give "
+            "from_processes=True in all of them to have each get the whole."
+        )
     whole = np.empty(array.shape, array.dtype)
     filled = set()
     for box, shard in zip(
@@ -300,13 +302,34 @@ def _on_host(name: str, array: jax.Array, *, from_processes: bool) -> np.ndarray
             # a wrapper of its own, so that JAX does not keep the host copy with the source
             alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
             whole[box.slices] = np.asarray(alone)
+    assert sum(box.size for box in filled) == whole.size, f"{name}: not every element is here"
     return whole
+
+
+def _everywhere(array: jax.Array) -> NamedSharding:
+    """``array`` whole in every process: on all its devices, if it has some in each; or on one."""
+    by_process: dict[int, jax.Device] = {}
+    for device in (*sorted(array.sharding.device_set, key=attrgetter("id")), *jax.devices()):
+        by_process.setdefault(device.process_index, device)
+    if set(by_process.values()) <= array.sharding.device_set:
+        return _replicated(array)
+    ones = np.array([by_process[p] for p in sorted(by_process)], dtype=object)
+    return NamedSharding(Mesh(ones, ("process",)), PartitionSpec())
 
 
 def _is_all_here(array: jax.Array) -> bool:
     """Whether this process's devices hold every element."""
     here = set(device_boxes(array.sharding, array.shape).values())
     return here >= set(all_device_boxes(array.sharding, array.shape).values())
+
+
+def _is_all_everywhere(array: jax.Array) -> bool:
+    """Whether the devices of each process hold every element."""
+    boxes = all_device_boxes(array.sharding, array.shape)
+    held: dict[int, set[Box]] = {process: set() for process in range(jax.process_count())}
+    for device, box in boxes.items():
+        held[device.process_index].add(box)
+    return all(found == set(boxes.values()) for found in held.values())
 
 
 def _check_alive(name: str, array: Any) -> None:

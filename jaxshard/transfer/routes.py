@@ -111,21 +111,9 @@ def _over_processes(move: Move, route: Route) -> Way:
     Raises:
         LayoutError: JAX cannot move it between processes, or not by ``route``.
     """
-    if jax.process_index() not in move.processes:
+    _refuse_between(move, route)
+    if jax.process_index() not in move.processes:  # after what all refuse alike
         return Way((Step("elsewhere", move),))
-    kinds = {_memory_kind(move.source), _memory_kind(move.target)}
-    if kinds != {default_memory_kind(next(iter(move.source.device_set)))} and not stays(move):
-        raise LayoutError(
-            f"between processes {some(map(str, sorted(move.processes)))}: arrays in "
-            f"{some(sorted(kinds))} memory are not moved. Move them to device memory first."
-        )
-    if bits_of(move.dtype) < 8:
-        raise LayoutError(
-            f"{move.dtype} elements are narrower than a byte; between processes "
-            f"{some(map(str, sorted(move.processes)))} they are not moved. View them as uint8."
-        )
-    if route == "views":
-        raise LayoutError('route "views" works inside one process; use "auto".')
     if move.is_empty:
         return Way((Step("empty", move),))
     if stays(move):
@@ -135,6 +123,31 @@ def _over_processes(move: Move, route: Route) -> Way:
         if found is not None:
             return Way(tuple(Step("compiled", m) for m in found))
     return Way((Step("exchange", move),))
+
+
+def _refuse_between(move: Move, route: Route) -> None:
+    """Refuse what no process can have a part in; those that have none in it must refuse it too.
+
+    Raises:
+        LayoutError: JAX cannot move it between processes, or not by ``route``.
+    """
+    several = len(move.processes) > 1
+    if route == "views" and (several or _no_views(move)):
+        raise LayoutError('route "views" works inside one process; use "auto".')
+    ends = {_memory_kind(move.source), _memory_kind(move.target)}
+    if not several or (len(ends) == 1 and stays(move)):
+        return  # another label on the same memory, whatever it holds
+    between = f"between processes {some(map(str, sorted(move.processes)))}"
+    if ends != {default_memory_kind(next(iter(move.source.device_set)))}:
+        raise LayoutError(
+            f"{between}: arrays in {some(sorted(ends))} memory are not moved. Move them to device "
+            "memory first."
+        )
+    if bits_of(move.dtype) < 8:
+        raise LayoutError(
+            f"{move.dtype} elements are narrower than a byte; {between} they are not moved. View "
+            "them as uint8."
+        )
 
 
 def _staged(move: Move) -> Way:
@@ -164,7 +177,7 @@ def piece_limit(move: Move) -> int:
 
 def _no_views(move: Move) -> str:
     """Why the views route cannot take ``move``; empty where it can."""
-    devices = (*move.source_devices, *move.target_devices)
+    devices = (*move.source.device_set, *move.target.device_set)
     other = next((d for d in devices if d.platform != "cpu"), None)
     if other is not None:
         return f"{other} is not of the CPU backend"
