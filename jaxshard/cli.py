@@ -295,7 +295,7 @@ def _add_running(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--process-count",
         metavar="N",
-        help="in how many parts; auto takes both numbers from SLURM, Open MPI or JAX",
+        help="in how many parts; auto takes both numbers from SLURM or Open MPI",
     )
     to.add_argument(
         "--overwrite", action="store_true", help="replace DST, a checkpoint, once the new is whole"

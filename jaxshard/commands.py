@@ -19,6 +19,7 @@ from .conversion import (
     Prepared,
     Report,
     budget_of,
+    chosen_part,
     execute,
     fitted,
     part_plan,
@@ -173,7 +174,7 @@ def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:
     options = _options(a)
     prepared = fitted(_prepare(a, to, source), options)
     if a.dry_run:
-        return _show_plan(replace(prepared, plan=part_plan(prepared.plan, options.part)), a)
+        return _show_plan(replace(prepared, plan=part_plan(prepared.plan, chosen_part(options))), a)
     with _progress("writing", a.quiet or a.json) as told:
         report = execute(prepared, a.destination, options=options, progress=told)
     if a.json:

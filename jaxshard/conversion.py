@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import one_file
 from . import rules as family_rules
@@ -20,6 +20,7 @@ from .catalog import Catalog
 from .errors import CoverageError, LayoutError, StorageError, some
 from .fingerprint import fingerprint
 from .layout import Layout
+from .multiprocess.environment import part_of
 from .multiprocess.splitting import Part, split_outputs
 from .opening import PathLike, open_checkpoint, open_strategy
 from .planning import Plan, make_plan
@@ -52,7 +53,8 @@ class Options:
         overwrite: replace an existing destination, if it is a checkpoint.
         durable: have every file on the disk (fsync) before the result appears.
         part: make one part only, of several that as many processes make on a disk they
-            share. The last to be done publishes; a part begun again goes on.
+            share. The last to be done publishes; a part begun again goes on. ``"auto"``
+            asks ``jax.distributed``, or the environment of the job.
         check_replicas: before anything is written, read all that the source stores several
             times, and refuse it where that differs. Otherwise the first replica is taken.
     """
@@ -62,7 +64,7 @@ class Options:
     resume: bool = False
     overwrite: bool = False
     durable: bool = True
-    part: Part | None = None
+    part: Part | Literal["auto"] | None = None
     check_replicas: bool = False
 
 
@@ -211,7 +213,8 @@ def execute(
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Carry out a prepared conversion (errors as ``convert``)."""
-    if options.part and prepared.result.format == "orbax":
+    part = chosen_part(options)
+    if part and prepared.result.format == "orbax":
         raise LayoutError("Orbax's own format is written here by one process, not in parts.")
     prepared, budget = fitted(prepared, options), budget_of(options)
     plan, catalog = prepared.plan, prepared.plan.source
@@ -219,12 +222,12 @@ def execute(
     refuse_inside(catalog, place)
     if options.check_replicas:
         _refuse_differing(catalog, budget)
-    plan = part_plan(plan, options.part)
-    staging = _staging(place, prepared.request, options, only)
+    plan = part_plan(plan, part)
+    staging = _staging(place, prepared.request, options, only, part)
     left = one_file.notes(catalog, prepared.result, only)
     notes = (*catalog.notes, *plan.outputs.layout.notes, *left)
     if staging.published:
-        return Report(str(destination), Counts(), 0, plan.totals.num_files, notes)
+        return Report(str(destination), Counts(), 0, plan.totals.num_files, notes, part)
     try:
         plan, skipped = _without_finished(plan, staging)
         _check_room(plan, staging.files)
@@ -243,7 +246,7 @@ def execute(
         staging.abandon()
         raise
     num_files = plan.totals.num_files
-    return Report(str(destination), counts, num_files, skipped, notes, options.part, is_published)
+    return Report(str(destination), counts, num_files, skipped, notes, part, is_published)
 
 
 def _write(
@@ -270,9 +273,9 @@ def _write(
 
 
 def _staging(
-    destination: Path, request: str, options: Options, only: str | None
+    destination: Path, request: str, options: Options, only: str | None, part: Part | None
 ) -> Staging | PartStaging:
-    overwrite, durable, part = options.overwrite, options.durable, options.part
+    overwrite, durable = options.overwrite, options.durable
     if part is None:
         return Staging(
             destination,
@@ -300,6 +303,13 @@ def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
     if problems:
         more = f" {len(problems) - 1} more tensors have such." if len(problems) > 1 else ""
         raise CoverageError(f"{problems[0]}{more}")
+
+
+def chosen_part(options: Options) -> Part | None:
+    """The part that ``options`` mean (errors as ``part_of``)."""
+    if options.part == "auto":
+        return part_of("auto", "auto", os.environ)
+    return options.part
 
 
 def part_plan(plan: Plan, part: Part | None) -> Plan:

@@ -113,7 +113,7 @@ def test_shards_are_assigned_by_weight():
             {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0"},
             Part(2, 4),
         ),
-        ("auto", "8", {"JAX_PROCESS_ID": "5", "JAX_NUM_PROCESSES": "6"}, Part(5, 8)),
+        ("auto", "8", {"SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, Part(5, 8)),
         (None, None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, None),  # never behind one's back
     ],
 )
@@ -245,6 +245,51 @@ def test_a_part_killed_before_it_could_publish_publishes_when_started_again(llam
     assert_same(out, whole)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_job_killed_after_it_published_finds_all_done(llama, whole, tmp_path, overwrite):
+    """Between the result's getting its name and the folder's going, every part may be rerun."""
+    out = tmp_path / "cut"
+    if overwrite:
+        js.convert(llama, out, "mp2")
+    how = {"overwrite": overwrite}
+    for index in (0, 1):
+        run_part(llama, out, index, 3, **how)
+    code = KILLED.replace("durable=False", f"durable=False, overwrite={overwrite}").replace(
+        "parts.PartStaging, what", "parts.steps, what"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, [llama, out, "2", "3", "0", "remove_base"])],
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert_same(out, whole)
+    reports = [run_part(llama, out, index, 3, **how) for index in (1, 0, 2)]
+    assert [r.is_published for r in reports] == [True] * 3
+    assert [r.counts.bytes_written for r in reports] == [0] * 3
+    assert_same(out, whole)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_in_a_batch_job_python_may_ask_for_its_part_too(llama, whole, tmp_path, monkeypatch):
+    for index in range(2):
+        monkeypatch.setenv("SLURM_PROCID", str(index))
+        monkeypatch.setenv("SLURM_NTASKS", "2")
+        options = Options(part="auto", durable=False)
+        report = js.convert(llama, tmp_path / "cut", "dp2mp2pp2", options=options)
+        assert report.part == Part(index, 2)
+    assert_same(tmp_path / "cut", whole)
+
+
+def test_a_disk_without_locks_is_told_from_one_in_use(llama, tmp_path, monkeypatch):
+    def refuse(descriptor, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("jaxshard.storage.staging.fcntl.flock", refuse)
+    with pytest.raises(StorageError, match=r"locks no files \(No locks.*Mount it with locks"):
+        run_part(llama, tmp_path / "cut", 0, 2)
+
+
 def test_a_finished_part_may_be_started_again(llama, whole, tmp_path):
     for index in (0, 0, 1, 0):
         report = run_part(llama, tmp_path / "cut", index, 3)
@@ -253,13 +298,14 @@ def test_a_finished_part_may_be_started_again(llama, whole, tmp_path):
     assert_same(tmp_path / "cut", whole)
 
 
-def test_the_command_line_takes_its_part_from_the_job(llama, whole, tmp_path):
+@pytest.mark.parametrize("numbers", ["auto", "given"])
+def test_the_command_line_takes_its_part_from_the_job_or_as_given(llama, whole, tmp_path, numbers):
     out = tmp_path / "cut"
     command = [sys.executable, "-m", "jaxshard", "convert", str(llama), str(out)]
-    command += ["--to", "dp2mp2pp2", "--process-index", "auto", "--json"]
+    command += ["--to", "dp2mp2pp2", "--json", "--process-index"]
     jobs = [
         subprocess.Popen(
-            command,
+            [*command, *(["auto"] if numbers == "auto" else [str(i), "--process-count", "2"])],
             env=os.environ | {"SLURM_PROCID": str(i), "SLURM_NTASKS": "2"},
             stdout=subprocess.PIPE,
             text=True,

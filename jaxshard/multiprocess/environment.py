@@ -1,11 +1,13 @@
-"""Environment: which of how many processes this is, as whoever started it says.
+"""Environment: which of how many processes this is, as JAX or whoever started it says.
 
 It is only looked at when asked for: a conversion that happens to run inside a batch job
-is not split behind its user's back.
+is not split behind its user's back. In a program that has called
+``jax.distributed.initialize`` JAX knows; JAX has no variables for it that one could look at.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from ..errors import LayoutError
@@ -13,7 +15,6 @@ from .splitting import Part
 
 #: Who sets which variables: (who, the process's number, how many there are).
 STARTERS = (
-    ("JAX", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"),
     ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM", "SLURM_PROCID", "SLURM_NTASKS"),
 )
@@ -22,7 +23,7 @@ STARTERS = (
 def part_of(
     index: str | int | None, count: str | int | None, environ: Mapping[str, str]
 ) -> Part | None:
-    """The part that a request means; ``"auto"`` looks at ``environ``; None if none is meant.
+    """The part that a request means; ``"auto"`` asks JAX or ``environ``; None if none is meant.
 
     Raises:
         LayoutError: one number without the other, no number, or nothing found.
@@ -33,7 +34,7 @@ def part_of(
     if index is None and count is None:
         return None
     if index == "auto" or count == "auto":
-        found = from_environment(environ)
+        found = from_jax() or from_environment(environ)
         index = found.index if index in ("auto", None) else index
         count = found.count if count in ("auto", None) else count
     if index is None or count is None:
@@ -42,6 +43,17 @@ def part_of(
             f"--process-{given} needs --process-{missing} too; auto takes both from the job."
         )
     return Part(_number("--process-index", index), _number("--process-count", count))
+
+
+def from_jax() -> Part | None:
+    """The part that this process is of a job of ``jax.distributed``; None where there is none.
+
+    JAX is not imported for it: who has not imported it has not initialized it.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return None
+    return Part(jax.process_index(), jax.process_count())
 
 
 def from_environment(environ: Mapping[str, str]) -> Part:
@@ -57,8 +69,8 @@ def from_environment(environ: Mapping[str, str]) -> Part:
             return Part(_number(index, environ[index]), _number(count, environ[count]))
     known = "; ".join(f"{who}: {index}, {count}" for who, index, count in STARTERS)
     raise LayoutError(
-        f"auto: no job starter has set its variables ({known}). Start with srun or mpirun, or "
-        "give numbers."
+        f"auto: no job starter has set its variables ({known}), and jax.distributed is not "
+        "initialized here. Start with srun or mpirun, or give numbers."
     )
 
 

@@ -7,10 +7,13 @@
         part-1.lock     held by part 1, so that it is not done twice at once
         part-1.journal  a line for each file that part 1 has finished
         part-1.done     part 1 is complete
+        part-1.told     part 1 has heard that all was published before it was started again
         files/          the result so far
 
 They need not run at the same time, nor in any order: whoever is done last publishes. A
-part that was killed is started again and goes on; its locks went with it.
+part that was killed is started again and goes on; its locks went with it. If that was
+after the result got its name and before this folder went, all parts may be started again:
+each hears that there is nothing left to do, and the last of them takes the folder away.
 """
 
 from __future__ import annotations
@@ -32,11 +35,9 @@ class PartStaging:
     Attributes:
         files: the folder to write into.
         finished: the files an earlier run of this part completed, with their sizes.
-        published: False: a part that is begun when all are done begins anew.
+        published: whether the result has its name already: nothing is left to do.
         durable: have every file on the disk before it counts as finished.
     """
-
-    published = False
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class PartStaging:
         self._name = f"part-{index}"
         self._request = json.dumps({"parts": count, "request": request})
         self._locks: list[int] = []
+        self.published = False
         try:
             with steps.told(f"{base} cannot be made"):
                 self._join()
@@ -116,6 +118,9 @@ class PartStaging:
     def _join(self) -> None:
         self._base.mkdir(parents=True, exist_ok=True)
         with self._turn() as is_there:
+            if is_there and steps.was_published(self._base, self._destination, self._request):
+                self._hear()
+                return
             if is_there:
                 steps.put_back(self._base, self._destination)
                 steps.refuse_existing(self._destination, self._overwrite)
@@ -133,6 +138,14 @@ class PartStaging:
                 (self._base / f"{self._name}.done").unlink(missing_ok=True)
                 return
         self._join()  # the folder went while we waited: its result was published
+
+    def _hear(self) -> None:
+        """Note that an earlier run published all; who is the last to hear of it tidies up."""
+        self.published = True
+        (self._base / f"{self._name}.told").touch()
+        steps.remove_files(self._base)
+        if all((self._base / f"part-{i}.told").exists() for i in range(self._count)):
+            steps.remove_base(self._base)
 
     def _is_ours(self) -> bool:
         journal = self._base / steps.JOURNAL
@@ -172,14 +185,6 @@ class PartStaging:
             return
         try:
             steps.lock(descriptor, fcntl.LOCK_EX, wait=True)
-            yield _is_same(descriptor, path)
+            yield steps.is_same(descriptor, path)
         finally:
             os.close(descriptor)
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at ``path``, and not one that was removed."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

@@ -75,7 +75,7 @@ class Staging:
         self.files = self._base / FILES
         self._made = self.files / only if only else self.files
         with told(f"{self._base} cannot be made"):
-            self.published = resume and _was_published(self._base, destination, request)
+            self.published = resume and was_published(self._base, destination, request)
             if not self.published:
                 refuse_existing(destination, overwrite, as_file=only is not None, private=private)
             there_was = self._base.exists()
@@ -225,11 +225,22 @@ def refuse_existing(
 
 
 def lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
-    """Lock an open file; False if another process has it. The lock goes with the process."""
+    """Lock an open file; False if another process has it. The lock goes with the process.
+
+    Raises:
+        StorageError: this disk has no locks.
+    """
     try:
         fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise StorageError(
+            f"the disk locks no files ({error.strerror}), so nothing keeps two writers apart. "
+            "Mount it with locks (NFS 4; Lustre: -o flock), or write to another disk."
+        ) from error
     return True
 
 
@@ -340,10 +351,15 @@ def place(base: Path, destination: Path, *, durable: bool, made: Path | None = N
             sync(destination.parent)
 
 
-def remove_base(base: Path) -> None:
-    """Remove all of ``base``; what says that the result was published goes last."""
+def remove_files(base: Path) -> None:
+    """Remove what was replaced."""
     for name in (FILES, _REPLACED):
         shutil.rmtree(base / name, ignore_errors=True)
+
+
+def remove_base(base: Path) -> None:
+    """Remove all of ``base``; what says that the result was published goes last."""
+    remove_files(base)
     shutil.rmtree(base, ignore_errors=True)
 
 
@@ -359,7 +375,7 @@ def was_placed(base: Path, made: Path | None = None) -> bool:
         return (base / _PLACING).exists()
 
 
-def _was_published(base: Path, destination: Path, request: str) -> bool:
+def was_published(base: Path, destination: Path, request: str) -> bool:
     """Whether ``destination`` is what an earlier run of ``request`` in ``base`` made."""
     try:
         noted = (base / _PLACING).read_text()
