@@ -8,17 +8,24 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - names its dtypes to NumPy
 import numpy as np
 import processes
+import pytest
 import safetensors.numpy
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxshard as js
 from jaxshard import loading, saving
 from jaxshard.errors import JaxshardError
+from jaxshard.multiprocess.environment import part_of
+from jaxshard.saving import across
 from jaxshard.storage import shared_writing
+from jaxshard.storage.staging import Staging
 
+P = PartitionSpec
 STRATEGIES = ("dp2mp4", "mp8", "dp8", "dp2mp2pp2", "mp4pp2", "dp4mp2optall")
 
 
@@ -47,58 +54,214 @@ def distinct_bytes(arrays):
     return sum(held.values())
 
 
-def load_and_save(index, count, source, out):
+def forbid_gathering():
+    """Nothing may ask all processes for their data, as JAX does to compare it."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError("all data was asked of all processes")
+
+    patch = pytest.MonkeyPatch()
+    for name in ("process_allgather", "assert_equal", "broadcast_one_to_all"):
+        patch.setattr(multihost_utils, name, asked)
+
+
+def on_all(*spec):
+    return NamedSharding(Mesh(np.array(jax.devices()), ("all",)), P(*spec))
+
+
+def on_process(index, *spec):
+    devices = [d for d in jax.devices() if d.process_index == index]
+    return NamedSharding(Mesh(np.array(devices), ("own",)), P(*spec))
+
+
+def placed(truth, sharding):
+    """An array of JAX of what all processes know."""
+    if not sharding.addressable_devices:
+        return jax.make_array_from_single_device_arrays(
+            truth.shape, sharding, [], dtype=truth.dtype
+        )
+    return jax.make_array_from_callback(
+        truth.shape, sharding, lambda index: truth[index], dtype=truth.dtype
+    )
+
+
+def refusal(work):
+    """What ``work`` says when it refuses, and after how many seconds."""
+    begun = time.monotonic()
+    try:
+        work()
+    except (JaxshardError, OSError) as error:
+        return [type(error).__name__, str(error), time.monotonic() - begun]
+    return ["done", "", time.monotonic() - begun]
+
+
+def load_and_save(index, count, source, wide, out):
     """Load in every layout, save in several forms, load what was saved."""
-    truth, answer = truth_of(source), {"load": {}, "save": {}}
+    forbid_gathering()
+    truth, answer = truth_of(source), {"load": {}, "save": {}, "balanced": {}, "wide": {}}
     for strategy in STRATEGIES:
-        counts = []
-        arrays = loading.load(source, strategy, counted=counts.append)
-        answer["load"][strategy] = {
-            "right": is_right(arrays, truth),
-            "read": counts[0].bytes_needed,
-            "share": distinct_bytes(arrays),
-        }
-    answer["balanced"] = {}
+        answer["load"][strategy], arrays = _loaded(source, strategy, truth)
+        if strategy in ("dp2mp4", "mp4pp2", "dp4mp2optall"):
+            for form in ("huggingface", "ranks"):
+                place = f"{out}/{strategy}-{form}"
+                report = saving.save(arrays, place, format=form, durable=False, timeout_s=60)
+                assert js.open(place)  # it is there for everybody when save has returned
+                answer["save"][f"{strategy}-{form}"] = {
+                    "right": is_right(loading.load(place, strategy), truth),
+                    "written": report.counts.bytes_written,
+                }
     for strategy in ("dp2mp4", "dp8", "dp2mp2pp2"):
-        counts = []
-        arrays = loading.load(source, strategy, counted=counts.append, balanced=True)
-        answer["balanced"][strategy] = {
-            "right": is_right(arrays, truth),
-            "read": counts[0].bytes_needed,
-        }
-    for strategy in ("dp2mp4", "mp4pp2", "dp4mp2optall"):
-        arrays = loading.load(source, strategy)
-        for form in ("huggingface", "ranks"):
-            place = f"{out}/{strategy}-{form}"
-            report = saving.save(arrays, place, format=form, durable=False, timeout_s=60)
-            assert js.open(place)  # it is there for everybody when save has returned
-            again = loading.load(place, strategy)
-            answer["save"][f"{strategy}-{form}"] = {
-                "right": is_right(again, truth),
-                "written": report.counts.bytes_written,
-                "total": sum(a.nbytes for a in truth.values()),
-            }
+        answer["balanced"][strategy] = _loaded(source, strategy, truth, balanced=True)[0]
+    truth = truth_of(wide)  # whose columns are pages long: nothing lies between that is read over
+    for name, spec in (("rows", ["all"]), ("columns", [None, "all"]), ("whole", [])):
+        for balanced in (False, True):
+            found, _ = _loaded(wide, on_all(*spec), truth, balanced=balanced)
+            answer["wide"][f"{name}{' balanced' if balanced else ''}"] = found
     return answer
 
 
-def killed_while_saving(index, count, source, out, who, when):
-    """One process ends at once, in the middle; the others say what they then heard."""
-    arrays = loading.load(source, "dp2mp4")
-    plain, left = shared_writing.SharedFiles.write, [when]
+def _loaded(source, target, truth, **how):
+    counts = []
+    arrays = loading.load(source, target, counted=counts.append, **how)
+    return {
+        "right": is_right(arrays, truth),
+        "needed": counts[0].bytes_needed,
+        "read": counts[0].bytes_read,
+        "share": distinct_bytes(arrays),
+    }, arrays
 
-    def dying(self, *args):
-        if index == who and left[0] == 0:
+
+FORMS = {
+    "ckpt": {"format": "ckpt"},
+    "unified": {"format": "unified"},
+    "small-files": {"max_shard_size": 40_000, "durable": True},
+    "no-redundancy": {"format": "ranks", "remove_redundancy": True},
+    "other-strategy": {"format": "ranks", "strategy": "dp4mp2", "durable": True},
+}
+
+
+def forms(index, count, source, out):
+    """Trees and forms of all kinds; each is there for all, whole, when save has returned."""
+    forbid_gathering()
+    arrays = loading.load(source, "dp2mp4")
+    for name, how in FORMS.items():
+        saving.save(
+            arrays, f"{out}/{name}", extras=source, timeout_s=60, **({"durable": False} | how)
+        )
+    chance = np.random.default_rng(0)
+    truth = {n: chance.standard_normal((8, 8), np.float32) for n in "abcdh"}
+    truth["step"] = np.int32(7) * np.ones((), np.int32)
+    mixed = {
+        "a": placed(truth["a"], on_process(0)),
+        "b": placed(truth["b"], on_all()),
+        "c": placed(truth["c"], on_all()),
+        "d": placed(truth["d"], on_process(count - 1, "own")),
+        "step": jnp.int32(7),  # on a device of each process's own
+        "h": truth["h"],  # and a copy of the host in each
+    }
+    right = {}
+    for name, tree in (
+        ("mixed", mixed),
+        ("first alone", {"a": mixed["a"]}),
+        ("last alone", {"d": mixed["d"]}),
+        ("host", {"h": truth["h"]}),
+    ):
+        place = f"{out}/{name.replace(' ', '-')}"
+        saving.save(tree, place, durable=False, timeout_s=60)
+        right[name] = _is_same(place, {n: truth[n] for n in tree})
+    if index == count - 1:  # the others do not call
+        saving.save({"d": mixed["d"]}, f"{out}/own", alone=True, durable=False)
+        right["own"] = _is_same(f"{out}/own", {"d": truth["d"]})
+    with jax.enable_x64(True):
+        whole = js.gather({"a": mixed["a"], "d": mixed["d"]}, host=True, from_processes=True)
+    right["gathered"] = all(whole[n].tobytes() == truth[n].tobytes() for n in whole)
+    return {
+        "right": right,
+        "part": str(part_of("auto", "auto", {"SLURM_PROCID": "9", "SLURM_NTASKS": "10"})),
+        "refused": _refused(index, count, arrays, mixed, out),
+        "after": _after(arrays, source, out),
+    }
+
+
+def _is_same(place, truth):
+    found = truth_of(place)
+    return set(found) == set(truth) and all(
+        found[n].dtype == t.dtype and found[n].tobytes() == t.tobytes() for n, t in truth.items()
+    )
+
+
+def _refused(index, count, arrays, mixed, out):
+    """What is wrong in one process alone all hear of, and the next save is good all the same."""
+    last = index == count - 1
+    unlike = mixed | {"b": placed(np.zeros((8, 8), np.float32), on_all("all" if last else None))}
+    other = {"w": placed(np.zeros((8, 8), np.float32), on_process(0 if last else count - 1, "own"))}
+    nowhere = {"x": arrays["model.norm.weight"]} | other
+    full = f"{out}/ckpt"
+    plain = across.begin
+
+    def begin(*args, **kwargs):
+        if last:
+            raise OSError(28, "No space left on device")
+        return plain(*args, **kwargs)
+
+    found = {
+        "format": refusal(lambda: saving.save(arrays, out, format="tar" if last else "ranks")),
+        "unlike": refusal(lambda: saving.save(unlike, f"{out}/x", timeout_s=60)),
+        "nobody": refusal(lambda: saving.save(nowhere, f"{out}/x", timeout_s=60)),
+        "exists": refusal(lambda: saving.save(arrays, full, timeout_s=60)),
+        "alone": refusal(lambda: saving.save(arrays, f"{out}/x", alone=True)),
+    }
+    own = f"{out}/host{index}"
+    across.begin = begin
+    how = {"format": "ranks", "shared": False, "durable": False, "timeout_s": 60}
+    found["own"] = refusal(lambda: saving.save(arrays, own, **how))
+    across.begin = plain
+    saving.save(arrays, own, **how)  # nobody keeps the lock of what was given up
+    return found
+
+
+def _after(arrays, source, out):
+    saving.save(arrays, f"{out}/after", durable=False, timeout_s=60)
+    return is_right(loading.load(f"{out}/after", "mp8"), truth_of(source))
+
+
+PHASES = {  # what is called in the middle of each
+    "begin": (across, "lay_out"),
+    "write": (shared_writing.SharedFiles, "write"),
+    "publish": (Staging, "publish"),
+    "wait": (across, "wait_for"),
+}
+
+
+def killed_while_saving(index, count, source, out, who, phase, after):
+    """One process ends at once, in the middle; the others say what they then heard."""
+    arrays = loading.load(source, "dp2mp2")
+    if index == who:
+        die_in(*PHASES[phase], after)
+    processes.leave(
+        refusal(lambda: saving.save(arrays, out, overwrite=True, durable=False, timeout_s=2))
+    )
+
+
+def die_in(owner, name, after=0):
+    """Have this process killed when ``name`` of ``owner`` is called after ``after`` calls."""
+    plain, left = getattr(owner, name), [after]
+
+    def dying(*args, **kwargs):
+        if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
-        return plain(self, *args)
+        return plain(*args, **kwargs)
 
-    shared_writing.SharedFiles.write = dying
-    begun = time.monotonic()
-    try:
-        saving.save(arrays, out, overwrite=True, durable=False, timeout_s=3)
-    except JaxshardError as error:
-        processes.leave([type(error).__name__, str(error), time.monotonic() - begun])
-    processes.leave(["saved", "", 0])
+    setattr(owner, name, dying)
+
+
+def rerun(index, count, source, places):
+    """The same saves again, in processes that know nothing of those that were killed."""
+    arrays, truth = loading.load(source, "dp2mp2"), truth_of(source)
+    for place in places:
+        saving.save(arrays, place, overwrite=True, durable=False, timeout_s=60)
+    return [is_right(loading.load(place, "mp4"), truth) for place in places]
 
 
 def failing_while_saving(index, count, source, out):
@@ -111,31 +274,26 @@ def failing_while_saving(index, count, source, out):
 
     if index == count - 1:
         shared_writing.SharedFiles.write = full
-    begun, said = time.monotonic(), None
-    try:
-        saving.save(arrays, out, durable=False, timeout_s=60)
-    except OSError as error:
-        said = str(error)
-    seconds = time.monotonic() - begun
+    _, said, seconds = refusal(lambda: saving.save(arrays, out, durable=False, timeout_s=60))
     shared_writing.SharedFiles.write = plain
     saving.save(arrays, out, durable=False, timeout_s=60)
     return [said, seconds, is_right(loading.load(out, "mp8"), truth_of(source))]
 
 
-def balanced_while_one_fails(index, count, source, is_killed):
-    """One process cannot read, or is killed: nobody waits in a collective for it."""
+def balanced_while_one_fails(index, count, source, how):
+    """One process cannot read, or is killed before the meeting, or inside the collectives."""
     jax.devices()
-    if index == 1 and is_killed:
-        loading.carry = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-    elif index == 1:
+    if index == 1 and how == "damaged":
         source = source + "-damaged"
-    begun = time.monotonic()
-    try:
-        loading.load(source, "dp2mp4", balanced=True, timeout_s=3 if is_killed else 60)
-    except JaxshardError as error:
-        heard = [type(error).__name__, str(error), time.monotonic() - begun]
-        return processes.leave(heard) if is_killed else heard
-    return ["loaded", "", 0]
+    elif index == 1:
+        die_in(loading, {"reading": "carry", "sending": "gathered"}[how])
+    timeout_s = 2 if how == "reading" else 60
+    heard = refusal(lambda: loading.load(source, "dp2mp2", balanced=True, timeout_s=timeout_s))
+    return heard if how == "damaged" else processes.leave(heard)
+
+
+def load_balanced(index, count, source):
+    return is_right(loading.load(source, "dp2mp2", balanced=True), truth_of(source))
 
 
 def apart(index, count, source, out):
@@ -166,16 +324,69 @@ def apart(index, count, source, out):
     return answer | {"refused": refused}
 
 
-def peak_memory(index, count, source):
-    """How far memory grew while loading and saving, beyond the arrays themselves."""
-    jax.devices()
+def mixed_saves(index, count, source, out):
+    """One host dies while all publish: it has an older save than the others, and all hear of it."""
+    own = f"{out}/host{index}/mixed"
+    how = {"format": "ranks", "shared": False, "durable": False, "overwrite": True}
+    arrays = loading.load(source, "mp4pp2")
+    saving.save(arrays, own, **how, timeout_s=60)
+    again = is_right(loading.load(own, "mp4pp2"), truth_of(source))
+    plain = Staging.publish
+
+    def publish(self, *args):
+        if index == 1:
+            raise OSError(5, "Input/output error")
+        return plain(self, *args)
+
+    Staging.publish = publish
+    cut_short = refusal(lambda: saving.save(arrays, own, **how, timeout_s=60))
+    Staging.publish = plain
+    return {
+        "again": again,
+        "cut short": cut_short,
+        "plain": refusal(lambda: loading.load(own, "mp4pp2", timeout_s=60)),
+        "balanced": refusal(lambda: loading.load(own, "mp4pp2", balanced=True, timeout_s=60)),
+    }
+
+
+def peak_memory(index, count, source, out):
+    """How far memory grows beyond what is held before, for each verb, and what the arrays take."""
+    rows, columns, replicas = P(("p", "d")), P(None, ("p", "d")), P("d")
+    mesh = Mesh(np.array(jax.devices()).reshape(count, -1), ("p", "d"))
+    how = {"host_bytes": 8 << 20, "workers": 1}
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.local_devices()[0]))
-    before = _peak_bytes()
-    arrays = loading.load(source, "dp2mp4", host_bytes=8 << 20, workers=1)
-    return {"grown": _peak_bytes() - before, "share": distinct_bytes(arrays)}
+    grown, held = {}, {}
+
+    def measured(name, work):
+        before = _peak_bytes()
+        made = jax.block_until_ready(work())
+        grown[name] = _peak_bytes(reset=False) - before
+        return made
+
+    small = np.zeros((64, 64), np.float32)  # gloo and XLA take what they take once
+    warm = js.reshard(placed(small, NamedSharding(mesh, rows)), NamedSharding(mesh, columns))
+    js.reshard(warm, NamedSharding(mesh, replicas))
+    arrays = measured("load", lambda: loading.load(source, NamedSharding(mesh, rows), **how))
+    held["share"] = distinct_bytes(arrays)
+    measured("save", lambda: saving.save(arrays, out, durable=False, **how) and None)
+    moved = [measured("reshard", lambda: js.reshard(arrays, NamedSharding(mesh, columns)))]
+    moved.clear()
+    arrays.clear()
+    name = min(js.open(source).tensors)
+    found = measured(
+        "balanced",
+        lambda: loading.load(
+            source, NamedSharding(mesh, replicas), include=[f"^{name}$"], balanced=True, **how
+        ),
+    )
+    held["balanced share"] = distinct_bytes(found)
+    return {"grown": grown, "held": held}
 
 
-def _peak_bytes():
+def _peak_bytes(reset=True):
+    """The most memory since it was last asked with ``reset``."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) << 10

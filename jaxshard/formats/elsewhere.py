@@ -4,13 +4,18 @@ Hosts that share no disk each keep the files of their own ranks. Without this fi
 tensor of another host's pipeline stage would not exist for them; with it, its name and
 shape are known, and who asks for its bytes hears where they are not.
 
-    {"jaxshard_elsewhere": 1, "tensors": {"model.layers.9.mlp.up_proj.weight": ["BF16", [64, 16]]}}
+    {"jaxshard_elsewhere": 1, "save": "7c01…",
+     "tensors": {"model.layers.9.mlp.up_proj.weight": ["BF16", [64, 16]]}}
+
+The word after "save" is the same in the folders of one save. Each host publishes its own, so a
+host that died at that moment may have an older one than the others: then the words differ.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from ..catalog import Tensor
 from ..dtypes import dtype
@@ -25,10 +30,10 @@ _MAX_BYTES = 100_000_000
 _MAX_DIMS = 64
 
 
-def to_bytes(tensors: Iterable[Tensor]) -> bytes:
-    """The file that tells of ``tensors``."""
+def to_bytes(tensors: Iterable[Tensor], save: str = "") -> bytes:
+    """The file that tells of ``tensors``, and of which ``save`` this folder is."""
     told = {t.name: [t.dtype.name, t.shape] for t in tensors}
-    return (json.dumps({_MARK: _VERSION, "tensors": told}) + "\n").encode()
+    return (json.dumps({_MARK: _VERSION, "save": save, "tensors": told}) + "\n").encode()
 
 
 def read(folder: Folder) -> dict[str, Tensor]:
@@ -37,6 +42,19 @@ def read(folder: Folder) -> dict[str, Tensor]:
     Raises:
         FormatError: the file is not what it claims to be.
     """
+    return {name: _tensor(name, entry) for name, entry in _told(folder).get("tensors", {}).items()}
+
+
+def save_of(folder: Folder) -> str:
+    """The word that the folders of one save share; empty where this is no such folder.
+
+    Raises:
+        FormatError: the file is not what it claims to be.
+    """
+    return str(_told(folder).get("save", ""))
+
+
+def _told(folder: Folder) -> dict[str, Any]:
     known = folder.files().get(NAME)
     if known is None or known.num_bytes > _MAX_BYTES:
         return {}
@@ -48,7 +66,7 @@ def read(folder: Folder) -> dict[str, Tensor]:
             f"{NAME}: version {told[_MARK]!r}; this jaxshard reads version {_VERSION}. Upgrade "
             "jaxshard, or save again."
         )
-    return {name: _tensor(name, entry) for name, entry in told["tensors"].items()}
+    return dict(told)
 
 
 def _tensor(name: str, entry: object) -> Tensor:

@@ -30,6 +30,7 @@ from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
 from .carrying import carry
 from .limits import check_dtypes, check_memory, need_of, share_out
+from .one_save import check_one_save, save_of
 from .orbax_loading import restore, restored_by_orbax
 from .sources import file_source
 from .targeting import Devices, asked_dtype, resolve
@@ -99,7 +100,8 @@ def load(
         workers: threads; by default one a core, at most 8.
         balanced: of several processes, none reads what another does; what they hold in common
             goes from device to device. All of them must call this alike.
-        timeout_s: how long they then wait for each other to have read.
+        timeout_s: how long they then wait for each other to have read; or, of hosts that
+            share no disk, to have opened their own folders.
         counted: is told the counts of what was read.
 
     Raises:
@@ -116,12 +118,16 @@ def load(
         )
     how = _How(host_bytes, _cores() if workers is None else workers, mmap, owned)
     processes = processes_of_jax(timeout_s) if balanced else Processes()
-    with processes.about(str(getattr(source, "root", source))).together("loading"):
+    with processes.about(str(getattr(source, "root", source))).together("loading") as meeting:
         catalog = (
             source
             if isinstance(source, Catalog)
             else open_checkpoint(source, strategy=strategy, suffix=suffix)
         )
+        meeting.says = save = save_of(catalog)
+        if save and not balanced:  # a host's own folder, so all load theirs
+            others = processes_of_jax(timeout_s).about(catalog.root)
+            check_one_save(others.hear("loading: which save", save), catalog.root)
         include, exclude = texts(include), texts(exclude)
         tensors, _ = select(catalog, include, exclude)
         chosen = replace(catalog, tensors={t.name: t for t in tensors})
@@ -145,6 +151,7 @@ def load(
             extra = kept_bytes(first, wanted.wants)
             with _told_of_hosts(catalog):
                 arrays, counts = _read(catalog, first, how, extra)
+    check_one_save(meeting.heard, catalog.root)
     if balanced and not by_orbax:
         arrays = gathered(arrays, wanted.wants)
     if counted is not None:

@@ -5,8 +5,11 @@ They go over JAX's own coordinator, the small server in process 0 that
 time-out, and a process that died would leave the others waiting in them.
 
     process 0   ── write ──┤ arrived, well ├── all are well: go on
-    process 1   ── write ──┤ arrived, disk full ├── everybody raises, at once
+    process 1   ── write ──┤ arrived, disk full ├── everybody raises, when all have come
     process 2   ── killed                       ── everybody raises, when the time is over
+
+Meetings are numbered by what they are for, so everybody must come to the same ones: whatever
+can fail is done *inside* a meeting, where its failure is heard, and never before one.
 """
 
 from __future__ import annotations
@@ -14,11 +17,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from ..errors import JaxshardError, StorageError, some
 
+#: Processes may be apart by as much as their disks are. It is longer than JAX's own heartbeat
+#: (100 s unless ``jax.distributed.initialize`` is told otherwise): of a process that died, JAX
+#: ends the others first. With a shorter time-out they raise instead.
 DEFAULT_TIMEOUT_S = 600.0
+_KEPT = 64  # answers that stay for whoever is behind; no process is as many meetings behind
 
 
 class Coordinator(Protocol):
@@ -33,6 +41,14 @@ class Coordinator(Protocol):
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
 
     def key_value_delete(self, key: str) -> None: ...
+
+
+@dataclass
+class Meeting:
+    """What this process says to all at the end of a meeting, and then what each said."""
+
+    says: str = ""
+    heard: list[str] = field(default_factory=list)
 
 
 class Processes:
@@ -51,13 +67,37 @@ class Processes:
         coordinator: Coordinator | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         about: str = "",
+        group: str = "jaxshard",
     ) -> None:
         self.index, self.count, self.timeout_s = index, count, timeout_s
-        self._coordinator, self._about = coordinator, about
+        self._coordinator, self._about, self._group = coordinator, about, group
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are others to meet."""
+        return self._coordinator is not None
 
     def about(self, subject: str) -> Processes:
         """The same processes, whose errors name ``subject``; it may be called otherwise in each."""
-        return Processes(self.index, self.count, self._coordinator, self.timeout_s, f"{subject}: ")
+        return Processes(
+            self.index,
+            self.count,
+            self._coordinator,
+            self.timeout_s,
+            f"{subject}: ",
+            self._group,
+        )
+
+    def apart(self, group: str) -> Processes:
+        """The same processes at meetings of their own, which may go on beside others."""
+        return Processes(
+            self.index,
+            self.count,
+            self._coordinator,
+            self.timeout_s,
+            self._about,
+            f"{self._group}/{group}",
+        )
 
     def meet(self, what: str, error: BaseException | None = None) -> None:
         """Wait until all processes are here; ``error`` is why this one cannot go on.
@@ -65,39 +105,53 @@ class Processes:
         Raises:
             StorageError: another process failed, or did not come in time.
         """
+        self._meet(what, "", error)
+
+    def hear(self, what: str, text: str = "") -> list[str]:
+        """What each process says, by its number; all must say something.
+
+        Raises:
+            StorageError: another process failed, or did not come in time.
+        """
+        return self._meet(what, text, None)
+
+    def _meet(self, what: str, text: str, error: BaseException | None) -> list[str]:
         if self._coordinator is None:
-            return
-        place = _next_place(what)
-        said = None if error is None else f"{type(error).__name__}: {error}"
+            return [text]
+        place = self._next_place(what)
+        why = None if error is None else f"{type(error).__name__}: {error}"
         try:
-            self._coordinator.key_value_set(f"{place}/{self.index}", json.dumps(said))
+            self._coordinator.key_value_set(f"{place}/{self.index}", json.dumps([text, why]))
             self._coordinator.wait_at_barrier(place, round(self.timeout_s * 1000))
+            found = self._statuses(place)
         except Exception as refused:
             if error is None:  # else the caller's own error says more
                 raise self._absent(what, place, refused) from refused
-            return
-        failed = {i: why for i, why in self._statuses(place).items() if why is not None}
-        if self.index == 0 and (before := _before(place)):
+            return []
+        failed = {i: why for i, (_, why) in found.items() if why is not None}
+        if self.index == 0 and (before := _earlier(place, 1)):
             self._coordinator.key_value_delete(before)
         if failed and error is None:
             raise StorageError(
                 f"{self._about}{what}: {len(failed)} of {self.count} processes failed: "
                 f"{some(f'process {i}: {why}' for i, why in sorted(failed.items()))}"
             )
+        return [said for _, (said, _) in sorted(found.items())]
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def together(self, what: str) -> Iterator[Meeting]:
         """All processes do what is inside, and go on when all have done it.
 
         Raises:
             StorageError: another process failed, or did not come in time.
         """
+        meeting = Meeting()
         try:
-            yield
+            yield meeting
         except BaseException as error:
             self.meet(what, error)
             raise
-        self.meet(what)
+        meeting.heard = self.hear(what, meeting.says)
 
     def agree(self, what: str, make: Callable[[], str]) -> str:
         """What ``make`` gives in process 0, where alone it is called; known to all.
@@ -107,8 +161,10 @@ class Processes:
         """
         if self._coordinator is None:
             return make()
-        place = _next_place(what)
+        place = self._next_place(what)
         if self.index == 0:
+            if before := _earlier(place, _KEPT):
+                self._coordinator.key_value_delete(before)
             return self._say(place, make)
         try:
             said = self._coordinator.blocking_key_value_get(place, round(self.timeout_s * 1000))
@@ -134,10 +190,20 @@ class Processes:
         self._coordinator.key_value_set(place, json.dumps([text, None]))
         return text
 
-    def _statuses(self, place: str) -> dict[int, str | None]:
+    def _statuses(self, place: str) -> dict[int, tuple[str, str | None]]:
+        """What each process said that came, and why it failed if it did."""
         assert self._coordinator is not None
         found = self._coordinator.key_value_dir_get(place)
-        return {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in found}
+        return {int(key.rsplit("/", 1)[1]): tuple(json.loads(value)) for key, value in found}
+
+    def _next_place(self, what: str) -> str:
+        """A name nobody has met at; all processes count alike, for they come to the same meetings.
+
+        Counted in one process at a time: what runs in a thread beside others meets ``apart``.
+        """
+        purpose = f"{self._group}/{what}"
+        number = _MET[purpose] = _MET.get(purpose, -1) + 1
+        return f"{purpose}/{number}"
 
     def _absent(self, what: str, place: str, refused: Exception) -> StorageError:
         try:
@@ -147,7 +213,7 @@ class Processes:
                 f"{self._about}{what}: process 0, which the others meet at, does not answer "
                 f"({str(refused).splitlines()[0]}). Start the job again."
             )
-        failed = sorted((i, why) for i, why in statuses.items() if why is not None)
+        failed = sorted((i, why) for i, (_, why) in statuses.items() if why is not None)
         missing = sorted(set(range(self.count)) - set(statuses))
         return StorageError(
             f"{self._about}{what}: {len(missing)} of {self.count} processes did not come within "
@@ -178,19 +244,18 @@ def processes_of_jax(timeout_s: float = DEFAULT_TIMEOUT_S) -> Processes:
             f"jax {jax.__version__} has moved its coordinator client, over which {count} processes "
             "meet. Use a version of jax that jaxshard is tested with."
         ) from error
+    if client is None:
+        raise JaxshardError(
+            f"there are {count} processes of JAX and no coordinator over which they could meet. "
+            "Call jax.distributed.initialize() first."
+        )
     return Processes(jax.process_index(), count, cast(Coordinator, client), timeout_s)
 
 
 _MET: dict[str, int] = {}  # how often, for each purpose
 
 
-def _next_place(what: str) -> str:
-    """A name nobody has met at; all processes count alike, for they come to the same meetings."""
-    number = _MET[what] = _MET.get(what, -1) + 1
-    return f"jaxshard/{what}/{number}"
-
-
-def _before(place: str) -> str | None:
-    """The last place of the same purpose: nobody looks there any more."""
-    what, number = place.rsplit("/", 1)
-    return f"{what}/{int(number) - 1}" if number != "0" else None
+def _earlier(place: str, meetings: int) -> str | None:
+    """The place so many meetings of the same purpose ago, where nobody looks any more."""
+    purpose, number = place.rsplit("/", 1)
+    return f"{purpose}/{int(number) - meetings}" if int(number) >= meetings else None

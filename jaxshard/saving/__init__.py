@@ -26,16 +26,15 @@ from ..formats import huggingface
 from ..layout import Layout
 from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
-from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, processes_of_jax
+from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..opening import PathLike, open_checkpoint, open_strategy
-from ..results import Request
+from ..results import Request, Result
 from ..rules import Rules
-from ..storage.budget import Counts
 from ..strategy import Strategy
 from ..targets import lay_out_for, make_result
 from ..trees import is_array_like, named_leaves
 from . import orbax_saving
-from .across import Work, check_across, commit_across, commit_own, holders_of
+from .across import Work, check_across, check_alone, commit_across, commit_own
 from .arrays import Array, ArraySource, num_fetched
 from .committing import commit
 from .fetching import share_out
@@ -65,13 +64,13 @@ def save(
     overwrite: bool = False,
     durable: bool = True,
     shared: bool = True,
+    alone: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Report:
     """Write the arrays of ``tree`` as a checkpoint at ``path``; what was done.
 
-    Where several processes hold the arrays, all processes of the job call this alike, each
-    writes its share, and they meet before the result appears. Arrays that one process has all
-    for itself are written by that one.
+    Where there are several processes of JAX, all of them call this alike, each writes its
+    share, and they meet before the result appears. What is on the host process 0 writes.
 
     Args:
         tree: a pytree of arrays with any sharding, NumPy's among them. The name of a tensor
@@ -101,6 +100,7 @@ def save(
         shared: of several processes, all see one disk at ``path``. If not, each writes there,
             on its own disk, the files of the ranks whose devices it has, and ``load`` in the
             same process finds what its devices need; only for files by rank.
+        alone: of several processes, this one alone calls, and saves what it has to itself.
         timeout_s: how long several processes wait for each other.
 
     Raises:
@@ -109,41 +109,39 @@ def save(
         FormatError: ``config`` has numbers that ``names`` cannot be about.
         StorageError: the disk is full or refuses, or another process fails or does not come.
     """
-    _check_format(format)
-    arrays, notes = arrays_of(tree, name_of)
-    holders = holders_of(arrays)
-    if len(holders) == 1 and jax.process_index() not in holders:
-        return Report(str(path), Counts(), 0, 0, (*notes, f"process {holders.pop()} saves it."))
-    across = len(holders) > 1
-    if across:
-        check_across(format, shared=shared)
-    carried = _opened(extras)
-    model = _model(config, carried)
-    if format == "orbax":
+    processes = Processes() if alone else processes_of_jax(timeout_s)
+    where, keep = Path(path), {"overwrite": overwrite, "durable": durable}
+    with processes.about(str(where)).together("saving: preparing"):
+        _check_format(format)
+        arrays, notes = arrays_of(tree, name_of)
+        if processes.are_several:
+            check_across(format, shared=shared)
+        elif alone:
+            check_alone(arrays, format)
+        carried = _opened(extras)
+        model = _model(config, carried)
+        ready = None
+        if format != "orbax":
+            limit = default_budget() if host_bytes is None else host_bytes
+            threads = _cores() if workers is None else workers
+            budget, room = share_out(limit, threads, num_fetched(arrays))
+            source = ArraySource(arrays, model=model, metadata=metadata, room=room)
+            if names is not None:
+                source.map(find_mapping(names, source.catalog))
+            layout = _layout(format, strategy, rules, source.catalog, arrays)
+            max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
+            request = Request(layout, max_bytes, prefix, remove_redundancy, format)
+            result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
+            ready = source, result if config is None else _with_config(result, config), budget
+    if ready is None:
         if names is not None:
             arrays = _mapped(arrays, names, model)
         own = tree if name_of is None and names is None else arrays
-        counts = orbax_saving.save(
-            own, arrays, Path(path), carried, overwrite=overwrite, durable=durable
-        )
+        counts = orbax_saving.save(own, arrays, where, carried, **keep)
         return Report(str(path), counts, 0, 0, notes)
-    limit = default_budget() if host_bytes is None else host_bytes
-    budget, room = share_out(limit, _cores() if workers is None else workers, num_fetched(arrays))
-    source = ArraySource(arrays, model=model, metadata=metadata, room=room)
+    source, result, budget = ready
     try:
-        if names is not None:
-            source.map(find_mapping(names, source.catalog))
-        layout = _layout(format, strategy, rules, source.catalog, arrays)
-        max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
-        request = Request(layout, max_bytes, prefix, remove_redundancy, format)
-        result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
-        if config is not None:
-            told = (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
-            place = f"{result.extras_to}/{huggingface.CONFIG}".lstrip("/")
-            result = replace(result, side_files={**result.side_files, place: told})
-        where, keep = Path(path), {"overwrite": overwrite, "durable": durable}
-        if across:
-            processes = processes_of_jax(timeout_s)
+        if processes.are_several:
             work = Work(source, result, where, carried, budget, processes, **keep)
             counts = (commit_across if shared else commit_own)(work, arrays)
         else:
@@ -152,6 +150,12 @@ def save(
         source.close()
     notes = (*notes, *result.outputs.layout.notes)
     return Report(str(path), counts, len(result.outputs.paths), 0, notes)
+
+
+def _with_config(result: Result, config: Mapping[str, Any]) -> Result:
+    told = (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
+    place = f"{result.extras_to}/{huggingface.CONFIG}".lstrip("/")
+    return replace(result, side_files={**result.side_files, place: told})
 
 
 def arrays_of(

@@ -10,8 +10,7 @@ raise; what was there before is still there, and the next save clears the leavin
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,21 +19,17 @@ import jax
 
 from ..array_layouts import rank_devices_of
 from ..catalog import Catalog, Piece
-from ..errors import LayoutError, StorageError
+from ..errors import LayoutError
 from ..formats import elsewhere
 from ..multiprocess.barriers import Processes
-from ..planning import Move
 from ..results import Result
 from ..storage.budget import Budget, Counts
-from ..storage.engine import run
-from ..storage.shared_writing import SharedFiles
-from ..storage.staging import FILES, Staging, real_place, staging_folder
+from ..storage.shared_writing import bring_in, shared_folder, wait_for
+from ..storage.staging import Staging, real_place
 from .arrays import Array, ArraySource
 from .committing import abandon, add_files, begin, check_room, write_files
-from .sharing import Place, owners, shared_moves
-
-_TOKEN = "together"
-_SEEN_WITHIN_S = 60.0  # what a network file system may take to show a new folder to others
+from .shares import lay_out, seal, write_share
+from .sharing import check_shares, owners, share
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,8 @@ def commit_across(work: Work, arrays: Mapping[str, Array]) -> Counts:
     """Write this process's share and publish; what this process did. All must call it alike.
 
     Raises:
-        LayoutError: the destination exists, or an interrupted conversion lies there.
+        LayoutError: the destination exists, an interrupted conversion lies there, or the
+            processes were given different arrays.
         StorageError: the disk refuses here or elsewhere, or a process does not come in time.
     """
     work = replace(work, destination=real_place(work.destination))
@@ -63,8 +59,28 @@ def commit_across(work: Work, arrays: Mapping[str, Array]) -> Counts:
     led = _Led(work)
     try:
         token = processes.agree("saving: beginning", led.begin)
-        with processes.together("saving: writing"):
-            counts = _write(work, arrays, token, processes)
+        with processes.together("saving: writing") as meeting:
+            folder = shared_folder(work.destination, token)
+            wait_for(folder, processes.timeout_s / 2, processes.index)
+            owner = owners(arrays)
+
+            def owner_of(piece: Piece) -> int:
+                shard = work.source.shard_of(piece)
+                return 0 if shard is None else owner.of_box[shard]
+
+            counts = write_share(
+                work.source.catalog,
+                work.result,
+                folder,
+                work.source.read,
+                work.source.lend,
+                owner_of=owner_of,
+                here=processes.index,
+                budget=work.budget,
+                durable=work.durable,
+            )
+            meeting.says = share(owner, counts)
+        check_shares(meeting.heard, sum(work.result.outputs.rank_bytes()))
         processes.agree("saving: publishing", led.publish)
     except BaseException:
         led.abandon()
@@ -78,6 +94,7 @@ class _Led:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._staging: Staging | None = None
+        self._folder = Path()
 
     def begin(self) -> str:
         work = self._work
@@ -85,21 +102,17 @@ class _Led:
             work.destination, work.carried, overwrite=work.overwrite, durable=work.durable
         )
         check_room(self._staging.files, sum(work.result.outputs.rank_bytes()))
-        files = _files(work)
-        try:
-            files.lay_out()
-        finally:
-            files.close()
         token = secrets.token_hex(8)
-        (staging_folder(work.destination) / _TOKEN).write_text(token)
+        self._folder = shared_folder(work.destination, token)
+        self._folder.mkdir()
+        lay_out(work.result, self._folder, durable=work.durable)
         return token
 
     def publish(self) -> str:
         work, staging = self._work, self._staging
         assert staging is not None
-        if work.result.seal is not None:
-            files = _files(work)
-            files.seal(work.result.seal)
+        seal(work.result, self._folder, durable=work.durable)
+        bring_in(staging, self._folder)
         side_files = dict(work.result.side_files)
         add = partial(add_files, staging, side_files, work.carried, work.result.extras_to)
         staging.publish(add)
@@ -108,69 +121,6 @@ class _Led:
     def abandon(self) -> None:
         if self._staging is not None:
             abandon(self._staging, self._work.destination)
-
-
-def _write(work: Work, arrays: Mapping[str, Array], token: str, processes: Processes) -> Counts:
-    _check_shared(work.destination, token, processes)
-    owner = owners(arrays, processes.index)
-
-    def owner_of(piece: Piece) -> int:
-        shard = work.source.shard_of(piece)
-        return 0 if shard is None else owner[shard]
-
-    files = _files(work)
-    places: dict[str, tuple[Place, ...]] = {}
-
-    def moves() -> Iterator[Move]:
-        catalog, outputs = work.source.catalog, work.result.outputs
-        for shared in shared_moves(catalog, outputs, owner_of, processes.index):
-            places[shared.move.name] = shared.places
-            yield shared.move
-
-    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
-        ranks = move.targets[target].ranks
-        for number in ranks:
-            place, done = places[move.name][number], 0
-            for at, length in place.spans(offset, len(buffer)):
-                files.write(place.rank, move.name, at, buffer[done : done + length])
-                done += length
-        return len(ranks)
-
-    try:
-        counts = run(moves(), work.source.read, write, budget=work.budget, lend=work.source.lend)
-        if work.durable:
-            files.sync()
-    finally:
-        files.close()
-    return counts
-
-
-def _files(work: Work) -> SharedFiles:
-    folder = staging_folder(work.destination) / FILES
-    return SharedFiles(work.result.outputs, folder, work.result.lay_file)
-
-
-def _check_shared(destination: Path, token: str, processes: Processes) -> None:
-    """Wait until the folder that process 0 has made is seen here.
-
-    Raises:
-        StorageError: it is not: the hosts do not share that disk.
-    """
-    until = time.monotonic() + min(_SEEN_WITHIN_S, processes.timeout_s / 2)
-    place = staging_folder(destination) / _TOKEN
-    while True:
-        try:
-            if place.read_text() == token:
-                return
-        except OSError:
-            pass
-        if time.monotonic() > until:
-            raise StorageError(
-                f"process {processes.index} does not see what process 0 has made beside "
-                f"{destination}. Save to a disk that all hosts share, or give shared=False: each "
-                "process then writes the files of its own devices to its own disk."
-            )
-        time.sleep(0.05)
 
 
 def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
@@ -184,32 +134,38 @@ def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
     """
     destination = real_place(work.destination)
     processes = work.processes.about(str(destination))
-    with processes.together("saving: beginning"):
-        only = own_ranks(arrays, work.result.outputs.layout.num_ranks)
-        staging = begin(destination, work.carried, overwrite=work.overwrite, durable=work.durable)
+    staging: Staging | None = None
     try:
-        with processes.together("saving: writing"):
+        with processes.together("saving: beginning own"):
+            only = own_ranks(arrays, work.result.outputs.layout.num_ranks)
+            staging = begin(
+                destination, work.carried, overwrite=work.overwrite, durable=work.durable
+            )
+        with processes.together("saving: writing own") as meeting:
             counts = write_files(work.source, work.result, staging, work.budget, only=only)
-        side_files = {**work.result.side_files, **_told_of_others(work, only)}
-        with processes.together("saving: publishing"):
+            meeting.says = secrets.token_hex(8)
+        token = meeting.heard[0] if meeting.heard else ""
+        side_files = {**work.result.side_files, **_told_of_others(work, only, token)}
+        with processes.together("saving: publishing own"):
             staging.publish(
                 partial(add_files, staging, side_files, work.carried, work.result.extras_to)
             )
     except BaseException:
-        abandon(staging, destination)
+        if staging is not None:
+            abandon(staging, destination)
         raise
     return counts
 
 
-def _told_of_others(work: Work, only: frozenset[int]) -> dict[str, bytes]:
-    """The file that says which tensors only other processes' folders hold, if there are any."""
+def _told_of_others(work: Work, only: frozenset[int], token: str) -> dict[str, bytes]:
+    """The file that says which save this is, and which tensors only other folders of it hold."""
     placements = work.result.outputs.layout.placements
     others = [
         tensor
         for name, tensor in work.source.catalog.tensors.items()
         if not any(only.intersection(p.ranks) for p in placements.get(name, ()))
     ]
-    return {elsewhere.NAME: elsewhere.to_bytes(others)} if others else {}
+    return {elsewhere.NAME: elsewhere.to_bytes(others, token)}
 
 
 def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
@@ -229,14 +185,23 @@ def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
     return frozenset(r for r, device in enumerate(devices) if device.process_index == here)
 
 
-def holders_of(arrays: Mapping[str, Array]) -> set[int]:
-    """The processes whose devices hold some of ``arrays``; this one, if all are on the host."""
-    found = set[int]()
-    for array in arrays.values():
-        if isinstance(array, jax.Array):
-            devices: set[jax.Device] = array.sharding.device_set
-            found |= {device.process_index for device in devices}
-    return found or {jax.process_index()}
+def check_alone(arrays: Mapping[str, Array], format: str) -> None:
+    """Refuse what this process, of several, cannot save by itself.
+
+    Raises:
+        LayoutError: other processes hold parts, or the format is not one for it.
+    """
+    if format == "orbax" and jax.process_count() > 1:
+        raise LayoutError(
+            f"Orbax meets all {jax.process_count()} processes when it saves, so none can save with "
+            "it alone. Save as huggingface or ranks."
+        )
+    for name, array in arrays.items():
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise LayoutError(
+                f"{name}: other processes hold parts of it, so alone=True cannot save it. Call "
+                "save in all processes, without alone=True."
+            )
 
 
 def check_across(format: str, *, shared: bool) -> None:

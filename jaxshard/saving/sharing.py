@@ -7,13 +7,16 @@ side are joined, so that rows are written as long as they can be.
     held by       0 0 1 1            written    by process 0     by process 1
     the tensor    a b c d  ×2 rows              ab·· ab··        ··cd ··cd
 
-Every process computes the same shares from the shardings alone; nothing is sent.
+Every process computes the same shares from the shardings alone, and they compare that at the
+end: what nobody thinks his own would be zeros in a file that looks whole.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import jax
@@ -21,10 +24,12 @@ import jax
 from ..box import Box
 from ..catalog import Catalog, Piece, Tensor
 from ..dtypes import in_units
+from ..errors import LayoutError, StorageError
 from ..multiprocess.splitting import assign
 from ..outputs import Outputs
 from ..planning import Move, move_into
 from ..ranges import Runs, byte_runs
+from ..storage.budget import Counts
 from ..transfer.geometry import all_device_boxes
 from .arrays import Array
 
@@ -66,30 +71,81 @@ class SharedMove:
     places: tuple[Place, ...]
 
 
-def owners(arrays: Mapping[str, Array], here: int) -> dict[tuple[str, Box], int]:
+@dataclass(frozen=True)
+class Owners:
+    """Which process writes each distinct shard.
+
+    Attributes:
+        of_box: by a tensor's name and the shard's box.
+        digest: of the choices between several processes. All must have made the same, or a
+            shard is written by nobody.
+    """
+
+    of_box: Mapping[tuple[str, Box], int] = field(repr=False)
+    digest: str
+
+
+def owners(arrays: Mapping[str, Array]) -> Owners:
     """The process that writes each distinct shard, about equally many bytes each.
 
-    What is on the host is alike in all processes, and process 0 writes it. An array that is on
-    devices of this process alone may be another's copy too: ``here`` writes it.
+    A shard that one process alone holds weighs nothing: an array on a device of each process's
+    own (a step counter) looks otherwise in each, and must not change what they choose for
+    the rest. Of what is on the host each has a copy, and process 0 writes it.
     """
     weights: dict[tuple[str, Box], int] = {}
     holders: dict[tuple[str, Box], tuple[int, ...]] = {}
     found: dict[tuple[str, Box], int] = {}
     for name, array in arrays.items():
-        if not isinstance(array, jax.Array) or array.is_fully_addressable:
-            writer = here if isinstance(array, jax.Array) else 0
-            found |= {(name, box): writer for box in _local_boxes(array)}
+        if not isinstance(array, jax.Array):
+            found[name, Box.whole(array.shape)] = 0
             continue
         for box, processes in _holders(array.sharding, tuple(array.shape)):
-            weights[name, box] = box.size * array.dtype.itemsize
-            holders[name, box] = processes
-    return found | assign(weights, holders)
+            if len(processes) == 1:
+                found[name, box] = processes[0]
+            else:
+                weights[name, box] = box.size * array.dtype.itemsize
+                holders[name, box] = processes
+    chosen = assign(weights, holders)
+    return Owners(found | chosen, _digest(chosen))
 
 
-def _local_boxes(array: Array) -> set[Box]:
-    if not isinstance(array, jax.Array):
-        return {Box.whole(array.shape)}
-    return set(all_device_boxes(array.sharding, tuple(array.shape)).values())
+def _digest(chosen: Mapping[tuple[str, Box], int]) -> str:
+    digest = hashlib.sha256()
+    for (name, box), process in chosen.items():
+        digest.update(f"{name}\0{box.start}{box.stop}{process}\0".encode())
+    return digest.hexdigest()
+
+
+def check_shares(told: Sequence[str], num_bytes: int) -> None:
+    """Refuse what several processes wrote if some of it was written by nobody.
+
+    Args:
+        told: what each process says of its ``share``.
+        num_bytes: of all tensors in all files.
+
+    Raises:
+        LayoutError: the processes chose differently.
+        StorageError: bytes are missing.
+    """
+    shares = [json.loads(text) for text in told]
+    odd = [i for i, (digest, _) in enumerate(shares) if digest != shares[0][0]]
+    if odd:
+        raise LayoutError(
+            f"process {odd[0]} was given arrays that lie otherwise than those of process 0, so "
+            "parts would be written by nobody. Give all processes the same names in the same order "
+            "with the same shardings."
+        )
+    written = sum(count for _, count in shares)
+    if written < num_bytes:
+        raise StorageError(
+            f"{len(shares)} processes wrote {written} bytes of {num_bytes}: the devices of none of "
+            "them hold the rest. Every process must be given all arrays."
+        )
+
+
+def share(owner: Owners, counts: Counts) -> str:
+    """What a process tells the others of what it wrote."""
+    return json.dumps([owner.digest, counts.bytes_written])
 
 
 @lru_cache(maxsize=4096)

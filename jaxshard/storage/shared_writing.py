@@ -2,19 +2,56 @@
 
 One process lays the files out; all write at final offsets and put what they wrote on
 the disk. Nobody can see from one file alone that it is complete: they have to meet.
+
+    .out.partial/files-7c01…/     the files, in a folder named by a word that the processes of
+                                  one save share: who is late from an earlier save, which the
+                                  others gave up, finds no folder to write into
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import NotFoundError, StorageError
 from ..outputs import Outputs
 from .local import Handles
-from .staging import told
+from .staging import FILES, Staging, staging_folder, told
 from .writing import FileLayout, LayFile
+
+SEEN_WITHIN_S = 60.0  # what a network file system may take to show a new folder to others
+
+
+def shared_folder(destination: Path, token: str) -> Path:
+    """Where the processes that share ``token`` write what becomes ``destination``."""
+    return staging_folder(destination) / f"{FILES}-{token}"
+
+
+def wait_for(folder: Path, within_s: float, process: int) -> None:
+    """Wait until the folder that process 0 has made is seen here.
+
+    Raises:
+        StorageError: it is not: the hosts do not share that disk.
+    """
+    until = time.monotonic() + min(SEEN_WITHIN_S, within_s)
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            raise StorageError(
+                f"process {process} does not see {folder}, which process 0 has made. Save to a "
+                "disk that all hosts share, or give shared=False: each process then writes the "
+                "files of its own devices to its own disk."
+            )
+        time.sleep(0.05)
+
+
+def bring_in(staging: Staging, folder: Path) -> None:
+    """Make what all wrote into ``folder`` what ``staging`` publishes."""
+    with told(f"{folder} cannot be moved"):
+        os.rmdir(staging.files)
+        os.rename(folder, staging.files)
 
 
 class SharedFiles:
@@ -52,7 +89,13 @@ class SharedFiles:
         """
         layout, done = self._layouts[self._outputs.content_of[rank]], 0
         for at, length in layout.spans(name, offset, len(data)):
-            self._handles.write(self._outputs.paths[rank], at, data[done : done + length])
+            try:
+                self._handles.write(self._outputs.paths[rank], at, data[done : done + length])
+            except NotFoundError:
+                raise StorageError(
+                    f"{self._folder} is gone: the others gave this save up before this process "
+                    "had written. Save again, with a longer timeout_s if this one is slower."
+                ) from None
             done += length
         if rank not in self._written:
             with self._lock:
@@ -69,8 +112,9 @@ class SharedFiles:
 
     def seal(self, seal: Callable[[Path], None]) -> None:
         """Finish every file; one process does, when all have written."""
-        for path in self._outputs.paths:
+        for rank, path in enumerate(self._outputs.paths):
             seal(self._folder / path)
+            self._written.add(rank)
 
     def close(self) -> None:
         """Close all handles."""
