@@ -30,11 +30,14 @@ from ..catalog import Catalog, Tensor
 from ..elements import stored_as
 from ..errors import LayoutError, StorageError
 from ..layout import Layout
+from ..multiprocess.barriers import DEFAULT_TIMEOUT_S
 from ..strategy import Strategy
 from . import naming, records
+from .across import save_together
 from .background import Background
 from .cadence import Cadence
 from .checks import one_of, optional, real, whole
+from .company import Company
 from .examining import examine
 from .filling import Parts, Where
 from .laying import lay_out
@@ -42,7 +45,7 @@ from .layouts import Wish
 from .lineage import Line
 from .naming import StepName
 from .places import Places
-from .restoring import Restored, finish_interrupted, restore, true_number
+from .restoring import Restored, restore, tidied, true_number
 from .saving_steps import Job, Keeping, save_step
 from .snapshots import How, Snapshot
 from .states import Array, Leaf, Roles, as_array, is_number, take_apart
@@ -90,8 +93,12 @@ class CheckpointManager:
         workers: int | None = None,
         host_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         """A manager of the run in ``directory``; nothing is touched before the first save.
+
+        Where there are several processes of JAX, each makes a manager, and all call its
+        methods alike; they share the disk.
 
         Args:
             directory: the run's output folder; made when needed.
@@ -125,7 +132,8 @@ class CheckpointManager:
             config: what the model is, for ``config.json`` of complete files.
             workers: threads; by default one a core, at most 8.
             host_bytes: the most memory for data in flight.
-            clock: seconds; for ``save_every_seconds``.
+            clock: seconds; for ``save_every_seconds``, by which process 0 goes.
+            timeout_s: how long several processes wait for each other.
 
         Raises:
             LayoutError: an option is impossible.
@@ -153,6 +161,7 @@ class CheckpointManager:
         self._roles, self._rename = roles, rename
         self._config = None if config is None else json.dumps(dict(config), indent=2).encode()
         self._workers, self._host_bytes, self._clock = workers, host_bytes, clock
+        self._company = Company(timeout_s)
         self._background = Background()
         self._said_never = False
         self._last_step: int | None = None
@@ -168,9 +177,12 @@ class CheckpointManager:
         self._background.raise_failure()
         step, now = whole("step", step), self._clock()
         self._say_if_never()
-        if not self._cadence.is_due(
+        is_due = self._cadence.is_due(
             step, now=now, last_step=self._last_step, last_time=self._last_time
-        ):
+        )
+        if self._cadence.every_seconds:  # no two clocks agree
+            is_due = self._company.of_process_0(is_due)
+        if not is_due:
             return False
         self.save(step, state, **what)
         return True
@@ -196,8 +208,38 @@ class CheckpointManager:
                 in the background since the last call. The steps before are all there.
             LayoutError: the state cannot be saved in this way; or could not, likewise.
         """
+        job = self._agreed(step, state, dict(extras or {}), loss_scale)
+        self._last_step, self._last_time = job.wish.global_step, self._clock()
+        if self._async:
+            self._background.start(f"saving step {job.wish.step}", lambda: self._run(job))
+        else:
+            self._run(job)
+
+    def _agreed(
+        self, step: int, state: Any, extras: Mapping[str, Any], loss_scale: float | None
+    ) -> Job:
+        """What is to be saved, held still, where all processes could do so."""
+        jobs: list[Job] = []
+        try:
+            with self._company.processes.together("saving a step: preparing"):
+                jobs.append(self._prepared(step, state, extras, loss_scale))
+        except BaseException:
+            for job in jobs:  # another process cannot: the arrays are the loop's again
+                job.snapshot.close()
+            raise
+        return jobs[0]
+
+    def _prepared(
+        self, step: int, state: Any, extras: Mapping[str, Any], loss_scale: float | None
+    ) -> Job:
+        """What is to be saved, held still."""
         step, loss_scale = whole("step", step), optional(real, "loss_scale", loss_scale)
         self._background.wait()  # never two writers, and never two snapshots
+        if self._format == "orbax" and self._company.processes.are_several:
+            raise LayoutError(
+                "format='orbax' is written by one process only. Save as ranks, iteration or "
+                "huggingface, or call Orbax itself in every process."
+            )
         if not self._places.main:
             raise LayoutError(
                 f"{self._places.root} is a folder of somebody else's steps. Give the directory "
@@ -206,18 +248,13 @@ class CheckpointManager:
         # Checkpoint-2.0 folders are named by the step of the whole run
         epochs = None if self._format == "iteration" else self._steps_per_epoch
         name = naming.step_name(step, epochs)
-        records.check_extras(extras or {})
+        records.check_extras(extras)
         leaves = [
             leaf
             for leaf in take_apart(state, self._roles, self._rename).leaves
             if self._optimizer or leaf.role != "optimizer"
         ]
-        job = self._job(step, name, leaves, dict(extras or {}), loss_scale)
-        self._last_step, self._last_time = step, self._clock()
-        if self._async:
-            self._background.start(f"saving step {name}", lambda: self._run(job))
-        else:
-            self._run(job)
+        return self._job(step, name, leaves, extras, loss_scale)
 
     def wait(self) -> None:
         """Wait until what was begun in the background is on the disk.
@@ -279,9 +316,11 @@ class CheckpointManager:
             LayoutError: the target does not fit.
         """
         self._background.wait()
-        finish_interrupted(self._places)
-        if missing_ok and step is None and not find_steps(self._places):
-            return None
+        processes = self._company.processes.about(str(self._places.root))
+        if missing_ok and step is None:
+            newest = processes.agree("restoring: looking", lambda: tidied(self._places))
+            if not newest:
+                return None
         where = Where(
             strategy,
             self._rules,
@@ -300,6 +339,7 @@ class CheckpointManager:
             parts=parts,
             verify=verify,
             prefix=self._prefix,
+            processes=processes,
         )
         if parts == "all" and not isinstance(target, str | Strategy):
             self._line, self._line_step = found.line, 0  # the run goes on from here
@@ -325,7 +365,12 @@ class CheckpointManager:
 
     def _run(self, job: Job) -> None:
         try:
-            self._line, self._line_step = save_step(job).line, job.wish.global_step
+            processes = self._company.processes
+            if processes.are_several:
+                line = save_together(job, processes)
+            else:
+                line = save_step(job).line
+            self._line, self._line_step = line, job.wish.global_step
         except StorageError as error:
             if not self._warn:
                 raise

@@ -10,9 +10,11 @@ an error; what is wrong with a *step* leads to the one before.
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from ..catalog import Catalog
@@ -27,12 +29,13 @@ from ..errors import (
 )
 from ..formats.job_numbers import NAMES
 from ..job_values import job_values
+from ..multiprocess.barriers import Processes
 from .checks import one_of
 from .committing import is_interrupted, recover
 from .examining import check_sums
 from .filling import Parts, Where, fill
 from .lineage import Line
-from .naming import StepName, parse_wish
+from .naming import StepName, parse_step, parse_wish
 from .opening_steps import open_step
 from .places import Places, only_writer
 from .progress import Progress
@@ -84,29 +87,39 @@ def restore(
     parts: Parts = "all",
     verify: bool = False,
     prefix: str = "",
+    processes: Processes = Processes(),  # noqa: B008 - nobody but this process
 ) -> Restored:
     """The state saved at ``step``, by default the newest good one, by the job of ``prefix``.
+
+    It is the same in all ``processes``, and good for all of them.
 
     Raises:
         NotFoundError: there is no such step or no good one, or names do not fit.
         FormatError, CoverageError, StorageError: the step that was named is not good.
         LayoutError: the target does not fit, or several steps are meant.
+        StorageError: another process failed otherwise, or did not come in time.
     """
     one_of("parts", parts, get_args(Parts))
-    finish_interrupted(places)
+    processes.agree("restoring: tidying", lambda: tidied(places))
     wish = parse_wish(step)
     passed: list[tuple[str, str]] = []
     steps = of_one_job(find_steps(places), prefix)
-    for found in reversed(_meant(places, steps, wish)):
-        try:
-            catalog = _opened(places, found, verify=verify, workers=where.workers)
-            state = fill(catalog, target, where, parts)
-            numbers = dict(found.record.numbers) if found.record else _numbers(catalog)
-        except (FormatError, CoverageError, StorageError, _Missing) as error:
+    for found in _agreed(reversed(_meant(places, steps, wish)), processes):
+        failure: JaxshardError | None = None
+        with processes.together("restoring a step") as meeting:
+            try:
+                catalog = _opened(places, found, verify, where.workers, processes)
+                state = fill(catalog, target, where, parts)
+                numbers = dict(found.record.numbers) if found.record else _numbers(catalog)
+            except (FormatError, CoverageError, StorageError, _Missing) as error:
+                failure = error.cause if isinstance(error, _Missing) else error
+                meeting.says = str(error) or type(error).__name__
+        reason = next(filter(None, meeting.heard), "")  # good is what is good for all
+        if reason:
             if wish is not None:
-                raise error.cause if isinstance(error, _Missing) else error from None
-            passed.append((str(found.name), str(error)))
-            _log.warning("step %s is passed over: %s", found.name, error)
+                raise failure or CoverageError(f"step {found.name}: another process: {reason}")
+            passed.append((str(found.name), reason))
+            _log.warning("step %s is passed over: %s", found.name, reason)
             continue
         if passed:
             _log.warning("step %s is restored instead of %s", found.name, passed[0][0])
@@ -129,6 +142,13 @@ def finish_interrupted(places: Places) -> list[str]:
             _log.info("%s", line)
         return done
     return []
+
+
+def tidied(places: Places) -> str:
+    """Finish what was interrupted; the newest step there is then, empty if there is none."""
+    finish_interrupted(places)
+    found = find_steps(places)
+    return str(found[-1].name) if found else ""
 
 
 class _Missing(Exception):
@@ -204,8 +224,27 @@ def _say(places: Places, steps: list[Step], step: Step, catalog: Catalog) -> Non
         _log.warning("step %s is restored, and not %s, which is left behind", step.name, some(left))
 
 
-def _opened(places: Places, step: Step, *, verify: bool, workers: int | None) -> Catalog:
-    """The catalog of a step that is good."""
+def _agreed(ours: Iterable[Step], processes: Processes) -> Iterator[Step]:
+    """The steps to try, the best first, as process 0 sees them."""
+    if not processes.are_several:
+        yield from ours
+        return
+    by_name = {str(step.name): step for step in ours}
+    for name in json.loads(processes.agree("restoring: which", lambda: json.dumps(list(by_name)))):
+        yield by_name.get(name) or _unseen(name, processes.index)
+
+
+def _unseen(name: str, process: int) -> Step:
+    step = parse_step(name)
+    assert step is not None
+    reason = f"process {process} does not see it"
+    return Step(step, step.step, "", "incomplete", reason)
+
+
+def _opened(
+    places: Places, step: Step, verify: bool, workers: int | None, processes: Processes
+) -> Catalog:
+    """The catalog of a step that is good; several processes read its bytes in shares."""
     if verify and step.state == "complete" and step.record is None:
         raise FormatError(
             "it has no checksums, so it cannot be verified; restore it by name, without verify"
@@ -216,7 +255,8 @@ def _opened(places: Places, step: Step, *, verify: bool, workers: int | None) ->
         raise FormatError(f"it is {step.state}: {step.reason}")
     try:
         if verify and step.record:
-            check_sums(places, step.record, workers=workers)
+            mine = dict(list(step.record.files.items())[processes.index :: processes.count])
+            check_sums(places, replace(step.record, files=mine), workers=workers)
         return open_step(places, step.record, step.format, step.paths)
     except NotFoundError as error:
         raise _Missing(error) from error

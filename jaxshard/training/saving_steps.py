@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ class Job:
     after: Line | None = None
 
 
-def save_step(job: Job) -> Record:
-    """Save a step, and let go of those that may go; its record.
+def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
+    """Save a step, and let go of those that may go; its record. ``write`` puts it beside the run.
 
     Raises:
         StorageError: the disk is full or refuses, or another writer is at work; nothing of
@@ -82,7 +82,7 @@ def save_step(job: Job) -> Record:
             _log.info("%s", done)
         try:
             line = _line_of(job)  # first: it may refuse
-            record = replace(_written(job), line=line)
+            record = replace((write or _written)(job), line=line)
             job.snapshot.check_still()
             commit(places, record, durable=job.durable)
         except BaseException:
@@ -150,17 +150,13 @@ def _written(job: Job) -> Record:
     places, wish = job.places, job.wish
     staged = places.staging(wish.step)
     staging = Staging(staged, str(wish.step), overwrite=True, durable=job.durable, private=True)
-    catalog = replace(job.snapshot.catalog, hyper=job.hyper)
     try:
         if job.kind == "orbax":
             files, algorithm, units = _write_orbax(job, staging)
-            parts: list[Part] = []
         else:
             files, algorithm, units = {}, "", ()
-            parts = parts_of(job.kind, catalog, job.weights, wish)
-        for folder, names in job.copies.items():
-            parts += copies_of(job.kind, catalog, names, wish, folder)
-        check_units(places, [*units, *(unit for part in parts for unit in part.units)])
+        parts = all_parts(job)
+        check_units(places, [*units, *units_of(parts)])
         snapshot = job.snapshot
         more, algorithm = write_parts(
             parts,
@@ -170,20 +166,50 @@ def _written(job: Job) -> Record:
             workers=job.workers,
             host_bytes=job.host_bytes,
         )
-        strategy = next((part.strategy for part in parts if part.strategy), {})
-        kept = _keep_strategy(places, strategy, durable=job.durable) if strategy else None
+        record = record_of(job, parts, {**files, **more}, algorithm, units)
     except BaseException:
         staging.abandon()
         raise
     staging.publish()
-    units += tuple(dict.fromkeys(u for part in parts for u in part.units))
+    return record
+
+
+def all_parts(job: Job) -> list[Part]:
+    """The files of a step, and of the further copies; of Orbax's only the copies."""
+    catalog = replace(job.snapshot.catalog, hyper=job.hyper)
+    found = [] if job.kind == "orbax" else parts_of(job.kind, catalog, job.weights, job.wish)
+    for folder, names in job.copies.items():
+        found += copies_of(job.kind, catalog, names, job.wish, folder)
+    return found
+
+
+def units_of(parts: Iterable[Part]) -> tuple[str, ...]:
+    """What of ``parts`` is put in place at once."""
+    return tuple(dict.fromkeys(unit for part in parts for unit in part.units))
+
+
+def record_of(
+    job: Job,
+    parts: Sequence[Part],
+    files: Mapping[str, FileSums],
+    algorithm: str,
+    units: tuple[str, ...] = (),
+) -> Record:
+    """What is to be known of a step that is written; its strategy files are kept.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    wish = job.wish
+    strategy = next((part.strategy for part in parts if part.strategy), {})
+    kept = _keep_strategy(job.places, strategy, durable=job.durable) if strategy else None
     return Record(
         wish.step,
         wish.global_step,
         job.kind,
         algorithm,
-        units,
-        {**files, **more},
+        units + units_of(parts),
+        files,
         kept,
         job.extras,
         {name: n for name, n in wish.numbers.items() if n is not None},

@@ -5,6 +5,7 @@
              makes its results elsewhere. Nothing is copied, nothing waits.
     others   one transfer to the host for each distinct shard, all under way at once
 
+Of arrays on devices of several processes, a process holds what its own devices have.
 What NumPy owns is copied: the loop may write into it. A snapshot knows no file.
 """
 
@@ -38,10 +39,8 @@ class Snapshot:
             how: ``"auto"`` as the module says; ``"copy"`` copies on the CPU backend too.
 
         Raises:
-            LayoutError: an array's dtype is none that files have, or it lies on devices of
-                other processes too.
+            LayoutError: an array's dtype is none that files have.
         """
-        _check_addressable(arrays)
         self._arrays, self._how = dict(arrays), how
         shards = {name: _distinct_shards(array) for name, array in arrays.items()}
         for found in shards.values():
@@ -52,6 +51,11 @@ class Snapshot:
         tensors = {name: self._tensor(name, a, shards[name], how) for name, a in arrays.items()}
         files = tuple(File(f"shard {i}", shard.nbytes) for i, shard in enumerate(self._shards))
         self.catalog = Catalog("memory", "arrays", files, tensors)
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """The arrays themselves, by their names in files."""
+        return self._arrays
 
     @property
     def num_bytes(self) -> int:
@@ -110,15 +114,6 @@ class Snapshot:
             pieces.append(Piece(len(self._shards), 0, box))
             self._shards.append(_host_bytes(shard, how))
         return Tensor(name, kind, array.shape, tuple(pieces))
-
-
-def _check_addressable(arrays: Mapping[str, Array]) -> None:
-    for name, array in arrays.items():
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise LayoutError(
-                f"{name}: {len(array.sharding.device_set)} devices hold it, some of them of other "
-                "processes. The manager saves from one process; save() does from several."
-            )
 
 
 def _host_bytes(shard: Array, how: How) -> _Bytes:
