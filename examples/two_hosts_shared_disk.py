@@ -18,9 +18,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
+
+if TYPE_CHECKING:
+    from jaxshard.storage.budget import Counts
 
 HOSTS, DEVICES = 2, 4  # four devices each
 
@@ -34,15 +38,14 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
 
     counts = []
     params = js.load(folder / "model", "dp2mp4", counted=counts.append)
-    print(f"host {index}: read {counts[0].bytes_needed:,} bytes for its own devices")
+    print(f"host {index}: {told(counts)}, all that its own devices hold")
 
     counts.clear()
     params = js.load(folder / "model", "dp2mp4", balanced=True, counted=counts.append)
-    print(f"host {index}: read {counts[0].bytes_needed:,} bytes that the other did not read")
+    print(f"host {index}: {told(counts)}, none of which the other needed to read")
 
-    params = js.reshard(
-        params, "dp4mp2"
-    )  # between the hosts' devices; nothing over a host's memory
+    # between the hosts' devices; nothing over a host's memory
+    params = js.reshard(params, "dp4mp2")
     report = js.save(params, folder / "saved", timeout_s=60)
     print(f"host {index}: wrote {report.counts.bytes_written:,} bytes, its share")
 
@@ -54,6 +57,12 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
     for name, array in again.items():
         for shard in array.addressable_shards:
             assert np.array_equal(np.asarray(shard.data), truth[name][shard.index]), name
+
+
+def told(counts: list[Counts]) -> str:
+    """What was needed; and what was read, with the gaps of less than a page between short rows."""
+    (found,) = counts
+    return f"needed {found.bytes_needed:,} bytes and read {found.bytes_read:,}"
 
 
 def write_model(folder: Path) -> None:

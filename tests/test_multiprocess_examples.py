@@ -32,10 +32,12 @@ def run(*command, **environ):
 
 def test_two_hosts_that_share_a_disk_read_once_and_save_together():
     said = run(sys.executable, ROOT / "examples" / "two_hosts_shared_disk.py")
-    read = [int(n.replace(",", "")) for n in re.findall(r"read ([\d,]+) bytes that", said)]
-    plain = [int(n.replace(",", "")) for n in re.findall(r"read ([\d,]+) bytes for", said)]
-    assert len(read) == len(plain) == 2
-    assert read[0] + read[1] == plain[0] == plain[1]
+    plain, balanced = (
+        [int(n.replace(",", "")) for n in re.findall(rf"needed ([\d,]+) bytes.*{words}", said)]
+        for words in ("its own devices hold", "none of which")
+    )
+    assert len(plain) == len(balanced) == 2
+    assert balanced[0] + balanced[1] == plain[0] == plain[1]
     assert "saved by both: model.safetensors" in said
 
 
@@ -45,15 +47,31 @@ def test_two_hosts_without_a_common_disk_keep_their_own():
     assert "host 1: elsewhere.json rank_4 rank_5 rank_6 rank_7 strategy" in said
 
 
-def test_the_slurm_script_converts_in_parts(tmp_path):
+SRUN = """#!/bin/bash
+# what SLURM does: every task gets the command, its number, and how many there are
+pids=()
+for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+echo "srun was here" >&2
+exit $status
+"""
+
+
+@pytest.mark.parametrize("starter", ["srun", "by itself"])
+def test_the_slurm_script_converts_in_parts(tmp_path, starter):
     arrays = checkpoints.write_llama(tmp_path / "llama", layers=4)
-    tool = tmp_path / "bin" / "jaxshard"
-    tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m jaxshard "$@"\n')
-    tool.chmod(0o755)
+    tools = {"jaxshard": f'#!/bin/sh\nexec {sys.executable} -m jaxshard "$@"\n', "srun": SRUN}
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        tool = tmp_path / "bin" / name
+        tool.write_text(text)
+        tool.chmod(0o755)
     script = ROOT / "examples" / "slurm_convert.sh"
-    path = f"{tool.parent}:{os.environ['PATH']}"
-    said = run("bash", script, tmp_path / "llama", tmp_path / "cut", "mp2pp2", PATH=path, TASKS="3")
+    environ = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TASKS": "3"}
+    if starter == "srun":
+        environ |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "3"}
+    said = run("bash", script, tmp_path / "llama", tmp_path / "cut", "mp2pp2", **environ)
     assert said.count("the result appears when all others are") <= 2
     assert js.open(tmp_path / "cut").layout.num_ranks == 4
     assert not js.verify(tmp_path / "cut", tmp_path / "llama").problems
