@@ -48,8 +48,12 @@ def run_processes(
     timeout_s: float = 120,
     environ: dict[str, str] | None = None,
     heartbeat_s: int = 100,
+    fresh: bool = False,
 ) -> list[Ended]:
-    """How each of ``count`` processes of ``devices`` devices ended ``module:function``."""
+    """How each of ``count`` processes of ``devices`` devices ended ``module:function``.
+
+    ``fresh`` ones are interpreters of their own, in which sets have other orders.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         told = [
@@ -66,7 +70,8 @@ def run_processes(
             }
             for i in range(count)
         ]
-        statuses = _ask({"processes": told, "timeout_s": timeout_s})
+        job = {"processes": told, "timeout_s": timeout_s}
+        statuses = _apart(job) if fresh else _ask(job)
         return [_ended(status, Path(t["log"])) for status, t in zip(statuses, told, strict=True)]
 
 
@@ -115,9 +120,34 @@ def _ask(job: dict[str, Any]) -> list[int]:
     return list(json.loads(_nursery.stdout.readline()))
 
 
+def _apart(job: dict[str, Any]) -> list[int]:
+    """Have a job done by processes that share nothing."""
+    born = [
+        subprocess.Popen(
+            [sys.executable, "-c", "import processes; processes.alone()"],
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONHASHSEED": str(number + 1),
+                "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+                "JAXSHARD_TEST_PROCESS": json.dumps(told),
+            },
+        )
+        for number, told in enumerate(job["processes"])
+    ]
+    until = time.monotonic() + job["timeout_s"]
+    for process in born:
+        try:
+            process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.wait() for process in born]
+
+
 def _close(nursery: subprocess.Popen[str]) -> None:
-    assert nursery.stdin is not None
-    nursery.stdin.close()
+    for pipe in (nursery.stdin, nursery.stdout):
+        assert pipe is not None
+        pipe.close()
     nursery.wait(10)
 
 
@@ -145,6 +175,11 @@ def nursery() -> None:
                 sys.exit(0)  # by way of what JAX does at the end
             born.append(pid)
         print(json.dumps(_wait(born, job["timeout_s"])), flush=True)
+
+
+def alone() -> None:
+    """Do what the environment says."""
+    _live(json.loads(os.environ["JAXSHARD_TEST_PROCESS"]))
 
 
 def _live(told: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from test_multiprocess_convert import assert_same
 def saved(tmp_path_factory):
     """What two processes of four devices were told, and where they saved."""
     out = tmp_path_factory.mktemp("runs")
-    return answers(run_processes("multiprocess_training:save", 2, 4, str(out))), out
+    return answers(run_processes("multiprocess_training:save", 2, 4, str(out), fresh=True)), out
 
 
 @pytest.mark.parametrize("form", work.FORMATS)

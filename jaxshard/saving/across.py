@@ -24,7 +24,7 @@ from ..formats import elsewhere
 from ..multiprocess.barriers import Processes
 from ..results import Result
 from ..storage.budget import Budget, Counts
-from ..storage.shared_writing import bring_in, shared_folder, wait_for
+from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, real_place
 from .arrays import Array, ArraySource
 from .committing import abandon, add_files, begin, check_room, write_files
@@ -60,6 +60,7 @@ def commit_across(work: Work, arrays: Mapping[str, Array]) -> Counts:
     try:
         token = processes.agree("saving: beginning", led.begin)
         with processes.together("saving: writing") as meeting:
+            check_alike(token, [work.result.outputs], processes.index)
             folder = shared_folder(work.destination, token)
             wait_for(folder, processes.timeout_s / 2, processes.index)
             owner = owners(arrays)
@@ -102,7 +103,7 @@ class _Led:
             work.destination, work.carried, overwrite=work.overwrite, durable=work.durable
         )
         check_room(self._staging.files, sum(work.result.outputs.rank_bytes()))
-        token = secrets.token_hex(8)
+        token = token_of([work.result.outputs])
         self._folder = shared_folder(work.destination, token)
         self._folder.mkdir()
         lay_out(work.result, self._folder, durable=work.durable)

@@ -10,13 +10,15 @@ the disk. Nobody can see from one file alone that it is complete: they have to m
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..errors import NotFoundError, StorageError
+from ..errors import LayoutError, NotFoundError, StorageError
 from ..outputs import Outputs
 from .local import Handles
 from .staging import FILES, Staging, staging_folder, told
@@ -28,6 +30,34 @@ SEEN_WITHIN_S = 60.0  # what a network file system may take to show a new folder
 def shared_folder(destination: Path, token: str) -> Path:
     """Where the processes that share ``token`` write what becomes ``destination``."""
     return staging_folder(destination) / f"{FILES}-{token}"
+
+
+def token_of(outputs: Iterable[Outputs]) -> str:
+    """A word for one attempt, in which others see whether they would lay out the same files."""
+    return f"{secrets.token_hex(8)}-{_digest(outputs)}"
+
+
+def check_alike(token: str, outputs: Iterable[Outputs], process: int) -> None:
+    """Refuse to write into files that process 0 has laid out otherwise.
+
+    Raises:
+        LayoutError: they lie otherwise.
+    """
+    if token.rpartition("-")[2] != _digest(outputs):
+        raise LayoutError(
+            f"process {process} would lay out other files than process 0 has. Give all processes "
+            "arrays of the same names, shapes and dtypes in the same order, and the same options."
+        )
+
+
+def _digest(outputs: Iterable[Outputs]) -> str:
+    digest = hashlib.sha256()
+    for files in outputs:
+        for content in files.contents:
+            told = [(e.tensor.name, e.tensor.dtype.name, e.shape) for e in content]
+            digest.update(repr(told).encode())
+        digest.update(repr((files.paths, files.content_of)).encode())
+    return digest.hexdigest()[:16]
 
 
 def wait_for(folder: Path, within_s: float, process: int) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..results import Result
 from ..saving.shares import lay_out, write_share
 from ..saving.sharing import check_shares, owners, share
 from ..storage.budget import Counts, fit_budget
-from ..storage.shared_writing import bring_in, shared_folder, wait_for
+from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, staging_folder
 from .checksums import BEST, FileSums, Gathered
 from .layouts import Part
@@ -100,7 +99,8 @@ class _Leader:
             staged, str(job.wish.step), overwrite=True, durable=job.durable, private=True
         )
         try:
-            work = _Work(job, secrets.token_hex(8), self._processes)
+            outputs = [part.result.outputs for part in all_parts(job)]
+            work = _Work(job, token_of(outputs), self._processes)
             self._begin(work, staging)
             work.write()
             own = work.sum_up()
@@ -154,6 +154,8 @@ class _Work:
         """Write what this process alone writes; when it returns, all have."""
         job, snapshot = self._job, self._job.snapshot
         with self._processes.together(_WRITE) as meeting:
+            outputs = [result.outputs for result in self.results]
+            check_alike(self.token, outputs, self._processes.index)
             wait_for(self.folder, self._processes.timeout_s / 2, self._processes.index)
             owner = owners(snapshot.arrays)
             pieces = ((t.name, p) for t in snapshot.catalog.tensors.values() for p in t.pieces)
@@ -183,7 +185,7 @@ class _Work:
             found, meeting.says = _sums(self.folder, self._paths(), self._job.workers or _cores())
             if here:
                 _leave(self.place(here), found)
-        _check_alike(meeting.heard)
+        _check_sums(meeting.heard)
         return found
 
     def _paths(self) -> list[str]:
@@ -234,7 +236,7 @@ def _fetch(place: Path) -> dict[str, FileSums]:
     }
 
 
-def _check_alike(algorithms: Sequence[str]) -> None:
+def _check_sums(algorithms: Sequence[str]) -> None:
     odd = [i for i, name in enumerate(algorithms) if name != algorithms[0]]
     if odd:
         raise StorageError(

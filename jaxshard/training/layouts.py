@@ -11,7 +11,7 @@ that MindFormers uses. This module decides, and touches no disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -151,6 +151,7 @@ def _below(result: Result, folder: str, but: str = "") -> Result:
 
 
 def _only(catalog: Catalog, names: Iterable[str]) -> Catalog:
-    wanted: Sequence[str] = list(names)
-    tensors: dict[str, Tensor] = {n: catalog.tensors[n] for n in wanted}
+    wanted = set(names)
+    # in the catalog's order: that of a set differs between processes, and so would the files
+    tensors: dict[str, Tensor] = {n: t for n, t in catalog.tensors.items() if n in wanted}
     return replace(catalog, tensors=tensors, hyper=catalog.hyper & tensors.keys())

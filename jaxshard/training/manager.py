@@ -366,10 +366,8 @@ class CheckpointManager:
     def _run(self, job: Job) -> None:
         try:
             processes = self._company.processes
-            if processes.are_several:
-                line = save_together(job, processes)
-            else:
-                line = save_step(job).line
+            alone = not processes.are_several
+            line = save_step(job).line if alone else save_together(job, processes)
             self._line, self._line_step = line, job.wish.global_step
         except StorageError as error:
             if not self._warn:
