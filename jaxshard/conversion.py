@@ -77,7 +77,11 @@ class Prepared:
 
     plan: Plan
     result: Result
-    request: str  # what a resumed run must share
+
+    @property
+    def request(self) -> str:
+        """What a resumed run must share; half a second for 90,000 tensors, so not asked idly."""
+        return fingerprint(self.plan.source, self.result, self.plan.only)
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def prepare(
         result = replace(result, side_files={**config, **result.side_files})
     only = _files_of(_check_ranks(ranks, layout), layout, result.files_per_rank)
     plan = make_plan(chosen, result.outputs, only=only)
-    return Prepared(plan, result, fingerprint(chosen, result, only))
+    return Prepared(plan, result)
 
 
 def convert(

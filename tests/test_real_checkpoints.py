@@ -113,7 +113,7 @@ def published():
 
 
 def test_a_published_model_survives_the_chain(published, tmp_path):
-    result = through(published, tmp_path, CHAIN, "--no-fsync", "--uneven", "replicate")
+    result = through(published, tmp_path, CHAIN, "--no-fsync")
     assert checkpoints.stored(result) == checkpoints.stored(published)
     assert js.verify(result, published).problems == ()
 
