@@ -55,9 +55,11 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, format, remove_red
         assert (found.step, found.extras) == (10, {"data": {"file": 3}})
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("asynchronous", "how"), [(False, "auto"), (True, "auto"), (False, "copy"), (True, "copy")]
+)
 def test_what_is_saved_is_the_state_of_that_step_though_the_next_step_takes_its_memory(
-    tmp_path, asynchronous, monkeypatch
+    tmp_path, asynchronous, how, monkeypatch
 ):
     gate = threading.Event()
     written = saving_steps._written
@@ -68,7 +70,7 @@ def test_what_is_saved_is_the_state_of_that_step_though_the_next_step_takes_its_
 
     if asynchronous:
         monkeypatch.setattr(saving_steps, "_written", wait_first)
-    manager = _manager(tmp_path, async_save=asynchronous)
+    manager = _manager(tmp_path, async_save=asynchronous, snapshot=how)
     now = state(2, 4)
     kept = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, now)
     before = {n: np.array(a) for n, a in now["params"].items()}

@@ -12,7 +12,7 @@ What NumPy owns is copied: the loop may write into it. A snapshot knows no file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import jax
 import numpy as np
@@ -42,6 +42,8 @@ class Snapshot:
             LayoutError: an array's dtype is none that files have.
         """
         self._arrays, self._how = dict(arrays), how
+        # what was copied, here or from a device, may go: a step that is given it will delete it
+        self._looked_at = [a for a in arrays.values() if _is_looked_at(a, how)]
         shards = {name: _distinct_shards(array) for name, array in arrays.items()}
         for found in shards.values():
             for shard in found.values():
@@ -81,7 +83,7 @@ class Snapshot:
         Raises:
             StorageError: an array was deleted while it was looked at.
         """
-        if any(a.is_deleted() for a in self._arrays.values() if isinstance(a, jax.Array)):
+        if any(array.is_deleted() for array in self._looked_at):
             raise StorageError(
                 "an array was deleted while it was being saved, so what was written may be of the "
                 "step after. Delete nothing during a save, or take snapshot='copy'."
@@ -91,10 +93,11 @@ class Snapshot:
         """Let go of the arrays."""
         self._shards.clear()
         self._arrays.clear()
+        self._looked_at.clear()
 
     def _whole(self, name: str, array: Array) -> Array:
         pieces = self.catalog.tensors[name].pieces
-        if isinstance(array, jax.Array) and self._how == "auto" and _is_on_host(array):
+        if _is_looked_at(array, self._how):
             return array
         out = np.empty(array.shape, array.dtype)
         for piece in pieces:
@@ -121,6 +124,11 @@ def _host_bytes(shard: Array, how: How) -> _Bytes:
     if isinstance(shard, np.ndarray) or (how == "copy" and _is_on_host(shard)):
         return flat.copy()
     return flat
+
+
+def _is_looked_at(array: Array, how: How) -> TypeGuard[jax.Array]:
+    """Whether the snapshot has no memory of its own for ``array``."""
+    return isinstance(array, jax.Array) and how == "auto" and _is_on_host(array)
 
 
 def _is_on_host(shard: jax.Array) -> bool:
