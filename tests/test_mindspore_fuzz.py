@@ -187,3 +187,24 @@ def test_mutated_weight_files_are_refused_or_read_consistently() -> None:
             outcomes["refused"] += 1
         assert folder.num_bytes <= 4 * len(data) + 100  # no length in the file makes us read more
     assert min(outcomes.values()) > 500, outcomes
+
+
+def header_or_error(data: bytes) -> ckpt.Header | str:
+    try:
+        return ckpt.read_header(MemoryFolder({"f": data}), "f")
+    except FormatError as error:
+        return str(error)
+
+
+def test_what_is_read_at_once_is_what_is_read_field_by_field(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Values as MindSpore writes them are read in a shorter way, which must lead to the same."""
+    tried = [*weight_files(), *mutations(weight_files(), 3_000, random.Random(5), at_keys=True)]
+    usual, taken = ckpt._usual, []
+    monkeypatch.setattr(ckpt, "_usual", lambda *a: taken.append(usual(*a)) or taken[-1])
+    at_once = [header_or_error(data) for data in tried]
+    assert sum(value is not None for value in taken) > len(taken) // 2
+    monkeypatch.setattr(ckpt, "_usual", lambda *a: None)
+    for data, found in zip(tried, at_once, strict=True):
+        assert header_or_error(data) == found

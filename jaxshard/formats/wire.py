@@ -53,6 +53,16 @@ class Reader:
             "fetch it again."
         )
 
+    def around(self, at: int, num_bytes: int) -> tuple[bytes, int]:
+        """What is read around byte ``at``, and that byte's index in it.
+
+        From there it goes on for ``num_bytes``, or to the end of the file.
+        """
+        index = at - self._base
+        if index < 0 or index + num_bytes > len(self._block):
+            index = self._fill(at)
+        return self._block, index
+
     def varint(self, at: int, stop: int) -> tuple[int, int]:
         """The unsigned number at byte ``at`` and the offset after it, which is not past ``stop``.
 
