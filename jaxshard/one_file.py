@@ -3,8 +3,9 @@
     jaxshard merge cut/ out.safetensors
     jaxshard merge cut/ out.ckpt
 
-Then the file has no limit, and what lies beside weights in a folder (config, tokenizer) is
-not carried along, which is said. This module decides; it writes nothing.
+Then the file has no limit, the job's numbers are in it too, and what lies beside weights in
+a folder (config, tokenizer) is not carried along, which is said. This module decides; it
+writes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def implied(request: Request, destination: PathLike | None) -> Request:
         return request
     name = request.format or _FORMAT[_kind(destination)]
     limit = request.max_shard_bytes or (_NO_LIMIT if name == "huggingface" else None)
-    return replace(request, format=name, max_shard_bytes=limit)
+    return replace(request, format=name, max_shard_bytes=limit, one_file=True)
 
 
 def name_of(result: Result, destination: PathLike | None) -> str | None:

@@ -31,6 +31,7 @@ class Request:
             rank folders for a layout.
         crc: end every ``.ckpt`` with a checksum.
         numbers: the values of the job's numbers, for formats that keep them in JSON.
+        one_file: the destination names a file, so the job's numbers have none of their own.
     """
 
     to: Layout | None = None
@@ -40,6 +41,7 @@ class Request:
     format: str | None = None
     crc: bool = False
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    one_file: bool = False
 
 
 @dataclass(frozen=True)

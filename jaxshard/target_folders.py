@@ -31,7 +31,9 @@ def huggingface(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
     """A folder that transformers loads."""
     groups = _groups(source, tensors, request.max_shard_bytes or _HUGGINGFACE_BYTES)
     paths = huggingface_files.file_names(len(groups))
-    outputs, weight_map = _arranged(source, tensors, groups, paths)
+    if request.one_file and len(groups) == 1:
+        groups = [[t.name for t in tensors]]
+    outputs, weight_map = _arranged(tensors, groups, paths)
     side = {}
     if len(groups) > 1:
         total = sum(t.num_bytes for t in tensors)
@@ -46,7 +48,7 @@ def unified(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Res
     """A folder as ``mindspore.unified_safetensors`` makes it, for MindSpore to slice."""
     groups = _groups(source, tensors, request.max_shard_bytes or _UNIFIED_BYTES)
     paths = [f"part{i}.safetensors" for i in range(len(groups))]
-    outputs, weight_map = _arranged(source, tensors, groups, paths)
+    outputs, weight_map = _arranged(tensors, groups, paths)
     weights = {n: p for n, p in weight_map.items() if p != MINDSPORE_HYPER}
     total = sum(t.num_bytes for t in tensors if t.name in weights)
     index = {"metadata": {"total_size": total}, "weight_map": weights}
@@ -76,11 +78,12 @@ def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) ->
 
 
 def _arranged(
-    source: Catalog, tensors: Sequence[Tensor], groups: list[list[str]], paths: list[str]
+    tensors: Sequence[Tensor], groups: list[list[str]], paths: list[str]
 ) -> tuple[Outputs, dict[str, str]]:
-    """The outputs, and which file serves a name."""
-    hyper = [t for t in tensors if t.name in source.hyper]
-    weights = [t for t in tensors if t.name not in source.hyper]
+    """The outputs, and which file serves a name; what is in no group has a file of its own."""
+    grouped = {name for group in groups for name in group}
+    hyper = [t for t in tensors if t.name not in grouped]
+    weights = [t for t in tensors if t.name in grouped]
     if hyper:
         groups, paths = [*groups, [t.name for t in hyper]], [*paths, MINDSPORE_HYPER]
     placements = {

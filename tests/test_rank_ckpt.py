@@ -174,6 +174,15 @@ def test_a_folder_of_ranks_becomes_the_safetensors_that_mindspore_makes_of_it(
     assert ms.rank_weights_of(tmp_path / "o") == wanted
 
 
+def test_ranks_without_a_strategy_are_converted_file_by_file(tmp_path: Path) -> None:
+    """What kind of file it is in needs no strategy; and the files may be wherever they are."""
+    wanted = ms.rank_weights_of(golden("ckpt_formats", "c2s_dir"))
+    for path in sorted(golden("dp1mp2pp2", "src_ckpt").glob("rank_*/*.ckpt")):
+        out = tmp_path / path.parent.name / f"{path.stem}.safetensors"
+        assert main(["convert", str(path), str(out), "--quiet"]) == 0
+    assert ms.rank_weights_of(tmp_path) == wanted
+
+
 @pytest.mark.parametrize("name", ["all_dtypes", "crc", "chunked", "chunked_async"])
 def test_a_ckpt_becomes_the_safetensors_of_the_same_tensors(name: str, tmp_path: Path) -> None:
     source = golden("ckpt_formats", f"{name}.ckpt")
