@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import checkpoints
+import ml_dtypes
+import numpy as np
 import pytest
 
 import jaxshard as js
@@ -34,7 +36,20 @@ def complete_ckpt(llama: Path) -> Path:
     return llama.parent / "model.ckpt"
 
 
-@pytest.mark.parametrize("make", [lambda p: p, cut, complete_ckpt], ids=["HF", "ranks", "ckpt"])
+def of_a_job(llama: Path) -> Path:
+    """Bits of several widths, and a number that no rule tells of."""
+    arrays = {n: x for n, x in checkpoints.llama_arrays(**SIZES).items() if "norm" not in n}
+    arrays["lm_head.weight"] = arrays["lm_head.weight"].astype(ml_dtypes.float8_e4m3fn)
+    arrays["global_step"] = np.array(7, np.int64)
+    checkpoints.write_folder(llama.parent / "job", arrays, config={"model_type": "llama"})
+    js.slice(llama.parent / "job", llama.parent / "job cut", "dp2mp2", options=QUICK)
+    return llama.parent / "job cut"
+
+
+MADE = {"HF": lambda p: p, "ranks": cut, "ckpt": complete_ckpt, "a job's": of_a_job}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_it_does_the_whole_job_on_the_path_given(llama, capsys, make):
     assert checkpoints.run("demo", make(llama)) == 0
     out, err = capsys.readouterr()
