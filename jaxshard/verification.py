@@ -104,7 +104,18 @@ def verify_against(
     budget: Budget,
     progress: Callable[[int], None] | None = None,
 ) -> Verdict:
-    """Check that two checkpoints hold the same tensors, bit for bit, whatever their layouts."""
+    """Check that two checkpoints hold the same tensors, bit for bit, whatever their layouts.
+
+    Raises:
+        LayoutError: both are mapped.
+    """
+    if _is_mapped(other):
+        if _is_mapped(catalog):
+            raise LayoutError(
+                f"{catalog.root} and {other.root} are both mapped. Write one of them, and compare "
+                "the other with that."
+            )
+        catalog, other = other, catalog  # the one that is carried may be; the other is read as is
     found = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
     problems, broken = [text for _, text in found], {name for name, _ in found}
     seen = _Differences()
@@ -144,6 +155,10 @@ def verify_against(
         there.close()
     told = (*problems, *(seen.found[n] for n in sorted(seen.found)))
     return Verdict(len(catalog.tensors), seen.bytes_compared, told, (*catalog.notes, *other.notes))
+
+
+def _is_mapped(catalog: Catalog) -> bool:
+    return any(p.view for t in catalog.tensors.values() for p in t.pieces)
 
 
 def _incomplete(catalog: Catalog) -> list[tuple[str, str]]:

@@ -20,7 +20,13 @@ import safetensors
 
 import jaxshard as js
 from jaxshard import conversion
-from jaxshard.errors import FormatError, JaxshardError, NotFoundError, StorageError
+from jaxshard.errors import (
+    FormatError,
+    JaxshardError,
+    LayoutError,
+    NotFoundError,
+    StorageError,
+)
 from jaxshard.opening import open_checkpoint
 from jaxshard.storage import carrying, local, sealing, staging, writing
 
@@ -310,6 +316,14 @@ def test_a_disk_that_is_too_small_is_refused_up_front(small, tiny_disk):
     with pytest.raises(StorageError, match=r"bytes free, and the result needs \d+"):
         js.slice(small, tiny_disk / "out", "mp4")
     assert list(tiny_disk.iterdir()) == []
+
+
+def test_a_disk_itself_is_no_destination(small, tiny_disk):
+    for options in (js.Options(), js.Options(overwrite=True)):
+        with pytest.raises(LayoutError, match=f"{tiny_disk} is a mount point.*{tiny_disk}/result"):
+            js.slice(small, tiny_disk, "mp4", options=options)
+    assert list(tiny_disk.iterdir()) == []
+    assert not staged(tiny_disk).exists()
 
 
 def test_a_disk_that_fills_up_meanwhile(small, tiny_disk, tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import jaxshard as js
-from jaxshard.errors import CoverageError
+from jaxshard.errors import CoverageError, LayoutError
 from jaxshard.layout import Placement
 from jaxshard.lora import merge_lora
+from jaxshard.mapping import find_mapping
 
 QUICK = js.Options(durable=False)
 CHECKED = js.Options(durable=False, check_replicas=True)
@@ -146,3 +147,15 @@ def test_replicas_of_weights_with_an_adapter_are_compared_as_they_are_stored(tmp
     flip(tmp_path / "cut" / "rank_1" / "checkpoint_1.safetensors", "l.q.weight", 5)
     with pytest.raises(CoverageError, match=r"l\.q\.weight differs between rank_0"):
         merge_lora(tmp_path / "cut", tmp_path / "again", scaling=2.0, options=CHECKED)
+
+
+def test_a_mapped_checkpoint_can_be_either_side_and_not_both(tmp_path):
+    checkpoints.write_llama(tmp_path / "one")
+    mapped = find_mapping("hf:linen", js.open(tmp_path / "one")).apply(js.open(tmp_path / "one"))
+    js.convert(tmp_path / "one", tmp_path / "linen", names="hf:linen", options=QUICK)
+    assert js.verify(mapped, tmp_path / "linen").problems == ()
+    assert js.verify(tmp_path / "linen", mapped).problems == ()
+    flip(tmp_path / "linen" / "model.safetensors", next(iter(mapped.tensors)), 3)
+    assert len(js.verify(tmp_path / "linen", mapped).problems) == 1
+    with pytest.raises(LayoutError, match="are both mapped"):
+        js.verify(mapped, mapped)
