@@ -95,6 +95,7 @@ def reshard(
     devices: Sequence[Any] | None = None,
     rules: Rules | None = None,
     donate: bool = False,
+    copy: bool = False,
     device_bytes: int | None = None,
     route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
@@ -107,6 +108,8 @@ def reshard(
         devices: for a strategy, the device of each rank; by default all there are.
         rules: for a strategy, rules that go before the family's.
         donate: free each source array as soon as it has been moved.
+        copy: share no memory with the sources; by default a shard that stays where it is is shared,
+            and is gone when a later step donates its source.
         device_bytes: a bound on what is in flight on each device beyond sources and targets.
         route: see ``transfer.reshard``.
 
@@ -117,7 +120,9 @@ def reshard(
     from . import on_devices, transfer  # noqa: PLC0415 - JAX, only where devices are used
 
     wanted = on_devices.target_of(tree, target, devices=devices, rules=rules)
-    return transfer.reshard(tree, wanted, donate=donate, device_bytes=device_bytes, route=route)
+    return transfer.reshard(
+        tree, wanted, donate=donate, copy=copy, device_bytes=device_bytes, route=route
+    )
 
 
 def prepare_reshard(
@@ -127,18 +132,20 @@ def prepare_reshard(
     devices: Sequence[Any] | None = None,
     rules: Rules | None = None,
     donate: bool = False,
+    copy: bool = False,
     device_bytes: int | None = None,
     route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
     """A ``transfer.Resharder`` for trees like ``tree``, planned and compiled once.
 
     Call it every step with such a tree; print its ``plan``. Arguments and errors as ``reshard``.
+    Where the step donates what it was given, as training steps do, ask for ``copy=True``.
     """
     from . import on_devices, transfer  # noqa: PLC0415 - JAX, only where devices are used
 
     wanted = on_devices.target_of(tree, target, devices=devices, rules=rules)
     return transfer.prepare_reshard(
-        tree, wanted, donate=donate, device_bytes=device_bytes, route=route
+        tree, wanted, donate=donate, copy=copy, device_bytes=device_bytes, route=route
     )
 
 

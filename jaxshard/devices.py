@@ -44,12 +44,32 @@ def rank_devices(
         return tuple(devices[: strategy.num_ranks])
     found = jax.devices()
     _check_enough(str(strategy), strategy.num_ranks, found)
-    found = found[: strategy.num_ranks]
-    if found[0].platform == "cpu":  # nothing to choose: they share one memory
+    return _well_connected(found, strategy.pp, strategy.stage_axes)
+
+
+def layout_devices(layout: Layout) -> tuple[jax.Device, ...]:
+    """The device of each rank of ``layout``: those that `rank_devices` gives its strategy.
+
+    A layout that was put together by hand tells no strategy; its ranks count along
+    ``jax.devices()``.
+    """
+    found = jax.devices()
+    if not layout.stage_axes or layout.num_ranks > len(found):
         return tuple(found)
-    sizes = (strategy.pp, *(n for _, n in strategy.stage_axes))
-    split = found[0].device_kind in _SPLIT
-    grid = mesh_utils.create_device_mesh(sizes, found, allow_split_physical_axes=split)
+    num_stages = layout.num_ranks // prod(n for _, n in layout.stage_axes)
+    return _well_connected(found, num_stages, layout.stage_axes)
+
+
+def _well_connected(
+    devices: Sequence[jax.Device], num_stages: int, axes: Axes
+) -> tuple[jax.Device, ...]:
+    """As many devices as there are ranks, the fastest axis along the best connections."""
+    sizes = (num_stages, *(n for _, n in axes))
+    chosen = devices[: prod(sizes)]
+    if chosen[0].platform == "cpu":  # nothing to choose: they share one memory
+        return tuple(chosen)
+    split = chosen[0].device_kind in _SPLIT
+    grid = mesh_utils.create_device_mesh(sizes, chosen, allow_split_physical_axes=split)
     return tuple(grid.flat)
 
 
@@ -126,7 +146,8 @@ def shardings(
             f"the layout places no tensor {some(missing)}."
             f"{nearest(missing[0], layout.placements)} Add a rule for each."
         )
-    return {name: sharding(layout.placements[name], devices) for name in chosen}
+    ranks = layout_devices(layout) if devices is None else devices
+    return {name: sharding(layout.placements[name], ranks) for name in chosen}
 
 
 def partition_spec(placement: Placement) -> PartitionSpec:

@@ -9,6 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxshard.devices import (
+    layout_devices,
     mesh,
     partition_spec,
     placement_of,
@@ -89,6 +90,21 @@ def test_gpus_are_taken_in_the_order_that_jax_makes_meshes_of(monkeypatch):
     assert list(ranks) == list(mesh_utils.create_device_mesh((2, 2, 2), by_process).flat)
     given = by_process[::-1]
     assert rank_devices(Strategy(mp=8), given) == tuple(given)
+
+
+def test_a_layout_of_a_strategy_has_its_ranks_where_the_strategy_has_them(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu(n, n % 2) for n in (0, 2, 4, 6, 1, 3, 5, 7)])
+    placements = {"w": (Placement((("mp", 2),), (("mp",),), first_rank=6),)}
+    strategy = Strategy(dp=2, mp=2, pp=2)
+    staged = Layout(8, placements, stage_axes=strategy.stage_axes)
+    assert layout_devices(staged) == rank_devices(strategy)
+    by_hand = Layout(8, placements)
+    assert [gpu.id for gpu in layout_devices(by_hand)] == [0, 2, 4, 6, 1, 3, 5, 7]
+    monkeypatch.setattr(
+        "jaxshard.devices.sharding", lambda placed, ranks: ranks[placed[0].first_rank]
+    )
+    assert shardings(staged)["w"].id == 6
+    assert shardings(by_hand)["w"].id == 5
 
 
 def test_a_strategy_gives_its_meshes_itself():

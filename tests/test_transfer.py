@@ -44,8 +44,7 @@ def numbers(shape, dtype=np.float32):
 
 def raw(array):
     """Every bit of a sharded array, as bytes."""
-    with jax.enable_x64(True):
-        return np.ascontiguousarray(gather(array, host=True)).tobytes()
+    return np.ascontiguousarray(gather(array, host=True)).tobytes()
 
 
 ENDS = {
@@ -64,15 +63,16 @@ ENDS = {
     "replicate": lambda: (on(dp2mp4(), "mp"), on(mp8())),
 }  # fmt: skip
 DTYPES = [
-    "bool", "int4", "uint4", "int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu",
-    "float4_e2m1fn", "float16", "bfloat16", "int16", "uint32", "float32", "int64", "uint64",
-    "float64", "complex64", "complex128",
+    "bool", "int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32",
+    "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3fn", "float8_e4m3fnuz",
+    "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float16", "bfloat16",
+    "float32", "int64", "uint64", "float64", "complex64", "complex128",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ends", ["same devices", "grow"])
+@pytest.mark.parametrize("ends", ["same devices", "grow", "one device"])
 def test_every_dtype_arrives_bit_for_bit_also_outside_enable_x64(dtype, ends, route):
     kind = np.dtype(dtype) if dtype in np.sctypeDict else jnp.dtype(dtype)
     bits = np.random.default_rng(1).integers(0, 256, (16, 32 * kind.itemsize), dtype=np.uint8)
@@ -112,8 +112,20 @@ def test_arrays_not_donated_stay_and_can_still_be_donated_to_a_program(ends, rou
     before = raw(moved)
     following = jax.jit(lambda x: x * 2, donate_argnums=0)(array)
     jax.block_until_ready(following)
-    if not (ends == "replicate" and route == "device"):
-        assert raw(moved) == before, "the source's program must not write into the moved array"
+    assert raw(moved) == before, "the source's program must not write into the moved array"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_moved_array_can_be_donated_to_a_program_and_the_source_stays(ends, route):
+    source, target = ENDS[ends]()
+    array = jax.jit(lambda x: x + 1, out_shardings=source)(numbers((16, 32)))
+    moved = reshard(array, target, route=route)
+    before = raw(array)
+    following = jax.block_until_ready(jax.jit(lambda x: x * 2, donate_argnums=0)(moved))
+    assert moved.is_deleted()
+    assert raw(array) == before == (numbers((16, 32)) + 1).tobytes()
+    assert raw(following) == (2 * (numbers((16, 32)) + 1)).tobytes()
 
 
 @pytest.mark.parametrize("route", ROUTES)

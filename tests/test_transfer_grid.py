@@ -16,13 +16,13 @@ from jax._src.interpreters import pxla
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxshard.transfer import compiled as compiled_route
+from jaxshard.transfer import host_views, prepare_reshard, reshard
 from jaxshard.transfer import pieces as piece_plan
-from jaxshard.transfer import prepare_reshard, reshard
-from jaxshard.transfer.geometry import Move
+from jaxshard.transfer.factored import common
+from jaxshard.transfer.geometry import Move, device_boxes
 from jaxshard.transfer.routes import choose, piece_limit
 
 BITS = np.dtype("bfloat16")
-TABLE_BYTES = 1024  # offsets and device numbers inside a program, whatever the tensor's size
 
 
 class HostTraffic:
@@ -83,14 +83,23 @@ def some_shardings(rng, meshes, num_dims, number):
     return found
 
 
+@lru_cache
 def pairs(kind):
-    """Shape, source and target of every pair of one part of the grid."""
+    """Shape, source and target of every pair of one part of the grid.
+
+    No two pairs are alike in which device holds what before and after.
+    """
     rng = np.random.default_rng(sorted(PARTS).index(kind))
     number, sources, targets, num_dims, side = PARTS[kind]
     shape = (side,) * num_dims
-    before = some_shardings(rng, sources(), num_dims, number)
-    after = some_shardings(rng, targets(), num_dims, number)
-    return [(shape, a, b) for a, b in zip(before, after, strict=True)]
+    found = {}
+    for _ in range(20 * number):
+        (before,), (after,) = (some_shardings(rng, m(), num_dims, 1) for m in (sources, targets))
+        held = tuple(tuple(device_boxes(s, shape).items()) for s in (before, after))
+        found.setdefault(held, (shape, before, after))
+        if len(found) == number:
+            return list(found.values())
+    raise AssertionError(f"{kind}: only {len(found)} different pairs")
 
 
 def line(*numbers):
@@ -175,8 +184,10 @@ def recounted(move, wave):
     return BITS.itemsize * max(held.values())
 
 
-def test_the_grid_has_at_least_400_pairs():
-    assert sum(len(pairs(kind)) for kind in PARTS) >= 400
+def test_the_grid_has_at_least_400_pairs_and_no_two_alike():
+    found = [pair for kind in PARTS for pair in pairs(kind)]
+    alike = {(n, *(tuple(device_boxes(s, n).items()) for s in ends)) for n, *ends in found}
+    assert len(alike) == len(found) >= 400
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -196,19 +207,32 @@ def test_no_byte_goes_through_the_host_and_no_intermediate_is_large(kind, host_t
         assert np.array_equal(bits_of(moved), value.view(np.uint16)), pair
         shard_elements = max(prod(s.shard_shape(shape)) for s in (source, target))
         bound = 1.25 * BITS.itemsize * shard_elements
-        assert largest_intermediate(shape, source, target) <= bound + TABLE_BYTES, pair
+        assert largest_intermediate(shape, source, target) <= bound, pair
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_the_default_route_gathers_no_array_whole(kind, host_traffic):
+def test_the_default_route_gathers_no_array_whole(kind, host_traffic, monkeypatch):
+    buffers = []
+
+    def recorded(shape, dtype):
+        buffers.append(prod(shape) * dtype.itemsize)
+        return aligned_empty(shape, dtype)
+
+    aligned_empty = host_views.aligned_empty
+    monkeypatch.setattr(host_views, "aligned_empty", recorded)
+    num_buffers = 0
     for shape, source, target in pairs(kind):
         value = random_bits(shape)
         array = jax.block_until_ready(jax.device_put(value, source))
         host_traffic.whole_reads = 0
+        buffers.clear()
         moved = reshard(array, target)
         assert host_traffic.whole_reads == 0
+        assert max(buffers, default=0) <= BITS.itemsize * prod(target.shard_shape(shape))
+        num_buffers += len(buffers)
         assert moved.sharding == target
         assert np.array_equal(bits_of(moved), value.view(np.uint16))
+    assert num_buffers, "the buffers of this route are seen"
 
 
 def test_the_instrument_sees_what_device_put_takes_through_the_host(host_traffic):
@@ -238,4 +262,37 @@ def test_the_bound_is_one_that_xla_alone_exceeds():
         jax.ShapeDtypeStruct(move.shape, BITS, sharding=source), target, route="device"
     ).plan
     assert plan.leaves[0].between
-    assert plan.leaves[0].largest_bytes <= 1.25 * move.shard_bytes + TABLE_BYTES
+    assert plan.leaves[0].largest_bytes <= 1.25 * move.shard_bytes
+
+
+def test_xla_alone_exceeds_the_bound_for_about_a_fifth_of_the_pairs_it_can_do():
+    exceeding = []
+    for kind in PARTS:
+        for shape, source, target in pairs(kind):
+            move = Move(shape, BITS, source, target)
+            ends = common(source, target, len(shape))
+            if ends is None or choose(move, "device").kind not in ("compiled", "pieces"):
+                continue
+            direct = Move(shape, BITS, ends.sharding(ends.source), ends.sharding(ends.target))
+            largest = compiled_route.program((direct,)).executable.largest_bytes
+            exceeding.append(largest > 1.25 * move.shard_bytes)
+    print(f"{sum(exceeding)} of {len(exceeding)}")
+    assert len(exceeding) >= 200
+    assert 0.1 <= sum(exceeding) / len(exceeding) <= 0.3
+
+
+def test_the_instrument_sees_shards_that_are_read_one_by_one(host_traffic):
+    value = random_bits((184, 184))
+    array = jax.device_put(value, NamedSharding(Mesh(devices(), ("a",)), PartitionSpec("a")))
+    host_traffic.read_bytes = host_traffic.whole_reads = 0
+    for shard in array.addressable_shards:
+        np.asarray(shard.data)
+    assert (host_traffic.read_bytes, host_traffic.whole_reads) == (value.nbytes, 0)
+
+
+def test_the_guard_catches_what_jax_sends_from_the_host_unasked():
+    with (
+        jax.transfer_guard_host_to_device("disallow"),
+        pytest.raises(Exception, match="Disallowed host-to-device transfer"),
+    ):
+        jax.jit(lambda x: x + 1)(np.ones(8, np.float32))

@@ -1,8 +1,12 @@
 """Prepared resharding: what is planned, how much is compiled, and what bounds it."""
 
+from contextlib import contextmanager
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import monitoring
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxshard.devices import shardings
@@ -10,8 +14,17 @@ from jaxshard.errors import LayoutError
 from jaxshard.layout import Layout, Placement
 from jaxshard.strategy import Strategy
 from jaxshard.transfer import Resharder, gather, prepare_reshard, reshard
-from jaxshard.transfer.compiled import Program
-from jaxshard.transfer.programs import compile_program
+from jaxshard.transfer.compiled import Program, program
+from jaxshard.transfer.geometry import Move
+from jaxshard.transfer.prepared import _Run
+from jaxshard.transfer.programs import (
+    Executable,
+    compile_program,
+    largest_array_bytes,
+    largest_made_of,
+)
+from jaxshard.transfer.routes import Step, Way
+from jaxshard.transfer.units import _rounds
 
 P = PartitionSpec
 
@@ -20,8 +33,8 @@ def mesh(sizes, names, numbers=range(8)):
     return Mesh(np.array(jax.devices(), dtype=object)[list(numbers)].reshape(sizes), names)
 
 
-def on(m, *spec):
-    return NamedSharding(m, P(*spec))
+def on(m, *spec, **kwargs):
+    return NamedSharding(m, P(*spec), **kwargs)
 
 
 def row_and_col():
@@ -93,6 +106,36 @@ def test_many_shapes_between_other_devices_share_programs_too(compilations):
     tree, values = arrays(shapes, source)
     moved = gather(resharder(tree), host=True)
     assert all(np.array_equal(moved[n], values[n]) for n in values)
+
+
+def test_hundreds_of_shapes_in_any_numbers_cost_an_eighth_as_many_compilations(compilations):
+    source, target = row_and_col()
+    rng = np.random.default_rng(0)
+    shapes = {}
+    for n in range(1, 209):
+        for copy in range(int(rng.integers(1, 13))):
+            shapes[f"w{n}.{copy}"] = (8 * n, 16)
+    tree = described(shapes, source)
+    plan = prepare_reshard(tree, target, route="device").plan
+    assert len(compilations) <= plan.num_programs + 1, "and a small tensor to choose the route"
+    assert len(compilations) <= 208 // 8
+
+
+@pytest.mark.parametrize(
+    ("numbers", "most"),
+    [(range(1, 65), 16), ([1, 1, 2, 3, 5, 8, 13, 21, 34, 55], 10), ([7] * 40, 2), ([3, 9], 2)],
+)
+def test_every_leaf_is_in_one_group_and_groups_are_alike(numbers, most):
+    first = np.cumsum([0, *numbers])
+    geometries = [list(range(a, a + n)) for a, n in zip(first, numbers, strict=False)]
+    of_leaf = {leaf: g for g, leaves in enumerate(geometries) for leaf in leaves}
+    move = Move((8, 8), np.dtype(np.int8), *row_and_col())
+    ways = [Way((Step("pieces", move),))] * len(of_leaf)
+    groups = list(_rounds(geometries, ways))
+    assert sorted(leaf for group in groups for leaf in group) == list(of_leaf)
+    alike = {tuple(of_leaf[leaf] for leaf in group) for group in groups}
+    assert all(len(set(group)) == len(group) for group in alike)
+    assert len(alike) <= most, "one program for each"
 
 
 def test_a_second_preparation_compiles_nothing(compilations):
@@ -230,3 +273,190 @@ def test_programs_in_which_devices_wait_for_each_other_run_one_at_a_time(monkeyp
     for unit in prepared._units:  # the twin: without a barrier they overlap, and are seen to
         running[:] = unit.stages[0].run([tree[f"w{n}"] for n in unit.leaves])
     assert overlaps
+
+
+@pytest.mark.parametrize("route", ["auto", "device"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4", "key"])
+@pytest.mark.parametrize("ends", ["same devices", "disjoint"])
+def test_calls_compile_nothing(ends, dtype, route):
+    source, target = on(mesh((2, 4), ("dp", "mp")), "mp"), on(mesh((8,), ("mp",)), "mp")
+    if ends == "disjoint":
+        source = on(mesh((4,), ("x",), range(4)), "x")
+        target = on(mesh((2,), ("x",), (5, 6)), "x")
+    shapes = {"w": (16, 56), "v": (32, 8), "empty": (0, 8)}
+    if dtype == "key":
+        tree = {n: jax.random.split(jax.random.key(1), s) for n, s in shapes.items() if n != "w"}
+    else:
+        tree = {n: np.zeros(s).astype(jnp.dtype(dtype)) for n, s in shapes.items()}
+    tree = jax.block_until_ready(jax.device_put(tree, source))
+    prepared = prepare_reshard(tree, target, route=route)
+    with counting_compilations() as compiled:
+        for _ in range(3):
+            jax.block_until_ready(prepared(tree))
+    assert not compiled
+    with counting_compilations() as compiled:  # the twin
+        jax.jit(lambda x: x + 1)(np.ones(7))
+    assert compiled
+
+
+@contextmanager
+def counting_compilations():
+    """What any backend compiles while it is open."""
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+
+
+def test_keys_of_another_number_or_kind_are_refused():
+    source, target = on(mesh((8,), ("x",)), "x"), on(mesh((4,), ("x",), range(4)), "x")
+    keys = jax.device_put(jax.random.split(jax.random.key(1), 16), source)
+    prepared = prepare_reshard({"keys": keys}, target)
+    moved = prepared({"keys": keys})["keys"]
+    assert np.array_equal(jax.random.key_data(moved), jax.random.key_data(keys))
+    with pytest.raises(LayoutError, match=r"keys: prepared for key<fry> \(16,\) .* \(8,\) on"):
+        prepared({"keys": jax.device_put(keys[:8], source)})
+    others = jax.device_put(jax.random.split(jax.random.key(1, impl="rbg"), 16), source)
+    with pytest.raises(LayoutError, match=r"this is key<rbg> \(16,\)"):
+        prepared({"keys": others})
+
+
+def test_keys_can_be_described():
+    source, target = on(mesh((8,), ("x",)), "x"), on(mesh((4,), ("x",), range(4)), "x")
+    keys = jax.device_put(jax.random.split(jax.random.key(1), 16), source)
+    prepared = prepare_reshard(jax.ShapeDtypeStruct((16,), keys.dtype, sharding=source), target)
+    assert np.array_equal(jax.random.key_data(prepared(keys)), jax.random.key_data(keys))
+
+
+@pytest.mark.parametrize("route", ["auto", "device"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_arrays_that_come_out_of_a_step_are_taken_whatever_words_it_has_for_their_sharding(
+    donate, route
+):
+    source, target = row_and_col()
+    tree, values = arrays({"w": (16, 8), "b": (16,)}, source)
+    tree["b"] = jax.device_put(values["b"], source)
+    targets = {"w": target, "b": on(mesh((8,), ("mp",)))}
+    prepared = prepare_reshard(tree, targets, route=route, donate=donate)
+    step = jax.jit(lambda t: {"w": t["w"].reshape(4, 4, 8).reshape(16, 8) + 1, "b": t["b"] + 1})
+    stepped = step(tree)
+    same = {
+        "w": jax.device_put(np.asarray(stepped["w"]), on(mesh((2, 4), ("dp", "mp")), "mp", None)),
+        "b": jax.device_put(np.asarray(stepped["b"]), on(mesh((1, 2, 4), ("a", "b", "c")), ("c",))),
+    }
+    for given in (stepped, same):
+        for name, x in given.items():
+            assert x.sharding.is_equivalent_to(source, x.ndim), name
+        moved = prepared(given)
+        assert moved["w"].sharding == target
+        whole = gather(moved, host=True)
+        assert all(np.array_equal(whole[n], values[n] + 1) for n in values)
+        assert all(x.is_deleted() == donate for x in given.values())
+
+
+def test_the_bytes_on_each_link_are_those_of_all_legs():
+    cube = mesh((2, 2, 2), ("a", "b", "c"))
+    source, target = on(cube, "b", "a"), on(cube, ("b", "c", "a"))
+    tree = described({"w": (64, 64)}, source)
+    leaf = prepare_reshard(tree, target, route="device").plan.leaves[0]
+    assert leaf.between
+    size = 64 * 64 * 4
+    # (b|a) → (b,c|a): each device keeps half of its quarter. (b,c|a) → (b,c,a|): half of an eighth
+    # is there, the other half comes from the neighbour along a
+    assert leaf.same_device_bytes == size + size // 2
+    assert leaf.cross_device_bytes == size // 2
+
+
+MEMORY = {
+    "into host memory": lambda: (
+        on(mesh((2, 4), ("dp", "mp")), "mp"),
+        on(mesh((8,), ("mp",)), None, "mp", memory_kind="pinned_host"),
+    ),
+    "out of it": lambda: (
+        on(mesh((2, 4), ("dp", "mp")), "mp", memory_kind="pinned_host"),
+        on(mesh((8,), ("mp",)), None, "mp"),
+    ),
+    "within it, to other devices": lambda: (
+        on(mesh((4,), ("x",), range(4)), "x", memory_kind="pinned_host"),
+        on(mesh((4,), ("x",), range(4, 8)), None, "x", memory_kind="pinned_host"),
+    ),
+}
+
+
+@pytest.mark.parametrize("ends", MEMORY)
+def test_device_bytes_counts_what_stops_on_the_device_between_two_memories(ends):
+    source, target = MEMORY[ends]()
+    tree = described({"w": (64, 64)}, source)
+    free = prepare_reshard(tree, target, route="device").plan.in_flight_bytes
+    ends_on_device = [s for s in (source, target) if s.memory_kind != "pinned_host"]
+    stops = 2 - len(ends_on_device)
+    assert free >= stops * 64 * 64 * 4 // 8
+    with pytest.raises(LayoutError, match="w: moving float32") as caught:
+        prepare_reshard(tree, target, route="device", device_bytes=1)
+    least = int(str(caught.value).split("Raise it to ")[1].split()[0].replace(",", ""))
+    bounded = prepare_reshard(tree, target, route="device", device_bytes=least)
+    assert bounded.plan.in_flight_bytes <= least
+    moving, values = arrays({"w": (64, 64)}, source)
+    assert np.array_equal(gather(bounded(moving), host=True)["w"], values["w"])
+    with pytest.raises(LayoutError):
+        prepare_reshard(tree, target, route="device", device_bytes=least - 1)
+
+
+@pytest.mark.parametrize(("at_once", "barriers"), [(1, 10), (2, 5), (4, 3), (None, 1)])
+def test_device_bytes_bounds_what_many_leaves_have_in_flight(at_once, barriers, monkeypatch):
+    source = on(mesh((4,), ("x",), range(4)), "x")
+    target = on(mesh((4,), ("x",), range(4, 8)), None, "x")
+    shapes = {f"w{n}": (64, 64) for n in range(10)}
+    tree = described(shapes, source)
+    each = prepare_reshard(tree, target, route="device").plan.leaves[0].in_flight_bytes
+    limit = None if at_once is None else at_once * each
+    prepared = prepare_reshard(tree, target, route="device", device_bytes=limit)
+    assert {leaf.in_flight_bytes for leaf in prepared.plan.leaves} == {each}
+    in_flight, barrier = [], _Run._barrier
+
+    def watched(run):
+        in_flight.append(len(run.in_flight))
+        barrier(run)
+        assert not run.in_flight_bytes
+
+    monkeypatch.setattr(_Run, "_barrier", watched)
+    moving, values = arrays(shapes, source)
+    moved = gather(prepared(moving), host=True)
+    assert all(np.array_equal(moved[n], values[n]) for n in values)
+    assert len(in_flight) == barriers
+    assert sum(in_flight) == 10
+    assert max(in_flight) == (at_once or 10)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_each_tensor_of_a_program_is_held_to_its_own_bound(named):
+    """Arrays of a program count for the arguments that they are made of."""
+    large, small = (
+        Move(shape, np.dtype(np.float32), *row_and_col()) for shape in ((512, 512), (64, 64))
+    )
+    text = """
+ENTRY %main (a: f32[128,512], b: f32[16,64]) -> (f32[512,64], f32[64,8]) {
+  %a = f32[128,512]{1,0} parameter(0)
+  %b = f32[16,64]{1,0} parameter(1)
+  %whole = f32[64,64]{1,0} all-gather(%WHICH), dimensions={0}
+  ROOT %both = (f32[512,64]{1,0}, f32[64,8]{1,0}) tuple(%a, %whole)
+}"""
+    text = text.replace("WHICH", "b" if named else "a")
+    executable = Executable(None, None, largest_array_bytes(text), largest_made_of(text), 0)
+    assert Program((large, small), executable).fits == (not named)
+
+
+def test_programs_for_several_tensors_name_the_arguments_of_their_arrays():
+    source, target = row_and_col()
+    moves = [Move((8 * n, 16), np.dtype(np.float32), source, target) for n in (1, 2, 3)]
+    found = program(tuple(moves)).executable.largest_made_of
+    for n, move in enumerate(moves):
+        assert found[frozenset([n])] >= move.source_shard_bytes
+        assert found[frozenset([n])] <= 1.25 * move.shard_bytes

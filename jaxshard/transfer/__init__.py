@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .prepared import Resharder, gather, prepare_reshard, reshard
+from .gathering import gather
+from .prepared import Resharder, prepare_reshard, reshard
 from .report import LeafPlan, ReshardPlan
 
 __all__ = ["LeafPlan", "ReshardPlan", "Resharder", "gather", "prepare_reshard", "reshard"]

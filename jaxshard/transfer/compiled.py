@@ -100,8 +100,12 @@ class Program:
 
     @property
     def fits(self) -> bool:
-        """Whether its intermediates are within the bound."""
-        return self.executable.largest_bytes <= _limit(self.moves)
+        """Whether its intermediates are within the bound, each for the arrays it is made of."""
+        return self.executable.largest_bytes <= _limit(self.moves) and all(
+            num_bytes <= _limit([self.moves[n] for n in numbers])
+            for numbers, num_bytes in self.executable.largest_made_of.items()
+            if numbers
+        )
 
     def __call__(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """The arrays, each at its move's target. They must be at its source."""

@@ -103,13 +103,20 @@ def _fill(wanted: Box, holders: dict[Box, int]) -> Fill:
 
 
 def run(
-    arrays: Iterable[jax.Array], moves: Sequence[Move], done: Callable[[int, jax.Array], None]
+    arrays: Iterable[jax.Array],
+    moves: Sequence[Move],
+    done: Callable[[int, jax.Array], None],
+    *,
+    share: bool = True,
 ) -> None:
-    """Carry out ``moves``; ``done(n, array)`` is called as each one is complete, in order."""
+    """Carry out ``moves``; ``done(n, array)`` is called as each one is complete, in order.
+
+    Without ``share`` no target shard is a view of a source shard.
+    """
     waiting: deque[_Started] = deque()
     ahead_bytes = 0
     for n, (array, move) in enumerate(zip(arrays, moves, strict=True)):
-        started = _start(n, array, move)
+        started = _start(n, array, move, share=share)
         waiting.append(started)
         ahead_bytes += started.new_bytes
         while waiting and (ahead_bytes > _AHEAD_BYTES or not waiting[0].tasks):
@@ -128,7 +135,7 @@ class _Started:
     new_bytes: int
 
 
-def _start(n: int, array: jax.Array, move: Move) -> _Started:
+def _start(n: int, array: jax.Array, move: Move, *, share: bool) -> _Started:
     plan = filling(move)
     data = array.addressable_shards
     views = {o: np.asarray(data[o].data).view(plan.bits) for o in plan.sources}
@@ -136,7 +143,7 @@ def _start(n: int, array: jax.Array, move: Move) -> _Started:
     copies: list[tuple[Bytes, Bytes]] = []
     new_bytes = 0
     for fill in plan.fills:
-        if fill.may_alias:
+        if share and fill.may_alias:
             ordinal, source, _ = fill.copies[0]
             view = views[ordinal][source]
             if view.__array_interface__["data"][0] % _ALIGNMENT_BYTES == 0:

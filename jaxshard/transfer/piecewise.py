@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .bits import as_bits, from_bits, is_narrow_float
+from .bits import as_bits, from_bits, is_carried
 from .geometry import Move
 from .pieces import WHOLE, Cut, Join, Origin, Wave, positions, waves
 from .programs import Executable, compile_program
@@ -200,7 +200,7 @@ def _assemble(slots: Sequence[jax.Array], join: Join, dtype: np.dtype[np.generic
         return from_bits(jnp.concatenate([as_bits(s) for s in slots], axis=cut_dims[0]), dtype)
     shape = [sum(lengths) for lengths in join.segments]
     starts = positions(join.segments)
-    if not is_narrow_float(dtype):
+    if not is_carried(dtype):
         whole = jnp.zeros(shape, dtype)
         for start, slot in zip(starts, slots, strict=True):
             whole = jax.lax.dynamic_update_slice(whole, slot, start)

@@ -11,7 +11,7 @@ from .geometry import Traffic
 
 @dataclass(frozen=True, slots=True)
 class LeafPlan:
-    """One array: its route, the shardings between, and the bytes on each kind of link.
+    """One array: its route, the shardings between, and the bytes on each kind of link, all legs.
 
     Attributes:
         largest_bytes: the largest intermediate on a device: of a program, its largest array;

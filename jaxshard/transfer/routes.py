@@ -27,7 +27,7 @@ from . import compiled
 from .bits import bits_of
 from .exchange import exchange_traffic
 from .geometry import Move, Traffic, is_relabelling, stays, traffic
-from .shards import default_memory_kind
+from .shards import default_memory_kind, memory_kind_of
 
 Kind = Literal["stay", "copy", "compiled", "pieces", "views", "empty", "exchange", "elsewhere"]
 Route = Literal["auto", "device", "views"]
@@ -85,7 +85,7 @@ def choose(move: Move, route: Route = "auto") -> Way:
         return _over_processes(move, route)
     if move.is_empty:
         return Way((Step("empty", move),))
-    same_memory = _memory_kind(move.source) == _memory_kind(move.target)
+    same_memory = memory_kind_of(move.source) == memory_kind_of(move.target)
     if same_memory and stays(move):
         return Way((Step("stay", move),))
     reason = _no_views(move)
@@ -134,7 +134,7 @@ def _refuse_between(move: Move, route: Route) -> None:
     several = len(move.processes) > 1
     if route == "views" and (several or _no_views(move)):
         raise LayoutError('route "views" works inside one process; use "auto".')
-    ends = {_memory_kind(move.source), _memory_kind(move.target)}
+    ends = {memory_kind_of(move.source), memory_kind_of(move.target)}
     if not several or (len(ends) == 1 and stays(move)):
         return  # another label on the same memory, whatever it holds
     between = f"between processes {some(map(str, sorted(move.processes)))}"
@@ -170,9 +170,12 @@ def _inner(move: Move) -> list[Step]:
     return [Step("compiled", m) for m in found]
 
 
+_SCALARS_BYTES = 64  # offsets that a cut or a join looks up, whatever the size of the tensor
+
+
 def piece_limit(move: Move) -> int:
-    """What the pieces of ``move`` may take on a device: the same bound as a program's."""
-    return int(compiled.MAX_RATIO * move.shard_bytes)
+    """What the pieces of ``move`` may take on a device: within the same bound as a program."""
+    return max(int(compiled.MAX_RATIO * move.shard_bytes) - _SCALARS_BYTES, move.shard_bytes)
 
 
 def _no_views(move: Move) -> str:
@@ -186,14 +189,9 @@ def _no_views(move: Move) -> str:
     return ""
 
 
-def _memory_kind(sharding: Sharding) -> str:
-    device = next(iter(sharding.device_set))
-    return sharding.memory_kind or default_memory_kind(device)
-
-
 def _in_default_memory(sharding: Sharding) -> Sharding:
     kind = default_memory_kind(next(iter(sharding.device_set)))
-    if _memory_kind(sharding) == kind:
+    if memory_kind_of(sharding) == kind:
         return sharding
     if not isinstance(sharding, NamedSharding | SingleDeviceSharding):
         raise LayoutError(

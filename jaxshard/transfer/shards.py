@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from .geometry import device_boxes
+from .geometry import Move, device_boxes
 
 
 def data_of(array: jax.Array) -> list[jax.Array]:
@@ -44,6 +45,37 @@ def gathered_from(
         return jax.make_array_from_single_device_arrays(shape, sharding, data)
     left = iter(data)
     return jax.make_array_from_callback(shape, sharding, lambda _: next(left))
+
+
+@lru_cache(maxsize=8192)
+def shared_shards(move: Move) -> tuple[bool, ...]:
+    """For each source shard, whether the target wants it where it is: it may hold its memory."""
+    if memory_kind_of(move.source) != memory_kind_of(move.target):
+        return (False,) * len(move.source_boxes)
+    wanted = device_boxes(move.target, move.shape)
+    held = device_boxes(move.source, move.shape)
+    return tuple(wanted.get(device) == box for device, box in held.items())
+
+
+def apart(array: jax.Array, move: Move) -> jax.Array:
+    """``array`` with copies in place of all shards that the target could share with it."""
+    data = data_of(array)
+    shared = [n for n, is_shared in enumerate(shared_shards(move)) if is_shared]
+    if not shared:
+        return array
+    places = [data[n].sharding for n in shared]
+    copies = jax.device_put([data[n] for n in shared], places, may_alias=False)
+    for n, copy in zip(shared, copies, strict=True):
+        data[n] = copy
+    return jax.make_array_from_single_device_arrays(
+        array.shape, array.sharding, data, dtype=array.dtype
+    )
+
+
+def memory_kind_of(sharding: Sharding) -> str:
+    """The memory that ``sharding`` puts arrays in; where it says nothing, the devices' own."""
+    device = next(iter(sharding.device_set))
+    return sharding.memory_kind or default_memory_kind(device)
 
 
 def default_memory_kind(device: jax.Device) -> str:

@@ -27,10 +27,16 @@ Target = Sharding | PartitionSpec | Layout | Mapping[str, Any] | Callable[[str],
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of the tree: its name, what is to be done, and the key type if it is of keys."""
+    """One array of the tree: its name, what the caller sees of it, and what is to be done.
+
+    Of keys of a random generator (``key_impl`` tells the kind) the caller sees one element each;
+    what moves is their data, which has one dim more.
+    """
 
     name: str
     move: Move
+    shape: tuple[int, ...]
+    dtype: Any
     key_impl: Any = None
 
 
@@ -65,13 +71,25 @@ def _leaf(name: str, array: Any, wanted: Any) -> Leaf:
     target = _as_sharding(name, wanted, source)
     for sharding in (source, target):
         _check_devices(name, sharding)
-    shape, dtype, impl = tuple(array.shape), array.dtype, None
+    seen = tuple(array.shape), array.dtype
+    shape, dtype, impl = *seen, None
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         _check_shape(name, target, shape)
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
-        shape, dtype, impl = data.shape, data.dtype, jax.random.key_impl(array)
+        data, impl = _key_data(shape, dtype)
+        shape, dtype = data.shape, data.dtype
     _check_shape(name, target, shape)
-    return Leaf(name, Move(shape, np.dtype(dtype), source, target), impl)
+    return Leaf(name, Move(shape, np.dtype(dtype), source, target), *seen, impl)
+
+
+def _key_data(shape: tuple[int, ...], dtype: Any) -> tuple[jax.ShapeDtypeStruct, Any]:
+    """What the data of such keys look like, and the kind of the keys; a description suffices."""
+    impls = []
+
+    def data_of(keys: jax.Array) -> jax.Array:
+        impls.append(jax.random.key_impl(keys))
+        return jax.random.key_data(keys)
+
+    return jax.eval_shape(data_of, jax.ShapeDtypeStruct(shape, dtype)), impls[0]
 
 
 def _per_leaf(names: list[str], structure: Any, target: Target) -> list[Any]:
@@ -150,3 +168,16 @@ def _check_shape(name: str, sharding: Sharding, shape: tuple[int, ...]) -> None:
         sharding.shard_shape(shape)
     except ValueError as e:
         raise LayoutError(f"{name}: shape {shape} does not fit {sharding}: {e}") from e
+
+
+def check_alive(name: str, array: Any) -> None:
+    """Refuse an array that holds nothing any more.
+
+    Raises:
+        LayoutError: it was donated or deleted.
+    """
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise LayoutError(
+            f"{name or 'the array'}: it was donated or deleted, and holds nothing any more. Use "
+            "what the earlier call returned, or call it with donate=False."
+        )

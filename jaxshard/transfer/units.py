@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from ..errors import LayoutError
 from . import compiled, exchange, piecewise
-from .geometry import Move, all_device_boxes, senders
+from .geometry import Move, all_device_boxes, device_boxes, senders
 from .routes import Kind, Route, Step, Way, choose, dominant, piece_limit
 from .shards import data_of, gathered_from, relabelled
 from .targets import Leaf
@@ -24,7 +25,7 @@ from .targets import Leaf
 Run = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 _FEW_GEOMETRIES = 8
-_MAX_TOGETHER = 16  # geometries in one program: compiling takes about 10 ms more for each
+_MAX_TOGETHER = 32  # geometries in one program: compiling takes about 10 ms more for each
 _TOGETHER_BYTES = 256 << 20  # their shards, together
 
 
@@ -42,11 +43,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Unit:
-    """Leaves (by number) that go together, leg by leg."""
+    """Leaves (by number) that go together, leg by leg, and the way that each of them goes."""
 
     leaves: tuple[int, ...]
+    ways: tuple[Way, ...]
     stages: tuple[Stage, ...]
-    between: tuple[tuple[str, ...], ...]
 
     @property
     def kind(self) -> Kind:
@@ -99,12 +100,7 @@ def _groups(ways: Sequence[Way]) -> Iterator[tuple[int, ...]]:
             alone.append(n)
     yield from ((n,) for n in alone)
     for geometries in similar.values():
-        # alike in number next to each other, so that the rounds below seldom differ
-        ordered = sorted(geometries.values(), key=len)
-        size = 1 if len(ordered) <= _FEW_GEOMETRIES else _MAX_TOGETHER
-        for together in _chunks(ordered, size, [ways[g[0]] for g in ordered]):
-            for nth in range(max(map(len, together))):
-                yield tuple(numbers[nth] for numbers in together if nth < len(numbers))
+        yield from _rounds(list(geometries.values()), ways)
 
 
 def _devices(move: Move) -> tuple[tuple[jax.Device, ...], ...]:
@@ -113,13 +109,31 @@ def _devices(move: Move) -> tuple[tuple[jax.Device, ...], ...]:
     return tuple(tuple(all_device_boxes(sharding, move.shape)) for sharding in ends)
 
 
+def _rounds(geometries: list[list[int]], ways: Sequence[Way]) -> Iterator[tuple[int, ...]]:
+    """Groups of leaves, at most one of each geometry in a group.
+
+    A chunk of geometries goes as often as the rarest of them is there, by one program; what is
+    left of the others is put into chunks anew. So no chunk falls apart into a program for every
+    number of leaves that a geometry may have.
+    """
+    size = 1 if len(geometries) <= _FEW_GEOMETRIES else _MAX_TOGETHER
+    while geometries:
+        left = []
+        for chunk in _chunks(sorted(geometries, key=len), size, ways):
+            times = len(chunk[0])
+            for nth in range(times):
+                yield tuple(numbers[nth] for numbers in chunk)
+            left += [numbers[times:] for numbers in chunk if len(numbers) > times]
+        geometries = left
+
+
 def _chunks(
     ordered: Sequence[list[int]], size: int, ways: Sequence[Way]
 ) -> Iterator[list[list[int]]]:
     chunk: list[list[int]] = []
     chunk_bytes = 0
-    for numbers, way in zip(ordered, ways, strict=True):
-        weight = 2 * way.steps[0].move.shard_bytes
+    for numbers in ordered:
+        weight = 2 * ways[numbers[0]].steps[0].move.shard_bytes
         if chunk and (len(chunk) == size or chunk_bytes + weight > _TOGETHER_BYTES):
             yield chunk
             chunk, chunk_bytes = [], 0
@@ -133,24 +147,37 @@ def _compile(
     leaves: Sequence[Leaf], group: Sequence[tuple[int, Way]], device_bytes: int | None
 ) -> list[Unit]:
     """One unit for the group, or several where together they are over the bounds."""
-    stages: list[Stage] = []
-    legs = list(zip(*(way.steps for _, way in group), strict=True))
-    for n, steps in enumerate(legs):
-        # the array as it is between two legs is in flight beside what the leg itself takes
-        before = sum(s.move.source_shard_bytes for s in steps) if n else 0
-        after = sum(s.move.target_shard_bytes for s in steps) if n + 1 < len(legs) else 0
-        left_bytes = None if device_bytes is None else device_bytes - before - after
+    numbers, ways = zip(*group, strict=True)
+    stages = _stages(ways, device_bytes)
+    if stages is not None:
+        return [Unit(numbers, ways, stages)]
+    if len(group) > 1:
+        halves = group[: len(group) // 2], group[len(group) // 2 :]
+        return [unit for half in halves for unit in _compile(leaves, half, device_bytes)]
+    if any(step.kind == "compiled" for step in ways[0].steps):
+        return _compile(leaves, [(numbers[0], _in_pieces(ways[0]))], device_bytes)
+    raise _too_much(leaves[numbers[0]], ways[0], device_bytes)
+
+
+def _stages(ways: Sequence[Way], device_bytes: int | None) -> tuple[Stage, ...] | None:
+    """The legs of ways alike in their kinds, compiled; None where one is over the bounds."""
+    stages = []
+    for n, steps in enumerate(zip(*(way.steps for way in ways), strict=True)):
+        between_bytes = sum(_between_bytes(way, n) for way in ways)
+        left_bytes = None if device_bytes is None else device_bytes - between_bytes
         stage = _stage(steps, left_bytes)
-        if stage is not None:
-            stages.append(replace(stage, in_flight_bytes=stage.in_flight_bytes + before + after))
-        elif len(group) > 1:
-            return [u for one in group for u in _compile(leaves, [one], device_bytes)]
-        elif steps[0].kind == "compiled":
-            return _compile(leaves, [(group[0][0], _in_pieces(group[0][1]))], device_bytes)
-        else:
-            raise _too_much(leaves[group[0][0]], steps[0].move, device_bytes)
-    between = tuple(tuple(str(getattr(s, "spec", s)) for s in way.between) for _, way in group)
-    return [Unit(tuple(n for n, _ in group), tuple(stages), between)]
+        if stage is None or (left_bytes is not None and stage.in_flight_bytes > left_bytes):
+            return None
+        in_flight_bytes = stage.in_flight_bytes + between_bytes
+        stages.append(replace(stage, in_flight_bytes=in_flight_bytes))
+    return tuple(stages)
+
+
+def _between_bytes(way: Way, leg: int) -> int:
+    """What a device holds before and after a leg that is neither the source nor the target."""
+    move = way.steps[leg].move
+    before = move.source_shard_bytes if leg else 0
+    return before + (move.target_shard_bytes if leg + 1 < len(way.steps) else 0)
 
 
 def _in_pieces(way: Way) -> Way:
@@ -230,15 +257,29 @@ def _copy(move: Move, array: jax.Array) -> jax.Array:
 
 
 def _empty(move: Move, array: jax.Array) -> jax.Array:
-    return jnp.zeros(move.shape, move.dtype, device=move.target)
+    devices = device_boxes(move.target, move.shape)
+    places = [SingleDeviceSharding(d, memory_kind=move.target.memory_kind) for d in devices]
+    nothing = np.empty(move.target.shard_shape(move.shape), move.dtype)  # jnp.zeros would compile
+    shards = jax.device_put([nothing] * len(places), places)
+    return jax.make_array_from_single_device_arrays(
+        move.shape, move.target, shards, dtype=move.dtype
+    )
 
 
-def _too_much(leaf: Leaf, move: Move, device_bytes: int | None) -> LayoutError:
-    if len(move.processes) > 1:
-        needed = exchange.blank_bytes(move) + exchange.program(move).executable.temporary_bytes
-    else:
-        needed = piecewise.program((move,), (0,)).peak_bytes
+def _too_much(leaf: Leaf, way: Way, device_bytes: int | None) -> LayoutError:
+    needed = max(_between_bytes(way, n) + _least_bytes(step) for n, step in enumerate(way.steps))
+    move = leaf.move
     return LayoutError(
         f"{leaf.name}: moving {move.dtype} {move.shape} takes {needed:,} bytes in flight on one "
         f"device, and device_bytes is {device_bytes:,}. Raise it to {needed:,} or more."
     )
+
+
+def _least_bytes(step: Step) -> int:
+    """In flight on the fullest device during a leg, in as many waves as there can be."""
+    if step.kind == "exchange":
+        program = exchange.program(step.move)
+        return exchange.blank_bytes(step.move) + program.executable.temporary_bytes
+    if step.kind == "pieces":
+        return piecewise.program((step.move,), (0,)).peak_bytes
+    return 0
