@@ -19,7 +19,7 @@ from jaxshard.transfer import compiled as compiled_route
 from jaxshard.transfer import host_views, prepare_reshard, reshard
 from jaxshard.transfer import pieces as piece_plan
 from jaxshard.transfer.factored import common
-from jaxshard.transfer.geometry import Move, device_boxes
+from jaxshard.transfer.geometry import Move, all_device_boxes
 from jaxshard.transfer.routes import choose, piece_limit
 
 BITS = np.dtype("bfloat16")
@@ -95,7 +95,7 @@ def pairs(kind):
     found = {}
     for _ in range(20 * number):
         (before,), (after,) = (some_shardings(rng, m(), num_dims, 1) for m in (sources, targets))
-        held = tuple(tuple(device_boxes(s, shape).items()) for s in (before, after))
+        held = tuple(tuple(all_device_boxes(s, shape).items()) for s in (before, after))
         found.setdefault(held, (shape, before, after))
         if len(found) == number:
             return list(found.values())
@@ -186,7 +186,7 @@ def recounted(move, wave):
 
 def test_the_grid_has_at_least_400_pairs_and_no_two_alike():
     found = [pair for kind in PARTS for pair in pairs(kind)]
-    alike = {(n, *(tuple(device_boxes(s, n).items()) for s in ends)) for n, *ends in found}
+    alike = {(n, *(tuple(all_device_boxes(s, n).items()) for s in ends)) for n, *ends in found}
     assert len(alike) == len(found) >= 400
 
 
