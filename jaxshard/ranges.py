@@ -45,6 +45,17 @@ class Runs:
             at = sum(i * s for i, (_, s) in zip(index, self.outer, strict=True))
             yield self.offset + at, self.length
 
+    def offsets(self) -> list[int]:
+        """Where each run begins.
+
+        >>> Runs(offset=0, length=16, outer=((2, 100), (3, 32))).offsets()
+        [0, 32, 64, 100, 132, 164]
+        """
+        found = [self.offset]
+        for count, stride in self.outer:
+            found = [at + i * stride for at in found for i in range(count)]
+        return found
+
     def coalesced(self) -> Runs:
         """The requests that fetch these runs: rows whose gaps are small are one span.
 

@@ -62,7 +62,7 @@ def load_rank(
     files = open_source(plan.source)
     try:
         files.check_checksums()
-        run(plan.moves(), files.read, write, budget=budget_of(options))
+        run(plan.moves(), files.read, write, budget=budget_of(options), rows=files.read_rows)
         files.check_unchanged()
     finally:
         files.close()

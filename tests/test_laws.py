@@ -75,6 +75,11 @@ class Carried:
             self._fill(piece, offset, view)
             offset += len(view)
 
+    def read_rows(self, piece, offsets, buffer):
+        share = len(buffer) // len(offsets)
+        for n, offset in enumerate(offsets):
+            self.read(piece, offset, buffer[n * share : (n + 1) * share])
+
     def write(self, move, target, offset, buffer):
         for rank in move.targets[target].ranks:
             self.got[rank, move.name][offset : offset + len(buffer)] = buffer

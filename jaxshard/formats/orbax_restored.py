@@ -62,6 +62,13 @@ class Restored:
             self.read(piece, offset, view)
             offset += len(view)
 
+    def read_rows(self, piece: Piece, offsets: Iterable[int], buffer: memoryview) -> None:
+        """Fill equal parts of ``buffer``, each from one of ``offsets`` of the tensor."""
+        starts = list(offsets)
+        share = len(buffer) // max(1, len(starts))
+        for number, offset in enumerate(starts):
+            self.read(piece, offset, buffer[number * share : (number + 1) * share])
+
     def check_unchanged(self) -> None:
         """Orbax writes a checkpoint once, under a name of its own."""
 

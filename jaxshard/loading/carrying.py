@@ -17,6 +17,7 @@ from ..catalog import Piece
 from ..planning import Move
 from ..storage.budget import Budget, Counts
 from ..storage.engine import run
+from ..storage.requests import ReadRows
 from .memory import Bytes, JobMemory
 from .placing import place
 from .wanted import Job
@@ -32,11 +33,13 @@ class Source:
     Attributes:
         read: fills memory from a file.
         lend: gives bytes where they already lie in memory.
+        rows: fills memory from many places in a file.
         given: shards of a job that need not be filled, by number.
     """
 
     read: Read
     lend: Lend | None = None
+    rows: ReadRows | None = None
     given: Callable[[Job], dict[int, Bytes]] = field(default=lambda job: {})
 
 
@@ -69,6 +72,7 @@ def carry(
         progress=progress,
         place=carried.place,
         lend=source.lend,
+        rows=source.rows,
         stopped=carried.stop,
     )
     return carried.arrays(), counts

@@ -34,11 +34,11 @@ def file_source(catalog: Catalog, files: OpenSource, *, mmap: bool) -> Source:
     if asked not in ("pread", "mmap"):
         raise LayoutError(f"{IO_VARIABLE}={asked!r}: set it to pread or mmap, or not at all.")
     if catalog.format == "orbax" or (not mmap and asked == "pread"):
-        return Source(files.read)
+        return Source(files.read, rows=files.read_rows)
     mapped = MappedFiles(catalog)
     if not mmap:
         return Source(files.read, mapped.lend)
-    return Source(files.read, mapped.lend, lambda job: in_place(job, mapped))
+    return Source(files.read, mapped.lend, given=lambda job: in_place(job, mapped))
 
 
 def in_place(job: Job, mapped: MappedFiles) -> dict[int, Bytes]:

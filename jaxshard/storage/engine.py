@@ -29,7 +29,7 @@ from ..planning import Move, Steps, block_steps, cell_blocks, move_into, permute
 from ..ranges import Runs, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget
-from .requests import Bytes, Read, read_runs
+from .requests import Bytes, Read, ReadRows, read_runs
 from .viewing import Operands, Viewer, copy_into
 
 __all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
@@ -55,6 +55,7 @@ def run(
     progress: Callable[[int], None] | None = None,
     place: Place | None = None,
     lend: Lend | None = None,
+    rows: ReadRows | None = None,
     stopped: Callable[[], None] | None = None,
 ) -> Counts:
     """Carry out ``moves``; the counts of what was done.
@@ -63,7 +64,7 @@ def run(
     The first error of any thread stops all of them and is raised; ``stopped`` is called then,
     so that ``moves`` can stop waiting for what will not be done (and at the end as well).
     """
-    ends = Ends(read, write, place, lend)
+    ends = Ends(read, write, place, lend, rows)
     workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
     in_threads([w.work for w in workers], Shared(_batches(moves, budget, place), stopped))
     return sum((w.counts for w in workers), Counts())
@@ -116,6 +117,7 @@ class Ends:
     write: Write
     place: Place | None
     lend: Lend | None
+    rows: ReadRows | None = None
 
 
 class Worker:
@@ -303,8 +305,23 @@ class Worker:
         stored = move.sources[index]
         piece = move.pieces[index][0]
         runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
-        read_runs(self._ends.read, piece, runs, out)
+        if not self._copied_from_lent(piece, runs, out):
+            read_runs(self._ends.read, piece, runs, out, self._ends.rows)
         self._count_reads(runs)
+
+    def _copied_from_lent(self, piece: Piece, runs: Runs, out: Bytes) -> bool:
+        """Whether runs that lie in memory already were copied from there, all in one copy."""
+        if self._ends.lend is None:
+            return False
+        last = sum((n - 1) * stride for n, stride in runs.outer)
+        memory = self._ends.lend(piece, runs.offset, last + runs.length)
+        if memory is None:
+            return False
+        shape = (*(n for n, _ in runs.outer), runs.length)
+        strides = (*(stride for _, stride in runs.outer), 1)
+        span = np.frombuffer(memory, np.uint8)
+        out.reshape(shape)[...] = np.lib.stride_tricks.as_strided(span, shape, strides)
+        return True
 
     def _count_reads(self, runs: Runs | None) -> None:
         if runs is not None:

@@ -204,6 +204,25 @@ class Handles:
                 requests += 1
         return requests
 
+    def read_rows(self, path: str, offsets: Sequence[int], buffer: memoryview) -> None:
+        """Fill equal parts of ``buffer``, each from one of ``offsets`` of ``path``.
+
+        Raises:
+            FormatError, StorageError: as ``read_into``.
+        """
+        share, at = len(buffer) // max(1, len(offsets)), 0
+        read = os.preadv
+        with self.use(path) as descriptor:
+            for offset in offsets:
+                row = buffer[at : at + share]
+                at += share
+                try:
+                    done = read(descriptor, (row,), offset)
+                except OSError:
+                    done = 0  # and again, to be told of it
+                if done < share:
+                    self.read_into(path, offset + done, row[done:])
+
     def read_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         """Fill ``views`` one after the other from byte ``offset`` of ``path``.
 

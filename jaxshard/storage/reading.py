@@ -29,6 +29,10 @@ class SourceFiles:
         """Fill ``views`` one after the other, from byte ``offset`` of that file."""
         self._handles.read_views(self._files[piece.file].path, offset, views)
 
+    def read_rows(self, piece: Piece, offsets: Iterable[int], buffer: memoryview) -> None:
+        """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
+        self._handles.read_rows(self._files[piece.file].path, list(offsets), buffer)
+
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile.
 

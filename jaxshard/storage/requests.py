@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,20 @@ from ..ranges import Runs
 Bytes = NDArray[np.uint8]
 Read = Callable[[Piece, int, memoryview], None]
 """``read(piece, offset, buffer)`` fills the buffer from byte ``offset`` of the piece's file."""
+ReadRows = Callable[[Piece, Iterable[int], memoryview], None]
+"""``rows(piece, offsets, buffer)``: as ``read``, of as many equal parts of the buffer as there are
+offsets. A request for each row of a column, so what a request costs besides is what matters."""
 
 
-def read_runs(read: Read, piece: Piece, runs: Runs, out: Bytes) -> None:
+def read_runs(
+    read: Read, piece: Piece, runs: Runs, out: Bytes, rows: ReadRows | None = None
+) -> None:
     """Fill ``out`` with ``runs`` of the file that stores ``piece``, one after the other."""
     requests = runs.coalesced()
     share = len(out) // max(1, len(requests))
+    if rows is not None and requests.length == share and len(requests) > 1:
+        rows(piece, requests.offsets(), out.data)
+        return
     for i, (offset, length) in enumerate(requests):
         chunk = out[i * share : (i + 1) * share]
         if length == share:

@@ -24,6 +24,10 @@ class OpenSource(Protocol):
         """Fill ``views`` one after the other, from byte ``offset`` of that file."""
         ...
 
+    def read_rows(self, piece: Piece, offsets: Iterable[int], buffer: memoryview) -> None:
+        """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
+        ...
+
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile (``FormatError``)."""
         ...

@@ -210,7 +210,8 @@ class _Stream:
         if self._engine is None:
             from .engine import Ends, Worker  # noqa: PLC0415 - NumPy, only where it is needed
 
-            ends = Ends(self._source.read, self._target.write, None, None)
+            source = self._source
+            ends = Ends(source.read, self._target.write, None, None, source.read_rows)
             self._engine = Worker(ends, self._budget, self._progress)
         return self._engine
 
