@@ -364,22 +364,20 @@ def peak_memory(index, count, source, out):
         return made
 
     small = np.zeros((64, 64), np.float32)  # gloo and XLA take what they take once
-    warm = js.reshard(placed(small, NamedSharding(mesh, rows)), NamedSharding(mesh, columns))
-    js.reshard(warm, NamedSharding(mesh, replicas))
-    arrays = measured("load", lambda: loading.load(source, NamedSharding(mesh, rows), **how))
-    held["share"] = distinct_bytes(arrays)
-    measured("save", lambda: saving.save(arrays, out, durable=False, **how) and None)
-    moved = [measured("reshard", lambda: js.reshard(arrays, NamedSharding(mesh, columns)))]
-    moved.clear()
-    arrays.clear()
+    js.reshard(placed(small, NamedSharding(mesh, rows)), NamedSharding(mesh, columns))
     name = min(js.open(source).tensors)
+    target = NamedSharding(mesh, replicas)
     found = measured(
         "balanced",
-        lambda: loading.load(
-            source, NamedSharding(mesh, replicas), include=[f"^{name}$"], balanced=True, **how
-        ),
+        lambda: loading.load(source, target, include=[f"^{name}$"], balanced=True, **how),
     )
-    held["balanced share"] = distinct_bytes(found)
+    held["balanced"] = distinct_bytes(found)
+    found.clear()
+    target = NamedSharding(mesh, rows)
+    arrays = measured("load", lambda: loading.load(source, target, **how))
+    held["load"] = distinct_bytes(arrays)
+    measured("save", lambda: saving.save(arrays, out, durable=False, **how) and None)
+    measured("reshard", lambda: js.reshard(arrays, NamedSharding(mesh, columns)))
     return {"grown": grown, "held": held}
 
 

@@ -48,6 +48,9 @@ def state_of(step, dp, mp):
         "opt_state": [{"mu": arrays(np.float32), "nu": arrays(np.float32)}],
         "count": jnp.int32(step),  # on a device of each process's own
         "key": jax.random.key(step),
+        "keys": jax.random.wrap_key_data(  # on all devices
+            placed(chance.integers(0, 1 << 32, (8, 2), np.uint32), NamedSharding(mesh, P("dp")))
+        ),
         "seen": np.arange(step, step + 5),
         "step": step,
     }

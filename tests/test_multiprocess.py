@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 SIZES = {"layers": 4, "hidden": 64, "vocab": 128}
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiling takes longer than moving
 SHAPES = [(2, 4), (4, 2)]  # processes × devices
-SLACK = 24 << 20  # bytes: the budget for what is in flight, and what allocators keep
+SLACK = 16 << 20  # bytes: the budget for what is in flight, and what allocators keep
 
 
 @pytest.fixture(scope="module")
@@ -342,19 +342,19 @@ def test_memory_does_not_grow_with_the_number_of_processes(tmp_path):
         shapes = {"fixed": (256, 8192), **{f"w{n}": (count * 256, 8192) for n in range(4)}}
         checkpoints.write_folder(source, {n: np.zeros(s, np.float32) for n, s in shapes.items()})
         out = tmp_path / f"saved-{count}"
-        work = partial(run_processes, "multiprocess_files:peak_memory", count, 2)
+        work = partial(run_processes, "multiprocess_files:peak_memory", count, 2, environ=QUICK)
         for answer in answers(work(str(source), str(out))):
             held = answer["held"]
             grown.setdefault(count, []).append(answer["grown"])
         shutil.rmtree(source)
-    print(grown, held)
+        shutil.rmtree(out)
     most = {c: {k: max(g[k] for g in found) for k in found[0]} for c, found in grown.items()}
     for verb, limit in {
-        "load": held["share"] + SLACK,
+        "load": held["load"] + SLACK,
         "save": SLACK,
-        "reshard": 2.25 * held["share"] + SLACK,
-        "balanced": 2.25 * held["balanced share"] + SLACK,
+        "reshard": 2 * held["load"] + SLACK,  # what it becomes, and what is under way
+        "balanced": 2.25 * held["balanced"] + SLACK,
     }.items():
-        assert most[2][verb] < limit, verb
-        assert most[4][verb] < limit, verb
-        assert most[4][verb] < most[2][verb] + SLACK / 2, verb
+        assert most[2][verb] < limit, (verb, most)
+        assert most[4][verb] < limit, (verb, most)
+        assert most[4][verb] < most[2][verb] + SLACK / 2, (verb, most)
