@@ -27,6 +27,19 @@ def is_named(destination: PathLike | None) -> bool:
     return destination is not None and _kind(destination) in _FORMAT
 
 
+def refuse(destination: PathLike) -> None:
+    """Refuse a destination that names a weight file, where folders are made.
+
+    Raises:
+        LayoutError: it does.
+    """
+    if is_named(destination):
+        raise LayoutError(
+            f"{destination} names one file, and a folder is made here. Leave out "
+            f"{_kind(destination)!r}; jaxshard merge makes one file of the folder."
+        )
+
+
 def implied(request: Request, destination: PathLike | None) -> Request:
     """``request`` with what the name of ``destination`` says and the request does not."""
     if destination is None or request.to is not None or not is_named(destination):

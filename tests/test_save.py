@@ -319,3 +319,10 @@ def test_a_shard_held_twice_is_catalogued_once():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("dp", "mp"))
     array = jax.device_put(np.zeros((8, 8), np.float32), NamedSharding(mesh, P("mp")))
     assert len(ArraySource({"x": array}).catalog["x"].pieces) == 4
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.ckpt"])
+def test_no_folder_gets_the_name_of_a_weight_file(tmp_path, name):
+    with pytest.raises(LayoutError, match=f"{name} names one file, and a folder is made here"):
+        save({"x": np.ones(4, np.float32)}, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

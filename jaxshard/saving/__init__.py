@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import one_file
 from ..array_layouts import layout_of
 from ..catalog import Catalog, Model
 from ..conversion import Report, default_budget
@@ -113,6 +114,7 @@ def save(
     where, keep = Path(path), {"overwrite": overwrite, "durable": durable}
     with processes.about(str(where)).together("saving: preparing"):
         _check_format(format)
+        one_file.refuse(where)
         arrays, notes = arrays_of(tree, name_of)
         if processes.are_several:
             check_across(format, shared=shared)
