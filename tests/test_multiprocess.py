@@ -159,12 +159,12 @@ def test_all_hear_at_once_of_what_is_wrong_in_one_process(formed):
 def test_a_grid_of_layouts_over_processes():
     """Every bit right, within the bound, nothing over the host."""
     pairs = 0
-    for shape, first, step in (((2, 4), 0, 10), ((4, 2), 4, 20)):
+    for shape, first, step in (((2, 4), 0, 8), ((4, 2), 4, 50)):
         work = partial(run_processes, "multiprocess_reshard:grid", timeout_s=240, environ=QUICK)
         for answer in answers(work(*shape, first, step)):
             assert answer["wrong"] == []
             assert answer["over"] == []
-            assert answer["kinds"]["compiled"] + answer["kinds"]["exchange"] >= 15
+            assert answer["kinds"]["compiled"] + answer["kinds"]["exchange"] >= answer["pairs"] / 2
             assert answer["host_bytes"] < 64  # scalars; JAX's views inside a process not counted
         pairs += answer["pairs"]
     assert pairs >= 60
@@ -190,7 +190,6 @@ def killed(llama, tmp_path_factory):
     found = {}
     for who, phase, after in (
         (1, "wait", 0),
-        (1, "write", 0),
         (1, "write", 12),
         (0, "begin", 0),
         (0, "write", 5),
