@@ -7,8 +7,10 @@ after imports and ends when all arrays are ready. Every method's shards are comp
 the file bit by bit.
 
     python benchmarks/load.py [--smoke] [--rounds 7] [--only NAME] [--part NAME] [--save]
+    python benchmarks/load.py --gpu [--save]      onto one GPU, where there is one
 
-The baseline maps the files and gives all views to one ``jax.device_put``.
+The baseline maps the files and gives all views to one ``jax.device_put``. Asserted are the
+answers, that each distinct byte is read once, and that memory is the arrays and the budget.
 """
 
 # ruff: noqa: PLC0415 - the parent imports no JAX, so that it takes no time from its samples
@@ -26,6 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,22 +37,28 @@ import measure
 from models import SMOKE, Llama, write_llama
 
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+_GPU = {"JAX_PLATFORMS": "cuda,cpu"}
+_PINNED = "plain copy from pinned memory"
+_HOST_BYTES = 256 << 20  # the default budget of a load
+_HEADERS = 1.005  # bytes read, over those of tensors: headers, the interpreter's own
 Result = dict[str, Any]
 
 
 # --- one sample: a process of its own ---------------------------------------------------
 
 
-def child(method: str, folder: Path, repeats: int, *, check: bool, watch: bool) -> None:
+def child(
+    method: str, folder: Path, repeats: int, *, check: bool, watch: bool, one_device: bool
+) -> None:
     """Load ``folder`` and print what it took."""
     import jax
     from loaders import LOADERS, MODULES
 
-    for module in MODULES.get(LOADERS[method], ()):
+    for module in MODULES.get(LOADERS.get(method), ()):
         importlib.import_module(module)
     jax.block_until_ready(jax.device_put(1.0))
-    shardings = _shardings(folder)
-    load = LOADERS[method]
+    shardings = _on_one_device(folder) if one_device else _shardings(folder)
+    load = LOADERS[method] if method != _PINNED else _pinned(folder)
     walls, cpus, peaks = [], [], []
     read_before = _read_by_calls()
     for _ in range(repeats):
@@ -89,6 +98,26 @@ def _shardings(folder: Path) -> dict[str, Any]:
             spec = PartitionSpec(None, "mp")
         found[name] = NamedSharding(mesh, PartitionSpec() if view.ndim == 1 else spec)
     return found
+
+
+def _on_one_device(folder: Path) -> dict[str, Any]:
+    import jax
+    from jax.sharding import SingleDeviceSharding
+    from loaders import entries
+
+    return dict.fromkeys(entries(folder), SingleDeviceSharding(jax.devices()[0]))
+
+
+def _pinned(folder: Path) -> Callable[..., Mapping[str, Any]]:
+    """Copies what is in pinned memory already, to know what the bus can do."""
+    import jax
+    from loaders import views
+
+    device = jax.devices()[0]
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    there = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
+    held = jax.block_until_ready({n: jax.device_put(v, host) for n, v in views(folder).items()})
+    return lambda folder, shardings: jax.block_until_ready(jax.device_put(held, there))
 
 
 def _check(arrays: Mapping[str, Any], folder: Path) -> None:
@@ -149,11 +178,14 @@ def sample(
     check: bool = False,
     watch: bool = False,
     io: str | None = None,
+    gpu: bool = False,
 ) -> Result:
     """One fresh process; RuntimeError with its last words if it fails."""
     command = [sys.executable, __file__, "--child", method, "--folder", str(folder)]
     command += ["--repeats", str(repeats), *["--check"] * check, *["--watch"] * watch]
-    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(measure.ROOT)}
+    command += ["--one-device"] * gpu
+    ours = _GPU if gpu else _ENVIRONMENT
+    environment = {**os.environ, **ours, "PYTHONPATH": str(measure.ROOT)}
     if io:
         environment["JAXSHARD_IO"] = io
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -202,8 +234,25 @@ def usable(methods: Sequence[str], folder: Path) -> tuple[list[str], dict[str, s
     return good, bad
 
 
+def check_ours(folder: Path, aligned: Path) -> None:
+    """Every way that jaxshard reads gives what the file holds; AssertionError if not."""
+    from loaders import IN_PLACE, OURS
+
+    for method, where, io in (
+        (OURS, folder, None),
+        (OURS, folder, "mmap"),
+        (IN_PLACE, aligned, None),
+    ):
+        try:
+            sample(method, where, check=True, io=io)
+        except RuntimeError as error:
+            raise AssertionError(f"{method} (JAXSHARD_IO={io}): {error}") from None
+
+
 def memory(methods: Sequence[str], folder: Path, model: Llama) -> Result:
     """Peak anonymous memory over the distinct bytes, and bytes read by calls over them."""
+    from loaders import OURS
+
     found = {}
     for method in methods:
         taken = sample(method, folder, watch=True)
@@ -211,35 +260,55 @@ def memory(methods: Sequence[str], folder: Path, model: Llama) -> Result:
             "peak_anon_over_distinct": round(taken["peak_anon_bytes"] / model.num_bytes, 3),
             "read_over_distinct": round(taken["read_bytes"] / model.num_bytes, 3),
         }
+        if method == OURS and model is not SMOKE:
+            assert taken["peak_anon_bytes"] <= model.num_bytes + _HOST_BYTES, taken
+            assert model.num_bytes <= taken["read_bytes"] <= model.num_bytes * _HEADERS, taken
     return found
 
 
 def cold(folder: Path, rounds: int, touch_bytes: int) -> Result:
     """From a cold page cache, against the best plain way to read the same files."""
+    from loaders import OURS
+    from reads import WAYS
 
-    def read(block_bytes: int) -> Callable[[], Result]:
-        def timed() -> Result:
-            _forget(folder)
-            start = time.perf_counter()
-            buffer = bytearray(block_bytes)
-            for path in sorted(folder.glob("*.safetensors")):
-                with open(path, "rb", buffering=0) as file:
-                    while file.readinto(buffer):
-                        pass
-            return {"walls": [time.perf_counter() - start], "cpus": [1.0]}
-
-        return timed
+    def timed(read: Callable[[Path], None]) -> Result:
+        _forget(folder)
+        cpu, start = _cpu(), time.perf_counter()
+        read(folder)
+        return {"walls": [time.perf_counter() - start], "cpus": [_cpu() - cpu]}
 
     def load() -> Result:
-        from loaders import OURS
-
         _forget(folder)
         return sample(OURS, folder)
 
-    cases = {"read, 8 MiB blocks": read(8 << 20), "read, 1 MiB blocks": read(1 << 20)}
-    found = compare({**cases, "jaxshard": load}, rounds, touch_bytes)
-    best = min(found[name]["wall_s"] for name in cases)
-    return {**found, "jaxshard_over_best": round(found["jaxshard"]["wall_s"] / best, 3)}
+    ways: dict[str, Callable[[], Result]] = {}
+    refused = {}
+    for name, read in WAYS.items():
+        try:
+            read(folder)
+        except OSError as error:  # tmpfs knows no O_DIRECT
+            refused[name] = str(error.strerror)
+        else:
+            ways[name] = partial(timed, read)
+    found = compare({**ways, "jaxshard": load}, rounds, touch_bytes)
+    best = min(ways, key=lambda name: float(found[name]["wall_s"]))
+    ratio = found["jaxshard"]["wall_s"] / found[best]["wall_s"]
+    told = {"best": best, "jaxshard_over_best": round(ratio, 3), "not_here": refused}
+    return {**found, **told, "file_system": measure.file_system(folder)}
+
+
+def on_gpu(folder: Path, rounds: int) -> Result:
+    """Onto one GPU from a warm page cache, against what others do and what the bus can."""
+    from loaders import BASELINE, OURS
+
+    numpy = "safetensors.numpy load_file + device_put"
+    try:
+        for method in (OURS, numpy):
+            sample(method, folder, check=True, gpu=True)
+    except RuntimeError as error:
+        return {"not_run": f"no GPU that JAX can use here: {error}"}
+    cases = {m: partial(sample, m, folder, gpu=True) for m in (numpy, BASELINE, OURS, _PINNED)}
+    return compare(cases, rounds, 0)
 
 
 def _forget(folder: Path) -> None:
@@ -257,6 +326,14 @@ def _aligned_copy(folder: Path, place: Path, model: Llama) -> None:
     convert(folder, place, max_shard_bytes=-(-model.num_bytes // 4) + (32 << 20))
 
 
+def _native_copy(folder: Path, place: Path) -> None:
+    """The same checkpoint in Orbax's own format; a process of its own, as it wakes JAX."""
+    command = [sys.executable, "-m", "jaxshard", "convert", str(folder), str(place)]
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(measure.ROOT)}
+    command += ["--format", "orbax", "--quiet"]
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+
+
 def main() -> None:
     options = _options()
     if options.child:
@@ -266,37 +343,59 @@ def main() -> None:
             options.repeats,
             check=options.check,
             watch=options.watch,
+            one_device=options.one_device,
         )
         return
-    from loaders import BASELINE, IN_PLACE, LOADERS, OURS
-
     model = SMOKE if options.smoke else Llama()
     rounds = 1 if options.smoke else options.rounds
+    report = gpu_report(model, rounds) if options.gpu else cpu_report(model, rounds, options)
+    report["load_average"] = measure.load()
+    print(json.dumps({"machine": measure.machine(), **report}, indent=1))
+    if options.save:
+        print(measure.save("load-gpu" if options.gpu else "load", report))
+
+
+def gpu_report(model: Llama, rounds: int) -> Result:
+    with tempfile.TemporaryDirectory(prefix="jaxshard-load-") as scratch:
+        write_llama(Path(scratch) / "model", model)
+        return {"bytes": model.num_bytes, "gpu": on_gpu(Path(scratch) / "model", rounds)}
+
+
+def cpu_report(model: Llama, rounds: int, options: argparse.Namespace) -> Result:
+    from loaders import BASELINE, IN_PLACE, LOADERS, NOT_TRIED, ORBAX_NATIVE, OURS, native_of
+
     touch_bytes = 0 if options.smoke else 5 << 30
     with tempfile.TemporaryDirectory(prefix="jaxshard-load-") as scratch:
         folder, aligned = Path(scratch) / "model", Path(scratch) / "aligned"
         write_llama(folder, model)
         _aligned_copy(folder, aligned, model)
+        check_ours(folder, aligned)
         asked = [m for m in LOADERS if m != IN_PLACE and (options.only or "") in m]
         asked = list(dict.fromkeys([BASELINE, OURS, *asked]))
+        if ORBAX_NATIVE in asked:
+            _native_copy(folder, native_of(folder))
         good, bad = usable(asked, folder)
-        report: Result = {"bytes": model.num_bytes, "tensors": len(model.shapes()), "not_run": bad}
-        cases = {m: _case(m, folder) for m in good}
+        assert not {BASELINE, OURS} & set(bad), bad
+        not_run = {**bad, **NOT_TRIED}
+        report: Result = {
+            "bytes": model.num_bytes,
+            "tensors": len(model.shapes()),
+            "file_system": measure.file_system(folder),
+            "not_run": not_run,
+        }
+        timed = [BASELINE, OURS] if options.smoke else good  # the others have run once, too
+        cases = {m: _case(m, folder) for m in timed}
         cases["jaxshard, JAXSHARD_IO=mmap"] = lambda: sample(OURS, folder, io="mmap")
         cases["jaxshard, mmap=True, aligned files"] = lambda: sample(IN_PLACE, aligned)
         again = {m: _case(m, folder, repeats=5) for m in (BASELINE, OURS)}
-        few = max(1, rounds // 3)
         parts: dict[str, Callable[[], Result]] = {
             "warm": lambda: compare(cases, rounds, touch_bytes),
-            "again_in_one_process": lambda: compare(again, few, touch_bytes),
-            "memory": lambda: memory(good, folder, model),
-            "cold": lambda: cold(folder, few, touch_bytes),
+            "again_in_one_process": lambda: compare(again, rounds, touch_bytes),
+            "memory": lambda: memory(timed, folder, model),
+            "cold": lambda: cold(folder, rounds, touch_bytes),
         }
         report |= {name: part() for name, part in parts.items() if options.part in (None, name)}
-    report["load_average"] = measure.load()
-    print(json.dumps({"machine": measure.machine(), **report}, indent=1))
-    if options.save:
-        print(measure.save("load", report))
+    return report
 
 
 def _case(method: str, folder: Path, repeats: int = 1) -> Callable[[], Result]:
@@ -310,7 +409,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", help="of the peers, those whose name has this")
     parser.add_argument("--part", help="only this: warm, again_in_one_process, memory or cold")
     parser.add_argument("--save", action="store_true", help="keep the result with this machine's")
+    parser.add_argument("--gpu", action="store_true", help="onto one GPU; says so if there is none")
     parser.add_argument("--child")
+    parser.add_argument("--one-device", action="store_true")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--check", action="store_true")

@@ -7,6 +7,7 @@ folders that did not exist, and the first save is compared with the source bit b
     python benchmarks/save.py [--smoke] [--rounds 7] [--save]
 
 ``cp`` does not wait for the disk; ``durable`` does, and is set against ``cp`` and ``sync``.
+Asserted are the answer, and that a save adds no more memory than its budget.
 """
 
 # ruff: noqa: PLC0415 - JAX reads its environment once, so it is set before the import
@@ -30,6 +31,9 @@ from models import SMOKE, Llama, write_llama
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+
+_HOST_BYTES = 256 << 20  # the default budget of a save
 
 
 def timed(work: Callable[[], object]) -> tuple[float, int]:
@@ -97,6 +101,8 @@ def compare(scratch: Path, model: Llama, rounds: int) -> dict[str, Any]:
                 measure.touch_memory(3 << 30)
                 measure.wait_for_quiet(limit_s=4.0)
             taken[name].append(timed(cases[name]))
+    added = max(peak for name in cases if "save" in name for _, peak in taken[name])
+    assert added <= _HOST_BYTES, f"a save added {added} bytes of memory"
     wall = {name: median(seconds for seconds, _ in samples) for name, samples in taken.items()}
     against = {"cp": "cp", "cp and sync": "cp and sync", "save, durable": "cp and sync"}
     return {
