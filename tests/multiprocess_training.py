@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from multiprocess_files import die_in, forbid_gathering, placed, refusal
 
 from jaxshard.storage import shared_writing
 from jaxshard.training import CheckpointManager, across, committing
+from jaxshard.training.places import Places, only_writer
 
 P = PartitionSpec
 SPECS = {
@@ -136,10 +139,29 @@ def _refused(index, out):
         finally:
             across.write_share = plain
 
+    def locked():  # by somebody else, whom process 0 alone meets
+        hold = only_writer(Places.of(f"{out}/ranks")) if index == 0 else nullcontext()
+        with hold:
+            manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))
+
+    def no_record():
+        plain = across.record_of
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        across.record_of = full
+        try:
+            manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))
+        finally:
+            across.record_of = plain
+
     def orbax():
         manager_of(f"{out}/x", format="orbax").save(1, state_of(1, 2, 4))
 
-    return {work.__name__: refusal(work) for work in (bad_extras, full_disk, orbax)}
+    return {
+        work.__name__: refusal(work) for work in (bad_extras, full_disk, locked, no_record, orbax)
+    }
 
 
 def restore(index, count, out):

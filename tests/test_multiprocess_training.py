@@ -45,6 +45,10 @@ def test_what_one_process_cannot_save_all_hear_of_at_once(saved):
     assert "process 1: LayoutError: extras['x']" in first["bad_extras"][1]
     assert last["bad_extras"][0] == "LayoutError"
     assert "process 1: OSError: [Errno 28] No space left" in first["full_disk"][1]
+    assert "another writer is at work" in first["locked"][1]
+    assert "process 0 failed: StorageError: another writer is at work" in last["locked"][1]
+    assert first["no_record"][0] == "OSError"
+    assert "committing: process 0 failed: OSError" in last["no_record"][1]
     for refused in (first, last):
         assert "written by one process only" in refused["orbax"][1]
         assert max(seconds for _, _, seconds in refused.values()) < 30  # of 60
