@@ -1,6 +1,7 @@
 """Resharding over a grid of layouts: nothing through the host, little in flight, every bit right.
 
-Values are random bits seen as bfloat16, so that each NaN pattern is among them.
+Values are random bits seen as bfloat16, so that each NaN pattern is among them, and that
+NumPy, which looks into a float32 array by itself, has to ask JAX for them: that is counted.
 """
 
 import re
