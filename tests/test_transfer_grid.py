@@ -160,6 +160,8 @@ def largest_intermediate(shape, source, target):
             memory = program.executable.compiled.memory_analysis()
             assert memory.argument_size_in_bytes == step.move.source_shard_bytes
             assert memory.output_size_in_bytes == step.move.target_shard_bytes
+            # all temporaries together: what is sent and what has come are there at once
+            assert memory.temp_size_in_bytes <= 2.25 * step.move.shard_bytes
             arrays = re.findall(r"\[([\d,]+)\]\{", text)
             sizes = [prod(map(int, dims.split(","))) for dims in arrays]
             largest = max(largest, BITS.itemsize * max(sizes))
