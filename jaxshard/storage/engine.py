@@ -30,7 +30,8 @@ from ..ranges import Runs, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget
 from .requests import Bytes, Read, ReadRows, read_runs
-from .viewing import Operands, Viewer, copy_into
+from .turning import copy_into
+from .viewing import Operands, Viewer
 
 __all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
 

@@ -8,8 +8,7 @@ are computed, with NumPy, in float32.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,14 @@ from ..planning import Move
 from ..ranges import Runs
 from ..views import AddProduct, Affine, Round, Step, View
 from .requests import Bytes, Read, read_runs
+from .turning import copy_into
 
 Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
 
-_TILE = (256, 256)  # elements along what is consecutive where it goes, and where it comes from
-_APART = 32  # elements between the rows of a tile
 _ALONE = 1 << 17  # multiplications that OpenBLAS does in the calling thread
 _IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
-_SMALL = 1 << 11  # a plane of fewer elements is quick in any order
+_AT_A_TIME = 1 << 16  # elements that steps are done on: what they need stays in a core's cache
 
 
 class Operands:
@@ -108,24 +106,71 @@ def _in_order(compact: Array, lengths: tuple[int, ...], order: tuple[int, ...]) 
 def _converted(
     values: Array, view: View, start: tuple[int, ...], dtype: np.dtype[np.generic], known: Values
 ) -> Array:
+    """``values``, whose first element is at ``start``, after the view's steps, in ``dtype``.
+
+    Where there are steps and the dtype stays, ``values`` are overwritten.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf, as in JAX
-        if view.steps:
-            work = np.float64 if values.dtype == np.float64 else np.float32
-            wide = values.astype(work)  # keeps the order in memory, and is ours to change
+        if not view.steps:
+            return values.astype(dtype, copy=False)
+        done = values if values.dtype == dtype else np.empty_like(values, dtype)
+        work = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
+        spare = np.empty((2, min(values.size, _most(values))), work)
+        for part, at in _portions(values, start):
+            wide = _like(spare[0], values[part])
+            np.copyto(wide, values[part], casting="unsafe")
             for step in view.steps:
-                wide = _stepped(wide, step, start, known)
-            values = wide
-        return values.astype(dtype, copy=False)
+                wide = _stepped(wide, step, at, known, spare[1])
+            np.copyto(done[part], wide, casting="unsafe")
+        return done
 
 
-def _stepped(values: Array, step: Step, start: tuple[int, ...], known: Values) -> Array:
+def _most(values: Array) -> int:
+    """The most elements of a portion."""
+    rows = max(values.shape, default=1) if values.ndim else 1
+    return max(_AT_A_TIME, values.size // max(1, rows))
+
+
+def _portions(
+    values: Array, start: tuple[int, ...]
+) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
+    """Parts of ``values`` that are one piece of memory each, and where each begins."""
+    if not values.ndim or not values.size:
+        yield (), start
+        return
+    slowest = max(range(values.ndim), key=lambda d: (values.shape[d] > 1) * values.strides[d])
+    rows, one = values.shape[slowest], values.size // values.shape[slowest]
+    step = max(1, _AT_A_TIME // one)
+    for first in range(0, rows, step):
+        part = [slice(None)] * values.ndim
+        part[slowest] = slice(first, first + step)
+        at = tuple(a + first if d == slowest else a for d, a in enumerate(start))
+        yield tuple(part), at
+
+
+def _like(spare: Array, values: Array) -> Array:
+    """Memory of ``spare`` in the shape of ``values``, in the same order."""
+    order = sorted(range(values.ndim), key=lambda d: -values.strides[d])
+    made = spare[: values.size].reshape([values.shape[d] for d in order])
+    return made.transpose([order.index(d) for d in range(values.ndim)])
+
+
+def _stepped(
+    values: Array, step: Step, start: tuple[int, ...], known: Values, spare: Array
+) -> Array:
     if isinstance(step, Round):
         return values.astype(numpy_dtype(step.dtype)).astype(values.dtype)
     (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
     if isinstance(step, AddProduct):
         b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
-        table = _fused_product(b, a) if step.reproducible else _product(b, a)
-        table *= np.float32(step.scaling)
+        if step.reproducible:
+            table = _fused_product(b, a)
+        else:
+            same = spare.dtype == b.dtype
+            made = spare[: len(rows) * len(columns)] if same else np.empty(values.size, b.dtype)
+            table = _product(b, a, made.reshape(len(rows), len(columns)))
+        if step.scaling != 1:
+            table *= np.float32(step.scaling)
     else:
         table = known[step.scale][rows // step.block[0]][:, columns // step.block[1]]
     dims = (*row_dims, *column_dims)
@@ -137,18 +182,20 @@ def _stepped(values: Array, step: Step, start: tuple[int, ...], known: Values) -
     return values
 
 
-def _product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``b @ a``, in products so small that the BLAS starts no threads for them.
+def _product(
+    b: NDArray[np.float32], a: NDArray[np.float32], out: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """``b @ a`` in ``out``, in products so small that the BLAS starts no threads for them.
 
     Its threads would fight with ours, and wait for each other when the machine is busy.
     """
-    made = np.empty((b.shape[0], a.shape[1]), np.float32)
     rows, columns = 16, max(64, _ALONE // (16 * max(1, a.shape[0])))
     for i in range(0, b.shape[0], rows):
         for j in range(0, a.shape[1], columns):
-            out = made[i : i + rows, j : j + columns]
-            np.matmul(b[i : i + rows], a[:, j : j + columns], out=out)
-    return made
+            np.matmul(
+                b[i : i + rows], a[:, j : j + columns], out=out[i : i + rows, j : j + columns]
+            )
+    return out
 
 
 def _fused_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -189,35 +236,3 @@ def _take(array: NDArray[np.float32], index: NDArray[np.intp], axis: int) -> NDA
     if last - first + 1 == len(index):  # indices grow, so these are all between
         return array[first : last + 1] if axis == 0 else array[:, first : last + 1]
     return array.take(index, axis)
-
-
-def copy_into(out: Array, values: Array) -> None:
-    """``out[...] = values``, in tiles where the two lie in memory in different orders.
-
-    A plain transposed copy touches a new cache line with every element; here each line
-    that was fetched is used up before it is dropped. Tiles pass through memory whose rows
-    are no power of two apart: otherwise they would push each other out of the cache.
-    """
-    to, come = _fastest(out), _fastest(values)
-    if to == come or out.shape[to] * out.shape[come] < _SMALL:
-        out[...] = values
-        return
-    others = [range(1 if d in (to, come) else n) for d, n in enumerate(out.shape)]
-    rows, columns = _TILE
-    spare = np.empty((rows, columns + _APART), out.dtype)
-    for corner in product(*others):
-        plane = tuple(slice(None) if d in (to, come) else i for d, i in enumerate(corner))
-        a, b = (x[plane] if to < come else x[plane].T for x in (out, values))
-        for i in range(0, a.shape[0], rows):
-            for j in range(0, a.shape[1], columns):
-                tile = (slice(i, i + rows), slice(j, j + columns))
-                there = a[tile]
-                here = spare[: there.shape[0], : there.shape[1]]
-                here[...] = b[tile]
-                there[...] = here
-
-
-def _fastest(array: Array) -> int:
-    """The dim whose neighbours are nearest in memory."""
-    some = [d for d, n in enumerate(array.shape) if n > 1 and array.strides[d]]
-    return min(some, key=lambda d: array.strides[d], default=0)
