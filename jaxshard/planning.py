@@ -25,7 +25,6 @@ from .ranges import Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
 from .views import ZEROS
 
 BLOCK_BYTES = 1 << 20  # a block stays in the cache of one core between its read and its write
-_STEP_BYTES = 8  # two float32: the value, and what a step does to it
 TILE_BYTES = 8 << 20  # what is read transposed needs more, or it is read in tiny runs
 
 
@@ -44,12 +43,10 @@ class Form:
     Attributes:
         strides: bytes between neighbours, per dim.
         item_bytes: bytes of a stored element; 0 if nothing is stored (zeros).
-        work_bytes: bytes an element takes on its way.
     """
 
     strides: tuple[int, ...]
     item_bytes: int
-    work_bytes: int
 
     def runs(self, part: Box, stored: Box, base: int = 0) -> tuple[Runs, tuple[int, ...]]:
         """Where ``part`` lies of the box ``stored`` that begins at ``base``; see ranges."""
@@ -235,7 +232,7 @@ def _form(piece: Piece) -> Form | None:
     if view is None:
         return None
     item_bytes = 0 if piece.file == ZEROS else view.dtype.unit_bytes
-    return Form(view.strides, item_bytes, _STEP_BYTES if view.steps else item_bytes)
+    return Form(view.strides, item_bytes)
 
 
 def firsts(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -412,7 +409,7 @@ def cell_blocks(
     found = [form for i, _ in cell.sources if (form := forms[i])]
     if not found:
         return blocks(cell.box, unit, block_bytes)
-    widest = max(unit, *(form.work_bytes for form in found))
+    widest = max(unit, *(form.item_bytes for form in found))
     permuted = permuted_form(cell, forms)
     if permuted is None:
         return blocks(cell.box, widest, block_bytes)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from math import frexp
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,12 @@ from .turning import copy_into
 
 Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
+Indices = slice | NDArray[np.intp]
 
 _ALONE = 1 << 17  # multiplications that OpenBLAS does in the calling thread
+_PRODUCT_ROWS = 64
 _IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
-_AT_A_TIME = 1 << 16  # elements that steps are done on: what they need stays in a core's cache
+_AT_A_TIME = 1 << 19  # elements: a call for fewer ends before it lets another thread work
 
 
 class Operands:
@@ -61,6 +65,7 @@ class Viewer:
         self.values: Values = {}
         self._read = read
         self._buffer = np.empty(0, np.uint8)
+        self._spare = Spare()
 
     def fetch(self, move: Move, index: int, part: Box, out: Array) -> Runs | None:
         """Fill ``out`` with ``part`` of source ``index``; the runs that were read, if any."""
@@ -72,12 +77,19 @@ class Viewer:
             if form.item_bytes and runs.num_bytes == out.nbytes and list(order) == sorted(order):
                 read_runs(self._read, piece, runs, out.reshape(-1).view(np.uint8))
                 return runs
+        if view and view.steps and form.item_bytes and not form.is_permuted(part):
+            return self.values_of(move, index, part, out.view(numpy_dtype(move.dtype)))[1]
         values, read = self.values_of(move, index, part)
         copy_into(out, values.view(out.dtype))
         return read
 
-    def values_of(self, move: Move, index: int, part: Box) -> tuple[Array, Runs | None]:
-        """``part`` of source ``index``, valid until the next, and the runs that were read."""
+    def values_of(
+        self, move: Move, index: int, part: Box, into: Array | None = None
+    ) -> tuple[Array, Runs | None]:
+        """``part`` of source ``index``, valid until the next, and the runs that were read.
+
+        Where there are steps, what comes out of them is put ``into`` memory that is given.
+        """
         form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
         assert form is not None
         assert piece.view is not None
@@ -91,7 +103,12 @@ class Viewer:
         read_runs(self._read, piece, runs, compact)
         values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
         start = part.within(stored).start
-        done = _converted(values, piece.view, start, dtype, self.values)
+        if piece.view.steps:
+            done = np.empty_like(values, dtype) if into is None else into
+            _converted(values, piece.view, start, self.values, done, self._spare)
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf
+                done = values.astype(dtype, copy=False)
         return np.broadcast_to(done, part.shape), runs
 
 
@@ -104,31 +121,43 @@ def _in_order(compact: Array, lengths: tuple[int, ...], order: tuple[int, ...]) 
 
 
 def _converted(
-    values: Array, view: View, start: tuple[int, ...], dtype: np.dtype[np.generic], known: Values
-) -> Array:
-    """``values``, whose first element is at ``start``, after the view's steps, in ``dtype``.
-
-    Where there are steps and the dtype stays, ``values`` are overwritten.
-    """
+    values: Array, view: View, start: tuple[int, ...], known: Values, done: Array, spare: Spare
+) -> None:
+    """Put ``values``, whose first element is at ``start``, in ``done`` after the view's steps."""
+    work = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
+    wide_memory, table_memory = spare.of(work, _most(values))
     with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf, as in JAX
-        if not view.steps:
-            return values.astype(dtype, copy=False)
-        done = values if values.dtype == dtype else np.empty_like(values, dtype)
-        work = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
-        spare = np.empty((2, min(values.size, _most(values))), work)
         for part, at in _portions(values, start):
-            wide = _like(spare[0], values[part])
+            wide = _like(wide_memory, values[part])
             np.copyto(wide, values[part], casting="unsafe")
             for step in view.steps:
-                wide = _stepped(wide, step, at, known, spare[1])
+                wide = _stepped(wide, step, at, known, table_memory)
             np.copyto(done[part], wide, casting="unsafe")
-        return done
+
+
+class Spare:
+    """A thread's memory for what is under way, made once."""
+
+    def __init__(self) -> None:
+        self._held = np.empty((2, 0), np.float32)
+
+    def of(self, dtype: np.dtype[Any], size: int) -> Array:
+        """Two times ``size`` elements of ``dtype``, of any content."""
+        if self._held.dtype != dtype or self._held.shape[1] < size:
+            self._held = np.empty((2, size), dtype)
+        return self._held
 
 
 def _most(values: Array) -> int:
     """The most elements of a portion."""
-    rows = max(values.shape, default=1) if values.ndim else 1
-    return max(_AT_A_TIME, values.size // max(1, rows))
+    if not values.ndim or not values.size:
+        return 1
+    return min(int(values.size), max(_AT_A_TIME, values.size // values.shape[_slowest(values)]))
+
+
+def _slowest(values: Array) -> int:
+    """The dim whose neighbours are farthest in memory."""
+    return max(range(values.ndim), key=lambda d: (values.shape[d] > 1) * values.strides[d])
 
 
 def _portions(
@@ -138,7 +167,7 @@ def _portions(
     if not values.ndim or not values.size:
         yield (), start
         return
-    slowest = max(range(values.ndim), key=lambda d: (values.shape[d] > 1) * values.strides[d])
+    slowest = _slowest(values)
     rows, one = values.shape[slowest], values.size // values.shape[slowest]
     step = max(1, _AT_A_TIME // one)
     for first in range(0, rows, step):
@@ -163,22 +192,22 @@ def _stepped(
     (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
     if isinstance(step, AddProduct):
         b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
+        scaling = np.float32(step.scaling)
         if step.reproducible:
             table = _fused_product(b, a)
         else:
-            same = spare.dtype == b.dtype
-            made = spare[: len(rows) * len(columns)] if same else np.empty(values.size, b.dtype)
-            table = _product(b, a, made.reshape(len(rows), len(columns)))
-        if step.scaling != 1:
-            table *= np.float32(step.scaling)
+            if abs(frexp(step.scaling)[0]) == 0.5:  # a power of two: the same, wherever it comes in
+                b, scaling = b * scaling, np.float32(1)
+            size, same = len(b) * a.shape[1], spare.dtype == b.dtype
+            made = spare[:size] if same else np.empty(size, b.dtype)
+            table = _product(b, a, made.reshape(len(b), a.shape[1]))
+        if scaling != 1:
+            table *= scaling
+        values += _in_order(table, values.shape, (*row_dims, *column_dims))
     else:
-        table = known[step.scale][rows // step.block[0]][:, columns // step.block[1]]
-    dims = (*row_dims, *column_dims)
-    table = _in_order(table, values.shape, dims)
-    if isinstance(step, AddProduct):
-        values += table
-    else:
-        values *= table
+        high, wide = step.block
+        table = known[step.scale][_numbers(rows) // high][:, _numbers(columns) // wide]
+        values *= _in_order(table, values.shape, (*row_dims, *column_dims))
     return values
 
 
@@ -187,15 +216,33 @@ def _product(
 ) -> NDArray[np.float32]:
     """``b @ a`` in ``out``, in products so small that the BLAS starts no threads for them.
 
-    Its threads would fight with ours, and wait for each other when the machine is busy.
+    Its threads would fight with ours, and wait for each other when the machine is busy. All
+    the small products are one call: with a call for each, ours would wait for the interpreter.
     """
-    rows, columns = 16, max(64, _ALONE // (16 * max(1, a.shape[0])))
-    for i in range(0, b.shape[0], rows):
-        for j in range(0, a.shape[1], columns):
-            np.matmul(
-                b[i : i + rows], a[:, j : j + columns], out=out[i : i + rows, j : j + columns]
-            )
+    (rows, rank), columns = b.shape, a.shape[1]
+    high = min(rows, _PRODUCT_ROWS)
+    wide = min(columns, max(16, _ALONE // (_PRODUCT_ROWS * max(1, rank))))
+    down, across = rows // high, columns // wide
+    whole_rows, whole_columns = down * high, across * wide
+    tiled = out[:whole_rows, :whole_columns]
+    np.matmul(
+        b[:whole_rows].reshape(down, 1, high, rank),
+        a[:, :whole_columns].reshape(rank, across, wide).transpose(1, 0, 2),
+        out=_tiled(tiled, down, across),
+    )
+    if whole_columns < columns:
+        _product(b[:whole_rows], a[:, whole_columns:], out[:whole_rows, whole_columns:])
+    if whole_rows < rows:
+        _product(b[whole_rows:], a, out[whole_rows:])
     return out
+
+
+def _tiled(array: NDArray[np.float32], down: int, across: int) -> NDArray[np.float32]:
+    """A matrix as (down, across, rows, columns), in its own memory."""
+    high, wide = array.shape[0] // down, array.shape[1] // across
+    row, item = array.strides
+    shape, strides = (down, across, high, wide), (high * row, wide * item, row, item)
+    return np.lib.stride_tricks.as_strided(array, shape, strides)
 
 
 def _fused_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -218,21 +265,33 @@ def _fused_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np
 
 def _indices(
     at: Affine, start: tuple[int, ...], lengths: tuple[int, ...]
-) -> tuple[tuple[int, ...], NDArray[np.intp]]:
+) -> tuple[tuple[int, ...], Indices]:
     """The dims that ``at`` grows along, largest step first, and its numbers in that order."""
-    dims = sorted((d for d, n in enumerate(lengths) if n > 1 and at.steps[d]), key=_by(at.steps))
-    numbers = np.array([at.start + sum(i * s for i, s in zip(start, at.steps, strict=True))])
+    dims = [d for d, n in enumerate(lengths) if n > 1 and at.steps[d]]
+    first = at.start + sum(map(mul, start, at.steps))
+    if not dims:
+        return (), slice(first, first + 1)
+    if len(dims) == 1 and at.steps[dims[0]] == 1:
+        return tuple(dims), slice(first, first + lengths[dims[0]])
+    dims.sort(key=_by(at.steps))
+    numbers = np.array([first])
     for d in dims:
         numbers = (numbers[:, None] + np.arange(lengths[d]) * at.steps[d]).reshape(-1)
     return tuple(dims), numbers
+
+
+def _numbers(indices: Indices) -> NDArray[np.intp]:
+    return np.arange(indices.start, indices.stop) if isinstance(indices, slice) else indices
 
 
 def _by(steps: tuple[int, ...]) -> Callable[[int], int]:
     return lambda d: -steps[d]
 
 
-def _take(array: NDArray[np.float32], index: NDArray[np.intp], axis: int) -> NDArray[np.float32]:
-    first, last = int(index[0]), int(index[-1])
-    if last - first + 1 == len(index):  # indices grow, so these are all between
-        return array[first : last + 1] if axis == 0 else array[:, first : last + 1]
-    return array.take(index, axis)
+def _take(array: NDArray[np.float32], index: Indices, axis: int) -> NDArray[np.float32]:
+    if not isinstance(index, slice):
+        first, last = int(index[0]), int(index[-1])
+        if last - first + 1 != len(index):
+            return array.take(index, axis)
+        index = slice(first, last + 1)  # indices grow, so these are all between
+    return array[index] if axis == 0 else array[:, index]
