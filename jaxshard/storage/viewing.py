@@ -152,12 +152,13 @@ def _most(values: Array) -> int:
     """The most elements of a portion."""
     if not values.ndim or not values.size:
         return 1
-    return min(int(values.size), max(_AT_A_TIME, values.size // values.shape[_slowest(values)]))
+    one = int(values.size // values.shape[_slowest(values)])
+    return min(int(values.size), max(_AT_A_TIME, one))
 
 
 def _slowest(values: Array) -> int:
     """The dim whose neighbours are farthest in memory."""
-    return max(range(values.ndim), key=lambda d: (values.shape[d] > 1) * values.strides[d])
+    return max(range(values.ndim), key=lambda d: values.strides[d] if values.shape[d] > 1 else 0)
 
 
 def _portions(
