@@ -129,7 +129,7 @@ def test_killed_at_any_moment_nothing_half_made_looks_whole(source, journey, tmp
             shutil.copytree(old, destination)
         process = driver(source, destination, to, replaces)
         tell(process)
-        time.sleep(seconds * (inside + rng.random()) / INSIDE)
+        time.sleep(seconds * rng.random())
         process.kill()
         process.communicate()
 
@@ -137,6 +137,8 @@ def test_killed_at_any_moment_nothing_half_made_looks_whole(source, journey, tmp
         assert checkpoints.files_of(source) == before
         found = checkpoints.files_of(destination) if destination.exists() else None
         assert found in ([older, expected] if replaces else [None, expected])
+        if not staged(destination).exists():  # the machine is quicker, or slower, than it was
+            seconds *= 0.8 if found == expected else 1.25
         done = finished(destination) if found != expected else {}
         assert_no_reader_is_fooled(destination, right, found == expected)
         spoil_what_is_not_finished(destination, done)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -94,19 +93,16 @@ def test_reserved_memory_has_no_pages_until_they_are_prepared():
     start = reserve(library, size, huge=True)
     try:
         assert start % HUGE_BYTES == 0
-        assert resident_bytes(start) == 0
+        assert pages_there(library, start, size) == 0
         Pace().prepare(library, start + HUGE_BYTES, start + 2 * HUGE_BYTES, start + size)
-        assert HUGE_BYTES <= resident_bytes(start) < size
+        assert pages_there(library, start + HUGE_BYTES, HUGE_BYTES) == HUGE_BYTES // mmap.PAGESIZE
+        assert pages_there(library, start, size) < size // mmap.PAGESIZE
     finally:
         library.munmap(start, size)
 
 
-def resident_bytes(start: int) -> int:
-    """Bytes in memory of the mappings from ``start`` on, up to 16 MiB after it."""
-    found, at = 0, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if head := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
-            at = int(head[1], 16)
-        elif line.startswith("Rss:") and start <= at < start + 16 * MIB:
-            found += int(line.split()[1]) << 10
-    return found
+def pages_there(library: ctypes.CDLL, start: int, num_bytes: int) -> int:
+    """How many pages of that memory are there."""
+    found = (ctypes.c_ubyte * -(-num_bytes // mmap.PAGESIZE))()
+    assert library.mincore(ctypes.c_void_p(start), ctypes.c_size_t(num_bytes), found) == 0
+    return sum(flag & 1 for flag in found)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxshard.storage import turning
+from jaxshard.loading.turning import turned
 from jaxshard.storage.turning import copy_into
 
 DTYPES = [np.uint8, np.uint16, np.float32, np.float64, "V16"]
@@ -36,23 +36,32 @@ def test_any_order_becomes_any_other(lengths, data, dtype):
     assert out.tobytes() == values.tobytes()
 
 
-@pytest.mark.parametrize("rows", [512, 514, 601])
-@pytest.mark.parametrize("columns", [256, 640, 333])
-@pytest.mark.parametrize("skip", [0, 1, 2])
-def test_elements_of_two_bytes_turn_wherever_they_begin_and_end(rows, columns, skip):
-    values = filled((rows, columns + skip), np.uint16)[:, skip:]
-    out = np.zeros((columns + 3, rows + 5), np.uint16)
-    copy_into(out[:columns, :rows], values.T)
-    assert np.array_equal(out[:columns, :rows], values.T)
-    assert not out[columns:].any()
-    assert not out[:, rows:].any()
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (2, 0, 1), (1, 2, 0)])
+def test_what_devices_turn_is_what_numpy_does(dtype, order):
+    values = filled((80, 65, 99), dtype)[:, 1:, :93].transpose(order)
+    asked = []
+
+    def turn(array):
+        asked.append(array.shape)
+        return turned(array)
+
+    out = np.zeros(values.shape, dtype)
+    copy_into(out, values, turn)
+    assert np.array_equal(out, values)
+    assert bool(asked) == (order[-1] != 2)
 
 
-def test_whole_planes_of_two_bytes_are_moved_in_twos(monkeypatch):
-    moved = []
-    plain = turning._Tile._copy_twos
-    monkeypatch.setattr(
-        turning._Tile, "_copy_twos", lambda self, a, b: (moved.append(b.size), plain(self, a, b))
-    )
-    copy_into(np.empty((512, 1024), np.uint16), filled((1024, 512), np.uint16).T)
-    assert 2 * sum(moved) == 512 * 1024
+def test_what_cannot_be_turned_elsewhere_is_turned_here():
+    def never(array):
+        raise AssertionError(array.dtype)
+
+    for values in (
+        np.broadcast_to(filled((300, 1), np.uint16), (300, 300)).T[:, ::-1],
+        filled((300, 300), np.float64).T,
+        filled((300, 300), "V16").T,
+        filled((60, 60), np.uint16).T,
+    ):
+        out = np.zeros(values.shape, values.dtype)
+        copy_into(out, values, never)
+        assert out.tobytes() == values.tobytes()

@@ -20,6 +20,7 @@ from ..storage.engine import run
 from ..storage.requests import ReadRows
 from .memory import Bytes, JobMemory
 from .placing import place
+from .turning import turned
 from .wanted import Job
 
 Read = Callable[[Piece, int, memoryview], None]
@@ -72,6 +73,7 @@ def carry(
         progress=progress,
         place=carried.place,
         lend=source.lend,
+        turn=turned,
         rows=source.rows,
         stopped=carried.stop,
     )

@@ -1,16 +1,13 @@
 """Turning: copies between arrays whose elements lie in memory in different orders.
 
-A plain transposed copy touches a new cache line with every element; here each line that was
-fetched is used up before it is dropped, tile by tile. Elements of two bytes are moved in
-twos, since four bytes take no longer than two:
-
-    two rows, in words of two elements     a0 a1 | a2 a3        and of each word of theirs
-                                           b0 b1 | b2 b3        lows and highs side by side
-    their columns, in words                a0 b0 | a1 b1 | a2 b2 | a3 b3
+A plain transposed copy touches a new cache line with every element. Whoever has something
+that turns arrays quickly gives it; otherwise tiles are copied, in which each line that was
+fetched is used up before it is dropped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -18,76 +15,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Turn = Callable[[Array], Array]
+"""``turn(values)``: the same elements in row-major order; values of unsigned integers."""
 
-_TILE = 256  # elements along what is consecutive where it goes, and where it comes from
-_APART = 32  # elements between the rows of a tile: rows a power of two apart share cache lines
+_TILE = (256, 256)  # elements along what is consecutive where it goes, and where it comes from
+_APART = 32  # elements between the rows of a tile: no power of two, or they share cache lines
 _SMALL = 1 << 11  # a plane of fewer elements is quick in any order
-_LOW, _HIGH = np.uint32(0x0000FFFF), np.uint32(0xFFFF0000)
-_HALF = np.uint32(16)
+_MUCH = 1 << 15  # elements from which on it pays to have them turned
+_TURNED_BYTES = (1, 2, 4)  # of an element
 
 
-def copy_into(out: Array, values: Array) -> None:
+def copy_into(out: Array, values: Array, turn: Turn | None = None) -> None:
     """``out[...] = values``, quick where the two lie in memory in different orders."""
     to, come = _fastest(out), _fastest(values)
     if to == come or out.shape[to] * out.shape[come] < _SMALL:
         out[...] = values
-        return
+    elif turn is not None and _can_turn(values):
+        out[...] = turn(values)
+    else:
+        _copy_tiles(out, values, to, come)
+
+
+def _can_turn(values: Array) -> bool:
+    return (
+        values.size >= _MUCH
+        and values.dtype.kind == "u"
+        and values.itemsize in _TURNED_BYTES
+        and all(stride for stride, n in zip(values.strides, values.shape, strict=True) if n > 1)
+    )
+
+
+def _copy_tiles(out: Array, values: Array, to: int, come: int) -> None:
     others = [range(1 if d in (to, come) else n) for d, n in enumerate(out.shape)]
-    tile = _Tile(out.dtype)
+    rows, columns = _TILE
+    spare = np.empty((rows, columns + _APART), out.dtype)
     for corner in product(*others):
         plane = tuple(slice(None) if d in (to, come) else i for d, i in enumerate(corner))
-        # rows are consecutive where they go, columns where they come from
         a, b = (x[plane] if to < come else x[plane].T for x in (out, values))
-        for i in range(0, a.shape[0], _TILE):
-            for j in range(0, a.shape[1], _TILE):
-                part = (slice(i, i + _TILE), slice(j, j + _TILE))
-                tile.copy(a[part], b[part])
+        for i in range(0, a.shape[0], rows):
+            for j in range(0, a.shape[1], columns):
+                tile = (slice(i, i + rows), slice(j, j + columns))
+                there = a[tile]
+                here = spare[: there.shape[0], : there.shape[1]]
+                here[...] = b[tile]
+                there[...] = here
 
 
 def _fastest(array: Array) -> int:
     """The dim whose neighbours are nearest in memory."""
     some = [d for d, n in enumerate(array.shape) if n > 1 and array.strides[d]]
     return min(some, key=lambda d: array.strides[d], default=0)
-
-
-class _Tile:
-    """Memory that tiles pass through."""
-
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self._dtype = dtype
-        self._spare: Array = np.empty((_TILE, _TILE + _APART), dtype)
-        self._words: NDArray[np.uint32] | None = None
-
-    def copy(self, out: Array, values: Array) -> None:
-        """``out[...] = values``; rows are consecutive in ``out``, columns in ``values``."""
-        if self._dtype.itemsize == 2 and _in_twos(out.T) and _in_twos(values):
-            self._copy_twos(out.T.view(np.uint32), values.view(np.uint32))
-            return
-        here = self._spare[: out.shape[0], : out.shape[1]]
-        here[...] = values
-        out[...] = here
-
-    def _copy_twos(self, columns: NDArray[np.uint32], rows: NDArray[np.uint32]) -> None:
-        """Fill the words of ``columns``, two of a column each, from those of ``rows``."""
-        if self._words is None:
-            self._words = np.empty((3, _TILE // 2, (_TILE + _APART) // 2), np.uint32)
-        even, odd = rows[0::2], rows[1::2]
-        low, high, spare = self._words[:, : even.shape[0], : even.shape[1]]
-        np.left_shift(odd, _HALF, out=spare)
-        np.bitwise_and(even, _LOW, out=low)
-        np.bitwise_or(low, spare, out=low)
-        np.bitwise_and(odd, _HIGH, out=spare)
-        np.right_shift(even, _HALF, out=high)
-        np.bitwise_or(high, spare, out=high)
-        columns[0::2], columns[1::2] = low.T, high.T
-
-
-def _in_twos(array: Array) -> bool:
-    """Whether each row of ``array`` is whole words of two elements, and rows come in twos."""
-    rows, columns = array.shape
-    return (
-        rows % 2 == columns % 2 == 0
-        and array.strides[1] == 2
-        and array.strides[0] % 4 == 0
-        and array.ctypes.data % 4 == 0
-    )
