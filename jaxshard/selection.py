@@ -8,7 +8,7 @@ may not expect, is said in a note.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .catalog import Catalog, Tensor
 from .errors import CoverageError, LayoutError, NotFoundError, nearest, some
@@ -128,3 +128,20 @@ def _patterns(expressions: Iterable[str]) -> list[re.Pattern[str]]:
         except re.error as error:
             raise LayoutError(f"{text!r} is not a regular expression: {error}.") from None
     return found
+
+
+def groups(sizes: Mapping[str, int], most_bytes: int) -> Iterator[list[str]]:
+    """Names, in their order, in groups of at most ``most_bytes``, and at least one each.
+
+    >>> list(groups({"a": 3, "b": 2, "c": 9, "d": 1}, most_bytes=5))
+    [['a', 'b'], ['c'], ['d']]
+    """
+    group, total = list[str](), 0
+    for name, size in sizes.items():
+        if group and total + size > most_bytes:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += size
+    if group:
+        yield group

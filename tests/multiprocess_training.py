@@ -10,26 +10,13 @@ import numpy as np
 import processes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from multiprocess_files import die_in, forbid_gathering, placed, refusal
+from training_weights import SHAPES, SPECS
 
 from jaxshard.storage import shared_writing
 from jaxshard.training import CheckpointManager, across, committing
 from jaxshard.training.places import Places, only_writer
 
 P = PartitionSpec
-SPECS = {
-    "model.embed_tokens.weight": P("mp", None),
-    "model.layers.0.self_attn.q_proj.weight": P("mp", None),
-    "model.layers.0.self_attn.o_proj.weight": P(None, "mp"),
-    "model.layers.0.input_layernorm.weight": P(),
-    "model.norm.weight": P(),
-}
-SHAPES = {
-    "model.embed_tokens.weight": (64, 16),
-    "model.layers.0.self_attn.q_proj.weight": (32, 16),
-    "model.layers.0.self_attn.o_proj.weight": (16, 32),
-    "model.layers.0.input_layernorm.weight": (16,),
-    "model.norm.weight": (16,),
-}
 FORMATS = ("ranks", "iteration", "huggingface")
 
 

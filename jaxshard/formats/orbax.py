@@ -26,6 +26,7 @@ from ..box import Box
 from ..catalog import Catalog, File, Model, Piece, Tensor
 from ..elements import stored_as
 from ..errors import FormatError, JaxshardError, LayoutError, StorageError, some
+from ..selection import groups
 from . import huggingface
 from .orbax_names import ITEM_FILES, item_folder
 
@@ -84,23 +85,6 @@ def load(
             check(name, array, catalog.tensors[name].shape, asked[name][0])
             found[name] = array
     return found
-
-
-def groups(sizes: Mapping[str, int], most_bytes: int) -> Iterator[list[str]]:
-    """Names, in their order, in groups of at most ``most_bytes``, and at least one each.
-
-    >>> list(groups({"a": 3, "b": 2, "c": 9, "d": 1}, most_bytes=5))
-    [['a', 'b'], ['c'], ['d']]
-    """
-    group, total = list[str](), 0
-    for name, size in sizes.items():
-        if group and total + size > most_bytes:
-            yield group
-            group, total = [], 0
-        group.append(name)
-        total += size
-    if group:
-        yield group
 
 
 class Item:

@@ -77,10 +77,10 @@ class Viewer:
             if form.item_bytes and runs.num_bytes == out.nbytes and list(order) == sorted(order):
                 read_runs(self._read, piece, runs, out.reshape(-1).view(np.uint8))
                 return runs
-        if view and view.steps and form.item_bytes and not form.is_permuted(part):
-            return self.values_of(move, index, part, out.view(numpy_dtype(move.dtype)))[1]
-        values, read = self.values_of(move, index, part)
-        copy_into(out, values.view(out.dtype))
+        into = None if form.is_permuted(part) else out.view(numpy_dtype(move.dtype))
+        values, read = self.values_of(move, index, part, into)
+        if values is not into:
+            copy_into(out, values.view(out.dtype))
         return read
 
     def values_of(
@@ -88,7 +88,7 @@ class Viewer:
     ) -> tuple[Array, Runs | None]:
         """``part`` of source ``index``, valid until the next, and the runs that were read.
 
-        Where there are steps, what comes out of them is put ``into`` memory that is given.
+        Where there are steps, and nothing is repeated, they are put ``into`` the memory given.
         """
         form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
         assert form is not None
@@ -104,7 +104,10 @@ class Viewer:
         values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
         start = part.within(stored).start
         if piece.view.steps:
-            done = np.empty_like(values, dtype) if into is None else into
+            if into is not None and into.shape == values.shape:
+                _converted(values, piece.view, start, self.values, into, self._spare)
+                return into, runs
+            done = np.empty_like(values, dtype)
             _converted(values, piece.view, start, self.values, done, self._spare)
         else:
             with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf

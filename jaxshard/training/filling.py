@@ -8,7 +8,7 @@ shapes and dtypes is made at once, before a byte is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,7 @@ from ..loading import load
 from ..loading.memory import Bytes, aligned_empty
 from ..loading.placing import keeping_64_bits
 from ..planning import Move, move_into
+from ..selection import groups
 from ..storage.engine import fit_budget, run
 from ..storage.sources import open_source
 from ..strategy import Strategy
@@ -187,27 +188,14 @@ def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, ja
     ``load`` makes arrays that stay where they are; only ``device_put`` without a device does not.
     """
     found = {}
-    for batch in _batches(catalog, names, where.host_bytes or default_budget()):
+    sizes = {name: catalog.tensors[name].num_bytes for name in names}
+    for batch in groups(sizes, where.host_bytes or default_budget()):
         values = _on_host(catalog, batch, where.workers, allocate=aligned_empty)
         for name, value in values.items():
             with keeping_64_bits(value.itemsize):
                 found[name] = jax.device_put(value)
         jax.block_until_ready([found[name] for name in batch])  # their host memory is free now
     return found
-
-
-def _batches(catalog: Catalog, names: Sequence[str], most: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_bytes = 0
-    for name in names:
-        more = catalog.tensors[name].num_bytes
-        if batch and num_bytes + more > most:
-            yield batch
-            batch, num_bytes = [], 0
-        batch.append(name)
-        num_bytes += more
-    if batch:
-        yield batch
 
 
 def _empty(num_bytes: int) -> Bytes:
