@@ -642,8 +642,8 @@ def check_on(devices: list, side: int) -> None:
                 assert one.devices() == {devices[0]}
                 with HostTraffic() as host:
                     whole = js.gather(y, host=True)
-                if devices[0].platform != "cpu":  # there NumPy looks at the memory itself
-                    assert host.read_bytes == want.nbytes, (dtype, a, b, host.read_bytes)
+                # once at most: in pinned memory, and on the CPU, NumPy looks at the memory itself
+                assert host.read_bytes <= want.nbytes, (dtype, a, b, host.read_bytes)
                 assert whole.tobytes() == want.tobytes(), (dtype, a, b)
     print(f"{len(devices)} × {devices[0].device_kind}: all arrived, 0 bytes through the host")
     for kind, times in seconds.items():

@@ -103,7 +103,7 @@ def test_less_than_one_thread_needs_is_refused_with_a_number_that_works():
 @pytest.fixture
 def unseen(monkeypatch):
     """Devices whose memory the host does not see."""
-    monkeypatch.setattr("jaxshard.saving.arrays.on_host", lambda shard: False)
+    monkeypatch.setattr("jaxshard.saving.arrays.is_on_host", lambda shard: False)
 
 
 @pytest.mark.usefixtures("unseen")
@@ -114,7 +114,7 @@ def test_the_default_budget_is_enough_for_many_threads_and_long_rows(tmp_path, m
     save(tree, tmp_path / "many", workers=16, durable=False)
     live, most = Live.watching(monkeypatch)
     save(tree, tmp_path / "little", workers=8, host_bytes=2 << 20, durable=False)
-    assert 0 < max(most) <= 1 << 20
+    assert 0 < max(most) <= 3 << 19
     assert not live
     for place in ("many", "little"):
         catalog = open_checkpoint(tmp_path / place)

@@ -30,7 +30,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("results", "lay_files", "target_folders", "target_ranks", "target_iteration"),
     ("targets", "opening", "one_file", "fingerprint", "job_values", "multiprocess"),
     ("conversion", "verification", "rank_share", "orbax_writing", "decryption"),
-    ("devices", "trees", "transfer"),
+    ("devices", "hosting", "trees", "transfer"),
     ("on_devices", "array_layouts"),
     ("loading", "saving"),
     ("training", "lora", "iterations"),

@@ -642,11 +642,11 @@ def test_a_tensor_larger_than_the_budget_in_flight_is_refused_with_a_number_that
 def test_what_is_in_flight_and_what_is_read_into_are_within_the_budget(workers):
     default = 256 << 20
     for largest in (1, 30 << 20, default - LEAST_BYTES):
-        budget, in_flight = share_out(Need(0, largest), default, workers)
+        budget, in_flight = share_out(Need(0, largest, 1 << 40), default, workers)
         assert in_flight is not None
         assert in_flight >= largest
         assert budget.host_bytes + in_flight <= default
-    assert share_out(Need(1 << 40, 0), default, workers)[1] is None
+    assert share_out(Need(1 << 40, 0, 0), default, workers)[1] is None
 
 
 def test_no_budget_at_all_is_not_the_default(llama):

@@ -18,6 +18,7 @@ from jaxshard.errors import StorageError
 from jaxshard.loading import carrying, load, placing
 from jaxshard.loading.carrying import Source, carry
 from jaxshard.loading.limits import load_budget
+from jaxshard.loading.staging import Staging
 from jaxshard.loading.wanted import Want, jobs
 from jaxshard.opening import open_checkpoint
 from jaxshard.storage.reading import SourceFiles
@@ -47,7 +48,7 @@ def test_each_distinct_shard_goes_to_a_device_once_and_from_there_to_its_replica
     puts, real = [], jax.device_put
 
     def counted(x: Any, *args: Any) -> Any:
-        puts.append(x)
+        puts.extend(x if isinstance(x, list) else [x])
         return real(x, *args)
 
     monkeypatch.setattr(placing.jax, "device_put", counted)
@@ -111,12 +112,12 @@ def test_a_failure_anywhere_wakes_who_waits_for_room(tmp_path, monkeypatch, end)
     wants = [Want(t, np.dtype("float32"), here) for t in catalog.tensors.values()]
     todo = [job for job, _ in jobs(wants)]
     waiting = threading.Event()
-    wait = carrying._Carried._wait_for_room
+    take = Staging.take
 
-    def told(self: Any, num_bytes: int) -> bool:
-        if self._in_flight:
+    def told(self: Any, num_bytes: int) -> Any:
+        if self.num_bytes:
             waiting.set()
-        return wait(self, num_bytes)
+        return take(self, num_bytes)
 
     def out_of_memory(*args: Any) -> Any:
         assert waiting.wait(20)
@@ -126,7 +127,7 @@ def test_a_failure_anywhere_wakes_who_waits_for_room(tmp_path, monkeypatch, end)
     def nothing(*args: Any) -> None:
         return None
 
-    monkeypatch.setattr(carrying._Carried, "_wait_for_room", told)
+    monkeypatch.setattr(Staging, "take", told)
     if end == "place":
         place = carrying._Carried.place
         monkeypatch.setattr(
@@ -136,4 +137,4 @@ def test_a_failure_anywhere_wakes_who_waits_for_room(tmp_path, monkeypatch, end)
     source = Source(read, out_of_memory if end == "lend" else None)
     budget = load_budget(64 << 20, workers=2)
     with pytest.raises(MemoryError, match="no page left"):
-        carry(todo, source, budget=budget, in_flight_bytes=1)
+        carry(todo, source, budget=budget, staging=Staging(1), adopted=False)

@@ -208,14 +208,14 @@ def test_an_array_can_be_donated_after_it_was_saved(tmp_path):
 @pytest.mark.parametrize("room", [Room(1, 64), Room(16, 64), Room(1, 1 << 20), Room()])
 def test_parts_come_from_devices_that_the_host_does_not_see(llama, tmp_path, monkeypatch, room):
     folder, arrays = llama
-    monkeypatch.setattr("jaxshard.saving.arrays.on_host", lambda shard: False)
+    monkeypatch.setattr("jaxshard.saving.arrays.is_on_host", lambda shard: False)
     monkeypatch.setattr("jaxshard.saving.share_out", lambda *_: (fit_budget(64 << 20, 2), room))
     save(load(folder, "dp2mp4"), tmp_path / "out")
     assert the_bytes(tmp_path / "out") == expected_bytes(arrays)
 
 
 def test_a_budget_too_small_for_one_thread_is_refused(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxshard.saving.arrays.on_host", lambda shard: False)
+    monkeypatch.setattr("jaxshard.saving.arrays.is_on_host", lambda shard: False)
     with pytest.raises(LayoutError, match="Give host_bytes=1048576 or more"):
         save(load(llama[0], "dp2mp4"), tmp_path / "out", host_bytes=1024)
 

@@ -125,7 +125,7 @@ def test_a_snapshot_holds_each_distinct_shard_once(how):
 def test_whole_arrays_are_put_together_from_shards_where_the_host_cannot_look(how, monkeypatch):
     arrays = state(2, 4)["params"]
     if how == "auto":
-        monkeypatch.setattr("jaxshard.training.snapshots._is_on_host", lambda shard: False)
+        monkeypatch.setattr("jaxshard.training.snapshots.is_on_host", lambda shard: False)
     whole = Snapshot(arrays, how=how).whole()
     assert all(isinstance(whole[n], np.ndarray) for n in arrays)
     assert all(np.array_equal(whole[n], arrays[n]) for n in arrays)

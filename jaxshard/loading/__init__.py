@@ -32,9 +32,11 @@ from .carrying import carry
 from .limits import check_dtypes, check_memory, need_of, share_out
 from .one_save import check_one_save, save_of
 from .orbax_loading import restore, restored_by_orbax
+from .pinning import Pin, pin_for
 from .sources import file_source
+from .staging import Staging
 from .targeting import Devices, asked_dtype, resolve
-from .wanted import Want, files_of, jobs
+from .wanted import Job, Want, files_of, jobs
 
 __all__ = ["load"]
 
@@ -183,15 +185,20 @@ def _read(
     try:
         files.check_checksums(files_of(todo))
         source = file_source(catalog, files, mmap=how.mmap)
-        made, counts = carry(
-            todo, source, budget=budget, in_flight_bytes=in_flight, adopted=not how.owned
-        )
+        staging = Staging(in_flight or 0, _pin_for(todo))
+        made, counts = carry(todo, source, budget=budget, staging=staging, adopted=not how.owned)
         files.check_unchanged()
     finally:
         files.close()
     places = [place for _, numbers in found for place in numbers]
     arrays = [array for arrays in made for array in arrays]
     return [array for _, array in sorted(zip(places, arrays, strict=True), key=_place)], counts
+
+
+def _pin_for(todo: Sequence[Job]) -> Pin | None:
+    """How memory is pinned that passes to the devices of these jobs."""
+    devices = (device for job in todo for use in job.uses for device, _ in use[:1])
+    return next((pin for device in devices if (pin := pin_for(device))), None)
 
 
 @contextmanager

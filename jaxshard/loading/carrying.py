@@ -1,8 +1,8 @@
 """Carrying: the engine fills the shards' memory, and each tensor is placed once it is full.
 
 Reading and placing overlap: the thread that fills the last byte of a tensor places it,
-while the others read on. Where placing copies to a device, the memory of tensors in
-flight is bounded, and a thread that would exceed the bound waits for one to be placed.
+while the others read on. Where placing copies to a device, tensors pass through memory that
+is bounded and used again: a thread that needs more of it waits for one to be placed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ..planning import Move
 from ..storage.budget import Budget, Counts
 from ..storage.engine import run
 from ..storage.requests import ReadRows
-from .memory import Bytes, JobMemory
-from .placing import place
+from .memory import Bytes, JobMemory, staged_bytes
+from .placing import is_kept, place
+from .staging import Staging
 from .turning import turned
 from .wanted import Job
 
@@ -49,7 +50,7 @@ def carry(
     source: Source,
     *,
     budget: Budget,
-    in_flight_bytes: int | None = None,
+    staging: Staging | None = None,
     adopted: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[list[jax.Array]], Counts]:
@@ -59,24 +60,26 @@ def carry(
         jobs: what is wanted, in the order of the files.
         source: where bytes come from.
         budget: threads and the size of their blocks.
-        in_flight_bytes: the most memory of shards that are not placed yet; None where
-            placing keeps the memory.
+        staging: memory for what is copied to devices; closed with the load.
         adopted: whether CPU devices use the memory that was read into.
         progress: told of bytes as they are read.
     """
-    carried = _Carried(jobs, source, in_flight_bytes, adopted=adopted)
-    counts = run(
-        carried.moves(),
-        source.read,
-        carried.write,
-        budget=budget,
-        progress=progress,
-        place=carried.place,
-        lend=source.lend,
-        turn=turned,
-        rows=source.rows,
-        stopped=carried.stop,
-    )
+    carried = _Carried(jobs, source, staging or Staging(0), adopted=adopted)
+    try:
+        counts = run(
+            carried.moves(),
+            source.read,
+            carried.write,
+            budget=budget,
+            progress=progress,
+            place=carried.place,
+            lend=source.lend,
+            turn=turned,
+            rows=source.rows,
+            stopped=carried.stop,
+        )
+    finally:
+        carried.close()
     return carried.arrays(), counts
 
 
@@ -89,28 +92,22 @@ class _Carried:
     """
 
     def __init__(
-        self,
-        jobs: Sequence[Job],
-        source: Source,
-        in_flight_bytes: int | None,
-        *,
-        adopted: bool = True,
+        self, jobs: Sequence[Job], source: Source, staging: Staging, *, adopted: bool
     ) -> None:
-        self._jobs, self._most, self._adopted = jobs, in_flight_bytes, adopted
+        self._jobs, self._staging, self._adopted = jobs, staging, adopted
         given = [source.given(job) for job in jobs]
         self._todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
         self._memory: dict[str, JobMemory] = {}
         self._done: dict[str, list[jax.Array]] = {}
-        self._in_flight = 0
-        self._stopped = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self.stop, self.close = staging.stop, staging.close
 
     def moves(self) -> Iterator[Move]:
         """The journeys, each once there is memory for it."""
         for job, given, move in self._todo:
-            if not self._wait_for_room(job.num_bytes):
+            memory = self._memory_for(job, given)
+            if memory is None:
                 return
-            memory = JobMemory(job, given, adopted=self._adopted)
             if move is None:
                 self._finish(memory)
                 continue
@@ -127,7 +124,7 @@ class _Carried:
         memory = self._memory[move.name]
         shards = move.targets[target].ranks
         memory.fill(shards, offset, buffer)
-        with self._changed:
+        with self._lock:
             memory.left_bytes -= len(buffer) * len(shards)
             full = not memory.left_bytes
         if full:
@@ -141,23 +138,12 @@ class _Carried:
         job = memory.job
         self._done[job.tensor.name] = place(job, memory.shards, adopted=self._adopted)
         memory.shards.clear()
-        with self._changed:
-            self._in_flight -= job.num_bytes
-            self._changed.notify_all()
+        if memory.staged is not None:
+            self._staging.give(memory.staged)
 
-    def _wait_for_room(self, num_bytes: int) -> bool:
-        """Wait until ``num_bytes`` more may be in flight; False if the load has stopped."""
-        with self._changed:
-            most = self._most
-            while most is not None and self._in_flight and self._in_flight + num_bytes > most:
-                if self._stopped:
-                    return False
-                self._changed.wait()
-            self._in_flight += num_bytes
-        return True
-
-    def stop(self) -> None:
-        """Begin nothing more: a thread has failed, wherever it was, or all is done."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+    def _memory_for(self, job: Job, given: dict[int, Bytes]) -> JobMemory | None:
+        """Where ``job`` is read to; waits for room, and is None if the load has stopped."""
+        if is_kept(job, adopted=self._adopted):
+            return JobMemory(job, given)
+        staged = self._staging.take(staged_bytes(job))
+        return None if staged is None else JobMemory(job, given, staged)

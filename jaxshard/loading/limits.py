@@ -12,12 +12,15 @@ import numpy as np
 from ..conversion import default_budget
 from ..errors import LayoutError
 from ..storage.budget import LEAST_BYTES, Budget, fit_budget
-from .placing import adopts, keeping_64_bits
+from .memory import staged_bytes
+from .placing import adopts, is_kept, keeping_64_bits
 from .wanted import Job
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SPARE_BYTES = 64 << 20
 _BLOCK_BYTES = 2 << 20
+_LEAST_STAGING_BYTES = 128 << 20
+_MOST_STAGING_BYTES = 512 << 20
 
 
 def load_budget(host_bytes: int, workers: int) -> Budget:
@@ -41,10 +44,12 @@ class Need:
     Attributes:
         kept_bytes: distinct shards that become arrays on CPU devices.
         largest_bytes: the most that one tensor's shards take on their way to other devices.
+        passing_bytes: what all of them take there.
     """
 
     kept_bytes: int
     largest_bytes: int
+    passing_bytes: int
 
 
 def need_of(jobs: Sequence[Job], extra_bytes: int = 0, *, adopted: bool = True) -> Need:
@@ -52,16 +57,17 @@ def need_of(jobs: Sequence[Job], extra_bytes: int = 0, *, adopted: bool = True) 
 
     Arrays on CPU devices are what was read into if that is ``adopted``, and copies if not.
     """
-    kept, largest = extra_bytes, 0
+    kept, largest, total = extra_bytes, 0, 0
     for job in jobs:
-        is_seen = adopts([device for use in job.uses for device, _ in use])
-        if is_seen and adopted:
+        if is_kept(job, adopted=adopted):
             kept += job.num_bytes
-        else:
-            largest = max(largest, job.num_bytes)
-        if is_seen and not adopted:
-            kept += sum(job.shards[number].num_bytes for use in job.uses for _, number in use)
-    return Need(kept, largest)
+            continue
+        staged = staged_bytes(job)
+        largest, total = max(largest, staged), total + staged
+        for use in job.uses:
+            if adopts([device for device, _ in use]):
+                kept += sum(job.shards[number].num_bytes for _, number in use)
+    return Need(kept, largest, total)
 
 
 def share_out(need: Need, host_bytes: int | None, workers: int) -> tuple[Budget, int | None]:
@@ -79,7 +85,7 @@ def share_out(need: Need, host_bytes: int | None, workers: int) -> tuple[Budget,
         return load_budget(limit, workers), None
     if host_bytes is None:
         budget = load_budget(limit, workers)
-        return budget, max(2 * need.largest_bytes, budget.host_bytes)
+        return budget, min(_staging_bytes(need.largest_bytes), need.passing_bytes)
     left = host_bytes - need.largest_bytes
     if left < LEAST_BYTES:
         raise LayoutError(
@@ -88,7 +94,13 @@ def share_out(need: Need, host_bytes: int | None, workers: int) -> tuple[Budget,
             f"{need.largest_bytes + LEAST_BYTES} or more."
         )
     budget = load_budget(max(LEAST_BYTES, left // 2), workers)
-    return budget, host_bytes - budget.host_bytes
+    return budget, min(host_bytes - budget.host_bytes, need.passing_bytes)
+
+
+def _staging_bytes(largest_bytes: int) -> int:
+    """As much as lets one tensor be read while another is sent, while that is not very much."""
+    most = max(largest_bytes, _MOST_STAGING_BYTES)
+    return max(_LEAST_STAGING_BYTES, min(2 * largest_bytes, most))
 
 
 def check_memory(need: Need, reading_bytes: int, in_flight_bytes: int = 0) -> None:

@@ -16,7 +16,7 @@ from .wanted import Job, Shard
 Bytes = NDArray[np.uint8]
 
 ALIGNMENT = 64  # what XLA's CPU backend asks of memory that it uses in place
-_OFF = 16  # the largest element
+_OFF = 16  # well enough for every element, and not as the backend asks
 
 
 def aligned_empty(num_bytes: int) -> Bytes:
@@ -33,15 +33,6 @@ def _allocated(num_bytes: int) -> tuple[Bytes, Prepare | None]:
     return memory[start : start + num_bytes], None
 
 
-def _allocated_off(num_bytes: int) -> tuple[Bytes, Prepare | None]:
-    """The same, not aligned as the backend asks, though well enough for every element."""
-    memory, prepare = _allocated(num_bytes + _OFF)
-    if prepare is None:
-        return memory[_OFF:], None
-    made = prepare  # told to the checker of types: it is there
-    return memory[_OFF:], lambda offset, num_bytes: made(offset + _OFF, num_bytes)
-
-
 def is_aligned(memory: Bytes) -> bool:
     """Whether JAX's CPU backend would use ``memory`` in place."""
     return memory.ctypes.data % ALIGNMENT == 0
@@ -52,24 +43,39 @@ def as_array(memory: Bytes, shard: Shard) -> NDArray[np.generic]:
     return memory.view(shard.conversion.dtype).reshape(shard.box.shape)
 
 
+def staged_bytes(job: Job) -> int:
+    """How much memory the shards of ``job`` take on their way to a device."""
+    return _OFF + sum(_apart(shard.num_bytes) for shard in job.shards)
+
+
+def _apart(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
 class JobMemory:
     """The memory of one job's shards while it is being filled."""
 
-    __slots__ = ("_direct", "_prepare", "job", "left_bytes", "shards")
+    __slots__ = ("_direct", "_prepare", "job", "left_bytes", "shards", "staged")
 
-    def __init__(self, job: Job, given: dict[int, Bytes], *, adopted: bool = True) -> None:
+    def __init__(self, job: Job, given: dict[int, Bytes], staged: Bytes | None = None) -> None:
         """Allocate all shards but those of ``given``, which are filled already.
 
-        What is not to be ``adopted`` lies where the backend does not use it in place.
+        With memory that is ``staged`` (`staged_bytes` of it), they lie there, one after the
+        other, where CPU devices do not use them in place.
         """
-        self.job = job
-        allocate = _allocated if adopted else _allocated_off
-        made = [
-            (given[i], None) if i in given else allocate(shard.num_bytes)
-            for i, shard in enumerate(job.shards)
-        ]
-        self.shards = [memory for memory, _ in made]
-        self._prepare = [prepare for _, prepare in made]
+        self.job, self.staged = job, staged
+        self._prepare: list[Prepare | None] = []
+        self.shards: list[Bytes] = []
+        at = _OFF
+        for number, shard in enumerate(job.shards):
+            memory, prepare = given.get(number), None
+            if memory is None and staged is not None:
+                memory = staged[at : at + shard.num_bytes]
+                at += _apart(shard.num_bytes)
+            elif memory is None:
+                memory, prepare = _allocated(shard.num_bytes)
+            self.shards.append(memory)
+            self._prepare.append(prepare)
         self._direct = [shard.conversion.is_copy for shard in job.shards]
         self.left_bytes = 0
 

@@ -29,6 +29,11 @@ def adopts(devices: Sequence[jax.Device]) -> bool:
     return all(device.platform == "cpu" for device in devices)
 
 
+def is_kept(job: Job, *, adopted: bool = True) -> bool:
+    """Whether arrays of ``job`` are made of the memory it is read into."""
+    return adopted and any(adopts([device for device, _ in use]) for use in job.uses)
+
+
 def place(job: Job, memory: Sequence[Bytes], *, adopted: bool = True) -> list[jax.Array]:
     """The arrays of a job whose shards are in ``memory``, one for each want.
 
@@ -60,13 +65,15 @@ def _adopted(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Ar
 
 def _transferred(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Array:
     """An array on other devices: host to device once a shard, then between devices."""
-    first: dict[int, jax.Array] = {}
-    parts = []
+    at: dict[int, jax.Device] = {}
     for device, number in use:
-        if number in first:
-            parts.append(jax.device_put(first[number], device))
-        else:
-            parts.append(first.setdefault(number, jax.device_put(shards[number], device)))
+        at.setdefault(number, device)
+    sent = jax.device_put([shards[number] for number in at], list(at.values()))
+    first = dict(zip(at, sent, strict=True))
+    parts = [
+        first[number] if device == at[number] else jax.device_put(first[number], device)
+        for device, number in use
+    ]
     array = jax.make_array_from_single_device_arrays(
         job.tensor.shape, want.sharding, parts, dtype=want.dtype
     )

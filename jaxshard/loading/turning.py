@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 def turned(values: NDArray[Any]) -> NDArray[Any]:
     """The same elements in row-major order; unsigned integers of up to four bytes."""
-    return np.asarray(jax.device_put(values, _host()))
+    host = _host()
+    if host is None:
+        return np.ascontiguousarray(values)
+    return np.asarray(jax.device_put(values, host))
 
 
 @lru_cache(maxsize=1)
-def _host() -> jax.Device:
-    return jax.local_devices(backend="cpu")[0]
+def _host() -> jax.Device | None:
+    """A CPU device; None where JAX was told to have none (``JAX_PLATFORMS=cuda``)."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

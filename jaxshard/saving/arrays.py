@@ -21,6 +21,7 @@ from ..catalog import Catalog, File, Model, Piece, Tensor
 from ..dtypes import num_bytes
 from ..elements import pack, stored_as
 from ..errors import JaxshardError, LayoutError
+from ..hosting import is_on_host
 from ..mapping import Mapping as NamesAndShapes
 from ..views import ZEROS
 from .fetching import Fetched, Room
@@ -78,20 +79,21 @@ class ArraySource:
         if view is not None:
             out[...] = view[offset : offset + out.size]
             return
-        shard = self._shards[piece.file]
-        assert isinstance(shard, jax.Array)
         done = 0
         while done < out.size:
-            kind = stored_as(shard.dtype)
-            start, held = self._fetched.holding(piece.file, shard, kind, offset + done)
+            start, held = self._part(piece, offset + done)
             part = held[offset + done - start :][: out.size - done]
             out[done : done + part.size] = part
             done += part.size
 
     def lend(self, piece: Piece, offset: int, num_bytes: int) -> memoryview | None:
-        """The shard's own memory, where the host can see it."""
-        view = self._view(piece)
-        return None if view is None else view[offset : offset + num_bytes].data
+        """The shard's own memory, or that of a part of it that has come to the host."""
+        start, held = 0, self._view(piece)
+        if held is None:
+            start, held = self._part(piece, offset)
+            if offset - start + num_bytes > held.size:
+                return None
+        return held[offset - start :][:num_bytes].data
 
     def close(self) -> None:
         """Let go of the arrays' memory: one that is looked at cannot be donated."""
@@ -99,11 +101,17 @@ class ArraySource:
         self._shards.clear()
         self._fetched.clear()
 
+    def _part(self, piece: Piece, offset: int) -> tuple[int, Bytes]:
+        """The part of the shard that holds byte ``offset``, on the host, and where it starts."""
+        shard = self._shards[piece.file]
+        assert isinstance(shard, jax.Array)
+        return self._fetched.holding(piece.file, shard, stored_as(shard.dtype), offset)
+
     def _view(self, piece: Piece) -> Bytes | None:
         view = self._views.get(piece.file)
         if view is None:
             shard = self._shards[piece.file]
-            if isinstance(shard, jax.Array) and not on_host(shard):
+            if isinstance(shard, jax.Array) and not is_on_host(shard):
                 return None
             view = _stored_bytes(np.asarray(shard))
             self._views[piece.file] = view
@@ -123,16 +131,11 @@ class ArraySource:
         return Tensor(name, kind, tuple(array.shape), tuple(pieces))
 
 
-def on_host(shard: jax.Array) -> bool:
-    """Whether the host sees the memory of ``shard``."""
-    return all(device.platform == "cpu" for device in shard.devices())
-
-
 def num_fetched(arrays: Mapping[str, Array]) -> int:
     """The most distinct shards of one array that must come to the host; 0 if none must."""
     found = 0
     for array in arrays.values():
-        if isinstance(array, jax.Array) and not on_host(array):
+        if isinstance(array, jax.Array) and not is_on_host(array):
             found = max(found, len(_distinct_shards(array)))
     return found
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from ..box import Box
 from ..dtypes import DType
 from ..errors import LayoutError
+from ..hosting import to_host
 from ..ranges import block_dim
 from ..storage.budget import LEAST_BYTES, Budget, fit_budget
 
@@ -66,7 +67,7 @@ def share_out(host_bytes: int, workers: int, num_shards: int) -> tuple[Budget, R
             "and as many for what comes from the devices. Give "
             f"host_bytes={2 * LEAST_BYTES} or more."
         )
-    budget = fit_budget(host_bytes // 2, workers)
+    budget = fit_budget(max(LEAST_BYTES, host_bytes // 4), workers)
     parts = budget.workers * max(_LEAST_PARTS, min(num_shards, _MOST_SHARDS))
     # a part that had to go lives on while a thread still reads it: one more for each
     each = (host_bytes - budget.host_bytes) // (parts + budget.workers)
@@ -187,21 +188,19 @@ class Fetched:
 def fetch(shard: jax.Array, box: Box, cut: Cut) -> NDArray[np.generic]:
     """The elements of ``box``, one of the parts of ``cut``, of a single-device array.
 
-    JAX keeps the host copy of an array with it, so what is copied is an array of its own. All
-    parts are sliced by one compiled program: the last of a row begins early, and is trimmed.
+    All parts are sliced by one compiled program: the last of a row begins early, and is trimmed.
     """
     wide = shard.dtype.itemsize == 8 or max(cut.shape, default=0) >= 1 << 31
     with jax.enable_x64(True) if wide else nullcontext():
         if box.shape == shard.shape:
-            alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
-            return np.asarray(alone)
+            return to_host([shard])[0]
         dim, length = cut.dim, shard.shape[cut.dim]
         rows = min(cut.rows, length)
         skip = max(0, box.start[dim] + rows - length)
         start = np.array(box.start, np.int64 if wide else np.int32)
         start[dim] -= skip
         sizes = (*box.shape[:dim], rows, *box.shape[dim + 1 :])
-        found = np.asarray(_sliced(shard, start, sizes))
+        found = to_host([_sliced(shard, start, sizes)])[0]
         return found[(*(slice(None) for _ in range(dim)), slice(skip, None))]
 
 

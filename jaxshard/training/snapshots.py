@@ -22,6 +22,7 @@ from ..box import Box
 from ..catalog import Catalog, File, Piece, Tensor
 from ..elements import stored_as
 from ..errors import JaxshardError, LayoutError, StorageError
+from ..hosting import is_on_host, to_host
 from .states import Array
 
 How = Literal["auto", "copy"]
@@ -45,12 +46,11 @@ class Snapshot:
         # what was copied, here or from a device, may go: a step that is given it will delete it
         self._looked_at = [a for a in arrays.values() if _is_looked_at(a, how)]
         shards = {name: _distinct_shards(array) for name, array in arrays.items()}
-        for found in shards.values():
-            for shard in found.values():
-                if isinstance(shard, jax.Array):
-                    shard.copy_to_host_async()
         self._shards: list[_Bytes] = []
-        tensors = {name: self._tensor(name, a, shards[name], how) for name, a in arrays.items()}
+        self._count = 0
+        tensors = {name: self._tensor(name, a, shards[name]) for name, a in arrays.items()}
+        given = [shard for found in shards.values() for shard in found.values()]
+        self._shards.extend(_host_bytes(shard) for shard in _on_the_host(given, how))
         files = tuple(File(f"shard {i}", shard.nbytes) for i, shard in enumerate(self._shards))
         self.catalog = Catalog("memory", "arrays", files, tensors)
 
@@ -105,34 +105,43 @@ class Snapshot:
             out[piece.box.slices] = shard
         return out
 
-    def _tensor(self, name: str, array: Array, shards: Mapping[Box, Array], how: How) -> Tensor:
+    def _tensor(self, name: str, array: Array, shards: Mapping[Box, Array]) -> Tensor:
         try:
             kind = stored_as(array.dtype)
         except JaxshardError as error:
             raise type(error)(f"{name}: {error}") from None
         if kind.bits < 8:
             raise LayoutError(f"{name}: {kind} is packed in files. Cast it to save it.")
-        pieces = []
-        for box, shard in shards.items():
-            pieces.append(Piece(len(self._shards), 0, box))
-            self._shards.append(_host_bytes(shard, how))
-        return Tensor(name, kind, array.shape, tuple(pieces))
+        pieces = tuple(Piece(self._count + n, 0, box) for n, box in enumerate(shards))
+        self._count += len(pieces)
+        return Tensor(name, kind, array.shape, pieces)
 
 
-def _host_bytes(shard: Array, how: How) -> _Bytes:
-    flat = np.ascontiguousarray(np.asarray(shard)).reshape(-1).view(np.uint8)
-    if isinstance(shard, np.ndarray) or (how == "copy" and _is_on_host(shard)):
-        return flat.copy()
-    return flat
+def _host_bytes(shard: NDArray[np.generic]) -> _Bytes:
+    return np.ascontiguousarray(shard).reshape(-1).view(np.uint8)
+
+
+def _on_the_host(shards: Sequence[Array], how: How) -> list[NDArray[np.generic]]:
+    """Each of ``shards`` where the host sees it: where it lies, or in memory of its own."""
+    far = [s for s in shards if isinstance(s, jax.Array) and not is_on_host(s)]
+    come = iter(to_host(far))
+    found = []
+    for shard in shards:
+        if isinstance(shard, np.ndarray):
+            found.append(shard.copy())
+        elif not is_on_host(shard):
+            there = next(come)
+            # in the host's memory already: then it was looked at, and the loop may give it away
+            found.append(there.copy() if shard.sharding.memory_kind == "pinned_host" else there)
+        else:
+            seen = np.asarray(shard)
+            found.append(seen.copy() if how == "copy" else seen)
+    return found
 
 
 def _is_looked_at(array: Array, how: How) -> TypeGuard[jax.Array]:
     """Whether the snapshot has no memory of its own for ``array``."""
-    return isinstance(array, jax.Array) and how == "auto" and _is_on_host(array)
-
-
-def _is_on_host(shard: jax.Array) -> bool:
-    return all(device.platform == "cpu" for device in shard.devices())
+    return isinstance(array, jax.Array) and how == "auto" and is_on_host(array)
 
 
 def _distinct_shards(array: Array) -> dict[Box, Array]:

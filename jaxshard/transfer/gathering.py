@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from ..box import Box
 from ..errors import LayoutError
+from ..hosting import to_host
 from ..trees import named_leaves
 from .geometry import all_device_boxes, device_boxes
 from .prepared import reshard
@@ -86,9 +87,7 @@ def _put_together(array: jax.Array) -> np.ndarray[Any, Any]:
     ):
         if box not in filled:
             filled.add(box)
-            # a wrapper of its own, so that JAX does not keep the host copy with the source
-            alone = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
-            whole[box.slices] = np.asarray(alone)
+            whole[box.slices] = to_host([shard])[0]
     assert sum(box.size for box in filled) == whole.size, "every element is here"
     return whole
 
