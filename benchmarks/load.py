@@ -209,13 +209,11 @@ def sample(
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(cases: Mapping[str, Callable[[], Result]], rounds: int, touch_bytes: int) -> Result:
+def compare(cases: Mapping[str, Callable[[], Result]], rounds: int) -> Result:
     """Medians of every case, taken in turns, and their ratios to the first."""
     taken: dict[str, list[Result]] = {name: [] for name in cases}
     for number in range(rounds):
         for name in list(cases)[:: -1 if number % 2 else 1]:
-            if touch_bytes:
-                measure.touch_memory(touch_bytes)
             measure.wait_for_quiet(limit_s=4.0)
             taken[name].append(cases[name]())
             walls = " ".join(f"{w:.2f}" for w in taken[name][-1]["walls"])
@@ -288,13 +286,15 @@ def cold(folder: Path, rounds: int, touch_bytes: int) -> Result:
 
     def timed(read: Callable[[Path], None]) -> Result:
         _forget(folder)
+        if touch_bytes:
+            measure.have_memory(touch_bytes)
         cpu, start = _cpu(), time.perf_counter()
         read(folder)
         return {"walls": [time.perf_counter() - start], "cpus": [_cpu() - cpu]}
 
     def load() -> Result:
         _forget(folder)
-        return sample(OURS, folder)
+        return sample(OURS, folder, touch_bytes=touch_bytes)
 
     ways: dict[str, Callable[[], Result]] = {}
     refused = {}
@@ -305,7 +305,7 @@ def cold(folder: Path, rounds: int, touch_bytes: int) -> Result:
             refused[name] = str(error.strerror)
         else:
             ways[name] = partial(timed, read)
-    found = compare({**ways, "jaxshard": load}, rounds, touch_bytes)
+    found = compare({**ways, "jaxshard": load}, rounds)
     best = min(ways, key=lambda name: float(found[name]["wall_s"]))
     ratio = found["jaxshard"]["wall_s"] / found[best]["wall_s"]
     told = {"best": best, "jaxshard_over_best": round(ratio, 3), "not_here": refused}
@@ -323,7 +323,7 @@ def on_gpu(folder: Path, rounds: int) -> Result:
     except RuntimeError as error:
         return {"not_run": f"no GPU that JAX can use here: {error}"}
     cases = {m: partial(sample, m, folder, gpu=True) for m in (numpy, BASELINE, OURS, _PINNED)}
-    return compare(cases, rounds, 0)
+    return compare(cases, rounds)
 
 
 def _forget(folder: Path) -> None:
@@ -368,7 +368,8 @@ def main() -> None:
     report["load_average"] = measure.load()
     print(json.dumps({"machine": measure.machine(), **report}, indent=1))
     if options.save:
-        print(measure.save("load-gpu" if options.gpu else "load", report))
+        kind = ["load", *["gpu"] * options.gpu, *filter(None, (options.part, options.only))]
+        print(measure.save("-".join(kind), report))
 
 
 def gpu_report(model: Llama, rounds: int) -> Result:
@@ -407,9 +408,9 @@ def cpu_report(model: Llama, rounds: int, options: argparse.Namespace) -> Result
         taken_back = {m: _case(m, folder) for m in (BASELINE, OURS)}
         again = {m: _case(m, folder, repeats=5, **there) for m in (BASELINE, OURS)}
         parts: dict[str, Callable[[], Result]] = {
-            "warm": lambda: compare(cases, rounds, 0),
-            "warm, free memory as the host left it": lambda: compare(taken_back, rounds, 0),
-            "again_in_one_process": lambda: compare(again, rounds, 0),
+            "warm": lambda: compare(cases, rounds),
+            "warm, free memory as the host left it": lambda: compare(taken_back, rounds),
+            "again_in_one_process": lambda: compare(again, rounds),
             "memory": lambda: memory(timed, folder, model),
             "cold": lambda: cold(folder, rounds, touch_bytes),
         }
