@@ -90,6 +90,11 @@ def filling(move: Move) -> Filling:
     )
 
 
+def num_copied(move: Move) -> int:
+    """How many distinct target shards are no view of a source shard, and so are filled."""
+    return sum(not fill.may_alias for fill in filling(move).fills)
+
+
 def _fill(wanted: Box, holders: dict[Box, int]) -> Fill:
     copies = []
     alias = False

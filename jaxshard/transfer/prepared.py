@@ -48,7 +48,7 @@ class Resharder:
     ) -> None:
         self._leaves = leaves
         self._structure = structure
-        self._units = units
+        self._units = _copies_first(units, leaves)
         self._donate = donate
         self._copy = copy
         self._in_flight_bytes = _IN_FLIGHT_BYTES if device_bytes is None else device_bytes
@@ -252,6 +252,15 @@ def reshard(
         tree, target, donate=donate, copy=copy, device_bytes=device_bytes, route=route
     )
     return prepared(tree)
+
+
+def _copies_first(units: Sequence[Unit], leaves: Sequence[Leaf]) -> list[Unit]:
+    """What the host copies before what only gets a new label: threads copy meanwhile."""
+
+    def copies_nothing(unit: Unit) -> bool:
+        return unit.kind == "views" and not host_views.num_copied(leaves[unit.leaves[0]].move)
+
+    return sorted(units, key=copies_nothing)
 
 
 def _is_cpu(array: jax.Array) -> bool:
