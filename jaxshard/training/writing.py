@@ -48,7 +48,14 @@ def write_parts(
         observer = _Observer(plan, part, gathered)
         files = OutputFiles(plan, staging, part.result.lay_file, part.result.seal)
         try:
-            run(plan.moves(), read, observer.around(files.write), budget=budget, lend=lend)
+            run(
+                plan.moves(),
+                read,
+                observer.around(files.write),
+                budget=budget,
+                lend=lend,
+                lends_all=True,  # a snapshot lies in memory
+            )
         finally:
             files.close()
         found |= observer.sums()
