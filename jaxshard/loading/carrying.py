@@ -18,6 +18,7 @@ from ..planning import Move
 from ..storage.budget import Budget, Counts
 from ..storage.engine import run
 from ..storage.requests import ReadRows
+from .ahead import Disk, ReadingAhead
 from .memory import Bytes, JobMemory, staged_bytes
 from .placing import is_kept, place
 from .staging import Staging
@@ -36,12 +37,14 @@ class Source:
         read: fills memory from a file.
         lend: gives bytes where they already lie in memory.
         rows: fills memory from many places in a file.
+        disk: is told what will be read; None where nothing would come of it.
         given: shards of a job that need not be filled, by number.
     """
 
     read: Read
     lend: Lend | None = None
     rows: ReadRows | None = None
+    disk: Disk | None = None
     given: Callable[[Job], dict[int, Bytes]] = field(default=lambda job: {})
 
 
@@ -100,10 +103,12 @@ class _Carried:
         self._memory: dict[str, JobMemory] = {}
         self._done: dict[str, list[jax.Array]] = {}
         self._lock = threading.Lock()
-        self.stop, self.close = staging.stop, staging.close
+        self._ahead = ReadingAhead([move for *_, move in self._todo if move], source.disk)
+        self.stop = staging.stop
 
     def moves(self) -> Iterator[Move]:
         """The journeys, each once there is memory for it."""
+        self._ahead.start()
         for job, given, move in self._todo:
             memory = self._memory_for(job, given)
             if memory is None:
@@ -115,7 +120,13 @@ class _Carried:
                 target.box.size * move.unit_bytes * len(target.ranks) for target in move.targets
             )
             self._memory[job.tensor.name] = memory
+            self._ahead.reached(move)
             yield move
+
+    def close(self) -> None:
+        """Let go of what is only needed on the way."""
+        self._ahead.close()
+        self._staging.close()
 
     def place(self, move: Move, target: int, offset: int, num_bytes: int) -> memoryview | None:
         return self._memory[move.name].place(move.targets[target].ranks, offset, num_bytes)

@@ -15,6 +15,7 @@ from ..catalog import Catalog
 from ..errors import LayoutError
 from ..ranges import byte_runs
 from ..storage.mapping import MappedFiles
+from ..storage.reading import SourceFiles
 from ..storage.sources import OpenSource
 from .carrying import Source
 from .memory import Bytes, is_aligned
@@ -33,12 +34,13 @@ def file_source(catalog: Catalog, files: OpenSource, *, mmap: bool) -> Source:
     asked = os.environ.get(IO_VARIABLE, "pread")
     if asked not in ("pread", "mmap"):
         raise LayoutError(f"{IO_VARIABLE}={asked!r}: set it to pread or mmap, or not at all.")
-    if catalog.format == "orbax" or (not mmap and asked == "pread"):
-        return Source(files.read, rows=files.read_rows)
+    disk = files if isinstance(files, SourceFiles) else None
+    if disk is None or (not mmap and asked == "pread"):
+        return Source(files.read, rows=files.read_rows, disk=disk)
     mapped = MappedFiles(catalog)
     if not mmap:
-        return Source(files.read, mapped.lend)
-    return Source(files.read, mapped.lend, given=lambda job: in_place(job, mapped))
+        return Source(files.read, mapped.lend, disk=disk)
+    return Source(files.read, mapped.lend, disk=disk, given=lambda job: in_place(job, mapped))
 
 
 def in_place(job: Job, mapped: MappedFiles) -> dict[int, Bytes]:

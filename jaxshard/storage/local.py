@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..catalog import File
 from ..errors import FormatError, NotFoundError, StorageError
-from .linux import start_writing_back
+from .linux import begin_reading, is_cached, start_writing_back
 
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096
@@ -245,6 +245,16 @@ class Handles:
                     self.read_into(path, offset + done, view[skip:])
                     done += len(view) - skip
                 offset += want
+
+    def is_cached(self, path: str, offset: int) -> bool:
+        """Whether byte ``offset`` of ``path`` is in the page cache; True where nobody can say."""
+        with self.use(path) as descriptor:
+            return is_cached(descriptor, offset)
+
+    def begin_reading(self, path: str, offset: int, num_bytes: int) -> None:
+        """Have the disk fetch these bytes; nobody waits for them."""
+        with self.use(path) as descriptor:
+            begin_reading(descriptor, offset, num_bytes)
 
     def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         """Write ``views`` one after the other at byte ``offset`` of ``path``.

@@ -33,6 +33,14 @@ class SourceFiles:
         """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
         self._handles.read_rows(self._files[piece.file].path, list(offsets), buffer)
 
+    def is_cached(self, piece: Piece, offset: int) -> bool:
+        """Whether byte ``offset`` of that file can be read without waiting for a disk."""
+        return self._handles.is_cached(self._files[piece.file].path, offset)
+
+    def begin_reading(self, piece: Piece, offset: int, num_bytes: int) -> None:
+        """Have the disk fetch these bytes of that file; nobody waits for them."""
+        self._handles.begin_reading(self._files[piece.file].path, offset, num_bytes)
+
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile.
 
