@@ -193,8 +193,8 @@ def measure_loads(folder: Path, model: Llama, rounds: int, repeats: int) -> dict
     for number in range(rounds):
         for kind in list(taken)[:: -1 if number % 2 else 1]:
             if model.num_bytes >= _REAL_BYTES:
-                measure.touch_memory(2 * model.num_bytes)
                 measure.wait_for_quiet()
+                measure.touch_memory(2 * model.num_bytes)
             taken[kind].append(sample(kind, folder, repeats))
     found: dict[str, Any] = {}
     for kind, samples in taken.items():
@@ -254,8 +254,8 @@ def measure_merges(work: Path, model: Llama, rounds: int) -> dict[str, Any]:
         def one() -> Sample:
             measure.remove(out)
             if model.num_bytes >= _REAL_BYTES:
-                measure.touch_memory(2 * model.num_bytes)
                 measure.wait_for_quiet()
+                measure.touch_memory(2 * model.num_bytes)
             return measure.run(command)
 
         return one

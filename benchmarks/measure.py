@@ -33,10 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 JAXSHARD = [sys.executable, "-m", "jaxshard"]
 _PERIOD_S = 0.002
 patience_s = 5.0  # how long a sample waits for the machine to be quiet; a smoke run does not
-_TOUCH = (
-    "import mmap, sys; "
-    "mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +144,15 @@ def remove(*paths: Path) -> None:
 
 
 def touch_memory(num_bytes: int) -> None:
-    """Have ``num_bytes`` of free memory really there (see the module)."""
-    subprocess.run([sys.executable, "-c", _TOUCH, str(num_bytes)], check=True)
+    """As ``have_memory``, by a process of its own: this one never was so large."""
+    code = f"import measure; measure.have_memory({num_bytes})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def have_memory(num_bytes: int) -> None:
-    """Have ``num_bytes`` of free memory really there, for this process's next few milliseconds.
+    """Have ``num_bytes`` of free memory really there (see the module), for the next milliseconds.
 
-    As ``touch_memory``, from within a sample, for one whose start takes so long that a host
-    has its memory back by then. Touched as huge pages: their blocks then are there whole.
+    Touched as huge pages: their blocks then are there whole, for whoever writes a lot at a time.
     """
     memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)

@@ -60,11 +60,6 @@ class ArraySource:
             "the arrays", "arrays", files, tensors, model=model, metadata=dict(metadata or {})
         )
 
-    @property
-    def lends_all(self) -> bool:
-        """Whether every shard lies in the host's memory, so that ``lend`` never says None."""
-        return all(not isinstance(s, jax.Array) or is_on_host(s) for s in self._shards)
-
     def map(self, mapping: NamesAndShapes) -> None:
         """Catalogue the arrays by other names and shapes; nothing is computed.
 

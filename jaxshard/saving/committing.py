@@ -78,14 +78,7 @@ def write_files(
     check_room(staging.files, plan.totals.bytes_written)
     files = OutputFiles(plan, staging, result.lay_file, result.seal)
     try:
-        return run(
-            plan.moves(),
-            source.read,
-            files.write,
-            budget=budget,
-            lend=source.lend,
-            lends_all=source.lends_all,
-        )
+        return run(plan.moves(), source.read, files.write, budget=budget, lend=source.lend)
     finally:
         files.close()
 

@@ -31,7 +31,7 @@ from ..dtypes import DType
 from ..errors import LayoutError
 from ..hosting import to_host
 from ..ranges import block_dim
-from ..storage.budget import LEAST_BYTES, Budget, fit_budget
+from ..storage.budget import LEAST_BYTES, LENT_BLOCK_BYTES, Budget, fit_budget
 
 Bytes = NDArray[np.uint8]
 
@@ -60,14 +60,14 @@ def share_out(host_bytes: int, workers: int, num_shards: int) -> tuple[Budget, R
         LayoutError: it is not enough for one thread.
     """
     if not num_shards:
-        return fit_budget(host_bytes, workers), Room()
+        return fit_budget(host_bytes, workers, LENT_BLOCK_BYTES), Room()
     if host_bytes < 2 * LEAST_BYTES:
         raise LayoutError(
             f"host_bytes={host_bytes}: one thread needs {LEAST_BYTES} bytes for its blocks, "
             "and as many for what comes from the devices. Give "
             f"host_bytes={2 * LEAST_BYTES} or more."
         )
-    budget = fit_budget(max(LEAST_BYTES, host_bytes // 4), workers)
+    budget = fit_budget(max(LEAST_BYTES, host_bytes // 4), workers, LENT_BLOCK_BYTES)
     parts = budget.workers * max(_LEAST_PARTS, min(num_shards, _MOST_SHARDS))
     # a part that had to go lives on while a thread still reads it: one more for each
     each = (host_bytes - budget.host_bytes) // (parts + budget.workers)

@@ -14,6 +14,10 @@ _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see r
 _TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
 _LEAST_BLOCK = 64 << 10
 
+LENT_BLOCK_BYTES = 4 << 20
+"""A block of what lies in memory already, and only passes through a core's cache to be summed or
+put in order: fewer, longer calls are then worth more than that cache."""
+
 LEAST_BYTES = _LEAST_BLOCK * _BLOCKS_PER_WORKER  # of host memory, with which one thread works
 
 
@@ -50,8 +54,13 @@ class Budget:
         return self.workers * (self.block_bytes * _BLOCKS_PER_WORKER + self.tile_bytes * tiles)
 
 
-def fit_budget(host_bytes: int, workers: int) -> Budget:
+def fit_budget(host_bytes: int, workers: int, block_bytes: int = BLOCK_BYTES) -> Budget:
     """The most threads, up to ``workers``, and block size that ``host_bytes`` allows.
+
+    Args:
+        host_bytes: what there is.
+        workers: the most threads.
+        block_bytes: the largest block that is of use.
 
     Raises:
         LayoutError: not even one thread with the smallest block fits.
@@ -67,7 +76,7 @@ def fit_budget(host_bytes: int, workers: int) -> Budget:
             f"Give host_bytes= or --host-bytes {LEAST_BYTES} or more."
         )
     workers = min(workers, host_bytes // LEAST_BYTES)
-    block = _power_of_two(min(BLOCK_BYTES, host_bytes // workers // _BLOCKS_PER_WORKER))
+    block = _power_of_two(min(block_bytes, host_bytes // workers // _BLOCKS_PER_WORKER))
     left = host_bytes // workers - block * _BLOCKS_PER_WORKER
     tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
     return Budget(workers, block, tile)

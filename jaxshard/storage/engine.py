@@ -45,7 +45,6 @@ Lend = Callable[[Piece, int, int], memoryview | None]
 _Given = tuple[Batch, Operands | None]
 
 _STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps, no memory
-_LENT_BYTES = 4 << 20  # written at once from memory that is lent; larger ones gained nothing
 
 
 def run(
@@ -57,33 +56,29 @@ def run(
     progress: Callable[[int], None] | None = None,
     place: Place | None = None,
     lend: Lend | None = None,
-    lends_all: bool = False,
     rows: ReadRows | None = None,
     turn: Turn | None = None,
     stopped: Callable[[], None] | None = None,
 ) -> Counts:
     """Carry out ``moves``; the counts of what was done.
 
-    ``lends_all``: ``lend`` gives any run of any source, so that a run needs no block.
     ``progress`` is told the bytes written since it was last told, from any thread.
     The first error of any thread stops all of them and is raised; ``stopped`` is called then,
     so that ``moves`` can stop waiting for what will not be done (and at the end as well).
     """
     ends = Ends(read, write, place, lend, rows, turn)
     workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
-    in_threads(
-        [w.work for w in workers], Shared(_batches(moves, budget, place, lends_all), stopped)
-    )
+    in_threads([w.work for w in workers], Shared(_batches(moves, budget, place), stopped))
     return sum((w.counts for w in workers), Counts())
 
 
-def _batches(
-    moves: Iterable[Move], budget: Budget, place: Place | None, lends_all: bool
-) -> Iterator[_Given]:
+def _batches(moves: Iterable[Move], budget: Budget, place: Place | None) -> Iterator[_Given]:
     for move in moves:
         operands = operands_of(move)
         for cell in move.cells:
-            limit = max(budget.block_bytes, _bytes_without_block(move, cell, place, lends_all))
+            limit = budget.block_bytes
+            if place is not None and _is_straight(move, cell, place):
+                limit = max(limit, _STRAIGHT_BYTES)
             all_blocks = cell_blocks(
                 cell,
                 move.forms,
@@ -102,25 +97,17 @@ def operands_of(move: Move) -> Operands | None:
     return Operands(move.operands) if any(move.forms) and move.operands else None
 
 
-def _bytes_without_block(move: Move, cell: Cell, place: Place | None, lends_all: bool) -> int:
-    """How many bytes may be carried at once because they pass through no block; 0 if they do."""
-    if (place is None and not lends_all) or not _is_one_run(move, cell):
-        return 0
-    if place is None:
-        return _LENT_BYTES
-    return 0 if place(move, cell.targets[0][0], 0, 0) is None else _STRAIGHT_BYTES
-
-
-def _is_one_run(move: Move, cell: Cell) -> bool:
-    """Whether the cell is one run of bytes of one source, and all that one target wants of it."""
+def _is_straight(move: Move, cell: Cell, place: Place) -> bool:
+    """Whether a run of one source is a run of one target's own memory: it needs no block."""
     if len(cell.sources) != 1 or len(cell.targets) != 1:
         return False
-    source, part = cell.sources[0]
+    (source, part), (target, box) = cell.sources[0], cell.targets[0]
     stored = move.sources[source]
     return (
         move.forms[source] is None
-        and part == cell.targets[0][1] == cell.box
-        and not byte_runs(part.within(stored), stored.shape, move.unit_bytes).outer
+        and part == box == cell.box
+        and not byte_runs(box.within(stored), stored.shape, move.unit_bytes).outer
+        and place(move, target, 0, 0) is not None
     )
 
 

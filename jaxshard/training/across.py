@@ -24,7 +24,7 @@ from ..multiprocess.splitting import cut_evenly
 from ..results import Result
 from ..saving.shares import lay_out, write_share
 from ..saving.sharing import check_shares, owners, share
-from ..storage.budget import Counts, fit_budget
+from ..storage.budget import LENT_BLOCK_BYTES, Counts, fit_budget
 from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, staging_folder
 from .checksums import BEST, FileSums, Gathered
@@ -160,7 +160,9 @@ class _Work:
             owner = owners(snapshot.arrays)
             pieces = ((t.name, p) for t in snapshot.catalog.tensors.values() for p in t.pieces)
             writes = {p.file: owner.of_box[name, p.box] for name, p in pieces}
-            budget = fit_budget(job.host_bytes or default_budget(), job.workers or _cores())
+            budget = fit_budget(
+                job.host_bytes or default_budget(), job.workers or _cores(), LENT_BLOCK_BYTES
+            )
             counts = Counts()
             for part in self.parts:
                 counts += write_share(

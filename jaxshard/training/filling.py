@@ -28,7 +28,8 @@ from ..loading.memory import Bytes, aligned_empty
 from ..loading.placing import keeping_64_bits
 from ..planning import Move, move_into
 from ..selection import groups
-from ..storage.engine import fit_budget, run
+from ..storage.budget import fit_budget
+from ..storage.engine import run
 from ..storage.sources import open_source
 from ..strategy import Strategy
 from .checks import one_of

@@ -15,7 +15,8 @@ from ..catalog import Piece
 from ..conversion import default_budget
 from ..errors import StorageError
 from ..planning import Move, Plan, make_plan
-from ..storage.engine import fit_budget, run
+from ..storage.budget import LENT_BLOCK_BYTES, fit_budget
+from ..storage.engine import run
 from ..storage.staging import Staging
 from ..storage.writing import FileLayout, OutputFiles
 from .checksums import FileSums, Gathered
@@ -42,20 +43,13 @@ def write_parts(
     plans = [make_plan(part.catalog, part.result.outputs) for part in parts]
     check_room(staging.files, sum(plan.totals.bytes_written for plan in plans))
     gathered = Gathered()
-    budget = fit_budget(host_bytes or default_budget(), workers or _cores())
+    budget = fit_budget(host_bytes or default_budget(), workers or _cores(), LENT_BLOCK_BYTES)
     found: dict[str, FileSums] = {}
     for part, plan in zip(parts, plans, strict=True):
         observer = _Observer(plan, part, gathered)
         files = OutputFiles(plan, staging, part.result.lay_file, part.result.seal)
         try:
-            run(
-                plan.moves(),
-                read,
-                observer.around(files.write),
-                budget=budget,
-                lend=lend,
-                lends_all=True,  # a snapshot lies in memory
-            )
+            run(plan.moves(), read, observer.around(files.write), budget=budget, lend=lend)
         finally:
             files.close()
         found |= observer.sums()
