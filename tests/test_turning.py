@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxshard.loading.turning import turned
 from jaxshard.storage.turning import copy_into
 
 DTYPES = [np.uint8, np.uint16, np.float32, np.float64, "V16"]
@@ -36,32 +35,20 @@ def test_any_order_becomes_any_other(lengths, data, dtype):
     assert out.tobytes() == values.tobytes()
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
-@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (2, 0, 1), (1, 2, 0)])
-def test_what_devices_turn_is_what_numpy_does(dtype, order):
-    values = filled((80, 65, 99), dtype)[:, 1:, :93].transpose(order)
-    asked = []
-
-    def turn(array):
-        asked.append(array.shape)
-        return turned(array)
-
-    out = np.zeros(values.shape, dtype)
-    copy_into(out, values, turn)
-    assert np.array_equal(out, values)
-    assert bool(asked) == (order[-1] != 2)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_than_a_tile_and_less(dtype):
+    for shape in ((1100, 700), (513, 512), (2, 600, 520)):
+        values = filled(shape, dtype).swapaxes(-1, -2)
+        out = np.zeros(values.shape, dtype)
+        copy_into(out, values)
+        assert out.tobytes() == values.tobytes()
 
 
-def test_what_cannot_be_turned_elsewhere_is_turned_here():
-    def never(array):
-        raise AssertionError(array.dtype)
-
+def test_repeated_and_reversed_elements():
     for values in (
         np.broadcast_to(filled((300, 1), np.uint16), (300, 300)).T[:, ::-1],
-        filled((300, 300), np.float64).T,
-        filled((300, 300), "V16").T,
-        filled((60, 60), np.uint16).T,
+        filled((300, 300), np.uint16)[::-1].T,
     ):
         out = np.zeros(values.shape, values.dtype)
-        copy_into(out, values, never)
+        copy_into(out, values)
         assert out.tobytes() == values.tobytes()

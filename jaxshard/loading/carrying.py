@@ -22,7 +22,6 @@ from .ahead import Disk, ReadingAhead
 from .memory import Bytes, JobMemory, staged_bytes
 from .placing import is_kept, place
 from .staging import Staging
-from .turning import turned
 from .wanted import Job
 
 Read = Callable[[Piece, int, memoryview], None]
@@ -77,7 +76,6 @@ def carry(
             progress=progress,
             place=carried.place,
             lend=source.lend,
-            turn=turned,
             rows=source.rows,
             stopped=carried.stop,
         )

@@ -30,7 +30,7 @@ from ..ranges import Runs, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget
 from .requests import Bytes, Read, ReadRows, read_runs
-from .turning import Turn, copy_into
+from .turning import copy_into
 from .viewing import Operands, Viewer
 
 __all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
@@ -57,7 +57,6 @@ def run(
     place: Place | None = None,
     lend: Lend | None = None,
     rows: ReadRows | None = None,
-    turn: Turn | None = None,
     stopped: Callable[[], None] | None = None,
 ) -> Counts:
     """Carry out ``moves``; the counts of what was done.
@@ -66,7 +65,7 @@ def run(
     The first error of any thread stops all of them and is raised; ``stopped`` is called then,
     so that ``moves`` can stop waiting for what will not be done (and at the end as well).
     """
-    ends = Ends(read, write, place, lend, rows, turn)
+    ends = Ends(read, write, place, lend, rows)
     workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
     in_threads([w.work for w in workers], Shared(_batches(moves, budget, place), stopped))
     return sum((w.counts for w in workers), Counts())
@@ -120,7 +119,6 @@ class Ends:
     place: Place | None
     lend: Lend | None
     rows: ReadRows | None = None
-    turn: Turn | None = None
 
 
 class Worker:
@@ -214,7 +212,7 @@ class Worker:
             return
         strides = [move.unit_bytes * prod(shape[i + 1 :]) for i in range(len(shape))]
         out = np.lib.stride_tricks.as_strided(memory.view(values.dtype), part.shape, strides)
-        copy_into(out, values, self._ends.turn)
+        copy_into(out, values)
         writes = self._ends.write(move, target, runs.offset, memory[: runs.num_bytes].data)
         self.counts.num_writes += writes
         self.counts.bytes_written += writes * runs.num_bytes

@@ -1,13 +1,11 @@
 """Turning: copies between arrays whose elements lie in memory in different orders.
 
-A plain transposed copy touches a new cache line with every element. Whoever has something
-that turns arrays quickly gives it; otherwise tiles are copied, in which each line that was
-fetched is used up before it is dropped.
+A plain transposed copy touches a new cache line with every element. Tiles are copied instead,
+in which each line that was fetched is used up before it is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -15,46 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Turn = Callable[[Array], Array]
-"""``turn(values)``: the same elements in row-major order; values of unsigned integers."""
 
-_TILE = (256, 256)  # elements along what is consecutive where it goes, and where it comes from
+_TILE = 512  # elements a side: fits a core's cache, and few calls, between which threads wait
 _APART = 32  # elements between the rows of a tile: no power of two, or they share cache lines
 _SMALL = 1 << 11  # a plane of fewer elements is quick in any order
-_MUCH = 1 << 15  # elements from which on it pays to have them turned
-_TURNED_BYTES = (1, 2, 4)  # of an element
 
 
-def copy_into(out: Array, values: Array, turn: Turn | None = None) -> None:
+def copy_into(out: Array, values: Array) -> None:
     """``out[...] = values``, quick where the two lie in memory in different orders."""
     to, come = _fastest(out), _fastest(values)
     if to == come or out.shape[to] * out.shape[come] < _SMALL:
         out[...] = values
-    elif turn is not None and _can_turn(values):
-        out[...] = turn(values)
     else:
         _copy_tiles(out, values, to, come)
 
 
-def _can_turn(values: Array) -> bool:
-    return (
-        values.size >= _MUCH
-        and values.dtype.kind == "u"
-        and values.itemsize in _TURNED_BYTES
-        and all(stride for stride, n in zip(values.strides, values.shape, strict=True) if n > 1)
-    )
-
-
 def _copy_tiles(out: Array, values: Array, to: int, come: int) -> None:
     others = [range(1 if d in (to, come) else n) for d, n in enumerate(out.shape)]
-    rows, columns = _TILE
-    spare = np.empty((rows, columns + _APART), out.dtype)
+    spare = np.empty((_TILE, _TILE + _APART), out.dtype)
     for corner in product(*others):
         plane = tuple(slice(None) if d in (to, come) else i for d, i in enumerate(corner))
         a, b = (x[plane] if to < come else x[plane].T for x in (out, values))
-        for i in range(0, a.shape[0], rows):
-            for j in range(0, a.shape[1], columns):
-                tile = (slice(i, i + rows), slice(j, j + columns))
+        for i in range(0, a.shape[0], _TILE):
+            for j in range(0, a.shape[1], _TILE):
+                tile = (slice(i, i + _TILE), slice(j, j + _TILE))
                 there = a[tile]
                 here = spare[: there.shape[0], : there.shape[1]]
                 here[...] = b[tile]
