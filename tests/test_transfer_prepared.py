@@ -1,5 +1,6 @@
 """Prepared resharding: what is planned, how much is compiled, and what bounds it."""
 
+import threading
 from contextlib import contextmanager
 
 import jax
@@ -13,7 +14,7 @@ from jaxshard.devices import shardings
 from jaxshard.errors import LayoutError
 from jaxshard.layout import Layout, Placement
 from jaxshard.strategy import Strategy
-from jaxshard.transfer import Resharder, gather, prepare_reshard, reshard
+from jaxshard.transfer import Resharder, gather, host_views, prepare_reshard, reshard
 from jaxshard.transfer.compiled import Program, program
 from jaxshard.transfer.geometry import Move
 from jaxshard.transfer.prepared import _Run
@@ -465,3 +466,34 @@ def test_programs_for_several_tensors_name_the_arguments_of_their_arrays():
     for n, move in enumerate(moves):
         assert found[frozenset([n])] >= move.source_shard_bytes
         assert found[frozenset([n])] <= 1.25 * move.shard_bytes
+
+
+def test_what_is_not_copied_is_labelled_while_threads_copy(monkeypatch):
+    """A thread that copies cannot end before all that needs no copy has its new label."""
+    source = on(mesh((2, 4), ("dp", "mp")), "mp")
+    turned, halved = on(mesh((8,), ("mp",)), None, "mp"), on(mesh((8,), ("mp",)), "mp")
+    shapes = {"copied": (512, 1024), "viewed": (64, 1024), "stays": (16, 16)}
+    tree, values = arrays(shapes, source)
+    tree = jax.block_until_ready(jax.tree.map(lambda x: x + 0, tree))  # XLA aligns
+    resharder = prepare_reshard(tree, {"copied": turned, "viewed": halved, "stays": source})
+    labelled, copying = threading.Event(), threading.Event()
+    finish, copy, finished = _Run._finish, host_views._copy, []
+
+    def watched(run, n, array):
+        finish(run, n, array)
+        finished.append(run.leaves[n].name)
+        if {"viewed", "stays"} <= set(finished):
+            labelled.set()
+
+    def slow(copies):
+        copying.set()
+        assert labelled.wait(20), finished
+        copy(copies)
+
+    monkeypatch.setattr(_Run, "_finish", watched)
+    monkeypatch.setattr(host_views, "_copy", slow)
+    moved = resharder(tree)
+    assert copying.is_set()
+    assert finished[-1] == "copied"
+    for name, value in values.items():
+        assert np.array_equal(np.asarray(moved[name]), value)

@@ -113,8 +113,12 @@ def run(
     done: Callable[[int, jax.Array], None],
     *,
     share: bool = True,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Carry out ``moves``; ``done(n, array)`` is called as each one is complete, in order.
+    """Carry out ``moves``; ``done(n, array)`` is called as each one is complete.
+
+    Where nothing is copied that is at once, while threads copy for the moves before; they may
+    still do so when ``meanwhile`` is called, once all are begun.
 
     Without ``share`` no target shard is a view of a source shard.
     """
@@ -122,11 +126,15 @@ def run(
     ahead_bytes = 0
     for n, (array, move) in enumerate(zip(arrays, moves, strict=True)):
         started = _start(n, array, move, share=share)
+        if not started.tasks:
+            _finish(started, done)
+            continue
         waiting.append(started)
         ahead_bytes += started.new_bytes
-        while waiting and (ahead_bytes > _AHEAD_BYTES or not waiting[0].tasks):
+        while ahead_bytes > _AHEAD_BYTES:
             ahead_bytes -= waiting[0].new_bytes
             _finish(waiting.popleft(), done)
+    meanwhile()
     while waiting:
         _finish(waiting.popleft(), done)
 
@@ -176,7 +184,8 @@ def _finish(started: _Started, done: Callable[[int, jax.Array], None]) -> None:
 def _submit(copies: Sequence[tuple[Bytes, Bytes]], total_bytes: int) -> Iterator[Future[None]]:
     """Copy small parts here, and large ones in threads, about `_TASK_BYTES` at a time."""
     if total_bytes < _INLINE_BYTES:
-        _copy(copies)
+        if copies:
+            _copy(copies)
         return
     batch: list[tuple[Bytes, Bytes]] = []
     batch_bytes = 0

@@ -12,7 +12,7 @@ because XLA:CPU can deadlock when several do.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -121,22 +121,26 @@ class _Run:
         self.in_flight_bytes = 0
 
     def all(self, units: Sequence[Unit], limit_bytes: int) -> list[jax.Array]:
-        views = [u.leaves[0] for u in units if u.kind == "views"]
-        self._views(views)
+        def stay() -> None:
+            for unit in units:
+                if unit.kind == "stay":
+                    self._unit(unit, limit_bytes)
+
+        self._views([u.leaves[0] for u in units if u.kind == "views"], meanwhile=stay)
         for unit in units:
-            if unit.kind != "views":
+            if unit.kind not in ("views", "stay"):
                 self._unit(unit, limit_bytes)
         if self.in_flight and _is_cpu(self.in_flight[0]):
             self._barrier()  # the caller's own programs must not meet ours either
         return [x for x in self.found if x is not None]
 
-    def _views(self, numbers: Sequence[int]) -> None:
+    def _views(self, numbers: Sequence[int], *, meanwhile: Callable[[], None]) -> None:
         def done(n: int, array: jax.Array) -> None:
             self._finish(numbers[n], array)
 
         arrays = (self._source(n) for n in numbers)
         moves = [self.leaves[n].move for n in numbers]
-        host_views.run(arrays, moves, done, share=not self.copy)
+        host_views.run(arrays, moves, done, share=not self.copy, meanwhile=meanwhile)
 
     def _unit(self, unit: Unit, limit_bytes: int) -> None:
         arrays = [self._source(n) for n in unit.leaves]
