@@ -88,6 +88,7 @@ def child(
     print(
         json.dumps(
             {
+                "device": jax.devices()[0].device_kind,
                 "walls": walls,
                 "cpus": cpus,
                 "peak_anon_bytes": max(peaks, default=0),
@@ -318,12 +319,11 @@ def on_gpu(folder: Path, rounds: int) -> Result:
 
     numpy = "safetensors.numpy load_file + device_put"
     try:
-        for method in (OURS, numpy):
-            sample(method, folder, check=True, gpu=True)
+        device = [sample(m, folder, check=True, gpu=True)["device"] for m in (OURS, numpy)][0]
     except RuntimeError as error:
-        return {"not_run": f"no GPU that JAX can use here: {error}"}
+        return {"device": "", "not_run": f"no GPU that JAX can use here: {error}"}
     cases = {m: partial(sample, m, folder, gpu=True) for m in (numpy, BASELINE, OURS, _PINNED)}
-    return compare(cases, rounds)
+    return {"device": device, **compare(cases, rounds)}
 
 
 def _forget(folder: Path) -> None:
@@ -375,7 +375,8 @@ def main() -> None:
 def gpu_report(model: Llama, rounds: int) -> Result:
     with tempfile.TemporaryDirectory(prefix="jaxshard-load-") as scratch:
         write_llama(Path(scratch) / "model", model)
-        return {"bytes": model.num_bytes, "gpu": on_gpu(Path(scratch) / "model", rounds)}
+        found = on_gpu(Path(scratch) / "model", rounds)
+        return {"device": found.pop("device"), "bytes": model.num_bytes, "gpu": found}
 
 
 def cpu_report(model: Llama, rounds: int, options: argparse.Namespace) -> Result:

@@ -215,10 +215,11 @@ def file_system(path: Path) -> str:
     return max(holders, key=lambda m: len(m[1]))[2] if holders else "unknown"
 
 
-def machine_name() -> str:
+def machine_name(device: str = "") -> str:
     """A name for result files: what was measured on, not whose it is."""
     about = machine()
-    return re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['cores']} cores".lower()).strip("-")
+    text = f"{device or about['cpu']} {about['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def load() -> float:
@@ -227,8 +228,8 @@ def load() -> float:
 
 
 def save(name: str, results: Mapping[str, object]) -> Path:
-    """Write ``results`` where this machine's are kept."""
-    folder = ROOT / "benchmarks" / "results" / machine_name()
+    """Write ``results`` where this machine's are kept: of its ``device``, if they name one."""
+    folder = ROOT / "benchmarks" / "results" / machine_name(str(results.get("device", "")))
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{name}.json"
     place.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
