@@ -30,13 +30,14 @@ def copy_into(out: Array, values: Array) -> None:
 
 def _copy_tiles(out: Array, values: Array, to: int, come: int) -> None:
     others = [range(1 if d in (to, come) else n) for d, n in enumerate(out.shape)]
-    spare = np.empty((_TILE, _TILE + _APART), out.dtype)
+    rows, columns = (min(_TILE, out.shape[d]) for d in (to, come))
+    spare = np.empty((rows, columns + _APART), out.dtype)
     for corner in product(*others):
         plane = tuple(slice(None) if d in (to, come) else i for d, i in enumerate(corner))
         a, b = (x[plane] if to < come else x[plane].T for x in (out, values))
-        for i in range(0, a.shape[0], _TILE):
-            for j in range(0, a.shape[1], _TILE):
-                tile = (slice(i, i + _TILE), slice(j, j + _TILE))
+        for i in range(0, a.shape[0], rows):
+            for j in range(0, a.shape[1], columns):
+                tile = (slice(i, i + rows), slice(j, j + columns))
                 there = a[tile]
                 here = spare[: there.shape[0], : there.shape[1]]
                 here[...] = b[tile]
