@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from two_hosts_shared_disk import HOSTS, both_hosts, write_model
+from two_hosts_shared_disk import HOSTS, both_hosts, say, write_model
 
 
 def on_one_host(coordinator: str, index: int, folder: Path) -> None:
@@ -28,7 +28,7 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
     own = folder / f"host{index}"
     params = js.load(own / "model", "mp4pp2")  # host 0 has the first stage, host 1 the second
     js.save(params, own / "saved", format="ranks", shared=False, timeout_s=60)
-    print(f"host {index}:", *sorted(p.name for p in (own / "saved").iterdir()))
+    say(f"host {index}: {' '.join(sorted(p.name for p in (own / 'saved').iterdir()))}")
 
     again = js.load(own / "saved", "mp4pp2")  # every name is there, with what its devices hold
     truth = safetensors.numpy.load_file(own / "model" / "model.safetensors")
@@ -40,7 +40,7 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
     try:
         js.load(own / "saved", "dp8")  # needs what only the other host has
     except js.CoverageError as error:
-        print(f"host {index}: {str(error)[:160]} …")
+        say(f"host {index}: {str(error)[:160]} …")
     else:
         raise AssertionError("it cannot be here")
 

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 HOSTS, DEVICES = 2, 4  # four devices each
 
 
+def say(text: str) -> None:
+    """Print a line in one piece: the other host prints to the same place."""
+    sys.stdout.write(f"{text}\n")
+
+
 def on_one_host(coordinator: str, index: int, folder: Path) -> None:
     """What every host runs, alike."""
     import jax  # noqa: PLC0415 - after the environment is set
@@ -38,21 +43,21 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
 
     counts = []
     params = js.load(folder / "model", "dp2mp4", counted=counts.append)
-    print(f"host {index}: {told(counts)}, all that its own devices hold")
+    say(f"host {index}: {told(counts)}, all that its own devices hold")
 
     counts.clear()
     params = js.load(folder / "model", "dp2mp4", balanced=True, counted=counts.append)
-    print(f"host {index}: {told(counts)}, none of which the other needed to read")
+    say(f"host {index}: {told(counts)}, none of which the other needed to read")
 
     # between the hosts' devices; nothing over a host's memory
     params = js.reshard(params, "dp4mp2")
     report = js.save(params, folder / "saved", timeout_s=60)
-    print(f"host {index}: wrote {report.counts.bytes_written:,} bytes, its share")
+    say(f"host {index}: wrote {report.counts.bytes_written:,} bytes, its share")
 
     # pipeline stages: each host holds the layers of its own
     again = js.load(folder / "saved", "mp4pp2")
     here = sum(bool(array.addressable_shards) for array in again.values())
-    print(f"host {index}: holds {here} of {len(again)} tensors")
+    say(f"host {index}: holds {here} of {len(again)} tensors")
     truth = safetensors.numpy.load_file(folder / "model" / "model.safetensors")
     for name, array in again.items():
         for shard in array.addressable_shards:
