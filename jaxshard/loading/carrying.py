@@ -16,7 +16,7 @@ import jax
 from ..catalog import Piece
 from ..planning import Move
 from ..storage.budget import Budget, Counts
-from ..storage.engine import run
+from ..storage.engine import ReadPlaces, run
 from ..storage.requests import ReadRows
 from .ahead import Disk, ReadingAhead
 from .memory import Bytes, JobMemory, staged_bytes
@@ -36,6 +36,7 @@ class Source:
         read: fills memory from a file.
         lend: gives bytes where they already lie in memory.
         rows: fills memory from many places in a file.
+        scatter: fills many places in memory from one in a file.
         disk: is told what will be read; None where nothing would come of it.
         given: shards of a job that need not be filled, by number.
     """
@@ -43,6 +44,7 @@ class Source:
     read: Read
     lend: Lend | None = None
     rows: ReadRows | None = None
+    scatter: ReadPlaces | None = None
     disk: Disk | None = None
     given: Callable[[Job], dict[int, Bytes]] = field(default=lambda job: {})
 
@@ -77,6 +79,7 @@ def carry(
             place=carried.place,
             lend=source.lend,
             rows=source.rows,
+            scatter=source.scatter,
             stopped=carried.stop,
         )
     finally:

@@ -35,8 +35,10 @@ def file_source(catalog: Catalog, files: OpenSource, *, mmap: bool) -> Source:
     if asked not in ("pread", "mmap"):
         raise LayoutError(f"{IO_VARIABLE}={asked!r}: set it to pread or mmap, or not at all.")
     disk = files if isinstance(files, SourceFiles) else None
-    if disk is None or (not mmap and asked == "pread"):
-        return Source(files.read, rows=files.read_rows, disk=disk)
+    if disk is None:
+        return Source(files.read, rows=files.read_rows)
+    if not mmap and asked == "pread":
+        return Source(files.read, rows=files.read_rows, scatter=disk.read_places, disk=disk)
     mapped = MappedFiles(catalog)
     if not mmap:
         return Source(files.read, mapped.lend, disk=disk)

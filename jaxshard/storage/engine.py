@@ -30,7 +30,9 @@ from ..ranges import Runs, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget
 from .requests import Bytes, Read, ReadRows, read_runs
+from .scattering import places_of, scatter_of
 from .turning import copy_into
+from .vectors import Places
 from .viewing import Operands, Viewer
 
 __all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
@@ -42,6 +44,8 @@ Place = Callable[[Move, int, int, int], memoryview | None]
 still told how many bytes are in place, and has nothing to copy."""
 Lend = Callable[[Piece, int, int], memoryview | None]
 """``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
+ReadPlaces = Callable[[Piece, int, Places], None]
+"""``scatter(piece, offset, places)`` fills places in memory, one after the other, as ``read``."""
 _Given = tuple[Batch, Operands | None]
 
 _STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps, no memory
@@ -57,6 +61,7 @@ def run(
     place: Place | None = None,
     lend: Lend | None = None,
     rows: ReadRows | None = None,
+    scatter: ReadPlaces | None = None,
     stopped: Callable[[], None] | None = None,
 ) -> Counts:
     """Carry out ``moves``; the counts of what was done.
@@ -65,18 +70,18 @@ def run(
     The first error of any thread stops all of them and is raised; ``stopped`` is called then,
     so that ``moves`` can stop waiting for what will not be done (and at the end as well).
     """
-    ends = Ends(read, write, place, lend, rows)
+    ends = Ends(read, write, place, lend, rows, scatter)
     workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
-    in_threads([w.work for w in workers], Shared(_batches(moves, budget, place), stopped))
+    in_threads([w.work for w in workers], Shared(_batches(moves, budget, ends), stopped))
     return sum((w.counts for w in workers), Counts())
 
 
-def _batches(moves: Iterable[Move], budget: Budget, place: Place | None) -> Iterator[_Given]:
+def _batches(moves: Iterable[Move], budget: Budget, ends: Ends) -> Iterator[_Given]:
     for move in moves:
         operands = operands_of(move)
         for cell in move.cells:
             limit = budget.block_bytes
-            if place is not None and _is_straight(move, cell, place):
+            if _needs_no_block(move, cell, ends):
                 limit = max(limit, _STRAIGHT_BYTES)
             all_blocks = cell_blocks(
                 cell,
@@ -84,7 +89,7 @@ def _batches(moves: Iterable[Move], budget: Budget, place: Place | None) -> Iter
                 move.unit_bytes,
                 limit,
                 budget.tile_bytes,
-                in_memory=place is not None,
+                in_memory=ends.place is not None,
             )
             most = max(1, BATCH_BLOCKS * budget.block_bytes // limit)
             while batch := tuple(islice(all_blocks, most)):
@@ -96,17 +101,22 @@ def operands_of(move: Move) -> Operands | None:
     return Operands(move.operands) if any(move.forms) and move.operands else None
 
 
-def _is_straight(move: Move, cell: Cell, place: Place) -> bool:
-    """Whether a run of one source is a run of one target's own memory: it needs no block."""
-    if len(cell.sources) != 1 or len(cell.targets) != 1:
+def _needs_no_block(move: Move, cell: Cell, ends: Ends) -> bool:
+    """Whether a run of one source is a run of one target's own memory, or scattered to several."""
+    place = ends.place
+    if place is None or len(cell.sources) != 1:
         return False
-    (source, part), (target, box) = cell.sources[0], cell.targets[0]
+    if any(place(move, target, 0, 0) is None for target, _ in cell.targets):
+        return False
+    if len(cell.targets) > 1:
+        whole = block_steps(cell, cell.box, move.sources, move.forms)
+        return ends.scatter is not None and scatter_of(move, whole) is not None
+    (source, part), (_, box) = cell.sources[0], cell.targets[0]
     stored = move.sources[source]
     return (
         move.forms[source] is None
         and part == box == cell.box
         and not byte_runs(box.within(stored), stored.shape, move.unit_bytes).outer
-        and place(move, target, 0, 0) is not None
     )
 
 
@@ -119,6 +129,7 @@ class Ends:
     place: Place | None
     lend: Lend | None
     rows: ReadRows | None = None
+    scatter: ReadPlaces | None = None
 
 
 class Worker:
@@ -152,6 +163,8 @@ class Worker:
     def _carry(self, move: Move, cell: Cell, block: Box) -> None:
         steps = block_steps(cell, block, move.sources, move.forms)
         unit = move.unit_bytes
+        if self._scattered(move, steps):
+            return
         if block.size * unit > len(self._block):  # a tile
             self._block = np.empty(block.size * unit, np.uint8)
             self._spare = np.empty(block.size * unit, np.uint8)
@@ -184,6 +197,28 @@ class Worker:
             self.counts.num_writes += writes
             self.counts.bytes_written += writes * num_bytes
         self.counts.num_copies += steps.num_copies
+
+    def _scattered(self, move: Move, steps: Steps) -> bool:
+        """Carry out a block without one, if its targets' memory can be filled as it is read."""
+        scatter = scatter_of(move, steps) if self._ends.scatter and self._ends.place else None
+        if scatter is None:
+            return False
+        memory = []
+        for index, at, width in scatter.parts:
+            place = self._place(move, index, at, scatter.num_rows * width)
+            if place is None:
+                return False
+            memory.append(place)
+        assert self._ends.scatter is not None
+        piece = move.pieces[scatter.source][0]
+        self._ends.scatter(piece, scatter.runs.offset, places_of(scatter, memory))
+        self._count_reads(scatter.runs)
+        for data, (index, at, _) in zip(memory, scatter.parts, strict=True):
+            writes = self._ends.write(move, index, at, data.data)
+            self.counts.num_writes += writes
+            self.counts.bytes_written += writes * len(data)
+        self.counts.num_copies += steps.num_copies
+        return True
 
     def _carry_permuted(self, move: Move, cell: Cell, block: Box) -> None:
         """As ``_carry``, from sources in another order straight into memory, with no block."""

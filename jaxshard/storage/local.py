@@ -15,10 +15,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..catalog import File
 from ..errors import FormatError, NotFoundError, StorageError
 from .linux import begin_reading, is_cached, start_writing_back
+
+if TYPE_CHECKING:  # NumPy, which most of what reads files does without
+    from .vectors import Places
 
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096
@@ -245,6 +249,22 @@ class Handles:
                     self.read_into(path, offset + done, view[skip:])
                     done += len(view) - skip
                 offset += want
+
+    def read_places(self, path: str, offset: int, places: Places) -> None:
+        """Fill ``places`` one after the other from byte ``offset`` of ``path``.
+
+        Raises:
+            FormatError, StorageError: as ``read_into``.
+        """
+        with self.use(path) as descriptor:
+            try:
+                done = places.fill(descriptor, offset)
+            except OSError as error:
+                raise StorageError(
+                    f"{self._base / path} cannot be read at byte {offset}: {error.strerror}."
+                ) from error
+            if done < places.num_bytes:
+                raise _ended(path, os.fstat(descriptor).st_size, offset, places.num_bytes)
 
     def is_cached(self, path: str, offset: int) -> bool:
         """Whether byte ``offset`` of ``path`` is in the page cache; True where nobody can say."""

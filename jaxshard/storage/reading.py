@@ -6,10 +6,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..catalog import Catalog, File, Piece
 from ..errors import FormatError, NotFoundError, some
 from .local import Handles, LocalFolder
+
+if TYPE_CHECKING:
+    from .vectors import Places
 
 
 class SourceFiles:
@@ -32,6 +36,10 @@ class SourceFiles:
     def read_rows(self, piece: Piece, offsets: Iterable[int], buffer: memoryview) -> None:
         """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
         self._handles.read_rows(self._files[piece.file].path, list(offsets), buffer)
+
+    def read_places(self, piece: Piece, offset: int, places: Places) -> None:
+        """Fill ``places`` one after the other, from byte ``offset`` of that file."""
+        self._handles.read_places(self._files[piece.file].path, offset, places)
 
     def is_cached(self, piece: Piece, offset: int) -> bool:
         """Whether byte ``offset`` of that file can be read without waiting for a disk."""
