@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 
 from ..box import Box
@@ -158,13 +159,17 @@ class _Gathered:
                 placements = tuple(for_dims(p, 1) for p in placements)
                 self._placed[entry.name] = placements
             shape, box = _place(entry, placements, rank, path)
-        found = self._found.setdefault(entry.name, _Found(entry.dtype, shape, path))
+        found = self._found.get(entry.name)
+        if found is None:
+            found = self._found[entry.name] = _Found(entry.dtype, shape, path)
         if (found.shape, found.dtype) != (shape, entry.dtype):
             raise CoverageError(
                 f"{entry.name} is {found.dtype} {found.shape} by {found.where}, but "
                 f"{entry.dtype} {shape} by {path}. Give the strategy files these were written with."
             )
-        found.pieces += [Piece(file, at, _moved(part, box)) for at, part in entry.pieces]
+        found.pieces += [
+            Piece(file, at, _moved(part, entry.shape, box)) for at, part in entry.pieces
+        ]
 
     def add_elsewhere(self, tensors: Mapping[str, Tensor]) -> None:
         """Know of ``tensors`` that are in no file here, but in another host's."""
@@ -224,9 +229,9 @@ class _Gathered:
         return [f"{len(names)} {text.format(some(names))}" for names, text in told if names]
 
 
-def _moved(part: Box, box: Box) -> Box:
-    """``part`` of a rank's box in coordinates of the whole tensor."""
-    if part.shape == box.shape:
+def _moved(part: Box, held: tuple[int, ...], box: Box) -> Box:
+    """``part`` of what a rank holds, of the shape ``held``, in coordinates of the whole tensor."""
+    if part.stop == held and not any(part.start):
         return box  # shared by thousands of tensors
     start = tuple(a + o for a, o in zip(part.start, box.start, strict=True))
     return Box(start, tuple(b + o for b, o in zip(part.stop, box.start, strict=True)))
@@ -248,5 +253,11 @@ def _place(
             f"{path}: {entry.name} has shape {entry.shape}, but its strategy cuts "
             f"{len(placement.spec)} dims. Give the strategy files it was written with."
         )
-    shape = tuple(n * placement.ways(dim) for dim, n in enumerate(entry.shape))
+    return _whole(placement, entry.shape, rank)
+
+
+@lru_cache(maxsize=4096)
+def _whole(placement: Placement, held: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], Box]:
+    """The shape of which ``rank`` holds a box of the shape ``held``, and that box."""
+    shape = tuple(n * placement.ways(dim) for dim, n in enumerate(held))
     return shape, placement.box(shape, rank)

@@ -28,6 +28,7 @@ from .wire import BYTES, VARINT, Reader
 
 MAX_FILE_BYTES = 1 << 28  # a million parameters are about 150 MB
 _MAX_NAME_BYTES = 4096
+_SHORT_BYTES = 512  # of a layout that is worth remembering: usual ones have 30 to 60
 MAX_NUMBERS = 64  # of one list: mesh axes or tensor dims
 MAX_LISTS = 4096  # one per input of an operator, and a concatenation may have hundreds
 MAX_STAGE = (1 << 16) - 1
@@ -141,13 +142,14 @@ def items(folder: Folder, path: str) -> frozenset[bytes]:
 def _parse(reader: Reader) -> StrategyFile:
     current_stage, operators = -1, list[Operator]()
     layouts = dict[str, ParamLayout]()
+    known = dict[bytes, ParamLayout]()  # most parameters of a model lie as others do
     for number, kind, start, stop in reader.fields(0, reader.num_bytes):
         if number == 1 and kind == VARINT:
             current_stage = start
         elif number == 2 and kind == BYTES:
             operators.append(_operator(reader, start, stop))
         elif number == 3 and kind == BYTES:
-            name, layout = _layout_item(reader, start, stop)
+            name, layout = _layout_item(reader, start, stop, known)
             if layouts.setdefault(name, layout) != layout:
                 raise reader.damaged(start, f"parameter {name} is there twice and differs")
         elif number <= 3:
@@ -176,18 +178,33 @@ def _operator(reader: Reader, start: int, stop: int) -> Operator:
     return Operator(name, stage, tuple(strategies))
 
 
-def _layout_item(reader: Reader, start: int, stop: int) -> tuple[str, ParamLayout]:
+def _layout_item(
+    reader: Reader, start: int, stop: int, known: dict[bytes, ParamLayout]
+) -> tuple[str, ParamLayout]:
     name, layout = None, None
     for number, kind, a, b in reader.fields(start, stop):
         if number == 1 and kind == BYTES:
             name = reader.text(a, b, _MAX_NAME_BYTES, "a parameter's name")
         elif number == 2 and kind == BYTES and layout is None:
-            layout = _param_layout(reader, a, b)
+            layout = _known_layout(reader, a, b, known)
         elif number <= 2:
             raise reader.damaged(a, f"field {number} is not what a parameter's layout has there")
     if name is None or layout is None:
         raise reader.damaged(start, "a parameter without a name or without a layout")
     return name, layout
+
+
+def _known_layout(
+    reader: Reader, start: int, stop: int, known: dict[bytes, ParamLayout]
+) -> ParamLayout:
+    """The layout in bytes ``start`` to ``stop``; equal bytes are parsed once."""
+    if stop - start > _SHORT_BYTES:
+        return _param_layout(reader, start, stop)
+    data = reader.take(start, stop, _SHORT_BYTES, "a layout")
+    layout = known.get(data)
+    if layout is None:
+        layout = known[data] = _param_layout(reader, start, stop)
+    return layout
 
 
 def _param_layout(reader: Reader, start: int, stop: int) -> ParamLayout:

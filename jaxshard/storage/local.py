@@ -13,7 +13,6 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,6 +154,22 @@ def _left(views: Sequence[memoryview], done: int) -> Iterator[tuple[memoryview, 
         done = max(0, done - len(view))
 
 
+class _Use:
+    """A descriptor in use; a generator would cost as much as the call it is for."""
+
+    __slots__ = ("_held", "_lock")
+
+    def __init__(self, held: list[int], lock: threading.Lock) -> None:
+        self._held, self._lock = held, lock
+
+    def __enter__(self) -> int:
+        return self._held[0]
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._held[1] -= 1
+
+
 class Handles:
     """Open file descriptors below one folder: kept for reuse, and never too many.
 
@@ -168,9 +183,8 @@ class Handles:
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
         self._lock = threading.Lock()
 
-    @contextmanager
-    def use(self, path: str) -> Iterator[int]:
-        """A descriptor of ``path``, kept open at least until the block ends."""
+    def use(self, path: str) -> _Use:
+        """A descriptor of ``path``, kept open at least until the ``with`` block ends."""
         with self._lock:
             held = self._open.get(path)
             if held is None:
@@ -178,11 +192,7 @@ class Handles:
                 held = self._open[path] = [self._open_file(path), 0]
             held[1] += 1
             self._open.move_to_end(path)
-        try:
-            yield held[0]
-        finally:
-            with self._lock:
-                held[1] -= 1
+        return _Use(held, self._lock)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from byte ``offset`` of ``path``; the number of requests it took.

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..box import Box
-from ..cells import Cell
+from ..cells import Cell, cells
 from ..planning import Move, cell_blocks
-from ..ranges import Runs, block_dim, byte_runs
+from ..ranges import Runs, block_dim, blocks, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts
 from .sources import OpenSource
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _LEAST_RUN = 512  # bytes of a row below which a copy by NumPy is quicker than the kernel's
 _MOST_VIEWS = 1 << 14  # kept for reuse by a thread: some megabytes
+_MOST_REQUESTS = 1024  # of a geometry, to be kept for the next tensor that has it: a tenth of one
 
 
 def run(
@@ -63,7 +65,7 @@ class Lane:
         first: its first row.
         last: the row after its last.
         outer: for each dim before, (first, end, bytes between neighbours in the file).
-        base: where row 0 would be in the file (or in the target's data).
+        base: where row 0 would be, from the first byte of the source or target.
         row_bytes: bytes of one row of it: what lies between two rows in the file.
         runs: where one row of it lies in a row of the block; None if that is all of it.
     """
@@ -76,19 +78,64 @@ class Lane:
     row_bytes: int
     runs: Runs | None
 
-    def rows(self, block: Box, dim: int) -> tuple[int, int]:
-        """The rows of ``block`` that it holds: ``(first, end)``, empty if end <= first."""
-        for at, (start, stop, _) in zip(block.start, self.outer, strict=False):
-            if not start <= at < stop:
-                return 0, 0
-        return max(block.start[dim], self.first), min(block.stop[dim], self.last)
-
-    def offset(self, block: Box, row: int) -> int:
-        """Where ``row`` of ``block`` lies in the file."""
-        at = self.base + row * self.row_bytes
-        for i, (_, _, stride) in zip(block.start, self.outer, strict=False):
+    def request(self, block: Box, dim: int, block_row_bytes: int) -> Request | None:
+        """The request for what it holds of ``block``, if anything."""
+        at = self.base
+        for i, (start, stop, stride) in zip(block.start, self.outer, strict=False):
+            if not start <= i < stop:
+                return None
             at += i * stride
-        return at
+        first, end = max(block.start[dim], self.first), min(block.stop[dim], self.last)
+        if first >= end:
+            return None
+        start, num_rows = (first - block.start[dim]) * block_row_bytes, end - first
+        num_bytes = num_rows * self.row_bytes
+        place = Place(start, num_rows, block_row_bytes, self.runs) if self.runs else None
+        return Request(self.index, at + first * self.row_bytes, num_bytes, start, place)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request's bytes lie in a block: ``runs`` of each of its rows from byte ``start``."""
+
+    start: int
+    num_rows: int
+    row_bytes: int
+    runs: Runs
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(first byte, bytes) of each, in the order of the file."""
+        inner, end = self.runs, self.start + self.num_rows * self.row_bytes
+        for base in range(self.start, end, self.row_bytes):
+            yield from Runs(base + inner.offset, inner.length, inner.outer)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one call reads into a block, or writes from it.
+
+    Attributes:
+        index: which source or target of the move.
+        offset: from the first byte of that source or target.
+        num_bytes: in all.
+        start: the first byte of the block that it fills or takes.
+        place: where the bytes are in the block; None where they are one run of it.
+    """
+
+    index: int
+    offset: int
+    num_bytes: int
+    start: int
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One block: what fills it, and then what is written from it."""
+
+    num_bytes: int
+    reads: tuple[Request, ...]
+    writes: tuple[Request, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,32 +147,42 @@ class Lanes:
     sources: tuple[Lane, ...]
     targets: tuple[Lane, ...]
 
+    def round(self, block: Box) -> Round:
+        """The requests that carry ``block``."""
+        dim, width = self.dim, self.row_bytes
+        reads = (lane.request(block, dim, width) for lane in self.sources)
+        writes = (lane.request(block, dim, width) for lane in self.targets)
+        num_bytes = (block.stop[dim] - block.start[dim]) * width
+        return Round(num_bytes, tuple(filter(None, reads)), tuple(filter(None, writes)))
 
-def lanes_of(move: Move, cell: Cell, block_bytes: int) -> Lanes | None:
-    """The lanes of ``cell``, or None where it is work for the engine."""
-    if any(move.forms[i] is not None for i, _ in cell.sources) or not cell.box.start:
+
+def lanes_of(
+    cell: Cell, sources: Sequence[Box], targets: Sequence[Box], unit: int, block_bytes: int
+) -> Lanes | None:
+    """The lanes of ``cell`` between boxes that lie as they are, or None: work for the engine.
+
+    Args:
+        cell: a part of the journey, of elements of ``unit`` bytes.
+        sources: the stored boxes.
+        targets: the wanted ones.
+        unit: bytes of an element.
+        block_bytes: the most bytes of a block.
+    """
+    if not cell.box.start:
         return None
-    dim = block_dim(cell.box, move.unit_bytes, block_bytes)
-    row_bytes = move.unit_bytes * prod(cell.box.shape[dim + 1 :])
-    targets = [
-        _lane(i, part, move.targets[i].box, 0, cell.box, dim, move.unit_bytes)
-        for i, part in cell.targets
-    ]
-    sources = [
-        _lane(i, part, move.sources[i], move.pieces[i][0].offset, cell.box, dim, move.unit_bytes)
-        for i, part in cell.sources
-    ]
-    good_sources = [lane for lane in sources if lane]
-    good_targets = [lane for lane in targets if lane]
-    if len(good_sources) + len(good_targets) < len(sources) + len(targets):
+    dim = block_dim(cell.box, unit, block_bytes)
+    row_bytes = unit * prod(cell.box.shape[dim + 1 :])
+    into = [_lane(i, part, targets[i], cell.box, dim, unit) for i, part in cell.targets]
+    out_of = [_lane(i, part, sources[i], cell.box, dim, unit) for i, part in cell.sources]
+    good_into = tuple(lane for lane in into if lane)
+    good_out_of = tuple(lane for lane in out_of if lane)
+    if len(good_into) + len(good_out_of) < len(into) + len(out_of):
         return None
-    return Lanes(dim, row_bytes, tuple(good_sources), tuple(good_targets))
+    return Lanes(dim, row_bytes, good_out_of, good_into)
 
 
-def _lane(
-    index: int, part: Box, stored: Box, base: int, cell: Box, dim: int, unit: int
-) -> Lane | None:
-    """The lane of ``part`` of the box ``stored``, whose data begins at ``base``."""
+def _lane(index: int, part: Box, stored: Box, cell: Box, dim: int, unit: int) -> Lane | None:
+    """The lane of ``part`` of the box ``stored``."""
     shape = stored.shape
     strides = [unit * prod(shape[d + 1 :]) for d in range(dim + 1)]
     row_bytes = unit * prod(part.shape[dim + 1 :])
@@ -142,7 +199,7 @@ def _lane(
         part.start[dim],
         part.stop[dim],
         tuple(zip(part.start[:dim], part.stop[:dim], strides, strict=False)),
-        base - sum(a * s for a, s in starts),
+        -sum(a * s for a, s in starts),
         row_bytes,
         runs,
     )
@@ -152,22 +209,72 @@ def _inner(box: Box, dim: int) -> Box:
     return Box(box.start[dim + 1 :], box.stop[dim + 1 :])
 
 
-_Given = tuple[Batch, Lanes | None, Any]
+_Leg = tuple[Cell, Lanes | None, tuple[Round, ...] | None]
+
+
+@lru_cache(maxsize=256)
+def _legs(
+    sources: tuple[Box, ...], targets: tuple[Box, ...], unit: int, block_bytes: int
+) -> tuple[_Leg, ...]:
+    """The cells of a geometry, their lanes, and their rounds as long as those are few."""
+    legs, left = list[_Leg](), _MOST_REQUESTS
+    for cell in cells(sources, targets):
+        lanes, rounds = lanes_of(cell, sources, targets, unit, block_bytes), None
+        if lanes:
+            left -= (len(cell.sources) + len(cell.targets)) * (
+                1 + cell.box.size * unit // block_bytes
+            )
+            if left >= 0:
+                rounds = tuple(map(lanes.round, blocks(cell.box, unit, block_bytes)))
+        legs.append((cell, lanes, rounds))
+    return tuple(legs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """Neighbouring blocks of one cell, as requests."""
+
+    move: Move
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Neighbouring blocks of one cell that the engine carries."""
+
+    batch: Batch
+    operands: Any
+
+
+_Given = _Rounds | _Work
 
 
 def _batches(moves: Iterable[Move], budget: Budget) -> Iterator[_Given]:
     for move in moves:
-        operands = None
         if any(move.forms):
             from .engine import operands_of  # noqa: PLC0415 - NumPy, only where it is needed
 
             operands = operands_of(move)
-        for cell in move.cells:
-            limit = budget.block_bytes
-            blocks = cell_blocks(cell, move.forms, move.unit_bytes, limit, budget.tile_bytes)
-            lanes = lanes_of(move, cell, limit)
-            while batch := tuple(islice(blocks, BATCH_BLOCKS)):
-                yield Batch(move, cell, batch), lanes, operands
+            for cell in move.cells:
+                yield from _for_engine(move, cell, budget, operands)
+            continue
+        targets = tuple(target.box for target in move.targets)
+        limit = budget.block_bytes
+        for cell, lanes, known in _legs(move.sources, targets, move.unit_bytes, limit):
+            if lanes is None:
+                yield from _for_engine(move, cell, budget, None)
+                continue
+            made = known or map(lanes.round, blocks(cell.box, move.unit_bytes, limit))
+            rounds = iter(made)
+            while some := tuple(islice(rounds, BATCH_BLOCKS)):
+                yield _Rounds(move, some)
+
+
+def _for_engine(move: Move, cell: Cell, budget: Budget, operands: Any) -> Iterator[_Work]:
+    limit, tile = budget.block_bytes, budget.tile_bytes
+    all_blocks = cell_blocks(cell, move.forms, move.unit_bytes, limit, tile)
+    while batch := tuple(islice(all_blocks, BATCH_BLOCKS)):
+        yield _Work(Batch(move, cell, batch), operands)
 
 
 class _Stream:
@@ -184,7 +291,7 @@ class _Stream:
         self._source, self._target = source, target
         self._budget, self._progress = budget, progress
         self._block = memoryview(bytearray(budget.block_bytes))
-        self._views: dict[tuple[int, int, Runs], list[memoryview]] = {}
+        self._views: dict[Place, list[memoryview]] = {}
         self._num_views = 0
         self._engine: Worker | None = None
 
@@ -196,13 +303,12 @@ class _Stream:
     def work(self, batches: Shared[_Given]) -> None:
         """Carry out what ``batches`` gives until it has no more."""
         while given := batches.next():
-            batch, lanes, operands = given
-            if lanes is None:
-                self._worker().carry(batch, operands)
+            if isinstance(given, _Work):
+                self._worker().carry(given.batch, given.operands)
                 continue
             before = self._counts.bytes_written
-            for block in batch.blocks:
-                self._carry(batch.move, lanes, block)
+            for one in given.rounds:
+                self._carry(given.move, one)
             if self._progress:
                 self._progress(self._counts.bytes_written - before)
 
@@ -215,50 +321,37 @@ class _Stream:
             self._engine = Worker(ends, self._budget, self._progress)
         return self._engine
 
-    def _carry(self, move: Move, lanes: Lanes, block: Box) -> None:
-        dim, counts = lanes.dim, self._counts
-        if block.size * move.unit_bytes > len(self._block):  # one element may exceed the limit
-            self._block = memoryview(bytearray(block.size * move.unit_bytes))
+    def _carry(self, move: Move, one: Round) -> None:
+        counts = self._counts
+        if one.num_bytes > len(self._block):  # one element may exceed the limit
+            self._block = memoryview(bytearray(one.num_bytes))
             self._views.clear()
-        a = block.start[dim]
-        for lane in lanes.sources:
-            first, end = lane.rows(block, dim)
-            if first < end:
-                views = self._places(lane, lanes.row_bytes, first - a, end - first)
-                piece = move.pieces[lane.index][0]
-                self._source.read_views(piece, lane.offset(block, first), views)
-                num_bytes = (end - first) * lane.row_bytes
-                counts.bytes_needed += num_bytes
-                counts.bytes_read += num_bytes
-                counts.num_reads += 1
-                counts.num_copies += len(views) > 1
-        for lane in lanes.targets:
-            first, end = lane.rows(block, dim)
-            if first < end:
-                views = self._places(lane, lanes.row_bytes, first - a, end - first)
-                num_bytes = (end - first) * lane.row_bytes
-                writes = self._target.write_views(
-                    move, lane.index, lane.offset(block, first), views, num_bytes
-                )
-                counts.bytes_written += writes * num_bytes
-                counts.num_writes += writes
-                counts.num_copies += len(views) > 1
+        for request in one.reads:
+            views, num_bytes = self._memory(request), request.num_bytes
+            piece = move.pieces[request.index][0]
+            self._source.read_views(piece, piece.offset + request.offset, views)
+            counts.bytes_needed += num_bytes
+            counts.bytes_read += num_bytes
+            counts.num_reads += 1
+            counts.num_copies += len(views) > 1
+        for request in one.writes:
+            views, num_bytes = self._memory(request), request.num_bytes
+            writes = self._target.write_views(move, request.index, request.offset, views, num_bytes)
+            counts.bytes_written += writes * num_bytes
+            counts.num_writes += writes
+            counts.num_copies += len(views) > 1
 
-    def _places(self, lane: Lane, row_bytes: int, row: int, num_rows: int) -> Sequence[memoryview]:
-        """Where ``num_rows`` rows of ``lane`` lie in the block, from its row ``row`` on."""
-        start = row * row_bytes
-        if lane.runs is None:
-            return (self._block[start : start + num_rows * row_bytes],)
-        key = (start, num_rows, lane.runs)
-        found = self._views.get(key)
+    def _memory(self, request: Request) -> Sequence[memoryview]:
+        """The parts of the block that ``request`` fills or takes."""
+        place = request.place
+        if place is None:
+            return (self._block[request.start : request.start + request.num_bytes],)
+        found = self._views.get(place)
         if found is None:
             if self._num_views > _MOST_VIEWS:
                 self._views.clear()
                 self._num_views = 0
-            found = self._views[key] = [
-                self._block[at : at + length]
-                for base in range(start, start + num_rows * row_bytes, row_bytes)
-                for at, length in Runs(base + lane.runs.offset, lane.runs.length, lane.runs.outer)
-            ]
+            found = [self._block[at : at + length] for at, length in place.spans()]
+            self._views[place] = found
             self._num_views += len(found)
         return found
