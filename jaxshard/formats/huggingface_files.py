@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from typing import Any
 
 from ..errors import LayoutError
@@ -75,8 +74,15 @@ def parse_size(text: str | int) -> int:
     """
     match = _SIZE.fullmatch(str(text)) if not isinstance(text, bool) else None
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or (num_bytes := int(Fraction(match[1]) * unit)) < 1:
+    num_bytes = _times(match[1], unit) if match and unit else 0
+    if num_bytes < 1:
         raise LayoutError(
             f"{text!r} is not a size. Write it like 5GB (10**9), 4GiB (2**30) or 500MB."
         )
     return num_bytes
+
+
+def _times(number: str, unit: int) -> int:
+    """``number``, a decimal fraction, of ``unit``, exactly and rounded down."""
+    whole, _, part = number.partition(".")
+    return int(whole + part) * unit // int(10 ** len(part))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from ..box import Box
 from ..cells import Cell
@@ -20,8 +19,7 @@ BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """Neighbouring blocks of one cell."""
 
     move: Move

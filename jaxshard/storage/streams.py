@@ -17,11 +17,10 @@ take the same blocks and count the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..box import Box
 from ..cells import Cell, cells
@@ -54,14 +53,13 @@ def run(
     return sum((s.all_counts for s in streams), Counts())
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(NamedTuple):
     """A part of a cell, in bytes: where it lies in its file, and in each block of the cell.
 
     A block is rows ``a`` to ``b`` of one dim; of the dims before it has one element each.
 
     Attributes:
-        index: which source or target of the move.
+        which: the number of a source or target of the move.
         first: its first row.
         last: the row after its last.
         outer: for each dim before, (first, end, bytes between neighbours in the file).
@@ -70,7 +68,7 @@ class Lane:
         runs: where one row of it lies in a row of the block; None if that is all of it.
     """
 
-    index: int
+    which: int
     first: int
     last: int
     outer: tuple[tuple[int, int, int], ...]
@@ -91,11 +89,10 @@ class Lane:
         start, num_rows = (first - block.start[dim]) * block_row_bytes, end - first
         num_bytes = num_rows * self.row_bytes
         place = Place(start, num_rows, block_row_bytes, self.runs) if self.runs else None
-        return Request(self.index, at + first * self.row_bytes, num_bytes, start, place)
+        return Request(self.which, at + first * self.row_bytes, num_bytes, start, place)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a request's bytes lie in a block: ``runs`` of each of its rows from byte ``start``."""
 
     start: int
@@ -110,27 +107,25 @@ class Place:
             yield from Runs(base + inner.offset, inner.length, inner.outer)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What one call reads into a block, or writes from it.
 
     Attributes:
-        index: which source or target of the move.
+        which: the number of a source or target of the move.
         offset: from the first byte of that source or target.
         num_bytes: in all.
         start: the first byte of the block that it fills or takes.
         place: where the bytes are in the block; None where they are one run of it.
     """
 
-    index: int
+    which: int
     offset: int
     num_bytes: int
     start: int
     place: Place | None
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """One block: what fills it, and then what is written from it."""
 
     num_bytes: int
@@ -138,8 +133,7 @@ class Round:
     writes: tuple[Request, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Lanes:
+class Lanes(NamedTuple):
     """A cell as a stream: its blocks are rows of ``dim``, each ``row_bytes`` wide."""
 
     dim: int
@@ -230,16 +224,14 @@ def _legs(
     return tuple(legs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rounds:
+class _Rounds(NamedTuple):
     """Neighbouring blocks of one cell, as requests."""
 
     move: Move
     rounds: tuple[Round, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
+class _Work(NamedTuple):
     """Neighbouring blocks of one cell that the engine carries."""
 
     batch: Batch
@@ -328,7 +320,7 @@ class _Stream:
             self._views.clear()
         for request in one.reads:
             views, num_bytes = self._memory(request), request.num_bytes
-            piece = move.pieces[request.index][0]
+            piece = move.pieces[request.which][0]
             self._source.read_views(piece, piece.offset + request.offset, views)
             counts.bytes_needed += num_bytes
             counts.bytes_read += num_bytes
@@ -336,7 +328,7 @@ class _Stream:
             counts.num_copies += len(views) > 1
         for request in one.writes:
             views, num_bytes = self._memory(request), request.num_bytes
-            writes = self._target.write_views(move, request.index, request.offset, views, num_bytes)
+            writes = self._target.write_views(move, request.which, request.offset, views, num_bytes)
             counts.bytes_written += writes * num_bytes
             counts.num_writes += writes
             counts.num_copies += len(views) > 1
