@@ -85,3 +85,6 @@ WAYS: Mapping[str, Callable[[Path], None]] = {
     "read by 2 threads": partial(in_threads, num_threads=2),
     "read by 8 threads": partial(in_threads, num_threads=8),
 }
+
+SEVERAL_READERS = {"read by 2 threads", "read by 8 threads"}
+"""Those that go through a file at several places at a time."""
