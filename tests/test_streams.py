@@ -12,11 +12,8 @@ import pytest
 
 import jaxshard as js
 from jaxshard.box import Box
-from jaxshard.catalog import Piece
 from jaxshard.cells import cells
-from jaxshard.dtypes import dtype
 from jaxshard.errors import FormatError
-from jaxshard.planning import Move, Target
 from jaxshard.storage import linux, local, streams
 from jaxshard.storage.local import Handles
 
@@ -64,13 +61,6 @@ def test_a_file_that_ends_within_the_views_is_refused_with_its_size(data, tmp_pa
         Handles(tmp_path).read_views("in", 0, [memory[i : i + 8] for i in range(0, len(data), 8)])
 
 
-def move_of(sources: tuple[Box, ...], targets: tuple[Box, ...]) -> Move:
-    pieces = tuple((Piece(i, 0, box),) for i, box in enumerate(sources))
-    kept = tuple(Target(box, (i,)) for i, box in enumerate(targets))
-    forms = (None,) * len(sources)
-    return Move("w", 4, sources, pieces, kept, forms, dtype("F32"))
-
-
 WHOLE = Box((0, 0), (64, 1024))
 HALVES = (Box((0, 0), (64, 512)), Box((0, 512), (64, 1024)))
 SLIVERS = tuple(Box((0, i), (64, i + 64)) for i in range(0, 1024, 64))  # rows of 256 bytes
@@ -88,7 +78,7 @@ SLIVERS = tuple(Box((0, i), (64, i + 64)) for i in range(0, 1024, 64))  # rows o
 )
 def test_streams_take_long_rows_without_gaps(sources, targets, is_stream):
     (cell,) = cells(sources, targets)
-    assert (streams.lanes_of(cell, sources, targets, 2, 1 << 20) is not None) == is_stream
+    assert (streams.lanes_of(cell, sources, targets, 4, 1 << 20) is not None) == is_stream
 
 
 def test_a_conversion_that_streams_needs_no_numpy_and_one_that_does_not_still_works(tmp_path):

@@ -242,22 +242,19 @@ _Given = _Rounds | _Work
 
 
 def _batches(moves: Iterable[Move], budget: Budget) -> Iterator[_Given]:
+    limit = budget.block_bytes
     for move in moves:
+        operands = None
         if any(move.forms):
             from .engine import operands_of  # noqa: PLC0415 - NumPy, only where it is needed
 
             operands = operands_of(move)
-            for cell in move.cells:
-                yield from _for_engine(move, cell, budget, operands)
-            continue
         targets = tuple(target.box for target in move.targets)
-        limit = budget.block_bytes
         for cell, lanes, known in _legs(move.sources, targets, move.unit_bytes, limit):
-            if lanes is None:
-                yield from _for_engine(move, cell, budget, None)
+            if lanes is None or any(move.forms[i] for i, _ in cell.sources):
+                yield from _for_engine(move, cell, budget, operands)
                 continue
-            made = known or map(lanes.round, blocks(cell.box, move.unit_bytes, limit))
-            rounds = iter(made)
+            rounds = iter(known or map(lanes.round, blocks(cell.box, move.unit_bytes, limit)))
             while some := tuple(islice(rounds, BATCH_BLOCKS)):
                 yield _Rounds(move, some)
 
