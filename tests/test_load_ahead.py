@@ -17,9 +17,10 @@ from jaxshard.box import Box
 from jaxshard.catalog import Piece, Tensor
 from jaxshard.dtypes import dtype
 from jaxshard.loading import load
-from jaxshard.loading.ahead import ReadingAhead, spans
+from jaxshard.loading.ahead import ReadingAhead, portions, spans
 from jaxshard.planning import move_into
-from jaxshard.storage.linux import is_cached
+from jaxshard.storage import readahead
+from jaxshard.storage.readahead import is_cached
 from jaxshard.storage.reading import SourceFiles
 
 BF16 = dtype("BF16")
@@ -35,7 +36,7 @@ class Disk:
     def is_cached(self, piece, offset):
         return self._cached
 
-    def begin_reading(self, piece, offset, num_bytes):
+    def begin_reading(self, piece, offset, num_bytes, *, before, ends):
         self.asked.append((piece.file, offset, num_bytes))
 
 
@@ -59,8 +60,10 @@ def wait_for(condition, what: str) -> None:
 
 def test_the_disk_is_told_of_everything_in_order():
     disk, given = Disk(), moves(50)
-    ahead = ReadingAhead(given, disk)
+    ahead = ReadingAhead(given, disk, window_bytes=8 * 64)
     ahead.start()
+    for move in given:
+        ahead.reached(move)
     wait_for(lambda: len(disk.asked) == 50, "the disk was not told of all")
     ahead.close()
     assert disk.asked == [(0, n * 64, 64) for n in range(50)]
@@ -68,16 +71,38 @@ def test_the_disk_is_told_of_everything_in_order():
 
 def test_it_stays_near_and_goes_on_as_the_load_does():
     disk, given = Disk(), moves(50)
-    ahead = ReadingAhead(given, disk, window_bytes=10 * 64)
+    ahead = ReadingAhead(given, disk, window_bytes=8 * 64)
     ahead.start()
-    wait_for(lambda: len(disk.asked) == 10, "it did not begin")
+    wait_for(lambda: len(disk.asked) == 8, "it did not begin")
     time.sleep(0.05)
-    assert len(disk.asked) == 10
+    assert len(disk.asked) == 8
     for move in given[:5]:
         ahead.reached(move)
-    wait_for(lambda: len(disk.asked) == 15, "it did not go on")
+    wait_for(lambda: len(disk.asked) == 13, "it did not go on")
+    time.sleep(0.05)
     ahead.close()  # and ends, although it waits
-    assert len(disk.asked) == 15
+    assert len(disk.asked) == 13
+
+
+def test_spans_that_follow_each_other_are_told_as_one_run():
+    found = [
+        (p.offset, p.num_bytes, p.before, p.ends, p.told_bytes) for p in portions(moves(5), 128)
+    ]
+    assert found == [
+        (0, 128, 0, False, 128),
+        (128, 128, 128, False, 256),
+        (256, 64, 256, True, 320),
+    ]
+    apart = moves(5)
+    del apart[2]
+    assert [(p.offset, p.num_bytes, p.before, p.ends) for p in portions(apart, 1 << 20)] == [
+        (0, 5 * 64, 0, True)  # a gap of less than a page is none
+    ]
+    far = moves(2, (64, 64)) + moves(5, (64, 64))[4:]
+    assert [(p.offset, p.num_bytes, p.before, p.ends) for p in portions(far, 1 << 20)] == [
+        (0, 2 * 8192, 0, True),
+        (4 * 8192, 8192, 0, True),
+    ]
 
 
 @pytest.mark.parametrize("disk", [Disk(cached=True), None])
@@ -111,10 +136,12 @@ def test_a_cold_file_is_fetched_and_read_right(tmp_path: Path, monkeypatch):
     told = []
     begin = SourceFiles.begin_reading
     monkeypatch.setattr(
-        SourceFiles, "begin_reading", lambda self, *what: told.append(what) or begin(self, *what)
+        SourceFiles,
+        "begin_reading",
+        lambda self, *what, **how: told.append(what) or begin(self, *what, **how),
     )
     found = load(tmp_path, jax.devices()[0])
-    assert len(told) == 4
+    assert [what[2] for what in told] == [4 << 20]  # of the four, in one run
     for name, array in arrays.items():
         assert np.array_equal(np.asarray(found[name]), array)
     told.clear()
@@ -130,6 +157,67 @@ def _made_cold(path: Path) -> bool:
         return not is_cached(descriptor, path.stat().st_size - 1)
     finally:
         os.close(descriptor)
+
+
+def read_ahead_marks(monkeypatch, descriptor, offset, num_bytes, *, window=8 << 20, **how):
+    """Where a byte is asked for, and what ``fadvise`` is told."""
+    asked, told = [], []
+    monkeypatch.setattr(readahead, "_window_bytes", lambda device: window)
+
+    def preadv(descriptor, buffers, at, flags):
+        asked.append(at)
+        assert flags == os.RWF_NOWAIT
+        raise BlockingIOError
+
+    monkeypatch.setattr(readahead.os, "preadv", preadv)
+    monkeypatch.setattr(readahead.os, "posix_fadvise", lambda *what: told.append(what[1:3]))
+    readahead.begin_reading(descriptor, offset, num_bytes, **how)
+    assert told[0][0] == offset
+    assert sum(n for _, n in told) == num_bytes
+    return asked
+
+
+@pytest.fixture
+def large_file(tmp_path: Path):
+    path = tmp_path / "large"
+    path.touch()
+    os.truncate(path, 256 << 20)
+    descriptor = os.open(path, os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_a_long_run_is_asked_for_closely_first_then_here_and_there(monkeypatch, large_file):
+    asked = read_ahead_marks(monkeypatch, large_file, 0, 256 << 20)
+    assert asked == sorted(set(asked))
+    assert asked[:3] == [0, 4 << 10, 8 << 10]
+    assert asked[-2:] == [254 << 20, 255 << 20]
+    assert len(asked) < 450
+    first = read_ahead_marks(monkeypatch, large_file, 0, 32 << 20, ends=False)
+    second = read_ahead_marks(
+        monkeypatch, large_file, 32 << 20, 224 << 20, before=32 << 20, ends=True
+    )
+    assert first + second == asked  # a run told in portions is the same run
+
+
+def test_what_follows_a_run_is_not_fetched_for_nothing(monkeypatch, large_file):
+    asked = read_ahead_marks(monkeypatch, large_file, 64 << 20, 64 << 20)
+    assert max(asked) < (128 - 16) << 20  # two readaheads of 8 MiB before the end
+    assert read_ahead_marks(monkeypatch, large_file, 64 << 20, 16 << 20) == []
+    assert max(read_ahead_marks(monkeypatch, large_file, 64 << 20, 64 << 20, ends=False)) == (
+        127 << 20
+    )
+
+
+def test_small_readaheads_are_left_alone(monkeypatch, large_file):
+    assert read_ahead_marks(monkeypatch, large_file, 0, 64 << 20, window=128 << 10) == []
+
+
+def test_the_size_of_a_readahead_is_found_or_0():
+    here = readahead._window_bytes(os.stat("/").st_dev)
+    assert here >= 0
+    assert here % 1024 == 0
+    assert readahead._window_bytes(os.makedev(4095, 1 << 19)) == 0
 
 
 def test_asking_past_the_end_of_a_file_is_no_matter(tmp_path: Path):

@@ -9,7 +9,8 @@ and it is not begun where the page cache has the files already.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..catalog import Piece
@@ -17,6 +18,8 @@ from ..planning import Move
 from ..ranges import byte_runs
 
 WINDOW_BYTES = 256 << 20  # how far ahead: little beside the page cache, much for any disk
+_PORTIONS = 8  # in a window: what is told at once of a run of bytes that is wanted without a gap
+_GAP_BYTES = 4 << 10
 _PROBES = 32
 _SPARSE = 2  # a span of which less than one part in so many is wanted is left to the reads
 
@@ -28,9 +31,36 @@ class Disk(Protocol):
         """Whether byte ``offset`` of the file that stores ``piece`` can be read without waiting."""
         ...
 
-    def begin_reading(self, piece: Piece, offset: int, num_bytes: int) -> None:
-        """Have the disk fetch these bytes of that file; nobody waits for them."""
+    def begin_reading(
+        self, piece: Piece, offset: int, num_bytes: int, *, before: int, ends: bool
+    ) -> None:
+        """Have the disk fetch these bytes of that file; nobody waits for them.
+
+        ``before`` bytes that lie just before were asked for as well; those that follow will
+        be unless it ``ends``.
+        """
         ...
+
+
+@dataclass(slots=True)
+class Portion:
+    """Bytes of one file that are wanted without a gap, and where they are in all that are.
+
+    Args:
+        piece: names the file.
+        offset: the first byte.
+        num_bytes: how many.
+        before: how many just before ``offset`` are wanted as well.
+        ends: whether those that follow are not wanted.
+        told_bytes: of all moves that begin before the end, what they are about.
+    """
+
+    piece: Piece
+    offset: int
+    num_bytes: int
+    before: int = 0
+    ends: bool = True
+    told_bytes: int = 0
 
 
 class ReadingAhead:
@@ -70,15 +100,47 @@ class ReadingAhead:
 
     def _work(self, disk: Disk) -> None:
         told_bytes = 0
-        for move in self._moves:
+        for part in portions(self._moves, self._window // _PORTIONS):
             with self._changed:
                 while not self._ended and told_bytes >= self._begun_bytes + self._window:
                     self._changed.wait()
-            for piece, offset, num_bytes in spans(move):
-                if self._ended:
-                    return
-                disk.begin_reading(piece, offset, num_bytes)
-            told_bytes += _num_bytes(move)
+            if self._ended:
+                return
+            disk.begin_reading(
+                part.piece, part.offset, part.num_bytes, before=part.before, ends=part.ends
+            )
+            told_bytes = part.told_bytes
+
+
+def portions(moves: Iterable[Move], portion_bytes: int) -> Iterator[Portion]:
+    """What ``moves`` read, in their order; spans that follow each other in a file are joined.
+
+    Those of a long run are joined until there are ``portion_bytes``.
+    """
+    last: Portion | None = None
+    told_bytes = 0
+    for move in moves:
+        told_bytes += _num_bytes(move)
+        for piece, offset, num_bytes in spans(move):
+            if last is not None and not _goes_on(last, piece, offset):
+                yield last
+                last = None
+            if last is not None and last.num_bytes >= portion_bytes:
+                last.ends = False
+                yield last
+                last = Portion(piece, offset, 0, last.before + offset - last.offset)
+            if last is None:
+                last = Portion(piece, offset, 0)
+            last.num_bytes = offset + num_bytes - last.offset
+            last.told_bytes = told_bytes
+    if last is not None:
+        yield last
+
+
+def _goes_on(last: Portion, piece: Piece, offset: int) -> bool:
+    """Whether ``offset`` comes after ``last`` at once, padding between tensors not counted."""
+    gap = offset - last.offset - last.num_bytes
+    return piece.file == last.piece.file and 0 <= gap < _GAP_BYTES
 
 
 def spans(move: Move) -> Iterator[tuple[Piece, int, int]]:

@@ -16,7 +16,6 @@ from typing import Any
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 _AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_READ_AHEAD = 1 << 20  # what every device seen takes at once; slower in smaller portions
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -44,31 +43,6 @@ def start_writing_back(descriptor: int) -> None:
     call = _function("sync_file_range")
     if call is not None:
         call(descriptor, 0, 0, _START_WRITING)  # if it fails, the later fsync will tell
-
-
-def is_cached(descriptor: int, offset: int) -> bool:
-    """Whether the byte at ``offset`` is in the page cache; True where nobody can say."""
-    try:
-        os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except (OSError, AttributeError):
-        return True
-    return True
-
-
-def begin_reading(descriptor: int, offset: int, num_bytes: int) -> None:
-    """Have the disk fetch these bytes into the page cache; nobody waits for them.
-
-    In portions: the kernel cuts a longer request short, to what the device takes at once.
-    """
-    portion = _READ_AHEAD
-    for at in range(offset, offset + num_bytes, portion):
-        try:
-            length = min(portion, offset + num_bytes - at)
-            os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
-        except (OSError, AttributeError):
-            return
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from ..catalog import File
 from ..errors import FormatError, NotFoundError, StorageError
-from .linux import begin_reading, is_cached, start_writing_back
+from .linux import start_writing_back
+from .readahead import begin_reading, is_cached
 
 if TYPE_CHECKING:  # NumPy, which most of what reads files does without
     from .vectors import Places
@@ -281,10 +282,12 @@ class Handles:
         with self.use(path) as descriptor:
             return is_cached(descriptor, offset)
 
-    def begin_reading(self, path: str, offset: int, num_bytes: int) -> None:
-        """Have the disk fetch these bytes; nobody waits for them."""
+    def begin_reading(
+        self, path: str, offset: int, num_bytes: int, *, before: int, ends: bool
+    ) -> None:
+        """Have the disk fetch these bytes, as ``readahead.begin_reading`` does."""
         with self.use(path) as descriptor:
-            begin_reading(descriptor, offset, num_bytes)
+            begin_reading(descriptor, offset, num_bytes, before=before, ends=ends)
 
     def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         """Write ``views`` one after the other at byte ``offset`` of ``path``.

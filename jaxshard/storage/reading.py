@@ -24,6 +24,7 @@ class SourceFiles:
         self._by_mindspore = catalog.metadata.get("format") == "ms"
         self._folder = LocalFolder(catalog.root)
         self._handles = Handles(Path(catalog.root))
+        self._ahead = Handles(Path(catalog.root))  # a file's readahead is each descriptor's own
 
     def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
@@ -45,9 +46,20 @@ class SourceFiles:
         """Whether byte ``offset`` of that file can be read without waiting for a disk."""
         return self._handles.is_cached(self._files[piece.file].path, offset)
 
-    def begin_reading(self, piece: Piece, offset: int, num_bytes: int) -> None:
-        """Have the disk fetch these bytes of that file; nobody waits for them."""
-        self._handles.begin_reading(self._files[piece.file].path, offset, num_bytes)
+    def begin_reading(
+        self, piece: Piece, offset: int, num_bytes: int, *, before: int = 0, ends: bool = True
+    ) -> None:
+        """Have the disk fetch these bytes of that file; nobody waits for them.
+
+        Args:
+            piece: names the file.
+            offset: the first byte.
+            num_bytes: how many.
+            before: the bytes just before ``offset`` that were asked for likewise.
+            ends: whether what follows will not be asked for.
+        """
+        path = self._files[piece.file].path
+        self._ahead.begin_reading(path, offset, num_bytes, before=before, ends=ends)
 
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile.
@@ -94,6 +106,7 @@ class SourceFiles:
     def close(self) -> None:
         """Close all handles."""
         self._handles.close()
+        self._ahead.close()
 
 
 def _state(file: File, folder: Mapping[str, File]) -> File | None:
