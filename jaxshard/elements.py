@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from . import native
 from .dtypes import BY_NUMPY, DType
 from .errors import LayoutError
 
@@ -87,10 +89,17 @@ class Conversion:
             return
         elements = data.view(numpy_dtype(self.stored)) if self.stored.bits >= 8 else _unpack(data)
         start = offset // self.stored.unit_bytes * self.stored.unit_elements
-        out.view(self.dtype)[start : start + elements.size] = elements
+        cast_into(out.view(self.dtype)[start : start + elements.size], elements)
 
     def __str__(self) -> str:
         return f"{self.stored} as {self.dtype.name}"
+
+
+def cast_into(out: NDArray[Any], values: NDArray[Any]) -> None:
+    """``out[...] = values``, whatever their dtypes: to the nearest, too large a value to inf."""
+    if not native.cast(out, values):
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(out, values, casting="unsafe")
 
 
 def can_become(stored: DType, dtype: NumpyDType) -> bool:

@@ -1,16 +1,20 @@
 """Turning: copies between arrays whose elements lie in memory in different orders.
 
 A plain transposed copy touches a new cache line with every element. Tiles are copied instead,
-in which each line that was fetched is used up before it is dropped.
+in which each line that was fetched is used up before it is dropped: by compiled loops where
+there are some, else by NumPy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .. import native
 
 Array = NDArray[Any]
 
@@ -25,23 +29,35 @@ def copy_into(out: Array, values: Array) -> None:
     if to == come or out.shape[to] * out.shape[come] < _SMALL:
         out[...] = values
     else:
-        _copy_tiles(out, values, to, come)
+        spare: list[Array] = []
+        for there, here in _planes(out, values, to, come):
+            if not native.turn(there, here):
+                _copy_tiles(there, here, spare)
 
 
-def _copy_tiles(out: Array, values: Array, to: int, come: int) -> None:
+def _planes(out: Array, values: Array, to: int, come: int) -> Iterator[tuple[Array, Array]]:
+    """What is to be turned, plane by plane: along the first dim ``out`` is dense, along the
+    second ``values``.
+    """
     others = [range(1 if d in (to, come) else n) for d, n in enumerate(out.shape)]
-    rows, columns = (min(_TILE, out.shape[d]) for d in (to, come))
-    spare = np.empty((rows, columns + _APART), out.dtype)
     for corner in product(*others):
         plane = tuple(slice(None) if d in (to, come) else i for d, i in enumerate(corner))
-        a, b = (x[plane] if to < come else x[plane].T for x in (out, values))
-        for i in range(0, a.shape[0], rows):
-            for j in range(0, a.shape[1], columns):
-                tile = (slice(i, i + rows), slice(j, j + columns))
-                there = a[tile]
-                here = spare[: there.shape[0], : there.shape[1]]
-                here[...] = b[tile]
-                there[...] = here
+        there, here = (x[plane] if to < come else x[plane].T for x in (out, values))
+        yield there, here
+
+
+def _copy_tiles(out: Array, values: Array, spare: list[Array]) -> None:
+    """One plane by NumPy; ``spare`` keeps the memory of a tile for the next."""
+    rows, columns = (min(_TILE, n) for n in out.shape)
+    if not spare:
+        spare.append(np.empty((rows, columns + _APART), out.dtype))
+    for i in range(0, out.shape[0], rows):
+        for j in range(0, out.shape[1], columns):
+            tile = (slice(i, i + rows), slice(j, j + columns))
+            there = out[tile]
+            here = spare[0][: there.shape[0], : there.shape[1]]
+            here[...] = values[tile]
+            there[...] = here
 
 
 def _fastest(array: Array) -> int:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import native
 from ..box import Box
 from ..catalog import Tensor
-from ..elements import numpy_dtype
+from ..elements import cast_into, numpy_dtype
 from ..planning import Move
 from ..ranges import Runs
 from ..views import AddProduct, Affine, Round, Step, View
@@ -110,8 +111,10 @@ class Viewer:
             done = np.empty_like(values, dtype)
             _converted(values, piece.view, start, self.values, done, self._spare)
         else:
-            with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf
-                done = values.astype(dtype, copy=False)
+            done = values
+            if values.dtype != dtype:
+                done = np.empty_like(values, dtype)
+                cast_into(done, values)
         return np.broadcast_to(done, part.shape), runs
 
 
@@ -127,15 +130,36 @@ def _converted(
     values: Array, view: View, start: tuple[int, ...], known: Values, done: Array, spare: Spare
 ) -> None:
     """Put ``values``, whose first element is at ``start``, in ``done`` after the view's steps."""
+    if _added_at_once(values, view, start, known, done):
+        return
     work = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
     wide_memory, table_memory = spare.of(work, _most(values))
     with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf, as in JAX
         for part, at in _portions(values, start):
             wide = _like(wide_memory, values[part])
-            np.copyto(wide, values[part], casting="unsafe")
+            cast_into(wide, values[part])
             for step in view.steps:
                 wide = _stepped(wide, step, at, known, table_memory)
-            np.copyto(done[part], wide, casting="unsafe")
+            cast_into(done[part], wide)
+
+
+def _added_at_once(
+    values: Array, view: View, start: tuple[int, ...], known: Values, done: Array
+) -> bool:
+    """Add an adapter to a matrix of bfloat16 in one pass, if that is all there is to do."""
+    step = view.steps[0]
+    if len(view.steps) > 1 or not isinstance(step, AddProduct) or step.reproducible:
+        return False
+    (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
+    matrix = (*row_dims, *column_dims)
+    if len(row_dims) != 1 or len(column_dims) != 1:
+        return False
+    if any(n > 1 for d, n in enumerate(values.shape) if d not in matrix):
+        return False
+    plane = tuple(slice(None) if d in matrix else 0 for d in range(values.ndim))
+    to, come = (x[plane] if row_dims < column_dims else x[plane].T for x in (done, values))
+    b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
+    return native.add_product(to, come, b, a, step.scaling)
 
 
 class Spare:
