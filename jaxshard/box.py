@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from operator import lt, sub
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,12 @@ class Box:
     @property
     def shape(self) -> tuple[int, ...]:
         """Elements along each dim."""
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def size(self) -> int:
         """Elements in the box; 1 for a 0-d one."""
-        return prod(self.shape)
+        return prod(map(sub, self.stop, self.start))
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -51,7 +52,7 @@ class Box:
         """
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
-        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
+        return Box(start, stop) if all(map(lt, start, stop)) else None
 
     def contains(self, other: Box) -> bool:
         """Whether every element of ``other`` is in this box."""
@@ -65,10 +66,8 @@ class Box:
         >>> Box((2, 4), (4, 8)).within(Box((2, 0), (4, 8)))
         Box(start=(0, 4), stop=(2, 8))
         """
-        return Box(
-            tuple(a - o for a, o in zip(self.start, outer.start, strict=True)),
-            tuple(b - o for b, o in zip(self.stop, outer.start, strict=True)),
-        )
+        first = outer.start
+        return Box(tuple(map(sub, self.start, first)), tuple(map(sub, self.stop, first)))
 
     def minus(self, other: Box) -> list[Box]:
         """Disjoint boxes that together hold what ``other`` does not.

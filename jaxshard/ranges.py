@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from math import prod
+from operator import mul
 
 from .box import Box
 
@@ -80,8 +81,8 @@ def byte_runs(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) ->
     >>> byte_runs(Box((2, 0), (4, 8)), (4, 8), itemsize=4)
     Runs(offset=64, length=64, outer=())
     """
-    strides = [itemsize * prod(shape[i + 1 :]) for i in range(len(shape))]
-    offset = base + sum(a * s for a, s in zip(box.start, strides, strict=True))
+    strides = list(accumulate(shape[:0:-1], mul, initial=itemsize))[::-1] if shape else []
+    offset = base + sum(map(mul, box.start, strides))
     lengths = box.shape
     inner = len(shape)  # dims [inner:] are whole, hence contiguous
     while inner and lengths[inner - 1] == shape[inner - 1]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxshard import native
 from jaxshard.storage.turning import copy_into
 
 DTYPES = [np.uint8, np.uint16, np.float32, np.float64, "V16"]
@@ -19,6 +20,18 @@ def filled(shape: tuple[int, ...], dtype: object) -> np.ndarray:
     return data.view(dtype).reshape(shape)
 
 
+@pytest.fixture(params=["compiled", "by NumPy"], autouse=True)
+def way(request):
+    """Everything here holds with the compiled loops, and without."""
+    if request.param == "compiled" and not native.is_there():
+        pytest.skip("the loops were not compiled here")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "by NumPy":
+            patch.setattr(native, "_library", lambda: None)
+        yield
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from([1, 2, 3, 8, 65, 300]), min_size=1, max_size=4),
     st.data(),

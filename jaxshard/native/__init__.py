@@ -63,7 +63,11 @@ def cast(out: Array, values: Array) -> bool:
 
 
 def add_product(
-    out: Array, values: Array, b: NDArray[np.float32], a: NDArray[np.float32], scaling: float
+    out: Array,
+    values: Array,
+    b: NDArray[np.float32],
+    a: NDArray[np.float32],
+    scaling: float | np.float32,
 ) -> bool:
     """``out[...] = values + scaling * (b @ a)`` in float32, rounded once to bfloat16.
 
@@ -94,7 +98,7 @@ def add_product(
         a.strides[0] // a.itemsize,
         *values.shape,
         rank,
-        scaling,
+        float(scaling),
     )
     return True
 

@@ -27,7 +27,7 @@ int jaxshard_kernels(void) { return 1; }
 
 enum { TILE_ROWS = 256, TILE_BYTES = 1024, APART = 64 };
 
-static _Thread_local char tile[TILE_ROWS * (TILE_BYTES + APART)];
+static _Thread_local _Alignas(64) char tile[TILE_ROWS * (TILE_BYTES + APART)];
 
 typedef uint16_t eight_of_2 __attribute__((vector_size(16)));
 typedef uint32_t four_of_4 __attribute__((vector_size(16)));
@@ -156,71 +156,128 @@ void f32_to_bf16(uint16_t *restrict out, const float *restrict in, size_t count)
 
 /* -- Adapters ------------------------------------------------------------------------------
 
-   out = in + scaling * (b @ a) in float32, rounded once. A few rows of a strip of columns at a
-   time: the sums of four rows stay in registers, and the strip of `a` in the nearest cache. */
+   out = in + scaling * (b @ a) in float32, rounded once. A strip of the columns of `a` lies in the
+   nearest cache; the sums of four rows of two vectors stay in registers until they are added.
 
-enum { ROWS = 4, STRIP = 256, LANES = 8, MOST_RANK = 256 };
+   The halves of a vector are widened and narrowed within each 16 bytes of it, as processors do
+   that best. Where vectors are longer, the strip has its columns in that order, too. */
 
-static _Thread_local float strip_of_a[MOST_RANK * STRIP];
+#ifndef LANES
+#if defined(__x86_64__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#endif
+
+enum { ROWS = 4, STEP = 2 * LANES, STRIP = 256, MOST_RANK = 256 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
-typedef float lanes_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(4 * LANES)));
 
-/* sums[r][c] = sum over k of b[r][k] * a[k][c], for up to ROWS rows and STRIP columns */
-ALWAYS void products(float *restrict sums, const float *b, size_t b_row, size_t rows,
-                     size_t columns, size_t rank) {
-    size_t c = 0;
-    for (; rows == ROWS && c + 2 * LANES <= columns; c += 2 * LANES) {
-        const float *a = strip_of_a + c, *b1 = b + b_row, *b2 = b1 + b_row, *b3 = b2 + b_row;
-        lanes s0 = {0}, t0 = s0, s1 = s0, t1 = s0, s2 = s0, t2 = s0, s3 = s0, t3 = s0;
-        for (size_t k = 0; k < rank; k++, a += STRIP) {
-            lanes x = *(const lanes_anywhere *)a, y = *(const lanes_anywhere *)(a + LANES);
-            s0 += b[k] * x, t0 += b[k] * y;
-            s1 += b1[k] * x, t1 += b1[k] * y;
-            s2 += b2[k] * x, t2 += b2[k] * y;
-            s3 += b3[k] * x, t3 += b3[k] * y;
+#if LANES == 8
+#define QUADS {0, 8, 4, 12}
+#define LOW(z, v) __builtin_shufflevector(z, v, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27)
+#define HIGH(z, v) \
+    __builtin_shufflevector(z, v, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31)
+#define ODD(x, y) __builtin_shufflevector(x, y, 1, 3, 5, 7, 17, 19, 21, 23, 9, 11, 13, 15, 25, 27, 29, 31)
+#else
+#define QUADS {0, 4}
+#define LOW(z, v) __builtin_shufflevector(z, v, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(z, v) __builtin_shufflevector(z, v, 4, 12, 5, 13, 6, 14, 7, 15)
+#define ODD(x, y) __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15)
+#endif
+
+static _Thread_local _Alignas(64) float strip_of_a[MOST_RANK * STRIP];
+
+/* `wide` columns of `a`, filled up with zeros to whole steps, each in the order of LOW and HIGH */
+ALWAYS void take_strip(const float *a, size_t a_row, size_t rank, size_t wide) {
+    static const int order[STEP / 4] = QUADS;
+    for (size_t k = 0; k < rank; k++) {
+        const float *from = a + k * a_row;
+        for (size_t i = 0; i < wide; i += STEP) {
+            float some[STEP] = {0}, *to = strip_of_a + k * STRIP + i;
+            memcpy(some, from + i, LEAST(wide - i, (size_t)STEP) * sizeof(float));
+            for (int quad = 0; quad < STEP / 4; quad++)
+                memcpy(to + 4 * quad, some + order[quad], 16);
         }
-        lanes_anywhere *to = (lanes_anywhere *)(sums + c);
-        to[0] = s0, to[1] = t0;
-        to += STRIP / LANES, to[0] = s1, to[1] = t1;
-        to += STRIP / LANES, to[0] = s2, to[1] = t2;
-        to += STRIP / LANES, to[0] = s3, to[1] = t3;
     }
-    for (; c < columns; c++)
-        for (size_t r = 0; r < rows; r++) {
-            float sum = 0;
-            for (size_t k = 0; k < rank; k++) sum += b[r * b_row + k] * strip_of_a[k * STRIP + c];
-            sums[r * STRIP + c] = sum;
-        }
 }
 
-/* What is in `memory` is rounded to float32 there: no multiplication before it may be fused with
-   an addition after it, or results would depend on the processor, and differ from NumPy's. */
-#define ROUNDED_BY_NOW(memory) __asm__ volatile("" : : "r"(memory) : "memory")
+/* As `rounded`, in the upper half of each. */
+ALWAYS words rounded_words(lanes value) {
+    words bits = (words)value;
+    words nearest = bits + 0x7fff + (bits >> 16 & 1);
+    words quiet = (bits & 0x80000000u) | 0x7fc00000u;
+    return nearest ^ ((nearest ^ quiet) & (words)(value != value));
+}
 
-/* in and out: rows x columns; b: rows x rank; a: rank x columns; rank up to MOST_RANK. */
+/* A step of elements: out = in + scaling * (x and y, in the order of HIGH and LOW) */
+ALWAYS void add_step(char *out, const char *in, lanes x, lanes y, float scaling) {
+    if (scaling != 1) {
+        x *= scaling, y *= scaling;
+        /* rounded by now: fused with the addition, results would depend on the processor */
+        __asm__ volatile("" : "+m"(x), "+m"(y));
+    }
+    halves stored, zero = {0};
+    LOAD(stored, in);
+    words low = rounded_words((lanes)LOW(zero, stored) + x);
+    words high = rounded_words((lanes)HIGH(zero, stored) + y);
+    stored = ODD((halves)low, (halves)high);
+    STORE(out, stored);
+}
+
+/* `rows` rows (up to ROWS), of a strip the columns from `first` to `end`, in whole steps */
+ALWAYS void add_to_rows(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,
+                        const float *b, size_t b_row, size_t rows, size_t rank, size_t first,
+                        size_t end, float scaling) {
+    const size_t last = rows - 1; /* a row that is not there is the last one again */
+    const float *b1 = b + LEAST(last, (size_t)1) * b_row, *b2 = b + LEAST(last, (size_t)2) * b_row;
+    const float *b3 = b + last * b_row;
+    for (size_t i = first; i < end; i += STEP, in += 2 * STEP, out += 2 * STEP) {
+        const lanes *a = (const lanes *)(strip_of_a + i);
+        lanes x0 = {0}, y0 = x0, x1 = x0, y1 = x0, x2 = x0, y2 = x0, x3 = x0, y3 = x0;
+        for (size_t k = 0; k < rank; k++, a += STRIP / LANES) {
+            lanes x = a[0], y = a[1];
+            x0 += b[k] * x, y0 += b[k] * y;
+            x1 += b1[k] * x, y1 += b1[k] * y;
+            x2 += b2[k] * x, y2 += b2[k] * y;
+            x3 += b3[k] * x, y3 += b3[k] * y;
+        }
+        add_step(out, in, x0, y0, scaling);
+        if (rows > 1) add_step(out + out_row, in + in_row, x1, y1, scaling);
+        if (rows > 2) add_step(out + 2 * out_row, in + 2 * in_row, x2, y2, scaling);
+        if (rows > 3) add_step(out + 3 * out_row, in + 3 * in_row, x3, y3, scaling);
+    }
+}
+
+/* in and out, which may be the same: rows x columns; b: rows x rank; a: rank x columns. */
 FOR_EACH_PROCESSOR
 void add_product_to_bf16(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,
                          const float *b, size_t b_row, const float *a, size_t a_row, size_t rows,
                          size_t columns, size_t rank, float scaling) {
-    float sums[ROWS * STRIP];
     for (size_t c = 0; c < columns; c += STRIP) {
-        size_t wide = LEAST(columns - c, (size_t)STRIP);
-        for (size_t k = 0; k < rank; k++)
-            memcpy(strip_of_a + k * STRIP, a + k * a_row + c, wide * sizeof(float));
+        size_t wide = LEAST(columns - c, (size_t)STRIP), whole = wide - wide % STEP;
+        take_strip(a + c, a_row, rank, wide);
         for (size_t r = 0; r < rows; r += ROWS) {
-            size_t high = LEAST(rows - r, (size_t)ROWS);
-            products(sums, b + r * b_row, b_row, high, wide, rank);
-            ROUNDED_BY_NOW(sums);
-            for (size_t k = 0; k < high; k++) {
-                const uint16_t *from = (const uint16_t *)(in + (ptrdiff_t)(r + k) * in_row) + c;
-                uint16_t *to = (uint16_t *)(out + (ptrdiff_t)(r + k) * out_row) + c;
-                float *sum = sums + k * STRIP;
-                if (scaling != 1) {
-                    for (size_t i = 0; i < wide; i++) sum[i] *= scaling;
-                    ROUNDED_BY_NOW(sums);
-                }
-                for (size_t i = 0; i < wide; i++) to[i] = rounded(widened(from[i]) + sum[i]);
+            const char *from = in + (ptrdiff_t)r * in_row + 2 * c;
+            char *to = out + (ptrdiff_t)r * out_row + 2 * c;
+            size_t high = LEAST(rows - r, (size_t)ROWS), rest = 2 * (wide - whole);
+            if (high == ROWS)
+                add_to_rows(to, out_row, from, in_row, b + r * b_row, b_row, ROWS, rank, 0, whole,
+                            scaling);
+            else
+                add_to_rows(to, out_row, from, in_row, b + r * b_row, b_row, high, rank, 0, whole,
+                            scaling);
+            if (rest) { /* in a place of its own: nothing beyond the rows is touched */
+                char some[ROWS][2 * STEP] = {{0}};
+                for (size_t k = 0; k < high; k++)
+                    memcpy(some[k], from + (ptrdiff_t)k * in_row + 2 * whole, rest);
+                add_to_rows(some[0], 2 * STEP, some[0], 2 * STEP, b + r * b_row, b_row, high, rank,
+                            whole, whole + STEP, scaling);
+                for (size_t k = 0; k < high; k++)
+                    memcpy(to + (ptrdiff_t)k * out_row + 2 * whole, some[k], rest);
             }
         }
     }

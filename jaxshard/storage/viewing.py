@@ -98,9 +98,7 @@ class Viewer:
         if not form.item_bytes:
             return np.broadcast_to(np.zeros((), dtype), part.shape), None
         runs, order = form.runs(part, stored, piece.offset)
-        if runs.num_bytes > len(self._buffer):
-            self._buffer = np.empty(runs.num_bytes, np.uint8)
-        compact = self._buffer[: runs.num_bytes]
+        compact = self._room(piece.view, runs, order, into, dtype)
         read_runs(self._read, piece, runs, compact)
         values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
         start = part.within(stored).start
@@ -116,6 +114,23 @@ class Viewer:
                 done = np.empty_like(values, dtype)
                 cast_into(done, values)
         return np.broadcast_to(done, part.shape), runs
+
+    def _room(
+        self,
+        view: View,
+        runs: Runs,
+        order: tuple[int, ...],
+        into: Array | None,
+        dtype: np.dtype[Any],
+    ) -> Bytes:
+        """Memory to read ``runs`` to: where the values will be, if steps leave them there."""
+        if view.steps and into is not None and numpy_dtype(view.dtype) == dtype:
+            in_place = into.flags.c_contiguous and list(order) == sorted(order)
+            if in_place and runs.num_bytes == into.nbytes:
+                return into.reshape(-1).view(np.uint8)
+        if runs.num_bytes > len(self._buffer):
+            self._buffer = np.empty(runs.num_bytes, np.uint8)
+        return self._buffer[: runs.num_bytes]
 
 
 def _in_order(compact: Array, lengths: tuple[int, ...], order: tuple[int, ...]) -> Array:
@@ -159,7 +174,7 @@ def _added_at_once(
     plane = tuple(slice(None) if d in matrix else 0 for d in range(values.ndim))
     to, come = (x[plane] if row_dims < column_dims else x[plane].T for x in (done, values))
     b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
-    return native.add_product(to, come, b, a, step.scaling)
+    return native.add_product(to, come, *_scaled_early(b, step.scaling, a))
 
 
 class Spare:
@@ -224,8 +239,7 @@ def _stepped(
         if step.reproducible:
             table = _fused_product(b, a)
         else:
-            if abs(frexp(step.scaling)[0]) == 0.5:  # a power of two: the same, wherever it comes in
-                b, scaling = b * scaling, np.float32(1)
+            b, a, scaling = _scaled_early(b, step.scaling, a)
             size, same = len(b) * a.shape[1], spare.dtype == b.dtype
             made = spare[:size] if same else np.empty(size, b.dtype)
             table = _product(b, a, made.reshape(len(b), a.shape[1]))
@@ -237,6 +251,18 @@ def _stepped(
         table = known[step.scale][_numbers(rows) // high][:, _numbers(columns) // wide]
         values *= _in_order(table, values.shape, (*row_dims, *column_dims))
     return values
+
+
+def _scaled_early(
+    b: NDArray[np.float32], scaling: float, a: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], np.float32]:
+    """Both factors and what is left of the scaling: a power of two goes into the small ``b``.
+
+    The bits are the same, wherever it comes in.
+    """
+    if abs(frexp(scaling)[0]) == 0.5:
+        return b * np.float32(scaling), a, np.float32(1)
+    return b, a, np.float32(scaling)
 
 
 def _product(
