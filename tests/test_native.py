@@ -29,17 +29,33 @@ def random_bytes(shape: tuple[int, ...], dtype: object, seed: int = 0) -> np.nda
     return data.view(dtype).reshape(shape)
 
 
+def on_a_line(shape: tuple[int, int], dtype: object) -> np.ndarray:
+    """Random bytes that begin with a cache line."""
+    made = random_bytes(shape, dtype, seed=1)
+    room = np.zeros(made.nbytes + 64, np.uint8)
+    out = room[-room.ctypes.data % 64 :][: made.nbytes].view(dtype).reshape(shape)
+    out[...] = made
+    return out
+
+
 # --- turning ----------------------------------------------------------------------------
 
 
 @compiled
 @pytest.mark.parametrize("dtype", ["u1", "u2", "u4"])
-@given(rows=st.integers(1, 300), columns=st.integers(1, 1200), apart=st.integers(0, 70))
-def test_turned_is_transposed_and_nothing_else_is_touched(dtype, rows, columns, apart):
+@given(
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 1200),
+    apart=st.one_of(st.integers(0, 70), st.just("a line")),
+    is_final=st.booleans(),
+)
+def test_turned_is_transposed_and_nothing_else_is_touched(dtype, rows, columns, apart, is_final):
+    if apart == "a line":  # each row of the result begins with a cache line
+        apart = -rows % 64
     values = random_bytes((rows, columns + apart), dtype)[:, :columns]
-    memory = random_bytes((columns, rows + apart), dtype, seed=1)
+    memory = on_a_line((columns, rows + apart), dtype)
     before, out = memory.copy(), memory[:, :rows]
-    assert native.turn(out.T, values)
+    assert native.turn(out.T, values, is_final=is_final)
     assert out.tobytes() == values.T.tobytes()
     assert memory[:, rows:].tobytes() == before[:, rows:].tobytes()
 

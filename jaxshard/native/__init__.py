@@ -20,14 +20,18 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-_VERSION = 1  # of the functions in kernels.c
+_VERSION = 2  # of the functions in kernels.c
 _MOST_RANK = 256
 _ITEMS = (1, 2, 4)  # wider ones NumPy turns as quickly
 
 
-def turn(out: Array, values: Array) -> bool:
-    """``out[...] = values``, both of two dims: ``out`` dense along the first, ``values`` along
-    the second.
+def turn(out: Array, values: Array, *, is_final: bool = False) -> bool:
+    """``out[...] = values``, both of two dims, each dense along one: the first, the second.
+
+    Args:
+        out: dense along the first dim.
+        values: dense along the second.
+        is_final: nobody reads ``out`` soon, so caches are kept for what is read.
 
     >>> from jaxshard.native import is_there, turn
     >>> out, values = np.zeros((3, 2), "u2").T, np.arange(6, dtype="u2").reshape(2, 3)
@@ -42,7 +46,14 @@ def turn(out: Array, values: Array) -> bool:
         return False
     rows, columns = out.shape[1], out.shape[0]
     library.turn(
-        _address(out), out.strides[1], _address(values), values.strides[0], rows, columns, item
+        _address(out),
+        out.strides[1],
+        _address(values),
+        values.strides[0],
+        rows,
+        columns,
+        item,
+        is_final,
     )
     return True
 
@@ -138,7 +149,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     pointer, size, apart = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ssize_t
-    library.turn.argtypes = [pointer, apart, pointer, apart, size, size, size]
+    library.turn.argtypes = [pointer, apart, pointer, apart, size, size, size, ctypes.c_int]
     for call in (library.bf16_to_f32, library.f32_to_bf16):
         call.argtypes = [pointer, pointer, size]
     library.add_product_to_bf16.argtypes = [

@@ -7,6 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
@@ -18,16 +21,16 @@
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 
 /* Python compares it with its own: raised with every change of a function below. */
-int jaxshard_kernels(void) { return 1; }
+int jaxshard_kernels(void) { return 2; }
 
 /* -- Turning -------------------------------------------------------------------------------
 
    out[r][c] = in[c][r], by tiles. The rows of a tile are copied side by side first, a little
    apart, as the rows of a tensor are often a power of two apart and share cache lines then. */
 
-enum { TILE_ROWS = 256, TILE_BYTES = 1024, APART = 64 };
+enum { TILE_ROWS = 256, TILE_BYTES = 1024, LINE = 64, TILE_ROW = TILE_BYTES + LINE };
 
-static _Thread_local _Alignas(64) char tile[TILE_ROWS * (TILE_BYTES + APART)];
+static _Thread_local _Alignas(64) char tile[TILE_ROWS * TILE_ROW];
 
 typedef uint16_t eight_of_2 __attribute__((vector_size(16)));
 typedef uint32_t four_of_4 __attribute__((vector_size(16)));
@@ -77,51 +80,75 @@ ALWAYS void turn_4x4_of_4(char *out, ptrdiff_t out_row, const char *in, ptrdiff_
     for (int k = 0; k < 4; k++) STORE(out + k * out_row, a[k]);
 }
 
-ALWAYS void turn_singly(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row, size_t rows,
-                        size_t columns, size_t item) {
+ALWAYS void turn_singly(char *out, ptrdiff_t out_row, const char *in, size_t rows, size_t columns,
+                        size_t item) {
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < columns; c++)
-            memcpy(out + (ptrdiff_t)r * out_row + c * item, in + (ptrdiff_t)c * in_row + r * item, item);
+            memcpy(out + (ptrdiff_t)r * out_row + c * item, in + c * TILE_ROW + r * item, item);
+}
+
+/* A cache line to where it belongs, past the caches: it is not fetched only to be overwritten. */
+ALWAYS void stream_line(char *to, const char *line) {
+#if defined(__SSE2__)
+    for (int k = 0; k < LINE; k += 16)
+        _mm_stream_si128((__m128i *)(to + k), _mm_load_si128((const __m128i *)(line + k)));
+#else
+    memcpy(to, line, LINE);
+#endif
 }
 
 #define TURNS_TILES_OF(ITEM, SIDE, TURN_BLOCK)                                                    \
-    static void turn_tile_of_##ITEM(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,     \
-                                    size_t rows, size_t columns) {                                \
-        size_t r = 0, whole = columns - columns % SIDE;                                           \
-        for (; r + SIDE <= rows; r += SIDE) {                                                     \
-            for (size_t c = 0; c < whole; c += SIDE)                                              \
-                TURN_BLOCK(out + (ptrdiff_t)r * out_row + c * ITEM, out_row, in + (ptrdiff_t)c * in_row + r * ITEM,     \
-                           in_row);                                                               \
-            turn_singly(out + (ptrdiff_t)r * out_row + whole * ITEM, out_row, in + (ptrdiff_t)whole * in_row + r * ITEM, \
-                        in_row, SIDE, columns - whole, ITEM);                                     \
+    static void turn_tile_of_##ITEM(char *out, ptrdiff_t out_row, const char *in, size_t rows,    \
+                                    size_t columns, int streamed) {                               \
+        const size_t across = LINE / ITEM;                                                        \
+        size_t r = 0;                                                                             \
+        for (; r + SIDE <= rows; r += SIDE, out += SIDE * out_row, in += SIDE * ITEM) {           \
+            size_t c = 0;                                                                         \
+            for (; streamed && c + across <= columns; c += across) {                              \
+                _Alignas(LINE) char lines[SIDE][LINE];                                            \
+                for (size_t k = 0; k < across; k += SIDE)                                         \
+                    TURN_BLOCK(lines[0] + k * ITEM, LINE, in + (ptrdiff_t)(c + k) * TILE_ROW,     \
+                               TILE_ROW);                                                         \
+                for (int k = 0; k < SIDE; k++)                                                    \
+                    stream_line(out + k * out_row + c * ITEM, lines[k]);                          \
+            }                                                                                     \
+            for (; c + SIDE <= columns; c += SIDE)                                                \
+                TURN_BLOCK(out + c * ITEM, out_row, in + (ptrdiff_t)c * TILE_ROW, TILE_ROW);      \
+            turn_singly(out + c * ITEM, out_row, in + (ptrdiff_t)c * TILE_ROW, SIDE, columns - c, \
+                        ITEM);                                                                    \
         }                                                                                         \
-        turn_singly(out + (ptrdiff_t)r * out_row, out_row, in + r * ITEM, in_row, rows - r, columns, ITEM);  \
+        turn_singly(out, out_row, in, rows - r, columns, ITEM);                                   \
     }
 
 TURNS_TILES_OF(1, 8, turn_8x8_of_1)
 TURNS_TILES_OF(2, 8, turn_8x8_of_2)
 TURNS_TILES_OF(4, 4, turn_4x4_of_4)
 
-/* out: rows x columns elements of `item` bytes (1, 2 or 4); in: columns x rows. */
+/* out: rows x columns elements of `item` bytes (1, 2 or 4); in: columns x rows. `streamed`: what
+   is written will not be read soon. */
 void turn(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row, size_t rows,
-          size_t columns, size_t item) {
+          size_t columns, size_t item, int streamed) {
+    char *spare = tile;
     const size_t high = TILE_BYTES / item;
-    const ptrdiff_t tile_row = TILE_BYTES + APART;
+    streamed = streamed && ((uintptr_t)out | (uintptr_t)out_row) % LINE == 0;
     for (size_t c = 0; c < columns; c += TILE_ROWS) {
         size_t wide = LEAST(columns - c, (size_t)TILE_ROWS);
         for (size_t r = 0; r < rows; r += high) {
             size_t some = LEAST(rows - r, high);
             for (size_t k = 0; k < wide; k++)
-                memcpy(tile + (ptrdiff_t)k * tile_row, in + (ptrdiff_t)(c + k) * in_row + r * item,
+                memcpy(spare + k * TILE_ROW, in + (ptrdiff_t)(c + k) * in_row + r * item,
                        some * item);
             char *to = out + (ptrdiff_t)r * out_row + c * item;
             switch (item) {
-            case 1: turn_tile_of_1(to, out_row, tile, tile_row, some, wide); break;
-            case 2: turn_tile_of_2(to, out_row, tile, tile_row, some, wide); break;
-            case 4: turn_tile_of_4(to, out_row, tile, tile_row, some, wide); break;
+            case 1: turn_tile_of_1(to, out_row, spare, some, wide, streamed); break;
+            case 2: turn_tile_of_2(to, out_row, spare, some, wide, streamed); break;
+            case 4: turn_tile_of_4(to, out_row, spare, some, wide, streamed); break;
             }
         }
     }
+#if defined(__SSE2__)
+    if (streamed) _mm_sfence();
+#endif
 }
 
 /* -- Casts ---------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ class Worker:
             return
         strides = [move.unit_bytes * prod(shape[i + 1 :]) for i in range(len(shape))]
         out = np.lib.stride_tricks.as_strided(memory.view(values.dtype), part.shape, strides)
-        copy_into(out, values)
+        copy_into(out, values, is_final=True)
         writes = self._ends.write(move, target, runs.offset, memory[: runs.num_bytes].data)
         self.counts.num_writes += writes
         self.counts.bytes_written += writes * runs.num_bytes

@@ -23,15 +23,18 @@ _APART = 32  # elements between the rows of a tile: no power of two, or they sha
 _SMALL = 1 << 11  # a plane of fewer elements is quick in any order
 
 
-def copy_into(out: Array, values: Array) -> None:
-    """``out[...] = values``, quick where the two lie in memory in different orders."""
+def copy_into(out: Array, values: Array, *, is_final: bool = False) -> None:
+    """``out[...] = values``, quick where the two lie in memory in different orders.
+
+    ``is_final`` says that nobody reads ``out`` soon.
+    """
     to, come = _fastest(out), _fastest(values)
     if to == come or out.shape[to] * out.shape[come] < _SMALL:
         out[...] = values
     else:
         spare: list[Array] = []
         for there, here in _planes(out, values, to, come):
-            if not native.turn(there, here):
+            if not native.turn(there, here, is_final=is_final):
                 _copy_tiles(there, here, spare)
 
 
