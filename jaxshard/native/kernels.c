@@ -30,7 +30,7 @@ int jaxshard_kernels(void) { return 2; }
 
 enum { TILE_ROWS = 256, TILE_BYTES = 1024, LINE = 64, TILE_ROW = TILE_BYTES + LINE };
 
-static _Thread_local _Alignas(64) char tile[TILE_ROWS * TILE_ROW];
+static _Thread_local _Alignas(LINE) char tile[TILE_ROWS * TILE_ROW];
 
 typedef uint16_t eight_of_2 __attribute__((vector_size(16)));
 typedef uint32_t four_of_4 __attribute__((vector_size(16)));
@@ -87,7 +87,50 @@ ALWAYS void turn_singly(char *out, ptrdiff_t out_row, const char *in, size_t row
             memcpy(out + (ptrdiff_t)r * out_row + c * item, in + c * TILE_ROW + r * item, item);
 }
 
-/* A cache line to where it belongs, past the caches: it is not fetched only to be overwritten. */
+#define TURNS_TILES_OF(ITEM, SIDE, TURN_BLOCK)                                                    \
+    static void turn_tile_of_##ITEM(char *out, ptrdiff_t out_row, size_t rows, size_t columns) {  \
+        const char *in = tile;                                                                    \
+        size_t r = 0;                                                                             \
+        for (; r + SIDE <= rows; r += SIDE, out += SIDE * out_row, in += SIDE * ITEM) {           \
+            size_t c = 0;                                                                         \
+            for (; c + SIDE <= columns; c += SIDE)                                                \
+                TURN_BLOCK(out + c * ITEM, out_row, in + c * TILE_ROW, TILE_ROW);                 \
+            turn_singly(out + c * ITEM, out_row, in + c * TILE_ROW, SIDE, columns - c, ITEM);     \
+        }                                                                                         \
+        turn_singly(out, out_row, in, rows - r, columns, ITEM);                                   \
+    }
+
+TURNS_TILES_OF(1, 8, turn_8x8_of_1)
+TURNS_TILES_OF(2, 8, turn_8x8_of_2)
+TURNS_TILES_OF(4, 4, turn_4x4_of_4)
+
+ALWAYS void take_tile(const char *in, ptrdiff_t in_row, size_t rows, size_t row_bytes) {
+    char *to = tile;
+    for (size_t k = 0; k < rows; k++)
+        memcpy(to + k * TILE_ROW, in + (ptrdiff_t)k * in_row, row_bytes);
+}
+
+static void turn_by_tiles(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,
+                          size_t rows, size_t columns, size_t item) {
+    const size_t high = TILE_BYTES / item;
+    for (size_t c = 0; c < columns; c += TILE_ROWS) {
+        size_t wide = LEAST(columns - c, (size_t)TILE_ROWS);
+        for (size_t r = 0; r < rows; r += high) {
+            size_t some = LEAST(rows - r, high);
+            take_tile(in + (ptrdiff_t)c * in_row + r * item, in_row, wide, some * item);
+            char *to = out + (ptrdiff_t)r * out_row + c * item;
+            switch (item) {
+            case 1: turn_tile_of_1(to, out_row, some, wide); break;
+            case 2: turn_tile_of_2(to, out_row, some, wide); break;
+            case 4: turn_tile_of_4(to, out_row, some, wide); break;
+            }
+        }
+    }
+}
+
+/* Where the result is not read soon, its cache lines go past the caches: they are not fetched only
+   to be overwritten. They are made whole, a block of a line a side at a time. */
+
 ALWAYS void stream_line(char *to, const char *line) {
 #if defined(__SSE2__)
     for (int k = 0; k < LINE; k += 16)
@@ -97,58 +140,60 @@ ALWAYS void stream_line(char *to, const char *line) {
 #endif
 }
 
-#define TURNS_TILES_OF(ITEM, SIDE, TURN_BLOCK)                                                    \
-    static void turn_tile_of_##ITEM(char *out, ptrdiff_t out_row, const char *in, size_t rows,    \
-                                    size_t columns, int streamed) {                               \
-        const size_t across = LINE / ITEM;                                                        \
-        size_t r = 0;                                                                             \
-        for (; r + SIDE <= rows; r += SIDE, out += SIDE * out_row, in += SIDE * ITEM) {           \
-            size_t c = 0;                                                                         \
-            for (; streamed && c + across <= columns; c += across) {                              \
-                _Alignas(LINE) char lines[SIDE][LINE];                                            \
-                for (size_t k = 0; k < across; k += SIDE)                                         \
-                    TURN_BLOCK(lines[0] + k * ITEM, LINE, in + (ptrdiff_t)(c + k) * TILE_ROW,     \
-                               TILE_ROW);                                                         \
-                for (int k = 0; k < SIDE; k++)                                                    \
+#define TURNS_LINES_OF(ITEM, SIDE, TURN_BLOCK)                                                    \
+    static void turn_lines_of_##ITEM(char *out, ptrdiff_t out_row, size_t rows, size_t columns) { \
+        enum { ACROSS = LINE / ITEM };                                                            \
+        const char *in = tile;                                                                    \
+        for (size_t r = 0; r < rows; r += ACROSS, out += ACROSS * out_row, in += LINE)            \
+            for (size_t c = 0; c < columns; c += ACROSS) {                                        \
+                _Alignas(LINE) char lines[ACROSS][LINE];                                          \
+                const char *from = in + c * TILE_ROW;                                             \
+                for (int i = 0; i < ACROSS; i += SIDE)                                            \
+                    for (int k = 0; k < ACROSS; k += SIDE)                                        \
+                        TURN_BLOCK(lines[i] + k * ITEM, LINE, from + k * TILE_ROW + i * ITEM,     \
+                                   TILE_ROW);                                                     \
+                for (int k = 0; k < ACROSS; k++)                                                  \
                     stream_line(out + k * out_row + c * ITEM, lines[k]);                          \
             }                                                                                     \
-            for (; c + SIDE <= columns; c += SIDE)                                                \
-                TURN_BLOCK(out + c * ITEM, out_row, in + (ptrdiff_t)c * TILE_ROW, TILE_ROW);      \
-            turn_singly(out + c * ITEM, out_row, in + (ptrdiff_t)c * TILE_ROW, SIDE, columns - c, \
-                        ITEM);                                                                    \
-        }                                                                                         \
-        turn_singly(out, out_row, in, rows - r, columns, ITEM);                                   \
     }
 
-TURNS_TILES_OF(1, 8, turn_8x8_of_1)
-TURNS_TILES_OF(2, 8, turn_8x8_of_2)
-TURNS_TILES_OF(4, 4, turn_4x4_of_4)
+TURNS_LINES_OF(1, 8, turn_8x8_of_1)
+TURNS_LINES_OF(2, 8, turn_8x8_of_2)
+TURNS_LINES_OF(4, 4, turn_4x4_of_4)
 
-/* out: rows x columns elements of `item` bytes (1, 2 or 4); in: columns x rows. `streamed`: what
-   is written will not be read soon. */
-void turn(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row, size_t rows,
-          size_t columns, size_t item, int streamed) {
-    char *spare = tile;
+static void turn_past_caches(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,
+                             size_t rows, size_t columns, size_t item) {
     const size_t high = TILE_BYTES / item;
-    streamed = streamed && ((uintptr_t)out | (uintptr_t)out_row) % LINE == 0;
     for (size_t c = 0; c < columns; c += TILE_ROWS) {
         size_t wide = LEAST(columns - c, (size_t)TILE_ROWS);
         for (size_t r = 0; r < rows; r += high) {
             size_t some = LEAST(rows - r, high);
-            for (size_t k = 0; k < wide; k++)
-                memcpy(spare + k * TILE_ROW, in + (ptrdiff_t)(c + k) * in_row + r * item,
-                       some * item);
+            take_tile(in + (ptrdiff_t)c * in_row + r * item, in_row, wide, some * item);
             char *to = out + (ptrdiff_t)r * out_row + c * item;
             switch (item) {
-            case 1: turn_tile_of_1(to, out_row, spare, some, wide, streamed); break;
-            case 2: turn_tile_of_2(to, out_row, spare, some, wide, streamed); break;
-            case 4: turn_tile_of_4(to, out_row, spare, some, wide, streamed); break;
+            case 1: turn_lines_of_1(to, out_row, some, wide); break;
+            case 2: turn_lines_of_2(to, out_row, some, wide); break;
+            case 4: turn_lines_of_4(to, out_row, some, wide); break;
             }
         }
     }
 #if defined(__SSE2__)
-    if (streamed) _mm_sfence();
+    _mm_sfence();
 #endif
+}
+
+/* out: rows x columns elements of `item` bytes (1, 2 or 4); in: columns x rows. `is_final`: what
+   is written will not be read soon. */
+void turn(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row, size_t rows,
+          size_t columns, size_t item, int is_final) {
+    size_t across = LINE / item, high = rows - rows % across, wide = columns - columns % across;
+    if (!is_final || ((uintptr_t)out | (uintptr_t)out_row) % LINE) high = wide = 0;
+    turn_past_caches(out, out_row, in, in_row, high, wide, item);
+    if (!high || !wide) high = 0, wide = columns; /* then all of it is below the rows done */
+    turn_by_tiles(out + wide * item, out_row, in + (ptrdiff_t)wide * in_row, in_row, high,
+                  columns - wide, item);
+    turn_by_tiles(out + (ptrdiff_t)high * out_row, out_row, in + high * item, in_row, rows - high,
+                  columns, item);
 }
 
 /* -- Casts ---------------------------------------------------------------------------------
