@@ -5,8 +5,8 @@
 load    a Llama-shaped folder goes onto 8 CPU devices as dp2mp4, as it is; then with q, k, v
         and gate, up fused, every matrix transposed, and all layers stacked. Every sample is a
         fresh process that loads several times, the two in turns.
-merge   adapters of rank 16 on every linear layer are merged file to file, against ``cp -r`` of
-        the output, at equal durability (no fsync on either side).
+merge   adapters of rank 16 on every linear layer are merged file to file by ``jaxshard lora``,
+        against ``cp -r`` of the output, at equal durability (no fsync on either side).
 
 Answers are compared with NumPy's, by code that shares nothing with jaxshard; bytes read and
 peak memory are asserted where they are promised. Times are told, not asserted.
@@ -42,6 +42,7 @@ _ALPHA = 32
 _BUDGET_BYTES = 256 << 20
 _SLACK_BYTES = 100_000_000  # beside the budget: the interpreter, NumPy, the plan
 _REAL_BYTES = 10**9
+_HAVE_BYTES = 4 << 30
 _LINEAR = (
     *(f"self_attn.{x}_proj" for x in "qkvo"),
     *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
@@ -85,6 +86,8 @@ def child(kind: str, folder: Path, repeats: int, *, check: bool) -> None:
     walls, cpus, peaks = [], [], []
     load(folder, "dp2mp4", include=["norm"])  # imports, first calls
     for _ in range(repeats):
+        if model.num_bytes >= _REAL_BYTES:  # see the notes on hosts that take memory back
+            measure.have_memory(_HAVE_BYTES)
         peak = _Peak()
         cpu, start = time.process_time(), time.perf_counter()
         arrays = jax.block_until_ready(load(folder, "dp2mp4", names=names, counted=counts.append))
@@ -194,7 +197,6 @@ def measure_loads(folder: Path, model: Llama, rounds: int, repeats: int) -> dict
         for kind in list(taken)[:: -1 if number % 2 else 1]:
             if model.num_bytes >= _REAL_BYTES:
                 measure.wait_for_quiet()
-                measure.touch_memory(2 * model.num_bytes)
             taken[kind].append(sample(kind, folder, repeats))
     found: dict[str, Any] = {}
     for kind, samples in taken.items():
@@ -231,23 +233,17 @@ def write_adapter(folder: Path, model: Llama) -> int:
     return sum(x.nbytes for x in tensors.values())
 
 
-_MERGE = (
-    "import sys, json; from jaxshard.lora import merge_lora; "
-    "from jaxshard.conversion import Options; "
-    "r = merge_lora(sys.argv[1], sys.argv[2], adapter=sys.argv[3], "
-    "options=Options(durable=False)); print(r.counts.bytes_read)"
-)
-
-
 def measure_merges(work: Path, model: Llama, rounds: int) -> dict[str, Any]:
     """A merge file to file, and ``cp -r`` of what it makes, in turns."""
     base, adapter, merged, copy = (work / n for n in ("model", "adapter", "merged", "copy"))
     adapter_bytes = write_adapter(adapter, model)
-    merge = [sys.executable, "-c", _MERGE, str(base), str(merged), str(adapter)]
+    merge = [sys.executable, "-m", "jaxshard", "lora", str(base), str(merged)]
+    merge += ["--adapter", str(adapter), "--no-fsync", "--json", "--quiet"]
     watched = measure.run(merge, watch=True)
     if model.num_bytes >= _REAL_BYTES:
         assert watched.peak_anon_bytes <= _BUDGET_BYTES + _SLACK_BYTES, watched.peak_anon_bytes
-    assert int(watched.output) == model.num_bytes + adapter_bytes
+    read = json.loads(watched.output)["counts"]["bytes_read"]
+    assert read == model.num_bytes + adapter_bytes, read
     _check_merge(base, adapter, merged, model)
 
     def run(command: list[str], out: Path) -> Callable[[], Sample]:
