@@ -23,7 +23,7 @@ from .layout import Layout
 from .multiprocess.environment import part_of
 from .multiprocess.splitting import Part, split_outputs
 from .opening import PathLike, open_checkpoint, open_strategy
-from .planning import Plan, make_plan
+from .planning import BLOCK_BYTES, Plan, block_bytes_for, make_plan
 from .selection import missed, refuse_absent, select, texts
 from .storage import carrying, streams
 from .storage.budget import Budget, Counts, fit_budget
@@ -183,7 +183,7 @@ def prepare(
     if config:
         result = replace(result, side_files={**config, **result.side_files})
     only = _files_of(_check_ranks(ranks, layout), layout, result.files_per_rank)
-    plan = make_plan(chosen, result.outputs, only=only)
+    plan = make_plan(chosen, result.outputs, only=only, block_bytes=block_bytes_for(chosen))
     return Prepared(plan, result)
 
 
@@ -220,8 +220,9 @@ def execute(
     part = chosen_part(options)
     if part and prepared.result.format == "orbax":
         raise LayoutError("Orbax's own format is written here by one process, not in parts.")
-    prepared, budget = fitted(prepared, options), budget_of(options)
-    plan, catalog = prepared.plan, prepared.plan.source
+    catalog = prepared.plan.source
+    prepared, budget = fitted(prepared, options), budget_of(options, catalog)
+    plan = prepared.plan
     place, only = Path(destination), one_file.name_of(prepared.result, destination)
     refuse_inside(catalog, place)
     if options.check_replicas:
@@ -324,15 +325,20 @@ def part_plan(plan: Plan, part: Part | None) -> Plan:
     return plan.of(split_outputs(plan.outputs, ranks, part.count)[part.index])
 
 
-def budget_of(options: Options) -> Budget:
-    """Threads and block size as ``options`` allow (errors as ``fit_budget``)."""
+def budget_of(options: Options, source: Catalog | None = None) -> Budget:
+    """Threads, and the blocks that suit ``source``, as ``options`` allow.
+
+    Raises:
+        LayoutError: as ``fit_budget``.
+    """
     host_bytes = default_budget() if options.host_bytes is None else options.host_bytes
-    return fit_budget(host_bytes, _cores() if options.workers is None else options.workers)
+    workers = _cores() if options.workers is None else options.workers
+    return fit_budget(host_bytes, workers, block_bytes_for(source) if source else BLOCK_BYTES)
 
 
 def fitted(prepared: Prepared, options: Options) -> Prepared:
     """``prepared`` with the numbers of the blocks and the memory that ``options`` allow."""
-    plan, budget = prepared.plan, budget_of(options)
+    plan, budget = prepared.plan, budget_of(options, prepared.plan.source)
     if (plan.block_bytes, plan.tile_bytes) != (budget.block_bytes, budget.tile_bytes):
         plan = make_plan(
             plan.source,

@@ -25,6 +25,7 @@ from .ranges import Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
 from .views import ZEROS
 
 BLOCK_BYTES = 1 << 20  # a block stays in the cache of one core between its read and its write
+STEPPED_BLOCK_BYTES = 2 << 20  # as much is to do for each element as for each block, there
 TILE_BYTES = 8 << 20  # what is read transposed needs more, or it is read in tiny runs
 
 
@@ -194,6 +195,12 @@ def make_plan(
     totals = Totals(num_tensors, len(files), *numbers)
     plan = Plan(source, outputs, only, block_bytes, tile_bytes, totals=totals)
     return replace(plan, reads=tuple(reads[file] for file in range(len(source.files))))
+
+
+def block_bytes_for(source: Catalog) -> int:
+    """The blocks that suit ``source``: larger ones where values are computed on their way."""
+    first = (tensor.pieces[0].view for tensor in source.tensors.values() if tensor.pieces)
+    return STEPPED_BLOCK_BYTES if any(view and view.steps for view in first) else BLOCK_BYTES
 
 
 def make_move(tensor: Tensor, outputs: Outputs, only: frozenset[int] | None) -> Move | None:

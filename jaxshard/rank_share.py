@@ -62,7 +62,13 @@ def load_rank(
     files = open_source(plan.source)
     try:
         files.check_checksums()
-        run(plan.moves(), files.read, write, budget=budget_of(options), rows=files.read_rows)
+        run(
+            plan.moves(),
+            files.read,
+            write,
+            budget=budget_of(options, plan.source),
+            rows=files.read_rows,
+        )
         files.check_unchanged()
     finally:
         files.close()
