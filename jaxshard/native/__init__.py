@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _lie_alike(a: Array, b: Array) -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("JAXSHARD_NATIVE") == "0":
+    if os.environ.get("JAXSHARD_NATIVE") == "0" or sys.byteorder != "little":
         return None
     try:
         library = ctypes.CDLL(str(Path(__file__).with_name("kernels.so")))
