@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class CompiledLoops(BuildHookInterface):
         source, made = (Path(self.root, _FOLDER, f"kernels.{x}") for x in ("c", "so"))
         why_not = _compile(source, made)
         if why_not:
-            made.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be written, nothing old is used either
+                made.unlink(missing_ok=True)
             self.app.display_warning(f"jaxshard's loops are not compiled, NumPy is used: {why_not}")
             return
         build_data["artifacts"].append(str(_FOLDER / made.name))
@@ -47,7 +49,9 @@ def _compile(source: Path, made: Path) -> str:
     except OSError as error:
         return f"{compiler}: {error.strerror}"
     if done.returncode:
-        new.unlink(missing_ok=True)
-        return (done.stderr.strip() or f"{compiler} failed").splitlines()[0]
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        lines = (done.stderr.strip() or f"{compiler} failed").splitlines()
+        return next((line for line in lines if "error" in line), lines[0])
     new.replace(made)
     return ""

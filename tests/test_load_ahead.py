@@ -16,6 +16,7 @@ from jaxshard.api import open_checkpoint
 from jaxshard.box import Box
 from jaxshard.catalog import Piece, Tensor
 from jaxshard.dtypes import dtype
+from jaxshard.errors import NotFoundError
 from jaxshard.loading import load
 from jaxshard.loading.ahead import ReadingAhead, portions, spans
 from jaxshard.planning import move_into
@@ -213,11 +214,46 @@ def test_small_readaheads_are_left_alone(monkeypatch, large_file):
     assert read_ahead_marks(monkeypatch, large_file, 0, 64 << 20, window=128 << 10) == []
 
 
-def test_the_size_of_a_readahead_is_found_or_0():
-    here = readahead._window_bytes(os.stat("/").st_dev)
-    assert here >= 0
-    assert here % 1024 == 0
-    assert readahead._window_bytes(os.makedev(4095, 1 << 19)) == 0
+@pytest.mark.parametrize("where", ["bdi/{}", "block/{}/../queue"])
+def test_the_size_of_a_readahead_is_what_the_system_says(monkeypatch, tmp_path, where):
+    places = (f"{tmp_path}/no/{{}}", f"{tmp_path}/{where}")
+    monkeypatch.setattr(readahead, "_READAHEADS", places)
+    device = os.makedev(4095, 77)
+    folder = Path(where.format("4095:77"))
+    (tmp_path / folder.parts[0] / "4095:77").mkdir(parents=True)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "read_ahead_kb").write_text("8192\n")
+    readahead._window_bytes.cache_clear()
+    try:
+        assert readahead._window_bytes(device) == 8 << 20
+        assert readahead._window_bytes(os.makedev(4095, 78)) == 0
+    finally:
+        readahead._window_bytes.cache_clear()
+
+
+def test_where_nobody_reads_without_waiting_the_disk_is_told_all_the_same(monkeypatch, large_file):
+    told = []
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(readahead, "_window_bytes", lambda device: 8 << 20)
+    monkeypatch.setattr(readahead.os, "preadv", refuse)
+    monkeypatch.setattr(readahead.os, "posix_fadvise", lambda *what: told.append(what[1:3]))
+    readahead.begin_reading(large_file, 0, 64 << 20)
+    assert sum(n for _, n in told) == 64 << 20
+
+
+def test_a_file_that_vanished_is_for_its_reader_to_tell(tmp_path: Path):
+    safetensors.numpy.save_file({"w": np.zeros(8, np.float32)}, tmp_path / "model.safetensors")
+    catalog = open_checkpoint(tmp_path)
+    files = SourceFiles(catalog)
+    (tmp_path / "model.safetensors").unlink()
+    (piece,) = catalog.tensors["w"].pieces
+    files.begin_reading(piece, 0, 8)
+    with pytest.raises(NotFoundError):
+        files.read(piece, 0, memoryview(bytearray(8)))
+    files.close()
 
 
 def test_asking_past_the_end_of_a_file_is_no_matter(tmp_path: Path):

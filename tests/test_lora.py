@@ -93,6 +93,17 @@ def test_a_merge_is_computed_in_float32_and_rounded_once(tmp_path, dtype) -> Non
     np.testing.assert_array_equal(made["l.0.norm.weight"], tensors["l.0.norm.weight"])
 
 
+def test_what_is_too_large_becomes_infinite_without_a_warning(tmp_path) -> None:
+    base = {"q.weight": np.zeros((8, 16), ml_dtypes.bfloat16)}
+    pair = {
+        "q.lora_a": np.ones((1, 16), np.float32),
+        "q.lora_b": np.full((8, 1), 3e38, np.float32),
+    }
+    source = save(base | pair, tmp_path / "src")
+    merge_lora(source, tmp_path / "m", scaling=2.0, options=QUICK)  # a warning would be an error
+    assert np.isinf(weights(tmp_path / "m")["q.weight"].astype(np.float32)).all()
+
+
 def test_optimizer_states_of_adapters_are_left_out_and_others_kept(tmp_path) -> None:
     tensors = small()
     tensors |= {f"adam_m.{n}": x for n, x in small().items()}

@@ -27,7 +27,7 @@ def test_where_they_can_be_compiled_the_loops_are_there(tmp_path):
     command = [compiler, "-std=gnu11", "-fPIC", "-shared", source, "-o", tmp_path / "kernels.so"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"{compiler} cannot compile them: {done.stderr.splitlines()[:1]}")
+        pytest.skip(f"{compiler} cannot compile them: {done.stderr[-200:]}")
     assert native.is_there(), "they were not compiled when jaxshard was installed: do it again"
 
 
@@ -177,6 +177,29 @@ def test_other_dtypes_ranks_and_orders_are_left_to_numpy():
     assert not native.add_product(weight[:, ::2], weight[:, ::2], b, a[:, ::2], 1.0)
     tall = whole_numbers((4, 257), 0), whole_numbers((257, 6), 1)
     assert not native.add_product(weight, weight, *tall, 1.0)
+    assert not weight.any()
+
+
+@compiled
+def test_what_c_may_not_write_or_read_is_left_to_numpy():
+    values = np.ones((4, 6), np.float32)
+    fixed = np.zeros((4, 6), BF16)
+    fixed.flags.writeable = False
+    assert not native.cast(fixed, values)
+    assert not native.cast(np.zeros((4, 6), BF16), values.astype(">f4"))
+    odd = np.zeros(4 * 6 * 2 + 1, np.uint8)[1:].view(BF16).reshape(4, 6)
+    assert not native.cast(odd, values)
+    words = np.zeros((6, 4), np.uint16)
+    words.flags.writeable = False
+    assert not native.turn(words.T, random_bytes((4, 6), np.uint16))
+    assert not native.turn(np.zeros((6, 4), np.uint16).T, random_bytes((5, 6), np.uint16))
+    b, a = whole_numbers((4, 2), 0), whole_numbers((2, 6), 1)
+    weight = np.zeros((4, 6), BF16)
+    assert not native.add_product(fixed, weight, b, a, 1.0)
+    assert not native.add_product(weight, weight, b[:3], a, 1.0)
+    assert not native.add_product(weight, weight, b, a[:, :5], 1.0)
+    assert not native.add_product(weight, weight, b[:, :1], a, 1.0)
+    assert not native.add_product(weight, weight, b.astype(np.float64), a, 1.0)
     assert not weight.any()
 
 

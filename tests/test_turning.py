@@ -36,24 +36,26 @@ def way(request):
     st.lists(st.sampled_from([1, 2, 3, 8, 65, 300]), min_size=1, max_size=4),
     st.data(),
     st.sampled_from(DTYPES),
+    st.booleans(),
 )
-def test_any_order_becomes_any_other(lengths, data, dtype):
+def test_any_order_becomes_any_other(lengths, data, dtype, is_final):
     while np.prod(lengths) > 1 << 18:
         lengths.remove(max(lengths))
     order = data.draw(st.permutations(range(len(lengths))))
     shape = [lengths[d] for d in order]
     values = filled(tuple(shape), dtype).transpose(np.argsort(order))
     out = np.zeros(values.shape, dtype)
-    copy_into(out, values)
+    copy_into(out, values, is_final=is_final)
     assert out.tobytes() == values.tobytes()
 
 
+@pytest.mark.parametrize("is_final", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_more_than_a_tile_and_less(dtype):
+def test_more_than_a_tile_and_less(dtype, is_final):
     for shape in ((1100, 700), (513, 512), (2, 600, 520)):
         values = filled(shape, dtype).swapaxes(-1, -2)
         out = np.zeros(values.shape, dtype)
-        copy_into(out, values)
+        copy_into(out, values, is_final=is_final)
         assert out.tobytes() == values.tobytes()
 
 

@@ -58,7 +58,7 @@ def with_adapter(
         fan_in_fan_out: whether square weights are (in, out); others tell by their shape.
         unmerge: subtract, to get back the base of a merged model, but for rounding.
         reproducible: sum in one order on every machine, several times slower; otherwise the
-            last bit of a float32 weight depends on the machine's matrix product.
+            last bit of a weight may depend on the machine, and on how it was cut.
         src_strategy: strategy files of a source cut into ranks.
         adapter_strategy: those of adapters cut into ranks.
 

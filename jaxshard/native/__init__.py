@@ -2,7 +2,8 @@
 
 They are compiled when jaxshard is installed, if there is a C compiler (``hatch_build.py``).
 Each function here says whether it did the work. Where it did not, because nothing was compiled
-or the arrays lie otherwise, its caller does the same with NumPy: slower, and no different.
+or the arrays lie otherwise, its caller does the same with NumPy, slower. Only sums of products may
+differ in their last bit, as they do between one matrix product of NumPy's and another.
 
 ``JAXSHARD_NATIVE=0`` has everything done with NumPy.
 """
@@ -27,11 +28,11 @@ _ITEMS = (1, 2, 4)  # wider ones NumPy turns as quickly
 
 
 def turn(out: Array, values: Array, *, is_final: bool = False) -> bool:
-    """``out[...] = values``, both of two dims, each dense along one: the first, the second.
+    """``out[...] = values``, two matrices that lie in memory in opposite orders.
 
     Args:
-        out: dense along the first dim.
-        values: dense along the second.
+        out: (rows, columns), neighbours in memory along the first dim.
+        values: (rows, columns), neighbours along the second.
         is_final: nobody reads ``out`` soon, so caches are kept for what is read.
 
     >>> from jaxshard.native import is_there, turn
@@ -43,7 +44,9 @@ def turn(out: Array, values: Array, *, is_final: bool = False) -> bool:
     item = out.itemsize
     if library is None or item not in _ITEMS or out.dtype != values.dtype:
         return False
-    if out.ndim != 2 or out.strides[0] != item or values.strides[1] != item:
+    if not _are_fit(out, values) or out.ndim != 2:
+        return False
+    if out.strides[0] != item or values.strides[1] != item:
         return False
     rows, columns = out.shape[1], out.shape[0]
     library.turn(
@@ -68,7 +71,7 @@ def cast(out: Array, values: Array) -> bool:
         ("bfloat16", "float32"): library.bf16_to_f32,
         ("float32", "bfloat16"): library.f32_to_bf16,
     }.get((values.dtype.name, out.dtype.name))
-    if call is None or not _lie_alike(out, values):
+    if call is None or not _are_fit(out, values) or not _lie_alike(out, values):
         return False
     call(_address(out), _address(values), values.size)
     return True
@@ -90,12 +93,16 @@ def add_product(
         a: (rank, columns).
         scaling: the product is multiplied with it before it is added.
     """
-    if values.strides[0] == values.itemsize != values.strides[1]:
-        out, values, b, a = out.T, values.T, a.T, b.T
-    item, rank = values.itemsize, a.shape[0]
     library = _library()
     if library is None or not values.dtype.name == out.dtype.name == "bfloat16":
         return False
+    if not _are_fit(out, values) or not b.dtype == a.dtype == np.float32:
+        return False
+    if values.ndim != 2 or (*b.shape, a.shape[1]) != (out.shape[0], a.shape[0], out.shape[1]):
+        return False
+    if values.strides[0] == values.itemsize != values.strides[1]:
+        out, values, b, a = out.T, values.T, a.T, b.T
+    item, rank = values.itemsize, a.shape[0]
     if out.strides[1] != item or values.strides[1] != item or rank > _MOST_RANK:
         return False
     b, a = (x if x.strides[1] == x.itemsize else np.ascontiguousarray(x) for x in (b, a))
@@ -124,10 +131,14 @@ def _address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+def _are_fit(out: Array, values: Array) -> bool:
+    """Whether C may write one and read the other, and they are of one shape."""
+    alike = out.shape == values.shape and out.dtype.isnative and values.dtype.isnative
+    return alike and out.flags.writeable and out.flags.aligned and values.flags.aligned
+
+
 def _lie_alike(a: Array, b: Array) -> bool:
-    """Whether both fill their memory without a gap, in the same order of elements."""
-    if a.shape != b.shape:
-        return False
+    """Whether both, of one shape, fill their memory without a gap, in the same order."""
     want = 1
     for (n, stride_a), stride_b in sorted(
         zip(zip(a.shape, a.strides, strict=True), b.strides, strict=True), key=lambda d: d[0][1]

@@ -1,8 +1,8 @@
 /* Passes over memory that NumPy makes one after the other, or in short calls.
 
-   Plain C99 without Python in it: called through ctypes, which lets other threads work meanwhile.
-   Sizes are counted in elements, distances between rows in bytes. Nothing is allocated; what is
-   needed on the way is each thread's own. */
+   Plain C without Python in it: called through ctypes, which lets other threads work meanwhile.
+   Sizes are counted in elements, distances between rows in bytes. What is needed on the way is each
+   thread's own, half a megabyte. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -11,10 +11,19 @@
 #include <emmintrin.h>
 #endif
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+/* Where the C library can choose between versions of a function when it is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define LANES 8
 #else
 #define FOR_EACH_PROCESSOR
+#define LANES 4
+#endif
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
 #endif
 
 #define ALWAYS static inline __attribute__((always_inline))
@@ -59,8 +68,8 @@ ALWAYS void turn_8x8_of_2(char *out, ptrdiff_t out_row, const char *in, ptrdiff_
     for (int k = 0; k < 8; k++) LOAD(a[k], in + k * in_row);
     for (int step = 0; step < 3; step++) { /* interleaved with the one four rows on, three times */
         for (int k = 0; k < 4; k++) {
-            b[2 * k] = __builtin_shufflevector(a[k], a[k + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-            b[2 * k + 1] = __builtin_shufflevector(a[k], a[k + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+            b[2 * k] = SHUFFLED(eight_of_2, a[k], a[k + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            b[2 * k + 1] = SHUFFLED(eight_of_2, a[k], a[k + 4], 4, 12, 5, 13, 6, 14, 7, 15);
         }
         for (int k = 0; k < 8; k++) a[k] = b[k];
     }
@@ -72,8 +81,8 @@ ALWAYS void turn_4x4_of_4(char *out, ptrdiff_t out_row, const char *in, ptrdiff_
     for (int k = 0; k < 4; k++) LOAD(a[k], in + k * in_row);
     for (int step = 0; step < 2; step++) {
         for (int k = 0; k < 2; k++) {
-            b[2 * k] = __builtin_shufflevector(a[k], a[k + 2], 0, 4, 1, 5);
-            b[2 * k + 1] = __builtin_shufflevector(a[k], a[k + 2], 2, 6, 3, 7);
+            b[2 * k] = SHUFFLED(four_of_4, a[k], a[k + 2], 0, 4, 1, 5);
+            b[2 * k + 1] = SHUFFLED(four_of_4, a[k], a[k + 2], 2, 6, 3, 7);
         }
         for (int k = 0; k < 4; k++) a[k] = b[k];
     }
@@ -110,24 +119,6 @@ ALWAYS void take_tile(const char *in, ptrdiff_t in_row, size_t rows, size_t row_
         memcpy(to + k * TILE_ROW, in + (ptrdiff_t)k * in_row, row_bytes);
 }
 
-static void turn_by_tiles(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,
-                          size_t rows, size_t columns, size_t item) {
-    const size_t high = TILE_BYTES / item;
-    for (size_t c = 0; c < columns; c += TILE_ROWS) {
-        size_t wide = LEAST(columns - c, (size_t)TILE_ROWS);
-        for (size_t r = 0; r < rows; r += high) {
-            size_t some = LEAST(rows - r, high);
-            take_tile(in + (ptrdiff_t)c * in_row + r * item, in_row, wide, some * item);
-            char *to = out + (ptrdiff_t)r * out_row + c * item;
-            switch (item) {
-            case 1: turn_tile_of_1(to, out_row, some, wide); break;
-            case 2: turn_tile_of_2(to, out_row, some, wide); break;
-            case 4: turn_tile_of_4(to, out_row, some, wide); break;
-            }
-        }
-    }
-}
-
 /* Where the result is not read soon, its cache lines go past the caches: they are not fetched only
    to be overwritten. They are made whole, a block of a line a side at a time. */
 
@@ -161,8 +152,9 @@ TURNS_LINES_OF(1, 8, turn_8x8_of_1)
 TURNS_LINES_OF(2, 8, turn_8x8_of_2)
 TURNS_LINES_OF(4, 4, turn_4x4_of_4)
 
-static void turn_past_caches(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,
-                             size_t rows, size_t columns, size_t item) {
+/* `streamed`: past the caches; then rows and columns are whole lines. */
+static void turn_by_tiles(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row,
+                          size_t rows, size_t columns, size_t item, int streamed) {
     const size_t high = TILE_BYTES / item;
     for (size_t c = 0; c < columns; c += TILE_ROWS) {
         size_t wide = LEAST(columns - c, (size_t)TILE_ROWS);
@@ -170,15 +162,18 @@ static void turn_past_caches(char *out, ptrdiff_t out_row, const char *in, ptrdi
             size_t some = LEAST(rows - r, high);
             take_tile(in + (ptrdiff_t)c * in_row + r * item, in_row, wide, some * item);
             char *to = out + (ptrdiff_t)r * out_row + c * item;
-            switch (item) {
-            case 1: turn_lines_of_1(to, out_row, some, wide); break;
-            case 2: turn_lines_of_2(to, out_row, some, wide); break;
-            case 4: turn_lines_of_4(to, out_row, some, wide); break;
+            switch (streamed ? -(int)item : (int)item) {
+            case 1: turn_tile_of_1(to, out_row, some, wide); break;
+            case 2: turn_tile_of_2(to, out_row, some, wide); break;
+            case 4: turn_tile_of_4(to, out_row, some, wide); break;
+            case -1: turn_lines_of_1(to, out_row, some, wide); break;
+            case -2: turn_lines_of_2(to, out_row, some, wide); break;
+            case -4: turn_lines_of_4(to, out_row, some, wide); break;
             }
         }
     }
 #if defined(__SSE2__)
-    _mm_sfence();
+    if (streamed) _mm_sfence();
 #endif
 }
 
@@ -188,12 +183,12 @@ void turn(char *out, ptrdiff_t out_row, const char *in, ptrdiff_t in_row, size_t
           size_t columns, size_t item, int is_final) {
     size_t across = LINE / item, high = rows - rows % across, wide = columns - columns % across;
     if (!is_final || ((uintptr_t)out | (uintptr_t)out_row) % LINE) high = wide = 0;
-    turn_past_caches(out, out_row, in, in_row, high, wide, item);
+    turn_by_tiles(out, out_row, in, in_row, high, wide, item, 1);
     if (!high || !wide) high = 0, wide = columns; /* then all of it is below the rows done */
     turn_by_tiles(out + wide * item, out_row, in + (ptrdiff_t)wide * in_row, in_row, high,
-                  columns - wide, item);
+                  columns - wide, item, 0);
     turn_by_tiles(out + (ptrdiff_t)high * out_row, out_row, in + high * item, in_row, rows - high,
-                  columns, item);
+                  columns, item, 0);
 }
 
 /* -- Casts ---------------------------------------------------------------------------------
@@ -234,14 +229,6 @@ void f32_to_bf16(uint16_t *restrict out, const float *restrict in, size_t count)
    The halves of a vector are widened and narrowed within each 16 bytes of it, as processors do
    that best. Where vectors are longer, the strip has its columns in that order, too. */
 
-#ifndef LANES
-#if defined(__x86_64__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#endif
-
 enum { ROWS = 4, STEP = 2 * LANES, STRIP = 256, MOST_RANK = 256 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -250,15 +237,17 @@ typedef uint16_t halves __attribute__((vector_size(4 * LANES)));
 
 #if LANES == 8
 #define QUADS {0, 8, 4, 12}
-#define LOW(z, v) __builtin_shufflevector(z, v, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27)
+#define LOW(z, v) \
+    SHUFFLED(halves, z, v, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27)
 #define HIGH(z, v) \
-    __builtin_shufflevector(z, v, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31)
-#define ODD(x, y) __builtin_shufflevector(x, y, 1, 3, 5, 7, 17, 19, 21, 23, 9, 11, 13, 15, 25, 27, 29, 31)
+    SHUFFLED(halves, z, v, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31)
+#define ODD(x, y) \
+    SHUFFLED(halves, x, y, 1, 3, 5, 7, 17, 19, 21, 23, 9, 11, 13, 15, 25, 27, 29, 31)
 #else
 #define QUADS {0, 4}
-#define LOW(z, v) __builtin_shufflevector(z, v, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH(z, v) __builtin_shufflevector(z, v, 4, 12, 5, 13, 6, 14, 7, 15)
-#define ODD(x, y) __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15)
+#define LOW(z, v) SHUFFLED(halves, z, v, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(z, v) SHUFFLED(halves, z, v, 4, 12, 5, 13, 6, 14, 7, 15)
+#define ODD(x, y) SHUFFLED(halves, x, y, 1, 3, 5, 7, 9, 11, 13, 15)
 #endif
 
 static _Thread_local _Alignas(64) float strip_of_a[MOST_RANK * STRIP];
@@ -289,7 +278,7 @@ ALWAYS words rounded_words(lanes value) {
 ALWAYS void add_step(char *out, const char *in, lanes x, lanes y, float scaling) {
     if (scaling != 1) {
         x *= scaling, y *= scaling;
-        /* rounded by now: fused with the addition, results would depend on the processor */
+        /* rounded by now, as in NumPy: fused with the addition, it would not be */
         __asm__ volatile("" : "+m"(x), "+m"(y));
     }
     halves stored, zero = {0};

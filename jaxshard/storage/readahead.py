@@ -20,6 +20,7 @@ _TOLD_BYTES = 1 << 20  # what every device seen takes at once; slower in smaller
 # begins is small, and the first page of one may be a small one until they lie evenly.
 _RAMP = ((64 << 10, 4 << 10), (512 << 10, 16 << 10), (8 << 20, 64 << 10))
 _STEP_BYTES = 1 << 20
+_READAHEADS = ("/sys/class/bdi/{}", "/sys/dev/block/{}/../queue")  # of a file system, a disk
 _WINDOWS = 2  # how many readaheads are under way where the first page of one is asked for
 
 
@@ -46,9 +47,10 @@ def begin_reading(
         before: the bytes just before ``offset`` that were asked for likewise.
         ends: whether what follows is not wanted; then little beyond the end is fetched.
     """
+    stop = offset + num_bytes
     with suppress(OSError, AttributeError):
-        stop = offset + num_bytes
         _go_along(descriptor, offset, before, stop, ends=ends)
+    with suppress(OSError, AttributeError):
         for at in range(offset, stop, _TOLD_BYTES):
             length = min(_TOLD_BYTES, stop - at)
             os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
@@ -83,7 +85,7 @@ def _marks(offset: int, before: int, stop: int) -> Iterator[int]:
 def _window_bytes(device: int) -> int:
     """How much a file's own readahead on this device fetches at once; 0 if nobody can say."""
     number = f"{os.major(device)}:{os.minor(device)}"
-    for place in (f"/sys/class/bdi/{number}", f"/sys/dev/block/{number}/../queue"):
+    for place in _READAHEADS:
         with suppress(OSError, ValueError):
-            return int(Path(place, "read_ahead_kb").read_text()) << 10
+            return int(Path(place.format(number), "read_ahead_kb").read_text()) << 10
     return 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..catalog import Catalog, File, Piece
-from ..errors import FormatError, NotFoundError, some
+from ..errors import FormatError, NotFoundError, StorageError, some
 from .local import Handles, LocalFolder
 
 if TYPE_CHECKING:
     from .vectors import Places
+
+_AHEAD_HANDLES = 8
 
 
 class SourceFiles:
@@ -24,7 +27,8 @@ class SourceFiles:
         self._by_mindspore = catalog.metadata.get("format") == "ms"
         self._folder = LocalFolder(catalog.root)
         self._handles = Handles(Path(catalog.root))
-        self._ahead = Handles(Path(catalog.root))  # a file's readahead is each descriptor's own
+        # a file's readahead is each descriptor's own; one file is fetched ahead at a time
+        self._ahead = Handles(Path(catalog.root), most=_AHEAD_HANDLES)
 
     def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
@@ -51,6 +55,8 @@ class SourceFiles:
     ) -> None:
         """Have the disk fetch these bytes of that file; nobody waits for them.
 
+        Whoever reads them will hear of a file that cannot be opened.
+
         Args:
             piece: names the file.
             offset: the first byte.
@@ -59,7 +65,8 @@ class SourceFiles:
             ends: whether what follows will not be asked for.
         """
         path = self._files[piece.file].path
-        self._ahead.begin_reading(path, offset, num_bytes, before=before, ends=ends)
+        with suppress(StorageError, NotFoundError):
+            self._ahead.begin_reading(path, offset, num_bytes, before=before, ends=ends)
 
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile.

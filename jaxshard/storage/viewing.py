@@ -145,11 +145,11 @@ def _converted(
     values: Array, view: View, start: tuple[int, ...], known: Values, done: Array, spare: Spare
 ) -> None:
     """Put ``values``, whose first element is at ``start``, in ``done`` after the view's steps."""
-    if _added_at_once(values, view, start, known, done):
-        return
     work = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
-    wide_memory, table_memory = spare.of(work, _most(values))
     with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf, as in JAX
+        if _added_at_once(values, view, start, known, done):
+            return
+        wide_memory, table_memory = spare.of(work, _most(values))
         for part, at in _portions(values, start):
             wide = _like(wide_memory, values[part])
             cast_into(wide, values[part])
