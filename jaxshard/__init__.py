@@ -14,8 +14,7 @@ first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from .lazily import fetching
 
 _HOME = {
     "Catalog": "catalog",
@@ -53,13 +52,7 @@ _HOME = {
 __all__ = list(_HOME)
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'jaxshard' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = fetching(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

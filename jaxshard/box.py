@@ -67,7 +67,10 @@ class Box:
         Box(start=(0, 4), stop=(2, 8))
         """
         first = outer.start
-        return Box(tuple(map(sub, self.start, first)), tuple(map(sub, self.stop, first)))
+        return Box(
+            tuple([a - o for a, o in zip(self.start, first, strict=True)]),
+            tuple([b - o for b, o in zip(self.stop, first, strict=True)]),
+        )
 
     def minus(self, other: Box) -> list[Box]:
         """Disjoint boxes that together hold what ``other`` does not.

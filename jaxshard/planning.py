@@ -25,7 +25,7 @@ from .ranges import Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
 from .views import ZEROS
 
 BLOCK_BYTES = 1 << 20  # a block stays in the cache of one core between its read and its write
-STEPPED_BLOCK_BYTES = 2 << 20  # as much is to do for each element as for each block, there
+STEPPED_BLOCK_BYTES = 2 << 20  # where values are computed: half the steps of Python for them
 TILE_BYTES = 8 << 20  # what is read transposed needs more, or it is read in tiny runs
 
 

@@ -82,7 +82,7 @@ def byte_runs(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) ->
     Runs(offset=64, length=64, outer=())
     """
     strides = list(accumulate(shape[:0:-1], mul, initial=itemsize))[::-1] if shape else []
-    offset = base + sum(map(mul, box.start, strides))
+    offset = base + sum([a * s for a, s in zip(box.start, strides, strict=True)])
     lengths = box.shape
     inner = len(shape)  # dims [inner:] are whole, hence contiguous
     while inner and lengths[inner - 1] == shape[inner - 1]:

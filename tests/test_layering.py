@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxshard import mapping
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxshard"
 
 #: Rings from the inside out; a folder means everything below it.
 RINGS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "box", "recent", "native"),
+    ("errors", "dtypes", "box", "recent", "native", "lazily"),
     ("strategy", "layout", "elements", "views"),
     ("catalog",),
     ("rules", "mapping", "selection"),
@@ -205,6 +207,21 @@ def test_pure_modules_touch_no_disk_and_no_clock():
         found.pop(module, None)
     assert {m: used for m, used in found.items() if used} == {}
     assert graph()["storage.local"] & effects  # the twin: the check sees what does
+
+
+def test_what_the_package_of_mappings_fetches_later_is_what_it_says():
+    tree = ast.parse((PACKAGE / "mapping" / "__init__.py").read_text())
+    told = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        for alias in node.names
+    }
+    assert told == mapping._HOME
+    assert sorted(told) == sorted(mapping.__all__)
+    assert all(hasattr(mapping, name) for name in told)
+    assert not hasattr(mapping, "nothing")
 
 
 # --- what is loaded when ---------------------------------------------------------------

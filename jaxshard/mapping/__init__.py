@@ -9,8 +9,9 @@ Each name is fetched when it is first used: who only needs how boxes lie reads n
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazily import fetching
 
 if TYPE_CHECKING:
     from .joins import ROWS, Dequantize, Fuse, Unfuse
@@ -105,13 +106,7 @@ __all__ = [
     "write_mapping",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'jaxshard.mapping' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = fetching(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

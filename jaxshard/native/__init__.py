@@ -161,18 +161,14 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     pointer, size, apart = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ssize_t
-    library.turn.argtypes = [pointer, apart, pointer, apart, size, size, size, ctypes.c_int]
-    for call in (library.bf16_to_f32, library.f32_to_bf16):
-        call.argtypes = [pointer, pointer, size]
-    library.add_product_to_bf16.argtypes = [
-        *(pointer, apart, pointer, apart, pointer, size, pointer, size),
-        *(size, size, size, ctypes.c_float),
-    ]
-    for call in (
-        library.turn,
-        library.bf16_to_f32,
-        library.f32_to_bf16,
-        library.add_product_to_bf16,
-    ):
-        call.restype = None
+    matrix, cast_arguments = (pointer, apart), (pointer, pointer, size)
+    sums = (pointer, size, pointer, size, size, size, size, ctypes.c_float)
+    for name, arguments in {
+        "turn": (*matrix, *matrix, size, size, size, ctypes.c_int),
+        "bf16_to_f32": cast_arguments,
+        "f32_to_bf16": cast_arguments,
+        "add_product_to_bf16": (*matrix, *matrix, *sums),
+    }.items():
+        call = getattr(library, name)
+        call.argtypes, call.restype = arguments, None
     return library

@@ -48,7 +48,7 @@ def begin_reading(
         ends: whether what follows is not wanted; then little beyond the end is fetched.
     """
     stop = offset + num_bytes
-    with suppress(OSError, AttributeError):
+    with suppress(OSError):
         _go_along(descriptor, offset, before, stop, ends=ends)
     with suppress(OSError, AttributeError):
         for at in range(offset, stop, _TOLD_BYTES):
@@ -64,10 +64,8 @@ def _go_along(descriptor: int, offset: int, before: int, stop: int, *, ends: boo
         return
     if ends and stop < info.st_size:
         stop -= _WINDOWS * window
-    byte = [bytearray(1)]
     for at in _marks(offset, before, stop):
-        with suppress(BlockingIOError):
-            os.preadv(descriptor, byte, at, os.RWF_NOWAIT)
+        is_cached(descriptor, at)  # asked for, and not waited for
 
 
 def _marks(offset: int, before: int, stop: int) -> Iterator[int]:

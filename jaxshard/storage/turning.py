@@ -7,7 +7,7 @@ there are some, else by NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -32,10 +32,10 @@ def copy_into(out: Array, values: Array, *, is_final: bool = False) -> None:
     if to == come or out.shape[to] * out.shape[come] < _SMALL:
         out[...] = values
     else:
-        spare: list[Array] = []
-        for there, here in _planes(out, values, to, come):
-            if not native.turn(there, here, is_final=is_final):
-                _copy_tiles(there, here, spare)
+        planes = _planes(out, values, to, come)
+        left = [plane for plane in planes if not native.turn(*plane, is_final=is_final)]
+        if left:
+            _copy_tiles(left)
 
 
 def _planes(out: Array, values: Array, to: int, come: int) -> Iterator[tuple[Array, Array]]:
@@ -49,18 +49,19 @@ def _planes(out: Array, values: Array, to: int, come: int) -> Iterator[tuple[Arr
         yield there, here
 
 
-def _copy_tiles(out: Array, values: Array, spare: list[Array]) -> None:
-    """One plane by NumPy; ``spare`` keeps the memory of a tile for the next."""
+def _copy_tiles(planes: Sequence[tuple[Array, Array]]) -> None:
+    """Planes of one shape by NumPy, in tiles."""
+    out = planes[0][0]
     rows, columns = (min(_TILE, n) for n in out.shape)
-    if not spare:
-        spare.append(np.empty((rows, columns + _APART), out.dtype))
-    for i in range(0, out.shape[0], rows):
-        for j in range(0, out.shape[1], columns):
-            tile = (slice(i, i + rows), slice(j, j + columns))
-            there = out[tile]
-            here = spare[0][: there.shape[0], : there.shape[1]]
-            here[...] = values[tile]
-            there[...] = here
+    spare = np.empty((rows, columns + _APART), out.dtype)
+    for out, values in planes:
+        for i in range(0, out.shape[0], rows):
+            for j in range(0, out.shape[1], columns):
+                tile = (slice(i, i + rows), slice(j, j + columns))
+                there = out[tile]
+                here = spare[: there.shape[0], : there.shape[1]]
+                here[...] = values[tile]
+                there[...] = here
 
 
 def _fastest(array: Array) -> int:

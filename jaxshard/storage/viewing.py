@@ -174,7 +174,8 @@ def _added_at_once(
     plane = tuple(slice(None) if d in matrix else 0 for d in range(values.ndim))
     to, come = (x[plane] if row_dims < column_dims else x[plane].T for x in (done, values))
     b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
-    return native.add_product(to, come, *_scaled_early(b, step.scaling, a))
+    b, scaling = _scaled_early(b, step.scaling)
+    return native.add_product(to, come, b, a, scaling)
 
 
 class Spare:
@@ -239,7 +240,7 @@ def _stepped(
         if step.reproducible:
             table = _fused_product(b, a)
         else:
-            b, a, scaling = _scaled_early(b, step.scaling, a)
+            b, scaling = _scaled_early(b, step.scaling)
             size, same = len(b) * a.shape[1], spare.dtype == b.dtype
             made = spare[:size] if same else np.empty(size, b.dtype)
             table = _product(b, a, made.reshape(len(b), a.shape[1]))
@@ -253,16 +254,11 @@ def _stepped(
     return values
 
 
-def _scaled_early(
-    b: NDArray[np.float32], scaling: float, a: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32], np.float32]:
-    """Both factors and what is left of the scaling: a power of two goes into the small ``b``.
-
-    The bits are the same, wherever it comes in.
-    """
+def _scaled_early(b: NDArray[np.float32], scaling: float) -> tuple[NDArray[np.float32], np.float32]:
+    """A power of two goes into the small ``b``, with the same bits; and what scaling is left."""
     if abs(frexp(scaling)[0]) == 0.5:
-        return b * np.float32(scaling), a, np.float32(1)
-    return b, a, np.float32(scaling)
+        return b * np.float32(scaling), np.float32(1)
+    return b, np.float32(scaling)
 
 
 def _product(

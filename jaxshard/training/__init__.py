@@ -17,8 +17,7 @@ Only the last row, and ``manager`` above it, import JAX; names are fetched when 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from ..lazily import fetching
 
 _HOME = {
     "CheckpointManager": "manager",
@@ -32,10 +31,4 @@ _HOME = {
 
 __all__ = list(_HOME)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'jaxshard.training' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = fetching(__name__, _HOME)
