@@ -26,8 +26,8 @@ import jaxshard as js
 from jaxshard.catalog import Catalog
 from jaxshard.layout import Layout, Placement
 from jaxshard.multiprocess.splitting import cut_by_replicas, split_outputs
-from jaxshard.outputs import Outputs, arrange
-from jaxshard.planning import make_plan
+from jaxshard.planning.outputs import Outputs, arrange
+from jaxshard.planning.plan import make_plan
 from jaxshard.strategy import Strategy
 from jaxshard.targets import lay_out_for
 

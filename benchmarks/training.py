@@ -42,8 +42,8 @@ from measure import Sample
 from models import SMOKE, Llama, write_llama
 
 import jaxshard as js
-from jaxshard.conversion import default_budget
 from jaxshard.loading import load
+from jaxshard.storage.budget import default_budget
 from jaxshard.training import CheckpointManager, checksums
 from jaxshard.training.examining import check_sums
 from jaxshard.training.opening_steps import open_step

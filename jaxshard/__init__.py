@@ -26,7 +26,7 @@ _HOME = {
     "Mapping": "mapping",
     "LayoutError": "errors",
     "NotFoundError": "errors",
-    "Options": "conversion",
+    "Options": "conversion.options",
     "Placement": "layout",
     "Rules": "rules",
     "StorageError": "errors",

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from .catalog import Catalog
-from .conversion import Options, Report, budget_of, execute, fitted, prepare
+from .conversion.options import Options, budget_of
+from .conversion.preparing import fitted, prepare
+from .conversion.running import Report, execute
 from .layout import Layout
 from .opening import PathLike, open_checkpoint
-from .planning import Plan
+from .planning.plan import Plan
 from .rules import Rules
 from .strategy import Strategy
 from .verification import Verdict, verify_against

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from .catalog import Catalog, Tensor
 from .layout import Layout, Placement
-from .outputs import Outputs
-from .planning import Plan
+from .planning.outputs import Outputs
+from .planning.plan import Plan
 
 _MOST_CELLS = 8
 _MOST_RANKS = 16

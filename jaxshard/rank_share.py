@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .catalog import Catalog
-from .conversion import Options, budget_of, prepare
+from .conversion.options import Options, budget_of
+from .conversion.preparing import prepare
 from .elements import Conversion, numpy_dtype
 from .errors import LayoutError
 from .layout import Layout
 from .opening import PathLike
-from .outputs import Entry
-from .planning import Move
+from .planning.moves import Move
+from .planning.outputs import Entry
 from .storage.engine import run
 from .storage.sources import open_source
 from .strategy import Strategy

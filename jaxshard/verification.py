@@ -16,9 +16,9 @@ import numpy as np
 from .box import Box
 from .catalog import Catalog, Piece, Tensor
 from .cells import are_disjoint
-from .coverage import remedy
 from .errors import CoverageError, LayoutError
-from .planning import Move, check_covered, move_into
+from .planning.coverage import remedy
+from .planning.moves import Move, check_covered, move_into
 from .storage.engine import Budget, run
 from .storage.sources import OpenSource, open_source
 from .views import View

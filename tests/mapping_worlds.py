@@ -12,7 +12,7 @@ import numpy as np
 from jaxshard.box import Box
 from jaxshard.catalog import Catalog, File, Piece, Tensor
 from jaxshard.dtypes import BY_NUMPY
-from jaxshard.planning import Move, move_into
+from jaxshard.planning.moves import Move, move_into
 from jaxshard.storage.engine import Budget, Counts, run
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxshard as js
-from jaxshard.conversion import execute, fitted, prepare
+from jaxshard.conversion.preparing import fitted, prepare
+from jaxshard.conversion.running import execute
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.layout import Layout, Placement
 from jaxshard.mapping import read_mapping
@@ -68,7 +69,9 @@ def test_only_the_tensors_asked_for_are_taken(llama, tmp_path):
     }
     js.slice(llama, tmp_path / "cut", "mp2pp2", include="layers.0", options=QUICK)
     assert js.verify(tmp_path / "cut").problems == ()
-    with pytest.raises(NotFoundError, match="--include nothing matches none of the 21"):
+    with pytest.raises(
+        NotFoundError, match=r"include= \(--include\) nothing matches none of the 21"
+    ):
         prepare(llama, include=["lm_head", "nothing"])
     with pytest.raises(LayoutError, match="not a regular expression"):
         prepare(llama, exclude=["("])

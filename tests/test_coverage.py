@@ -12,12 +12,12 @@ from test_laws import outputs_of
 
 from jaxshard.box import Box
 from jaxshard.catalog import Catalog, File, Piece, Tensor
-from jaxshard.coverage import remedy
 from jaxshard.dtypes import BY_NAME
 from jaxshard.errors import CoverageError
 from jaxshard.layout import Layout, Placement
 from jaxshard.mapping import Mapping, Transpose
-from jaxshard.planning import make_plan
+from jaxshard.planning.coverage import remedy
+from jaxshard.planning.plan import make_plan
 
 F32 = BY_NAME["F32"]
 MP, DP_MP = Placement((("mp", 4),), (("mp",),)), Placement((("dp", 2), ("mp", 4)), (("mp",),))

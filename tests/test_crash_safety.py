@@ -19,14 +19,9 @@ import pytest
 import safetensors
 
 import jaxshard as js
-from jaxshard import conversion
-from jaxshard.errors import (
-    FormatError,
-    JaxshardError,
-    LayoutError,
-    NotFoundError,
-    StorageError,
-)
+from jaxshard.conversion.preparing import prepare
+from jaxshard.conversion.running import execute
+from jaxshard.errors import FormatError, JaxshardError, LayoutError, NotFoundError, StorageError
 from jaxshard.opening import open_checkpoint
 from jaxshard.storage import carrying, local, sealing, staging, writing
 
@@ -38,7 +33,8 @@ SIZES = {"layers": 4, "hidden": 384, "vocab": 2048}  # about 17 MB: a conversion
 DRIVER = """
 import sys
 import jaxshard as js
-from jaxshard.conversion import execute, prepare
+from jaxshard.conversion.preparing import prepare
+from jaxshard.conversion.running import execute
 source, destination, to, overwrite = sys.argv[1:]
 options = js.Options(workers=2, overwrite=bool(overwrite), host_bytes=1 << 20)
 prepared = prepare(source, to, max_shard_bytes=2 << 20 if to == "full" else None)
@@ -270,13 +266,13 @@ def test_a_disk_that_refuses_at_other_moments_is_told_of_too(
 ):
     destination = tmp_path / "out"
     js.slice(small, tmp_path / "undisturbed", "mp4", format="ckpt", crc=True)
-    prepared = conversion.prepare(small, "mp4", format="ckpt", crc=True)
+    prepared = prepare(small, "mp4", format="ckpt", crc=True)
     monkeypatch.setattr(module, call, refuse, raising=False)
     with pytest.raises(StorageError, match=r"No space left.*--resume"):
-        conversion.execute(prepared, destination)
+        execute(prepared, destination)
     monkeypatch.undo()
     assert no_checkpoint_at(destination)
-    conversion.execute(prepared, destination, options=js.Options(resume=True))
+    execute(prepared, destination, options=js.Options(resume=True))
     assert checkpoints.files_of(destination) == checkpoints.files_of(tmp_path / "undisturbed")
 
 
@@ -331,7 +327,7 @@ def test_a_disk_itself_is_no_destination(small, tiny_disk):
 def test_a_disk_that_fills_up_meanwhile(small, tiny_disk, tmp_path, monkeypatch):
     checkpoints.write_llama(small, layers=3, hidden=32)
     js.slice(small, tmp_path / "right3", "mp4")
-    monkeypatch.setattr(conversion, "_check_room", lambda plan, place: None)
+    monkeypatch.setattr("jaxshard.conversion.running._check_room", lambda plan, place: None)
     hog = tiny_disk / "hog"
     hog.write_bytes(bytes(60_000))
     with pytest.raises(StorageError, match="No space left"):

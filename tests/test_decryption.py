@@ -11,7 +11,7 @@ import pytest
 from golden_files import golden
 
 from jaxshard.cli import main
-from jaxshard.decryption import decrypt
+from jaxshard.conversion.decryption import decrypt
 from jaxshard.errors import FormatError, LayoutError, StorageError
 
 KEY = b"0123456789ABCDEF"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxshard as js
-from jaxshard import demo
+from jaxshard.cli import demo
 from jaxshard.errors import CoverageError
 
 pytest.importorskip("jax")

@@ -16,7 +16,7 @@ from jaxshard.box import Box
 from jaxshard.catalog import Piece, Tensor
 from jaxshard.dtypes import BY_NAME
 from jaxshard.errors import LayoutError, StorageError
-from jaxshard.planning import move_into
+from jaxshard.planning.moves import move_into
 from jaxshard.storage import engine
 from jaxshard.storage.batches import Shared, in_threads
 from jaxshard.storage.budget import Budget, fit_budget
@@ -122,7 +122,8 @@ def test_a_dry_run_counts_in_the_blocks_of_the_budget(tmp_path, to):
         {"lm_head.weight": np.zeros((512, 2048), np.float32)},
         config={"model_type": "llama"},
     )
-    from jaxshard.conversion import execute, fitted, prepare  # noqa: PLC0415
+    from jaxshard.conversion.preparing import fitted, prepare  # noqa: PLC0415
+    from jaxshard.conversion.running import execute  # noqa: PLC0415
 
     small = js.Options(host_bytes=1 << 19, durable=False)
     prepared = prepare(tmp_path / "big", to)

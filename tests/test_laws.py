@@ -23,8 +23,8 @@ from jaxshard.catalog import Tensor
 from jaxshard.dtypes import in_units
 from jaxshard.errors import CoverageError, LayoutError
 from jaxshard.layout import Layout, Placement
-from jaxshard.outputs import Outputs, arrange
-from jaxshard.planning import Plan, make_plan
+from jaxshard.planning.outputs import Outputs, arrange
+from jaxshard.planning.plan import Plan, make_plan
 from jaxshard.storage import engine, streams
 from jaxshard.storage.budget import Budget, Counts
 

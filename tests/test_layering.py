@@ -27,32 +27,21 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("catalog",),
     ("rules", "mapping", "selection"),
     ("formats",),
-    ("outputs", "cells", "ranges", "coverage", "planning", "picture"),
+    ("cells", "ranges", "planning", "picture"),
     ("storage",),
-    ("results", "lay_files", "target_folders", "target_ranks", "target_iteration"),
-    ("targets", "opening", "one_file", "fingerprint", "job_values", "multiprocess"),
-    ("conversion", "verification", "rank_share", "orbax_writing", "decryption"),
+    ("opening", "multiprocess", "targets"),
+    ("conversion", "verification", "rank_share"),
     ("devices", "hosting", "trees", "transfer"),
     ("on_devices", "array_layouts"),
     ("loading", "saving"),
     ("training", "lora", "iterations"),
-    (
-        "api",
-        "cli",
-        "commands",
-        "strategy_commands",
-        "strategy_picture",
-        "mindformers",
-        "demo",
-        "__init__",
-        "__main__",
-    ),
+    ("api", "cli", "mindformers", "__init__", "__main__"),
 )
-DEVICE_RINGS = range(10, 14)
+DEVICE_RINGS = range(9, 13)
 #: A value's methods that lead to devices: ``Strategy.mesh`` is where people look for it.
 LEADS = {"strategy": {"devices", "devices.mesh", "devices.stage_meshes"}}
 #: May import JAX when called, and only then.
-INSIDE_FUNCTIONS = {"demo", "mapping.expressions", "multiprocess.barriers"}
+INSIDE_FUNCTIONS = {"cli.demo", "mapping.expressions", "multiprocess.barriers"}
 #: Import JAX, and so are themselves imported only when such a checkpoint is met.
 DEVICE_FORMATS = {"formats.orbax", "formats.orbax_restored", "formats.orbax_streaming"}
 WITH_ORBAX = ("formats.orbax",)

@@ -19,7 +19,7 @@ from jaxshard.dtypes import dtype
 from jaxshard.errors import NotFoundError
 from jaxshard.loading import load
 from jaxshard.loading.ahead import ReadingAhead, portions, spans
-from jaxshard.planning import move_into
+from jaxshard.planning.moves import move_into
 from jaxshard.storage import readahead
 from jaxshard.storage.readahead import is_cached
 from jaxshard.storage.reading import SourceFiles

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxshard.conversion import Options
+from jaxshard.conversion.options import Options
 from jaxshard.errors import FormatError, JaxshardError, LayoutError, NotFoundError
 from jaxshard.lora import is_adapter, merge_lora, with_adapter
 from jaxshard.opening import open_checkpoint

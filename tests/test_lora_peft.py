@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mapping_models import DECODER, MODELS
 
-from jaxshard.conversion import Options
+from jaxshard.conversion.options import Options
 from jaxshard.errors import LayoutError
 from jaxshard.lora import merge_lora
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from jaxshard import mindformers
 from jaxshard.api import convert
-from jaxshard.conversion import Options
+from jaxshard.conversion.options import Options
 from jaxshard.errors import LayoutError
 from jaxshard.loading import load
 from jaxshard.mapping import find_mapping

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from jaxshard.api import convert
-from jaxshard.conversion import Options
+from jaxshard.conversion.options import Options
 from jaxshard.mapping import find_mapping
 from jaxshard.opening import open_checkpoint
 

@@ -23,11 +23,13 @@ from mapping_worlds import Memory, read_all, same
 from safetensors.numpy import load_file
 
 from jaxshard.api import convert
-from jaxshard.conversion import Options, execute, prepare
+from jaxshard.conversion.options import Options
+from jaxshard.conversion.preparing import prepare
+from jaxshard.conversion.running import execute
 from jaxshard.errors import LayoutError
 from jaxshard.loading import load
 from jaxshard.mapping import FORMS, Fuse, Mapping, Stack, Transpose, read_mapping, write_mapping
-from jaxshard.planning import Totals
+from jaxshard.planning.plan import Totals
 from jaxshard.storage.budget import Counts
 
 QUICK = Options(workers=1, durable=False)

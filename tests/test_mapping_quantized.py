@@ -15,7 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxshard.api import convert
 from jaxshard.box import Box
-from jaxshard.conversion import Options, execute, prepare
+from jaxshard.conversion.options import Options
+from jaxshard.conversion.preparing import prepare
+from jaxshard.conversion.running import execute
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.mapping import Cast, Dequantize, Mapping, Stack, Transpose
 from jaxshard.storage.engine import Budget

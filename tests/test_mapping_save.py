@@ -16,7 +16,7 @@ from processes import answers, run_processes
 from safetensors.numpy import load_file
 
 from jaxshard.api import convert
-from jaxshard.conversion import Options
+from jaxshard.conversion.options import Options
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.loading import load
 from jaxshard.mapping import Fuse, Mapping, Pad, find_mapping

@@ -12,7 +12,9 @@ from mapping_worlds import same
 from safetensors.numpy import load_file, save_file
 
 from jaxshard.api import convert, plan
-from jaxshard.conversion import Options, execute, prepare
+from jaxshard.conversion.options import Options
+from jaxshard.conversion.preparing import prepare
+from jaxshard.conversion.running import execute
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.mapping import find_mapping, form_of, read_mapping, table, write_mapping
 from jaxshard.opening import open_checkpoint

@@ -27,7 +27,7 @@ from mindspore_ranks import (
 
 import jaxshard as js
 from jaxshard import mindformers
-from jaxshard.cli import parser
+from jaxshard.cli.parsing import parser
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError, StorageError
 from jaxshard.layout import Layout, Placement
 from jaxshard.opening import open_strategy
@@ -331,7 +331,7 @@ def test_the_format_that_is_named_counts_where_both_lie_together(ranks: Path) ->
     write_ranks(ranks, lambda r: held_by(r, newer), "net_rank_{r}-1_10.ckpt")
     told = {"load_checkpoint": str(ranks), "use_parallel": True}
     with pytest.raises(
-        CoverageError, match=r"Choose with --suffix \.ckpt or --suffix \.safetensors"
+        CoverageError, match=r"Choose with suffix= \(--suffix\): \.ckpt or \.safetensors"
     ):
         asked(told).open()
     for kind in ("ckpt", "safetensors"):

@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxshard as js
-from jaxshard.conversion import Options, execute, prepare
+from jaxshard.conversion.options import Options
+from jaxshard.conversion.preparing import prepare
+from jaxshard.conversion.running import execute
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.multiprocess.environment import part_of
 from jaxshard.multiprocess.splitting import Part, assign, cut_evenly, split_outputs
@@ -198,7 +200,9 @@ def test_parts_that_end_together_publish_once(llama, whole, tmp_path, monkeypatc
 
 KILLED = """
 import os, signal, sys
-from jaxshard.conversion import Options, execute, prepare
+from jaxshard.conversion.options import Options
+from jaxshard.conversion.preparing import prepare
+from jaxshard.conversion.running import execute
 from jaxshard.multiprocess.splitting import Part
 from jaxshard.storage import parts
 source, out, index, count, after, what = sys.argv[1:]

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxshard import orbax_writing
 from jaxshard.api import convert, verify
-from jaxshard.conversion import Options, execute, fitted, prepare
+from jaxshard.conversion import orbax_writing
+from jaxshard.conversion.options import Options
+from jaxshard.conversion.preparing import fitted, prepare
+from jaxshard.conversion.running import execute
 from jaxshard.errors import FormatError, LayoutError
 from jaxshard.formats.orbax import Item
 from jaxshard.formats.orbax_names import item_folder, recognise

@@ -13,7 +13,7 @@ from jaxshard.catalog import Tensor
 from jaxshard.dtypes import BY_NAME, num_bytes
 from jaxshard.errors import LayoutError
 from jaxshard.layout import Layout, Placement
-from jaxshard.outputs import arrange
+from jaxshard.planning.outputs import arrange
 
 BF16 = BY_NAME["BF16"]
 

@@ -15,7 +15,7 @@ from jaxshard import picture
 from jaxshard.catalog import Tensor
 from jaxshard.dtypes import BY_NAME
 from jaxshard.layout import Placement
-from jaxshard.planning import make_plan
+from jaxshard.planning.plan import make_plan
 
 BF16 = BY_NAME["BF16"]
 

@@ -15,8 +15,9 @@ from jaxshard.catalog import Catalog, File, Piece, Tensor
 from jaxshard.dtypes import BY_NAME
 from jaxshard.errors import CoverageError, LayoutError
 from jaxshard.layout import Layout, Placement
-from jaxshard.outputs import arrange
-from jaxshard.planning import check_covered, make_plan
+from jaxshard.planning.moves import check_covered
+from jaxshard.planning.outputs import arrange
+from jaxshard.planning.plan import make_plan
 
 BF16 = BY_NAME["BF16"]
 

@@ -27,13 +27,7 @@ from mindspore_ranks import (
 )
 
 import jaxshard as js
-from jaxshard.errors import (
-    CoverageError,
-    FormatError,
-    JaxshardError,
-    LayoutError,
-    NotFoundError,
-)
+from jaxshard.errors import CoverageError, FormatError, JaxshardError, LayoutError, NotFoundError
 from jaxshard.formats import strategy_files
 from jaxshard.formats.strategy_files import ParamLayout, Stage, Strategies
 from jaxshard.layout import Layout, Placement

@@ -15,7 +15,7 @@ from jaxshard.box import Box
 from jaxshard.catalog import Piece, Tensor
 from jaxshard.dtypes import BY_NAME
 from jaxshard.errors import FormatError, StorageError
-from jaxshard.planning import move_into
+from jaxshard.planning.moves import move_into
 from jaxshard.storage import engine
 from jaxshard.storage.budget import Budget
 from jaxshard.storage.local import Handles

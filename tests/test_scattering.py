@@ -17,7 +17,8 @@ from jaxshard.catalog import Piece, Tensor
 from jaxshard.dtypes import dtype
 from jaxshard.errors import FormatError
 from jaxshard.loading import load
-from jaxshard.planning import block_steps, cell_blocks, move_into
+from jaxshard.planning.blocks import block_steps, cell_blocks
+from jaxshard.planning.moves import move_into
 from jaxshard.storage import engine, scattering
 from jaxshard.storage.budget import Budget
 from jaxshard.storage.local import Handles

@@ -5,7 +5,7 @@ from __future__ import annotations
 import checkpoints
 import pytest
 
-from jaxshard.conversion import prepare
+from jaxshard.conversion.preparing import prepare
 from jaxshard.errors import StorageError
 from jaxshard.saving.shares import lay_out, seal
 from jaxshard.storage.local import Handles

@@ -119,7 +119,9 @@ def interrupted(place, durable=True) -> None:
 
 def test_what_is_finished_is_kept_and_what_is_not_goes(place):
     interrupted(place)
-    with pytest.raises(LayoutError, match="--resume, or discard it with --overwrite"):
+    with pytest.raises(
+        LayoutError, match=r"resume=True \(--resume\), or discard it with overwrite=True"
+    ):
         Staging(place, "request")
     made = Staging(place, "request", resume=True)
     assert made.finished == {"a": 5}

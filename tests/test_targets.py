@@ -11,10 +11,10 @@ from jaxshard.catalog import Catalog, File, Model, Piece, Tensor
 from jaxshard.dtypes import BY_NAME
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.layout import Layout, Placement
-from jaxshard.results import Request
 from jaxshard.rules import read_rules
 from jaxshard.strategy import Strategy
 from jaxshard.targets import lay_out_for, make_result
+from jaxshard.targets.results import Request
 
 INDEX = "model.safetensors.index.json"
 

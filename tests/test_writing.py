@@ -13,8 +13,8 @@ from jaxshard.catalog import Catalog, File, Piece, Tensor
 from jaxshard.dtypes import BY_NAME
 from jaxshard.formats import safetensors as format_of
 from jaxshard.layout import Layout, Placement
-from jaxshard.outputs import arrange
-from jaxshard.planning import make_plan
+from jaxshard.planning.outputs import arrange
+from jaxshard.planning.plan import make_plan
 from jaxshard.storage.staging import Staging
 from jaxshard.storage.writing import OutputFiles
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..catalog import Piece
-from ..planning import Move
+from ..planning.moves import Move
 from ..ranges import byte_runs
 
 WINDOW_BYTES = 256 << 20  # how far ahead: little beside the page cache, much for any disk

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import jax
 
 from ..catalog import Piece
-from ..planning import Move
+from ..planning.moves import Move
 from ..storage.budget import Budget, Counts
 from ..storage.engine import ReadPlaces, run
 from ..storage.requests import ReadRows

@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ..conversion import default_budget
 from ..errors import LayoutError
-from ..storage.budget import LEAST_BYTES, Budget, fit_budget
+from ..storage.budget import LEAST_BYTES, Budget, default_budget, fit_budget
 from .memory import staged_bytes
 from .placing import adopts, is_kept, keeping_64_bits
 from .wanted import Job

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from ..catalog import Catalog
-from ..conversion import default_budget
-from ..storage.budget import Counts
+from ..storage.budget import Counts, default_budget
 from .limits import check_dtypes, check_memory, need_of
 from .wanted import Want, jobs
 

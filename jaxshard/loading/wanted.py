@@ -21,7 +21,7 @@ from ..box import Box
 from ..catalog import Tensor
 from ..elements import Conversion, NumpyDType
 from ..errors import JaxshardError
-from ..planning import Move, move_into
+from ..planning.moves import Move, move_into
 from ..transfer.geometry import device_boxes
 
 

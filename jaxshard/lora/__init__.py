@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..catalog import Catalog
-from ..conversion import Options, Report, execute, prepare
+from ..conversion.options import Options
+from ..conversion.preparing import prepare
+from ..conversion.running import Report, execute
 from ..errors import LayoutError
 from ..layout import Layout
 from ..opening import PathLike, open_checkpoint

@@ -92,7 +92,7 @@ def _refuse_two(base: Catalog, adapter: Catalog) -> None:
     raise LayoutError(
         f"{base.root} holds {len(own)} tensors of adapters itself ({own[0]} …), and {adapter.root} "
         "is given too. Merge its own first, without adapter=, or leave them out when converting it "
-        "(--exclude lora)."
+        '(exclude="lora", --exclude lora).'
     )
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from ..errors import LayoutError
 from ..layout import Placement, shard_dim_over_replicas
-from ..outputs import Entry, Outputs
+from ..planning.outputs import Entry, Outputs
 
 _Place = tuple[int, tuple[int, ...], int]
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ class Part:
         if not 0 <= self.index < self.count:
             raise LayoutError(
                 f"process {self.index} of {self.count}: processes are numbered from 0 to "
-                f"{self.count - 1}. Check --process-index and --process-count."
+                f"{self.count - 1}. Check --process-index and --process-count, or the Part given."
             )
 
     def __str__(self) -> str:

@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import one_file
 from ..array_layouts import layout_of
 from ..catalog import Catalog, Model
-from ..conversion import Report, default_budget
+from ..conversion.running import Report
 from ..errors import LayoutError, nearest, some
 from ..formats import huggingface
 from ..layout import Layout
@@ -29,10 +28,11 @@ from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..opening import PathLike, open_checkpoint, open_strategy
-from ..results import Request, Result
 from ..rules import Rules
+from ..storage.budget import default_budget
 from ..strategy import Strategy
-from ..targets import lay_out_for, make_result
+from ..targets import lay_out_for, make_result, one_file
+from ..targets.results import Request, Result
 from ..trees import is_array_like, named_leaves
 from . import orbax_saving
 from .across import Work, check_across, check_alone, commit_across, commit_own

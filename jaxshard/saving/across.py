@@ -22,10 +22,10 @@ from ..catalog import Catalog, Piece
 from ..errors import LayoutError
 from ..formats import elsewhere
 from ..multiprocess.barriers import Processes
-from ..results import Result
 from ..storage.budget import Budget, Counts
 from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, real_place
+from ..targets.results import Result
 from .arrays import Array, ArraySource
 from .committing import abandon, add_files, begin, check_room, write_files
 from .shares import lay_out, seal, write_share

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from ..catalog import Catalog
 from ..errors import LayoutError, StorageError
-from ..planning import make_plan
-from ..results import Result
+from ..planning.plan import make_plan
 from ..storage import carrying
 from ..storage.budget import Budget, Counts
 from ..storage.engine import run
@@ -28,6 +27,7 @@ from ..storage.staging import (
     told,
 )
 from ..storage.writing import OutputFiles
+from ..targets.results import Result
 from .arrays import ArraySource
 
 _REQUEST = '{"made from": "arrays in memory"}'

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..catalog import Catalog, Piece
-from ..planning import Move
-from ..results import Result
+from ..planning.moves import Move
 from ..storage.budget import Budget, Counts
 from ..storage.engine import run
 from ..storage.shared_writing import SharedFiles
+from ..targets.results import Result
 from .sharing import Place, shared_moves
 
 Read = Callable[[Piece, int, memoryview], None]

@@ -26,8 +26,8 @@ from ..catalog import Catalog, Piece, Tensor
 from ..dtypes import in_units
 from ..errors import LayoutError, StorageError
 from ..multiprocess.splitting import assign
-from ..outputs import Outputs
-from ..planning import Move, move_into
+from ..planning.moves import Move, move_into
+from ..planning.outputs import Outputs
 from ..ranges import Runs, byte_runs
 from ..storage.budget import Counts
 from ..transfer.geometry import all_device_boxes

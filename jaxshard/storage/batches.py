@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from ..box import Box
 from ..cells import Cell
-from ..planning import Move
+from ..planning.moves import Move
 
 BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
 

@@ -5,14 +5,16 @@ Apart from the engine, so that a command that moves nothing needs no NumPy.
 
 from __future__ import annotations
 
+import os
 from dataclasses import astuple, dataclass
 
 from ..errors import LayoutError
-from ..planning import BLOCK_BYTES, TILE_BYTES
+from ..planning.blocks import BLOCK_BYTES, TILE_BYTES
 
 _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
 _TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
 _LEAST_BLOCK = 64 << 10
+_DEFAULT_BYTES = 256 << 20
 
 LENT_BLOCK_BYTES = 4 << 20
 """A block of what lies in memory already, and only passes through a core's cache to be summed or
@@ -80,6 +82,12 @@ def fit_budget(host_bytes: int, workers: int, block_bytes: int = BLOCK_BYTES) ->
     left = host_bytes // workers - block * _BLOCKS_PER_WORKER
     tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
     return Budget(workers, block, tile)
+
+
+def default_budget() -> int:
+    """The default of ``host_bytes``: 256 MiB, or a sixteenth of a smaller machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_DEFAULT_BYTES, memory // 16)
 
 
 def _power_of_two(limit: int) -> int:

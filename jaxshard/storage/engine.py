@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from ..box import Box
 from ..catalog import Piece, Tensor
 from ..cells import Cell
-from ..planning import Move, Steps, block_steps, cell_blocks, move_into, permuted_form
+from ..planning.blocks import Steps, block_steps, cell_blocks
+from ..planning.forms import permuted_form
+from ..planning.moves import Move, move_into
 from ..ranges import Runs, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget

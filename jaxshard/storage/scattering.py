@@ -13,7 +13,8 @@ from math import prod
 import numpy as np
 
 from ..box import Box
-from ..planning import Move, Steps
+from ..planning.blocks import Steps
+from ..planning.moves import Move
 from ..ranges import Runs, byte_runs
 from .requests import Bytes
 from .vectors import Places

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import LayoutError, NotFoundError, StorageError
-from ..outputs import Outputs
+from ..planning.outputs import Outputs
 from .local import Handles
 from .staging import FILES, Staging, staging_folder, told
 from .writing import FileLayout, LayFile

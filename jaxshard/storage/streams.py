@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..box import Box
 from ..cells import Cell, cells
-from ..planning import Move, cell_blocks
+from ..planning.blocks import cell_blocks
+from ..planning.moves import Move
 from ..ranges import Runs, block_dim, blocks, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts

@@ -20,7 +20,7 @@ from .. import native
 from ..box import Box
 from ..catalog import Tensor
 from ..elements import cast_into, numpy_dtype
-from ..planning import Move
+from ..planning.moves import Move
 from ..ranges import Runs
 from ..views import AddProduct, Affine, Round, Step, View
 from .requests import Bytes, Read, read_runs

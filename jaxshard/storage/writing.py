@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ..outputs import Entry
-from ..planning import Move, Plan
+from ..planning.moves import Move
+from ..planning.outputs import Entry
+from ..planning.plan import Plan
 from .linux import reserve
 from .local import Handles
 from .parts import PartStaging

@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..conversion import default_budget
 from ..errors import StorageError
 from ..multiprocess.barriers import Processes
 from ..multiprocess.splitting import cut_evenly
-from ..results import Result
 from ..saving.shares import lay_out, write_share
 from ..saving.sharing import check_shares, owners, share
-from ..storage.budget import LENT_BLOCK_BYTES, Counts, fit_budget
+from ..storage.budget import LENT_BLOCK_BYTES, Counts, default_budget, fit_budget
 from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, staging_folder
+from ..targets.results import Result
 from .checksums import BEST, FileSums, Gathered
 from .layouts import Part
 from .lineage import Line

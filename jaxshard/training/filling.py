@@ -19,16 +19,15 @@ from numpy.typing import NDArray
 from .. import rules as family_rules
 from ..box import Box
 from ..catalog import Catalog, Tensor
-from ..conversion import default_budget
 from ..elements import numpy_dtype
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..formats.job_numbers import NAMES
 from ..loading import load
 from ..loading.memory import Bytes, aligned_empty
 from ..loading.placing import keeping_64_bits
-from ..planning import Move, move_into
+from ..planning.moves import Move, move_into
 from ..selection import groups
-from ..storage.budget import fit_budget
+from ..storage.budget import default_budget, fit_budget
 from ..storage.engine import run
 from ..storage.sources import open_source
 from ..strategy import Strategy

@@ -17,9 +17,9 @@ from typing import Any
 
 from ..catalog import Catalog, Tensor
 from ..layout import Layout
-from ..results import Request, Result
-from ..target_ranks import STRATEGY_FOLDER
 from ..targets import make_result
+from ..targets.ranks import STRATEGY_FOLDER
+from ..targets.results import Request, Result
 from . import naming
 from .naming import StepName
 from .opening_steps import STATE_FOLDER

@@ -28,8 +28,8 @@ from ..errors import (
     some,
 )
 from ..formats.job_numbers import NAMES
-from ..job_values import job_values
 from ..multiprocess.barriers import Processes
+from ..targets.job_values import job_values
 from .checks import one_of
 from .committing import is_interrupted, recover
 from .examining import check_sums

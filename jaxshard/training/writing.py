@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..catalog import Piece
-from ..conversion import default_budget
 from ..errors import StorageError
-from ..planning import Move, Plan, make_plan
-from ..storage.budget import LENT_BLOCK_BYTES, fit_budget
+from ..planning.moves import Move
+from ..planning.plan import Plan, make_plan
+from ..storage.budget import LENT_BLOCK_BYTES, default_budget, fit_budget
 from ..storage.engine import run
 from ..storage.staging import Staging
 from ..storage.writing import FileLayout, OutputFiles

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from .catalog import Catalog, Tensor
-from .elements import numpy_dtype
-from .formats.iteration_names import COMMON
-from .storage.reading import SourceFiles
+from ..catalog import Catalog, Tensor
+from ..elements import numpy_dtype
+from ..formats.iteration_names import COMMON
+from ..storage.reading import SourceFiles
 
 _MAX_COMMON_BYTES = 1 << 20
 

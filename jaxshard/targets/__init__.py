@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 
-from .catalog import Catalog, Tensor
-from .errors import LayoutError, NotFoundError
-from .layout import Layout
+from ..catalog import Catalog, Tensor
+from ..errors import LayoutError, NotFoundError
+from ..layout import Layout
+from ..rules import Policy, Rules, rules_for
+from ..rules import layout as lay_out
+from ..strategy import Strategy
 from .results import FORMATS, Request, Result
-from .rules import Policy, Rules, rules_for
-from .rules import layout as lay_out
-from .strategy import Strategy
 
 __all__ = [
     "FORMATS",
@@ -35,16 +35,16 @@ __all__ = [
 _Make = Callable[[Catalog, Sequence[Tensor], Request], Result]
 # Module and function, by format: each module is imported only when it is needed.
 _COMPLETE = {
-    "huggingface": ("target_folders", "huggingface"),
-    "unified": ("target_folders", "unified"),
-    "ckpt": ("target_folders", "ckpt"),
-    "iteration": ("target_iteration", "iteration"),
-    "orbax": ("target_folders", "orbax"),
+    "huggingface": ("folders", "huggingface"),
+    "unified": ("folders", "unified"),
+    "ckpt": ("folders", "ckpt"),
+    "iteration": ("iteration", "iteration"),
+    "orbax": ("folders", "orbax"),
 }
 _CUT = {
-    "ranks": ("target_ranks", "rank_folders"),
-    "ckpt": ("target_ranks", "rank_folders"),
-    "iteration": ("target_iteration", "iteration"),
+    "ranks": ("ranks", "rank_folders"),
+    "ckpt": ("ranks", "rank_folders"),
+    "iteration": ("iteration", "iteration"),
 }
 _IN_SHARDS = ("huggingface", "unified")
 
@@ -121,7 +121,8 @@ def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
         what = "a complete checkpoint" if request.to is None else "files of ranks"
         raise LayoutError(
             f"format {name!r} is none for {what}; there are {', '.join(makers)}. "
-            + ("Give a layout with --to." if request.to is None else "Give --to full.")
+            + ("Give a layout" if request.to is None else "Give full")
+            + " with to= (--to)."
         )
     module, function = makers[name]
     make: _Make = getattr(import_module(f".{module}", __package__), function)
@@ -138,22 +139,22 @@ def check_request(request: Request) -> None:
     name = request.format or ("huggingface" if is_whole else "ranks")
     if request.remove_redundancy and is_whole:
         raise LayoutError(
-            "--remove-redundancy is for files of ranks; a complete checkpoint stores nothing "
-            "twice. Leave it out, or give a layout with --to."
+            "remove_redundancy= (--remove-redundancy) is for files of ranks; a complete checkpoint "
+            "stores nothing twice. Leave it out, or give a layout with to= (--to)."
         )
     if request.max_shard_bytes is not None and not (is_whole and name in _IN_SHARDS):
         raise LayoutError(
-            "--max-shard-size is for complete checkpoints in several files "
+            "max_shard_bytes= (--max-shard-size) is for complete checkpoints in several files "
             f"({', '.join(_IN_SHARDS)}), and the target is "
             f"{'one file' if is_whole else 'a file a rank'}. Leave it out."
         )
     if request.crc and name != "ckpt":
         raise LayoutError(
-            f"--crc ends .ckpt files, and the format is {name}. Leave it out, or give --format "
-            "ckpt."
+            f"crc= (--crc) ends .ckpt files, and the format is {name}. Leave it out, or give "
+            'format="ckpt" (--format ckpt).'
         )
     if is_whole and name != "iteration" and request.prefix != Request.prefix:
         raise LayoutError(
-            f"--prefix {request.prefix} is for files of ranks, and the target is a complete "
-            "checkpoint, whose files are named by its format. Leave it out."
+            f"prefix= (--prefix) {request.prefix} is for files of ranks, and the target is a "
+            "complete checkpoint, whose files are named by its format. Leave it out."
         )

@@ -12,11 +12,11 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .catalog import Tensor
-from .dtypes import num_bytes
-from .errors import LayoutError
-from .layout import Layout, Placement, Shard, Spec
-from .strategy import Axes
+from ..catalog import Tensor
+from ..dtypes import num_bytes
+from ..errors import LayoutError
+from ..layout import Layout, Placement, Shard, Spec
+from ..strategy import Axes
 
 Keepers = Mapping[tuple[str, int], int]
 """By a tensor's name and the first rank of its placement: an index into ``Shard.holders``."""

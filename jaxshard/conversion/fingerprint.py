@@ -10,10 +10,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from .box import Box
-from .catalog import Catalog, Piece
-from .planning import firsts
-from .results import Result
+from ..box import Box
+from ..catalog import Catalog, Piece
+from ..planning.moves import firsts
+from ..targets.results import Result
 
 
 def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -> str:

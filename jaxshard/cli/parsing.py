@@ -1,27 +1,14 @@
-"""The command line: arguments in, a report out, an exit status that says who must act.
+"""Parsing: the grammar of the command line, and what ``--help`` says.
 
-Answers go to standard output, progress and errors to standard error. Exit status:
-0 done · 2 the request · 3 the checkpoint · 4 the disk · 1 a bug, with its traceback.
-Only the parser is imported before a command is known, so that ``--help`` is quick.
+Nothing of what the commands do is imported here, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import os
-import sys
-from collections.abc import Sequence
-from importlib import import_module
 
-from .errors import JaxshardError, StorageError
-
-_COLLECT_AFTER = 200_000  # objects more; Python's own is 700
 FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")  # as in targets
-
 _DESTINATION = "the folder to make; or one file: out.safetensors, out.ckpt"
-
 _EXAMPLES = """\
 examples:
   jaxshard inspect llama/                          what is in it
@@ -33,51 +20,13 @@ examples:
   jaxshard demo                                    all of it, on a small model
 """
 
-
-def program() -> int:
-    """``main``, as a process of its own; the exit status.
-
-    A plan is many small objects that live until the end, and none of them in a cycle: looking
-    through them again and again for cycles, and once more at the end, would be a tenth of the
-    time that a command takes for anything but data.
-    """
-    gc.set_threshold(_COLLECT_AFTER)
-    status = main()
-    gc.freeze()
-    return status
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
-    arguments = parser().parse_args(argv)
-    if getattr(arguments, "command", None) is None:
-        parser().print_help()
-        return 2
-    try:
-        # NumPy and all, only once a command is known
-        run = getattr(import_module(f".{arguments.module}", __package__), arguments.command)
-        status = int(run(arguments))
-        sys.stdout.flush()  # here, and not when Python ends, a reader that has gone is no error
-        return status
-    except JaxshardError as error:
-        return _fail(error, arguments)
-    except KeyboardInterrupt:
-        print("jaxshard: interrupted. Finished files are kept for --resume.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
-        return 0
-    except OSError as error:  # none is foreseen here, but it is the machine's refusal and no bug
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(StorageError(f"{where}{error.strerror or error}."), arguments)
-
-
-def _fail(error: JaxshardError, arguments: argparse.Namespace) -> int:
-    text = " ".join(str(error).split())
-    if getattr(arguments, "json", False):
-        print(json.dumps({"error": type(error).__name__, "message": text}))
-    print(f"jaxshard: {type(error).__name__}: {text}", file=sys.stderr)
-    return error.exit_status
+_CONVERSIONS = {
+    "plan": "show what convert would read, copy and write",
+    "convert": "make a checkpoint of another layout",
+    "merge": "make one complete checkpoint (convert --to full)",
+    "slice": "cut a checkpoint into one file a rank",
+}
+_VERIFY = "check a checkpoint or a run's steps, or compare two of any layouts"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,68 +45,75 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(command=name, module="commands")
         return made
 
-    inspect = command("inspect", "show what a checkpoint holds and who holds what")
-    _add_source(inspect)
-    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
-    _add_output(inspect)
+    _add_inspect(command("inspect", "show what a checkpoint holds and who holds what"))
+    for name, summary in _CONVERSIONS.items():
+        _add_conversion(command(name, summary), name)
+    _add_verify(command("verify", _VERIFY))
+    _add_lora(command("lora", "merge LoRA adapters into their weights, in any layout"))
+    _add_strategy(command("strategy", "show, merge and make MindSpore's strategy files"))
+    _add_decrypt(command("decrypt", "make a plain .ckpt of one that MindSpore encrypted"))
+    _add_demo(command("demo", "do the main job on a small checkpoint and check it bit for bit"))
+    return top
 
-    for name, summary in (
-        ("plan", "show what convert would read, copy and write"),
-        ("convert", "make a checkpoint of another layout"),
-        ("merge", "make one complete checkpoint (convert --to full)"),
-        ("slice", "cut a checkpoint into one file a rank"),
-    ):
-        made = command(name, summary)
-        _add_source(made)
-        if name != "plan":
-            made.add_argument("destination", metavar="DST", help=_DESTINATION)
-        _add_how(made, name)
-        _add_output(made)
-        _add_budget(made)
-        if name != "plan":
-            _add_running(made)
 
-    verify = command("verify", "check a checkpoint or a run's steps, or compare two of any layouts")
-    _add_source(verify)
-    verify.add_argument(
+def _add_inspect(to: argparse.ArgumentParser) -> None:
+    _add_source(to)
+    to.add_argument("--tensors", action="store_true", help="list every tensor")
+    _add_output(to)
+
+
+def _add_conversion(to: argparse.ArgumentParser, name: str) -> None:
+    _add_source(to)
+    if name != "plan":
+        to.add_argument("destination", metavar="DST", help=_DESTINATION)
+    _add_how(to, name)
+    _add_output(to)
+    _add_budget(to)
+    if name != "plan":
+        _add_running(to)
+
+
+def _add_verify(to: argparse.ArgumentParser) -> None:
+    _add_source(to)
+    to.add_argument(
         "--deep", action="store_true", help="compare the checksums of every byte of a run's steps"
     )
-    verify.add_argument("--against", metavar="PATH", help="compare with this, bit for bit")
-    verify.add_argument(
+    to.add_argument("--against", metavar="PATH", help="compare with this, bit for bit")
+    to.add_argument(
         "--against-strategy",
         metavar="PATH",
         help="strategy files of the other, where it needs them",
     )
-    _add_budget(verify)
-    _add_output(verify)
+    _add_budget(to)
+    _add_output(to)
 
-    lora = command("lora", "merge LoRA adapters into their weights, in any layout")
-    _add_source(lora)
-    lora.add_argument("destination", metavar="DST", help=_DESTINATION)
-    _add_lora(lora)
-    _add_how(lora, "convert")
-    _add_budget(lora)
-    _add_output(lora)
-    _add_running(lora)
 
-    _add_strategy(command("strategy", "show, merge and make MindSpore's strategy files"))
+def _add_lora(to: argparse.ArgumentParser) -> None:
+    _add_source(to)
+    to.add_argument("destination", metavar="DST", help=_DESTINATION)
+    _add_adapter(to)
+    _add_how(to, "convert")
+    _add_budget(to)
+    _add_output(to)
+    _add_running(to)
 
-    decrypt = command("decrypt", "make a plain .ckpt of one that MindSpore encrypted")
-    decrypt.add_argument("source", metavar="SRC", help="the encrypted file")
-    decrypt.add_argument("destination", metavar="DST", help="the file to make")
-    decrypt.add_argument(
+
+def _add_decrypt(to: argparse.ArgumentParser) -> None:
+    to.add_argument("source", metavar="SRC", help="the encrypted file")
+    to.add_argument("destination", metavar="DST", help="the file to make")
+    to.add_argument(
         "--key-file", metavar="FILE", required=True, help="a file of the key's bytes, enc_key"
     )
-    decrypt.add_argument("--overwrite", action="store_true", help="replace DST")
-    _add_output(decrypt)
+    to.add_argument("--overwrite", action="store_true", help="replace DST")
+    _add_output(to)
 
-    demo = command("demo", "do the main job on a small checkpoint and check it bit for bit")
-    demo.add_argument(
+
+def _add_demo(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
         "path", nargs="?", metavar="PATH", help="a checkpoint; default: made on the spot"
     )
-    demo.add_argument("--keep", metavar="DIR", help="leave the results there")
-    _add_output(demo)
-    return top
+    to.add_argument("--keep", metavar="DIR", help="leave the results there")
+    _add_output(to)
 
 
 def _add_strategy(to: argparse.ArgumentParser) -> None:
@@ -188,7 +144,7 @@ def _add_strategy(to: argparse.ArgumentParser) -> None:
     _add_written(make)
 
 
-def _add_lora(to: argparse.ArgumentParser) -> None:
+def _add_adapter(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--adapter", metavar="PATH", help="the adapters, where they are not in SRC: a PEFT folder …"
     )
@@ -220,7 +176,7 @@ def _add_written(to: argparse.ArgumentParser) -> None:
 
 
 def _version() -> str:
-    from . import __version__  # noqa: PLC0415 - no cycle at import
+    from .. import __version__  # noqa: PLC0415 - no cycle at import
 
     return f"jaxshard {__version__}"
 

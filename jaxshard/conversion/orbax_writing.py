@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .elements import Conversion, numpy_dtype
-from .planning import Move, Plan
-from .storage.budget import Budget, Counts
-from .storage.engine import run
-from .storage.sources import OpenSource
+from ..elements import Conversion, numpy_dtype
+from ..planning.moves import Move
+from ..planning.plan import Plan
+from ..storage.budget import Budget, Counts
+from ..storage.engine import run
+from ..storage.sources import OpenSource
 
 
 def write_orbax(
@@ -34,7 +35,7 @@ def write_orbax(
         LayoutError: a tensor's dtype is none that arrays have.
         StorageError: Orbax cannot write it.
     """
-    from .formats.orbax_streaming import Later, write  # noqa: PLC0415 - JAX and a second to import
+    from ..formats.orbax_streaming import Later, write  # noqa: PLC0415 - JAX and a second to import
 
     reader = _Reader(source, budget, progress)
     later = {}

@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from . import picture
-from .api import convert, merge, slice, verify
-from .catalog import Catalog
-from .conversion import Options
-from .dtypes import dtype
-from .errors import CoverageError, LayoutError, StorageError, some
-from .formats.safetensors import layout_file
-from .opening import open_checkpoint
-from .rank_share import load_rank
+from .. import picture
+from ..api import convert, merge, slice, verify
+from ..catalog import Catalog
+from ..conversion.options import Options
+from ..dtypes import dtype
+from ..errors import CoverageError, LayoutError, StorageError, some
+from ..formats.safetensors import layout_file
+from ..opening import open_checkpoint
+from ..rank_share import load_rank
 
 _LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
 _FAST = Options(durable=False)
@@ -75,9 +75,9 @@ def _on_devices(
 ) -> Iterator[dict[str, Any]]:
     import jax  # noqa: PLC0415 - the file-to-file part needs none
 
-    from .api import reshard  # noqa: PLC0415
-    from .loading import load  # noqa: PLC0415
-    from .saving import save  # noqa: PLC0415
+    from ..api import reshard  # noqa: PLC0415
+    from ..loading import load  # noqa: PLC0415
+    from ..saving import save  # noqa: PLC0415
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from . import picture
-from .errors import LayoutError
-from .formats import strategy_files
-from .formats.strategy_files import ParamLayout, Strategies
-from .layout import Placement
-from .rules.match import template
+from .. import picture
+from ..errors import LayoutError
+from ..formats import strategy_files
+from ..formats.strategy_files import ParamLayout, Strategies
+from ..layout import Placement
+from ..rules.match import template
 
 Named = tuple[int, str, ParamLayout]
 """A stage, a name, and how it is cut there."""

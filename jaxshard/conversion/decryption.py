@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .errors import FormatError, LayoutError
-from .formats import mindspore_ckpt, mindspore_encryption
-from .opening import PathLike
-from .storage.local import LocalFolder
-from .storage.staging import told
+from ..errors import FormatError, LayoutError
+from ..formats import mindspore_ckpt, mindspore_encryption
+from ..opening import PathLike
+from ..storage.local import LocalFolder
+from ..storage.staging import told
 
 
 def decrypt(
@@ -33,7 +33,9 @@ def decrypt(
     place, folder = Path(destination), LocalFolder(source)
     name = os.path.basename(os.fspath(source))
     if place.exists() and (not overwrite or os.path.samefile(place, source)):
-        raise LayoutError(f"{place} exists. Choose another name, or replace it with --overwrite.")
+        raise LayoutError(
+            f"{place} exists. Choose another name, or replace it with overwrite=True (--overwrite)."
+        )
     scratch = place.with_name(f".{place.name}.new")
     try:
         with told(f"{place} cannot be written"):

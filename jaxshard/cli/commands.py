@@ -12,27 +12,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import picture
-from .catalog import Catalog
-from .conversion import (
-    Options,
-    Prepared,
-    Report,
-    budget_of,
-    chosen_part,
-    execute,
-    fitted,
-    part_plan,
-    prepare,
-)
-from .errors import LayoutError, NotFoundError, StorageError
-from .formats.huggingface_files import parse_size
-from .multiprocess.environment import part_of
-from .opening import open_checkpoint
-from .rules import Rules, read_rules
+from .. import picture
+from ..catalog import Catalog
+from ..conversion.options import Options, budget_of, chosen_part
+from ..conversion.preparing import Prepared, fitted, part_plan, prepare
+from ..conversion.running import Report, execute
+from ..errors import LayoutError, NotFoundError, StorageError
+from ..formats.huggingface_files import parse_size
+from ..multiprocess.environment import part_of
+from ..opening import open_checkpoint
+from ..rules import Rules, read_rules
 
 if TYPE_CHECKING:
-    from .verification import Verdict
+    from ..verification import Verdict
 
 _PROBLEM = 3  # the exit status of a checkpoint that is not right
 
@@ -81,8 +73,8 @@ def verify(a: Namespace) -> int:
             + ("is compared as one checkpoint" if a.against else "is the directory of none")
             + ". Leave it out: of a checkpoint, all that is stored twice is read anyway."
         )
-    from .verification import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
-    from .verification import verify_against  # noqa: PLC0415
+    from ..verification import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
+    from ..verification import verify_against  # noqa: PLC0415
 
     budget = budget_of(_options(a))
     catalog = _source(a)
@@ -100,7 +92,7 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
     """The answer, if the source is the directory of a training run; else None."""
     if not any(os.path.isdir(os.path.join(a.source, f)) for f in (".jaxshard", "checkpoint")):
         return None
-    from .training import listing  # noqa: PLC0415 - only for runs
+    from ..training import listing  # noqa: PLC0415 - only for runs
 
     steps = listing.steps_of_run(a.source)
     if not steps:
@@ -130,7 +122,7 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
 
 def lora(a: Namespace) -> int:
     """Merge LoRA adapters into their weights."""
-    from .lora import with_adapter  # noqa: PLC0415 - not needed by all
+    from ..lora import with_adapter  # noqa: PLC0415 - not needed by all
 
     source = with_adapter(
         _source(a),
@@ -148,7 +140,7 @@ def lora(a: Namespace) -> int:
 
 def decrypt(a: Namespace) -> int:
     """Make a plain file of an encrypted one."""
-    from .decryption import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
+    from ..conversion.decryption import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
 
     try:
         key = Path(a.key_file).read_bytes()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .formats import safetensors
-from .formats.weight_files import int4_names, texts
-from .outputs import Entry
-from .storage.writing import FileLayout, LayFile, Seal
+from ..formats import safetensors
+from ..formats.weight_files import int4_names, texts
+from ..planning.outputs import Entry
+from ..storage.writing import FileLayout, LayFile, Seal
 
 
 def as_safetensors(metadata: Mapping[str, str]) -> LayFile:
@@ -24,8 +24,8 @@ def as_safetensors(metadata: Mapping[str, str]) -> LayFile:
 
 def as_ckpt(metadata: Mapping[str, str], *, crc: bool = False) -> tuple[LayFile, Seal | None]:
     """Lays entries out as MindSpore's ``.ckpt``; and what finishes the file, if anything."""
-    from .formats import mindspore_ckpt_writing  # noqa: PLC0415 - seldom needed, and not small
-    from .storage.sealing import append_crc  # noqa: PLC0415
+    from ..formats import mindspore_ckpt_writing  # noqa: PLC0415 - seldom needed, and not small
+    from ..storage.sealing import append_crc  # noqa: PLC0415
 
     def lay_file(entries: Sequence[Entry]) -> FileLayout:
         described = [(e.tensor.name, e.tensor.dtype, e.shape) for e in entries]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .layout import Layout
-from .outputs import Entry, Outputs
-from .storage.writing import FileLayout
+from ..layout import Layout
+from ..planning.outputs import Entry, Outputs
+from ..storage.writing import FileLayout
 
 FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")
 

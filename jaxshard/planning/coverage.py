@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .box import Box
-from .catalog import Catalog, Tensor
-from .cells import cells
-from .errors import CoverageError, some
-from .layout import Layout
+from ..box import Box
+from ..catalog import Catalog, Tensor
+from ..cells import cells
+from ..errors import CoverageError, some
+from ..layout import Layout
 
 _MOST, _MOST_HOLDERS = 8, 4  # shards told of, and holders of each
 

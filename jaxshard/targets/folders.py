@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from .catalog import Catalog, Tensor
-from .formats import complete_ckpt, huggingface_files
-from .formats.huggingface import MINDSPORE_HYPER, MINDSPORE_INDEX
+from ..catalog import Catalog, Tensor
+from ..formats import complete_ckpt, huggingface_files
+from ..formats.huggingface import MINDSPORE_HYPER, MINDSPORE_INDEX
+from ..layout import Layout, Placement
+from ..planning.outputs import Outputs, arrange
 from .lay_files import as_ckpt, as_safetensors
-from .layout import Layout, Placement
-from .outputs import Outputs, arrange
 from .results import Request, Result
 
 ORBAX_ITEM = "orbax item"

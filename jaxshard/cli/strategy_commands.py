@@ -10,20 +10,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from ..catalog import Catalog
+from ..conversion.running import refuse_inside
+from ..errors import LayoutError, NotFoundError, StorageError, some
+from ..formats import layout_file, strategy_files
+from ..formats.mindspore_kinds import WEIGHTS, kind_of
+from ..formats.strategy_files import Strategies
+from ..layout import Layout
+from ..opening import open_checkpoint, strategy_place
+from ..storage.local import LocalFolder
+from ..storage.staging import Staging, told
+from ..strategy import Strategy
+from ..targets import lay_out_for
 from . import strategy_picture
-from .catalog import Catalog
 from .commands import read_rules_file
-from .conversion import refuse_inside
-from .errors import LayoutError, NotFoundError, StorageError, some
-from .formats import layout_file, strategy_files
-from .formats.mindspore_kinds import WEIGHTS, kind_of
-from .formats.strategy_files import Strategies
-from .layout import Layout
-from .opening import open_checkpoint, strategy_place
-from .storage.local import LocalFolder
-from .storage.staging import Staging, told
-from .strategy import Strategy
-from .targets import lay_out_for
 
 
 def strategy_show(a: Namespace) -> int:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .catalog import Catalog
-from .errors import LayoutError, some
-from .opening import PathLike
+from ..catalog import Catalog
+from ..errors import LayoutError, some
+from ..opening import PathLike
 from .results import Request, Result
 
 _FORMAT = {".safetensors": "huggingface", ".ckpt": "ckpt"}
@@ -65,7 +65,7 @@ def name_of(result: Result, destination: PathLike | None) -> str | None:
     if not paths[0].endswith(kind):
         raise LayoutError(
             f"{destination} ends in {kind}, but the result is {paths[0]}. Give another name, or "
-            f"--format {_FORMAT[kind]}."
+            f"format={_FORMAT[kind]!r} (--format)."
         )
     return paths[0]
 

@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .catalog import Catalog, Tensor
-from .errors import LayoutError
-from .formats import iteration_metadata
-from .formats.iteration_names import COMMON, METADATA, TRACKER
+from ..catalog import Catalog, Tensor
+from ..errors import LayoutError
+from ..formats import iteration_metadata
+from ..formats.iteration_names import COMMON, METADATA, TRACKER
+from ..layout import Layout, Placement, Shard
+from ..planning.outputs import Outputs, arrange
+from ..rules.match import weight_name
 from .lay_files import as_safetensors
-from .layout import Layout, Placement, Shard
-from .outputs import Outputs, arrange
+from .ranks import placed
 from .results import Request, Result
-from .rules.match import weight_name
-from .target_ranks import placed
 
 _COMMON = ("epoch_num", "step_num", "global_step", "loss_scale", "global_batch_size")
 

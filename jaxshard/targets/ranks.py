@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 
-from .catalog import Catalog, Tensor
-from .errors import LayoutError, some
-from .formats import layout_file, rank_files, rank_redundancy, strategy_files
+from ..catalog import Catalog, Tensor
+from ..errors import LayoutError, some
+from ..formats import layout_file, rank_files, rank_redundancy, strategy_files
+from ..layout import Layout, Placement, check_divides
+from ..planning.outputs import arrange
 from .lay_files import as_ckpt, as_safetensors
-from .layout import Layout, Placement, check_divides
-from .outputs import arrange
 from .results import Request, Result
 
 STRATEGY_FOLDER = "strategy"
@@ -114,6 +114,6 @@ def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> 
     if unplaced:
         raise LayoutError(
             f"{len(unplaced)} tensors are not in the target's strategy: {some(unplaced)}. Leave "
-            "them out with --exclude (exclude=; optimizer states: --drop-prefix adam_), or give a "
-            "strategy that has them."
+            "them out with exclude= (--exclude), optimizer states with drop_prefixes= "
+            "(--drop-prefix adam_), or give a strategy that has them."
         )

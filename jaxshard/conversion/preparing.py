@@ -1,0 +1,225 @@
+"""Preparing: a conversion decided from headers alone, to be printed or run.
+
+What is taken, under which names, laid out how, into which files, and in which blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .. import rules as family_rules
+from ..catalog import Catalog
+from ..errors import LayoutError, some
+from ..layout import Layout
+from ..multiprocess.splitting import Part, split_outputs
+from ..opening import PathLike, open_checkpoint, open_strategy
+from ..planning.plan import Plan, block_bytes_for, make_plan
+from ..selection import missed, refuse_absent, select, texts
+from ..storage import carrying
+from ..strategy import Strategy
+from ..targets import check_request, lay_out_for, make_result, one_file, same_layout
+from ..targets.results import Request, Result
+from .fingerprint import fingerprint
+from .options import Options, budget_of
+
+if TYPE_CHECKING:
+    from ..mapping import Mapping
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is decided and not begun: print it, or run it."""
+
+    plan: Plan
+    result: Result
+
+    @property
+    def request(self) -> str:
+        """What a resumed run must share; half a second for 90,000 tensors, so not asked idly."""
+        return fingerprint(self.plan.source, self.result, self.plan.only)
+
+
+def prepare(
+    source: Catalog | PathLike,
+    to: str | PathLike | Strategy | Layout = "full",
+    *,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    rules: family_rules.Rules | None = None,
+    names: Mapping | str | None = None,
+    unmatched: family_rules.Policy = "error",
+    uneven: family_rules.Policy = "error",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    ranks: Iterable[int] | None = None,
+    drop_prefixes: Iterable[str] = (),
+    keep_accu_grads: bool = False,
+    max_shard_bytes: int | None = None,
+    prefix: str = "checkpoint_",
+    remove_redundancy: bool = False,
+    format: str | None = None,
+    crc: bool = False,
+    destination: PathLike | None = None,
+) -> Prepared:
+    """Decide a conversion from headers alone; nothing is written.
+
+    Args:
+        source: a checkpoint, or its path.
+        to: ``"full"``, a strategy, the path of strategy files, or ``"same"`` as the source.
+        src_strategy: the strategy files of a source cut into ranks.
+        suffix: which of several files a rank the source has.
+        rules: layout rules that go before the family's own.
+        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
+            ``"llama-hf:llama-mindformers"``, a table's path.
+        unmatched: what to do with names that no rule matches: refuse, or ``"replicate"``.
+        uneven: what to do with dims that do not divide: refuse, or ``"replicate"``.
+        include: regular expressions; only tensors that one of them is found in are taken.
+        exclude: regular expressions; tensors that one of them is found in are left out.
+        ranks: write the files of these ranks only.
+        drop_prefixes: tensors whose names begin with one of these are left out (``adam_``).
+        keep_accu_grads: take accumulated gradients too, which are otherwise left out.
+        max_shard_bytes: the most tensor bytes in one file of a complete checkpoint; by
+            default what is usual for the format.
+        prefix: the first part of rank files' names.
+        remove_redundancy: store each shard once, not on every replica.
+        format: what to write (``ckpt``, ``unified``, ``orbax`` …); by default as ``to``
+            implies. For Orbax, whose library wants tensors whole, one at a time is in memory.
+        crc: end every ``.ckpt`` with a checksum.
+        destination: where the result is to be, as far as its name matters: that of one
+            weight file (``out.safetensors``) asks for one file and no folder.
+
+    Raises:
+        NotFoundError: no checkpoint there, or nothing matches.
+        FormatError: a file is not what it claims to be.
+        CoverageError: the source lacks part of a tensor, or weights that the target tells of.
+        LayoutError: the target does not fit the tensors, or a request means nothing for it.
+    """
+    include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefixes))
+    catalog = (
+        source
+        if isinstance(source, Catalog)
+        else open_checkpoint(source, strategy=src_strategy, suffix=suffix)
+    )
+    chosen, config = _chosen(
+        catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
+    )
+    lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
+    layout = same_layout(chosen) if to == "same" else _target_layout(to, lay_out)
+    if layout is not None:
+        refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
+    numbers = _job_values(chosen) if format == "iteration" else {}
+    request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
+    check_request(request)
+    request = one_file.implied(request, destination)
+    result = make_result(chosen, list(chosen.tensors.values()), request)
+    one_file.name_of(result, destination)  # refuses what is no one file
+    if config:
+        result = replace(result, side_files={**config, **result.side_files})
+    only = _files_of(_check_ranks(ranks, layout), layout, result.files_per_rank)
+    plan = make_plan(chosen, result.outputs, only=only, block_bytes=block_bytes_for(chosen))
+    return Prepared(plan, result)
+
+
+def _chosen(
+    catalog: Catalog,
+    names: Mapping | str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    drop_prefixes: Sequence[str],
+    *,
+    keep_accu_grads: bool,
+) -> tuple[Catalog, dict[str, bytes]]:
+    """What is asked for of ``catalog``, under its new names, and the config files to match."""
+    tensors, notes = select(
+        catalog, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
+    )
+    chosen = replace(catalog, tensors={t.name: t for t in tensors}, notes=(*catalog.notes, *notes))
+    config: dict[str, bytes] = {}
+    if names is not None:
+        from ..mapping import find_mapping, true_config  # noqa: PLC0415 - seldom needed, not small
+
+        chosen = find_mapping(names, chosen).apply(chosen)
+        config = true_config(chosen)
+    extras, notes = carrying.carried(chosen)
+    return replace(chosen, extras=extras, notes=(*chosen.notes, *notes)), config
+
+
+def _target_layout(
+    to: str | PathLike | Strategy | Layout, lay_out: Callable[[Strategy], Layout]
+) -> Layout | None:
+    if isinstance(to, Layout):
+        return to
+    if isinstance(to, Strategy):
+        return lay_out(to)
+    text = os.fspath(to)
+    if text in ("full", "same"):  # the same as a source that is complete
+        return None
+    try:
+        strategy = Strategy.parse(text)  # before files: a result called mp4 may lie here too
+    except LayoutError as error:
+        if os.path.exists(text):
+            return open_strategy(text)
+        raise LayoutError(
+            f"the target (to=, --to) is neither full, nor an existing strategy file or folder; "
+            f"{error}"
+        ) from None
+    return lay_out(strategy)
+
+
+def _job_values(catalog: Catalog) -> dict[str, Any]:
+    from ..targets.job_values import job_values  # noqa: PLC0415 - the dtypes of JAX, seldom needed
+
+    return job_values(catalog)
+
+
+def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
+    if ranks is None:
+        return None
+    only = frozenset(ranks)
+    num_ranks = layout.num_ranks if layout else 1
+    wrong = sorted(r for r in only if not 0 <= r < num_ranks)
+    if wrong or not only or layout is None:
+        raise LayoutError(
+            f"rank (ranks=, --rank) {some(map(str, wrong or only))}: the target has "
+            + (
+                f"ranks 0 to {num_ranks - 1}."
+                if layout
+                else "no ranks, it is one complete checkpoint."
+            )
+        )
+    return only
+
+
+def _files_of(
+    ranks: frozenset[int] | None, layout: Layout | None, files_per_rank: int
+) -> frozenset[int] | None:
+    """The numbers of the files of ``ranks``: second files come after all first ones."""
+    if ranks is None or layout is None:
+        return None
+    return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
+
+
+def fitted(prepared: Prepared, options: Options) -> Prepared:
+    """``prepared`` with the numbers of the blocks and the memory that ``options`` allow."""
+    plan, budget = prepared.plan, budget_of(options, prepared.plan.source)
+    if (plan.block_bytes, plan.tile_bytes) != (budget.block_bytes, budget.tile_bytes):
+        plan = make_plan(
+            plan.source,
+            plan.outputs,
+            only=plan.only,
+            block_bytes=budget.block_bytes,
+            tile_bytes=budget.tile_bytes,
+        )
+    return replace(prepared, plan=replace(plan, host_bytes=budget.host_bytes))
+
+
+def part_plan(plan: Plan, part: Part | None) -> Plan:
+    """``plan`` for the files that ``part`` makes; all of it where that is None."""
+    if part is None:
+        return plan
+    ranks = range(len(plan.outputs.paths)) if plan.only is None else plan.only
+    return plan.of(split_outputs(plan.outputs, ranks, part.count)[part.index])
