@@ -14,6 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+#: What to do when a disk is full or broken; what a conversion finished is kept.
+MEND_THE_DISK = (
+    "Make room or mend the disk, then run again; a conversion goes on with resume=True (--resume)."
+)
+
 
 class JaxshardError(Exception):
     """Base of every error jaxshard raises on purpose."""

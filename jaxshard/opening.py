@@ -46,7 +46,8 @@ def open_checkpoint(
     where = Path(path)
     if is_unfinished(where):
         raise FormatError(
-            f"{where} is an unfinished conversion. Complete it with --resume, or delete it."
+            f"{where} is an unfinished conversion. Complete it with resume=True (--resume), or "
+            "delete it."
         )
     for place in _places(where):
         folder = LocalFolder(place)
@@ -111,8 +112,8 @@ def _read(
     found = _read_unranked(folder, files)
     if found is not None and (strategy is not None or suffix is not None):
         raise LayoutError(
-            f"{where} has no rank_0/ … folders, so strategy files (--src-strategy) and --suffix "
-            "mean nothing for it. Leave them out."
+            f"{where} has no rank_0/ … folders, so strategy files (strategy=, --src-strategy) and "
+            "suffix= (--suffix) mean nothing for it. Leave them out."
         )
     if found is not None and where.is_file() and _RANK.fullmatch(where.parent.name):
         note = f"{where.name} is the file of one rank; its tensors are taken as whole."

@@ -38,12 +38,12 @@ def select(
     for pattern in wanted:
         if not any(map(pattern.search, names)):
             raise NotFoundError(
-                f"--include {pattern.pattern} matches none of the {len(names)} tensors of "
-                f"{catalog.root}.{nearest(pattern.pattern, names)}"
+                f"include= (--include) {pattern.pattern} matches none of the {len(names)} tensors "
+                f"of {catalog.root}.{nearest(pattern.pattern, names)}"
             )
     left = [t for t in catalog.tensors.values() if taken(t.name)]
     notes = [
-        f"no tensor begins with {prefix}: --drop-prefix {prefix} drops nothing."
+        f"no tensor begins with {prefix}: drop_prefixes= (--drop-prefix) {prefix} drops nothing."
         for prefix in prefixes
         if not any(n.startswith(prefix) for n in names)
     ]
@@ -52,7 +52,7 @@ def select(
         left = [t for t in left if not t.name.startswith(ACCUMULATED)]
         notes.append(
             f"{len(gradients)} accumulated gradients ({some(gradients, 2)}) are left out; they are "
-            "kept with --keep-accu-grads."
+            "kept with keep_accu_grads=True (--keep-accu-grads)."
         )
     if not left:
         raise NotFoundError(f"no tensor of {catalog.root} is left: all of them are excluded.")
@@ -97,8 +97,8 @@ def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]
         raise CoverageError(
             f"{len(absent)} weights of the target's strategy are not in {catalog.root}: "
             f"{some(sorted(absent))}.{nearest(absent[0], catalog.tensors)} Give the strategy of "
-            "this model, map the names with --names (names=), or leave them out with --exclude "
-            "(exclude=)."
+            "this model, map the names with names= (--names), or leave them out with exclude= "
+            "(--exclude)."
         )
 
 

@@ -252,7 +252,7 @@ def _to_describe(
     if dtype is None:
         raise LayoutError(
             f"{shown(tensor.name)}: MindSpore has no dtype {tensor.dtype}. Leave it out with "
-            "--exclude, or write another format."
+            "exclude= (--exclude), or write another format."
         )
     layout = placement or Placement(())
     replica = {rank: i for shard in shards for i, rank in enumerate(shard.holders)}

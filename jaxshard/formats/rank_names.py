@@ -66,7 +66,7 @@ def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
         wanted = f" ending in {suffix}" if suffix else ""
         raise CoverageError(
             f"no step{wanted} has a file in every one of the {len(steps)} rank folders ({told}). "
-            "Choose one with --suffix, or fetch the missing files."
+            "Choose one with suffix= (--suffix), or fetch the missing files."
         )
     step = max(common)
     newer = sorted(rank for rank, by_step in steps.items() if max(by_step) > step)
@@ -114,7 +114,7 @@ def _refuse_mixed(found: dict[int, list[str]]) -> None:
     if len(kinds) > 1:
         raise CoverageError(
             f"the rank folders have both {' and '.join(kinds.values())}, and nothing says which "
-            f"kind counts. Choose with {' or '.join(f'--suffix .{kind}' for kind in kinds)}."
+            f"kind counts. Choose with suffix= (--suffix): .{' or .'.join(kinds)}."
         )
 
 
@@ -127,7 +127,7 @@ def _by_step(rank: int, paths: list[str]) -> dict[Step, str]:
             one, other = (_rankless(p, rank) for p in (found[step], path))
             raise CoverageError(
                 f"rank_{rank} has both {found[step]} and {path}, and their names do not tell which "
-                f"is newer. Choose with --suffix {one} or --suffix {other}."
+                f"is newer. Choose with suffix= (--suffix): {one} or {other}."
             )
         found[step] = path
     return found

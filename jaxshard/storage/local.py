@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..catalog import File
-from ..errors import FormatError, NotFoundError, StorageError
+from ..errors import MEND_THE_DISK, FormatError, NotFoundError, StorageError
 from .linux import start_writing_back
 from .readahead import begin_reading, is_cached
 
@@ -305,8 +305,7 @@ class Handles:
                     done = os.pwritev(descriptor, some, offset)
                 except OSError as error:
                     raise StorageError(
-                        f"{self._base / path} cannot be written: {error.strerror}. "
-                        "Make room or mend the disk, then run again with --resume."
+                        f"{self._base / path} cannot be written: {error.strerror}. {MEND_THE_DISK}"
                     ) from error
                 for view, skip in _left(some, done) if done < want else ():
                     self.write(path, offset + done, view[skip:])
@@ -326,8 +325,7 @@ class Handles:
                     done += os.pwrite(descriptor, buffer[done:], offset + done)
                 except OSError as error:
                     raise StorageError(
-                        f"{self._base / path} cannot be written: {error.strerror}. "
-                        "Make room or mend the disk, then run again with --resume."
+                        f"{self._base / path} cannot be written: {error.strerror}. {MEND_THE_DISK}"
                     ) from error
 
     def start_writing_back(self, path: str) -> None:
@@ -343,7 +341,7 @@ class Handles:
             except OSError as error:
                 raise StorageError(
                     f"{self._base / path} cannot be put on the disk: {error.strerror}. "
-                    "Make room or mend the disk, then run again with --resume."
+                    f"{MEND_THE_DISK}"
                 ) from error
 
     def close(self) -> None:

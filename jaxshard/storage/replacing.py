@@ -32,9 +32,9 @@ def refuse_foreign(destination: Path) -> None:
     strange = _strange(destination)
     if strange:
         raise LayoutError(
-            f"{destination} is not replaced: {strange}. --overwrite replaces a checkpoint that "
-            "jaxshard wrote, or one like it, and nothing else. Choose another destination, or "
-            "remove this one yourself."
+            f"{destination} is not replaced: {strange}. overwrite=True (--overwrite) replaces a "
+            "checkpoint that jaxshard wrote, or one like it, and nothing else. Choose another "
+            "destination, or remove this one yourself."
         )
 
 

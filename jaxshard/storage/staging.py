@@ -24,7 +24,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import LayoutError, StorageError
+from ..errors import MEND_THE_DISK, LayoutError, StorageError
 from .linux import exchange, is_mount_point
 
 FILES, JOURNAL, LOCK = "files", "journal.json", "lock"
@@ -87,8 +87,8 @@ class Staging:
                     return
                 if there_was and not resume and not overwrite:
                     raise LayoutError(
-                        f"an interrupted run left {self._base}. Go on with --resume, or discard "
-                        "it with --overwrite."
+                        f"an interrupted run left {self._base}. Go on with resume=True "
+                        "(--resume), or discard it with overwrite=True (--overwrite)."
                     )
                 put_back(self._base, destination)
                 self.finished = self._begin(request, resume, overwrite)
@@ -170,11 +170,7 @@ def told(what: str) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         raise StorageError(
             f"{what}: {error.strerror}. "
-            + (
-                "Make room or mend the disk, then run again with --resume."
-                if full
-                else "Choose another destination, or mend this one."
-            )
+            + (MEND_THE_DISK if full else "Choose another destination, or mend this one.")
         ) from error
 
 
@@ -255,7 +251,7 @@ def other_request(base: Path) -> LayoutError:
     """What is said where the work in ``base`` is not the work asked for."""
     return LayoutError(
         f"{base} is from another conversion, or its source has changed since. "
-        "Repeat that one exactly, or discard it with --overwrite."
+        "Repeat that one exactly, or discard it with overwrite=True (--overwrite)."
     )
 
 
