@@ -385,7 +385,7 @@ def gpu_report(model: Llama, rounds: int) -> Result:
 def cpu_report(model: Llama, rounds: int, options: argparse.Namespace) -> Result:
     from loaders import BASELINE, IN_PLACE, LOADERS, NOT_TRIED, ORBAX_NATIVE, OURS, native_of
 
-    touch_bytes = 0 if options.smoke else 4 << 30
+    touch_bytes = 0 if options.smoke else measure.HAVE_BYTES
     with tempfile.TemporaryDirectory(prefix="jaxshard-load-") as scratch:
         folder, aligned = Path(scratch) / "model", Path(scratch) / "aligned"
         write_llama(folder, model)

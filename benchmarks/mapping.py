@@ -42,7 +42,6 @@ _ALPHA = 32
 _BUDGET_BYTES = 256 << 20
 _SLACK_BYTES = 100_000_000  # beside the budget: the interpreter, NumPy, the plan
 _REAL_BYTES = 10**9
-_HAVE_BYTES = 4 << 30
 _LINEAR = (
     *(f"self_attn.{x}_proj" for x in "qkvo"),
     *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
@@ -87,7 +86,7 @@ def child(kind: str, folder: Path, repeats: int, *, check: bool) -> None:
     load(folder, "dp2mp4", include=["norm"])  # imports, first calls
     for _ in range(repeats):
         if model.num_bytes >= _REAL_BYTES:  # see the notes on hosts that take memory back
-            measure.have_memory(_HAVE_BYTES)
+            measure.have_memory()
         peak = _Peak()
         cpu, start = time.process_time(), time.perf_counter()
         arrays = jax.block_until_ready(load(folder, "dp2mp4", names=names, counted=counts.append))

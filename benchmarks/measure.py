@@ -31,6 +31,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 JAXSHARD = [sys.executable, "-m", "jaxshard"]
+HAVE_BYTES = 4 << 30  # of free memory, had before what is timed: twice what any sample fills
 _PERIOD_S = 0.002
 patience_s = 5.0  # how long a sample waits for the machine to be quiet; a smoke run does not
 
@@ -149,7 +150,7 @@ def touch_memory(num_bytes: int) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
-def have_memory(num_bytes: int) -> None:
+def have_memory(num_bytes: int = HAVE_BYTES) -> None:
     """Have ``num_bytes`` of free memory really there (see the module), for the next milliseconds.
 
     Touched as huge pages: their blocks then are there whole, for whoever writes a lot at a time.
