@@ -22,12 +22,8 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import jax
-import numpy as np
 
 from .. import rules as family_rules
-from ..array_layouts import layout_of
-from ..catalog import Catalog, Tensor
-from ..elements import stored_as
 from ..errors import LayoutError, StorageError
 from ..layout import Layout
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S
@@ -38,17 +34,16 @@ from .background import Background
 from .cadence import Cadence
 from .checks import one_of, optional, real, whole
 from .company import Company
+from .composing import Recipe
 from .examining import examine
 from .filling import Parts, Where
-from .laying import lay_out
-from .layouts import Wish
 from .lineage import Line
 from .naming import StepName
 from .places import Places
 from .restoring import Restored, restore, tidied, true_number
 from .saving_steps import Job, Keeping, save_step
-from .snapshots import How, Snapshot
-from .states import Array, Leaf, Roles, as_array, is_number, take_apart
+from .snapshots import How
+from .states import Roles
 from .steps import Step, find_steps, of_one_job
 
 Format = Literal["ranks", "iteration", "huggingface", "orbax"]
@@ -146,21 +141,30 @@ class CheckpointManager:
         save_every_steps = whole("save_every_steps", save_every_steps)
         if keep_max < 0 or keep_every < 0:
             raise LayoutError(f"keep_max={keep_max}, keep_every={keep_every}: 0 or more.")
+        self._recipe = Recipe(
+            prefix=prefix,
+            format=format,
+            steps_per_epoch=optional(whole, "steps_per_epoch", steps_per_epoch),
+            global_batch_size=optional(whole, "global_batch_size", global_batch_size),
+            strategy=strategy,
+            rules=rules,
+            remove_redundancy=remove_redundancy,
+            save_optimizer=save_optimizer,
+            save_network_only=save_network_only,
+            save_trainable_only=save_trainable_only,
+            trained=tuple(_pattern(text) for text in trainable),
+            snapshot=snapshot,
+            roles=roles,
+            rename=rename,
+            config=None if config is None else json.dumps(dict(config), indent=2).encode(),
+            keeping=Keeping(keep_max, keep_every),
+            durable=durable,
+            workers=workers,
+            host_bytes=host_bytes,
+        )
         self._places = Places.of(directory)
-        self._prefix, self._format = prefix, format
         self._cadence = Cadence(save_every_steps, save_every_seconds)
-        self._keeping = Keeping(keep_max, keep_every)
-        self._steps_per_epoch = optional(whole, "steps_per_epoch", steps_per_epoch)
-        self._batch = optional(whole, "global_batch_size", global_batch_size)
-        self._strategy, self._rules = strategy, rules
-        self._redundancy, self._optimizer = remove_redundancy, save_optimizer
-        self._network, self._trainable = save_network_only, save_trainable_only
-        self._trained = tuple(_pattern(text) for text in trainable)
-        self._async, self._how, self._durable = async_save, snapshot, durable
-        self._warn = on_storage_error == "warn"
-        self._roles, self._rename = roles, rename
-        self._config = None if config is None else json.dumps(dict(config), indent=2).encode()
-        self._workers, self._host_bytes, self._clock = workers, host_bytes, clock
+        self._async, self._warn, self._clock = async_save, on_storage_error == "warn", clock
         self._company = Company(timeout_s)
         self._background = Background()
         self._said_never = False
@@ -235,7 +239,7 @@ class CheckpointManager:
         """What is to be saved, held still."""
         step, loss_scale = whole("step", step), optional(real, "loss_scale", loss_scale)
         self._background.wait()  # never two writers, and never two snapshots
-        if self._format == "orbax" and self._company.processes.are_several:
+        if self._recipe.format == "orbax" and self._company.processes.are_several:
             raise LayoutError(
                 "format='orbax' is written by one process only. Save as ranks, iteration or "
                 "huggingface, or call Orbax itself in every process."
@@ -245,16 +249,9 @@ class CheckpointManager:
                 f"{self._places.root} is a folder of somebody else's steps. Give the directory "
                 "above it, or another, to save in."
             )
-        # Checkpoint-2.0 folders are named by the step of the whole run
-        epochs = None if self._format == "iteration" else self._steps_per_epoch
-        name = naming.step_name(step, epochs)
         records.check_extras(extras)
-        leaves = [
-            leaf
-            for leaf in take_apart(state, self._roles, self._rename).leaves
-            if self._optimizer or leaf.role != "optimizer"
-        ]
-        return self._job(step, name, leaves, extras, loss_scale)
+        after = self._line if step > self._line_step else None  # else the loop went back unasked
+        return self._recipe.job(self._places, step, state, extras, loss_scale, after)
 
     def wait(self) -> None:
         """Wait until what was begun in the background is on the disk.
@@ -321,15 +318,16 @@ class CheckpointManager:
             newest = processes.agree("restoring: looking", lambda: tidied(self._places))
             if not newest:
                 return None
+        recipe = self._recipe
         where = Where(
             strategy,
-            self._rules,
+            recipe.rules,
             devices,
-            self._roles,
-            self._rename,
+            recipe.roles,
+            recipe.rename,
             strict,
-            self._workers,
-            self._host_bytes,
+            recipe.workers,
+            recipe.host_bytes,
         )
         found = restore(
             self._places,
@@ -338,7 +336,7 @@ class CheckpointManager:
             where=where,
             parts=parts,
             verify=verify,
-            prefix=self._prefix,
+            prefix=recipe.prefix,
             processes=processes,
         )
         if parts == "all" and not isinstance(target, str | Strategy):
@@ -351,11 +349,11 @@ class CheckpointManager:
         The last is restored first; what a run left behind by going back comes before the rest.
         """
         found = find_steps(self._places)
-        return [examine(self._places, s, deep=deep, workers=self._workers) for s in found]
+        return [examine(self._places, s, deep=deep, workers=self._recipe.workers) for s in found]
 
     def latest_step(self) -> int | None:
         """The number of the newest good step, by what is there; None if there is none."""
-        for step in reversed(of_one_job(find_steps(self._places), self._prefix)):
+        for step in reversed(of_one_job(find_steps(self._places), self._recipe.prefix)):
             found = examine(self._places, step)
             if found.state == "complete":
                 return true_number(self._places, found) or found.global_step
@@ -375,69 +373,6 @@ class CheckpointManager:
             self.last_failure = error
             _log.warning("step %s is not saved: %s", job.wish.step, error)
 
-    def _job(
-        self,
-        step: int,
-        name: StepName,
-        leaves: Sequence[Leaf],
-        extras: Mapping[str, Any],
-        loss_scale: float | None,
-    ) -> Job:
-        arrays = {leaf.name: as_array(leaf.value) for leaf in leaves}
-        weights = frozenset(leaf.name for leaf in leaves if leaf.role == "weights")
-        numbers = {
-            "epoch_num": naming.step_name(step, self._steps_per_epoch).epoch,
-            "step_num": step,
-            "global_step": step,
-            "loss_scale": loss_scale,
-            "global_batch_size": self._batch,
-        }
-        like = self._likes(leaves, arrays)
-        told = weights | like.keys()
-        hyper = {n for n, a in arrays.items() if n not in told and is_number(a)}
-        if self._format != "iteration":  # which keeps them in common.json
-            added = {n: a for n, a in _number_tensors(numbers).items() if n not in arrays}
-            arrays |= added
-            hyper |= added.keys()
-        layout = self._layout(arrays, frozenset(hyper), like)
-        wish = Wish(self._prefix, name, step, layout, self._redundancy, numbers, self._config)
-        return Job(
-            self._places,
-            self._format,
-            wish,
-            Snapshot(arrays, how=self._how),
-            weights,
-            frozenset(hyper),
-            self._copies(weights),
-            extras,
-            self._keeping,
-            self._durable,
-            self._workers,
-            self._host_bytes,
-            self._line if step > self._line_step else None,  # else the loop went back unasked
-        )
-
-    def _likes(self, leaves: Iterable[Leaf], arrays: Mapping[str, Array]) -> dict[str, str]:
-        """What is kept for a weight and shaped as it, with the weight: both lie alike."""
-        known = self._strategy.placements if isinstance(self._strategy, Layout) else arrays
-        return {
-            leaf.name: leaf.like
-            for leaf in leaves
-            if leaf.like and leaf.name in known
-            if arrays[leaf.name].shape == arrays[leaf.like].shape
-        }
-
-    def _layout(
-        self, arrays: Mapping[str, Array], hyper: frozenset[str], like: Mapping[str, str]
-    ) -> Layout:
-        if self._strategy is None:
-            return layout_of(arrays)
-        if isinstance(self._strategy, Layout):
-            return self._strategy
-        strategy = self._strategy
-        strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
-        return lay_out(_described(arrays, hyper), like, strategy, self._rules)
-
     def _say_if_never(self) -> None:
         """A loop that asks and never saves should hear of it before its work is lost."""
         if self._cadence == Cadence() and not self._said_never:
@@ -447,38 +382,6 @@ class CheckpointManager:
                 "nor save_every_seconds",
                 self._places.root,
             )
-
-    def _copies(self, weights: frozenset[str]) -> dict[str, tuple[str, ...]]:
-        ordered = sorted(weights)
-        if self._trainable:
-            names = [n for n in ordered if not self._trained or self._is_trained(n)]
-            return {naming.TRAINABLE: tuple(names)}
-        return {naming.NETWORK: tuple(ordered)} if self._network else {}
-
-    def _is_trained(self, name: str) -> bool:
-        return any(pattern.search(name) for pattern in self._trained)
-
-
-def _described(arrays: Mapping[str, Array], hyper: frozenset[str]) -> Catalog:
-    """Arrays as a catalog of names and shapes, which is what rules ask for."""
-    tensors = {n: Tensor(n, stored_as(a.dtype), a.shape, ()) for n, a in arrays.items()}
-    return Catalog("memory", "arrays", (), tensors, hyper=hyper)
-
-
-def _number_tensors(numbers: Mapping[str, Any]) -> dict[str, Array]:
-    """The job's numbers as MindFormers stores them."""
-    kinds = {
-        "epoch_num": (np.int64, ()),
-        "step_num": (np.int64, ()),
-        "global_step": (np.int32, (1,)),
-        "loss_scale": (np.float32, ()),
-        "global_batch_size": (np.int64, ()),
-    }
-    return {
-        name: np.full(shape, numbers[name], dtype)
-        for name, (dtype, shape) in kinds.items()
-        if numbers.get(name) is not None
-    }
 
 
 def _pattern(text: str) -> re.Pattern[str]:
