@@ -10,7 +10,7 @@ from .conversion.options import Options, budget_of
 from .conversion.preparing import fitted, prepare
 from .conversion.running import Report, execute
 from .layout import Layout
-from .opening import PathLike, open_checkpoint
+from .opening import PathLike, open_checkpoint, opened
 from .planning.plan import Plan
 from .rules import Rules
 from .strategy import Strategy
@@ -83,11 +83,11 @@ def verify(
 ) -> Verdict:
     """Whether a checkpoint is whole and its replicas agree, and equals ``against`` if given."""
     budget = budget_of(options)
-    catalog = _opened(checkpoint)
+    catalog = opened(checkpoint)
     verdict = verify_alone(catalog, budget=budget, progress=progress)
     if against is None or verdict.problems:
         return verdict
-    return verify_against(catalog, _opened(against), budget=budget, progress=progress)
+    return verify_against(catalog, opened(against), budget=budget, progress=progress)
 
 
 def reshard(
@@ -164,7 +164,3 @@ def gather(
     from . import transfer  # noqa: PLC0415 - JAX, only where devices are used
 
     return transfer.gather(tree, device, host=host, from_processes=from_processes)
-
-
-def _opened(checkpoint: Catalog | PathLike) -> Catalog:
-    return checkpoint if isinstance(checkpoint, Catalog) else open_checkpoint(checkpoint)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .catalog import Catalog, File
-from .errors import CoverageError, FormatError, LayoutError, NotFoundError, some
+from .errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, some
 from .formats import iteration_names, orbax_names, rank_names
 from .layout import Layout
 from .storage.local import LocalFolder
@@ -24,6 +24,24 @@ PathLike = str | os.PathLike[str]
 _RANK = re.compile(r"rank_\d+")
 # Of the two that MindFormers merges, dst_ is of the job that saves beside it.
 _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
+
+
+def opened(
+    source: Catalog | PathLike, *, strategy: PathLike | None = None, suffix: str | None = None
+) -> Catalog:
+    """``source``, opened if it is a path (arguments and errors as ``open_checkpoint``).
+
+    Raises:
+        LayoutError: it is open already, and how to open it is said all the same.
+    """
+    if not isinstance(source, Catalog):
+        return open_checkpoint(source, strategy=strategy, suffix=suffix)
+    if strategy is not None or suffix is not None:
+        raise LayoutError(
+            f"strategy files and suffix= say how a path is opened, and {source.root} is open "
+            "already. Give them to open()."
+        )
+    return source
 
 
 def open_checkpoint(
@@ -46,8 +64,7 @@ def open_checkpoint(
     where = Path(path)
     if is_unfinished(where):
         raise FormatError(
-            f"{where} is an unfinished conversion. Complete it with resume=True (--resume), or "
-            "delete it."
+            f"{where} is an unfinished conversion. Complete it with {RESUME}, or delete it."
         )
     for place in _places(where):
         folder = LocalFolder(place)
@@ -112,8 +129,8 @@ def _read(
     found = _read_unranked(folder, files)
     if found is not None and (strategy is not None or suffix is not None):
         raise LayoutError(
-            f"{where} has no rank_0/ … folders, so strategy files (strategy=, --src-strategy) and "
-            "suffix= (--suffix) mean nothing for it. Leave them out."
+            f"{where} has no rank_0/ … folders, so strategy files (--src-strategy) and suffix= "
+            "(--suffix) mean nothing for it. Leave them out."
         )
     if found is not None and where.is_file() and _RANK.fullmatch(where.parent.name):
         note = f"{where.name} is the file of one rank; its tensors are taken as whole."

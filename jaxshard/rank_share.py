@@ -23,7 +23,6 @@ from .storage.engine import run
 from .storage.sources import open_source
 from .strategy import Strategy
 
-_ONE_FILE = 1 << 62
 _DEFAULT = Options()
 
 
@@ -50,7 +49,7 @@ def load_rank(
     whole = isinstance(to, str) and to == "full"
     if whole and rank:
         raise LayoutError(f"rank {rank} of a complete checkpoint: there is rank 0 only.")
-    one: dict[str, Any] = {"max_shard_bytes": _ONE_FILE} if whole else {"ranks": [rank]}
+    one: dict[str, Any] = {} if whole else {"ranks": [rank]}
     plan = prepare(source, to, **one, **how).plan
     wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]

@@ -362,7 +362,7 @@ REQUESTS: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "shards of a size, of ranks": (
         flags("--to", "mp2", "--max-shard-size", "1GB"),
         2,
-        "--max-shard-size is for complete checkpoints",
+        "(--max-shard-size) is for complete checkpoints",
     ),
     "shards of a size, of one file": (
         flags("--format", "ckpt", "--max-shard-size", "1GB"),
@@ -372,10 +372,10 @@ REQUESTS: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "no redundancy of a complete one": (
         flags("--remove-redundancy"),
         2,
-        "--remove-redundancy is for files of ranks",
+        "(--remove-redundancy) is for files of ranks",
     ),
     "a checksum where none goes": (flags("--to", "mp2", "--crc"), 2, "--format ckpt"),
-    "a prefix where none goes": (flags("--prefix", "net_"), 2, "--prefix net_ is for files of"),
+    "a prefix where none goes": (flags("--prefix", "net_"), 2, "(--prefix) net_ is for files of"),
     "rules that are no TOML": (
         lambda p: [*rule_file("specs = [")(p), "--to", "mp2"],
         2,

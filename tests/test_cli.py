@@ -17,9 +17,10 @@ import pytest
 
 import jaxshard as js
 from jaxshard import cli
-from jaxshard.cli import commands
+from jaxshard.cli import commands, parsing
 from jaxshard.formats.huggingface_files import parse_size
 from jaxshard.storage.budget import fit_budget
+from jaxshard.targets import results
 
 ROOT = Path(__file__).parent.parent
 
@@ -229,10 +230,10 @@ def test_an_interrupted_run_is_gone_on_with(llama, capsys, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         assert checkpoints.run(*command) == 4
-    assert "goes on with resume=True (--resume)" in capsys.readouterr().err
+    assert "goes on with Options(resume=True) (--resume)" in capsys.readouterr().err
     assert not out.exists()
     assert checkpoints.run(*command) == 2
-    assert "Go on with resume=True (--resume)" in capsys.readouterr().err
+    assert "Go on with Options(resume=True) (--resume)" in capsys.readouterr().err
     text = answer(capsys, *command, "--resume")
     assert text.startswith(f"{out}: 2 files with ")
     assert "finished before: 2 files\n" in text
@@ -314,6 +315,10 @@ def test_the_machine_refusing_is_not_a_bug(llama, capsys, monkeypatch):
 def test_every_option_is_explained():
     for action in _actions(cli.parser()):
         assert action.help, action.option_strings
+
+
+def test_the_formats_to_choose_from_are_those_there_are():
+    assert parsing.FORMATS == results.FORMATS
 
 
 def _actions(parser):

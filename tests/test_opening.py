@@ -48,6 +48,20 @@ def test_rank_files_are_opened_with_the_strategy_inside_beside_or_given(base, tm
         open_checkpoint(base / "cut")
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda catalog, path: js.load(catalog, "mp2", strategy=path),
+        lambda catalog, path: js.plan(catalog, src_strategy=path),
+        lambda catalog, path: js.plan(catalog, suffix="1_10"),
+        lambda catalog, path: js.merge_lora(catalog, path / "out", suffix="1_10"),
+    ],
+)
+def test_how_to_open_what_is_open_already_is_no_question(base, use):
+    with pytest.raises(LayoutError, match=r"is open already. Give them to open\(\)"):
+        use(js.open(base / "cut"), base)
+
+
 def test_the_layout_of_rank_files_is_as_it_was_asked_for(base):
     catalog = open_checkpoint(base / "cut")
     asked = js.plan(base / "llama", "dp2mp2").outputs.layout

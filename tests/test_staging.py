@@ -119,9 +119,7 @@ def interrupted(place, durable=True) -> None:
 
 def test_what_is_finished_is_kept_and_what_is_not_goes(place):
     interrupted(place)
-    with pytest.raises(
-        LayoutError, match=r"resume=True \(--resume\), or discard it with overwrite=True"
-    ):
+    with pytest.raises(LayoutError, match=r"\(--resume\), or discard it with overwrite=True"):
         Staging(place, "request")
     made = Staging(place, "request", resume=True)
     assert made.finished == {"a": 5}

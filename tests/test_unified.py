@@ -15,7 +15,8 @@ from jaxshard.box import Box
 from jaxshard.catalog import Catalog, File, Piece, Tensor
 from jaxshard.cli import main
 from jaxshard.dtypes import dtype
-from jaxshard.targets import Request, make_result
+from jaxshard.targets import make_result
+from jaxshard.targets.results import Request
 
 
 def test_parts_are_of_at_most_the_size_given_and_numbers_lie_apart(

@@ -1,4 +1,4 @@
-"""The commands: what each word of the command line does. Parsing is ``cli``'s."""
+"""The commands: what each word of the command line does. Parsing is ``parsing``'s."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")  # as in targets
+FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")  # as in targets.results
 _DESTINATION = "the folder to make; or one file: out.safetensors, out.ckpt"
 _EXAMPLES = """\
 examples:

@@ -16,7 +16,7 @@ from ..catalog import Catalog
 from ..errors import LayoutError, some
 from ..layout import Layout
 from ..multiprocess.splitting import Part, split_outputs
-from ..opening import PathLike, open_checkpoint, open_strategy
+from ..opening import PathLike, open_strategy, opened
 from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..selection import missed, refuse_absent, select, texts
 from ..storage import carrying
@@ -99,11 +99,7 @@ def prepare(
         LayoutError: the target does not fit the tensors, or a request means nothing for it.
     """
     include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefixes))
-    catalog = (
-        source
-        if isinstance(source, Catalog)
-        else open_checkpoint(source, strategy=src_strategy, suffix=suffix)
-    )
+    catalog = opened(source, strategy=src_strategy, suffix=suffix)
     chosen, config = _chosen(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
@@ -184,7 +180,7 @@ def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozense
     wrong = sorted(r for r in only if not 0 <= r < num_ranks)
     if wrong or not only or layout is None:
         raise LayoutError(
-            f"rank (ranks=, --rank) {some(map(str, wrong or only))}: the target has "
+            f"rank (--rank) {some(map(str, wrong or only))}: the target has "
             + (
                 f"ranks 0 to {num_ranks - 1}."
                 if layout

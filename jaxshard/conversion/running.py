@@ -58,9 +58,10 @@ def execute(
     ``progress`` is given the bytes to write, and returns a function that is told of those written.
 
     Raises:
-        StorageError: the disk is full or refuses; what was finished can be resumed.
+        StorageError: the disk is full or refuses, or another run is writing there.
         CoverageError: replicas of the source differ, and were to be checked.
-        LayoutError: the destination is or holds the source, or the result cannot be made in parts.
+        LayoutError: the destination exists and may not be replaced, is or holds the source, or
+            an interrupted run lies there; the memory is too little; what cannot be made in parts.
         FormatError: the source changed on the way, or is not what its checksums say.
     """
     part = chosen_part(options)
@@ -138,8 +139,8 @@ def _staging(
         )
     if only:
         raise LayoutError(
-            f"{destination} is one file, which is one process's work. Leave out part= "
-            "(--process-count), or name a folder."
+            f"{destination} is one file, which is one process's work. Leave out "
+            "Options(part=…) (--process-count), or name a folder."
         )
     return PartStaging(
         destination, request, part.index, part.count, overwrite=overwrite, durable=durable

@@ -251,8 +251,8 @@ def _to_describe(
     dtype = _TYPE_OF.get(tensor.dtype)
     if dtype is None:
         raise LayoutError(
-            f"{shown(tensor.name)}: MindSpore has no dtype {tensor.dtype}. Leave it out with "
-            "exclude= (--exclude), or write another format."
+            f"{shown(tensor.name)}: MindSpore has no dtype {tensor.dtype}. Leave it out (exclude= "
+            "of a conversion, --exclude), or write another format."
         )
     layout = placement or Placement(())
     replica = {rank: i for shard in shards for i, rank in enumerate(shard.holders)}

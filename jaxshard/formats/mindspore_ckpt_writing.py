@@ -185,6 +185,6 @@ def _bytes_of(name: str, kind: DType, shape: tuple[int, ...]) -> int:
     if shape == (0,):
         raise LayoutError(
             f"{shown(name)} has shape (0,), which MindSpore's .ckpt takes for a number without "
-            "dims. Write safetensors, or leave it out with exclude= (--exclude)."
+            "dims. Write safetensors, or leave it out (exclude= of a conversion, --exclude)."
         )
     return size

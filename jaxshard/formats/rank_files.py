@@ -113,7 +113,8 @@ def _check_alone(by_rank: Mapping[int, str], root: str) -> str:
     if len(by_rank) > 1:
         raise LayoutError(
             f"{root} has {len(by_rank)} ranks but no strategy files, so nothing says which part "
-            "of a tensor each holds. Name them with strategy= (--src-strategy PATH)."
+            "of a tensor each holds. Name them: open(path, strategy=…), or src_strategy= of a "
+            "conversion (--src-strategy PATH)."
         )
     return f"no strategy files: the tensors in {next(iter(by_rank.values()))} are taken as whole."
 

@@ -22,7 +22,7 @@ from ..catalog import Catalog
 from ..errors import CoverageError, LayoutError, some
 from ..mapping import Mapping, find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
-from ..opening import PathLike, open_checkpoint
+from ..opening import PathLike, opened
 from ..rules import Rules
 from ..selection import missed, select, texts
 from ..storage.budget import Counts
@@ -121,11 +121,7 @@ def load(
     how = _How(host_bytes, _cores() if workers is None else workers, mmap, owned)
     processes = processes_of_jax(timeout_s) if balanced else Processes()
     with processes.about(str(getattr(source, "root", source))).together("loading") as meeting:
-        catalog = (
-            source
-            if isinstance(source, Catalog)
-            else open_checkpoint(source, strategy=strategy, suffix=suffix)
-        )
+        catalog = opened(source, strategy=strategy, suffix=suffix)
         meeting.says = save = save_of(catalog)
         if save and not balanced:  # a host's own folder, so all load theirs
             others = processes_of_jax(timeout_s).about(catalog.root)

@@ -15,7 +15,7 @@ from ..conversion.preparing import prepare
 from ..conversion.running import Report, execute
 from ..errors import LayoutError
 from ..layout import Layout
-from ..opening import PathLike, open_checkpoint
+from ..opening import PathLike, opened
 from ..strategy import Strategy
 from .adapters import find_adapters, is_adapter
 from .merging import Merged, merged
@@ -46,6 +46,7 @@ def with_adapter(
     unmerge: bool = False,
     reproducible: bool = False,
     src_strategy: PathLike | None = None,
+    suffix: str | None = None,
     adapter_strategy: PathLike | None = None,
 ) -> Catalog:
     """``source`` with its adapters added when it is read; load or convert it as any catalog.
@@ -62,6 +63,7 @@ def with_adapter(
         reproducible: sum in one order on every machine, several times slower; otherwise the
             last bit of a weight may depend on the machine, and on how it was cut.
         src_strategy: strategy files of a source cut into ranks.
+        suffix: which of several files a rank the source has.
         adapter_strategy: those of adapters cut into ranks.
 
     Raises:
@@ -69,12 +71,8 @@ def with_adapter(
         LayoutError: shapes that do not fit, or an adapter that is more than a product.
         FormatError: a config that does not belong to the adapter.
     """
-    base = source if isinstance(source, Catalog) else open_checkpoint(source, strategy=src_strategy)
-    beside = (
-        adapter
-        if adapter is None or isinstance(adapter, Catalog)
-        else open_checkpoint(adapter, strategy=adapter_strategy)
-    )
+    base = opened(source, strategy=src_strategy, suffix=suffix)
+    beside = None if adapter is None else opened(adapter, strategy=adapter_strategy)
     settings = find_settings((beside or base).root).with_given(alpha, rank, scaling, fan_in_fan_out)
     done = merged(base, settings, beside, sign=-1 if unmerge else 1, reproducible=reproducible)
     if unmerge and done.replaced:
@@ -98,6 +96,7 @@ def merge_lora(
     unmerge: bool = False,
     reproducible: bool = False,
     src_strategy: PathLike | None = None,
+    suffix: str | None = None,
     adapter_strategy: PathLike | None = None,
     options: Options = _DEFAULT,
     progress: Callable[[int], Callable[[int], None]] | None = None,
@@ -121,6 +120,7 @@ def merge_lora(
         unmerge=unmerge,
         reproducible=reproducible,
         src_strategy=src_strategy,
+        suffix=suffix,
         adapter_strategy=adapter_strategy,
     )
     prepared = prepare(catalog, to, destination=destination, **how)

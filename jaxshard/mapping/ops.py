@@ -113,7 +113,7 @@ class Expect(Op):
             raise NotFoundError(
                 f"{self.what} has no rule for {len(strange)} of {len(tensors)} names: "
                 f"{some(strange)}.{nearest(template(strange[0]), self.names)} Add a rule for each, "
-                "or leave them out with exclude= (--exclude)."
+                "or leave them out (exclude=, --exclude)."
             )
         return dict(tensors)
 

@@ -163,7 +163,7 @@ class Tie(Op):
             if copy in result and original not in result:
                 raise NotFoundError(
                     f"{self.word}: {copy} is a copy of {original}, which is missing. Add that, or "
-                    "leave the copy out with exclude= (--exclude)."
+                    "leave the copy out (exclude=, --exclude)."
                 )
             result.pop(copy, None)
         return result

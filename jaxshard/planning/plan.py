@@ -1,7 +1,6 @@
-"""Plans: what turning one checkpoint into another reads, copies and writes.
+"""A plan: made from headers alone, it knows its numbers before anything runs.
 
-A plan is made from headers alone and knows its numbers before anything runs; the
-run must match them. Pure: no file, no device, no clock.
+The run must match them, and a test counts.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def refuse_foreign(destination: Path) -> None:
     strange = _strange(destination)
     if strange:
         raise LayoutError(
-            f"{destination} is not replaced: {strange}. overwrite=True (--overwrite) replaces a "
+            f"{destination} is not replaced: {strange}. What is replaced (--overwrite) is a "
             "checkpoint that jaxshard wrote, or one like it, and nothing else. Choose another "
             "destination, or remove this one yourself."
         )

@@ -24,7 +24,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import MEND_THE_DISK, LayoutError, StorageError
+from ..errors import MEND_THE_DISK, OVERWRITE, RESUME, LayoutError, StorageError
 from .linux import exchange, is_mount_point
 
 FILES, JOURNAL, LOCK = "files", "journal.json", "lock"
@@ -87,8 +87,8 @@ class Staging:
                     return
                 if there_was and not resume and not overwrite:
                     raise LayoutError(
-                        f"an interrupted run left {self._base}. Go on with resume=True "
-                        "(--resume), or discard it with overwrite=True (--overwrite)."
+                        f"an interrupted conversion left {self._base}. Go on with {RESUME}, or "
+                        f"discard it with {OVERWRITE}."
                     )
                 put_back(self._base, destination)
                 self.finished = self._begin(request, resume, overwrite)
@@ -210,8 +210,7 @@ def refuse_existing(
         return
     if not overwrite:
         raise LayoutError(
-            f"{destination} exists. Choose another destination, or replace it with overwrite=True "
-            "(--overwrite)."
+            f"{destination} exists. Choose another destination, or replace it with {OVERWRITE}."
         )
     if private:
         return
@@ -251,7 +250,7 @@ def other_request(base: Path) -> LayoutError:
     """What is said where the work in ``base`` is not the work asked for."""
     return LayoutError(
         f"{base} is from another conversion, or its source has changed since. "
-        "Repeat that one exactly, or discard it with overwrite=True (--overwrite)."
+        f"Repeat that one exactly, or discard it with {OVERWRITE}."
     )
 
 

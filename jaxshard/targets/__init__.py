@@ -5,7 +5,7 @@
     DIR or FILE     one file a rank, cut as those strategy files say
     same            as the source is
 
-This module decides and touches no disk; ``convert`` does.
+It decides, and writes nothing: ``conversion`` does. Only ``job_values`` reads, a handful of bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from ..layout import Layout
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
 from ..strategy import Strategy
-from .results import FORMATS, Request, Result
+from .results import Request, Result
 
 __all__ = [
-    "FORMATS",
-    "Request",
-    "Result",
     "check_request",
     "lay_out_for",
     "make_result",

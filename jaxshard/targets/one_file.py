@@ -65,7 +65,7 @@ def name_of(result: Result, destination: PathLike | None) -> str | None:
     if not paths[0].endswith(kind):
         raise LayoutError(
             f"{destination} ends in {kind}, but the result is {paths[0]}. Give another name, or "
-            f"format={_FORMAT[kind]!r} (--format)."
+            f'format="{_FORMAT[kind]}" (--format {_FORMAT[kind]}).'
         )
     return paths[0]
 

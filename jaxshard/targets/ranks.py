@@ -114,6 +114,6 @@ def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> 
     if unplaced:
         raise LayoutError(
             f"{len(unplaced)} tensors are not in the target's strategy: {some(unplaced)}. Leave "
-            "them out with exclude= (--exclude), optimizer states with drop_prefixes= "
-            "(--drop-prefix adam_), or give a strategy that has them."
+            "them out (of a conversion with exclude=, --exclude; optimizer states with "
+            "drop_prefixes=, --drop-prefix adam_), or give a strategy that has them."
         )
