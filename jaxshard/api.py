@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from .catalog import Catalog
-from .conversion.options import Options, budget_of
+from .conversion.options import Options, budget_of, with_given
 from .conversion.preparing import fitted, prepare
 from .conversion.running import Report, execute
 from .layout import Layout
@@ -34,6 +34,7 @@ def plan(
     ``print`` shows it as a person reads it; its ``totals`` are the numbers. Of the options, the
     threads and the memory matter: blocks are as large as they allow.
     """
+    options, how = with_given(options, how)
     return fitted(prepare(source, to, **how), options).plan
 
 
@@ -55,11 +56,13 @@ def convert(
         to: ``"full"``, a strategy (``"dp2mp4pp2"``), strategy files, or a ``Layout``.
         options: threads, memory, resuming, overwriting, durability.
         progress: given the bytes to write, returns a function told of those written.
-        how: as for ``prepare``: include, exclude, ranks, rules, remove_redundancy …
+        how: as for ``prepare``: include, exclude, ranks, rules, remove_redundancy …; or one of
+            the options by its name (``overwrite=True``).
 
     Raises:
         JaxshardError: its five kinds say what to do; see ``errors``.
     """
+    options, how = with_given(options, how)
     prepared = prepare(source, to, destination=destination, **how)
     return execute(prepared, destination, options=options, progress=progress)
 

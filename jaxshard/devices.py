@@ -9,6 +9,7 @@ This module knows no files and moves no bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
@@ -16,7 +17,7 @@ from math import prod
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .errors import LayoutError, NotFoundError, nearest, some
 from .layout import Layout, Placement
@@ -37,14 +38,36 @@ def rank_devices(
     put on the best connected devices, as ``jax.make_mesh`` does.
 
     Raises:
-        LayoutError: there are fewer devices than ranks.
+        LayoutError: there are fewer devices than ranks, or one is there twice.
     """
     if devices is not None:
         _check_enough(str(strategy), strategy.num_ranks, devices)
-        return tuple(devices[: strategy.num_ranks])
+        return _distinct(devices[: strategy.num_ranks])
     found = jax.devices()
     _check_enough(str(strategy), strategy.num_ranks, found)
     return _well_connected(found, strategy.pp, strategy.stage_axes)
+
+
+def named_sharding(name: str, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> NamedSharding:
+    """The sharding of the array ``name``.
+
+    Raises:
+        LayoutError: the spec is none for the mesh.
+    """
+    try:
+        return NamedSharding(mesh, spec)
+    except ValueError as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise LayoutError(
+            f"{name}: {spec} is none for a mesh of {dict(mesh.shape)}: {why}."
+        ) from None
+
+
+def _distinct(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
+    twice = [d for d, n in Counter(devices).items() if n > 1]
+    if twice:
+        raise LayoutError(f"{twice[0]} is given for several ranks; each needs a device of its own.")
+    return tuple(devices)
 
 
 def layout_devices(layout: Layout) -> tuple[jax.Device, ...]:

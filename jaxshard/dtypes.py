@@ -37,6 +37,15 @@ class DType:
         return self.name
 
 
+def is_float(dtype: DType) -> bool:
+    """Whether its elements have fractions (complex ones too).
+
+    >>> is_float(dtype("BF16")), is_float(dtype("U8"))
+    (True, False)
+    """
+    return dtype.name.startswith(("F", "BF", "C"))
+
+
 _TABLE = (
     DType("BOOL", 8, "bool"),
     DType("F4", 4, "float4_e2m1fn"),

@@ -52,6 +52,11 @@ def stored_as(dtype: NumpyDType) -> DType:
     'F32'
     """
     kind = BY_NUMPY.get(dtype.name)
+    if dtype.name.startswith("key<"):
+        raise LayoutError(
+            f"files have no dtype for keys of a random generator ({dtype.name}). Save "
+            "jax.random.key_data(keys), or leave them out."
+        )
     if kind is None:
         raise LayoutError(
             f"files have no dtype for {dtype.name}. Cast it to one of {', '.join(BY_NUMPY)}."

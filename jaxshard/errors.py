@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 #: How to go on with a conversion that was interrupted, and how to have a result replaced.
-RESUME = "Options(resume=True) (--resume)"
-OVERWRITE = "overwrite=True (of a conversion in its Options; --overwrite)"
+RESUME = "resume=True (--resume)"
+OVERWRITE = "overwrite=True (--overwrite)"
 #: What to do when a disk is full or broken; what a conversion finished is kept.
 MEND_THE_DISK = f"Make room or mend the disk, then run again; a conversion goes on with {RESUME}."
 

@@ -159,8 +159,8 @@ def check_divides(placement: Placement, shape: tuple[int, ...], name: str = "") 
             whole = tuple(() if d == dim else a for d, a in enumerate(spec))
             raise LayoutError(
                 f"{where}dim {dim} of shape {shape} has {shape[dim]} elements, which {named} does "
-                f"not divide. Pad it to {-(-shape[dim] // ways) * ways}, or leave it whole with "
-                f'the rule "{name or "NAME"}" = "{_text(whole)}".'
+                f"not divide. Pad it to {-(-shape[dim] // ways) * ways}, or leave it whole: "
+                f'None in a PartitionSpec, the rule "{name or "NAME"}" = "{_text(whole)}".'
             )
 
 

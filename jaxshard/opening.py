@@ -61,7 +61,11 @@ def open_checkpoint(
         FormatError: a file is not what it claims to be.
         CoverageError: files contradict each other.
     """
+    if not os.fspath(path):
+        raise NotFoundError("the path of the checkpoint is empty. Name a folder, or a weight file.")
     where = Path(path)
+    if where.name.endswith(".index.json") and where.is_file():
+        where = where.parent  # an index tells of the files beside it
     if is_unfinished(where):
         raise FormatError(
             f"{where} is an unfinished conversion. Complete it with {RESUME}, or delete it."
@@ -129,8 +133,8 @@ def _read(
     found = _read_unranked(folder, files)
     if found is not None and (strategy is not None or suffix is not None):
         raise LayoutError(
-            f"{where} has no rank_0/ … folders, so strategy files (--src-strategy) and suffix= "
-            "(--suffix) mean nothing for it. Leave them out."
+            f"{where} has no rank_0/ … folders, so strategy files and suffix= (--suffix) "
+            "mean nothing for it. Leave them out."
         )
     if found is not None and where.is_file() and _RANK.fullmatch(where.parent.name):
         note = f"{where.name} is the file of one rank; its tensors are taken as whole."
@@ -144,10 +148,9 @@ def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | 
         from .formats import iteration  # noqa: PLC0415
 
         return iteration.read(folder)
-    if orbax_names.recognise(files):
-        from .formats import orbax  # noqa: PLC0415 - and with it JAX
-
-        return orbax.read(folder.root, list(files))
+    is_orbax = orbax_names.recognise(files)
+    if is_orbax and orbax_names.is_item(files):
+        return _read_orbax(folder, files)
     from .formats import huggingface  # noqa: PLC0415
 
     if huggingface.recognise(files):
@@ -156,7 +159,13 @@ def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | 
 
     if complete_ckpt.recognise(folder, files):
         return complete_ckpt.read(folder)
-    return None
+    return _read_orbax(folder, files) if is_orbax else None  # last: the item lies in a folder here
+
+
+def _read_orbax(folder: LocalFolder, files: Mapping[str, File]) -> Catalog:
+    from .formats import orbax  # noqa: PLC0415 - and with it JAX
+
+    return orbax.read(folder.root, list(files))
 
 
 def open_strategy(path: PathLike) -> Layout:

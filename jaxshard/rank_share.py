@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .catalog import Catalog
-from .conversion.options import Options, budget_of
+from .conversion.options import Options, budget_of, with_given
 from .conversion.preparing import prepare
 from .elements import Conversion, numpy_dtype
 from .errors import LayoutError
@@ -50,6 +50,7 @@ def load_rank(
     if whole and rank:
         raise LayoutError(f"rank {rank} of a complete checkpoint: there is rank 0 only.")
     one: dict[str, Any] = {} if whole else {"ranks": [rank]}
+    options, how = with_given(options, how)
     plan = prepare(source, to, **one, **how).plan
     wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]

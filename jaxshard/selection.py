@@ -55,7 +55,8 @@ def select(
             "kept with keep_accu_grads=True (--keep-accu-grads)."
         )
     if not left:
-        raise NotFoundError(f"no tensor of {catalog.root} is left: all of them are excluded.")
+        why = "all of them are excluded." if names else "it holds none."
+        raise NotFoundError(f"no tensor of {catalog.root} is left: {why}")
     return left, tuple(notes)
 
 

@@ -230,10 +230,10 @@ def test_an_interrupted_run_is_gone_on_with(llama, capsys, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         assert checkpoints.run(*command) == 4
-    assert "goes on with Options(resume=True) (--resume)" in capsys.readouterr().err
+    assert "goes on with resume=True (--resume)" in capsys.readouterr().err
     assert not out.exists()
     assert checkpoints.run(*command) == 2
-    assert "Go on with Options(resume=True) (--resume)" in capsys.readouterr().err
+    assert "Go on with resume=True (--resume)" in capsys.readouterr().err
     text = answer(capsys, *command, "--resume")
     assert text.startswith(f"{out}: 2 files with ")
     assert "finished before: 2 files\n" in text

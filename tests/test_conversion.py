@@ -252,3 +252,20 @@ def test_no_more_memory_is_held_than_the_plan_says(tmp_path, names):
     held, written = prepared.plan.host_bytes, prepared.plan.totals.bytes_written
     assert peak <= held == 1 << 20
     assert written > 4 * held, "there is more to hold"
+
+
+def test_options_may_be_given_by_their_names(llama, tmp_path):
+    js.convert(llama, tmp_path / "out", durable=False)
+    with pytest.raises(LayoutError, match="exists"):
+        js.convert(llama, tmp_path / "out")
+    report = js.convert(llama, tmp_path / "out", "mp2", overwrite=True, workers=1, exclude="norm")
+    assert report.num_files == 2
+    assert js.plan(llama, host_bytes=16 << 20).host_bytes <= 16 << 20
+    with pytest.raises(TypeError, match="overwritten"):
+        js.convert(llama, tmp_path / "out", overwritten=True)
+
+
+def test_the_name_of_a_file_says_its_format_before_that_is_asked_for(llama, tmp_path):
+    js.convert(llama, tmp_path / "out.ckpt", crc=True)
+    js.convert(llama, tmp_path / "told.ckpt", crc=True, format="ckpt")
+    assert (tmp_path / "out.ckpt").read_bytes() == (tmp_path / "told.ckpt").read_bytes()

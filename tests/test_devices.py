@@ -155,3 +155,9 @@ def test_a_dim_left_to_the_compiler_has_no_placement():
 
 def test_a_spec_names_whole_dims_as_none():
     assert partition_spec(Placement((("a", 2),), ((), ("a",)))) == PartitionSpec(None, ("a",))
+
+
+def test_a_device_has_one_rank():
+    first = jax.devices()[0]
+    with pytest.raises(LayoutError, match="is given for several ranks"):
+        rank_devices(Strategy.parse("mp2"), [first, first])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxshard import devices
+from jaxshard.api import plan
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.loading import load
 from jaxshard.loading.limits import Need, load_budget, share_out
@@ -659,3 +660,17 @@ def test_names_are_chosen_by_expressions(llama):
     arrays = load(folder, "mp2", include=["norm"], exclude=["layers.0"])
     assert arrays
     assert all("norm" in name and "layers.0" not in name for name in arrays)
+
+
+def test_an_axis_that_the_mesh_lacks_is_said_with_the_tensor(tmp_path):
+    checkpoints.write_llama(tmp_path / "llama")
+    mesh = jax.make_mesh((2, 4), ("dp", "mp"))
+    with pytest.raises(LayoutError, match=r"lm_head.weight: .*none for a mesh of .*'mp': 4.*foo"):
+        load(tmp_path / "llama", lambda name: PartitionSpec("foo"), devices=mesh)
+
+
+@pytest.mark.parametrize("use", [load, plan])
+def test_rules_are_no_path(tmp_path, use):
+    checkpoints.write_llama(tmp_path / "llama")
+    with pytest.raises(LayoutError, match=r"'rules.toml' is a str, and no Rules\. .*read_rules"):
+        use(tmp_path / "llama", "mp2", rules="rules.toml")

@@ -64,7 +64,7 @@ def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
     for how in ({}, {"alpha": 4}, {"scaling": 1.0}):
         with pytest.raises(FormatError, match=r"has rank 2, but /.*adapter_config\.json says 8"):
             with_adapter(place, **how)
-    with pytest.raises(FormatError, match=r"has rank 2, but rank= .* says 4"):
+    with pytest.raises(LayoutError, match=r"has rank 2, and rank= .* asks for 4"):
         with_adapter(place, rank=4)
     assert scaling_of(with_adapter(place, rank=2)) == 4
 
@@ -231,3 +231,66 @@ def test_a_quantized_base_is_merged_after_what_the_error_says(tmp_path) -> None:
     a, b = pair.values()
     expected = tensors[name].astype(np.float32) * 2 + b @ a
     np.testing.assert_allclose(weights(tmp_path / "m")[name], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"trainable_token_indices": [1, 5]}, "more than adding a product"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "more than adding a product"),
+        ({"init_lora_weights": "pissa"}, "weights were changed when its training began"),
+        ({"init_lora_weights": "pissa_niter_16"}, "weights were changed"),
+        ({"init_lora_weights": "olora"}, "weights were changed"),
+        ({"modules_to_save": "lm_head"}, "no list of names"),
+    ],
+)
+def test_what_is_more_than_a_product_on_the_models_own_weights_is_refused(tmp_path, said, told):
+    place = save(small(), tmp_path / "a", peft_type="LORA", lora_alpha=4, **said)
+    with pytest.raises((LayoutError, FormatError), match=told):
+        with_adapter(place)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva"])
+def test_other_first_values_leave_the_base_as_it_was(tmp_path, start):
+    place = save(small(), tmp_path / "a", peft_type="LORA", lora_alpha=4, init_lora_weights=start)
+    assert scaling_of(with_adapter(place)) == 2
+
+
+def test_a_tensor_that_is_nobodys_is_not_added_to_the_model(tmp_path):
+    pair = {n: x for n, x in small().items() if "lora" in n}
+    base = save({n: x for n, x in small().items() if n not in pair}, tmp_path / "base")
+    stray = {**pair, "l.0.norm.foo": np.ones(2, np.float32), "score.weight": np.ones(2, np.float32)}
+    config = {"peft_type": "LORA", "lora_alpha": 4}
+    adapter = save(stray, tmp_path / "a", **config, modules_to_save=["score"])
+    with pytest.raises(
+        LayoutError, match=r"l\.0\.norm\.foo lies with the adapter, is no part of LoRA"
+    ):
+        with_adapter(base, adapter)
+    del stray["l.0.norm.foo"]
+    adapter = save(stray, tmp_path / "b", **config, modules_to_save=["score"])
+    assert "score.weight" in with_adapter(base, adapter).tensors
+
+
+def test_a_head_is_not_changed_by_an_embedding_that_it_is_tied_to(tmp_path):
+    embedding = np.ones((8, 6), np.float32)
+    base = {n: x for n, x in small().items() if "lora" not in n}
+    base["model.embed_tokens.weight"] = embedding
+    save(base, tmp_path / "base")
+    told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps({**told, "tie_word_embeddings": True})
+    )
+    pair = {n: x for n, x in small().items() if "lora" in n}
+    pair["model.embed_tokens.weight"] = 2 * embedding
+    config = {"peft_type": "LORA", "lora_alpha": 4, "modules_to_save": ["embed_tokens"]}
+    adapter = save(pair, tmp_path / "a", **config)
+    with pytest.raises(LayoutError, match="head of .* is tied to it but was not trained with it"):
+        with_adapter(tmp_path / "base", adapter)
+    together = save(pair, tmp_path / "b", **config, ensure_weight_tying=True)
+    assert len(with_adapter(tmp_path / "base", together).tensors) == 3
+    apart = save(
+        {**pair, "lm_head.weight": embedding},
+        tmp_path / "c",
+        **{**config, "modules_to_save": ["embed_tokens", "lm_head"]},
+    )
+    assert len(with_adapter(tmp_path / "base", apart).tensors) == 4

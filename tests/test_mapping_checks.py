@@ -92,6 +92,7 @@ def test_an_operation_that_cannot_be_is_refused_when_it_is_made(make) -> None:
         (Split(W, 1, (5, -1)), "6 elements, which is not 5"),
         (Merge(W, 1, (6, 1)), r"dims 1 to 2 of \(4, 6\) are not"),
         (Merge(W, 7, (-1,)), "dims 7 to 7"),
+        (Cast(W, "I8"), "F32 to I8 would cut off fractions"),
         (Slice(W, 7, 0, 1), "has no dim 7"),
         (Slice(W, 0, 0, 5), "0:5 is no part"),
         (Pad(W, 7, 1, 2), "has no dim 7"),

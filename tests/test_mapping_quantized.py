@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mapping_models import save
 from mapping_worlds import Memory, read_all, read_box, same
 from safetensors.numpy import load_file, save_file
 
+import jaxshard as js
 from jaxshard.api import convert
 from jaxshard.box import Box
 from jaxshard.conversion.options import Options
@@ -144,3 +146,25 @@ def test_factors_that_do_not_fit_are_refused(arrays, kind, said) -> None:
 def test_dequantizing_has_no_inverse_and_says_so() -> None:
     with pytest.raises(LayoutError, match="the factors would have to be chosen anew"):
         Mapping((Dequantize(),)).inverse()
+
+
+@pytest.mark.parametrize("form", ["nnx", "nnx-scan"])
+def test_factors_need_not_divide_as_what_they_scale_does(tmp_path, form) -> None:
+    source = save("deepseek_v3", tmp_path / "plain")
+    arrays = {}
+    for name, x in load_file(source / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            weight, scale, _ = quantized(x.shape, (32, 32))
+            arrays |= {name: weight, f"{name}_scale_inv": scale}
+        else:
+            arrays[name] = x
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"weight_block_size": [32, 32]}
+    (source / "config.json").write_text(json.dumps(config))
+    save_file(arrays, source / "model.safetensors")
+    whole = js.load(source, jax.devices()[0], names=f"hf:{form}")
+    cut = js.load(source, "dp2mp2", names=f"hf:{form}")
+    assert cut.keys() == whole.keys()
+    for name, x in whole.items():
+        np.testing.assert_array_equal(np.asarray(cut[name]), np.asarray(x))
+    assert any(not x.sharding.is_fully_replicated for x in cut.values())

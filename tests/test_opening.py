@@ -112,3 +112,22 @@ def test_a_rank_more_than_the_strategy_knows_is_refused(base):
     )
     with pytest.raises(CoverageError, match="its strategy is one of 4 ranks"):
         open_checkpoint(base / "cut")
+
+
+def test_an_orbax_item_in_a_folder_of_a_checkpoint_is_not_taken_for_it(base, tmp_path):
+    js.convert(base / "llama", tmp_path / "llama" / "backup", format="orbax", overwrite=True)
+    catalog = js.open(tmp_path / "llama")
+    assert (catalog.format, len(catalog.tensors)) == ("huggingface", 21)
+    assert js.open(tmp_path / "llama" / "backup").format == "orbax"
+
+
+def test_an_index_tells_of_the_files_beside_it(base):
+    js.merge(base / "llama", base / "several", max_shard_bytes=5000)
+    index = base / "several" / "model.safetensors.index.json"
+    assert js.open(index).tensors == js.open(base / "several").tensors
+
+
+def test_an_empty_path_is_not_the_folder_one_is_in(base, monkeypatch):
+    monkeypatch.chdir(base / "llama")
+    with pytest.raises(NotFoundError, match="the path of the checkpoint is empty"):
+        js.open("")

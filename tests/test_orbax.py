@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from safetensors.numpy import save_file
 
 from jaxshard.api import convert, verify
 from jaxshard.conversion import orbax_writing
@@ -331,3 +332,13 @@ def test_orbax_is_imported_only_when_it_is_needed():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_what_orbax_does_not_store_is_refused_before_it_is_asked(tmp_path):
+    arrays = {"e": np.zeros((0, 8), np.float32), "x": np.ones(2, np.float32)}
+    save_file(arrays, tmp_path / "in.safetensors")
+    with pytest.raises(LayoutError, match=r"e of shape \(0, 8\): Orbax stores no arrays without"):
+        convert(tmp_path / "in.safetensors", tmp_path / "out", format="orbax")
+    with pytest.raises(LayoutError, match="Orbax stores no arrays without elements"):
+        save(jax.device_put(arrays), tmp_path / "out", format="orbax")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]

@@ -55,6 +55,14 @@ def test_what_results_look_like_may_be_replaced(tmp_path, names):
         (["a/model.safetensors", "b/model.safetensors"], "holds a, b, and no checkpoint"),
         (["model.safetensors", ".ssh/id"], ".ssh, which no checkpoint does"),
         (["model.safetensors", ".git/config"], ".git"),
+        (
+            ["model.safetensors", "optimizer.pt", "rng_state.pth"],
+            "lies optimizer.pt, rng_state.pth",
+        ),
+        (
+            ["model.safetensors", "pytorch_model.bin"],
+            "beside the checkpoint lies pytorch_model.bin",
+        ),
         (["model.safetensors", "llama/model.safetensors"], "llama/model.safetensors, which is of"),
         (["rank_0/checkpoint_0.ckpt", "old/rank_0/checkpoint_0.ckpt"], "old/rank_0"),
         (["rank_0/net-1_1.ckpt", "rank_0/net-1_2.ckpt"], "no checkpoint"),

@@ -353,3 +353,13 @@ def test_gathering_to_the_host_leaves_no_copy_with_the_source():
     gather(array, host=True)
     assert array._npy_value is None
     assert all(s.data._npy_value is None for s in array.addressable_shards)
+
+
+def test_what_gather_and_reshard_cannot_take_is_said():
+    mesh = jax.make_mesh((2, 4), ("dp", "mp"))
+    with pytest.raises(LayoutError, match="a: a ndarray is on no device"):
+        gather({"a": np.ones(3)})
+    with pytest.raises(LayoutError, match="'cpu:0' is a str, no device"):
+        gather({"a": jnp.ones(3)}, "cpu:0")
+    with pytest.raises(LayoutError, match=r"the target is a mesh, .*'dp': 2"):
+        reshard({"a": jnp.ones(3)}, mesh)

@@ -144,6 +144,8 @@ def decrypt(a: Namespace) -> int:
 
     try:
         key = Path(a.key_file).read_bytes()
+    except FileNotFoundError:
+        raise NotFoundError(f"--key-file {a.key_file} does not exist.") from None
     except OSError as error:
         raise StorageError(f"--key-file {a.key_file}: {error.strerror}.") from error
     key = key.removesuffix(b"\n")  # as editors and echo leave it

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from ..catalog import Catalog
 from ..multiprocess.environment import part_of
@@ -39,6 +39,19 @@ class Options:
     durable: bool = True
     part: Part | Literal["auto"] | None = None
     check_replicas: bool = False
+
+
+_NAMES = frozenset(field.name for field in fields(Options))
+
+
+def with_given(options: Options, how: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """``options`` with those of ``how`` that are such, and the rest of it.
+
+    >>> with_given(Options(), {"overwrite": True, "exclude": "lora"})[1]
+    {'exclude': 'lora'}
+    """
+    given = {name: value for name, value in how.items() if name in _NAMES}
+    return replace(options, **given), {n: v for n, v in how.items() if n not in given}
 
 
 def chosen_part(options: Options) -> Part | None:

@@ -109,7 +109,7 @@ def prepare(
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
-    check_request(request)
+    check_request(one_file.with_format(request, destination))
     request = one_file.implied(request, destination)
     result = make_result(chosen, list(chosen.tensors.values()), request)
     one_file.name_of(result, destination)  # refuses what is no one file

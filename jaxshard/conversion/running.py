@@ -140,7 +140,7 @@ def _staging(
     if only:
         raise LayoutError(
             f"{destination} is one file, which is one process's work. Leave out "
-            "Options(part=…) (--process-count), or name a folder."
+            "part= (--process-count), or name a folder."
         )
     return PartStaging(
         destination, request, part.index, part.count, overwrite=overwrite, durable=durable

@@ -28,6 +28,11 @@ def recognise(files: Iterable[str]) -> bool:
     return bool(_items(files))
 
 
+def is_item(files: Iterable[str]) -> bool:
+    """Whether these files are an item themselves, and none lies in a folder of theirs only."""
+    return _METADATA in set(files)
+
+
 def item_folder(files: Iterable[str]) -> str:
     """The folder of the item, relative to the checkpoint: "" where it is the item itself.
 

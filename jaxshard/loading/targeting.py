@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ..catalog import Catalog, Tensor
-from ..devices import placement_of, rank_devices, shardings
+from ..devices import named_sharding, placement_of, rank_devices, shardings
 from ..elements import NumpyDType, can_become, is_plain_float, numpy_dtype
 from ..errors import JaxshardError, LayoutError, NotFoundError, some
 from ..formats.strategy_files import for_tensors
@@ -239,9 +239,9 @@ def _sharding(name: str, place: Any, devices: Devices) -> Sharding:
     if isinstance(place, jax.Device):
         return SingleDeviceSharding(place)
     if isinstance(place, PartitionSpec):
-        return NamedSharding(_mesh(name, devices), place)
+        return named_sharding(name, _mesh(name, devices), place)
     if isinstance(place, NamedSharding) and not isinstance(place.mesh, Mesh):
-        return NamedSharding(_mesh(name, devices), place.spec)  # a spec on an abstract mesh
+        return named_sharding(name, _mesh(name, devices), place.spec)  # its mesh is abstract
     if isinstance(place, Sharding):
         return place
     only = _listed(devices) or jax.devices()
@@ -261,8 +261,8 @@ def _mesh(name: str, devices: Devices) -> Mesh:
     if isinstance(current, Mesh) and current.size > 1:
         return current
     raise LayoutError(
-        f"{name}: a PartitionSpec needs a mesh. Give devices=mesh, load inside jax.set_mesh(mesh), "
-        "or give a NamedSharding."
+        f"{name}: a PartitionSpec needs a mesh with devices. Give devices=mesh, load inside "
+        "jax.set_mesh(mesh), or give a NamedSharding."
     )
 
 

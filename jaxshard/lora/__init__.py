@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..catalog import Catalog
-from ..conversion.options import Options
+from ..conversion.options import Options, with_given
 from ..conversion.preparing import prepare
 from ..conversion.running import Report, execute
 from ..errors import LayoutError
@@ -123,5 +123,6 @@ def merge_lora(
         suffix=suffix,
         adapter_strategy=adapter_strategy,
     )
+    options, how = with_given(options, how)
     prepared = prepare(catalog, to, destination=destination, **how)
     return execute(prepared, destination, options=options, progress=progress)

@@ -30,6 +30,7 @@ _UNKNOWN = {
     "lora_magnitude_vector": "DoRA, which also rescales columns",
     "lora_B.bias": "a bias of the adapter (lora_bias)",
     "lora_E": "AdaLoRA, which has a third matrix",
+    "trainable_tokens_delta": "rows of an embedding that were trained (trainable_token_indices)",
 }
 
 

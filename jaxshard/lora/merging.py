@@ -9,6 +9,7 @@ model with a few blocks in memory, loading it adds the product to each shard on 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..views import AddProduct, Affine
 from .adapters import Adapter, find_adapters, is_adapter
 from .settings import OWN_CONFIG, PEFT_CONFIG, Settings
 
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _PREFIXES = ("", "model.", "transformer.", "base_model.")
 
 
@@ -66,8 +69,11 @@ def merged(
             if name not in source.hyper:
                 own = _base_name(name, kept) or name
                 _check_replaced(tensor, kept.get(own))
+                if own not in kept:
+                    _check_new(own, settings, base)
                 kept[own] = _shifted(replace(tensor, name=own), shift)
                 replaced[own] = name
+    _check_tied(replaced, kept, base, settings)
     notes: list[str] = []
     for pair in found.adapters:
         moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
@@ -93,6 +99,43 @@ def _refuse_two(base: Catalog, adapter: Catalog) -> None:
         f"{base.root} holds {len(own)} tensors of adapters itself ({own[0]} …), and {adapter.root} "
         "is given too. Merge its own first, without adapter=, or leave them out when converting it "
         '(exclude="lora", --exclude lora).'
+    )
+
+
+def _check_new(name: str, settings: Settings, base: Catalog) -> None:
+    """Refuse a tensor that is neither half a pair, nor the base's, nor of a module saved whole."""
+    modules = settings.saved_modules
+    if modules is None:
+        return
+    parts = name.split(".")
+    if not any(m.split(".")[-1] in parts for m in modules):
+        raise LayoutError(
+            f"{name} lies with the adapter, is no part of LoRA, and {base.root} has no such "
+            f"tensor; modules_to_save in {settings.where} is {list(modules)}. The adapter is of "
+            "another model or kind: merge it with the program that made it."
+        )
+
+
+def _check_tied(
+    replaced: Mapping[str, str], kept: Mapping[str, Tensor], base: Catalog, settings: Settings
+) -> None:
+    """Refuse to change a head by a new embedding that it is tied to, which PEFT does not.
+
+    There it was trained apart; the result would need both, and a config that no longer ties them.
+    """
+    words = base.model.config.get("architectures")
+    has_head = isinstance(words, list | tuple) and any(
+        re.search("CausalLM|LMHead", str(w)) for w in words
+    )
+    new = next((n for n in replaced if _EMBEDDING.search(n)), None)
+    if not (new and has_head and base.model.tied_embeddings) or settings.keeps_ties:
+        return
+    if any(_HEAD.search(n) for n in kept):
+        return
+    raise LayoutError(
+        f"{new} was saved with the adapter (modules_to_save), and the head of {base.root} is tied "
+        "to it but was not trained with it. Save the base with a head of its own first "
+        "(tie_word_embeddings false), or merge with PEFT, which then does that."
     )
 
 

@@ -25,6 +25,14 @@ PEFT_CONFIG = "adapter_config.json"
 OWN_CONFIG = "mindformers_adapter_config.json"
 _PARENTS = 3  # MindFormers keeps one file for several checkpoints, above them
 _MAX_BYTES = 1 << 22
+_MORE = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+)
+_TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of the base, by the adapter's start
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Settings:
         rank_from: who says the rank.
         given: alpha or scaling are the caller's.
         looked_in: the places that a config was looked for in.
+        saved_modules: those that were trained whole (modules_to_save); None if nobody says.
+        keeps_ties: a head tied to an embedding that was trained whole was trained with it.
     """
 
     alpha: float | None = None
@@ -49,6 +59,8 @@ class Settings:
     rank_from: str = ""
     given: bool = False
     looked_in: tuple[str, ...] = ()
+    saved_modules: tuple[str, ...] | None = None
+    keeps_ties: bool = False
 
     def with_given(
         self,
@@ -90,12 +102,18 @@ class Settings:
         Raises:
             NotFoundError: nobody says alpha; the places that were looked in are listed.
             FormatError: the config says another rank than the adapter has.
+            LayoutError: so does the caller.
         """
         rank = self._ranks.find(adapter.module, self.rank)
         if rank is not None and rank != adapter.rank:
+            if self.rank_from:
+                raise LayoutError(
+                    f"{adapter.a.name}: shape {adapter.a.shape} has rank {adapter.rank}, and "
+                    f"{self.rank_from} asks for {rank}. Leave it out, or fetch that adapter."
+                )
             raise FormatError(
                 f"{adapter.a.name}: shape {adapter.a.shape} has rank {adapter.rank}, but "
-                f"{self.rank_from or self.where} says {rank}. The adapter and its config do not "
+                f"{self.where} says {rank}. The adapter and its config do not "
                 "belong together."
             )
         if self.scaling is not None:
@@ -151,12 +169,13 @@ def _read(path: Path) -> Settings:
     kind = said.get("peft_type")
     if kind not in (None, "LORA"):
         raise LayoutError(f"{path}: peft_type is {kind!r}; only LORA can be merged.")
-    for flag in ("use_dora", "lora_bias", "target_parameters"):
+    for flag in _MORE:
         if said.get(flag):
             raise LayoutError(
                 f"{path}: {flag} is {said[flag]!r}; that is more than adding a product to a "
                 "matrix, and cannot be merged here. Merge it with PEFT."
             )
+    _check_start(said.get("init_lora_weights"), path)
     rank_key = "r" if said.get("r") is not None else "lora_rank"
     ranks = {p: _rank(said["rank_pattern"], p, path) for p in _patterns(said, "rank_pattern", path)}
     alphas = {
@@ -170,7 +189,32 @@ def _read(path: Path) -> Settings:
         alpha_pattern=alphas,
         fan_in_fan_out=bool(said["fan_in_fan_out"]) if "fan_in_fan_out" in said else None,
         where=str(path),
+        saved_modules=_saved_modules(said, kind, path),
+        keeps_ties=said.get("ensure_weight_tying") is True,
     )
+
+
+def _check_start(start: object, path: Path) -> None:
+    """Refuse an adapter whose first values were taken out of the base's weights.
+
+    https://huggingface.co/docs/peft/developer_guides/lora#initialization
+    """
+    if isinstance(start, str) and start.partition("_niter_")[0].lower() in _TAKEN_OUT:
+        raise LayoutError(
+            f"{path}: init_lora_weights is {start!r}, so the adapter belongs to a base whose "
+            "weights were changed when its training began, and not to the model they came from. "
+            "Merge it with PEFT, or save it as plain LoRA there "
+            "(path_initial_model_for_weight_conversion)."
+        )
+
+
+def _saved_modules(said: Mapping[str, Any], kind: object, path: Path) -> tuple[str, ...] | None:
+    if kind is None:
+        return None  # MindFormers' config, which does not say
+    names = said.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise FormatError(f"{path}: modules_to_save is no list of names.")
+    return tuple(names)
 
 
 def _number(said: Mapping[str, Any], key: str, path: Path) -> float:

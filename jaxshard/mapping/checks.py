@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import prod
 
 from .. import dtypes
-from ..dtypes import BY_NAME, DType
+from ..dtypes import BY_NAME, DType, is_float
 from ..errors import FormatError, LayoutError, nearest
 
 Shape = tuple[int, ...]
@@ -81,6 +81,14 @@ def check_repeat(name: str, shape: Shape, dim: int) -> None:
     if length_of(shape, dim, name) != 1:
         raise LayoutError(
             f"{name}: dim {dim} of shape {shape} has {shape[dim]} elements; only 1 can be repeated."
+        )
+
+
+def check_cast(old: DType, new: DType) -> None:
+    """Refuse to cut off what is behind the point."""
+    if is_float(old) and not is_float(new):
+        raise LayoutError(
+            f"{old} to {new} would cut off fractions, and what is too large. Cast to a float."
         )
 
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from ..dtypes import DType
-from ..elements import numpy_dtype
+from ..elements import numpy_dtype, stored_as
 from ..errors import LayoutError, some
 from .checks import (
+    check_cast,
     check_cut,
     check_join,
     check_order,
@@ -93,6 +96,7 @@ class Expressions:
     @staticmethod
     def cast(x: Expression, dtype: DType) -> Expression:
         """The values of ``x`` rounded to ``dtype``."""
+        check_cast(stored_as(np.dtype(x.dtype)), dtype)
         name = numpy_dtype(dtype).name
         return Expression("cast", x.shape, name, (x,), (dtype,), x.name)
 

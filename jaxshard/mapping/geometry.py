@@ -20,6 +20,7 @@ from ..dtypes import DType
 from ..errors import LayoutError
 from ..views import ZEROS, Affine, Round, Scale, Step, View
 from .checks import (
+    check_cast,
     check_cut,
     check_join,
     check_order,
@@ -173,6 +174,7 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
     """The same values, rounded to ``dtype``."""
     if dtype == tensor.dtype:
         return tensor
+    check_cast(tensor.dtype, dtype)
     tensor = viewed(tensor)
     _refuse_packed(dtype, tensor.name)
     pieces = []

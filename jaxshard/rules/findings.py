@@ -59,7 +59,8 @@ class Findings:
             raise LayoutError(
                 f"none of the rules {rules.name} matches {self._count('unmatched')}: "
                 f"{self._lines('unmatched')}. {self._remedy(rules)}, or ask for whole copies on "
-                'every rank of the stage with unmatched="replicate".'
+                'every rank of the stage, in a conversion with unmatched="replicate" (--unmatched '
+                "replicate)."
             )
         if "misfit" in self._names:
             raise LayoutError(
@@ -71,7 +72,8 @@ class Findings:
             raise LayoutError(
                 f"{strategy} does not divide {self._count('uneven')}: "
                 f"{self._lines('uneven')}. Take a strategy that divides them, leave the tensor "
-                f'whole with the rule "{first}" = "-", or every such dim with uneven="replicate".'
+                f'whole with the rule "{first}" = "-" (rules=, --rules), or, in a conversion, '
+                'every such dim with uneven="replicate" (--uneven replicate).'
             )
         if "no shard" in self._names and not self.sharded:
             raise LayoutError(

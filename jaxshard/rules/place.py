@@ -17,7 +17,7 @@ from ..strategy import Axes, Strategy
 from .findings import Findings, Policy, check_policy
 from .match import Matcher, template, weight_name
 from .stages import Home, Stages
-from .table import Dims, ModelFacts, Rules, Spec
+from .table import Dims, ModelFacts, Rules, Spec, check_rules
 
 _WHOLE = Spec()
 
@@ -53,6 +53,7 @@ def layout(
     >>> str(made.placements["w"][0])
     '[-,mp] over dp1 mp2 from rank 0'
     """
+    check_rules(rules)
     check_policy("unmatched", unmatched)
     check_policy("uneven", uneven)
     stages = Stages(rules, strategy, model, (n for n in shapes if n not in hyper))

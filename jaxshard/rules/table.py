@@ -108,6 +108,7 @@ class Rules:
         >>> base.override(Rules("mine", specs=(("a", "mp,-"),))).specs
         (('a', 'mp,-'), ('*', '-'))
         """
+        check_rules(user)
         return Rules(
             name=f"{user.name} + {self.name}",
             specs=user.specs + self.specs,
@@ -231,3 +232,16 @@ def describe(rules: Rules) -> str:
     }
     lines += [f"{name}: {', '.join(values)}" for name, values in said.items() if values]
     return "\n".join(lines)
+
+
+def check_rules(rules: object) -> None:
+    """Refuse what is no ``Rules``: the path of a file of them, say.
+
+    Raises:
+        LayoutError: with what makes it some.
+    """
+    if not isinstance(rules, Rules):
+        raise LayoutError(
+            f"rules: {rules!r} is a {type(rules).__name__}, and no Rules. "
+            "jaxshard.read_rules(text) makes them of what a TOML file says."
+        )

@@ -121,6 +121,7 @@ def save(
         elif alone:
             check_alone(arrays, format)
         carried = _opened(extras)
+        _check_config(config)
         model = _model(config, carried)
         ready = None
         if format != "orbax":
@@ -228,6 +229,17 @@ def _layout(
             return open_strategy(text)
         strategy = Strategy.parse(text)
     return lay_out_for(catalog, strategy, rules)
+
+
+def _check_config(config: object) -> None:
+    """Refuse what cannot be ``config.json``, before anything is written."""
+    try:
+        if config is None or (isinstance(config, Mapping) and json.dumps(dict(config))):
+            return
+        why = f"a {type(config).__name__} is none"
+    except (TypeError, ValueError) as error:
+        why = str(error)
+    raise LayoutError(f"config= becomes config.json, an object of names and values; {why}.")
 
 
 def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:

@@ -11,6 +11,7 @@ import jax
 from ..catalog import Catalog
 from ..storage.budget import Counts
 from ..storage.staging import Staging
+from ..targets.folders import refuse_empty
 from .arrays import Array
 from .committing import publish
 
@@ -27,9 +28,10 @@ def save(
     """Write ``tree`` for Orbax, or ``arrays`` by name where it is no tree of dicts and lists.
 
     Raises:
-        LayoutError: the destination exists.
+        LayoutError: the destination exists, or an array is empty.
         StorageError: the disk is full or refuses.
     """
+    refuse_empty({name: tuple(array.shape) for name, array in arrays.items()})
     from ..formats import orbax  # noqa: PLC0415 - a second to import, and seldom wanted
 
     as_it_is = _is_plain(tree) and len(jax.tree_util.tree_leaves(tree)) == len(arrays)

@@ -75,8 +75,7 @@ def fit_budget(host_bytes: int, workers: int, block_bytes: int = BLOCK_BYTES) ->
     if host_bytes < LEAST_BYTES:
         raise LayoutError(
             f"{host_bytes} bytes of host memory are too few: one thread needs {LEAST_BYTES}. "
-            f"Give host_bytes= (of a conversion in its Options) or --host-bytes {LEAST_BYTES} or "
-            "more."
+            f"Give host_bytes= or --host-bytes {LEAST_BYTES} or more."
         )
     workers = min(workers, host_bytes // LEAST_BYTES)
     block = _power_of_two(min(block_bytes, host_bytes // workers // _BLOCKS_PER_WORKER))

@@ -20,6 +20,7 @@ from ..formats.huggingface import INDEX, MINDSPORE_INDEX, SINGLE, is_weights
 _COMPLETE = {SINGLE, INDEX, MINDSPORE_INDEX, complete_ckpt.NAME}  # one of them is at the top
 _OURS = re.compile(r"rank_\d+/|iteration_\d+/|(merged_)?strategy/")  # folders of weights
 _STRATEGY = re.compile(rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(layout_file.NAME)}")
+_KINDS = (".safetensors", ".ckpt", ".json")  # what we write; an optimizer.pt is somebody's work
 _HARMLESS = {".gitattributes", ".gitignore", ".DS_Store", ".cache", ".ipynb_checkpoints"}
 
 
@@ -60,9 +61,13 @@ def _strange(place: Path) -> str | None:
         return f"it holds {some(hidden, 3)}, which no checkpoint does"
     if not (all(map(_STRATEGY.fullmatch, names)) or _is_checkpoint(place)):
         return f"it holds {some(names, 3)}, and no checkpoint"
-    other = [f for f in _files(place) if "/" in f and is_weights(f) and not _OURS.match(f)]
+    weights = sorted(filter(is_weights, _files(place)))
+    other = [f for f in weights if "/" in f and not _OURS.match(f)]
     if other:
         return f"below it lies {some(other, 3)}, which is of another checkpoint"
+    strange = [f for f in weights if "/" not in f and not f.endswith(_KINDS)]
+    if strange:
+        return f"beside the checkpoint lies {some(strange, 3)}, which none of ours has"
     return None
 
 

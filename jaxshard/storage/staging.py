@@ -87,7 +87,7 @@ class Staging:
                     return
                 if there_was and not resume and not overwrite:
                     raise LayoutError(
-                        f"an interrupted conversion left {self._base}. Go on with {RESUME}, or "
+                        f"an interrupted run left {self._base}. Go on with {RESUME}, or "
                         f"discard it with {OVERWRITE}."
                     )
                 put_back(self._base, destination)

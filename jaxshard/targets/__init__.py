@@ -66,7 +66,7 @@ def lay_out_for(
     if source.origin is not None and rules is None:
         before = source.origin.catalog
         try:
-            layout = lay_out_for(before, strategy, unmatched=unmatched, uneven=uneven)
+            layout = _lay_out_parts(source, before, strategy, unmatched, uneven)
             carried = source.origin.place(layout)
         except (LayoutError, NotFoundError) as error:
             try:
@@ -76,6 +76,23 @@ def lay_out_for(
         kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
         return replace(carried, placements=kept)
     return _by_rules(source, strategy, rules, unmatched, uneven)
+
+
+def _lay_out_parts(
+    source: Catalog, before: Catalog, strategy: Strategy, unmatched: Policy, uneven: Policy
+) -> Layout:
+    """The layout of what ``source`` is made of; small factors need not divide, as they vanish."""
+    views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
+    factors = {t.name for view in views for t in view.operands} & before.tensors.keys()
+    weights = {n: t for n, t in before.tensors.items() if n not in factors}
+    made = lay_out_for(
+        replace(before, tensors=weights), strategy, unmatched=unmatched, uneven=uneven
+    )
+    if not factors:
+        return made
+    small = replace(before, tensors={n: before.tensors[n] for n in sorted(factors)})
+    others = lay_out_for(small, strategy, unmatched=unmatched, uneven="replicate")
+    return replace(made, placements={**made.placements, **others.placements})
 
 
 def _by_rules(

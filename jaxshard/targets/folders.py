@@ -12,9 +12,10 @@ they have one of their own. This module touches no disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..catalog import Catalog, Tensor
+from ..errors import LayoutError, some
 from ..formats import complete_ckpt, huggingface_files
 from ..formats.huggingface import MINDSPORE_HYPER, MINDSPORE_INDEX
 from ..layout import Layout, Placement
@@ -66,10 +67,29 @@ def ckpt(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result
 
 
 def orbax(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
-    """An Orbax item. Where bytes lie in its files is Orbax's to know; here it is one file."""
+    """An Orbax item. Where bytes lie in its files is Orbax's to know; here it is one file.
+
+    Raises:
+        LayoutError: a tensor is empty, which Orbax does not store.
+    """
+    refuse_empty({t.name: t.shape for t in tensors})
     placements = {t.name: (Placement(()),) for t in tensors}
     outputs = arrange(tensors, Layout(1, placements), [ORBAX_ITEM])
     return Result("orbax", outputs, as_safetensors({}), {})
+
+
+def refuse_empty(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse what Orbax does not store.
+
+    Raises:
+        LayoutError: tensors without an element.
+    """
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise LayoutError(
+            f"{some(empty)} of shape {shapes[empty[0]]}: Orbax stores no arrays without elements. "
+            "Leave them out, or write another format."
+        )
 
 
 def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[str]]:

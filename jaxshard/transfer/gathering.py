@@ -50,12 +50,19 @@ def gather(
         found = [_on_host(name, x, from_processes=from_processes) for name, x in named]
         return jax.tree_util.tree_unflatten(structure, found)
     if device is not None:
+        if not isinstance(device, jax.Device):
+            raise LayoutError(
+                f"gather: {device!r} is a {type(device).__name__}, no device. Give one of "
+                "jax.devices()."
+            )
         return reshard(tree, SingleDeviceSharding(device))
-    return reshard(tree, jax.tree.map(_replicated, tree))
+    named, structure = named_leaves(tree, unique=False)
+    whole = [_replicated(x, name or "(the array)") for name, x in named]
+    return reshard(tree, jax.tree_util.tree_unflatten(structure, whole))
 
 
-def _replicated(array: jax.Array) -> NamedSharding:
-    source = array.sharding
+def _replicated(array: jax.Array, name: str = "") -> NamedSharding:
+    source = sharding_of(name, array)
     if isinstance(source, NamedSharding):
         return NamedSharding(source.mesh, PartitionSpec())
     devices = np.array(sorted(source.device_set, key=attrgetter("id")), dtype=object)

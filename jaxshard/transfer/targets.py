@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from ..devices import placement_of, shardings
+from ..devices import named_sharding, placement_of, shardings
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..layout import Layout, check_divides
 from ..trees import named_leaves
@@ -109,6 +109,11 @@ def _per_leaf(names: list[str], structure: Any, target: Target) -> list[Any]:
                 f"{nearest(missing[0], map(str, target))}"
             )
         return [target[n] for n in names]
+    if isinstance(target, Mesh):
+        raise LayoutError(
+            f"the target is a mesh, {dict(target.shape)}, and nothing says what lies where on it. "
+            "Give a strategy, such as dp2mp4, or a NamedSharding of it for each array."
+        )
     if callable(target):
         return [target(n) for n in names]
     raise LayoutError(
@@ -131,7 +136,7 @@ def _as_sharding(name: str, wanted: Any, source: Sharding) -> Sharding:
                 f"{name}: the target {wanted} needs a mesh, and the array has none. "
                 "Give NamedSharding(mesh, spec)."
             )
-        return NamedSharding(source.mesh, wanted)
+        return named_sharding(name, source.mesh, wanted)
     if isinstance(wanted, Sharding):
         return wanted
     raise LayoutError(

@@ -17,13 +17,15 @@ from .families import Facts
 _OLD = "model.layers.{layer}."
 _NEW = "decoder.layers.{layer}."
 _KINDS = ("weight", "bias")
+_WITH_MCORE = ("llama", "qwen3_moe", "deepseek_v3")
 
 
 def mindformers(facts: Facts, *, concat: bool = False) -> Mapping:
     """From Hugging Face to the older names; with ``concat`` q, k, v and gate, up are fused."""
     if facts.family.name != "llama":
         raise LayoutError(
-            f"MindFormers' older names are those of llama; {facts.family.name} has none. Use mcore."
+            f"MindFormers' older names are those of llama; {facts.family.name} has none."
+            + (" Use mcore." if facts.family.name in _WITH_MCORE else "")
         )
     modules = {
         "self_attn.q_proj": "attention.wq",
@@ -60,7 +62,7 @@ def mindformers(facts: Facts, *, concat: bool = False) -> Mapping:
 
 def mcore(facts: Facts, *, fused: bool = False, interleaved: bool = True) -> Mapping:
     """From Hugging Face to the Megatron-like names, of inference or (``fused``) of training."""
-    if facts.family.name not in ("llama", "qwen3_moe", "deepseek_v3"):
+    if facts.family.name not in _WITH_MCORE:
         raise LayoutError(f"{facts.family.name} has no mcore names in MindFormers.")
     rules = _mcore_rules(facts, fused)
     ops: list[Op] = [
