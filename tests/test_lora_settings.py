@@ -284,7 +284,7 @@ def test_a_head_is_not_changed_by_an_embedding_that_it_is_tied_to(tmp_path):
     pair["model.embed_tokens.weight"] = 2 * embedding
     config = {"peft_type": "LORA", "lora_alpha": 4, "modules_to_save": ["embed_tokens"]}
     adapter = save(pair, tmp_path / "a", **config)
-    with pytest.raises(LayoutError, match="head of .* is tied to it but was not trained with it"):
+    with pytest.raises(LayoutError, match=r"head of .* is tied to it but was not trained with it"):
         with_adapter(tmp_path / "base", adapter)
     together = save(pair, tmp_path / "b", **config, ensure_weight_tying=True)
     assert len(with_adapter(tmp_path / "base", together).tensors) == 3

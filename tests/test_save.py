@@ -330,7 +330,7 @@ def test_no_folder_gets_the_name_of_a_weight_file(tmp_path, name):
 
 @pytest.mark.parametrize("config", [[1], {"a": object()}])
 def test_a_config_that_is_none_is_refused_before_anything_is_written(tmp_path, config):
-    with pytest.raises(LayoutError, match="becomes config.json"):
+    with pytest.raises(LayoutError, match=r"becomes config\.json"):
         save({"w": jax.device_put(np.ones(2))}, tmp_path / "out", config=config)
     assert not list(tmp_path.iterdir())
 
