@@ -78,6 +78,8 @@ def merged(
     for pair in found.adapters:
         moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
         name = _weight_of(pair, kept, base)
+        if _EMBEDDING.search(name) and _is_tied(kept, base):
+            notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
         swapped = _is_swapped(kept[name], pair, settings, notes)
         kept[name] = _added(
             kept[name], moved, sign * settings.scaling_of(pair), swapped, reproducible
@@ -123,20 +125,23 @@ def _check_tied(
 
     There it was trained apart; the result would need both, and a config that no longer ties them.
     """
-    words = base.model.config.get("architectures")
-    has_head = isinstance(words, list | tuple) and any(
-        re.search("CausalLM|LMHead", str(w)) for w in words
-    )
     new = next((n for n in replaced if _EMBEDDING.search(n)), None)
-    if not (new and has_head and base.model.tied_embeddings) or settings.keeps_ties:
-        return
-    if any(_HEAD.search(n) for n in kept):
+    if new is None or settings.keeps_ties or not _is_tied(kept, base):
         return
     raise LayoutError(
         f"{new} was saved with the adapter (modules_to_save), and the head of {base.root} is tied "
         "to it but was not trained with it. Save the base with a head of its own first "
         "(tie_word_embeddings false), or merge with PEFT, which then does that."
     )
+
+
+def _is_tied(kept: Mapping[str, Tensor], base: Catalog) -> bool:
+    """Whether the model has a head that is its embedding, and none of its own."""
+    words = base.model.config.get("architectures")
+    has_head = isinstance(words, list | tuple) and re.search(
+        "CausalLM|LMHead", " ".join(map(str, words))
+    )
+    return bool(has_head) and base.model.tied_embeddings and not any(map(_HEAD.search, kept))
 
 
 def _check_replaced(tensor: Tensor, before: Tensor | None) -> None:

@@ -31,7 +31,7 @@ from ..opening import PathLike, open_checkpoint, open_strategy
 from ..rules import Rules
 from ..storage.budget import default_budget
 from ..strategy import Strategy
-from ..targets import lay_out_for, make_result, one_file
+from ..targets import check_request, lay_out_for, make_result, one_file
 from ..targets.results import Request, Result
 from ..trees import is_array_like, named_leaves
 from . import orbax_saving
@@ -134,6 +134,7 @@ def save(
             layout = _layout(format, strategy, rules, source.catalog, arrays)
             max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
             request = Request(layout, max_bytes, prefix, remove_redundancy, format)
+            check_request(request)
             result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
             ready = source, result if config is None else _with_config(result, config), budget
     if ready is None:
@@ -179,6 +180,8 @@ def arrays_of(
             others.append(path)
             continue
         name = name_of(path) if name_of else path
+        if not isinstance(name, str):
+            raise LayoutError(f"{path}: name_of gives {name!r}; a tensor's name is a text.")
         if name in found:
             raise LayoutError(f"two leaves are to be saved as {name}: {path} is the second.")
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
