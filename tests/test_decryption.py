@@ -86,7 +86,7 @@ def test_the_command_takes_the_key_from_a_file(
     key, out = tmp_path / "key", tmp_path / "plain.ckpt"
     key.write_bytes(KEY + b"\n")
     command = ["decrypt", str(encrypted("AES-CBC")), str(out), "--key-file"]
-    assert main([*command, str(tmp_path / "nowhere")]) == 4
+    assert main([*command, str(tmp_path / "nowhere")]) == 2
     assert main([*command, str(key)]) == 0
     assert "plain.ckpt" in capsys.readouterr().out
     assert main([*command, str(key)]) == 2  # it exists

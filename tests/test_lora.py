@@ -188,7 +188,7 @@ TWICE = {**small(), "l.0.q.mindpet_delta_lora_a": np.zeros((2, 6), np.float32)}
         (TWICE, {"alpha": 1}, LayoutError, "two sources for one target"),
         (small(), {}, NotFoundError, "alpha is not known, and is not guessed. Looked for lora_alp"),
         (small(), {"alpha": 1, "scaling": 1}, LayoutError, "both given"),
-        (small(), {"alpha": 1, "rank": 3}, FormatError, r"has rank 2, but rank= \(.*\) says 3"),
+        (small(), {"alpha": 1, "rank": 3}, LayoutError, r"has rank 2, and rank= \(.*\) asks for 3"),
         ({"l.0.q.weight": small()["l.0.q.weight"]}, {"alpha": 1}, NotFoundError, "no adapters"),
     ],
 )

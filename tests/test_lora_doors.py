@@ -97,8 +97,8 @@ def test_the_command_line_writes_ranks_and_says_what_is_wrong(tmp_path: Path, ca
     assert checkpoints.run("lora", tmp_path / "src", tmp_path / "m", *how) == 2
     assert "alpha is not known" in json.loads(capsys.readouterr().out)["message"]
     wrong = ("--alpha", 4, "--adapter-rank", 3)
-    assert checkpoints.run("lora", tmp_path / "src", tmp_path / "m", *how, *wrong) == 3
-    assert "(--adapter-rank) says 3" in json.loads(capsys.readouterr().out)["message"]
+    assert checkpoints.run("lora", tmp_path / "src", tmp_path / "m", *how, *wrong) == 2
+    assert "(--adapter-rank) asks for 3" in json.loads(capsys.readouterr().out)["message"]
     right = ("--alpha", 4, "--rank", 1)  # of the result
     assert checkpoints.run("lora", tmp_path / "src", tmp_path / "m", *how, *right) == 0
     made = weights(tmp_path / "m")[WQ + "weight"]
