@@ -1,6 +1,7 @@
 """Eight CPU devices for every test that asks JAX, and a steady hypothesis."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 from mindspore_ranks import ranks, training
@@ -14,3 +15,6 @@ settings.register_profile(
     "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("steady")
+
+# a shell's background jobs begin with Ctrl-C ignored, and what they start inherits that
+signal.signal(signal.SIGINT, signal.default_int_handler)
