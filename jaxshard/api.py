@@ -32,7 +32,7 @@ def plan(
     """What ``convert`` with the same arguments would read, copy and write; nothing is done.
 
     ``print`` shows it as a person reads it; its ``totals`` are the numbers. Of the options, the
-    threads and the memory matter: blocks are as large as they allow.
+    threads and the memory matter (``host_bytes=`` …): blocks are as large as they allow.
     """
     options, how = with_given(options, how)
     return fitted(prepare(source, to, **how), options).plan

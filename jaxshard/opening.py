@@ -23,6 +23,7 @@ PathLike = str | os.PathLike[str]
 
 _RANK = re.compile(r"rank_\d+")
 # Of the two that MindFormers merges, dst_ is of the job that saves beside it.
+_INDEXES = ("model.safetensors.index.json", "param_name_map.json")
 _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
 
@@ -64,7 +65,7 @@ def open_checkpoint(
     if not os.fspath(path):
         raise NotFoundError("the path of the checkpoint is empty. Name a folder, or a weight file.")
     where = Path(path)
-    if where.name.endswith(".index.json") and where.is_file():
+    if where.name in _INDEXES and where.is_file():
         where = where.parent  # an index tells of the files beside it
     if is_unfinished(where):
         raise FormatError(

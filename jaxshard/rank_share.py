@@ -41,7 +41,7 @@ def load_rank(
         to: as for ``convert``; of ``"full"`` there is rank 0 only.
         rank: which.
         options: threads and memory.
-        how: as for ``prepare``: include, exclude, rules, names …
+        how: as for ``prepare``: include, exclude, rules, names …; or an option by its name.
 
     Raises:
         JaxshardError: as ``prepare``.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_lora import QUICK, save, small, weights
 
+from jaxshard.api import convert
 from jaxshard.errors import FormatError, LayoutError, NotFoundError
 from jaxshard.lora import merge_lora, with_adapter
 from jaxshard.lora.patterns import ByPattern, check_pattern
@@ -242,6 +243,7 @@ def test_a_quantized_base_is_merged_after_what_the_error_says(tmp_path) -> None:
         ({"init_lora_weights": "pissa_niter_16"}, "weights were changed"),
         ({"init_lora_weights": "olora"}, "weights were changed"),
         ({"modules_to_save": "lm_head"}, "no list of names"),
+        ({"alora_invocation_tokens": [1, 2]}, "more than adding a product"),
     ],
 )
 def test_what_is_more_than_a_product_on_the_models_own_weights_is_refused(tmp_path, said, told):
@@ -271,26 +273,72 @@ def test_a_tensor_that_is_nobodys_is_not_added_to_the_model(tmp_path):
     assert "score.weight" in with_adapter(base, adapter).tensors
 
 
-def test_a_head_is_not_changed_by_an_embedding_that_it_is_tied_to(tmp_path):
-    embedding = np.ones((8, 6), np.float32)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SAVED = {"modules_to_save": ["embed_tokens"]}
+
+
+def tied(tmp_path, *, more: dict[str, np.ndarray], **config: object):
+    """A base whose head is its embedding, merged with an adapter that has ``more``."""
     base = {n: x for n, x in small().items() if "lora" not in n}
-    base["model.embed_tokens.weight"] = embedding
-    save(base, tmp_path / "base")
+    save({**base, EMBEDDING: np.ones((8, 6), np.float32)}, tmp_path / "base")
     told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "base" / "config.json").write_text(
         json.dumps({**told, "tie_word_embeddings": True})
     )
     pair = {n: x for n, x in small().items() if "lora" in n}
-    pair["model.embed_tokens.weight"] = 2 * embedding
-    config = {"peft_type": "LORA", "lora_alpha": 4, "modules_to_save": ["embed_tokens"]}
-    adapter = save(pair, tmp_path / "a", **config)
-    with pytest.raises(LayoutError, match=r"head of .* is tied to it but was not trained with it"):
-        with_adapter(tmp_path / "base", adapter)
-    together = save(pair, tmp_path / "b", **config, ensure_weight_tying=True)
-    assert len(with_adapter(tmp_path / "base", together).tensors) == 3
-    apart = save(
-        {**pair, "lm_head.weight": embedding},
-        tmp_path / "c",
-        **{**config, "modules_to_save": ["embed_tokens", "lm_head"]},
-    )
-    assert len(with_adapter(tmp_path / "base", apart).tensors) == 4
+    adapter = save({**pair, **more}, tmp_path / "a", peft_type="LORA", lora_alpha=4, **config)
+    return with_adapter(tmp_path / "base", adapter)
+
+
+def test_a_head_is_not_changed_by_an_embedding_that_it_is_tied_to(tmp_path):
+    new = np.full((8, 6), 2, np.float32)
+    with pytest.raises(LayoutError, match=r"head of .* is tied to it but was not trained"):
+        tied(tmp_path, more={EMBEDDING: new}, **SAVED)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["embed_tokens", "model.embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": None},  # save_pretrained(save_embedding_layers=True)
+    ],
+)
+def test_a_head_that_comes_with_its_embedding_is_taken_and_told_of(tmp_path, config):
+    new = np.full((8, 6), 2, np.float32)
+    made = tied(tmp_path, more={EMBEDDING: new, HEAD: new + 1}, **config)
+    assert any("set tie_word_embeddings to false" in note for note in made.notes)
+    convert(made, tmp_path / "out")
+    found = weights(tmp_path / "out")
+    np.testing.assert_array_equal(found[EMBEDDING], new)
+    np.testing.assert_array_equal(found[HEAD], new + 1)
+
+
+def test_a_tied_embedding_that_is_adapted_changes_the_head_as_peft_says(tmp_path):
+    stem = "base_model.model.model.embed_tokens."
+    more = {
+        stem + "base_layer.weight": np.ones((8, 6), np.float32),
+        stem + "lora_embedding_A": np.ones((2, 8), np.float32),
+        stem + "lora_embedding_B": np.ones((6, 2), np.float32),
+    }
+    made = tied(tmp_path, more=more)
+    assert any("is the head too" in note for note in made.notes)
+    convert(made, tmp_path / "out")
+    np.testing.assert_array_equal(weights(tmp_path / "out")[EMBEDDING], np.full((8, 6), 5.0))
+
+
+def test_a_tied_head_that_is_adapted_would_change_the_embedding(tmp_path):
+    more = {"base_model.model.lm_head.base_layer.weight": np.ones((8, 6), np.float32)}
+    with pytest.raises(LayoutError, match=r"lm_head.weight is adapted, and the head of .* is tied"):
+        tied(tmp_path, more=more)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_the_head_of_a_classifier_is_its_own_though_an_older_config_is_silent(tmp_path, task):
+    pair = {**{n: x for n, x in small().items() if "lora" in n}, "score.weight": np.ones((2, 6))}
+    base = save({n: x for n, x in small().items() if n not in pair}, tmp_path / "base")
+    config = {"peft_type": "LORA", "lora_alpha": 4, "modules_to_save": None}
+    with pytest.raises(LayoutError, match=r"score.weight lies with the adapter"):
+        with_adapter(base, save(pair, tmp_path / "silent", **config))
+    made = with_adapter(base, save(pair, tmp_path / "a", task_type=task, **config))
+    assert "score.weight" in made.tensors

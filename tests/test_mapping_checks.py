@@ -323,3 +323,11 @@ def test_an_error_of_a_users_table_says_which_operation() -> None:
 def test_text_that_is_no_toml_is_an_error_and_no_crash(text) -> None:
     with pytest.raises(JaxshardError):
         read_mapping(text)
+
+
+def test_what_a_cast_would_lose_is_said_of_its_inverse_too() -> None:
+    with pytest.raises(LayoutError, match="from I32 has no inverse: F32 to I32 would cut off"):
+        Cast(W, "F32", "I32").inverse()
+    assert Cast(W, "BF16", "F32").inverse() == Cast(W, "F32", "BF16")
+    with pytest.raises(LayoutError, match="C64 to F32 would lose the imaginary parts"):
+        Mapping((Cast(W, "F32"),)).apply(Memory({"w": np.zeros(2, np.complex64)}).catalog)

@@ -148,8 +148,11 @@ def test_dequantizing_has_no_inverse_and_says_so() -> None:
         Mapping((Dequantize(),)).inverse()
 
 
-@pytest.mark.parametrize("form", ["nnx", "nnx-scan"])
-def test_factors_need_not_divide_as_what_they_scale_does(tmp_path, form) -> None:
+@pytest.mark.parametrize(
+    ("form", "to"),
+    [("nnx", "dp2mp2"), ("nnx-scan", "dp2mp2"), ("nnx", "dp2mp2opt2"), ("nnx", "pp2dp2opt2")],
+)
+def test_factors_need_not_divide_as_what_they_scale_does(tmp_path, form, to) -> None:
     source = save("deepseek_v3", tmp_path / "plain")
     arrays = {}
     for name, x in load_file(source / "model.safetensors").items():
@@ -163,7 +166,7 @@ def test_factors_need_not_divide_as_what_they_scale_does(tmp_path, form) -> None
     (source / "config.json").write_text(json.dumps(config))
     save_file(arrays, source / "model.safetensors")
     whole = js.load(source, jax.devices()[0], names=f"hf:{form}")
-    cut = js.load(source, "dp2mp2", names=f"hf:{form}")
+    cut = js.load(source, to, names=f"hf:{form}")
     assert cut.keys() == whole.keys()
     for name, x in whole.items():
         np.testing.assert_array_equal(np.asarray(cut[name]), np.asarray(x))

@@ -125,6 +125,9 @@ def test_an_index_tells_of_the_files_beside_it(base):
     js.merge(base / "llama", base / "several", max_shard_bytes=5000)
     index = base / "several" / "model.safetensors.index.json"
     assert js.open(index).tensors == js.open(base / "several").tensors
+    other = index.rename(index.with_name("model.fp16.safetensors.index.json"))
+    with pytest.raises(CoverageError):  # of files that lie elsewhere, as far as its name tells
+        js.open(other)
 
 
 def test_an_empty_path_is_not_the_folder_one_is_in(base, monkeypatch):

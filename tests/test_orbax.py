@@ -29,6 +29,7 @@ from jaxshard.opening import open_checkpoint
 from jaxshard.saving import save
 from jaxshard.storage.budget import Counts
 from jaxshard.storage.engine import COUNTED
+from jaxshard.training import CheckpointManager
 
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
 P = PartitionSpec
@@ -341,4 +342,11 @@ def test_what_orbax_does_not_store_is_refused_before_it_is_asked(tmp_path):
         convert(tmp_path / "in.safetensors", tmp_path / "out", format="orbax")
     with pytest.raises(LayoutError, match="Orbax stores no arrays without elements"):
         save(jax.device_put(arrays), tmp_path / "out", format="orbax")
+    whole = {"x": arrays["x"]}
+    for how in ({"max_shard_size": "1GB"}, {"prefix": "net_"}, {"strategy": "mp2"}):
+        with pytest.raises(LayoutError, match=r"Leave it\s+out"):
+            save(jax.device_put(whole), tmp_path / "out", format="orbax", **how)
+    manager = CheckpointManager(tmp_path / "run", format="orbax")
+    with pytest.raises(LayoutError, match="Orbax stores no arrays without elements"):
+        manager.save(1, {"params": jax.device_put(arrays)})
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]

@@ -59,6 +59,7 @@ def test_what_results_look_like_may_be_replaced(tmp_path, names):
             ["model.safetensors", "optimizer.pt", "rng_state.pth"],
             "lies optimizer.pt, rng_state.pth",
         ),
+        (["rank_0/checkpoint_0.safetensors", "rank_0/optimizer.pt"], "lies rank_0/optimizer.pt"),
         (
             ["model.safetensors", "pytorch_model.bin"],
             "beside the checkpoint lies pytorch_model.bin",

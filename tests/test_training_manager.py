@@ -639,3 +639,8 @@ def test_an_interrupted_save_is_gone_on_with_and_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="jaxshard.training"):
         assert manager.restore({"params": {"w": np.zeros(2)}}).step == 1
     assert "1_2.saving was never finished" in caplog.text
+
+
+def test_a_config_that_is_none_is_refused_at_once(tmp_path):
+    with pytest.raises(LayoutError, match=r"becomes config\.json"):
+        CheckpointManager(tmp_path, config={"a": object()})

@@ -105,7 +105,8 @@ def merge_lora(
     """Make ``destination``: ``source`` with its adapters merged, laid out as ``to`` says.
 
     The arguments of the adapters are those of ``with_adapter``, all others those of
-    ``convert``. Memory is that of a conversion: the model may be larger than the machine's.
+    ``convert``, options by name (``overwrite=True``) among them. Memory is that of a conversion:
+    the model may be larger than the machine's.
 
     Raises:
         JaxshardError: as ``with_adapter`` and ``convert``, before a byte is written.

@@ -26,6 +26,7 @@ _HALF = re.compile(
 )
 _WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|base_layer)\.")
 _PEFT = "base_model.model."
+_PREFIXES = ("model.", "transformer.", "base_model.")
 _UNKNOWN = {
     "lora_magnitude_vector": "DoRA, which also rescales columns",
     "lora_B.bias": "a bias of the adapter (lora_bias)",
@@ -128,6 +129,17 @@ def own_name(name: str) -> str:
     'lm_head.weight'
     """
     return _WRAPPED.sub(".", name.removeprefix(_PEFT)).removesuffix(".base_layer")
+
+
+def base_name(name: str, kept: Mapping[str, Tensor]) -> str | None:
+    """``name`` as the base has it, which may have been saved with or without the head."""
+    if name in kept:
+        return name
+    for prefix in _PREFIXES:
+        for other in (prefix + name, name.removeprefix(prefix)):
+            if other in kept:
+                return other
+    return None
 
 
 def _half(match: re.Match[str]) -> str:

@@ -9,7 +9,6 @@ model with a few blocks in memory, loading it adds the product to each shard on 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,9 @@ from ..elements import is_plain_float
 from ..errors import LayoutError, NotFoundError, nearest
 from ..mapping.geometry import with_step
 from ..views import AddProduct, Affine
-from .adapters import Adapter, find_adapters, is_adapter
+from .adapters import Adapter, base_name, find_adapters, is_adapter
+from .saved import has_tied_head, is_embedding, saved_beside
 from .settings import OWN_CONFIG, PEFT_CONFIG, Settings
-
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-_PREFIXES = ("", "model.", "transformer.", "base_model.")
 
 
 @dataclass(frozen=True)
@@ -63,22 +59,16 @@ def merged(
     if adapter is not None and len(kept) < len(base.tensors):
         _refuse_two(base, adapter)
     files, shift = _with_files(base, adapter)
-    replaced: dict[str, str] = {}
-    if adapter is not None:
-        for name, tensor in found.others.items():
-            if name not in source.hyper:
-                own = _base_name(name, kept) or name
-                _check_replaced(tensor, kept.get(own))
-                if own not in kept:
-                    _check_new(own, settings, base)
-                kept[own] = _shifted(replace(tensor, name=own), shift)
-                replaced[own] = name
-    _check_tied(replaced, kept, base, settings)
     notes: list[str] = []
+    replaced: dict[str, Tensor] = {}
+    if adapter is not None:
+        others = {n: t for n, t in found.others.items() if n not in source.hyper}
+        replaced = saved_beside(others, kept, base, settings, notes)
+        kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
     for pair in found.adapters:
         moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
         name = _weight_of(pair, kept, base)
-        if _EMBEDDING.search(name) and _is_tied(kept, base):
+        if is_embedding(name) and has_tied_head(kept, base):
             notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
         swapped = _is_swapped(kept[name], pair, settings, notes)
         kept[name] = _added(
@@ -102,56 +92,6 @@ def _refuse_two(base: Catalog, adapter: Catalog) -> None:
         "is given too. Merge its own first, without adapter=, or leave them out when converting it "
         '(exclude="lora", --exclude lora).'
     )
-
-
-def _check_new(name: str, settings: Settings, base: Catalog) -> None:
-    """Refuse a tensor that is neither half a pair, nor the base's, nor of a module saved whole."""
-    modules = settings.saved_modules
-    if modules is None:
-        return
-    parts = name.split(".")
-    if not any(m.split(".")[-1] in parts for m in modules):
-        raise LayoutError(
-            f"{name} lies with the adapter, is no part of LoRA, and {base.root} has no such "
-            f"tensor; modules_to_save in {settings.where} is {list(modules)}. The adapter is of "
-            "another model or kind: merge it with the program that made it."
-        )
-
-
-def _check_tied(
-    replaced: Mapping[str, str], kept: Mapping[str, Tensor], base: Catalog, settings: Settings
-) -> None:
-    """Refuse to change a head by a new embedding that it is tied to, which PEFT does not.
-
-    There it was trained apart; the result would need both, and a config that no longer ties them.
-    """
-    new = next((n for n in replaced if _EMBEDDING.search(n)), None)
-    if new is None or settings.keeps_ties or not _is_tied(kept, base):
-        return
-    raise LayoutError(
-        f"{new} was saved with the adapter (modules_to_save), and the head of {base.root} is tied "
-        "to it but was not trained with it. Save the base with a head of its own first "
-        "(tie_word_embeddings false), or merge with PEFT, which then does that."
-    )
-
-
-def _is_tied(kept: Mapping[str, Tensor], base: Catalog) -> bool:
-    """Whether the model has a head that is its embedding, and none of its own."""
-    words = base.model.config.get("architectures")
-    has_head = isinstance(words, list | tuple) and re.search(
-        "CausalLM|LMHead", " ".join(map(str, words))
-    )
-    return bool(has_head) and base.model.tied_embeddings and not any(map(_HEAD.search, kept))
-
-
-def _check_replaced(tensor: Tensor, before: Tensor | None) -> None:
-    """Refuse to put a tensor that was saved with the adapter in the place of another shape."""
-    if before is not None and before.shape != tensor.shape:
-        raise LayoutError(
-            f"{tensor.name}: shape {tensor.shape} was saved with the adapter (modules_to_save), "
-            f"and the base has {before.name} of shape {before.shape}. The adapter is of another "
-            "model, or its embedding was resized: resize and save the base so first."
-        )
 
 
 def _added(
@@ -195,7 +135,7 @@ def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[s
 
 
 def _weight_of(pair: Adapter, kept: Mapping[str, Tensor], base: Catalog) -> str:
-    name = _base_name(pair.weight, kept)
+    name = base_name(pair.weight, kept)
     if name is None:
         raise NotFoundError(
             f"{pair.a.name} adapts {pair.weight}, and {base.root} has no such tensor among its "
@@ -203,17 +143,6 @@ def _weight_of(pair: Adapter, kept: Mapping[str, Tensor], base: Catalog) -> str:
             "model as the source and them as adapter=."
         )
     return name
-
-
-def _base_name(name: str, kept: Mapping[str, Tensor]) -> str | None:
-    """``name`` as the base has it, which may have been saved with or without the head."""
-    if name in kept:
-        return name
-    for prefix in _PREFIXES[1:]:
-        for other in (prefix + name, name.removeprefix(prefix)):
-            if other in kept:
-                return other
-    return None
 
 
 def _with_files(base: Catalog, adapter: Catalog | None) -> tuple[tuple[File, ...], int]:

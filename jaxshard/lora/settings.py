@@ -31,7 +31,19 @@ _MORE = (
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "use_qalora",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
 )
+_HEADS = {  # of a task, which PEFT trains whole without a word in older configs
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of the base, by the adapter's start
 
 
@@ -214,7 +226,7 @@ def _saved_modules(said: Mapping[str, Any], kind: object, path: Path) -> tuple[s
     names = said.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise FormatError(f"{path}: modules_to_save is no list of names.")
-    return tuple(names)
+    return (*names, *_HEADS.get(str(said.get("task_type")), ()))
 
 
 def _number(said: Mapping[str, Any], key: str, path: Path) -> float:

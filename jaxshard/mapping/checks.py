@@ -86,6 +86,8 @@ def check_repeat(name: str, shape: Shape, dim: int) -> None:
 
 def check_cast(old: DType, new: DType) -> None:
     """Refuse to cut off what is behind the point."""
+    if old.name.startswith("C") and not new.name.startswith("C"):
+        raise LayoutError(f"{old} to {new} would lose the imaginary parts.")
     if is_float(old) and not is_float(new):
         raise LayoutError(
             f"{old} to {new} would cut off fractions, and what is too large. Cast to a float."

@@ -15,7 +15,7 @@ from typing import ClassVar
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..rules.match import template
 from .algebra import Algebra, T
-from .checks import check_numbers, dtype_of, length_of
+from .checks import check_cast, check_numbers, dtype_of, length_of
 from .names import Patterns, check_same_holes, fill, match
 
 Names = tuple[str, ...]
@@ -382,6 +382,12 @@ class Cast(_Each):
                 f"cast of {', '.join(self.names)} to {self.dtype} has no inverse, for it does not "
                 "say what the dtype was. Give it was=."
             )
+        try:
+            check_cast(dtype_of(self.word, self.dtype), dtype_of(self.word, self.was))
+        except LayoutError as error:
+            raise LayoutError(
+                f"cast of {', '.join(self.names)} from {self.was} has no inverse: {error}"
+            ) from None
         return Cast(self.names, self.was, self.dtype)
 
 

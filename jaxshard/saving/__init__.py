@@ -32,6 +32,7 @@ from ..rules import Rules
 from ..storage.budget import default_budget
 from ..strategy import Strategy
 from ..targets import check_request, lay_out_for, make_result, one_file
+from ..targets.folders import check_config
 from ..targets.results import Request, Result
 from ..trees import is_array_like, named_leaves
 from . import orbax_saving
@@ -121,10 +122,14 @@ def save(
         elif alone:
             check_alone(arrays, format)
         carried = _opened(extras)
-        _check_config(config)
+        check_config(config)
         model = _model(config, carried)
         ready = None
-        if format != "orbax":
+        max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
+        if format == "orbax":
+            _check_uncut(format, strategy)
+            check_request(Request(None, max_bytes, prefix, remove_redundancy, format))
+        else:
             limit = default_budget() if host_bytes is None else host_bytes
             threads = _cores() if workers is None else workers
             budget, room = share_out(limit, threads, num_fetched(arrays))
@@ -132,7 +137,6 @@ def save(
             if names is not None:
                 source.map(find_mapping(names, source.catalog))
             layout = _layout(format, strategy, rules, source.catalog, arrays)
-            max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
             request = Request(layout, max_bytes, prefix, remove_redundancy, format)
             check_request(request)
             result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
@@ -206,6 +210,14 @@ def _mapped(
     return mapping.apply_arrays(arrays)
 
 
+def _check_uncut(format: str, strategy: object) -> None:
+    if strategy is not None:
+        raise LayoutError(
+            f"strategy={strategy} says how files by rank are cut, and {format} has none. Leave it "
+            'out, or save with format="ranks".'
+        )
+
+
 def _layout(
     format: str,
     strategy: str | PathLike | Strategy | Layout | None,
@@ -220,10 +232,7 @@ def _layout(
     if strategy is None:
         return None
     if format not in ("ranks", "ckpt"):
-        raise LayoutError(
-            f"strategy={strategy} says how files by rank are cut, and {format} has none. Leave it "
-            'out, or save with format="ranks".'
-        )
+        _check_uncut(format, strategy)
     if isinstance(strategy, Layout):
         return strategy
     if not isinstance(strategy, Strategy):
@@ -232,17 +241,6 @@ def _layout(
             return open_strategy(text)
         strategy = Strategy.parse(text)
     return lay_out_for(catalog, strategy, rules)
-
-
-def _check_config(config: object) -> None:
-    """Refuse what cannot be ``config.json``, before anything is written."""
-    try:
-        if config is None or (isinstance(config, Mapping) and json.dumps(dict(config))):
-            return
-        why = f"a {type(config).__name__} is none"
-    except (TypeError, ValueError) as error:
-        why = str(error)
-    raise LayoutError(f"config= becomes config.json, an object of names and values; {why}.")
 
 
 def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:

@@ -65,7 +65,7 @@ def _strange(place: Path) -> str | None:
     other = [f for f in weights if "/" in f and not _OURS.match(f)]
     if other:
         return f"below it lies {some(other, 3)}, which is of another checkpoint"
-    strange = [f for f in weights if "/" not in f and not f.endswith(_KINDS)]
+    strange = [f for f in weights if not f.endswith(_KINDS)]
     if strange:
         return f"beside the checkpoint lies {some(strange, 3)}, which none of ours has"
     return None

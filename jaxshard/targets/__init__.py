@@ -83,16 +83,15 @@ def _lay_out_parts(
 ) -> Layout:
     """The layout of what ``source`` is made of; small factors need not divide, as they vanish."""
     views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
-    factors = {t.name for view in views for t in view.operands} & before.tensors.keys()
+    factors = {t.name for view in views for t in view.operands}
+    try:
+        return lay_out_for(before, strategy, unmatched=unmatched, uneven=uneven)
+    except LayoutError:
+        if factors.isdisjoint(before.tensors):
+            raise
     weights = {n: t for n, t in before.tensors.items() if n not in factors}
-    made = lay_out_for(
-        replace(before, tensors=weights), strategy, unmatched=unmatched, uneven=uneven
-    )
-    if not factors:
-        return made
-    small = replace(before, tensors={n: before.tensors[n] for n in sorted(factors)})
-    others = lay_out_for(small, strategy, unmatched=unmatched, uneven="replicate")
-    return replace(made, placements={**made.placements, **others.placements})
+    lay_out_for(replace(before, tensors=weights), strategy, unmatched=unmatched, uneven=uneven)
+    return lay_out_for(before, strategy, unmatched=unmatched, uneven="replicate")
 
 
 def _by_rules(

@@ -92,6 +92,17 @@ def refuse_empty(shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
+def check_config(config: object) -> None:
+    """Refuse what cannot be ``config.json``, before anything is written."""
+    try:
+        if config is None or (isinstance(config, Mapping) and json.dumps(dict(config))):
+            return
+        why = f"a {type(config).__name__} is none"
+    except (TypeError, ValueError) as error:
+        why = str(error)
+    raise LayoutError(f"config= becomes config.json, an object of names and values; {why}.")
+
+
 def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[str]]:
     weights = [(t.name, t.num_bytes) for t in tensors if t.name not in source.hyper]
     return huggingface_files.plan_files(weights, max_shard_bytes)

@@ -19,6 +19,7 @@ from ..catalog import Catalog, Tensor
 from ..elements import stored_as
 from ..layout import Layout
 from ..strategy import Strategy
+from ..targets.folders import refuse_empty
 from . import naming
 from .laying import lay_out
 from .layouts import Wish
@@ -82,6 +83,8 @@ class Recipe:
         leaves = self._leaves(state)
         arrays = {leaf.name: as_array(leaf.value) for leaf in leaves}
         weights = frozenset(leaf.name for leaf in leaves if leaf.role == "weights")
+        if self.format == "orbax":
+            refuse_empty({name: array.shape for name, array in arrays.items()})
         numbers = self._numbers(step, loss_scale)
         like = self._likes(leaves, arrays)
         told = weights | like.keys()

@@ -28,6 +28,7 @@ from ..errors import LayoutError, StorageError
 from ..layout import Layout
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S
 from ..strategy import Strategy
+from ..targets.folders import check_config
 from . import naming, records
 from .across import save_together
 from .background import Background
@@ -135,6 +136,7 @@ class CheckpointManager:
         """
         naming.check_prefix(prefix)
         one_of("format", format, FORMATS)
+        check_config(config)
         one_of("snapshot", snapshot, get_args(How))
         one_of("on_storage_error", on_storage_error, ("raise", "warn"))
         keep_max, keep_every = whole("keep_max", keep_max), whole("keep_every", keep_every)

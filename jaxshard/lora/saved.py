@@ -1,0 +1,111 @@
+"""Saved: the tensors that lie with an adapter, are no pair, and take the place of the base's.
+
+    modules_to_save         trained whole; a new head of a classifier among them
+    X.base_layer.weight     PEFT's copy of the base's, of embeddings that are adapted
+
+What is none of these is another kind of adapter, and is refused. So is what would change a
+head that is tied to an embedding, where training did not. Names and shapes decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ..catalog import Catalog, Tensor
+from ..errors import LayoutError
+from .adapters import base_name
+from .settings import Settings
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_WITH_HEAD = re.compile("CausalLM|LMHead")
+_APART = "Save the base with a head of its own first (tie_word_embeddings false)"
+
+
+def saved_beside(
+    others: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    base: Catalog,
+    settings: Settings,
+    notes: list[str],
+) -> dict[str, Tensor]:
+    """``others`` by the names that ``kept``, the tensors of ``base``, has for them.
+
+    Raises:
+        LayoutError: one has another shape than the base's, is nobody's, or would change a tied
+            head.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in others.items():
+        own = base_name(name, kept) or name
+        _check_replaced(tensor, kept.get(own))
+        found[own] = tensor
+    is_tied = has_tied_head(kept, base)
+    for name in found.keys() - kept.keys():
+        if not (is_tied and _HEAD.search(name)):
+            _check_new(name, settings, base)
+        elif not _is_trained(name, settings) and not any(map(_EMBEDDING.search, found)):
+            raise LayoutError(
+                f"{name} is adapted, and the head of {base.root} is tied to its embedding, which "
+                f"would so change with it. {_APART}."
+            )
+        else:
+            notes.append(
+                f"{name} comes with the adapter, and the config of {base.root} says that it is "
+                "tied to the embedding: set tie_word_embeddings to false there."
+            )
+    if is_tied and not any(map(_HEAD.search, found)) and not settings.keeps_ties:
+        _check_embedding(found, base)
+    return found
+
+
+def has_tied_head(kept: Mapping[str, Tensor], base: Catalog) -> bool:
+    """Whether the model has a head that is its embedding, and none of its own in ``kept``."""
+    words = base.model.config.get("architectures")
+    if not isinstance(words, list | tuple) or not any(_WITH_HEAD.search(str(w)) for w in words):
+        return False
+    return base.model.tied_embeddings and not any(map(_HEAD.search, kept))
+
+
+def is_embedding(name: str) -> bool:
+    """Whether ``name`` is that of the weight that tokens are looked up in."""
+    return _EMBEDDING.search(name) is not None
+
+
+def _check_embedding(found: Mapping[str, Tensor], base: Catalog) -> None:
+    """Refuse a new embedding of which the head would become a part, though it was trained apart.
+
+    The result would need both, and a config that no longer ties them.
+    """
+    for name, tensor in found.items():
+        if is_embedding(name) and ".base_layer." not in tensor.name:
+            raise LayoutError(
+                f"{name} was saved with the adapter (modules_to_save), and the head of {base.root} "
+                f"is tied to it but was not trained with it. {_APART}, or merge with PEFT, which "
+                "then does that."
+            )
+
+
+def _check_replaced(tensor: Tensor, before: Tensor | None) -> None:
+    if before is not None and before.shape != tensor.shape:
+        raise LayoutError(
+            f"{tensor.name}: shape {tensor.shape} was saved with the adapter (modules_to_save), "
+            f"and the base has {before.name} of shape {before.shape}. The adapter is of another "
+            "model, or its embedding was resized: resize and save the base so first."
+        )
+
+
+def _check_new(name: str, settings: Settings, base: Catalog) -> None:
+    if not _is_trained(name, settings):
+        raise LayoutError(
+            f"{name} lies with the adapter, is no part of LoRA, and {base.root} has no such "
+            f"tensor; modules_to_save in {settings.where} is {list(settings.saved_modules or ())}. "
+            "The adapter is of another model or kind: merge it with the program that made it."
+        )
+
+
+def _is_trained(name: str, settings: Settings) -> bool:
+    """Whether ``name`` is of a module that was trained whole, or nobody says which were."""
+    modules = settings.saved_modules
+    return modules is None or any(m.split(".")[-1] in name.split(".") for m in modules)
