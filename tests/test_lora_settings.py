@@ -328,7 +328,12 @@ def test_a_tied_embedding_that_is_adapted_changes_the_head_as_peft_says(tmp_path
 
 
 def test_a_tied_head_that_is_adapted_would_change_the_embedding(tmp_path):
-    more = {"base_model.model.lm_head.base_layer.weight": np.ones((8, 6), np.float32)}
+    stem = "base_model.model.lm_head."
+    more = {
+        stem + "base_layer.weight": np.ones((8, 6), np.float32),
+        stem + "lora_A.weight": np.ones((2, 6), np.float32),
+        stem + "lora_B.weight": np.ones((8, 2), np.float32),
+    }
     with pytest.raises(LayoutError, match=r"lm_head.weight is adapted, and the head of .* is tied"):
         tied(tmp_path, more=more)
 

@@ -19,7 +19,7 @@ from ..errors import LayoutError, NotFoundError, nearest
 from ..mapping.geometry import with_step
 from ..views import AddProduct, Affine
 from .adapters import Adapter, base_name, find_adapters, is_adapter
-from .saved import has_tied_head, is_embedding, saved_beside
+from .saved import check_adapted, saved_beside
 from .settings import OWN_CONFIG, PEFT_CONFIG, Settings
 
 
@@ -66,10 +66,9 @@ def merged(
         replaced = saved_beside(others, kept, base, settings, notes)
         kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
     for pair in found.adapters:
+        check_adapted(pair.weight, base, notes)
         moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
         name = _weight_of(pair, kept, base)
-        if is_embedding(name) and has_tied_head(kept, base):
-            notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
         swapped = _is_swapped(kept[name], pair, settings, notes)
         kept[name] = _added(
             kept[name], moved, sign * settings.scaling_of(pair), swapped, reproducible

@@ -45,11 +45,6 @@ def saved_beside(
     for name in found.keys() - kept.keys():
         if not (is_tied and _HEAD.search(name)):
             _check_new(name, settings, base)
-        elif not _is_trained(name, settings) and not any(map(_EMBEDDING.search, found)):
-            raise LayoutError(
-                f"{name} is adapted, and the head of {base.root} is tied to its embedding, which "
-                f"would so change with it. {_APART}."
-            )
         else:
             notes.append(
                 f"{name} comes with the adapter, and the config of {base.root} says that it is "
@@ -68,9 +63,21 @@ def has_tied_head(kept: Mapping[str, Tensor], base: Catalog) -> bool:
     return base.model.tied_embeddings and not any(map(_HEAD.search, kept))
 
 
-def is_embedding(name: str) -> bool:
-    """Whether ``name`` is that of the weight that tokens are looked up in."""
-    return _EMBEDDING.search(name) is not None
+def check_adapted(name: str, base: Catalog, notes: list[str]) -> None:
+    """Refuse a pair for a head that is tied to the embedding; tell of one for that embedding.
+
+    Raises:
+        LayoutError: it would change the embedding, or the head would not be what was trained.
+    """
+    if not has_tied_head(base.tensors, base):
+        return
+    if _HEAD.search(name):
+        raise LayoutError(
+            f"{name} is adapted, and the head of {base.root} is tied to its embedding, which would "
+            f"so change with it. {_APART}."
+        )
+    if _EMBEDDING.search(name):
+        notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
 
 
 def _check_embedding(found: Mapping[str, Tensor], base: Catalog) -> None:
@@ -79,7 +86,7 @@ def _check_embedding(found: Mapping[str, Tensor], base: Catalog) -> None:
     The result would need both, and a config that no longer ties them.
     """
     for name, tensor in found.items():
-        if is_embedding(name) and ".base_layer." not in tensor.name:
+        if _EMBEDDING.search(name) and ".base_layer." not in tensor.name:
             raise LayoutError(
                 f"{name} was saved with the adapter (modules_to_save), and the head of {base.root} "
                 f"is tied to it but was not trained with it. {_APART}, or merge with PEFT, which "
