@@ -12,7 +12,7 @@ from jax._src import array as jax_array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mapping_random import Sizes, config_of, random_model, write_model
 
-from jaxshard.api import reshard
+from jaxshard.api import gather, reshard
 from jaxshard.errors import LayoutError
 from jaxshard.loading import load
 from jaxshard.mapping import Mapping, Rename, Stack, Transpose, find_mapping
@@ -101,3 +101,16 @@ def test_rows_become_columns_and_what_is_on_one_device_stays_there() -> None:
     alone = jax.device_put(np.arange(6.0).reshape(2, 3), jax.devices()[1])
     (turned,) = Mapping((Transpose(("a",)),)).apply_arrays({"a": alone}).values()
     assert turned.devices() == {jax.devices()[1]}
+
+
+def test_layers_and_experts_of_several_ranks_are_stacked_along_axes_of_their_own(tmp_path) -> None:
+    sizes = Sizes(layers=4, dense=0)
+    folder = write_model(
+        tmp_path / "model", config_of("qwen3_moe", sizes), random_model("qwen3_moe", sizes)
+    )
+    whole = load(folder, jax.devices()[0], names="hf:nnx-scan")
+    cut = load(folder, "dp2ep2pp2", names="hf:nnx-scan")
+    (name,) = [n for n in cut if n.endswith("experts.down_proj.kernel")]
+    assert cut[name].sharding.spec[:2] == ("pp_outer", "pp")
+    for n, x in whole.items():
+        np.testing.assert_array_equal(np.asarray(gather(cut[n], host=True)), np.asarray(x))

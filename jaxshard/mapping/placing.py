@@ -157,6 +157,9 @@ def _over_stages(xs: Sequence[Placed], dim: int, name: str) -> Placement:
             + next(f"{x.name} is {x.placements[0]}" for x in xs if x.placements != xs[0].placements)
             + ". What is joined must lie alike, or in stages of as many tensors each."
         )
-    spec = tuple((STAGES,) if d == dim else axes for d, axes in enumerate(xs[0].spec))
-    axes = ((STAGES, len(stages)), *xs[0].placements[0].axes)
-    return Placement(axes, spec, stages[0])
+    axes = xs[0].placements[0].axes
+    axis = STAGES
+    while axis in dict(axes):  # of experts that are split already, say
+        axis += "_outer"
+    spec = tuple((axis,) if d == dim else before for d, before in enumerate(xs[0].spec))
+    return Placement(((axis, len(stages)), *axes), spec, stages[0])
