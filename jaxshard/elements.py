@@ -52,7 +52,7 @@ def stored_as(dtype: NumpyDType) -> DType:
     'F32'
     """
     kind = BY_NUMPY.get(dtype.name)
-    if dtype.name.startswith("key<"):
+    if kind is None and dtype.name.startswith("key<"):
         raise LayoutError(
             f"files have no dtype for keys of a random generator ({dtype.name}). Save "
             "jax.random.key_data(keys), or leave them out."

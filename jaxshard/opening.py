@@ -23,7 +23,6 @@ PathLike = str | os.PathLike[str]
 
 _RANK = re.compile(r"rank_\d+")
 # Of the two that MindFormers merges, dst_ is of the job that saves beside it.
-_INDEXES = ("model.safetensors.index.json", "param_name_map.json")
 _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
 
@@ -65,8 +64,8 @@ def open_checkpoint(
     if not os.fspath(path):
         raise NotFoundError("the path of the checkpoint is empty. Name a folder, or a weight file.")
     where = Path(path)
-    if where.name in _INDEXES and where.is_file():
-        where = where.parent  # an index tells of the files beside it
+    if _is_index(where):
+        where = where.parent  # it tells of the files beside it
     if is_unfinished(where):
         raise FormatError(
             f"{where} is an unfinished conversion. Complete it with {RESUME}, or delete it."
@@ -87,6 +86,15 @@ def open_checkpoint(
         "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
         + "".join(f" {text}" for text in _links(LocalFolder(where)))
     )
+
+
+def _is_index(where: Path) -> bool:
+    """Whether ``where`` is the list of a checkpoint's files, and not one of them."""
+    if where.suffix != ".json":
+        return False
+    from .formats.huggingface import INDEX, MINDSPORE_INDEX  # noqa: PLC0415 - seldom needed
+
+    return where.name in (INDEX, MINDSPORE_INDEX) and where.is_file()
 
 
 def _links(folder: LocalFolder) -> tuple[str, ...]:

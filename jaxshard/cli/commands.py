@@ -1,4 +1,4 @@
-"""The commands: what each word of the command line does. Parsing is ``parsing``'s."""
+"""The commands: what each word of the command line does. The grammar is ``parsing``'s."""
 
 from __future__ import annotations
 
@@ -142,12 +142,8 @@ def decrypt(a: Namespace) -> int:
     """Make a plain file of an encrypted one."""
     from ..conversion.decryption import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
 
-    try:
+    with _told("--key-file", a.key_file):
         key = Path(a.key_file).read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(f"--key-file {a.key_file} does not exist.") from None
-    except OSError as error:
-        raise StorageError(f"--key-file {a.key_file}: {error.strerror}.") from error
     key = key.removesuffix(b"\n")  # as editors and echo leave it
     place = decrypt_file(a.source, a.destination, key, overwrite=a.overwrite)
     if a.json:
@@ -209,13 +205,22 @@ def read_rules_file(path: str | None) -> Rules | None:
     if path is None:
         return None
     try:
-        return read_rules(Path(path).read_text(encoding="utf-8"), path)
-    except FileNotFoundError:
-        raise NotFoundError(f"--rules {path} does not exist.") from None
-    except OSError as error:
-        raise StorageError(f"--rules {path}: {error.strerror}.") from error
+        with _told("--rules", path):
+            text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise LayoutError(f"--rules {path}: not UTF-8 text ({error.reason}).") from None
+    return read_rules(text, path)
+
+
+@contextmanager
+def _told(flag: str, path: str) -> Iterator[None]:
+    """What hinders reading the file ``path`` inside, as an error that names ``flag``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFoundError(f"{flag} {path} does not exist.") from None
+    except OSError as error:
+        raise StorageError(f"{flag} {path}: {error.strerror}.") from error
 
 
 def _options(a: Namespace) -> Options:

@@ -1,4 +1,4 @@
-"""The commands about strategy files: show, merge and make them. Parsing is ``parsing``'s."""
+"""The commands about strategy files: show, merge and make them. The grammar is ``parsing``'s."""
 
 from __future__ import annotations
 

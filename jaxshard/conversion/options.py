@@ -11,7 +11,7 @@ from ..multiprocess.environment import part_of
 from ..multiprocess.splitting import Part
 from ..planning.blocks import BLOCK_BYTES
 from ..planning.plan import block_bytes_for
-from ..storage.budget import Budget, default_budget, fit_budget
+from ..storage.budget import Budget, default_budget, default_workers, fit_budget
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,5 @@ def budget_of(options: Options, source: Catalog | None = None) -> Budget:
         LayoutError: as ``fit_budget``.
     """
     host_bytes = default_budget() if options.host_bytes is None else options.host_bytes
-    workers = _cores() if options.workers is None else options.workers
+    workers = default_workers() if options.workers is None else options.workers
     return fit_budget(host_bytes, workers, block_bytes_for(source) if source else BLOCK_BYTES)
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))

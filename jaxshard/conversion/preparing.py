@@ -109,8 +109,8 @@ def prepare(
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
-    check_request(one_file.with_format(request, destination))
     request = one_file.implied(request, destination)
+    check_request(request)
     result = make_result(chosen, list(chosen.tensors.values()), request)
     one_file.name_of(result, destination)  # refuses what is no one file
     if config:
@@ -160,7 +160,7 @@ def _target_layout(
         if os.path.exists(text):
             return open_strategy(text)
         raise LayoutError(
-            f"the target (to=, --to) is neither full, nor an existing strategy file or folder; "
+            "the target (to=, --to) is neither full, nor an existing strategy file or folder; "
             f"{error}"
         ) from None
     return lay_out(strategy)

@@ -9,7 +9,6 @@ be said from headers is said before the first of them is read.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_j
 from ..opening import PathLike, opened
 from ..rules import Rules
 from ..selection import missed, select, texts
-from ..storage.budget import Counts
+from ..storage.budget import Counts, default_workers
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
 from .carrying import carry
@@ -118,7 +117,7 @@ def load(
             "mmap=True uses tensors where they lie in the files, owned=True copies them to memory "
             "of their own. Choose one."
         )
-    how = _How(host_bytes, _cores() if workers is None else workers, mmap, owned)
+    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, owned)
     processes = processes_of_jax(timeout_s) if balanced else Processes()
     with processes.about(str(getattr(source, "root", source))).together("loading") as meeting:
         catalog = opened(source, strategy=strategy, suffix=suffix)
@@ -216,7 +215,3 @@ def _told_of_hosts(catalog: Catalog) -> Iterator[None]:
 
 def _place(item: tuple[int, jax.Array]) -> int:
     return item[0]
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))

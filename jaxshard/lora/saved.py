@@ -42,7 +42,7 @@ def saved_beside(
         _check_replaced(tensor, kept.get(own))
         found[own] = tensor
     is_tied = has_tied_head(kept, base)
-    for name in found.keys() - kept.keys():
+    for name in (n for n in found if n not in kept):
         if not (is_tied and _HEAD.search(name)):
             _check_new(name, settings, base)
         else:
@@ -69,19 +69,19 @@ def check_adapted(name: str, base: Catalog, notes: list[str]) -> None:
     Raises:
         LayoutError: it would change the embedding, or the head would not be what was trained.
     """
-    if not has_tied_head(base.tensors, base):
+    is_head, is_embedding = _HEAD.search(name), _EMBEDDING.search(name)
+    if not (is_head or is_embedding) or not has_tied_head(base.tensors, base):
         return
-    if _HEAD.search(name):
+    if is_head:
         raise LayoutError(
             f"{name} is adapted, and the head of {base.root} is tied to its embedding, which would "
             f"so change with it. {_APART}."
         )
-    if _EMBEDDING.search(name):
-        notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
+    notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
 
 
 def _check_embedding(found: Mapping[str, Tensor], base: Catalog) -> None:
-    """Refuse a new embedding of which the head would become a part, though it was trained apart.
+    """Refuse a new embedding that the head would follow, though it was trained apart.
 
     The result would need both, and a config that no longer ties them.
     """
@@ -104,15 +104,11 @@ def _check_replaced(tensor: Tensor, before: Tensor | None) -> None:
 
 
 def _check_new(name: str, settings: Settings, base: Catalog) -> None:
-    if not _is_trained(name, settings):
-        raise LayoutError(
-            f"{name} lies with the adapter, is no part of LoRA, and {base.root} has no such "
-            f"tensor; modules_to_save in {settings.where} is {list(settings.saved_modules or ())}. "
-            "The adapter is of another model or kind: merge it with the program that made it."
-        )
-
-
-def _is_trained(name: str, settings: Settings) -> bool:
-    """Whether ``name`` is of a module that was trained whole, or nobody says which were."""
     modules = settings.saved_modules
-    return modules is None or any(m.split(".")[-1] in name.split(".") for m in modules)
+    if modules is None or any(m.split(".")[-1] in name.split(".") for m in modules):
+        return
+    raise LayoutError(
+        f"{name} lies with the adapter, is no part of LoRA, and {base.root} has no such tensor; "
+        f"modules_to_save in {settings.where} is {list(modules)}. The adapter is of another model "
+        "or kind: merge it with the program that made it."
+    )

@@ -25,7 +25,7 @@ PEFT_CONFIG = "adapter_config.json"
 OWN_CONFIG = "mindformers_adapter_config.json"
 _PARENTS = 3  # MindFormers keeps one file for several checkpoints, above them
 _MAX_BYTES = 1 << 22
-_MORE = (
+_MORE = (  # what a config may ask for that no product of two matrices is
     "use_dora",
     "lora_bias",
     "target_parameters",
@@ -114,7 +114,7 @@ class Settings:
         Raises:
             NotFoundError: nobody says alpha; the places that were looked in are listed.
             FormatError: the config says another rank than the adapter has.
-            LayoutError: so does the caller.
+            LayoutError: the caller does.
         """
         rank = self._ranks.find(adapter.module, self.rank)
         if rank is not None and rank != adapter.rank:
@@ -125,8 +125,7 @@ class Settings:
                 )
             raise FormatError(
                 f"{adapter.a.name}: shape {adapter.a.shape} has rank {adapter.rank}, but "
-                f"{self.where} says {rank}. The adapter and its config do not "
-                "belong together."
+                f"{self.where} says {rank}. The adapter and its config do not belong together."
             )
         if self.scaling is not None:
             return self.scaling

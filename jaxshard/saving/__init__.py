@@ -27,9 +27,9 @@ from ..layout import Layout
 from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
-from ..opening import PathLike, open_checkpoint, open_strategy
+from ..opening import PathLike, open_strategy, opened
 from ..rules import Rules
-from ..storage.budget import default_budget
+from ..storage.budget import default_budget, default_workers
 from ..strategy import Strategy
 from ..targets import check_request, lay_out_for, make_result, one_file
 from ..targets.folders import check_config
@@ -44,6 +44,7 @@ from .fetching import share_out
 __all__ = ["FORMATS", "save"]
 
 FORMATS = ("huggingface", "ranks", "ckpt", "unified", "orbax")
+_BY_RANK = ("ranks", "ckpt")  # those whose files may be cut
 
 
 def save(
@@ -121,23 +122,24 @@ def save(
             check_across(format, shared=shared)
         elif alone:
             check_alone(arrays, format)
-        carried = _opened(extras)
+        carried = None if extras is None else opened(extras)
         check_config(config)
         model = _model(config, carried)
         ready = None
+        _check_uncut(format, strategy)
         max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
+        request = Request(None, max_bytes, prefix, remove_redundancy, format)
         if format == "orbax":
-            _check_uncut(format, strategy)
-            check_request(Request(None, max_bytes, prefix, remove_redundancy, format))
+            check_request(request)
         else:
             limit = default_budget() if host_bytes is None else host_bytes
-            threads = _cores() if workers is None else workers
+            threads = default_workers() if workers is None else workers
             budget, room = share_out(limit, threads, num_fetched(arrays))
             source = ArraySource(arrays, model=model, metadata=metadata, room=room)
             if names is not None:
                 source.map(find_mapping(names, source.catalog))
             layout = _layout(format, strategy, rules, source.catalog, arrays)
-            request = Request(layout, max_bytes, prefix, remove_redundancy, format)
+            request = replace(request, to=layout)
             check_request(request)
             result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
             ready = source, result if config is None else _with_config(result, config), budget
@@ -211,7 +213,8 @@ def _mapped(
 
 
 def _check_uncut(format: str, strategy: object) -> None:
-    if strategy is not None:
+    """Refuse a strategy where no files are cut."""
+    if strategy is not None and format not in _BY_RANK:
         raise LayoutError(
             f"strategy={strategy} says how files by rank are cut, and {format} has none. Leave it "
             'out, or save with format="ranks".'
@@ -231,8 +234,6 @@ def _layout(
         return catalog.origin.place(own) if catalog.origin else own
     if strategy is None:
         return None
-    if format not in ("ranks", "ckpt"):
-        _check_uncut(format, strategy)
     if isinstance(strategy, Layout):
         return strategy
     if not isinstance(strategy, Strategy):
@@ -249,17 +250,9 @@ def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:
     return carried.model if carried else Model()
 
 
-def _opened(extras: Catalog | PathLike | None) -> Catalog | None:
-    return extras if extras is None or isinstance(extras, Catalog) else open_checkpoint(extras)
-
-
 def _check_format(format: str) -> None:
     if format not in FORMATS:
         raise LayoutError(
             f"there is no format {format!r}.{nearest(format, FORMATS)} Known are "
             f"{', '.join(FORMATS)}."
         )
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))

@@ -90,5 +90,10 @@ def default_budget() -> int:
     return min(_DEFAULT_BYTES, memory // 16)
 
 
+def default_workers() -> int:
+    """The default of ``workers``: a thread for each core that is ours, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def _power_of_two(limit: int) -> int:
     return 1 << (limit.bit_length() - 1)

@@ -82,11 +82,11 @@ def _lay_out_parts(
     source: Catalog, before: Catalog, strategy: Strategy, unmatched: Policy, uneven: Policy
 ) -> Layout:
     """The layout of what ``source`` is made of; small factors need not divide, as they vanish."""
-    views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
-    factors = {t.name for view in views for t in view.operands}
     try:
         return lay_out_for(before, strategy, unmatched=unmatched, uneven=uneven)
     except LayoutError:
+        views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
+        factors = {t.name for view in views for t in view.operands}
         if factors.isdisjoint(before.tensors):
             raise
     weights = {n: t for n, t in before.tensors.items() if n not in factors}

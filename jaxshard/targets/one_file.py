@@ -40,11 +40,6 @@ def refuse(destination: PathLike) -> None:
         )
 
 
-def with_format(request: Request, destination: PathLike | None) -> Request:
-    """``request`` with the format that the name of ``destination`` implies."""
-    return replace(request, format=implied(request, destination).format)
-
-
 def implied(request: Request, destination: PathLike | None) -> Request:
     """``request`` with what the name of ``destination`` says and the request does not."""
     if destination is None or request.to is not None or not is_named(destination):

@@ -12,7 +12,6 @@ pointer files are process 0's alone.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..multiprocess.barriers import Processes
 from ..multiprocess.splitting import cut_evenly
 from ..saving.shares import lay_out, write_share
 from ..saving.sharing import check_shares, owners, share
-from ..storage.budget import LENT_BLOCK_BYTES, Counts, default_budget, fit_budget
+from ..storage.budget import LENT_BLOCK_BYTES, Counts, default_budget, default_workers, fit_budget
 from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, staging_folder
 from ..targets.results import Result
@@ -160,7 +159,9 @@ class _Work:
             pieces = ((t.name, p) for t in snapshot.catalog.tensors.values() for p in t.pieces)
             writes = {p.file: owner.of_box[name, p.box] for name, p in pieces}
             budget = fit_budget(
-                job.host_bytes or default_budget(), job.workers or _cores(), LENT_BLOCK_BYTES
+                job.host_bytes or default_budget(),
+                job.workers or default_workers(),
+                LENT_BLOCK_BYTES,
             )
             counts = Counts()
             for part in self.parts:
@@ -183,7 +184,9 @@ class _Work:
         """The sums of the files that fall to this process; process 0 finds those of all."""
         here = self._processes.index
         with self._processes.together(_SUM) as meeting:
-            found, meeting.says = _sums(self.folder, self._paths(), self._job.workers or _cores())
+            found, meeting.says = _sums(
+                self.folder, self._paths(), self._job.workers or default_workers()
+            )
             if here:
                 _leave(self.place(here), found)
         _check_sums(meeting.heard)
@@ -212,10 +215,6 @@ def _sums(root: Path, paths: Sequence[str], workers: int) -> tuple[dict[str, Fil
         for sums, _ in pool.map(lambda path: sums_of(root, [path]), paths):
             found |= sums
     return found, BEST
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
 
 
 def _leave(place: Path, sums: Mapping[str, FileSums]) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from ..errors import CoverageError, FormatError, JaxshardError, NotFoundError, StorageError
+from ..storage.budget import default_workers
 from .checksums import FileSums, algorithm, first_difference
 from .opening_steps import open_step
 from .places import Places
@@ -77,7 +78,9 @@ def check_sums(
                 progress(sums.num_bytes)
 
     try:
-        with ThreadPoolExecutor(workers or _cores(), thread_name_prefix="jaxshard") as pool:
+        with ThreadPoolExecutor(
+            workers or default_workers(), thread_name_prefix="jaxshard"
+        ) as pool:
             for _ in pool.map(check, record.files.items()):
                 pass
     except FileNotFoundError as error:
@@ -86,10 +89,6 @@ def check_sums(
         if isinstance(error, JaxshardError):
             raise
         raise StorageError(f"{error.filename or places.root}: {error.strerror}.") from error
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
 
 
 class _Reader:

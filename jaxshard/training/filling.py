@@ -7,7 +7,6 @@ shapes and dtypes is made at once, before a byte is read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -27,7 +26,7 @@ from ..loading.memory import Bytes, aligned_empty
 from ..loading.placing import keeping_64_bits
 from ..planning.moves import Move, move_into
 from ..selection import groups
-from ..storage.budget import default_budget, fit_budget
+from ..storage.budget import default_budget, default_workers, fit_budget
 from ..storage.engine import run
 from ..storage.sources import open_source
 from ..strategy import Strategy
@@ -220,7 +219,7 @@ def _on_host(
 
     moves = [move_into(t, {Box.whole(t.shape): (0,)}) for t in tensors if t.num_bytes]
     large = sum(t.num_bytes for t in tensors) > _LARGE_BYTES
-    budget = fit_budget(default_budget(), (workers or _cores()) if large else 1)
+    budget = fit_budget(default_budget(), (workers or default_workers()) if large else 1)
     files = open_source(catalog)
     try:
         files.check_checksums(piece.file for tensor in tensors for piece in tensor.pieces)
@@ -228,10 +227,6 @@ def _on_host(
     finally:
         files.close()
     return {t.name: out[t.name].view(numpy_dtype(t.dtype)).reshape(t.shape) for t in tensors}
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
 
 
 def _as_was(leaf: Leaf, array: jax.Array | None, value: NDArray[np.generic] | None) -> Any:

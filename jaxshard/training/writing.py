@@ -6,7 +6,6 @@ checksum is taken there, so that it costs no second look at memory.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..catalog import Piece
 from ..errors import StorageError
 from ..planning.moves import Move
 from ..planning.plan import Plan, make_plan
-from ..storage.budget import LENT_BLOCK_BYTES, default_budget, fit_budget
+from ..storage.budget import LENT_BLOCK_BYTES, default_budget, default_workers, fit_budget
 from ..storage.engine import run
 from ..storage.staging import Staging
 from ..storage.writing import FileLayout, OutputFiles
@@ -43,7 +42,9 @@ def write_parts(
     plans = [make_plan(part.catalog, part.result.outputs) for part in parts]
     check_room(staging.files, sum(plan.totals.bytes_written for plan in plans))
     gathered = Gathered()
-    budget = fit_budget(host_bytes or default_budget(), workers or _cores(), LENT_BLOCK_BYTES)
+    budget = fit_budget(
+        host_bytes or default_budget(), workers or default_workers(), LENT_BLOCK_BYTES
+    )
     found: dict[str, FileSums] = {}
     for part, plan in zip(parts, plans, strict=True):
         observer = _Observer(plan, part, gathered)
@@ -145,7 +146,3 @@ class _Observer:
             path: self._gathered.of(path, self._layouts[content].num_bytes)
             for path, content in zip(self._paths, self._content_of, strict=True)
         }
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
