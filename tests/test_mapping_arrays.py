@@ -114,3 +114,13 @@ def test_layers_and_experts_of_several_ranks_are_stacked_along_axes_of_their_own
     assert cut[name].sharding.spec[:2] == ("pp_outer", "pp")
     for n, x in whole.items():
         np.testing.assert_array_equal(np.asarray(gather(cut[n], host=True)), np.asarray(x))
+
+
+@pytest.mark.parametrize("form", ["mcore-fused", "mindformers-concat"])
+def test_fused_rows_are_not_cut_within_a_kv_head_though_a_rule_would(folder, form) -> None:
+    assert load(folder, "mp2", names=f"hf:{form}")
+    said = r"qkv.weight: dim 0 .* is 2 groups of .*kv heads.*, which mp=4 does not divide"
+    with pytest.raises(LayoutError, match=said):
+        load(folder, "mp4", names=f"hf:{form}")
+    with pytest.raises(LayoutError, match=said):
+        load(folder, jax.make_mesh((2, 4), ("dp", "mp")), names=f"hf:{form}")

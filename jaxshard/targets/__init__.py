@@ -61,7 +61,8 @@ def lay_out_for(
     Mapped tensors lie as what they are made of would; where that says nothing, as their names do.
 
     Raises:
-        LayoutError: names without a rule, or dims that do not divide.
+        LayoutError: names without a rule, dims that do not divide, or kv heads that are fused
+            with their q heads and fewer than the ranks that share them.
     """
     if source.origin is not None and rules is None:
         before = source.origin.catalog
@@ -70,12 +71,21 @@ def lay_out_for(
             carried = source.origin.place(layout)
         except (LayoutError, NotFoundError) as error:
             try:
-                return _by_rules(source, strategy, None, unmatched, uneven)
+                layout = _by_rules(source, strategy, None, unmatched, uneven)
             except (LayoutError, NotFoundError):
                 raise error from None  # which says what is wrong with the mapping
+            _check_groups(source, layout)
+            return layout
         kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
         return replace(carried, placements=kept)
     return _by_rules(source, strategy, rules, unmatched, uneven)
+
+
+def _check_groups(source: Catalog, layout: Layout) -> None:
+    """Refuse what rules know nothing of: kv heads that a rank would hold a part of."""
+    for name, placements in layout.placements.items():
+        for placement in placements:
+            source.tensors[name].check_groups(placement)
 
 
 def _lay_out_parts(
