@@ -12,6 +12,7 @@ Each is also a builtin, so that code which knows nothing of jaxshard can catch i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 #: How to go on with a conversion that was interrupted, and how to have a result replaced.
@@ -27,7 +28,9 @@ class JaxshardError(Exception):
     #: What the command line returns to the shell when this error ends it.
     exit_status = 1
 
-    __str__ = Exception.__str__  # KeyError's would wrap the message in quotes
+    def __str__(self) -> str:
+        """The message, safe to print: names in it may come from an untrusted file."""
+        return printable(Exception.__str__(self))  # KeyError's would wrap it in quotes
 
 
 class FormatError(JaxshardError, ValueError):
@@ -60,6 +63,49 @@ class StorageError(JaxshardError, OSError):
     exit_status = 4
 
 
+# A word or a line above these lengths is shortened: a path fits, a hostile name does not.
+_MAX_WORD = 300
+_MAX_LINE = 4000
+_MAX_NAME = 200
+_LONG_WORD = re.compile(rf"\S{{{_MAX_WORD + 1},}}")
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` without control or bidirectional characters, its words and lines bounded.
+
+    Everything that goes to a terminal or a log passes here. Newlines stay.
+
+    >>> print(printable("w" + chr(27) + "[31m" + chr(0x202E)))
+    w\x1b[31m\u202e
+    """
+    return "\n".join(map(_printable_line, text.split("\n")))
+
+
+def _printable_line(line: str) -> str:
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) <= _MAX_WORD:
+        return line
+    line = _LONG_WORD.sub(lambda found: _shortened(found[0], _MAX_WORD), line)
+    return _shortened(line, _MAX_LINE)
+
+
+def shown(text: str) -> str:
+    r"""Return ``text``, a name from an untrusted file, on one line of bounded length.
+
+    >>> print(shown("wte.weight"), shown("a" + chr(10)))
+    wte.weight 'a\n'
+    """
+    safe = text if text.isprintable() and text else ascii(text)
+    return _shortened(safe, _MAX_NAME)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[-most // 4 :]} ({len(text)} characters)"
+
+
 def some(names: Iterable[str], limit: int = 5) -> str:
     """The first few of ``names`` in a sentence, and how many more there are.
 
@@ -67,9 +113,14 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     'a, b and 1 more'
     """
     all_names = list(names)
-    head = ", ".join(all_names[:limit])
+    head = ", ".join(map(_inline, all_names[:limit]))
     rest = len(all_names) - limit
     return f"{head} and {rest} more" if rest > 0 else head
+
+
+def _inline(name: str) -> str:
+    """``name`` as part of a sentence; callers may pass phrases and empty strings, too."""
+    return shown(name) if name else name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -81,4 +132,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches  # noqa: PLC0415 - only when something is wrong
 
     close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    return f" Did you mean {shown(close[0])}?" if close else ""

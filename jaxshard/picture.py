@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .catalog import Catalog, Tensor
+from .errors import printable, shown
 from .layout import Layout, Placement
 from .planning.outputs import Outputs
 from .planning.plan import Plan
@@ -48,7 +49,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
        0  a
       10  b
     """
-    cells = [[str(c) for c in row] for row in rows]
+    cells = [[_cell(c) for c in row] for row in rows]
     numeric = [all(c[i][:1].isdigit() for c in cells if c[i]) for i in range(len(head))]
     widths = [max(len(c[i]) for c in [list(head), *cells]) for i in range(len(head))]
     return "\n".join(
@@ -58,6 +59,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         ).rstrip()
         for row in [list(head), *cells]
     )
+
+
+def _cell(value: object) -> str:
+    """``value`` on one line; names may come from an untrusted file."""
+    text = str(value)
+    return shown(text) if text else text
 
 
 def elided(rows: Sequence[Sequence[object]], most: int = _MOST_RANKS) -> list[Sequence[object]]:
@@ -81,7 +88,7 @@ def holders(tensor: Tensor, placement: Placement) -> str:
     │ 1, 3 │
     └──────┘
     """
-    title = f"{tensor.name}  {tensor.dtype} {tensor.shape}"
+    title = f"{shown(tensor.name)}  {tensor.dtype} {tensor.shape}"
     return held_by(title, placement, tensor.shape)
 
 
@@ -232,7 +239,7 @@ def _most_of_one(plan: Plan) -> str:
 
 
 def _noted(notes: Sequence[str]) -> list[str]:
-    return ["", *(f"note: {note}" for note in notes)] if notes else []
+    return ["", *(f"note: {printable(note)}" for note in notes)] if notes else []
 
 
 def _format(catalog: Catalog) -> str:

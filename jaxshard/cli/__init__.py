@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from ..errors import JaxshardError, StorageError
+from .output import write_error, write_json
 from .parsing import parser
 
 _COLLECT_AFTER = 200_000  # objects more; Python's own is 700
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JaxshardError as error:
         return _fail(error, arguments)
     except KeyboardInterrupt:
-        print("jaxshard: interrupted. Finished files are kept for --resume.", file=sys.stderr)
+        write_error("jaxshard: interrupted. Finished files are kept for --resume.")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
@@ -62,6 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: JaxshardError, arguments: argparse.Namespace) -> int:
     text = " ".join(str(error).split())
     if getattr(arguments, "json", False):
-        print(json.dumps({"error": type(error).__name__, "message": text}))
-    print(f"jaxshard: {type(error).__name__}: {text}", file=sys.stderr)
+        write_json({"error": type(error).__name__, "message": text}, indent=None)
+    write_error(f"jaxshard: {type(error).__name__}: {text}")
     return error.exit_status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import Namespace
@@ -22,6 +21,7 @@ from ..formats.huggingface_files import parse_size
 from ..multiprocess.environment import part_of
 from ..opening import open_checkpoint
 from ..rules import Rules, read_rules
+from .output import write, write_json
 
 if TYPE_CHECKING:
     from ..verification import Verdict
@@ -35,11 +35,11 @@ def inspect(a: Namespace) -> int:
         return done
     catalog = _source(a)
     if a.json:
-        _print_json(_catalog_facts(catalog))
+        write_json(_catalog_facts(catalog))
     elif not a.quiet:
-        print(picture.catalog_text(catalog))
+        write(picture.catalog_text(catalog))
         if a.tensors:
-            print("\n" + picture.tensor_table(catalog.tensors.values()))
+            write("\n" + picture.tensor_table(catalog.tensors.values()))
     return 0
 
 
@@ -103,7 +103,7 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
     well = listing.is_well(steps)
     best = listing.resumes_from(steps)
     if a.json:
-        _print_json(
+        write_json(
             {
                 "steps": listing.facts(steps),
                 "resumes_from": str(best.name) if best else None,
@@ -112,11 +112,11 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
         )
     elif not a.quiet:
         head = ("step", "number", "state", "format", "size", "age", "")
-        print(picture.table(head, listing.rows(steps, picture.size, listing.clock())))
-        print(listing.verdict(best, deep=deep))
+        write(picture.table(head, listing.rows(steps, picture.size, listing.clock())))
+        write(listing.verdict(best, deep=deep))
         newest = os.path.join(a.source, "checkpoint")
         if a.command == "verify" and os.path.isdir(newest):
-            print(f"note: replicas are not compared; jaxshard verify {newest} does that.")
+            write(f"note: replicas are not compared; jaxshard verify {newest} does that.")
     return 0 if well or a.command == "inspect" else _PROBLEM
 
 
@@ -147,9 +147,9 @@ def decrypt(a: Namespace) -> int:
     key = key.removesuffix(b"\n")  # as editors and echo leave it
     place = decrypt_file(a.source, a.destination, key, overwrite=a.overwrite)
     if a.json:
-        _print_json({"destination": str(place), "num_bytes": place.stat().st_size})
+        write_json({"destination": str(place), "num_bytes": place.stat().st_size})
     elif not a.quiet:
-        print(f"{place}: {picture.size(place.stat().st_size)}, decrypted")
+        write(f"{place}: {picture.size(place.stat().st_size)}, decrypted")
     return 0
 
 
@@ -168,9 +168,9 @@ def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:
     with _progress("writing", a.quiet or a.json) as told:
         report = execute(prepared, a.destination, options=options, progress=told)
     if a.json:
-        _print_json(asdict(report))
+        write_json(asdict(report))
     elif not a.quiet:
-        print(_report_text(report))
+        write(_report_text(report))
     return 0
 
 
@@ -266,7 +266,7 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int], Callable[[int]
 def _show_plan(prepared: Prepared, a: Namespace) -> int:
     made = prepared.plan
     if a.json:
-        _print_json(
+        write_json(
             {
                 **asdict(made.totals),
                 "peak_host_bytes": made.host_bytes,
@@ -279,24 +279,24 @@ def _show_plan(prepared: Prepared, a: Namespace) -> int:
             }
         )
     elif not a.quiet:
-        print(picture.plan_text(made))
+        write(picture.plan_text(made))
     return 0
 
 
 def _show_verdict(verdict: Verdict, a: Namespace) -> int:
     if a.json:
-        _print_json(asdict(verdict))
+        write_json(asdict(verdict))
     elif not a.quiet:
         for note in verdict.notes:
-            print(f"note: {note}")
+            write(f"note: {note}")
         for problem in verdict.problems:
-            print(problem)
+            write(problem)
         compared = (
             f", {picture.size(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
         )
         found = picture.count(len(verdict.problems), "problem")
         outcome = found if verdict.problems else "all is well"
-        print(f"{picture.count(verdict.num_tensors, 'tensor')}{compared}: {outcome}")
+        write(f"{picture.count(verdict.num_tensors, 'tensor')}{compared}: {outcome}")
     return _PROBLEM if verdict.problems else 0
 
 
@@ -330,7 +330,3 @@ def _catalog_facts(catalog: Catalog) -> dict[str, Any]:
         },
         "notes": catalog.notes,
     }
-
-
-def _print_json(data: object) -> None:
-    print(json.dumps(data, indent=1))

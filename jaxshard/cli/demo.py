@@ -26,6 +26,7 @@ from ..errors import CoverageError, LayoutError, StorageError, some
 from ..formats.safetensors import layout_file
 from ..opening import open_checkpoint
 from ..rank_share import load_rank
+from .output import write_json
 
 _LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
 _FAST = Options(durable=False)
@@ -50,7 +51,7 @@ def run_demo(
             + (f"; kept in {keep}" if keep else "")
         )
     if as_json:
-        print(json.dumps({"source": str(source), "steps": steps}, indent=1))
+        write_json({"source": str(source), "steps": steps})
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from argparse import Namespace
@@ -24,6 +23,7 @@ from ..strategy import Strategy
 from ..targets import lay_out_for
 from . import strategy_picture
 from .commands import read_rules_file
+from .output import write, write_json
 
 
 def strategy_show(a: Namespace) -> int:
@@ -33,9 +33,9 @@ def strategy_show(a: Namespace) -> int:
     strategies = _read(a.path)
     chosen = _chosen(strategies, a.include)
     if a.json:
-        print(json.dumps(strategy_picture.facts(strategies, chosen), indent=1))
+        write_json(strategy_picture.facts(strategies, chosen))
     elif not a.quiet:
-        print(strategy_picture.text(a.path, strategies, chosen, one_by_one=a.all))
+        write(strategy_picture.text(a.path, strategies, chosen, one_by_one=a.all))
     return 0
 
 
@@ -99,10 +99,10 @@ def _show_own(a: Namespace, layout: Layout) -> int:
     placed = [(name, p) for name in names for p in layout.placements[name]]
     if a.json:
         tensors = [{"name": n, "placement": str(p), **asdict(p)} for n, p in placed]
-        print(json.dumps({"num_ranks": layout.num_ranks, "tensors": tensors}, indent=1))
+        write_json({"num_ranks": layout.num_ranks, "tensors": tensors})
     elif not a.quiet:
-        print(f"{a.path}: {layout.num_ranks} ranks\n")
-        print(strategy_picture.placed_text(placed, one_by_one=a.all))
+        write(f"{a.path}: {layout.num_ranks} ranks\n")
+        write(strategy_picture.placed_text(placed, one_by_one=a.all))
     return 0
 
 
@@ -224,9 +224,9 @@ def _report(a: Namespace, out: str, strategies: Strategies, num_files: int) -> i
         "num_tensors": sum(len(s.params) for s in strategies.stages.values()),
     }
     if a.json:
-        print(json.dumps(told, indent=1))
+        write_json(told)
     elif not a.quiet:
-        print(
+        write(
             f"{out}: {num_files:,} files for {told['num_ranks']:,} ranks in {told['num_stages']} "
             f"stages, {told['num_tensors']:,} tensors"
         )

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..catalog import Catalog, File, Piece, Tensor
-from ..errors import FormatError
+from ..errors import FormatError, shown
 from . import huggingface
 from .folder import Folder
 from .job_numbers import job_numbers
 from .mindspore_kinds import kind_of
-from .strict_json import shown
 from .weight_files import read_weight_file
 
 NAME = "model.ckpt"

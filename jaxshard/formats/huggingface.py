@@ -21,12 +21,12 @@ from typing import Any
 
 from ..box import Box
 from ..catalog import Catalog, File, Model, Piece, Tensor
-from ..errors import CoverageError, FormatError, NotFoundError, some
+from ..errors import CoverageError, FormatError, NotFoundError, shown, some
 from .folder import Folder
 from .huggingface_files import file_names, index_json, parse_size, plan_files
 from .job_numbers import job_numbers
 from .safetensors import Entry, Header, read_header
-from .strict_json import FETCH, parse_object, shown
+from .strict_json import FETCH, parse_object
 
 __all__ = [
     "CONFIG",

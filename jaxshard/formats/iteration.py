@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..catalog import Catalog, File, Piece, Tensor
-from ..errors import FormatError, NotFoundError, some
+from ..errors import FormatError, NotFoundError, shown, some
 from ..layout import Layout, Placement
 from ..rules.match import weight_name
 from . import huggingface
@@ -28,7 +28,7 @@ from .iteration_metadata import Described, parse
 from .iteration_names import COMMON, METADATA
 from .job_numbers import job_numbers
 from .safetensors import Entry, read_header
-from .strict_json import FETCH, parse_object, shown
+from .strict_json import FETCH, parse_object
 
 _MAX_METADATA_BYTES = 1 << 28  # a thousand tensors on a thousand ranks, with all copies
 _MAX_COMMON_BYTES = 1 << 20

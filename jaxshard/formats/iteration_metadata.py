@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, NoReturn
 from ..box import Box
 from ..catalog import Tensor
 from ..dtypes import DType
-from ..errors import FormatError, LayoutError
+from ..errors import FormatError, LayoutError, shown
 from ..layout import Placement, Shard
 from .mindspore_ckpt import TENSOR_TYPES
-from .strict_json import FETCH, shown
+from .strict_json import FETCH
 
 _KEY = re.compile(r"\((?P<name>(['\"]).*\2), \((?P<number>\d{1,9}),\)\)", re.DOTALL)
 _MAX_PARTS = 1 << 20

@@ -19,11 +19,11 @@ from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn
 
-from ..errors import FormatError
+from ..errors import FormatError, shown
 from ..layout import Layout, Placement
 from ..strategy import Axes
 from .folder import Folder
-from .strict_json import FETCH, parse_object, shown
+from .strict_json import FETCH, parse_object
 
 NAME = "layout.json"
 

@@ -24,10 +24,9 @@ from typing import NamedTuple
 
 from ..box import Box
 from ..dtypes import BY_NAME, DType, num_bytes
-from ..errors import FormatError
+from ..errors import FormatError, shown
 from .folder import Folder
 from .mindspore_kinds import kind_of, told
-from .strict_json import shown
 from .wire import BYTES, Reader
 
 TENSOR_TYPES: Mapping[str, DType] = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..dtypes import DType, num_bytes
-from ..errors import FormatError, LayoutError
+from ..errors import FormatError, LayoutError, shown
 from . import wire
 from .mindspore_ckpt import (
     CRC_BYTES,
@@ -22,7 +22,6 @@ from .mindspore_ckpt import (
     STRING,
     TENSOR_TYPES,
 )
-from .strict_json import shown
 
 CHUNK_BYTES = 512 << 20  # MindSpore cuts larger tensors; protobuf ends at 2 GiB
 

@@ -17,9 +17,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 from ..dtypes import BY_NAME, DType, num_bytes
-from ..errors import FormatError, LayoutError, NotFoundError
+from ..errors import FormatError, LayoutError, NotFoundError, shown
 from .folder import Folder
-from .strict_json import FETCH, parse_object, shown
+from .strict_json import FETCH, parse_object
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ALIGNMENT = 64  # a cache line, and what JAX asks of memory that it uses in place

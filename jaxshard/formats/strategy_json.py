@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import FormatError, LayoutError
+from ..errors import FormatError, LayoutError, shown
 from .strategy_messages import (
     INT32,
     MAX_LISTS,
@@ -25,7 +25,7 @@ from .strategy_messages import (
     checked,
     named,
 )
-from .strict_json import parse_object, shown
+from .strict_json import parse_object
 
 
 def to_json(file: StrategyFile) -> bytes:

@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from ..errors import FormatError
+from ..errors import FormatError, shown
 
 FETCH = "Fetch the file again."
 
@@ -65,16 +65,6 @@ def parse_object(raw: bytes, subject: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{subject} holds a JSON {type(value).__name__}, not an object. {FETCH}")
     return value
-
-
-def shown(text: str) -> str:
-    r"""``text`` as an error may print it: one line, of bounded length.
-
-    >>> print(shown("wte.weight"), shown("a" + chr(10)))
-    wte.weight 'a\n'
-    """
-    safe = text if text.isprintable() and text else ascii(text)
-    return safe if len(safe) <= 200 else f"{safe[:200]}… ({len(text)} characters)"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from ..box import Box
 from ..dtypes import DType
-from ..errors import FormatError
+from ..errors import FormatError, shown
 from . import safetensors
 from .folder import Folder
-from .strict_json import shown
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
 _NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # said of the file, not kept in it
