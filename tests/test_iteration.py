@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import mindspore_files as ms
+import numpy as np
 import pytest
 from golden_files import golden, manifest
 from mindspore_ranks import ARRAYS, LAYOUT, NUMBERS, QUICK, check_equal, merged
+from safetensors.numpy import save_file
 
 import jaxshard as js
 from jaxshard.box import Box
 from jaxshard.catalog import Piece, Tensor
 from jaxshard.dtypes import dtype
-from jaxshard.errors import FormatError, JaxshardError, NotFoundError
-from jaxshard.formats import iteration, iteration_metadata
+from jaxshard.errors import FormatError, JaxshardError, LayoutError, NotFoundError
+from jaxshard.formats import elsewhere, iteration, iteration_metadata
 from jaxshard.formats.folder import MemoryFolder
+from jaxshard.formats.job_numbers import NAMES
 from jaxshard.layout import Placement
 
 STEP = "iteration_00000010"
@@ -328,3 +331,85 @@ def test_mutated_metadata_is_refused_or_right(kind: str) -> None:
             assert places <= right[name], seed
     assert refused > 1000
     assert accepted > 50
+
+
+# --- the job's numbers ----------------------------------------------------------------------
+
+
+def numbered(where: Path, **numbers: Any) -> Path:
+    """A Checkpoint 2.0 folder whose ``common.json`` has ``numbers``; those as text as they are."""
+    save_file({"w": np.arange(8, dtype=np.float32).reshape(4, 2)}, where / "in.safetensors")
+    js.convert(where / "in.safetensors", where / "it", format="iteration", options=QUICK)
+    (common,) = (where / "it").rglob("common.json")
+    said = {**json.loads(common.read_text()), **numbers}
+    common.write_text(json.dumps(said).replace('"1e999"', "1e999").replace('"NaN"', "NaN"))
+    return common
+
+
+def again(where: Path) -> dict[str, Any]:
+    """What ``common.json`` says after one more conversion to Checkpoint 2.0."""
+    js.convert(where / "it", where / "again", format="iteration", options=QUICK)
+    (common,) = (where / "again").rglob("common.json")
+    return json.loads(common.read_text())
+
+
+def test_a_checkpoint_2_folder_without_numbers_becomes_another(tmp_path: Path) -> None:
+    common = numbered(tmp_path)
+    assert set(json.loads(common.read_text()).values()) == {None}
+    assert again(tmp_path) == json.loads(common.read_text())
+    assert (tmp_path / "again" / "iteration_00000000").is_dir()
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize(
+    "value", ["x", [1], {}, True, "1e999", "NaN", 0.5, 2**63, -(2**70)], ids=str
+)
+def test_a_number_of_another_type_is_refused_with_the_file(
+    name: str, value: object, tmp_path: Path
+) -> None:
+    common = numbered(tmp_path, **{name: value})
+    if name in ("learning_rate", "loss_scale", "scale_sense") and value in (0.5, 2**63, -(2**70)):
+        assert again(tmp_path)[name] == value
+        return
+    with pytest.raises(FormatError, match=r"common\.json") as error:
+        again(tmp_path)
+    assert str(common) in str(error.value) or value in ("1e999", "NaN")  # refused at opening
+
+
+def test_numbers_in_their_own_types_are_carried_and_foreign_ones_left_alone(tmp_path: Path) -> None:
+    own = {"global_step": 12.0, "step_num": None, "loss_scale": 2.5, "ckpt_status": 2}
+    numbered(tmp_path, **own, someone=["else's"])
+    said = again(tmp_path)
+    assert {n: said[n] for n in own} == own
+    assert said["someone"] == ["else's"]
+    assert type(said["global_step"]) is int
+    assert (tmp_path / "again" / "iteration_00000012").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("global_step", np.float32([np.nan]), FormatError),
+        ("step_num", np.float32([np.inf]), FormatError),
+        ("loss_scale", np.float32([np.nan]), LayoutError),  # JSON has no such number
+        ("global_step", np.int32([-1]), LayoutError),
+    ],
+)
+def test_a_tensor_that_is_no_number_of_a_job_is_refused(
+    name: str, value: Any, error: type, tmp_path: Path
+) -> None:
+    tensors = {"w": np.zeros(4, np.float32), name: value}
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(error, match=name):
+        js.convert(tmp_path / "in.safetensors", tmp_path / "it", format="iteration", options=QUICK)
+
+
+@pytest.mark.parametrize("value", ["7c01", "", None, 3, ["a"], True])
+def test_the_save_of_a_hosts_folder_is_a_text(value: object) -> None:
+    said = {"jaxshard_elsewhere": 1, "save": value, "tensors": {}}
+    where = MemoryFolder({elsewhere.NAME: json.dumps(said).encode()})
+    if isinstance(value, str):
+        assert elsewhere.save_of(where) == value
+        return
+    with pytest.raises(FormatError, match=elsewhere.NAME):
+        elsewhere.save_of(where)

@@ -21,7 +21,7 @@ from ..catalog import Tensor
 from ..dtypes import dtype
 from ..errors import FormatError, JaxshardError
 from .folder import Folder
-from .strict_json import FETCH, parse_object
+from .strict_json import FETCH, parse_object, shown
 
 NAME = "elsewhere.json"
 
@@ -51,7 +51,10 @@ def save_of(folder: Folder) -> str:
     Raises:
         FormatError: the file is not what it claims to be.
     """
-    return str(_told(folder).get("save", ""))
+    save = _told(folder).get("save", "")
+    if not isinstance(save, str):
+        raise FormatError(f"{NAME}: save is {shown(repr(save))}, expected a text. {FETCH}")
+    return save
 
 
 def _told(folder: Folder) -> dict[str, Any]:
@@ -61,10 +64,11 @@ def _told(folder: Folder) -> dict[str, Any]:
     told = parse_object(folder.read(NAME, 0, known.num_bytes), NAME)
     if _MARK not in told:
         return {}  # somebody else's file of that name
-    if told[_MARK] != _VERSION or not isinstance(told.get("tensors"), dict):
+    version = told[_MARK]
+    if type(version) is not int or version != _VERSION or not isinstance(told.get("tensors"), dict):
         raise FormatError(
-            f"{NAME}: version {told[_MARK]!r}; this jaxshard reads version {_VERSION}. Upgrade "
-            "jaxshard, or save again."
+            f"{NAME}: version {shown(repr(version))}; this jaxshard reads version {_VERSION}. "
+            "Upgrade jaxshard, or save again."
         )
     return dict(told)
 

@@ -8,9 +8,11 @@ names tell.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
+from math import isfinite, prod
 
 from ..catalog import Tensor
+from ..errors import FormatError
+from .strict_json import FETCH, shown
 
 NAMES = frozenset(
     {
@@ -20,7 +22,28 @@ NAMES = frozenset(
     }
 )
 
+_FRACTIONS = frozenset({"learning_rate", "loss_scale", "scale_sense"})
+_LIMIT = 1 << 63  # MindSpore keeps them as signed integers of 64 bits
+
 
 def job_numbers(tensors: Iterable[Tensor]) -> frozenset[str]:
     """The names of those that are numbers of a job and no weights."""
     return frozenset(t.name for t in tensors if t.name in NAMES and prod(t.shape) == 1)
+
+
+def checked(name: str, value: object, where: str) -> int | float:
+    """Return the number of a job called ``name``, read from ``where``, in its own type.
+
+    Raises:
+        FormatError: the value is not such a number.
+
+    >>> checked("global_step", 10.0, "common.json"), checked("loss_scale", 0.5, "common.json")
+    (10, 0.5)
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if name in _FRACTIONS:
+            return value
+        if isfinite(value) and int(value) == value and abs(value) < _LIMIT:
+            return int(value)
+    expected = "a number" if name in _FRACTIONS else "a whole number of 64 bits"
+    raise FormatError(f"{where}: {name} is {shown(repr(value))}, expected {expected}. {FETCH}")

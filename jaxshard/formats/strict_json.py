@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import isinf
 from typing import Any, NoReturn
 
 from ..errors import FormatError, shown
@@ -40,7 +41,10 @@ def parse_object(raw: bytes, subject: str) -> dict[str, Any]:
     _refuse_dense(raw, subject)
     try:
         value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()  # pairs are one character by now
@@ -80,6 +84,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise _RefusedError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    """Refuse ``1e999``, which Python reads as infinity and writes as no JSON."""
+    value = float(digits)
+    if isinf(value):
+        raise _RefusedError(f"{shown(digits)} is larger than any 64-bit float")
+    return value
 
 
 def _refuse_dense(raw: bytes, subject: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from ..catalog import Catalog, Tensor
@@ -76,12 +77,21 @@ def _cut(layout: Layout, tensor: Tensor) -> Placement | None:
 
 
 def _common(numbers: Mapping[str, Any]) -> bytes:
-    """``common.json``: what MindFormers resumes with. What is not known is null."""
+    """``common.json``: what MindFormers resumes with. What is not known is null.
+
+    Raises:
+        LayoutError: a number is infinite or not a number.
+    """
     known = {name: numbers.get(name) for name in (*_COMMON, "consumed_samples")}
     more = {k: v for k, v in numbers.items() if k not in known and k != "ckpt_status"}
-    return json.dumps(
-        {**known, **more, "ckpt_status": numbers.get("ckpt_status")}, indent=4
-    ).encode()
+    said = {**known, **more, "ckpt_status": numbers.get("ckpt_status")}
+    for name, value in said.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise LayoutError(
+                f"{name} is {value}, and {COMMON} can hold finite numbers only. Leave it out with "
+                "exclude= (--exclude)."
+            )
+    return json.dumps(said, indent=4).encode()
 
 
 class _Files:

@@ -20,6 +20,7 @@ from posixpath import normpath
 from typing import Any
 
 from ..errors import FormatError, LayoutError
+from ..formats.job_numbers import NAMES, checked
 from .checksums import FileSums
 from .lineage import Line
 from .naming import CHECKPOINT, StepName, parse_folder, parse_rank_file
@@ -163,7 +164,10 @@ def _record(said: Any) -> Record:
         files=files,
         strategy=None if said["strategy"] is None else _inside(said["strategy"]),
         extras=dict(said["extras"]),
-        numbers=dict(said["numbers"]),
+        numbers={
+            name: checked(name, value, "numbers") if name in NAMES else value
+            for name, value in dict(said["numbers"]).items()
+        },
         saved_at=float(said["saved_at"]),
         line=_line(said),
     )
