@@ -10,6 +10,7 @@ from .conversion.options import Options, budget_of, with_given
 from .conversion.preparing import fitted, prepare
 from .conversion.running import Report, execute
 from .layout import Layout
+from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint, opened
 from .planning.plan import Plan
 from .rules import Rules
@@ -23,7 +24,7 @@ _DEFAULT = Options()
 
 def open(path: PathLike, *, strategy: PathLike | None = None, suffix: str | None = None) -> Catalog:
     """The contents of the checkpoint at ``path``, from headers only; see ``open_checkpoint``."""
-    return open_checkpoint(path, strategy=strategy, suffix=suffix)
+    return with_notes_logged(open_checkpoint(path, strategy=strategy, suffix=suffix))
 
 
 def plan(
@@ -35,7 +36,9 @@ def plan(
     threads and the memory matter (``host_bytes=`` …): blocks are as large as they allow.
     """
     options, how = with_given(options, how)
-    return fitted(prepare(source, to, **how), options).plan
+    made = fitted(prepare(source, to, **how), options).plan
+    log_notes(made.source.root, made.notes, made.source.logged)
+    return made
 
 
 def convert(
@@ -64,7 +67,9 @@ def convert(
     """
     options, how = with_given(options, how)
     prepared = prepare(source, to, destination=destination, **how)
-    return execute(prepared, destination, options=options, progress=progress)
+    report = execute(prepared, destination, options=options, progress=progress)
+    log_notes(str(destination), report.notes, prepared.plan.source.logged)
+    return report
 
 
 def merge(source: Catalog | PathLike, destination: PathLike, **how: Any) -> Report:
@@ -86,11 +91,12 @@ def verify(
 ) -> Verdict:
     """Whether a checkpoint is whole and its replicas agree, and equals ``against`` if given."""
     budget = budget_of(options)
-    catalog = opened(checkpoint)
+    catalog = with_notes_logged(opened(checkpoint))
     verdict = verify_alone(catalog, budget=budget, progress=progress)
     if against is None or verdict.problems:
         return verdict
-    return verify_against(catalog, opened(against), budget=budget, progress=progress)
+    other = with_notes_logged(opened(against))
+    return verify_against(catalog, other, budget=budget, progress=progress)
 
 
 def reshard(

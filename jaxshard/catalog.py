@@ -169,6 +169,7 @@ class Catalog:
         extras: other files to carry along (tokenizer, config), relative to ``root``.
         hyper: names of tensors that are no weights and are never cut (``global_step`` …).
         notes: things a person should know that are not errors.
+        logged: those of them that a verb has logged; see ``notes.logged``.
         origin: for a mapped catalog, what it was made of.
     """
 
@@ -182,6 +183,7 @@ class Catalog:
     extras: tuple[str, ...] = ()
     hyper: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    logged: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:

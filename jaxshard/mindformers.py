@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import Catalog
 from .errors import CoverageError, FormatError, NotFoundError, StorageError
+from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint
 from .strategy import Strategy
 
@@ -103,7 +104,7 @@ class Loading:
         """
         catalog = self._catalog()
         notes = (*self.notes, *_contradictions(self, catalog), *catalog.notes)
-        return replace(catalog, notes=notes)
+        return with_notes_logged(replace(catalog, notes=notes, logged=frozenset(self.notes)))
 
     def _catalog(self) -> Catalog:
         """The checkpoint; ``load_ckpt_format`` counts only where both kinds lie together."""
@@ -145,6 +146,8 @@ def from_config(config: Config | PathLike) -> Loading:
         )
     keys = ("remove_redundancy", "load_ckpt_format", "auto_trans_ckpt")
     said = {k: told[k] for k in keys if told.get(k) is not None}
+    notes += [*more, *_unsaid(told, strategy)]
+    log_notes(_called(config), notes)
     return Loading(
         path,
         strategy,
@@ -153,7 +156,7 @@ def from_config(config: Config | PathLike) -> Loading:
         with_states,
         _how(told),
         said,
-        (*notes, *more, *_unsaid(told, strategy)),
+        tuple(notes),
     )
 
 
@@ -249,6 +252,11 @@ def read_yaml(path: PathLike) -> Config:
 
 
 # ---------------------------------------------------------------------------- the keys
+
+
+def _called(config: Config | PathLike) -> str:
+    """What notes call a configuration: its file's path."""
+    return "the configuration" if isinstance(config, Mapping) else os.fspath(config)
 
 
 def _path(told: Config) -> tuple[Path, list[str]]:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from .catalog import Model
 from .devices import rank_devices, shardings
 from .errors import LayoutError
+from .notes import log_notes
 from .rules import Rules, layout, rules_for
 from .strategy import Strategy
 from .trees import named_leaves
@@ -60,6 +61,7 @@ def strategy_shardings(
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)[0]}
     placed = layout(shapes, strategy, _table(list(shapes), rules))
+    log_notes(str(strategy), placed.notes)
     return shardings(placed, rank_devices(strategy, devices))
 
 

@@ -224,7 +224,7 @@ def plan_text(plan: Plan) -> str:
     if plan.outputs.paths[0].startswith("rank_"):
         for drawn in layout_pictures(plan.source.tensors.values(), plan.outputs.layout):
             lines += ["", drawn]
-    return "\n".join([*lines, *_noted((*plan.source.notes, *plan.outputs.layout.notes))])
+    return "\n".join([*lines, *_noted(plan.notes)])
 
 
 def _holds(plan: Plan) -> list[str]:

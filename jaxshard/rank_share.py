@@ -16,6 +16,7 @@ from .conversion.preparing import prepare
 from .elements import Conversion, numpy_dtype
 from .errors import LayoutError
 from .layout import Layout
+from .notes import log_notes
 from .opening import PathLike
 from .planning.moves import Move
 from .planning.outputs import Entry
@@ -52,6 +53,7 @@ def load_rank(
     one: dict[str, Any] = {} if whole else {"ranks": [rank]}
     options, how = with_given(options, how)
     plan = prepare(source, to, **one, **how).plan
+    log_notes(plan.source.root, plan.notes, plan.source.logged)
     wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
     share = {e.tensor.name: _Memory(e) for e in entries}

@@ -25,7 +25,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("errors", "dtypes", "box", "recent", "native", "lazily"),
     ("strategy", "layout", "elements", "views"),
     ("catalog",),
-    ("rules", "mapping", "selection"),
+    ("rules", "mapping", "selection", "notes"),
     ("formats",),
     ("cells", "ranges", "planning", "picture"),
     ("storage",),

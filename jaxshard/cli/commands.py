@@ -276,6 +276,7 @@ def _show_plan(prepared: Prepared, a: Namespace) -> int:
                 "format": prepared.result.format,
                 "rank_bytes": made.outputs.rank_bytes(),
                 "paths": made.outputs.paths,
+                "notes": made.notes,
             }
         )
     elif not a.quiet:

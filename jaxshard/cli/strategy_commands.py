@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,12 +59,13 @@ def strategy_make(a: Namespace) -> int:
     strategies = strategy_files.from_layout(
         layout, shapes, optimizer_shard=strategy.optimizer_shard != 1
     )
+    notes = tuple(dict.fromkeys((*catalog.notes, *layout.notes)))
     if a.merged:
         _write_file(Path(a.out), _one_file(strategies, a.out), a.overwrite)
-        return _report(a, a.out, strategies, 1)
+        return _report(a, a.out, strategies, 1, notes)
     files = strategy_files.raw_files(strategies)
     _write_folder(Path(a.out), files, a.overwrite)
-    return _report(a, a.out, strategies, len(files))
+    return _report(a, a.out, strategies, len(files), notes)
 
 
 # ---------------------------------------------------------------------------- showing
@@ -215,13 +216,16 @@ def _refuse_source(out: Path, source: str) -> None:
         folder.close()
 
 
-def _report(a: Namespace, out: str, strategies: Strategies, num_files: int) -> int:
+def _report(
+    a: Namespace, out: str, strategies: Strategies, num_files: int, notes: Sequence[str] = ()
+) -> int:
     told = {
         "out": out,
         "num_files": num_files,
         "num_ranks": strategies.num_ranks,
         "num_stages": strategies.num_stages,
         "num_tensors": sum(len(s.params) for s in strategies.stages.values()),
+        "notes": notes,
     }
     if a.json:
         write_json(told)
@@ -230,4 +234,6 @@ def _report(a: Namespace, out: str, strategies: Strategies, num_files: int) -> i
             f"{out}: {num_files:,} files for {told['num_ranks']:,} ranks in {told['num_stages']} "
             f"stages, {told['num_tensors']:,} tensors"
         )
+        for note in notes:
+            print(f"note: {note}")
     return 0

@@ -77,7 +77,7 @@ def execute(
     plan = part_plan(plan, part)
     staging = _staging(place, prepared.request, options, only, part)
     left = one_file.notes(catalog, prepared.result, only)
-    notes = (*catalog.notes, *plan.outputs.layout.notes, *left)
+    notes = (*plan.notes, *left)
     if staging.published:
         return Report(str(destination), Counts(), 0, plan.totals.num_files, notes, part)
     try:

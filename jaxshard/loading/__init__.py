@@ -21,6 +21,7 @@ from ..catalog import Catalog
 from ..errors import CoverageError, LayoutError, some
 from ..mapping import Mapping, find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
+from ..notes import log_notes
 from ..opening import PathLike, opened
 from ..rules import Rules
 from ..selection import missed, select, texts
@@ -126,7 +127,7 @@ def load(
             others = processes_of_jax(timeout_s).about(catalog.root)
             check_one_save(others.hear("loading: which save", save), catalog.root)
         include, exclude = texts(include), texts(exclude)
-        tensors, _ = select(catalog, include, exclude)
+        tensors, notes = select(catalog, include, exclude)
         chosen = replace(catalog, tensors={t.name: t for t in tensors})
         if names is not None:
             chosen = find_mapping(names, chosen, asked_dtype(target, dtype)).apply(chosen)
@@ -140,6 +141,8 @@ def load(
             name_of=name_of,
             missed=missed(names, include, exclude),
         )
+        notes = (*chosen.notes, *notes, *wanted.notes)
+        log_notes(catalog.root, notes, catalog.logged)
         by_orbax = restored_by_orbax(catalog, wanted.wants) and not owned
         if by_orbax:
             arrays, counts = restore(catalog, wanted.wants, host_bytes)

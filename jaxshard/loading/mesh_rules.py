@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..catalog import Catalog
 from ..devices import sharding
 from ..errors import LayoutError, nearest
-from ..layout import Placement
+from ..layout import Layout, Placement
 from ..rules import Rules
 from ..strategy import Strategy
 from ..targets import lay_out_for
@@ -33,8 +33,10 @@ AXIS_NAMES: Mapping[str, str] = {
 _ORDER = ("pp", "ep", "dp", "cp", "mp")  # slowest first, as ranks are numbered
 
 
-def mesh_shardings(catalog: Catalog, mesh: Mesh, rules: Rules | None) -> dict[str, NamedSharding]:
-    """The sharding over ``mesh`` of every tensor of ``catalog``, by the rules.
+def mesh_shardings(
+    catalog: Catalog, mesh: Mesh, rules: Rules | None
+) -> tuple[Layout, dict[str, NamedSharding]]:
+    """The layout of ``catalog`` by the rules, and its sharding over ``mesh`` of every tensor.
 
     Raises:
         LayoutError: the rules do not know an axis, or a tensor does not fit.
@@ -55,7 +57,7 @@ def mesh_shardings(catalog: Catalog, mesh: Mesh, rules: Rules | None) -> dict[st
     for placements in layout.placements.values():
         if placements not in found:
             found[placements] = _on(mesh, called, placements, ranks)
-    return {name: found[placements] for name, placements in layout.placements.items()}
+    return layout, {name: found[placements] for name, placements in layout.placements.items()}
 
 
 def _roles(mesh: Mesh) -> dict[str, str]:

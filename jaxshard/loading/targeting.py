@@ -65,8 +65,12 @@ def resolve(
     if isinstance(target, Layout):
         if strict:
             refuse_absent(catalog, target, missed)
-        return _all_tensors(catalog, _of_layout(catalog, target, devices), devices, cast)
-    place_of = _by_name(catalog, target, devices, rules)
+        placed = _of_layout(catalog, target, devices)
+        return replace(_all_tensors(catalog, placed, devices, cast), notes=target.notes)
+    if isinstance(target, Mesh | Strategy):
+        layout, found = _by_rules(catalog, target, devices, rules)
+        return replace(_all_tensors(catalog, found, devices, cast), notes=layout.notes)
+    place_of = _by_name(target)
     if place_of is not None:
         return _all_tensors(catalog, place_of, devices, cast)
     return _tree(catalog, target, devices, cast, strict=strict, name_of=name_of)
@@ -109,15 +113,20 @@ def asked_dtype(target: Any, dtype: Any) -> str | None:
     return "float64" if "float64" in asked else "float32"
 
 
-def _by_name(
-    catalog: Catalog, target: Any, devices: Devices, rules: Rules | None
-) -> Callable[[str], Any] | None:
-    """A sharding for each name, where the target is no tree."""
+def _by_rules(
+    catalog: Catalog, target: Mesh | Strategy, devices: Devices, rules: Rules | None
+) -> tuple[Layout, Callable[[str], Any]]:
+    """The layout that the rules make, and its sharding for each name."""
     if isinstance(target, Mesh):
-        return mesh_shardings(catalog, target, rules).__getitem__
-    if isinstance(target, Strategy):
-        ranks = rank_devices(target, _listed(devices))
-        return shardings(lay_out_for(catalog, target, rules), ranks).__getitem__
+        layout, found = mesh_shardings(catalog, target, rules)
+        return layout, found.__getitem__
+    ranks = rank_devices(target, _listed(devices))
+    layout = lay_out_for(catalog, target, rules)
+    return layout, shardings(layout, ranks).__getitem__
+
+
+def _by_name(target: Any) -> Callable[[str], Any] | None:
+    """A sharding for each name, where the target is no tree."""
     if isinstance(target, jax.Device):
         target = SingleDeviceSharding(target)
     if isinstance(target, Sharding | PartitionSpec):

@@ -40,6 +40,7 @@ class Wanted:
 
     wants: tuple[Want, ...]
     build: Callable[[Sequence[jax.Array]], Any] = field(repr=False)
+    notes: tuple[str, ...] = ()  # of the layout, where one was made
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from ..conversion.preparing import prepare
 from ..conversion.running import Report, execute
 from ..errors import LayoutError
 from ..layout import Layout
+from ..notes import log_notes
 from ..opening import PathLike, opened
 from ..strategy import Strategy
 from .adapters import find_adapters, is_adapter
@@ -126,4 +127,6 @@ def merge_lora(
     )
     options, how = with_given(options, how)
     prepared = prepare(catalog, to, destination=destination, **how)
-    return execute(prepared, destination, options=options, progress=progress)
+    report = execute(prepared, destination, options=options, progress=progress)
+    log_notes(str(destination), report.notes, prepared.plan.source.logged)
+    return report

@@ -73,12 +73,14 @@ def merged(
         kept[name] = _added(
             kept[name], moved, sign * settings.scaling_of(pair), swapped, reproducible
         )
+    beside = adapter.notes if adapter is not None else ()
     catalog = replace(
         base,
         tensors=kept,
         files=files,
         extras=tuple(e for e in base.extras if Path(e).name not in (PEFT_CONFIG, OWN_CONFIG)),
-        notes=(*base.notes, *_notes(found.dropped, settings), *dict.fromkeys(notes)),
+        notes=(*base.notes, *beside, *_notes(found.dropped, settings), *dict.fromkeys(notes)),
+        logged=base.logged if adapter is None else base.logged | adapter.logged,
     )
     return Merged(catalog, len(found.adapters), tuple(sorted(replaced)))
 

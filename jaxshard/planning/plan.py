@@ -53,6 +53,11 @@ class Plan:
     totals: Totals = field(default=Totals(), compare=False)
     reads: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the source and of the target's layout."""
+        return tuple(dict.fromkeys((*self.source.notes, *self.outputs.layout.notes)))
+
     def moves(self) -> Iterator[Move]:
         """The journey of each tensor, those that finish the first files first."""
         names = self.outputs.layout.placements

@@ -27,9 +27,11 @@ from ..layout import Layout
 from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
+from ..notes import log_notes
 from ..opening import PathLike, open_strategy, opened
 from ..rules import Rules
-from ..storage.budget import default_budget, default_workers
+from ..storage import carrying
+from ..storage.budget import Counts, default_budget, default_workers
 from ..strategy import Strategy
 from ..targets import check_request, lay_out_for, make_result, one_file
 from ..targets.folders import check_config
@@ -122,7 +124,8 @@ def save(
             check_across(format, shared=shared)
         elif alone:
             check_alone(arrays, format)
-        carried = None if extras is None else opened(extras)
+        carried, more = _carried(extras)
+        notes = (*notes, *more)
         check_config(config)
         model = _model(config, carried)
         ready = None
@@ -148,7 +151,7 @@ def save(
             arrays = _mapped(arrays, names, model)
         own = tree if name_of is None and names is None else arrays
         counts = orbax_saving.save(own, arrays, where, carried, **keep)
-        return Report(str(path), counts, 0, 0, notes)
+        return _report(path, counts, 0, notes, carried)
     source, result, budget = ready
     try:
         if processes.are_several:
@@ -159,7 +162,19 @@ def save(
     finally:
         source.close()
     notes = (*notes, *result.outputs.layout.notes)
-    return Report(str(path), counts, len(result.outputs.paths), 0, notes)
+    return _report(path, counts, len(result.outputs.paths), notes, carried)
+
+
+def _report(
+    path: PathLike,
+    counts: Counts,
+    num_files: int,
+    notes: tuple[str, ...],
+    carried: Catalog | None,
+) -> Report:
+    """What was saved, with its notes logged."""
+    log_notes(str(path), notes, carried.logged if carried else ())
+    return Report(str(path), counts, num_files, 0, notes)
 
 
 def _with_config(result: Result, config: Mapping[str, Any]) -> Result:
@@ -200,6 +215,15 @@ def arrays_of(
         raise LayoutError("nothing to save: the tree has no arrays.")
     note = f"{len(others)} leaves that are no arrays are not saved: {some(others)}."
     return found, (note,) if others else ()
+
+
+def _carried(extras: Catalog | PathLike | None) -> tuple[Catalog | None, tuple[str, ...]]:
+    """The checkpoint whose other files are carried along, with those that may be; and notes."""
+    if extras is None:
+        return None, ()
+    catalog = opened(extras)
+    kept, notes = carrying.carried(catalog)
+    return replace(catalog, extras=kept), (*catalog.notes, *notes)
 
 
 def _mapped(

@@ -14,7 +14,6 @@ from pathlib import Path
 from ..catalog import Catalog
 from ..errors import LayoutError, StorageError
 from ..planning.plan import make_plan
-from ..storage import carrying
 from ..storage.budget import Budget, Counts
 from ..storage.engine import run
 from ..storage.staging import (
@@ -140,7 +139,7 @@ def add_files(
     staging: Staging, side_files: Mapping[str, bytes], carried: Catalog | None, extras_to: str
 ) -> None:
     """Write the other files: those of the format go before those carried along."""
-    for path in carrying.carried(carried)[0] if carried else ():
+    for path in carried.extras if carried else ():
         if path in side_files or carried is None:
             continue
         place = staging.files / extras_to / path

@@ -174,7 +174,8 @@ def _on_devices(
 ) -> Mapping[str, jax.Array]:
     if not structs:
         return {}
-    chosen = replace(catalog, tensors={n: catalog.tensors[n] for n in structs})
+    tensors = {n: catalog.tensors[n] for n in structs}
+    chosen = replace(catalog, tensors=tensors, notes=())  # the manager logs them, with the step
     found: Mapping[str, jax.Array] = load(
         chosen, dict(structs), workers=where.workers, host_bytes=where.host_bytes
     )

@@ -29,6 +29,7 @@ from ..devices import rank_devices, shardings
 from ..errors import LayoutError, some
 from ..formats.job_numbers import NAMES
 from ..layout import Layout
+from ..notes import log_notes
 from ..strategy import Strategy
 from ..targets import lay_out_for
 from .states import LARGE_ELEMENTS, Leaf, Role, as_array, ending, is_optimizer_name
@@ -110,6 +111,7 @@ def by_strategy(
         )
     told = replace(catalog, hyper=catalog.hyper | rest)
     layout = lay_out(told, like, strategy, rules)
+    log_notes(str(strategy), layout.notes)
     return dict(shardings(layout, rank_devices(strategy, devices), catalog.tensors))
 
 
