@@ -171,6 +171,8 @@ class Catalog:
         notes: things a person should know that are not errors.
         logged: those of them that a verb has logged; see ``notes.logged``.
         origin: for a mapped catalog, what it was made of.
+        has_merged_adapters: adapters were added to the weights, so a target's layout may name
+            adapters that the result does not have.
     """
 
     root: str
@@ -185,6 +187,7 @@ class Catalog:
     notes: tuple[str, ...] = ()
     logged: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     origin: Origin | None = field(default=None, repr=False, compare=False)
+    has_merged_adapters: bool = False
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called ``name``.

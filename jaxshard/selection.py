@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from .catalog import Catalog, Tensor
 from .errors import CoverageError, LayoutError, NotFoundError, nearest, some
 from .layout import Layout
-from .rules.match import weight_name
+from .rules.match import is_part_of_adapter, weight_name
 
 ACCUMULATED = "accu_grads."
 
@@ -79,6 +80,29 @@ def chooser(
         )
 
     return takes
+
+
+def without_merged(catalog: Catalog, target: Layout) -> Layout:
+    """``target`` without the adapters that ``catalog`` had merged into its weights, and a note.
+
+    The job that trained the adapters has them in its strategy, and MindSpore's loader counts
+    every name of a strategy, so the strategy of the result must not have them.
+    """
+    if not catalog.has_merged_adapters:
+        return target
+    kept = {
+        name: placed
+        for name, placed in target.placements.items()
+        if name in catalog.tensors or not is_part_of_adapter(name)
+    }
+    left = len(target.placements) - len(kept)
+    if not left:
+        return target
+    note = (
+        f"{left} names of adapters in the target's strategy are left out of the result's: the "
+        "adapters were merged into their weights."
+    )
+    return replace(target, placements=kept, notes=(*target.notes, note))
 
 
 def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]) -> None:

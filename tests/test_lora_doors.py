@@ -8,10 +8,13 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_lora import QUICK, save, weights
 
+import jaxshard
 from jaxshard.api import convert
-from jaxshard.lora import merge_lora
+from jaxshard.errors import CoverageError
+from jaxshard.lora import merge_lora, with_adapter
 from jaxshard.opening import open_checkpoint
 from jaxshard.rules import read_rules
 
@@ -118,3 +121,75 @@ def test_square_weights_are_turned_from_the_command_line(tmp_path: Path) -> None
     np.testing.assert_allclose(made, delta.T, atol=1e-5)
     plain = weights(tmp_path / "m")[WQ + "weight"] - base[WQ + "weight"]
     np.testing.assert_allclose(plain, delta, atol=1e-5)
+
+
+GOLDEN = Path(__file__).parent / "golden" / "lora"
+GOLDEN_RULES = read_rules(
+    '[specs]\n"*.wq.weight" = "mp,-"\n"*.wo.weight" = "-,mp"\n"*.w1.weight" = "mp,-"\n'
+    '"*norm.weight" = "-"\n',
+    "test",
+)
+
+
+@pytest.mark.parametrize("case", ["parallel_core", "mindpet", "pynative"])
+@pytest.mark.parametrize("format", ["ranks", "ckpt"])
+@pytest.mark.parametrize("to", ["same", "strategy folder", "strategy file"])
+@pytest.mark.parametrize("remove_redundancy", [False, True])
+def test_a_merge_keeps_the_layout_of_the_job_that_trained_the_adapters(
+    tmp_path, case, format, to, remove_redundancy
+) -> None:
+    """MindFormers' adapters in rank files with strategy files, Adam's moments among them."""
+    tensors = load_file(GOLDEN / case / "src.safetensors")
+    lora = [n for n in tensors if "lora" in n]
+    tensors |= {f"adam_m.{n}": tensors[n] + 1 for n in lora}
+    save(tensors, tmp_path / "whole")
+    how = {"format": format, "options": QUICK}
+    convert(tmp_path / "whole", tmp_path / "job", "dp2mp2", rules=GOLDEN_RULES, **how)
+    strategy = tmp_path / "job" / "strategy"
+    target = {"same": "same", "strategy folder": strategy}.get(to)
+    if target is None:
+        target = tmp_path / "merged.ckpt"
+        assert checkpoints.run("strategy", "merge", strategy, target, "--quiet") == 0
+    report = merge_lora(
+        tmp_path / "job",
+        tmp_path / "m",
+        target,
+        alpha=16,
+        remove_redundancy=remove_redundancy,
+        **how,
+    )
+    assert any(f"{2 * len(lora)} names of adapters in the target" in n for n in report.notes)
+    made = open_checkpoint(tmp_path / "m")
+    assert made.layout is not None
+    assert set(made.layout.placements) == {n for n in tensors if "lora" not in n}
+    convert(tmp_path / "m", tmp_path / "one", options=QUICK)
+    merge_lora(tmp_path / "whole", tmp_path / "expected", alpha=16, options=QUICK)
+    for name, x in weights(tmp_path / "expected").items():
+        np.testing.assert_allclose(
+            weights(tmp_path / "one")[name].astype(np.float32),
+            x.astype(np.float32),
+            rtol=2**-7 if x.dtype != np.float32 else 1e-6,
+            atol=1e-5,
+        )
+
+
+def test_merged_adapters_are_not_missed_by_a_load_or_a_dry_run(tmp_path, capsys) -> None:
+    base, pair = model("pynative")
+    save(base | pair, tmp_path / "whole", lora_alpha=4)
+    convert(tmp_path / "whole", tmp_path / "job", "mp2", rules=RULES, options=QUICK)
+    source = with_adapter(tmp_path / "job", alpha=4)
+    loaded = jaxshard.load(source, tmp_path / "job" / "strategy")
+    assert loaded.keys() == base.keys()
+    np.testing.assert_allclose(loaded[WQ + "weight"], expected(base, pair, 2), rtol=1e-6, atol=1e-6)
+    how = ("--alpha", 4, "--to", "same", "--dry-run")
+    assert checkpoints.run("lora", tmp_path / "job", tmp_path / "m", *how) == 0
+    assert "2 names of adapters" in capsys.readouterr().out
+
+
+def test_adapters_that_were_not_merged_are_missed_still(tmp_path) -> None:
+    base, pair = model("pynative")
+    save(base | pair, tmp_path / "whole")
+    save(base, tmp_path / "base")
+    convert(tmp_path / "whole", tmp_path / "job", "mp2", rules=RULES, options=QUICK)
+    with pytest.raises(CoverageError, match="2 weights of the target's strategy are not in"):
+        convert(tmp_path / "base", tmp_path / "m", tmp_path / "job" / "strategy", options=QUICK)

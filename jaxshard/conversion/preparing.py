@@ -18,7 +18,7 @@ from ..layout import Layout
 from ..multiprocess.splitting import Part, split_outputs
 from ..opening import PathLike, open_strategy, opened
 from ..planning.plan import Plan, block_bytes_for, make_plan
-from ..selection import missed, refuse_absent, select, texts
+from ..selection import missed, refuse_absent, select, texts, without_merged
 from ..storage import carrying
 from ..strategy import Strategy
 from ..targets import check_request, lay_out_for, make_result, one_file, same_layout
@@ -106,6 +106,7 @@ def prepare(
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
     layout = same_layout(chosen) if to == "same" else _target_layout(to, lay_out)
     if layout is not None:
+        layout = without_merged(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)

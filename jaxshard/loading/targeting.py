@@ -27,7 +27,7 @@ from ..formats.strategy_files import for_tensors
 from ..layout import Layout, Placement, check_divides
 from ..opening import open_strategy
 from ..rules import Rules
-from ..selection import refuse_absent
+from ..selection import refuse_absent, without_merged
 from ..strategy import Strategy
 from ..targets import lay_out_for
 from ..trees import is_array_like, named_leaves
@@ -63,6 +63,7 @@ def resolve(
     cast = None if dtype is None else np.dtype(dtype)
     target = _read_target(target)
     if isinstance(target, Layout):
+        target = without_merged(catalog, target)
         if strict:
             refuse_absent(catalog, target, missed)
         placed = _of_layout(catalog, target, devices)

@@ -81,6 +81,7 @@ def merged(
         extras=tuple(e for e in base.extras if Path(e).name not in (PEFT_CONFIG, OWN_CONFIG)),
         notes=(*base.notes, *beside, *_notes(found.dropped, settings), *dict.fromkeys(notes)),
         logged=base.logged if adapter is None else base.logged | adapter.logged,
+        has_merged_adapters=True,
     )
     return Merged(catalog, len(found.adapters), tuple(sorted(replaced)))
 

@@ -47,6 +47,15 @@ def weight_name(name: str) -> str:
     return name[state.end() :] if state else name
 
 
+def is_part_of_adapter(name: str) -> bool:
+    """Whether ``name`` is a matrix of a low-rank adapter, or an optimizer state of one.
+
+    >>> is_part_of_adapter("adam_m.layers.0.wq.lora_a"), is_part_of_adapter("lora.wq.weight")
+    (True, False)
+    """
+    return _ADAPTER.fullmatch(weight_name(name)) is not None
+
+
 def template(name: str) -> str:
     """``name`` with ``#`` for its numbers; ``w1`` is a word, not a number.
 
