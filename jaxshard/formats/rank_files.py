@@ -60,8 +60,8 @@ def read(
         CoverageError: ranks disagree about a tensor, or about which files there are.
     """
     listed = folder.files()
-    by_rank, chosen_notes = rank_names.choose(listed, suffix)
-    notes = list(chosen_notes)
+    chosen = rank_names.choose(listed, suffix)
+    by_rank, notes = chosen.paths, list(chosen.notes)
     if layout is None:
         notes.append(_check_alone(by_rank, folder.root))
     else:

@@ -2,16 +2,22 @@
 
     rank_3/llama_rank_3-1_10.safetensors        {prefix}_rank_{r}-{epoch}_{step}
     rank_3/llama_rank_3_2-1_10.safetensors      …_{task}-…: a third job saved here too
+    rank_3/llama-1_10.safetensors               {prefix}-{epoch}_{step}, in every folder alike
+    rank_3/net.safetensors                      what MindSpore slices
     rank_3/checkpoint_3.ckpt                    {prefix}{r}, what a transform writes
 
-The newest is the one with the largest numbers, epoch first: step 10 is after step 9,
-whatever the alphabet says. This module opens no file.
+One name alone is ambiguous: in ``rank_1/``, the last number of ``llama-1_1`` may be the step
+or the rank. So a name is read in every way it can be, and the reading that most rank folders
+share is the right one. Files of one reading are a *save*. The newest save has the largest
+numbers, epoch first, and step 10 comes after step 9. This module opens no file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import CoverageError, some
@@ -19,7 +25,16 @@ from ..errors import CoverageError, some
 _RANK_FILE = re.compile(r"rank_(\d{1,7})/([^/]+)\.(safetensors|ckpt)")
 _KIND = re.compile(r"(?:^|\.)(ckpt|safetensors)$")
 _NUMBERS = re.compile(r"\d{1,18}")
+_STEPPED = re.compile(  # how a name ends that has an epoch and a step in it
+    r"(?:-network|-trainable_params)?"
+    r"-(?P<epoch>\d{1,18})_(?P<step>\d{1,18})(?:_breakpoint)?$"
+)
+_TASK = re.compile(r"_(\d{1,18})$")
+_COUNTED = re.compile(r"(?:^|[-_])(\d{1,18})(?:_(\d{1,18}))?$")
+_NAMED = re.compile(r".*rank_(\d{1,7})(?=$|[-_])")
 _MAX_RANK = 1 << 20  # a folder called rank_9999999 is no rank
+
+_MARKED, _ENDED, _PLAIN = "rank_{r}", "{r}", ""
 
 
 class Step(NamedTuple):
@@ -29,11 +44,44 @@ class Step(NamedTuple):
     task: tuple[int, ...]
 
 
+_NO_STEP = Step((), ())
+
+
 class Choice(NamedTuple):
-    """The file of each rank, and what should be said of how they were chosen."""
+    """The file of each rank, the step in their names, and notes on how they were chosen."""
 
     paths: dict[int, str]
     notes: tuple[str, ...]
+    step: Step
+
+
+class _Reading(NamedTuple):
+    """One way to read a file's name: what comes before the rank, and what after it."""
+
+    form: str
+    head: str
+    tail: str
+    extension: str
+
+    @property
+    def rankless(self) -> str:
+        """The name without the rank, which is the same for all ranks."""
+        head = self.head.removesuffix("rank_") if self.form == _MARKED else self.head
+        return (head.rstrip("_") + self.tail).strip("-_")
+
+
+@dataclass(slots=True)
+class _Save:
+    """The files of one reading, by rank.
+
+    Attributes:
+        suffix: what of the name is the step, as a suffix may select it.
+    """
+
+    reading: _Reading
+    paths: dict[int, str] = field(default_factory=dict)
+    step: Step = _NO_STEP
+    suffix: str = ""
 
 
 def is_rank_file(path: str) -> bool:
@@ -43,7 +91,7 @@ def is_rank_file(path: str) -> bool:
 
 
 def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
-    """The newest step of which every rank has a file; of those ending in ``suffix`` if given.
+    """The newest save of which every rank has a file; of those ending in ``suffix`` if given.
 
     A suffix is what follows the rank (``1_10``, ``_2-1_10``), the end of that, or, where several
     prefixes lie together, the whole name with the rank taken out (``llama-1_10``). It may end in,
@@ -57,60 +105,181 @@ def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
     for path in files:
         if is_rank_file(path):
             candidates.setdefault(int(path[5 : path.index("/")]), []).append(path)
-    found = {rank: _suffixed(rank, paths, suffix) for rank, paths in candidates.items()}
+    saves, notes = _saves(candidates)
+    found = _suffixed(saves, suffix)
     _refuse_mixed(found)
-    steps = {rank: _by_step(rank, paths) for rank, paths in found.items()}
-    common = set.intersection(*(set(by_step) for by_step in steps.values()))
-    if not common:
-        told = some(f"rank {r}: {some(candidates[r], 2)}" for r in sorted(candidates))
-        wanted = f" ending in {suffix}" if suffix else ""
-        raise CoverageError(
-            f"no step{wanted} has a file in every one of the {len(steps)} rank folders ({told}). "
-            "Choose one with suffix= (--suffix), or fetch the missing files."
+    whole = [save for save in found if len(save.paths) == len(candidates)] or _alike(
+        found, len(candidates)
+    )
+    if not whole:
+        raise _incomplete(candidates, suffix)
+    newest = max(save.step for save in whole)
+    chosen = _only_one([save for save in whole if save.step == newest])
+    newer = sorted({rank for save in found if save.step > newest for rank in save.paths})
+    if newer:
+        notes.append(
+            f"rank {some(map(str, newer))} has newer files; the newest step that every rank has is "
+            "taken."
         )
-    step = max(common)
-    newer = sorted(rank for rank, by_step in steps.items() if max(by_step) > step)
-    notes = [
-        f"rank {some(map(str, newer))} has newer files; the newest step that every rank has is "
-        "taken."
-    ]
-    paths = {rank: by_step[step] for rank, by_step in steps.items()}
-    return Choice(paths, tuple(notes if newer else ()))
+    return Choice(chosen.paths, tuple(notes), newest)
 
 
-def _suffixed(rank: int, paths: list[str], suffix: str | None) -> list[str]:
-    """Those of one rank's files that ``suffix`` means; see ``choose``."""
+def _incomplete(candidates: Mapping[int, Sequence[str]], suffix: str | None) -> CoverageError:
+    found = some(f"rank {r}: {some(candidates[r], 2)}" for r in sorted(candidates))
+    wanted = f" ending in {suffix}" if suffix else ""
+    return CoverageError(
+        f"no step{wanted} has a file in every one of the {len(candidates)} rank folders ({found}). "
+        "Choose one with suffix= (--suffix), or fetch the missing files."
+    )
+
+
+# --- reading names -------------------------------------------------------------------------
+
+
+def _saves(candidates: Mapping[int, Sequence[str]]) -> tuple[list[_Save], list[str]]:
+    """The files of all ranks, save by save; and a note where a name is that of another rank."""
+    first = {_stem(path) for path in candidates.get(0, ())}
+    readings = {
+        (rank, path): tuple(_readings(path, rank, first))
+        for rank, paths in candidates.items()
+        for path in sorted(paths)
+    }
+    count: dict[_Reading, int] = defaultdict(int)
+    for ways in readings.values():
+        for way in ways:
+            count[way] += 1
+    saves: dict[_Reading, _Save] = {}
+    strange: dict[int, list[str]] = {}
+    for (rank, path), ways in readings.items():
+        reading = max(ways, key=lambda way: _weight(way, count[way]))
+        if reading.form == _PLAIN and count[reading] == 1 and _other_rank(path, rank) is not None:
+            strange.setdefault(rank, []).append(path)
+        saves.setdefault(reading, _Save(reading)).paths[rank] = path
+    _find_steps(saves.values())
+    return _without_strange(list(saves.values()), strange, candidates)
+
+
+def _readings(path: str, rank: int, first: Iterable[str]) -> Iterator[_Reading]:
+    """The ways to read the name of a file of ``rank``; ``first`` are the names of rank 0."""
+    stem, extension = _stem(path), path.rsplit(".", 1)[1]
+    yield _Reading(_PLAIN, stem, "", extension)
+    named = _NAMED.match(stem)
+    if named and int(named[1]) == rank:
+        yield _Reading(_MARKED, stem[: named.start(1)], stem[named.end(1) :], extension)
+    number = str(rank)
+    if not stem.endswith(number):
+        return
+    head = stem.removesuffix(number)
+    stepped = _STEPPED.search(stem)
+    # MindSpore counts steps from 1: where rank 0 has a 0 in the place of the step, it is the rank
+    if not stepped or (stepped["step"] == number and f"{head}0" in first):
+        yield _Reading(_ENDED, head, "", extension)
+
+
+def _weight(reading: _Reading, num_ranks: int) -> tuple[int, int]:
+    """What a reading that ``num_ranks`` folders share is worth; the largest is right."""
+    if num_ranks > 1:  # the same name in several folders has no rank in it
+        return num_ranks, (_ENDED, _PLAIN, _MARKED).index(reading.form)
+    if reading.form == _ENDED and reading.head[-1:].isdigit():
+        return num_ranks, -1  # the end of a longer number
+    return num_ranks, (_PLAIN, _ENDED, _MARKED).index(reading.form)
+
+
+def _find_steps(saves: Iterable[_Save]) -> None:
+    """Read the step of each save; a number before it is a task only where its prefix has others.
+
+    MindSpore adds ``_{task}`` where files of a prefix are there already. ``llama_2-1_10`` alone
+    is of the prefix ``llama_2``; beside ``llama-1_10`` it is of the third job of ``llama``.
+    """
+    saves = list(saves)
+    prefixes = {_prefix(save) for save in saves}
+    shared = Counter(_TASK.sub("", prefix) for prefix in prefixes)
+    for save in saves:
+        prefix, reading = _prefix(save), save.reading
+        task = _TASK.search(prefix)
+        if task and prefix[: task.start()] not in prefixes and shared[prefix[: task.start()]] == 1:
+            task = None
+        if reading.form == _ENDED:
+            save.suffix = reading.head
+        elif reading.form == _MARKED:
+            numbers = tuple(map(int, _NUMBERS.findall(reading.tail)))
+            save.step, save.suffix = Step(numbers[-2:], numbers[:-2]), reading.tail
+        elif stepped := _STEPPED.search(reading.head):
+            numbers = int(stepped["epoch"]), int(stepped["step"])
+            save.step = Step(numbers, (int(task[1]),) if task else ())
+            save.suffix = reading.head[task.start() if task else stepped.start() :]
+        else:
+            counted = _COUNTED.search(reading.head)
+            numbers = tuple(int(n) for n in counted.groups() if n) if counted else ()
+            save.step, save.suffix = Step(numbers, ()), reading.head
+
+
+def _prefix(save: _Save) -> str:
+    """What comes before the step in a name without a rank; empty for others."""
+    stepped = _STEPPED.search(save.reading.head) if save.reading.form == _PLAIN else None
+    return save.reading.head[: stepped.start()] if stepped else ""
+
+
+def _without_strange(
+    saves: list[_Save], strange: Mapping[int, list[str]], candidates: Mapping[int, Sequence[str]]
+) -> tuple[list[_Save], list[str]]:
+    """``saves`` without files of other ranks, unless a rank has no others."""
+    notes = []
+    for rank, paths in strange.items():
+        left = len(paths) < len(candidates[rank])
+        notes.append(
+            f"{some(paths, 3)}: by its name the file of rank {_other_rank(paths[0], rank)}; "
+            + ("it is passed over." if left else f"it is taken for that of rank {rank}.")
+        )
+        for save in saves if left else ():
+            if save.paths.get(rank) in paths:
+                del save.paths[rank]
+    return [save for save in saves if save.paths], notes
+
+
+def _other_rank(path: str, rank: int) -> int | None:
+    """The rank in a file's name, where it is another than ``rank``."""
+    named = _NAMED.match(_stem(path))
+    return int(named[1]) if named and int(named[1]) != rank else None
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[1].rsplit(".", 1)[0]
+
+
+# --- choosing ------------------------------------------------------------------------------
+
+
+def _suffixed(saves: list[_Save], suffix: str | None) -> list[_Save]:
+    """Those of ``saves`` that ``suffix`` means; see ``choose``."""
     if suffix is None:
-        return paths
+        return saves
     kind = _KIND.search(suffix)
     if kind is not None:
         suffix = suffix[: kind.start()]
-        paths = [p for p in paths if p.endswith(f".{kind[1]}")]
+        saves = [s for s in saves if s.reading.extension == kind[1]]
     bare = suffix.lstrip("-_")
     if not bare:
-        return paths
-    exact = [p for p in paths if _tail(_stem(p), rank).lstrip("-_") == bare]
-    whole = [p for p in paths if _rankless(p, rank) == suffix]
-    return exact or whole or [p for p in paths if _ends_with(_stem(p), suffix)]
+        return saves
+    exact = [s for s in saves if s.suffix.lstrip("-_") == bare]
+    whole = [s for s in saves if s.reading.rankless == suffix]
+    return (
+        exact
+        or whole
+        or [s for s in saves if all(_ends(_stem(p), suffix) for p in s.paths.values())]
+    )
 
 
-def _rankless(path: str, rank: int) -> str:
-    """A file's name without its rank, which is the same for all ranks.
-
-    >>> _rankless("rank_3/llama_rank_3_2-1_10.ckpt", 3), _rankless("rank_3/checkpoint_3.ckpt", 3)
-    ('llama_2-1_10', 'checkpoint')
-    """
-    stem = _stem(path)
-    tail = _tail(stem, rank)
-    named = re.fullmatch(rf"(.*?)_?rank_{rank}", stem[: len(stem) - len(tail)])
-    return (named[1] + tail if named else tail).strip("-_")
+def _ends(stem: str, suffix: str) -> bool:
+    """Whether ``stem`` ends in ``suffix`` and not in the middle of a number."""
+    cut = len(stem) - len(suffix)
+    return stem.endswith(suffix) and (
+        cut == 0 or not (suffix[:1].isdigit() and stem[cut - 1].isdigit())
+    )
 
 
-def _refuse_mixed(found: dict[int, list[str]]) -> None:
-    kinds: dict[str, str] = {}
-    for paths in found.values():
-        for path in paths:
-            kinds.setdefault(path.rsplit(".", 1)[1], path)
+def _refuse_mixed(saves: Iterable[_Save]) -> None:
+    kinds = {s.reading.extension: next(iter(s.paths.values())) for s in saves}
     if len(kinds) > 1:
         raise CoverageError(
             f"the rank folders have both {' and '.join(kinds.values())}, and nothing says which "
@@ -118,48 +287,33 @@ def _refuse_mixed(found: dict[int, list[str]]) -> None:
         )
 
 
-def _by_step(rank: int, paths: list[str]) -> dict[Step, str]:
-    """The files of one rank by the step their names tell."""
-    found: dict[Step, str] = {}
-    for path in sorted(paths):
-        step = step_of(_stem(path), rank)
-        if step in found:
-            one, other = (_rankless(p, rank) for p in (found[step], path))
-            raise CoverageError(
-                f"rank_{rank} has both {found[step]} and {path}, and their names do not tell which "
-                f"is newer. Choose with suffix= (--suffix): {one} or {other}."
-            )
-        found[step] = path
-    return found
+def _alike(saves: Iterable[_Save], num_ranks: int) -> list[_Save]:
+    """One save of all files, where each rank has one and only their prefixes differ."""
+    paths: dict[int, str] = {}
+    steps = set()
+    for save in saves:
+        steps.add(save.step)
+        for rank, path in save.paths.items():
+            if rank in paths or _other_rank(path, rank) is not None:
+                return []
+            paths[rank] = path
+    if len(steps) != 1 or len(paths) != num_ranks:
+        return []
+    return [_Save(_Reading(_PLAIN, "", "", ""), paths, steps.pop())]
 
 
-def step_of(stem: str, rank: int) -> Step:
-    """The step that a file's name tells, its rank aside.
+def _only_one(saves: list[_Save]) -> _Save:
+    """The one of ``saves``, which are all of one step.
 
-    >>> step_of("net_rank_3-1_10", 3).numbers, step_of("checkpoint_3", 3).numbers
-    ((1, 10), ())
-    >>> step_of("llama2_7b_rank_0_2-1_10", 0)
-    Step(numbers=(1, 10), task=(2,))
+    Raises:
+        CoverageError: there are several.
     """
-    numbers = tuple(int(n) for n in _NUMBERS.findall(_tail(stem, rank)))
-    return Step(numbers[-2:], numbers[:-2])
-
-
-def _tail(stem: str, rank: int) -> str:
-    """What follows the rank in a file's name; all of it where the rank is not in it."""
-    named = re.match(rf".*rank_{rank}(?=$|[-_])", stem)
-    if named:
-        return stem[named.end() :]
-    return re.sub(rf"(?:(?<=_)|^){rank}$", "", stem)
-
-
-def _stem(path: str) -> str:
-    return path.rsplit("/", 1)[1].rsplit(".", 1)[0]
-
-
-def _ends_with(stem: str, suffix: str) -> bool:
-    """Whether ``stem`` ends in ``suffix`` and not in the middle of a number."""
-    cut = len(stem) - len(suffix)
-    return stem.endswith(suffix) and (
-        cut == 0 or not (suffix[:1].isdigit() and stem[cut - 1].isdigit())
-    )
+    if len(saves) > 1:
+        rank = min(saves[0].paths)
+        one, other = sorted(saves, key=lambda save: save.paths[rank])[:2]
+        raise CoverageError(
+            f"rank_{rank} has both {one.paths[rank]} and {other.paths[rank]}, and their names do "
+            "not tell which is newer. Choose with suffix= (--suffix): "
+            f"{one.reading.rankless} or {other.reading.rankless}."
+        )
+    return saves[0]
