@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .catalog import Catalog
+from .decoders import MAX_YAML_BYTES, parse_yaml
 from .errors import CoverageError, FormatError, NotFoundError, StorageError
 from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint
+from .storage.text_files import read_text
 from .strategy import Strategy
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-_MAX_YAML_BYTES = 16_000_000
 _SIZES = {
     "data_parallel": "dp",
     "model_parallel": "mp",
@@ -138,7 +139,7 @@ def from_config(config: Config | PathLike) -> Loading:
     strategy, more = _strategy(told)
     suffix, with_states = _resume(told)
     src = told.get("src_strategy_path_or_dir") or None
-    if src is not None and not Path(str(src)).exists():
+    if src is not None and not os.path.exists(str(src)):
         raise NotFoundError(f"src_strategy_path_or_dir: {src} does not exist.")
     if told.get("only_save_strategy"):
         more.append(
@@ -227,25 +228,18 @@ def read_yaml(path: PathLike) -> Config:
     """The mapping in the YAML file at ``path``.
 
     Raises:
+        NotFoundError: it does not exist.
         StorageError: it cannot be read, or PyYAML is missing.
         FormatError: it is not YAML, or no mapping.
     """
+    text = read_text(path, MAX_YAML_BYTES)
     try:
-        import yaml  # noqa: PLC0415 - only YAML needs it
+        told = parse_yaml(text, str(path))
     except ImportError:
         raise StorageError(
             "PyYAML is not installed, which reads YAML files. Install jaxshard[yaml], or give the "
             "configuration as a dict."
         ) from None
-    try:
-        if os.stat(path).st_size > _MAX_YAML_BYTES:
-            raise FormatError(f"{path} is larger than any configuration. Check the path.")
-        told = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        line = str(error).splitlines()[0]
-        raise FormatError(f"{path} is not YAML: {line}. Check the file.") from None
     if not isinstance(told, dict):
         raise FormatError(f"{path} is no mapping of keys to values. Check the file.")
     return told
@@ -276,7 +270,7 @@ def _path(told: Config) -> tuple[Path, list[str]]:
     key, value = named[0]
     if not isinstance(value, str):
         raise FormatError(f"{key}: {value!r} is not a path. Name the checkpoint's folder or file.")
-    if not Path(value).exists():
+    if not os.path.exists(value):
         raise NotFoundError(f"{key}: {value} does not exist.")
     others = [f"{k} ({v})" for k, v in named[1:] if v != value]
     return Path(value), [f"{key} is loaded, not {other}." for other in others]

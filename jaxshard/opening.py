@@ -174,7 +174,7 @@ def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | 
 def _read_orbax(folder: LocalFolder, files: Mapping[str, File]) -> Catalog:
     from .formats import orbax  # noqa: PLC0415 - and with it JAX
 
-    return orbax.read(folder.root, list(files))
+    return orbax.read(folder, files)
 
 
 def open_strategy(path: PathLike) -> Layout:

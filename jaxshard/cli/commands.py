@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import picture
@@ -16,16 +15,19 @@ from ..catalog import Catalog
 from ..conversion.options import Options, budget_of, chosen_part
 from ..conversion.preparing import Prepared, fitted, part_plan, prepare
 from ..conversion.running import Report, execute
-from ..errors import LayoutError, NotFoundError, StorageError
+from ..decoders import MAX_TOML_BYTES
+from ..errors import LayoutError
 from ..formats.huggingface_files import parse_size
 from ..multiprocess.environment import part_of
 from ..opening import open_checkpoint
 from ..rules import Rules, read_rules
+from ..storage.text_files import read_bytes, read_text
 from .output import write, write_json
 
 if TYPE_CHECKING:
     from ..verification import Verdict
 
+_MAX_KEY_BYTES = 4096
 _PROBLEM = 3  # the exit status of a checkpoint that is not right
 
 
@@ -142,8 +144,7 @@ def decrypt(a: Namespace) -> int:
     """Make a plain file of an encrypted one."""
     from ..conversion.decryption import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
 
-    with _told("--key-file", a.key_file):
-        key = Path(a.key_file).read_bytes()
+    key = read_bytes(a.key_file, _MAX_KEY_BYTES, f"--key-file {a.key_file}")
     key = key.removesuffix(b"\n")  # as editors and echo leave it
     place = decrypt_file(a.source, a.destination, key, overwrite=a.overwrite)
     if a.json:
@@ -204,23 +205,7 @@ def read_rules_file(path: str | None) -> Rules | None:
     """The rules in the file that ``--rules`` names."""
     if path is None:
         return None
-    try:
-        with _told("--rules", path):
-            text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LayoutError(f"--rules {path}: not UTF-8 text ({error.reason}).") from None
-    return read_rules(text, path)
-
-
-@contextmanager
-def _told(flag: str, path: str) -> Iterator[None]:
-    """What hinders reading the file ``path`` inside, as an error that names ``flag``."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise NotFoundError(f"{flag} {path} does not exist.") from None
-    except OSError as error:
-        raise StorageError(f"{flag} {path}: {error.strerror}.") from error
+    return read_rules(read_text(path, MAX_TOML_BYTES, f"--rules {path}"), path)
 
 
 def _options(a: Namespace) -> Options:

@@ -19,9 +19,9 @@ from typing import Any
 
 from ..catalog import Tensor
 from ..dtypes import dtype
-from ..errors import FormatError, JaxshardError
+from ..errors import FormatError, JaxshardError, shown
 from .folder import Folder
-from .strict_json import FETCH, parse_object, shown
+from .strict_json import FETCH, parse_object
 
 NAME = "elsewhere.json"
 

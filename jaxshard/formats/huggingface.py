@@ -213,16 +213,18 @@ def _tensor(entry: Entry, file: int, boxes: dict[tuple[int, ...], Box]) -> Tenso
     return Tensor(name, kind, shape, (Piece(file, start, box),))
 
 
-def read_model(folder: Folder, files: Mapping[str, File]) -> tuple[Model, list[str]]:
+def read_model(
+    folder: Folder, files: Mapping[str, File], path: str = CONFIG
+) -> tuple[Model, list[str]]:
     """What ``config.json`` says; a note instead where it says nothing that can be read."""
-    listed = files.get(CONFIG)
+    listed = files.get(path)
     if listed is None:
         return Model(), [f"There is no {CONFIG}, so the model's family is not known."]
     if listed.num_bytes > _MAX_CONFIG_BYTES:
         return Model(), [f"{CONFIG} is not read: it has {listed.num_bytes} bytes."]
     try:
         # not the strict reader: Python writes Infinity into configs, and nothing here is trusted
-        config = json.loads(folder.read(CONFIG, 0, listed.num_bytes).decode("utf-8-sig"))
+        config = json.loads(folder.read(path, 0, listed.num_bytes).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         return Model(), [f"{CONFIG} is not read: it is not JSON ({type(error).__name__})."]
     if not isinstance(config, dict):

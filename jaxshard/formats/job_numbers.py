@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from math import isfinite, prod
 
 from ..catalog import Tensor
-from ..errors import FormatError
-from .strict_json import FETCH, shown
+from ..errors import FormatError, shown
+from .strict_json import FETCH
 
 NAMES = frozenset(
     {

@@ -9,8 +9,8 @@ whose "file" is the tensor's number; whoever reads it asks ``orbax_restored`` fo
 
 from __future__ import annotations
 
-import json
 import logging
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..elements import stored_as
 from ..errors import FormatError, JaxshardError, LayoutError, StorageError, some
 from ..selection import groups
 from . import huggingface
+from .folder import Folder
 from .orbax_names import ITEM_FILES, item_folder
 
 Tree = Any
@@ -36,17 +37,22 @@ Asked = tuple[np.dtype[np.generic], Sharding]
 _GROUP_BYTES = 256 << 20
 
 
-def read(root: str, files: Sequence[str]) -> Catalog:
-    """The catalog of the Orbax checkpoint at ``root``, from its metadata.
+def read(folder: Folder, files: Mapping[str, File]) -> Catalog:
+    """The catalog of the Orbax checkpoint in ``folder``, from its metadata.
 
     A tensor's name is the keys of its leaf, joined by dots.
 
     Raises:
         FormatError: Orbax cannot read the metadata.
     """
-    folder = item_folder(files)
-    where = str(Path(root, folder))
+    item = item_folder(list(files))
+    where = str(Path(folder.root, item))
     leaves, notes = _leaves(where)
+    config = posixpath.join(item, huggingface.CONFIG)
+    model = Model()
+    if config in files:
+        model, unread = huggingface.read_model(folder, files, config)
+        notes += unread
     tensors: dict[str, Tensor] = {}
     for name, leaf in leaves.items():
         try:
@@ -57,10 +63,8 @@ def read(root: str, files: Sequence[str]) -> Catalog:
         shape = tuple(leaf.shape)
         tensors[name] = Tensor(name, kind, shape, (Piece(len(tensors), 0, Box.whole(shape)),))
     listed = tuple(File(name, t.num_bytes) for name, t in tensors.items())
-    extras = tuple(f for f in files if "/" not in f and f not in ITEM_FILES) if not folder else ()
-    return Catalog(
-        where, "orbax", listed, tensors, model=_model(where), extras=extras, notes=tuple(notes)
-    )
+    extras = tuple(f for f in files if "/" not in f and f not in ITEM_FILES) if not item else ()
+    return Catalog(where, "orbax", listed, tensors, model=model, extras=extras, notes=tuple(notes))
 
 
 def load(
@@ -149,15 +153,6 @@ def write(place: Path, tree: Tree) -> None:
             raise StorageError(f"{place}: Orbax could not write it: {said(error)}.") from error
         finally:
             saver.close()
-
-
-def _model(where: str) -> Model:
-    """What a ``config.json`` beside the item says, if there is one that can be read."""
-    try:
-        config = json.loads(Path(where, huggingface.CONFIG).read_text())
-    except (OSError, ValueError):
-        return Model()
-    return huggingface.model_of(config) if isinstance(config, dict) else Model()
 
 
 def _metadata(where: str) -> Tree:

@@ -14,10 +14,10 @@ names = ["layers.{layer}.mlp.kernel"]
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import MISSING, fields
 from typing import Any
 
+from ..decoders import parse_toml
 from ..errors import LayoutError, nearest
 from . import joins, ops, regexes, stacks
 from .mapping import Mapping
@@ -43,10 +43,7 @@ def read_mapping(text: str, where: str = "the mapping") -> Mapping:
     >>> read_mapping('[[op]]\nop = "transpose"\nnames = ["w"]').ops
     (Transpose(names=('w',), order=(1, 0)),)
     """
-    try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise LayoutError(f"{where}: not TOML ({error}).") from None
+    data = parse_toml(text, where)
     strange = data.keys() - {"name", "op"}
     if strange:
         raise LayoutError(f"{where}: {sorted(strange)[0]} is not known; there are name and [[op]].")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..decoders import parse_toml
 from ..errors import LayoutError, nearest
 from .table import Rules, parse_spec
 
@@ -42,12 +43,7 @@ def read_rules(text: str, where: str = "rules") -> Rules:
     >>> read_rules('[specs]\n"*.weight" = "mp,-"').specs
     (('*.weight', 'mp,-'),)
     """
-    import tomllib  # noqa: PLC0415 - seldom needed
-
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise LayoutError(f"{where}: not TOML: {e}. Patterns and specs stand in quotes.") from None
+    data = parse_toml(text, where, "Patterns and specs stand in quotes.")
     reader = _Reader(text, where)
     reader.check_keys("", data, ("name", *_TABLES))
     tables = {table: reader.table(data, table) for table in _TABLES}
