@@ -9,9 +9,9 @@ million-row slice costs the same to plan as a single row. Pure: no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from math import prod
 from operator import mul
 
@@ -118,9 +118,102 @@ def strided_runs(
     return Runs(base, length, tuple(outer)), order
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """``box`` cut into equal blocks, which are made one by one as they are iterated over.
+
+    Along each dim the last block is what is left. A grid of a million blocks takes no more
+    memory, and no longer to count, than one of ten.
+
+    Attributes:
+        box: what is cut.
+        steps: elements of a block along each dim.
+        order: the dims, slowest first.
+    """
+
+    box: Box
+    steps: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def __len__(self) -> int:
+        if not self.box.size:
+            return 0
+        return prod(-(-n // s) for n, s in zip(self.box.shape, self.steps, strict=True))
+
+    def __iter__(self) -> Iterator[Box]:
+        box, steps = self.box, self.steps
+        if not box.size:
+            return
+        cut = [d for d in self.order if steps[d] < box.shape[d]]
+        if not cut:
+            yield box
+            return
+        *outer, last = cut
+        start, stop = list(box.start), list(box.stop)
+        for index in _product([range(box.start[d], box.stop[d], steps[d]) for d in outer]):
+            for d, a in zip(outer, index, strict=True):
+                start[d], stop[d] = a, min(a + steps[d], box.stop[d])
+            step, end = steps[last], box.stop[last]
+            for a in range(box.start[last], end, step):
+                start[last], stop[last] = a, min(a + step, end)
+                yield Box(tuple(start), tuple(stop))
+
+    def kinds(self, parts: Iterable[Box]) -> Iterator[tuple[Box, int]]:
+        """A block of each kind, and how many are of that kind.
+
+        Blocks of a kind have one shape, and hold boxes of one shape of the same ``parts``, so
+        whatever is counted of one is true of all. Kinds are as many as the parts have edges,
+        however many blocks there are.
+
+        >>> grid = blocks(Box((0,), (1 << 40,)), 1, limit=1 << 20)
+        >>> [(str(block), n) for block, n in grid.kinds([Box((0,), (3 << 19,))])]
+        [('[0:1048576]', 1), ('[1048576:2097152]', 1), ('[2097152:3145728]', 1048574)]
+        """
+        if not self.box.size:
+            return
+        edges = list(parts)
+        along = [
+            list(_kinds_along(a, b, step, {n for p in edges for n in (p.start[d], p.stop[d])}))
+            if step < b - a
+            else [(a, b, 1)]
+            for d, (a, b, step) in enumerate(
+                zip(self.box.start, self.box.stop, self.steps, strict=True)
+            )
+        ]
+        for kind in product(*along):
+            starts, stops, counts = zip(*kind, strict=True) if kind else ((), (), ())
+            yield Box(starts, stops), prod(counts)
+
+
+def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
+    """As ``itertools.product``, which would first make a list of each range."""
+    if not ranges:
+        yield ()
+        return
+    for first in ranges[0]:
+        for rest in _product(ranges[1:]):
+            yield first, *rest
+
+
+def _kinds_along(
+    start: int, stop: int, step: int, edges: set[int]
+) -> Iterator[tuple[int, int, int]]:
+    """Of the intervals that ``step`` cuts ``start:stop`` into, one of each kind, and how many.
+
+    An interval with an edge inside is the only one of its kind, and so is a shorter last one.
+    """
+    inside = {edge - start for edge in edges if start < edge < stop}
+    alone = {at // step for at in (*inside, stop - start) if at % step}
+    bounds = {0, -(-(stop - start) // step), *alone, *(i + 1 for i in alone)}
+    bounds |= {at // step for at in inside}
+    for first, end in pairwise(sorted(bounds)):
+        at = start + first * step
+        yield at, min(at + step, stop), end - first
+
+
 def tiles(
     box: Box, strides: tuple[int, ...], itemsize: int, limit: int, least_run: int = 4096
-) -> Iterator[Box]:
+) -> Grid:
     """``box`` cut into boxes of at most ``limit`` bytes that are long on both sides.
 
     A tile first grows along the dims that are neighbours where it is stored (``strides``),
@@ -131,8 +224,6 @@ def tiles(
     [(4, 8), (4, 8)]
     """
     lengths = box.shape
-    if not prod(lengths):
-        return
     extent = [1] * len(lengths)
     most = max(1, limit // itemsize)
     for dim in sorted(range(len(lengths)), key=lambda d: strides[d]):
@@ -140,24 +231,18 @@ def tiles(
         extent[dim] = max(1, min(lengths[dim], room)) if strides[dim] else 1
     for dim in reversed(range(len(lengths))):
         extent[dim] = max(1, min(lengths[dim], most // (prod(extent) // extent[dim])))
-    cuts = [
-        [(a, min(a + step, b)) for a in range(box.start[d], b, step)]
-        for d, (b, step) in enumerate(zip(box.stop, extent, strict=True))
-    ]
-    for intervals in product(*cuts):
-        yield Box(tuple(a for a, _ in intervals), tuple(b for _, b in intervals))
+    return Grid(box, tuple(extent), tuple(range(len(lengths))))
 
 
-def blocks_along(box: Box, order: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Box]:
+def blocks_along(box: Box, order: tuple[int, ...], itemsize: int, limit: int) -> Grid:
     """As ``blocks``, of a box whose dims lie in another ``order``, slowest first.
 
     >>> [str(b) for b in blocks_along(Box((0, 0), (8, 4)), (1, 0), itemsize=2, limit=32)]
     ['[0:8, 0:2]', '[0:8, 2:4]']
     """
-    place = [order.index(d) for d in range(len(order))]
     turned = Box(tuple(box.start[d] for d in order), tuple(box.stop[d] for d in order))
-    for block in blocks(turned, itemsize, limit):
-        yield Box(tuple(block.start[i] for i in place), tuple(block.stop[i] for i in place))
+    steps = blocks(turned, itemsize, limit).steps
+    return Grid(box, tuple(steps[order.index(d)] for d in range(len(order))), order)
 
 
 def is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
@@ -183,7 +268,7 @@ def block_dim(box: Box, itemsize: int, limit: int) -> int:
     return max(0, dim - 1)
 
 
-def blocks(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
+def blocks(box: Box, itemsize: int, limit: int) -> Grid:
     """``box`` cut into boxes of at most ``limit`` bytes, in row-major order.
 
     Each is whole in its inner dims, one element thick in its outer ones and a range
@@ -194,17 +279,10 @@ def blocks(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
     ['[0:2, 0:8]', '[2:4, 0:8]']
     """
     lengths = box.shape
-    if not prod(lengths):
-        return
+    dims = tuple(range(len(lengths)))
     dim = block_dim(box, itemsize, limit)
-    cut, inner = dim + 1, itemsize * prod(lengths[dim + 1 :])
-    if not lengths or inner * prod(lengths[: dim + 1]) <= limit:
-        yield box
-        return
+    inner = itemsize * prod(lengths[dim + 1 :])
+    if not lengths or not prod(lengths) or inner * prod(lengths[: dim + 1]) <= limit:
+        return Grid(box, lengths, dims)
     step = max(1, limit // inner)
-    outer = (range(a, b) for a, b in zip(box.start[:dim], box.stop[:dim], strict=True))
-    for index in product(*outer):
-        head, after = tuple(index), tuple(i + 1 for i in index)
-        for a in range(box.start[dim], box.stop[dim], step):
-            b = min(a + step, box.stop[dim])
-            yield Box((*head, a, *box.start[cut:]), (*after, b, *box.stop[cut:]))
+    return Grid(box, (*(1 for _ in lengths[:dim]), step, *lengths[dim + 1 :]), dims)

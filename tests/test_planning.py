@@ -6,7 +6,8 @@ import pickle
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_layouts import models
 from test_laws import outputs_of, planned
 
@@ -15,9 +16,11 @@ from jaxshard.catalog import Catalog, File, Piece, Tensor
 from jaxshard.dtypes import BY_NAME
 from jaxshard.errors import CoverageError, LayoutError
 from jaxshard.layout import Layout, Placement
+from jaxshard.planning import costs
 from jaxshard.planning.moves import check_covered
 from jaxshard.planning.outputs import arrange
 from jaxshard.planning.plan import make_plan
+from jaxshard.ranges import Grid
 
 BF16 = BY_NAME["BF16"]
 
@@ -110,3 +113,36 @@ def test_the_source_of_a_plan_may_hold_replicas_of_another_cut():
     source = catalog_of(tensor)
     layout = Layout(1, {"w": (Placement(()),)})
     assert make_plan(source, outputs_of(source, layout)).totals.bytes_read == 16
+
+
+@pytest.mark.parametrize("shape", [(1 << 40,), (1 << 20, 1 << 20), (1 << 6, 1 << 24, 1 << 10)])
+@pytest.mark.parametrize("spec", [(), (("mp",),), ((), ("mp",))])
+def test_a_plan_costs_by_geometries_and_not_by_bytes(shape, spec, monkeypatch):
+    """A tensor of 4 TiB, whole or cut: a handful of blocks is looked at, of four million."""
+    seen = []
+    count = costs.block_steps
+    monkeypatch.setattr(costs, "block_steps", lambda *a: seen.append(a) or count(*a))
+    source = replace(catalog_of(whole("w", shape, "F32")), files=(File("f", 1 << 43),))
+    layout = Layout(4, {"w": (Placement((("mp", 4),), spec[: len(shape)]),)})
+    totals = make_plan(source, outputs_of(source, layout)).totals
+    assert totals.bytes_needed == totals.bytes_read == 4 << 40
+    assert totals.num_reads >= 4 << 20 >> 1
+    assert len(seen) <= 64
+
+
+@settings(max_examples=150)
+@given(models(), st.sampled_from([16, 64, 200, 1024]), st.sampled_from([16, 96, 1024]))
+def test_counting_kinds_of_blocks_is_counting_all_of_them(model, block, tile):
+    def one_by_one(grid, parts):
+        return ((b, 1) for b in grid)
+
+    limits = {"block_bytes": block, "tile_bytes": tile}
+    plan, _ = planned(model, *model.layouts, **limits)
+    costs._cost.cache_clear()
+    costs._whole_cost.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Grid, "kinds", one_by_one)
+        listed, _ = planned(model, *model.layouts, **limits)
+    costs._cost.cache_clear()
+    costs._whole_cost.cache_clear()
+    assert (plan.totals, plan.reads) == (listed.totals, listed.reads)

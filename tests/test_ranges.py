@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 from math import prod
 
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from test_box import boxes
 
 from jaxshard.box import Box
-from jaxshard.ranges import Runs, block_dim, blocks, byte_runs, is_contiguous
+from jaxshard.ranges import (
+    Runs,
+    block_dim,
+    blocks,
+    blocks_along,
+    byte_runs,
+    is_contiguous,
+    tiles,
+)
 
 itemsizes = st.sampled_from([1, 2, 3, 4, 8])
 
@@ -87,3 +96,56 @@ def test_blocks_are_the_box_in_order_and_none_too_large(box, itemsize, limit):
 def test_a_pattern_costs_the_same_however_many_rows():
     runs = byte_runs(Box((0, 0), (10**9, 1)), (10**9, 2), 2)
     assert (len(runs), runs.outer) == (10**9, ((10**9, 4),))
+
+
+@given(boxes(), itemsizes, st.integers(1, 200), st.permutations(range(3)))
+def test_a_grid_in_any_order_holds_every_element_once(box, itemsize, limit, order):
+    ndim = len(box.start)
+    order = tuple(d for d in order if d < ndim)
+    strides = tuple(6 ** (ndim - 1 - order.index(d)) * itemsize for d in range(ndim))
+    numbers = np.arange(6**ndim).reshape((6,) * ndim)
+    for grid in (blocks_along(box, order, itemsize, limit), tiles(box, strides, itemsize, limit)):
+        parts = list(grid)
+        held = [i for part in parts for i in numbers[part.slices].reshape(-1).tolist()]
+        assert sorted(held) == sorted(numbers[box.slices].reshape(-1).tolist())
+        assert len(parts) == len(grid)
+        assert all(part.size * itemsize <= max(limit, itemsize) for part in parts)
+
+
+@given(st.data(), boxes(), itemsizes, st.integers(1, 200))
+def test_kinds_count_every_block_and_those_of_a_kind_hold_the_same_of_every_part(
+    data, box, itemsize, limit
+):
+    parts = data.draw(st.lists(boxes(ndim=len(box.start)), max_size=3))
+    for grid in (blocks(box, itemsize, limit), tiles(box, (1,) * len(box.start), itemsize, limit)):
+        counted: dict[object, int] = {}
+        for block, times in grid.kinds(parts):
+            counted[_seen(block, parts)] = counted.get(_seen(block, parts), 0) + times
+        listed_one_by_one: dict[object, int] = {}
+        for block in grid:
+            key = _seen(block, parts)
+            listed_one_by_one[key] = listed_one_by_one.get(key, 0) + 1
+        assert counted == listed_one_by_one
+
+
+def _seen(block: Box, parts: list[Box]) -> tuple[object, ...]:
+    """All that is counted of a block: its shape, and that of what it holds of each part."""
+    shared = [part.intersect(block) for part in parts]
+    return block.shape, tuple(s and s.shape for s in shared)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40,), (1 << 20, 1 << 20), (1 << 10, 1 << 20, 1 << 10)])
+def test_a_grid_of_millions_of_blocks_is_neither_listed_nor_counted_one_by_one(shape):
+    box = Box.whole(shape)
+    for grid in (
+        blocks(box, 4, 1 << 20),
+        blocks_along(box, tuple(reversed(range(len(shape)))), 4, 1 << 20),
+        tiles(box, tuple(1 << 20 * d for d in range(len(shape))), 4, 8 << 20),
+    ):
+        kinds = list(grid.kinds([Box(box.start, (shape[0] // 3, *shape[1:]))]))
+        assert len(kinds) <= 3 ** len(shape)
+        assert sum(times for _, times in kinds) == len(grid) > 10**5
+        tracemalloc.start()
+        assert next(iter(grid)).size * 4 <= 8 << 20
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()

@@ -6,12 +6,11 @@ which would otherwise be read in tiny runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..box import Box
 from ..cells import Cell
-from ..ranges import blocks, blocks_along, byte_runs, tiles
+from ..ranges import Grid, blocks, blocks_along, byte_runs, tiles
 from .forms import Forms, permuted_form
 
 BLOCK_BYTES = 1 << 20  # a block stays in the cache of one core between its read and its write
@@ -37,7 +36,7 @@ def cell_blocks(
     tile_bytes: int = TILE_BYTES,
     *,
     in_memory: bool = False,
-) -> Iterator[Box]:
+) -> Grid:
     """The blocks that ``cell`` is carried in: tiles where a source lies transposed.
 
     Where targets are ``in_memory``, which is written anywhere at no cost, a transposed source

@@ -17,7 +17,7 @@ from ..dtypes import DType
 from ..errors import JaxshardError
 from ..layout import Placement
 from ..ranges import byte_runs
-from .blocks import block_steps, cell_blocks
+from .blocks import Steps, block_steps, cell_blocks
 from .forms import Forms, form_of, part_runs
 from .moves import firsts, make_move, move_into, unit_boxes
 from .outputs import Outputs
@@ -128,23 +128,39 @@ def _cost(
     unit: int,
     limits: Limits,
 ) -> _Geometry:
-    """The engine's steps, counted."""
-    needed = read = written = writes = copies = 0
-    reads = [0] * len(sources)
+    """The engine's steps, counted: those of one block of each kind, times how many there are."""
+    total, reads = [0] * 5, [0] * len(sources)
     for cell in cells(sources, tuple(box for box, _ in wanted)):
-        for block in cell_blocks(cell, forms, unit, *limits):
+        parts = [part for _, part in (*cell.sources, *cell.targets)]
+        for block, times in cell_blocks(cell, forms, unit, *limits).kinds(parts):
             steps = block_steps(cell, block, sources, forms)
-            for index, part in steps.reads:
-                runs = part_runs(part, sources[index], forms[index], unit)
-                if runs is not None:
-                    requests = runs.coalesced()
-                    needed += runs.num_bytes
-                    read += requests.num_bytes
-                    reads[index] += len(requests)
-            for index, part in steps.writes:
-                target = wanted[index][0]
-                written += part.size * unit * wanted[index][1]
-                spans = byte_runs(part.within(target), target.shape, unit)
-                writes += len(spans) * wanted[index][1]
-            copies += steps.num_copies
+            numbers = _block_cost(steps, sources, forms, wanted, unit, reads, times)
+            for i, n in enumerate(numbers):
+                total[i] += n * times
+    needed, read, written, writes, copies = total
     return (needed, read, sum(reads), written, writes, copies), tuple(reads)
+
+
+def _block_cost(
+    steps: Steps,
+    sources: tuple[Box, ...],
+    forms: Forms,
+    wanted: tuple[tuple[Box, int], ...],
+    unit: int,
+    reads: list[int],
+    times: int,
+) -> tuple[int, int, int, int, int]:
+    """Bytes needed and read, bytes written, writes and copies of a block; ``reads`` times."""
+    needed = read = written = writes = 0
+    for index, part in steps.reads:
+        runs = part_runs(part, sources[index], forms[index], unit)
+        if runs is not None:
+            requests = runs.coalesced()
+            needed += runs.num_bytes
+            read += requests.num_bytes
+            reads[index] += len(requests) * times
+    for index, part in steps.writes:
+        target, num_ranks = wanted[index]
+        written += part.size * unit * num_ranks
+        writes += len(byte_runs(part.within(target), target.shape, unit)) * num_ranks
+    return needed, read, written, writes, steps.num_copies

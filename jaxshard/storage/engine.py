@@ -85,13 +85,15 @@ def _batches(moves: Iterable[Move], budget: Budget, ends: Ends) -> Iterator[_Giv
             limit = budget.block_bytes
             if _needs_no_block(move, cell, ends):
                 limit = max(limit, _STRAIGHT_BYTES)
-            all_blocks = cell_blocks(
-                cell,
-                move.forms,
-                move.unit_bytes,
-                limit,
-                budget.tile_bytes,
-                in_memory=ends.place is not None,
+            all_blocks = iter(
+                cell_blocks(
+                    cell,
+                    move.forms,
+                    move.unit_bytes,
+                    limit,
+                    budget.tile_bytes,
+                    in_memory=ends.place is not None,
+                )
             )
             most = max(1, BATCH_BLOCKS * budget.block_bytes // limit)
             while batch := tuple(islice(all_blocks, most)):

@@ -262,7 +262,7 @@ def _batches(moves: Iterable[Move], budget: Budget) -> Iterator[_Given]:
 
 def _for_engine(move: Move, cell: Cell, budget: Budget, operands: Any) -> Iterator[_Work]:
     limit, tile = budget.block_bytes, budget.tile_bytes
-    all_blocks = cell_blocks(cell, move.forms, move.unit_bytes, limit, tile)
+    all_blocks = iter(cell_blocks(cell, move.forms, move.unit_bytes, limit, tile))
     while batch := tuple(islice(all_blocks, BATCH_BLOCKS)):
         yield _Work(Batch(move, cell, batch), operands)
 
