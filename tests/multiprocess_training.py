@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from multiprocess_files import die_in, forbid_gathering, placed, refusal
 from training_weights import SHAPES, SPECS
 
+from jaxshard.errors import StorageError
 from jaxshard.storage import shared_writing
 from jaxshard.training import CheckpointManager, across, committing
 from jaxshard.training.places import Places, only_writer
@@ -105,7 +106,39 @@ def save(index, count, out):
         lambda: manager_of(f"{out}/durable", durable=True).save(1, state_of(1, 2, 4))
     )[0]
     answer["refused"] = _refused(index, out)
+    answer["due again"] = _due_again(index, out)
     return answer
+
+
+def _due_again(index, out):
+    """After a background save that failed in process 1 alone, and after going back."""
+    manager = manager_of(
+        f"{out}/again", save_every_steps=10, async_save=True, on_storage_error="warn"
+    )
+    due = [manager.maybe_save(10, state_of(10, 2, 4))]
+    manager.wait()
+    plain = across.write_share
+    across.write_share = _full_disk if index else plain
+    try:
+        due.append(manager.maybe_save(20, state_of(20, 2, 4)))
+        due.append(manager.maybe_save(10, state_of(10, 2, 4)))
+        manager.wait()
+    finally:
+        across.write_share = plain
+    due += [manager.maybe_save(20, state_of(20, 2, 4)) for _ in range(2)]
+    manager.wait()
+    manager.restore(state_of(0, 2, 4), step=10)
+    due += [manager.maybe_save(step, state_of(step, 2, 4)) for step in (10, 20, 20)]
+    manager.close()
+    return due
+
+
+def _no_room(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def _full_disk(*args, **kwargs):
+    raise StorageError("No space left on device.")
 
 
 def _refused(index, out):
@@ -116,11 +149,7 @@ def _refused(index, out):
 
     def full_disk():
         plain = across.write_share
-
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
-        across.write_share = full if index else plain
+        across.write_share = _no_room if index else plain
         try:
             manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))
         finally:
@@ -133,11 +162,7 @@ def _refused(index, out):
 
     def no_record():
         plain = across.record_of
-
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
-        across.record_of = full
+        across.record_of = _no_room
         try:
             manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))
         finally:

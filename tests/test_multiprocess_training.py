@@ -40,6 +40,12 @@ def test_by_time_all_save_when_process_0_says_so(saved):
     assert [answer["durable"] for answer in saved[0]] == ["done"] * 2
 
 
+def test_after_a_failure_and_after_going_back_all_processes_save_the_same_steps_again(saved):
+    for answer in saved[0]:
+        # saved; failed; gone back by itself; failed again; then due, and once only
+        assert answer["due again"] == [True, True, True, True, False, False, True, False]
+
+
 def test_what_one_process_cannot_save_all_hear_of_at_once(saved):
     first, last = (answer["refused"] for answer in saved[0])
     assert "process 1: LayoutError: extras['x']" in first["bad_extras"][1]

@@ -38,6 +38,11 @@ def commit(places: Places, record: Record, *, durable: bool) -> None:
         raise StorageError(f"step {record.step} of {places.root}: {error}.") from error
 
 
+def is_on_disk(places: Places, step: StepName) -> bool:
+    """Whether all of ``step`` is on the disk and waits to be put in place."""
+    return places.record(step, MOVING).exists()
+
+
 def remove(places: Places, record: Record) -> None:
     """Delete a step.
 

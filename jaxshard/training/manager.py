@@ -32,8 +32,9 @@ from ..targets.folders import check_config
 from . import naming, records
 from .across import save_together
 from .background import Background
-from .cadence import Cadence
+from .cadence import Cadence, Schedule
 from .checks import one_of, optional, real, whole
+from .committing import is_on_disk
 from .company import Company
 from .composing import Recipe
 from .examining import examine
@@ -165,13 +166,11 @@ class CheckpointManager:
             host_bytes=host_bytes,
         )
         self._places = Places.of(directory)
-        self._cadence = Cadence(save_every_steps, save_every_seconds)
+        self._schedule = Schedule(Cadence(save_every_steps, save_every_seconds), clock())
         self._async, self._warn, self._clock = async_save, on_storage_error == "warn", clock
         self._company = Company(timeout_s)
         self._background = Background()
         self._said_never = False
-        self._last_step: int | None = None
-        self._last_time = clock()
         self._line: Line | None = None  # of what was restored or saved last
         self._line_step = 0
         self.last_failure: StorageError | None = None
@@ -179,14 +178,17 @@ class CheckpointManager:
     # --- saving --------------------------------------------------------------------------
 
     def maybe_save(self, step: int, state: Any, **what: Any) -> bool:
-        """``save`` if it is time to; whether it was. Arguments and errors as ``save``."""
+        """``save`` if it is time to; whether it was. Arguments and errors as ``save``.
+
+        What counts is the newest step of this run that is saved and good: a save that failed,
+        and steps that ``restore`` went back from, are due again.
+        """
         self._background.raise_failure()
         step, now = whole("step", step), self._clock()
         self._say_if_never()
-        is_due = self._cadence.is_due(
-            step, now=now, last_step=self._last_step, last_time=self._last_time
-        )
-        if self._cadence.every_seconds:  # no two clocks agree
+        may_differ = self._schedule.is_timed or step == self._schedule.tried
+        is_due = self._schedule.is_due(step, now)
+        if may_differ:  # no two clocks agree, and no two background saves end together
             is_due = self._company.of_process_0(is_due)
         if not is_due:
             return False
@@ -215,11 +217,15 @@ class CheckpointManager:
             LayoutError: the state cannot be saved in this way; or could not, likewise.
         """
         job = self._agreed(step, state, dict(extras or {}), loss_scale)
-        self._last_step, self._last_time = job.wish.global_step, self._clock()
-        if self._async:
-            self._background.start(f"saving step {job.wish.step}", lambda: self._run(job))
-        else:
+        self._schedule.began(job.wish.global_step, self._clock())
+        if not self._async:
             self._run(job)
+            return
+        try:
+            self._background.start(f"saving step {job.wish.step}", lambda: self._run(job))
+        except BaseException:  # no thread could be started
+            self._schedule.ended(saved=False)
+            raise
 
     def _agreed(
         self, step: int, state: Any, extras: Mapping[str, Any], loss_scale: float | None
@@ -319,6 +325,7 @@ class CheckpointManager:
         if missing_ok and step is None:
             newest = processes.agree("restoring: looking", lambda: tidied(self._places))
             if not newest:
+                self._schedule.restored(None, self._clock())
                 return None
         recipe = self._recipe
         where = Where(
@@ -341,7 +348,9 @@ class CheckpointManager:
             prefix=recipe.prefix,
             processes=processes,
         )
-        if parts == "all" and not isinstance(target, str | Strategy):
+        whole_state = parts == "all" and not isinstance(target, str | Strategy)
+        self._schedule.restored(found.step if whole_state else None, self._clock())
+        if whole_state:
             self._line, self._line_step = found.line, 0  # the run goes on from here
         return found
 
@@ -364,20 +373,26 @@ class CheckpointManager:
     # --- how a save is put together ------------------------------------------------------
 
     def _run(self, job: Job) -> None:
+        saved = False
         try:
             processes = self._company.processes
             alone = not processes.are_several
             line = save_step(job).line if alone else save_together(job, processes)
             self._line, self._line_step = line, job.wish.global_step
+            saved = True
         except StorageError as error:
             if not self._warn:
                 raise
             self.last_failure = error
             _log.warning("step %s is not saved: %s", job.wish.step, error)
+        finally:
+            if not saved and is_on_disk(job.places, job.wish.step):
+                self._line = None  # it is put in place later, and then the run grew from it
+            self._schedule.ended(saved=saved)
 
     def _say_if_never(self) -> None:
         """A loop that asks and never saves should hear of it before its work is lost."""
-        if self._cadence == Cadence() and not self._said_never:
+        if self._schedule.never_saves and not self._said_never:
             self._said_never = True
             _log.warning(
                 "maybe_save saves nothing: the manager of %s was given neither save_every_steps "
