@@ -168,7 +168,11 @@ def test_metadata_that_files_disagree_on_is_dropped():
 @pytest.mark.parametrize(
     ("contents", "error", "says"),
     [
-        ({INDEX: index_of(a=ONE, b=TWO), ONE: weights("a")}, CoverageError, f"names {TWO}, which"),
+        (
+            {INDEX: index_of(a=ONE, b=TWO), ONE: weights("a")},
+            CoverageError,
+            f"1 of which folder .*{TWO}",
+        ),
         (
             {INDEX: index_of(a=ONE, b=ONE), ONE: weights("a")},
             FormatError,
@@ -450,3 +454,34 @@ def test_a_size_is_a_number_with_a_unit(text, num_bytes):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(LayoutError, match="is not a size"):
         parse_size(text)
+
+
+def test_the_index_of_an_older_save_is_named_where_the_files_are_a_complete_set():
+    serves = {f"{n}": f"model-0000{i}-of-00004.safetensors" for i, n in enumerate("abcd", start=1)}
+    contents = {ONE: weights("a", "b"), TWO: weights("c", "d"), INDEX: index_of(**serves)}
+    with pytest.raises(CoverageError) as caught:
+        read(**contents)
+    assert "names 4 files, 4 of which folder does not have" in str(caught.value)
+    assert "model-*-of-00002.safetensors (2 files) is complete here" in str(caught.value)
+    assert "remove it" in str(caught.value)
+    del contents[TWO]  # neither set is complete
+    with pytest.raises(CoverageError, match="Fetch what is missing"):
+        read(**contents)
+    assert set(read(**{ONE: weights("a"), TWO: weights("b")}).tensors) == {"a", "b"}
+
+
+@pytest.mark.parametrize("other", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_another_form_of_the_model_in_one_folder_is_left_out_with_a_note(other):
+    catalog = read(**{ONE: weights("a"), TWO: weights("b"), other: weights("x")})
+    assert set(catalog.tensors) == {"a", "b"}
+    assert any(other in note and "is not read" in note for note in catalog.notes)
+    alone = read(**{other: weights("x")})
+    assert set(alone.tensors) == {"x"}
+
+
+def test_files_of_no_numbered_set_are_read_as_one_model_with_a_note():
+    catalog = read(**{"part_a.safetensors": weights("a"), "part_b.safetensors": weights("b")})
+    assert set(catalog.tensors) == {"a", "b"}
+    assert any("all 2 weight files are read as one model" in note for note in catalog.notes)
+    numbered = read(**{ONE: weights("a"), TWO: weights("b")})
+    assert not any("one model" in note for note in numbered.notes)

@@ -55,6 +55,8 @@ _WEIGHTS = re.compile(
 )
 _HIDDEN = re.compile(r"(^|/)(\.|__pycache__/)")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+# Mistral's own form beside Hugging Face's, and adapters: no parts of the model they lie beside
+_OTHER_FORM = re.compile(r"consolidated|adapter_(model|config)")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -112,10 +114,7 @@ def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
     if not indexes and not found:
         raise NotFoundError(_nothing(folder, files))
     if not indexes:
-        beside = (MINDSPORE_HYPER,) if MINDSPORE_HYPER in found else ()
-        paths = (SINGLE, *beside) if SINGLE in found else found
-        _check_numbered(folder, paths, alone=len(files) == 1)
-        return _Choice(paths)
+        return _choose_without_index(folder, found, alone=len(files) == 1)
     index, *others = indexes
     serves = _read_index(folder, files[index])
     notes = [f"{index} decides which file serves a name, not {some(others)}."] if others else []
@@ -127,6 +126,29 @@ def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
     if index == MINDSPORE_INDEX and MINDSPORE_HYPER in found:
         used.add(MINDSPORE_HYPER)  # that index lists only what a strategy cuts
     return _Choice(tuple(sorted(used)), serves, index, tuple(notes))
+
+
+def _choose_without_index(folder: Folder, found: Sequence[str], *, alone: bool) -> _Choice:
+    """The single file, or all files at the top that can be parts of one model."""
+    beside = (MINDSPORE_HYPER,) if MINDSPORE_HYPER in found else ()
+    if SINGLE in found:
+        return _Choice((SINGLE, *beside))
+    parts = tuple(path for path in found if not _OTHER_FORM.match(path)) or tuple(found)
+    _check_numbered(folder, parts, alone=alone)
+    notes = []
+    if len(parts) < len(found):
+        others = [path for path in found if path not in parts]
+        notes.append(
+            f"{some(map(shown, others))} is not read: it holds the same model in another form, or "
+            "an adapter. Name the file itself to read it."
+        )
+    stems = {_SHARD.sub(r"\g<stem>-of-\g<total>", path) for path in parts} - set(beside)
+    if len(stems) > 1:
+        notes.append(
+            f"There is no {INDEX}, so all {len(parts)} weight files are read as one model "
+            f"({some(map(shown, parts))}). Name one file to read it alone."
+        )
+    return _Choice(parts, notes=tuple(notes))
 
 
 def _read_index(folder: Folder, file: File) -> dict[str, str]:
@@ -154,12 +176,31 @@ def _read_index(folder: Folder, file: File) -> dict[str, str]:
 def _check_present(
     folder: Folder, files: Mapping[str, File], index: str, serves: Mapping[str, str]
 ) -> None:
-    missing = sorted(set(serves.values()) - files.keys())
-    if missing:
-        raise CoverageError(
-            f"{index} names {some(map(shown, missing))}, which {folder.root} does not have. "
-            "Fetch what is missing."
+    named = set(serves.values())
+    missing = sorted(named - files.keys())
+    if not missing:
+        return
+    whole = _complete_set(set(_top(files, ".safetensors")) - named)
+    raise CoverageError(
+        f"{index} names {len(named)} files, {len(missing)} of which {folder.root} does not have "
+        f"({some(map(shown, missing))}). "
+        + (
+            f"{shown(whole)} is complete here, so the index is that of an older save: remove it."
+            if whole
+            else "Fetch what is missing."
         )
+    )
+
+
+def _complete_set(paths: Iterable[str]) -> str:
+    """The name of the numbered files among ``paths`` that are all there, if there are such."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for match in filter(None, map(_SHARD.fullmatch, paths)):
+        numbers.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
+    for (stem, total), found in sorted(numbers.items()):
+        if found == set(range(1, int(total) + 1)):
+            return f"{stem}-*-of-{total}.safetensors ({int(total)} files)"
+    return ""
 
 
 def _inside(index: str, target: str) -> str:

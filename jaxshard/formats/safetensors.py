@@ -294,6 +294,7 @@ def _header(described: Mapping[str, Any]) -> bytes:
     if padded > MAX_HEADER_BYTES:
         raise LayoutError(
             f"a file of {len(described)} tensors needs a header of {padded} bytes; the format "
-            f"allows {MAX_HEADER_BYTES}. Spread them over more files."
+            f"allows {MAX_HEADER_BYTES}. Spread the tensors over more files: choose a complete "
+            "checkpoint with a smaller max_shard_bytes= (--max-shard-size), or more ranks."
         )
     return padded.to_bytes(8, "little") + text.ljust(padded)
