@@ -116,14 +116,19 @@ class Layout:
     """For a whole checkpoint, who holds which box.
 
     A tensor may be placed in several disjoint sets of ranks (a tied embedding in the
-    first and the last stage). Names that are absent here are held by no rank; ``notes``
-    says what a person should know of it.
+    first and the last stage). Names without a placement are held by no rank.
+
+    Attributes:
+        notes: what a person should know of it.
+        absent: names of the checkpoint's strategy that none of its files has. MindSpore counts
+            them where it decides which replica is kept.
     """
 
     num_ranks: int
     placements: Mapping[str, tuple[Placement, ...]] = field(repr=False)
     stage_axes: Axes = ()
     notes: tuple[str, ...] = ()
+    absent: Mapping[str, tuple[Placement, ...]] = field(default_factory=dict, repr=False)
 
     def box_of(self, name: str, shape: tuple[int, ...], rank: int) -> Box | None:
         """The box of tensor ``name`` that ``rank`` holds, or None."""

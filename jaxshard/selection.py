@@ -90,19 +90,22 @@ def without_merged(catalog: Catalog, target: Layout) -> Layout:
     """
     if not catalog.has_merged_adapters:
         return target
-    kept = {
-        name: placed
-        for name, placed in target.placements.items()
-        if name in catalog.tensors or not is_part_of_adapter(name)
-    }
-    left = len(target.placements) - len(kept)
+    kept, absent = (
+        {
+            name: placed
+            for name, placed in names.items()
+            if name in catalog.tensors or not is_part_of_adapter(name)
+        }
+        for names in (target.placements, target.absent)
+    )
+    left = len(target.placements) + len(target.absent) - len(kept) - len(absent)
     if not left:
         return target
     note = (
         f"{left} names of adapters in the target's strategy are left out of the result's: the "
         "adapters were merged into their weights."
     )
-    return replace(target, placements=kept, notes=(*target.notes, note))
+    return replace(target, placements=kept, absent=absent, notes=(*target.notes, note))
 
 
 def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]) -> None:

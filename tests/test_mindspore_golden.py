@@ -124,23 +124,27 @@ def test_more_stages_than_ranks_in_a_stage_of_the_source_are_no_matter(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("format", ["ranks", "ckpt"])
-def test_each_rank_keeps_what_mindspore_has_it_keep(name: str, format: str, tmp_path: Path) -> None:
-    """Its loader works out who keeps what and looks nowhere else."""
-    js.convert(
-        golden(name, "src_safetensors"),
-        tmp_path / "o",
-        golden(name, "strategy"),
-        options=QUICK,
-        remove_redundancy=True,
-        format=format,
-    )
+@pytest.mark.parametrize(
+    ("format", "target"), [("ranks", "strategy"), ("ckpt", "strategy"), ("ranks", "same")]
+)
+@pytest.mark.parametrize("drop", ["", "adam_"])
+def test_each_rank_keeps_what_mindspore_has_it_keep(
+    name: str, format: str, target: str, drop: str, tmp_path: Path
+) -> None:
+    """Its loader works out who keeps what, over all names of the network, and looks there only."""
+    to = golden(name, "strategy") if target == "strategy" else "same"
+    how = {"options": QUICK, "remove_redundancy": True, "format": format}
+    how["drop_prefixes"] = [drop] if drop else []
+    js.convert(golden(name, "src_safetensors"), tmp_path / "o", to, **how)
     right = "_right" if name == TWO_AXES else ""  # where MindSpore itself loses data
     theirs = ms.rank_weights_of(golden(name, f"src_safetensors_dedup{right}"))
-    ours = ms.rank_weights_of(tmp_path / "o")
-    assert ours.keys() == theirs.keys()
-    for rank, held in theirs.items():
-        assert ours[rank] == held, rank
+    js.convert(tmp_path / "o", tmp_path / "again", "same", **how)  # by the strategy of the first
+    for out in ("o", "again"):
+        ours = ms.rank_weights_of(tmp_path / out)
+        assert ours.keys() == theirs.keys()
+        for rank, held in theirs.items():
+            wanted = {n: t for n, t in held.items() if not (drop and n.startswith(drop))}
+            assert ours[rank] == wanted, rank
 
 
 # --- against what MindSpore itself made --------------------------------------------------

@@ -90,7 +90,7 @@ def read(
         format="ranks",
         files=files,
         tensors=(tensors := gathered.tensors()),
-        layout=replace(layout, placements=gathered.placements(layout)) if layout else None,
+        layout=gathered.layout(layout) if layout else None,
         model=model,
         metadata=gathered.metadata,
         extras=extras,
@@ -208,9 +208,12 @@ class _Gathered:
             name: Tensor(name, f.dtype, f.shape, tuple(f.pieces)) for name, f in self._found.items()
         }
 
-    def placements(self, layout: Layout) -> dict[str, tuple[Placement, ...]]:
+    def layout(self, layout: Layout) -> Layout:
+        """``layout`` of what the files hold, and apart from it what they do not."""
         everywhere = (Placement((("all", layout.num_ranks),)),)
-        return {name: self._placed.get(name, everywhere) for name in self._found}
+        held = {name: self._placed.get(name, everywhere) for name in self._found}
+        absent = {name: placed for name, placed in self._placed.items() if name not in held}
+        return replace(layout, placements=held, absent=absent)
 
     def notes(self) -> list[str]:
         """What a strategy tells of and files lack, and the other way round."""

@@ -5,7 +5,8 @@ This module decides which file holds which box, and touches no disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 
@@ -14,6 +15,7 @@ from ..errors import LayoutError, some
 from ..formats import layout_file, rank_files, rank_redundancy, strategy_files
 from ..layout import Layout, Placement, check_divides
 from ..planning.outputs import arrange
+from ..rules.match import weight_name
 from .lay_files import as_ckpt, as_safetensors
 from .results import Request, Result
 
@@ -32,7 +34,7 @@ def rank_folders(source: Catalog, tensors: Sequence[Tensor], request: Request) -
     kind = "ckpt" if request.format == "ckpt" else "safetensors"
     paths = [rank_files.file_path(r, request.prefix, kind) for r in range(layout.num_ranks)]
     once = request.remove_redundancy
-    keepers = rank_redundancy.keepers(_without(layout, source.hyper)) if once else None
+    keepers = rank_redundancy.keepers(_of_strategy(layout, source.hyper)) if once else None
     outputs = arrange(tensors, layout, paths, remove_redundancy=once, keepers=keepers)
     side = {f"{STRATEGY_FOLDER}/{path}": data for path, data in strategy.items()}
     if kind == "ckpt":
@@ -62,19 +64,42 @@ def _strategy(
 
     Hyper parameters are not told of: they are never cut.
     """
-    told = [t for t in tensors if t.name not in source.hyper] or tensors
+    weights = [t for t in tensors if t.name not in source.hyper]
+    told = weights or tensors
     for tensor in told:
         for placement in layout.placements[tensor.name]:
             check_divides(placement, tensor.shape, tensor.name)
+    every = _of_strategy(layout, source.hyper if weights else frozenset())
+    states = _absent_states(every, {t.name: t.shape for t in tensors})
+    shapes = {t.name: t.shape for t in told} | states
+    every = strategy_files.for_tensors(every, states)
     try:
-        strategies = strategy_files.from_layout(layout, {t.name: t.shape for t in told})
-        return strategy_files.raw_files(strategies), ()
+        return strategy_files.raw_files(strategy_files.from_layout(every, shapes)), ()
     except LayoutError as error:
         note = (
             f"{STRATEGY_FOLDER}/{layout_file.NAME} says who holds what; MindSpore's own format "
             f"cannot: {str(error).split('. ')[0]}."
         )
-        return {layout_file.NAME: layout_file.to_bytes(layout, (t.name for t in told))}, (note,)
+        return {layout_file.NAME: layout_file.to_bytes(every, shapes)}, (note,)
+
+
+def _absent_states(
+    layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """States that the strategy has and no file: they keep their turns in the result's strategy.
+
+    A state has the shape of its weight.
+    """
+    found = {}
+    for name, placements in layout.placements.items():
+        shape = shapes.get(weight_name(name))
+        if name in shapes or shape is None:
+            continue
+        with suppress(LayoutError):
+            for placement in placements:
+                check_divides(strategy_files.for_dims(placement, len(shape)), shape)
+            found[name] = shape
+    return found
 
 
 def _by_stages(layout: Layout, source: Catalog) -> Layout:
@@ -88,9 +113,10 @@ def _by_stages(layout: Layout, source: Catalog) -> Layout:
     return replace(layout, placements={**layout.placements, **placements})
 
 
-def _without(layout: Layout, names: frozenset[str]) -> Layout:
-    kept = {name: placed for name, placed in layout.placements.items() if name not in names}
-    return replace(layout, placements=kept)
+def _of_strategy(layout: Layout, hyper: frozenset[str]) -> Layout:
+    """All names of the strategy, also those that no file has: MindSpore counts them all."""
+    every = {**layout.absent, **layout.placements}
+    return replace(layout, placements={n: p for n, p in every.items() if n not in hyper})
 
 
 def _by_stage(placement: Placement, stage: int) -> list[Placement]:

@@ -82,7 +82,8 @@ def copies_of(
     """
     chosen = _only(catalog, names)
     if kind in ("ranks", "iteration"):
-        return [_rank_part(chosen, wish, folder)]
+        # the job's numbers are no weights here either, though the layout has them
+        return [_rank_part(replace(chosen, hyper=catalog.hyper), wish, folder)]
     suffix = folder.removeprefix(f"{naming.CHECKPOINT}_")
     return [_complete_part(chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
 
