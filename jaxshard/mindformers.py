@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import Catalog
 from .decoders import MAX_YAML_BYTES, parse_yaml
-from .errors import CoverageError, FormatError, NotFoundError, StorageError
+from .errors import CoverageError, FormatError, NotFoundError, StorageError, nearest
+from .mindformers_keys import SECTIONS, TOP, Config, nearest_key, notes_of, section
+from .mindformers_training import data_keys, resuming_of, saving_of, unshared
 from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint
 from .storage.text_files import read_text
@@ -30,8 +32,6 @@ from .strategy import Strategy
 if TYPE_CHECKING:
     import jax
     from numpy.typing import NDArray
-
-Config = Mapping[str, Any]
 
 _SIZES = {
     "data_parallel": "dp",
@@ -42,28 +42,11 @@ _SIZES = {
 }
 _STATES = (r"^adam_m\.", r"^adam_v\.", r"^moment[12]\.")
 _GRADIENTS = r"^accu_grads\."
-_MONITOR = {
-    "directory": "directory",
-    "prefix": "prefix",
-    "save_checkpoint_steps": "save_every_steps",
-    "save_checkpoint_seconds": "save_every_seconds",
-    "keep_checkpoint_max": "keep_max",
-    "global_batch_size": "global_batch_size",
-    "remove_redundancy": "remove_redundancy",
-    "async_save": "async_save",
-    "save_optimizer": "save_optimizer",
-    "save_network_params": "save_network_only",
-    "save_trainable_params": "save_trainable_only",
-}
-_SECTION = {
-    "save_path": "directory",
-    "prefix": "prefix",
-    "save_interleaved_steps": "save_every_steps",
-    "save_max": "keep_max",
-    "save_remove_redundancy": "remove_redundancy",
-    "async_save": "async_save",
-}
+_CHECKPOINT = ("load_checkpoint", "pretrained_model_dir")
+_SOURCE_STRATEGY = ("src_strategy_path_or_dir", "src_strategy")
 _ALL_REPLICAS = -1
+# values of parallel_mode: data parallel, hybrid (by hand) and a job of one device
+_UNCUT = ("0", "data_parallel", "3", "hybrid_parallel", "stand_alone")
 _KINDS = ("ckpt", "safetensors")
 
 
@@ -134,25 +117,24 @@ def from_config(config: Config | PathLike) -> Loading:
         LayoutError: ``parallel_config`` is impossible.
         StorageError: the file cannot be read, or PyYAML is missing.
     """
-    told = config if isinstance(config, Mapping) else read_yaml(config)
+    told = _read(config)
     path, notes = _path(told)
     strategy, more = _strategy(told)
     suffix, with_states = _resume(told)
-    src = told.get("src_strategy_path_or_dir") or None
-    if src is not None and not os.path.exists(str(src)):
-        raise NotFoundError(f"src_strategy_path_or_dir: {src} does not exist.")
+    src, other = _source_strategy(told)
     if told.get("only_save_strategy"):
         more.append(
             "only_save_strategy: nothing is to be loaded; jaxshard strategy make writes the files."
         )
     keys = ("remove_redundancy", "load_ckpt_format", "auto_trans_ckpt")
     said = {k: told[k] for k in keys if told.get(k) is not None}
-    notes += [*more, *_unsaid(told, strategy)]
+    notes += [*more, *other, *_unsaid(told, strategy), *_of_data(told), *_idle(told)]
+    notes += unshared(path, "each process reads what it finds there")
     log_notes(_called(config), notes)
     return Loading(
         path,
         strategy,
-        Path(str(src)) if src is not None else None,
+        src,
         suffix,
         with_states,
         _how(told),
@@ -210,18 +192,24 @@ def saving(config: Config | PathLike) -> dict[str, Any]:
         FormatError: the file is not YAML, or a key has a value that means nothing.
         StorageError: the file cannot be read, or PyYAML is missing.
     """
-    told = config if isinstance(config, Mapping) else read_yaml(config)
-    new = _section(told, "checkpoint")
-    keys, said = (_SECTION, new) if new else (_MONITOR, _monitor(told))
-    found = {ours: said[theirs] for theirs, ours in keys.items() if said.get(theirs) is not None}
-    if not said:
-        return {}
-    if "no_save_optim" in new:
-        found["save_optimizer"] = not new["no_save_optim"]
-    if "async_save" in found:
-        found["async_save"] = bool(found["async_save"])  # it may name the kind of worker
-    legacy = not new and said.get("use_legacy_format", True)
-    return {"directory": "./output", **found, "format": "ranks" if legacy else "iteration"}
+    arguments, notes = saving_of(_read(config))
+    log_notes(_called(config), notes)
+    return arguments
+
+
+def resuming(config: Config | PathLike) -> dict[str, Any]:
+    """What ``training.resume_point`` is to be given to go on as a configuration says.
+
+    >>> resuming({"trainer": {"data_skip_steps": 2}, "runner_config": {"sink_mode": True}})
+    {'data_skip_steps': 2, 'sink_mode': True}
+
+    Raises:
+        FormatError: the file is not YAML, or a key has a value that means nothing.
+        StorageError: the file cannot be read, or PyYAML is missing.
+    """
+    arguments, notes = resuming_of(_read(config))
+    log_notes(_called(config), notes)
+    return arguments
 
 
 def read_yaml(path: PathLike) -> Config:
@@ -248,6 +236,10 @@ def read_yaml(path: PathLike) -> Config:
 # ---------------------------------------------------------------------------- the keys
 
 
+def _read(config: Config | PathLike) -> Config:
+    return config if isinstance(config, Mapping) else read_yaml(config)
+
+
 def _called(config: Config | PathLike) -> str:
     """What notes call a configuration: its file's path."""
     return "the configuration" if isinstance(config, Mapping) else os.fspath(config)
@@ -255,7 +247,7 @@ def _called(config: Config | PathLike) -> str:
 
 def _path(told: Config) -> tuple[Path, list[str]]:
     """The checkpoint that is named: ``load_checkpoint`` before ``pretrained_model_dir``."""
-    new = _section(told, "checkpoint")
+    new = section(told, "checkpoint")
     places = [
         ("checkpoint.load_path", new.get("load_path")),
         ("load_checkpoint", told.get("load_checkpoint")),
@@ -265,7 +257,7 @@ def _path(told: Config) -> tuple[Path, list[str]]:
     if not named:
         raise NotFoundError(
             "the configuration names no checkpoint: neither load_checkpoint nor "
-            "pretrained_model_dir (nor checkpoint.load_path) has a path."
+            "pretrained_model_dir (nor checkpoint.load_path) has a path." + _misspelt(told)
         )
     key, value = named[0]
     if not isinstance(value, str):
@@ -276,9 +268,15 @@ def _path(told: Config) -> tuple[Path, list[str]]:
     return Path(value), [f"{key} is loaded, not {other}." for other in others]
 
 
+def _misspelt(told: Config) -> str:
+    """A sentence on a key that may be a slip of one that names a checkpoint."""
+    near = (k for k in map(str, told) if nearest_key(k, _CHECKPOINT) and k not in TOP.known)
+    return "".join(nearest(key, _CHECKPOINT) for key in list(near)[:1])
+
+
 def _strategy(told: Config) -> tuple[Strategy, list[str]]:
     """How the job is parallel, and what of it contradicts itself."""
-    config, parallel = _section(told, "parallel_config"), _section(told, "parallel")
+    config, parallel = section(told, "parallel_config"), section(told, "parallel")
     sizes = {name: _size(config, key) for key, name in _SIZES.items()}
     strategy = Strategy(
         **sizes,
@@ -308,17 +306,51 @@ def _size(config: Config, key: str) -> int:
 def _optimizer_shard(parallel: Config) -> int:
     if not parallel.get("enable_parallel_optimizer"):
         return 1
-    config = _section(parallel, "parallel_optimizer_config")
-    size = config.get("optimizer_weight_shard_size", _ALL_REPLICAS)
+    config = section(parallel, "parallel_optimizer_config")
+    key = "optimizer_weight_shard_size"
+    size = config.get(key, parallel.get(key, _ALL_REPLICAS))
     if isinstance(size, bool) or not isinstance(size, int):
         raise FormatError(f"optimizer_weight_shard_size: {size!r} is not a number of ranks.")
     return size
 
 
+def _source_strategy(told: Config) -> tuple[Path | None, list[str]]:
+    """Where the strategy files of the source are, if it is said; and notes."""
+    given = {key: told[key] for key in _SOURCE_STRATEGY if told.get(key)}
+    for key, value in given.items():
+        if not isinstance(value, str) or not os.path.exists(value):
+            raise NotFoundError(f"{key}: {value} does not exist.")
+    if not given:
+        return None, []
+    first, *others = given
+    notes = [
+        f"{first} is used, not {key} ({given[key]})."
+        for key in others
+        if given[key] != given[first]
+    ]
+    return Path(given[first]), notes
+
+
+def _idle(told: Config) -> list[str]:
+    """Notes on keys of the sections that loading has no use for."""
+    paths = (path for path, keys in SECTIONS.items() if "load" in keys.verbs)
+    return [note for path in paths for note in notes_of(path, section(told, path), "load")]
+
+
+def _of_data(told: Config) -> list[str]:
+    """Notes on keys about the data, which a run that goes on has seen a part of."""
+    said = {key: value for key, value in data_keys(told).items() if value not in (None, False)}
+    return [
+        f"{key} is {value}, which is about the data: resume_point(progress, "
+        "**mindformers.resuming(config)) has it."
+        for key, value in said.items()
+    ]
+
+
 def _unsaid(told: Config, strategy: Strategy) -> list[str]:
     """Notes on what keys say of the layout and a strategy in words cannot."""
-    config = _section(told, "parallel_config")
-    model = _section(_section(told, "model"), "model_config")
+    config = section(told, "parallel_config")
+    model = section(told, "model.model_config")
     notes = []
     for key, usual in (("offset", 0), ("pp_interleave_num", 1)):
         value = model.get(key)
@@ -329,6 +361,15 @@ def _unsaid(told: Config, strategy: Strategy) -> list[str]:
                 "evenly. For the job's own stages give its strategy files as the target, or rules "
                 "with layers_per_stage."
             )
+    is_sharded, parallel = strategy.optimizer_shard != 1, section(told, "parallel")
+    if config.get("optimizer_shard") and not is_sharded:
+        notes.append("optimizer_shard has no effect: parallel.enable_parallel_optimizer decides.")
+    mode = parallel.get("parallel_mode")
+    if str(mode).lower() in _UNCUT and strategy.mp * strategy.pp > 1:
+        notes.append(
+            f"parallel_mode is {mode}, in which MindSpore cuts no weight, but they are cut as "
+            f"parallel_config says: {strategy}."
+        )
     experts = config.get("expert_model_parallel")
     if experts not in (None, 1):
         notes.append(
@@ -338,23 +379,12 @@ def _unsaid(told: Config, strategy: Strategy) -> list[str]:
     return notes
 
 
-def _monitor(told: Config) -> Config:
-    """The arguments of the callback that saves; none where there is none."""
-    callbacks = told.get("callbacks") or []
-    if not isinstance(callbacks, list):
-        raise FormatError(f"callbacks: {callbacks!r} is not a list. Check the file.")
-    usual = {"save_checkpoint_steps": 1}
-    for one in callbacks:
-        if isinstance(one, Mapping) and one.get("type") == "CheckpointMonitor":
-            return {**usual, **one}
-    return {}
-
-
 def _how(told: Config) -> dict[str, Any]:
     """How the files are read, as ``checkpoint:`` or the keys before it say."""
-    new = _section(told, "checkpoint")
+    new = section(told, "checkpoint")
     balanced = new.get("load_balanced", told.get("balanced_load"))
-    workers = new.get("reshard_worker_num", told.get("reshard_worker_num"))
+    names = ("reshard_worker_num", "reshard_worker_number")
+    workers = next((s[n] for s in (new, told) for n in names if s.get(n) is not None), None)
     how: dict[str, Any] = {"balanced": True} if balanced else {}
     if isinstance(workers, int) and workers > 1:
         how["workers"] = workers
@@ -363,7 +393,7 @@ def _how(told: Config) -> dict[str, Any]:
 
 def _resume(told: Config) -> tuple[str | None, bool]:
     """Which file of each rank is named, and whether training goes on."""
-    new, resume = _section(told, "checkpoint"), told.get("resume_training", False)
+    new, resume = section(told, "checkpoint"), told.get("resume_training", False)
     if not isinstance(resume, bool | str):
         raise FormatError(f"resume_training: {resume!r} is neither True, False nor a file's name.")
     without = new.get("no_load_optim")
@@ -372,15 +402,6 @@ def _resume(told: Config) -> tuple[str | None, bool]:
         return None, with_states
     stem = re.sub(r"\.(ckpt|safetensors)$", "", os.path.basename(resume))
     return re.sub(r".*rank_(\d+|k)(?=[-_])", "", stem), with_states
-
-
-def _section(told: Config, key: str) -> Config:
-    value = told.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise FormatError(f"{key}: {value!r} is not a mapping of keys to values.")
-    return value
 
 
 # ---------------------------------------------------------------------------- the files
