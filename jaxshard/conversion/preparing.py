@@ -21,7 +21,7 @@ from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..selection import missed, refuse_absent, select, texts, without_merged
 from ..storage import carrying
 from ..strategy import Strategy
-from ..targets import check_request, lay_out_for, make_result, one_file, same_layout
+from ..targets import check_factors, check_request, lay_out_for, make_result, one_file, same_layout
 from ..targets.results import Request, Result
 from .fingerprint import fingerprint
 from .options import Options, budget_of
@@ -104,7 +104,7 @@ def prepare(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
-    layout = same_layout(chosen) if to == "same" else _target_layout(to, lay_out)
+    layout = same_layout(chosen) if to == "same" else _target_layout(chosen, to, lay_out)
     if layout is not None:
         layout = without_merged(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
@@ -146,9 +146,12 @@ def _chosen(
 
 
 def _target_layout(
-    to: str | PathLike | Strategy | Layout, lay_out: Callable[[Strategy], Layout]
+    source: Catalog,
+    to: str | PathLike | Strategy | Layout,
+    lay_out: Callable[[Strategy], Layout],
 ) -> Layout | None:
     if isinstance(to, Layout):
+        check_factors(source, to)
         return to
     if isinstance(to, Strategy):
         return lay_out(to)
@@ -159,7 +162,9 @@ def _target_layout(
         strategy = Strategy.parse(text)  # before files: a result called mp4 may lie here too
     except LayoutError as error:
         if os.path.exists(text):
-            return open_strategy(text)
+            layout = open_strategy(text)
+            check_factors(source, layout)
+            return layout
         raise LayoutError(
             "the target (to=, --to) is neither full, nor an existing strategy file or folder; "
             f"{error}"

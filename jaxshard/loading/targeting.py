@@ -29,7 +29,7 @@ from ..opening import open_strategy
 from ..rules import Rules
 from ..selection import refuse_absent, without_merged
 from ..strategy import Strategy
-from ..targets import lay_out_for
+from ..targets import check_factors, lay_out_for
 from ..trees import is_array_like, named_leaves
 from .findings import Findings
 from .mesh_rules import mesh_shardings
@@ -96,6 +96,7 @@ def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[
             f"{some(unplaced)}. Leave them out with exclude= (optimizer states: "
             'exclude="^adam_"), or give a strategy that has them.'
         )
+    check_factors(catalog, layout)
     return shardings(layout, _listed(devices), catalog.tensors).__getitem__
 
 

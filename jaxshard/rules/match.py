@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from .quantization import is_setting
 from .table import Glob, Rules, Spec
 
 #: Optimizer states and gradients lie as the weight does whose name follows.
@@ -118,20 +119,25 @@ class Matcher:
 
         A rule that names an adapter or a scale goes before the rule of its weight.
         """
-        spec = self._found(name, kind)
+        spec = self.direct(name, kind)
         if spec is not None:
             return spec
+        if is_setting(name):
+            return Spec(buffer=True)
         scale, adapter = _SCALE.fullmatch(name), _ADAPTER.fullmatch(name)
         if scale:
             base = scale["base"]
-            return self._found(base, template(base))
+            return self.direct(base, template(base))
         if adapter:
             base = adapter["base"] + ".weight"
-            return _adapter_spec(self._found(base, template(base)), adapter["part"])
+            return _adapter_spec(self.direct(base, template(base)), adapter["part"])
         base = name.replace(".base_layer.", ".")  # how peft calls the weight it adapts
-        return self._found(base, template(base)) if base != name else None
+        if base.endswith(".weight_packed"):  # (out, in), several inputs in an element
+            base = base.removesuffix("_packed")
+        return self.direct(base, template(base)) if base != name else None
 
-    def _found(self, name: str, kind: str) -> Spec | None:
+    def direct(self, name: str, kind: str) -> Spec | None:
+        """The spec of the rule that names ``name`` itself, or None."""
         at = self.patterns.find(name, kind)
         if at is None:
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from ..errors import LayoutError, some
 from ..layout import Layout, Placement, shard_dim_over_replicas
@@ -16,6 +17,7 @@ from ..layout import Spec as AxisSpec
 from ..strategy import Axes, Strategy
 from .findings import Findings, Policy, check_policy
 from .match import Matcher, template, weight_name
+from .quantization import Factors, Granule
 from .stages import Home, Stages
 from .table import Dims, ModelFacts, Rules, Spec, check_rules
 
@@ -59,25 +61,41 @@ def layout(
     stages = Stages(rules, strategy, model, (n for n in shapes if n not in hyper))
     matcher, placer = Matcher(rules), _Placer(strategy)
     everywhere = (Placement((("all", strategy.num_ranks),)),)
+    factors = Factors({n: s for n, s in shapes.items() if n not in hyper}, _config(model))
     placements: dict[str, tuple[Placement, ...]] = {}
+    following, own = list[str](), list[str]()
     for name, shape in shapes.items():
         if name in hyper:
             placements[name] = everywhere
             continue
         weight = weight_name(name)
         kind = template(weight)
+        if name in factors.weights:
+            follows = matcher.direct(weight, kind) is None
+            (following if follows else own).append(name)
+            if follows:
+                continue
         spec = matcher.find(weight, kind)
         if spec is None:
             placer.findings.add("unmatched", name, str(tuple(shape)))
             spec = _WHOLE
-        placements[name] = placer.place(name, tuple(shape), spec, stages.home(weight, kind))
+        granules = factors.granules(name)
+        home = stages.home(weight, kind)
+        placements[name] = placer.place(name, tuple(shape), spec, home, granules)
+    for name in sorted(following, key=len):  # after its weight, which may have factors itself
+        placements[name] = factors.follow(name, placements[factors.weights[name]])
     placer.findings.refuse(rules, strategy, unmatched, uneven)
+    factors.check(placements, own)
     return Layout(
         num_ranks=strategy.num_ranks,
-        placements=placements,
+        placements={name: placements[name] for name in shapes},
         stage_axes=strategy.stage_axes,
         notes=(*placer.findings.notes(), *_idle(rules, matcher)),
     )
+
+
+def _config(model: ModelFacts | None) -> Mapping[str, Any]:
+    return model.config if model else {}
 
 
 def _idle(rules: Rules, matcher: Matcher) -> tuple[str, ...]:
@@ -100,14 +118,19 @@ class _Placer:
         self.findings = Findings()
 
     def place(
-        self, name: str, shape: tuple[int, ...], spec: Spec, home: Home
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        spec: Spec,
+        home: Home,
+        granules: tuple[Granule, ...] = (),
     ) -> tuple[Placement, ...]:
         """The placements of a tensor: one for each stage that holds it."""
-        key = (shape, spec, home)
+        key = (shape, spec, home, granules)
         known = self._made.get(key)
         if known is None:
             events: list[_Event] = []
-            placed = self._make(shape, spec, home, events)
+            placed = self._make(shape, spec, home, granules, events)
             known = self._made[key] = (self._shared.setdefault(placed, placed), events)
         placed, events = known
         for what, numbers in events:
@@ -115,7 +138,12 @@ class _Placer:
         return placed
 
     def _make(
-        self, shape: tuple[int, ...], spec: Spec, home: Home, events: list[_Event]
+        self,
+        shape: tuple[int, ...],
+        spec: Spec,
+        home: Home,
+        granules: tuple[Granule, ...],
+        events: list[_Event],
     ) -> tuple[Placement, ...]:
         s = self._strategy
         axes = s.stage_axes if home.slot is None else s.stage_axes[1:]  # ep is the slowest
@@ -123,12 +151,12 @@ class _Placer:
         if spec.dims and len(spec.dims) != len(shape):
             events.append(("misfit", f'has shape {shape}, its rule is "{spec}"'))
             cut = ()
-        cut = _evened(cut, shape, axes, events)
+        cut = _evened(cut, shape, axes, granules, events)
         placement = Placement(axes, cut)
         if not home.stages and not spec.buffer:
             events.append(("no stage", ""))
         if home.stages and not spec.buffer and shape and s.optimizer_shard != 1:
-            sharded = _optimizer_sharded(placement, shape, s.optimizer_shard, events)
+            sharded = _optimizer_sharded(placement, shape, s.optimizer_shard, granules, events)
             self.findings.sharded |= sharded is not placement
             placement = sharded
         if not home.stages and not cut and home.slot is None:
@@ -163,8 +191,14 @@ def _resolve(dims: Dims, strategy: Strategy, axes: Axes) -> AxisSpec:
     return tuple(cut)
 
 
-def _evened(cut: AxisSpec, shape: tuple[int, ...], axes: Axes, events: list[_Event]) -> AxisSpec:
-    """``cut`` without the dims that do not divide."""
+def _evened(
+    cut: AxisSpec,
+    shape: tuple[int, ...],
+    axes: Axes,
+    granules: tuple[Granule, ...],
+    events: list[_Event],
+) -> AxisSpec:
+    """``cut`` without the dims that do not divide, or not between blocks."""
     size = dict(axes)
     out = []
     for dim, split in enumerate(cut):
@@ -174,14 +208,33 @@ def _evened(cut: AxisSpec, shape: tuple[int, ...], axes: Axes, events: list[_Eve
             padded = -(-shape[dim] // ways) * ways
             said = f"dim {dim} of {shape} has {shape[dim]}, not divided by {by} (pad to {padded})"
             events.append(("uneven", said))
-        out.append(() if shape[dim] % ways else split)
+        elif (misfit := _misfit(granules, shape, dim, ways)) is not None:
+            events.append(("uneven", misfit))
+        else:
+            out.append(split)
+            continue
+        out.append(())
     while out and not out[-1]:
         out.pop()
     return tuple(out)
 
 
+def _misfit(
+    granules: tuple[Granule, ...], shape: tuple[int, ...], dim: int, ways: int
+) -> str | None:
+    """The numbers of the blocks that ``ways`` parts of ``dim`` would cut, or None."""
+    for granule in granules:
+        if granule.dim == dim and not granule.divides(shape[dim], ways):
+            return granule.misfit(shape, ways)
+    return None
+
+
 def _optimizer_sharded(
-    placement: Placement, shape: tuple[int, ...], ways: int, events: list[_Event]
+    placement: Placement,
+    shape: tuple[int, ...],
+    ways: int,
+    granules: tuple[Granule, ...],
+    events: list[_Event],
 ) -> Placement:
     """``placement`` with dim 0 cut further over its replicas, or as it is where that is uneven."""
     try:
@@ -192,5 +245,8 @@ def _optimizer_sharded(
         return placement
     if shape[0] % sharded.ways(0):
         events.append(("no shard", f"dim 0 has {shape[0]}, not divided by {sharded.ways(0)}"))
+        return placement
+    if (misfit := _misfit(granules, shape, 0, sharded.ways(0))) is not None:
+        events.append(("no shard", misfit))
         return placement
     return sharded

@@ -33,7 +33,7 @@ from ..rules import Rules
 from ..storage import carrying
 from ..storage.budget import Counts, default_budget, default_workers
 from ..strategy import Strategy
-from ..targets import check_request, lay_out_for, make_result, one_file
+from ..targets import check_factors, check_request, lay_out_for, make_result, one_file
 from ..targets.folders import check_config
 from ..targets.results import Request, Result
 from ..trees import is_array_like, named_leaves
@@ -258,13 +258,14 @@ def _layout(
         return catalog.origin.place(own) if catalog.origin else own
     if strategy is None:
         return None
-    if isinstance(strategy, Layout):
-        return strategy
-    if not isinstance(strategy, Strategy):
+    if not isinstance(strategy, Strategy | Layout):
         text = os.fspath(strategy)
-        if os.path.exists(text):
-            return open_strategy(text)
-        strategy = Strategy.parse(text)
+        strategy = open_strategy(text) if os.path.exists(text) else text
+    if isinstance(strategy, Layout):
+        check_factors(catalog, strategy)
+        return strategy
+    if isinstance(strategy, str):
+        strategy = Strategy.parse(strategy)
     return lay_out_for(catalog, strategy, rules)
 
 

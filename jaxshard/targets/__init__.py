@@ -16,13 +16,15 @@ from importlib import import_module
 
 from ..catalog import Catalog, Tensor
 from ..errors import LayoutError, NotFoundError
-from ..layout import Layout
+from ..layout import Layout, Placement
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
+from ..rules.quantization import Factors
 from ..strategy import Strategy
 from .results import Request, Result
 
 __all__ = [
+    "check_factors",
     "check_request",
     "lay_out_for",
     "make_result",
@@ -81,6 +83,16 @@ def lay_out_for(
     return _by_rules(source, strategy, rules, unmatched, uneven)
 
 
+def check_factors(source: Catalog, layout: Layout) -> None:
+    """Refuse a layout that parts quantized weights from their factors.
+
+    Raises:
+        LayoutError: the weights, with the numbers that fit.
+    """
+    shapes = {n: source.tensors[n].shape for n in layout.placements if n in source.tensors}
+    Factors(shapes, source.model.config).check(layout.placements)
+
+
 def _check_groups(source: Catalog, layout: Layout) -> None:
     """Refuse what rules know nothing of: kv heads that a rank would hold a part of."""
     for name, placements in layout.placements.items():
@@ -91,17 +103,15 @@ def _check_groups(source: Catalog, layout: Layout) -> None:
 def _lay_out_parts(
     source: Catalog, before: Catalog, strategy: Strategy, unmatched: Policy, uneven: Policy
 ) -> Layout:
-    """The layout of what ``source`` is made of; small factors need not divide, as they vanish."""
-    try:
-        return lay_out_for(before, strategy, unmatched=unmatched, uneven=uneven)
-    except LayoutError:
-        views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
-        factors = {t.name for view in views for t in view.operands}
-        if factors.isdisjoint(before.tensors):
-            raise
+    """The layout of what ``source`` is made of; factors are whole, as they vanish."""
+    views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
+    factors = {t.name for view in views for t in view.operands} & before.tensors.keys()
     weights = {n: t for n, t in before.tensors.items() if n not in factors}
-    lay_out_for(replace(before, tensors=weights), strategy, unmatched=unmatched, uneven=uneven)
-    return lay_out_for(before, strategy, unmatched=unmatched, uneven="replicate")
+    layout = lay_out_for(
+        replace(before, tensors=weights), strategy, unmatched=unmatched, uneven=uneven
+    )
+    everywhere = (Placement((("all", strategy.num_ranks),)),)
+    return replace(layout, placements={**layout.placements, **dict.fromkeys(factors, everywhere)})
 
 
 def _by_rules(

@@ -1,0 +1,297 @@
+"""Quantization: which tensors hold the factors of a weight, and which blocks they are for.
+
+    gate_proj.weight            (256, 512)  FP8
+    gate_proj.weight_scale_inv  (2, 4)      a factor for each block of 128 x 128
+
+A rank can use its part of a weight only with its part of the factors, so factors are cut as
+their weight is, and the weight is cut between blocks. The dims of factors belong to the first
+dims of the weight, in order. This module knows shapes and axes; it knows no values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
+
+from ..box import Box
+from ..errors import LayoutError, some
+from ..layout import Placement
+
+Shape = tuple[int, ...]
+Placements = tuple[Placement, ...]
+
+
+class _Kind(NamedTuple):
+    """What the end of a factor's name says.
+
+    Attributes:
+        weights: the ends that its weight's name may have instead.
+        first: the weight's dim that the factor's first dim belongs to.
+        ratios: stored elements of the weight in one of its values, as ints pack several.
+        alone: lengths of blocks that ``config.json`` need not give.
+        packs: itself several values in an element, of which none is for all rows or columns.
+        order: it numbers the group of each input, over all of the weight.
+        whole: the weight cannot be cut at all.
+    """
+
+    weights: tuple[str, ...]
+    first: int = 0
+    ratios: tuple[Fraction, ...] = (Fraction(1),)
+    alone: tuple[int, ...] = ()
+    packs: bool = False
+    order: bool = False
+    whole: bool = False
+
+
+_PACKS = (2, 4, 8)
+_PACKED = tuple(Fraction(2) ** n for n in range(-3, 4))
+_SCALE = _Kind(("", "_packed"), ratios=_PACKED)
+_KINDS = {
+    "_scale_inv": _Kind(("",), alone=(128,)),
+    **dict.fromkeys(("_scale", "_scale_2", "_global_scale"), _SCALE),
+    "_zero_point": _SCALE._replace(alone=_PACKS, packs=True),
+    "_scales": _Kind(("_blocks",), ratios=_PACKED),
+    ".scales": _Kind((".qweight",), ratios=_PACKED),
+    ".qzeros": _Kind((".qweight",), ratios=_PACKED, alone=_PACKS, packs=True),
+    ".g_idx": _Kind((".qweight",), order=True),
+    ".weight_g_idx": _Kind((".weight_packed",), first=1, order=True),
+    ".SCB": _Kind((".weight",)),
+    ".absmax": _Kind(("",), whole=True),
+}
+_NAME = re.compile("(.+?)(" + "|".join(map(re.escape, _KINDS)) + ")")
+#: Numbers about a layer that no rank has a part of.
+_SETTING = re.compile(
+    r".+\.(?:weight_shape|(?:input|output|activation)(?:_global)?_scale|[qkv]_scale)"
+)
+_ROWS_COLUMNS = ("weight_block_size", "block_structure")
+_GROUPS = ("group_size", "q_group_size")
+_MOST_SETTINGS = 10_000
+
+
+class _Stated(NamedTuple):
+    """The lengths of blocks that ``config.json`` gives: of rows, of columns, of either."""
+
+    rows: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Granule:
+    """How many elements along a dim of a weight share a factor.
+
+    ``exact`` is false where the last of the blocks is cut short, or their length is not known.
+    """
+
+    dim: int
+    length: Fraction
+    factors: str
+    exact: bool = True
+
+    def divides(self, elements: int, ways: int) -> bool:
+        """Whether ``ways`` equal parts of ``elements`` all end where a block does."""
+        return ways == 1 or (self.exact and elements / (ways * self.length) % 1 == 0)
+
+    def misfit(self, shape: Shape, ways: int) -> str:
+        """The numbers of a cut inside a block, and those of one that fits."""
+        elements, unit = shape[self.dim], ways * self.length
+        pad = -(-elements // unit) * unit
+        fits = [f"a divisor of {elements / self.length} fits"] if self.exact else []
+        fits += [f"pad to {pad}"] if pad % 1 == 0 and pad != elements else []
+        return (
+            f"dim {self.dim} of {shape} in {ways} parts has "
+            f"{float(elements / unit):g} blocks of {float(self.length):g} in each, "
+            f"which share a factor of {self.factors} ({', or '.join(fits) or 'leave it whole'})"
+        )
+
+
+def is_setting(name: str) -> bool:
+    """Whether ``name`` is a number about a quantized layer, which is whole on every rank."""
+    return _SETTING.fullmatch(name) is not None
+
+
+class Factors:
+    """The factors among the tensors of ``shapes``, and the weights that they are for."""
+
+    def __init__(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> None:
+        self._shapes = shapes
+        self._stated = _stated_by(config)
+        self._kinds: dict[str, _Kind] = {}
+        #: The weight of each factor.
+        self.weights: dict[str, str] = {}
+        self._of: dict[str, list[str]] = {}
+        for name in shapes:
+            if (match := _NAME.fullmatch(name)) is None:
+                continue
+            kind = _KINDS[match[2]]
+            weight = next((w for e in kind.weights if (w := match[1] + e) in shapes), None)
+            if weight is not None:
+                self._kinds[name], self.weights[name] = kind, weight
+                self._of.setdefault(weight, []).append(name)
+
+    def granules(self, weight: str) -> tuple[Granule, ...]:
+        """Where ``weight`` may be cut."""
+        shape = tuple(self._shapes[weight])
+        return tuple(
+            granule
+            for name in self._of.get(weight, ())
+            for granule in _granules(shape, tuple(self._shapes[name]), _end(name), self._stated)
+        )
+
+    def follow(self, name: str, placements: Placements) -> Placements:
+        """The placements of the factors ``name`` when their weight's are ``placements``."""
+        ordered = frozenset(
+            self._kinds[n].first for n in self._of[self.weights[name]] if self._kinds[n].order
+        )
+        kind, shape = self._kinds[name], tuple(self._shapes[name])
+        if kind.order:  # it is cut as the inputs are; the groups it numbers are those of all
+            ordered = frozenset()
+        return _followed(placements, shape, kind.first, ordered)
+
+    def check(
+        self, placements: Mapping[str, Placements], only: Iterable[str] | None = None
+    ) -> None:
+        """Refuse placements that part a weight from its factors.
+
+        Raises:
+            LayoutError: the weights, with the numbers that fit.
+        """
+        wrong: dict[str, str] = {}
+        seen: set[tuple[Any, ...]] = set()
+        for name in self.weights if only is None else only:
+            weight = self.weights[name]
+            lying = (placements.get(weight), placements.get(name))
+            key = (*lying, self._shapes[weight], self._shapes[name], _end(name))
+            if not all(lying) or key in seen:
+                continue
+            seen.add(key)
+            found = self._misfit(name, weight, placements)
+            if found:
+                wrong[name] = found
+        if wrong:
+            raise LayoutError(
+                f"{some((f'{n}: {what}' for n, what in wrong.items()), 3)}. Cut a weight and its "
+                "factors alike and between blocks, leave both whole, or dequantize the weights "
+                'with names="auto" (--names auto).'
+            )
+
+    def _misfit(self, name: str, weight: str, placements: Mapping[str, Placements]) -> str | None:
+        shape = tuple(self._shapes[weight])
+        for granule in self.granules(weight):
+            for placement in placements[weight]:
+                ways = placement.ways(granule.dim)
+                if not granule.divides(shape[granule.dim], ways):
+                    return f"{weight} {granule.misfit(shape, ways)}"
+        expected = self.follow(name, placements[weight])
+        own = tuple(self._shapes[name])
+        if placements[name] == expected:
+            return None
+        held, wanted = _held(placements[name], own), _held(expected, own)
+        rank = next((r for r, box in wanted.items() if held.get(r) != box), None)
+        if rank is None:
+            return None
+        return (
+            f"rank {rank} holds {held.get(rank, 'nothing')} of it, expected {wanted[rank]} for "
+            f"its part of {weight}"
+        )
+
+
+def _end(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+@lru_cache(maxsize=4096)
+def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Granule, ...]:
+    """What factors of the shape ``own``, whose name ends so, ask of a weight of ``shape``."""
+    match = _NAME.fullmatch(f"x.{end}")
+    kind = _KINDS[match[2] if match else ""]
+    first = kind.first
+    strange = any(n > 1 for n in own[len(shape) - first :])  # dims that the weight does not have
+    if kind.whole or strange:
+        return tuple(Granule(d, Fraction(n), end, exact=False) for d, n in enumerate(shape))
+    found = []
+    for at, (elements, count) in enumerate(zip(shape[first:], own, strict=False)):
+        lengths = (*(stated.columns if at == len(own) - 1 else stated.rows), *stated.groups)
+        made = _block(elements, count, kind, lengths)
+        if made is not None:
+            found.append(Granule(first + at, made[0], end, made[1]))
+    return tuple(found)
+
+
+def _block(
+    elements: int, count: int, kind: _Kind, stated: tuple[int, ...]
+) -> tuple[Fraction, bool] | None:
+    """The length of the blocks of a dim, and whether all have it; None where any cut fits."""
+    if count in (0, 1, elements):
+        inside = kind.packs and count == 1 and elements in _PACKS
+        return (Fraction(elements), True) if inside else None
+    if count > elements:  # a stored element packs several values
+        return None if count % elements == 0 else (Fraction(elements), False)
+    lengths = {g * r for g in stated for r in kind.ratios} | set(map(Fraction, kind.alone))
+    found = {u for u in lengths if u > 1 and -(-elements // u) == count}
+    even = Fraction(elements, count)
+    if not found and not stated and even % 1 == 0 and int(even) & (int(even) - 1) == 0:
+        found = {even}  # of all powers of two, the only one that gives so many factors
+    if not found:
+        return even, False
+    return min(found), all(u == even for u in found)
+
+
+@lru_cache(maxsize=4096)
+def _followed(
+    placements: Placements, shape: Shape, first: int, ordered: frozenset[int]
+) -> Placements:
+    made = []
+    for placement in placements:
+        cut = [
+            ()
+            if count == 1 or dim in ordered or dim >= len(placement.spec)
+            else placement.spec[dim]
+            for dim, count in enumerate(shape, start=first)
+        ]
+        while cut and not cut[-1]:
+            cut.pop()
+        made.append(replace(placement, spec=tuple(cut)))
+    return tuple(made)
+
+
+def _held(placements: Placements, shape: Shape) -> dict[int, Box]:
+    return {
+        rank: box
+        for placement in placements
+        for rank, box in zip(placement.ranks, placement.boxes(shape), strict=True)
+    }
+
+
+def _stated_by(config: Mapping[str, Any]) -> _Stated:
+    rows, columns, groups = dict[int, None](), dict[int, None](), dict[int, None]()
+    for key, value in islice(_settings(config), _MOST_SETTINGS):
+        if key in _ROWS_COLUMNS and isinstance(value, list | tuple) and len(value) == 2:
+            rows |= dict.fromkeys(_lengths(value[0]))
+            columns |= dict.fromkeys(_lengths(value[1]))
+        elif key in _GROUPS:
+            groups |= dict.fromkeys(_lengths(value))
+    return _Stated(tuple(rows), tuple(columns), tuple(groups))
+
+
+def _lengths(value: object) -> tuple[int, ...]:
+    return (value,) if type(value) is int and value > 1 else ()
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All keys and values under the settings of a quantization, wherever those are."""
+    left: list[tuple[Any, bool]] = [(config, False)]
+    while left:
+        node, inside = left.pop()
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                if inside:
+                    yield str(key), value
+                left.append((value, inside or key in ("quantization_config", "compression_config")))
+        elif isinstance(node, list | tuple):
+            left += [(value, inside) for value in node]
