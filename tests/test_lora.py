@@ -208,7 +208,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(
         ({"lora_alpha": "16"}, FormatError, "not a number"),
         ({"lora_alpha": 4, "r": 3}, FormatError, "has rank 2, but"),
         ({"lora_alpha": 4, "use_dora": True}, LayoutError, "use_dora"),
-        ({"lora_alpha": 4, "alpha_pattern": {"(": 1}}, FormatError, "no regular expression"),
+        ({"lora_alpha": 4, "alpha_pattern": {"(": 1}}, FormatError, "not a regular expression"),
     ],
 )
 def test_a_config_that_is_wrong_is_said(tmp_path, config, kind, said) -> None:

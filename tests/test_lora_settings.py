@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from test_lora import QUICK, save, small, weights
 from jaxshard.api import convert
 from jaxshard.errors import FormatError, LayoutError, NotFoundError
 from jaxshard.lora import merge_lora, with_adapter
-from jaxshard.lora.patterns import ByPattern, check_pattern
 
 
 def scaling_of(catalog, name: str = "l.0.q.weight") -> float:
@@ -73,18 +71,21 @@ def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ('{"lora_alpha": 1e400}', "lora_alpha is inf, no number to multiply with"),
+        ('{"lora_alpha": 1e400}', "1e400 is larger than any 64-bit float"),
         ('{"lora_alpha": 1%s}' % ("0" * 400), "lora_alpha is 1000.*, no number to multiply with"),
         ('{"lora_alpha": true}', "not a number"),
-        ('{"lora_alpha": 4, "r": 1e400}', "r is inf, no number"),
+        ('{"lora_alpha": 4, "r": 1e400}', "1e400 is larger than any 64-bit float"),
         ('{"lora_alpha": 4, "r": 0}', "r is 0, not a rank of 1 or more"),
         ('{"lora_alpha": 4, "r": 2.5}', "not a rank of 1 or more"),
-        ('{"lora_alpha": 4, "rank_pattern": {"q": 1e400}}', "q is inf"),
+        (
+            '{"lora_alpha": 4, "rank_pattern": {"q": 1e400}}',
+            "1e400 is larger than any 64-bit float",
+        ),
         ('{"lora_alpha": 4, "rank_pattern": {"q": 0}}', "q is 0, not a rank"),
         ('{"lora_alpha": 4, "rank_pattern": ["q"]}', "no table of names and numbers"),
         ('{"lora_alpha": 4, "alpha_pattern": {"q": null}}', "not a number"),
-        ('{"lora_alpha": 4, "alpha_pattern": {"q{99999999999}": 1}}', "no regular expression"),
-        ('{"lora_alpha": 4, "alpha_pattern": {"(?i)q": 1}}', "no regular expression"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"q{99999999999}": 1}}', "not a regular expression"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"(?i)q": 1}}', "not a regular expression"),
     ],
 )
 def test_a_config_of_a_stranger_is_refused_and_does_not_crash(tmp_path, config, said) -> None:
@@ -100,50 +101,6 @@ def test_alpha_is_a_number(tmp_path, number) -> None:
     for how in ({"alpha": number}, {"scaling": number}):
         with pytest.raises(LayoutError, match="is no number to multiply with"):
             with_adapter(tmp_path / "a", **how)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "(a+)+b",
-        "(a|a)*b",
-        "(a*)*",
-        "(.*){5}x",
-        ".*.*.*.*.*x",
-        "a?" * 40 + "a" * 40,
-        "(a|aa)" * 40,
-    ],
-)
-def test_expressions_that_would_take_years_are_refused(pattern) -> None:
-    with pytest.raises(FormatError, match="may take too long"):
-        check_pattern(pattern, "config")
-
-
-@pytest.mark.parametrize("pattern", [".*.*.*x", "(a|b|c).*.*", "a?" * 15, r"(\w+\.)\d+", "a{9}"])
-def test_expressions_that_are_taken_end_soon(pattern) -> None:
-    check_pattern(pattern, "config")
-    start = time.monotonic()
-    ByPattern({pattern: 1}).find("a." * 32 + "b", 0)
-    assert time.monotonic() - start < 1
-
-
-@pytest.mark.parametrize(
-    ("pattern", "module", "found"),
-    [
-        ("q_proj", "model.layers.0.q_proj", True),
-        ("q_proj", "model.layers.0.xq_proj", False),
-        ("layers.0.q_proj", "model.layers.0.q_proj", True),
-        ("^model.layers.0.q_proj", "model.layers.0.q_proj", True),
-        ("^layers.0.q_proj", "model.layers.0.q_proj", False),
-        (r".*\.layers\.[0-5]\..*\.(q|v)_proj", "model.layers.3.self_attn.v_proj", True),
-        (r".*\.layers\.[0-5]\..*\.(q|v)_proj", "model.layers.7.self_attn.v_proj", False),
-        (r"layers\.(0|1|2|3|10)\.(self_attn|mlp)\.(q|k|v|o)_proj", "layers.10.mlp.o_proj", True),
-        (r"(?:model\.)?layers\.\d+\.q", "model.layers.12.q", True),
-    ],
-)
-def test_the_patterns_of_real_configs_are_taken_as_peft_takes_them(pattern, module, found) -> None:
-    check_pattern(pattern, "config")
-    assert ByPattern({pattern: True}).find(module, False) is found
 
 
 # --- what lies where, and fits what -----------------------------------------------------------

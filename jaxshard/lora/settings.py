@@ -19,7 +19,7 @@ from ..errors import FormatError, LayoutError, NotFoundError
 from ..formats.strict_json import parse_object
 from ..storage.local import LocalFolder
 from .adapters import Adapter
-from .patterns import ByPattern, check_pattern
+from .patterns import ByPattern, check_patterns
 
 PEFT_CONFIG = "adapter_config.json"
 OWN_CONFIG = "mindformers_adapter_config.json"
@@ -141,11 +141,11 @@ class Settings:
 
     @cached_property
     def _ranks(self) -> ByPattern[int | None]:
-        return ByPattern(self.rank_pattern)
+        return ByPattern(self.rank_pattern, f"{self.where}: rank_pattern")
 
     @cached_property
     def _alphas(self) -> ByPattern[float | None]:
-        return ByPattern(self.alpha_pattern)
+        return ByPattern(self.alpha_pattern, f"{self.where}: alpha_pattern")
 
 
 def find_settings(root: str) -> Settings:
@@ -253,6 +253,5 @@ def _patterns(said: Mapping[str, Any], key: str, path: Path) -> list[str]:
     value = said.get(key) or {}
     if not isinstance(value, dict):
         raise FormatError(f"{path}: {key} is no table of names and numbers.")
-    for pattern in value:
-        check_pattern(pattern, f"{path}: {key}")
+    check_patterns(value, f"{path}: {key}")
     return list(value)
