@@ -14,20 +14,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .box import Box
 from .catalog import Catalog
 from .decoders import MAX_YAML_BYTES, parse_yaml
-from .errors import CoverageError, FormatError, NotFoundError, StorageError, nearest
+from .errors import (
+    CoverageError,
+    FormatError,
+    JaxshardError,
+    LayoutError,
+    NotFoundError,
+    StorageError,
+    nearest,
+    some,
+)
+from .layout import Layout
 from .mindformers_keys import SECTIONS, TOP, Config, nearest_key, notes_of, section
 from .mindformers_training import data_keys, resuming_of, saving_of, unshared
 from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint
+from .rules.match import weight_name
 from .storage.text_files import read_text
 from .strategy import Strategy
+from .targets import SAME, lay_out_for
 
 if TYPE_CHECKING:
     import jax
@@ -80,6 +93,10 @@ class Loading:
             return (_GRADIENTS,)
         return (_GRADIENTS, *_STATES, *(f"^{re.escape(n)}$" for n in sorted(catalog.hyper)))
 
+    def target(self, catalog: Catalog) -> Strategy | str:
+        """How the job's ranks hold ``catalog``: as its own do, where nothing is transformed."""
+        return SAME if _keeps_slicing(self, catalog) else self.strategy
+
     def open(self) -> Catalog:
         """The checkpoint, with a note for every key that contradicts its files.
 
@@ -87,7 +104,8 @@ class Loading:
             JaxshardError: as ``open_checkpoint``.
         """
         catalog = self._catalog()
-        notes = (*self.notes, *_contradictions(self, catalog), *catalog.notes)
+        found = (*_contradictions(self, catalog), *_other_slicing(self, catalog))
+        notes = (*self.notes, *found, *catalog.notes)
         return with_notes_logged(replace(catalog, notes=notes, logged=frozenset(self.notes)))
 
     def _catalog(self) -> Catalog:
@@ -162,7 +180,8 @@ def load(
     asked = config if isinstance(config, Loading) else from_config(config)
     catalog = asked.open()
     how = {"exclude": asked.exclude(catalog), **asked.how, **how}
-    arrays: dict[str, jax.Array] = load_arrays(catalog, asked.strategy, devices=devices, **how)
+    target = _target(asked, catalog, how)
+    arrays: dict[str, jax.Array] = load_arrays(catalog, target, devices=devices, **how)
     return arrays
 
 
@@ -179,7 +198,7 @@ def load_rank(
     asked = config if isinstance(config, Loading) else from_config(config)
     catalog = asked.open()
     how.setdefault("exclude", asked.exclude(catalog))
-    return load_share(catalog, asked.strategy, rank, **how)
+    return load_share(catalog, _target(asked, catalog, how), rank, **how)
 
 
 def saving(config: Config | PathLike) -> dict[str, Any]:
@@ -426,6 +445,77 @@ def _contradictions(asked: Loading, catalog: Catalog) -> list[str]:
             f"{asked.strategy.num_ranks}; it is laid out anew."
         )
     return notes
+
+
+def _keeps_slicing(asked: Loading, catalog: Catalog) -> bool:
+    """Whether each rank of the job is to have what its own file has.
+
+    MindFormers calls that the original slicing. Checkpoint 2.0 knows no such switch.
+    """
+    return asked.said.get("auto_trans_ckpt") is False and _is_alike(asked, catalog)
+
+
+def _is_alike(asked: Loading, catalog: Catalog) -> bool:
+    """Whether the checkpoint has a file for each rank of the job."""
+    layout = catalog.layout if catalog.format == "ranks" else None
+    return layout is not None and layout.num_ranks == asked.strategy.num_ranks
+
+
+def _target(asked: Loading, catalog: Catalog, how: Mapping[str, Any]) -> Strategy | str:
+    target = asked.target(catalog)
+    if target == SAME and how.get("rules") is not None:
+        raise LayoutError(
+            "rules= lay out by names, and auto_trans_ckpt: False keeps each rank's own part. Leave "
+            "them out, or set auto_trans_ckpt: True."
+        )
+    return target
+
+
+def _other_slicing(asked: Loading, catalog: Catalog) -> list[str]:
+    """A note on weights that the ranks' files cut otherwise than ``parallel_config`` does."""
+    own = catalog.layout
+    if asked.said.get("auto_trans_ckpt") or own is None or not _is_alike(asked, catalog):
+        return []
+    keeps = _keeps_slicing(asked, catalog)
+    try:
+        wanted = lay_out_for(catalog, asked.strategy)
+    except JaxshardError as error:
+        return [f"parallel_config is not compared with the ranks' own parts: {error}"] * keeps
+    names = [n for n in catalog.tensors if n not in catalog.hyper and weight_name(n) == n]
+    differ = _cut_otherwise(catalog, names, own, wanted)
+    if not differ:
+        return []
+    instead = (
+        "each rank has what its own file has, as auto_trans_ckpt is False"
+        if keeps
+        else "parallel_config counts; auto_trans_ckpt: False keeps what each rank has"
+    )
+    return [
+        f"{len(differ)} of {len(names)} weights lie otherwise by the strategy files of the "
+        f"checkpoint than by parallel_config ({asked.strategy}): {some(differ, 3)}; {instead}."
+    ]
+
+
+def _cut_otherwise(
+    catalog: Catalog, names: Iterable[str], first: Layout, second: Layout
+) -> list[str]:
+    """Those of ``names`` of which a rank holds another box by ``second`` than by ``first``."""
+    same: dict[tuple[object, ...], bool] = {}  # by kind: there are a few hundred
+    differ = []
+    for name in names:
+        shape = catalog.tensors[name].shape
+        key = (shape, *(layout.placements.get(name, ()) for layout in (first, second)))
+        if key not in same:
+            same[key] = _held(first, name, shape) == _held(second, name, shape)
+        if not same[key]:
+            differ.append(name)
+    return differ
+
+
+def _held(layout: Layout, name: str, shape: tuple[int, ...]) -> dict[int, Box]:
+    """The box that each rank holds of a tensor."""
+    placements = layout.placements.get(name, ())
+    return {r: box for p in placements for r, box in zip(p.ranks, p.boxes(shape), strict=True)}
 
 
 def _is_ckpt(catalog: Catalog) -> bool:

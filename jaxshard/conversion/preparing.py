@@ -21,7 +21,15 @@ from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..selection import missed, refuse_absent, select, texts, without_merged
 from ..storage import carrying
 from ..strategy import Strategy
-from ..targets import check_factors, check_request, lay_out_for, make_result, one_file, same_layout
+from ..targets import (
+    SAME,
+    check_factors,
+    check_request,
+    lay_out_for,
+    make_result,
+    one_file,
+    same_layout,
+)
 from ..targets.results import Request, Result
 from .fingerprint import fingerprint
 from .options import Options, budget_of
@@ -104,7 +112,7 @@ def prepare(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
     lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
-    layout = same_layout(chosen) if to == "same" else _target_layout(chosen, to, lay_out)
+    layout = same_layout(chosen) if to == SAME else _target_layout(chosen, to, lay_out)
     if layout is not None:
         layout = without_merged(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
@@ -156,7 +164,7 @@ def _target_layout(
     if isinstance(to, Strategy):
         return lay_out(to)
     text = os.fspath(to)
-    if text in ("full", "same"):  # the same as a source that is complete
+    if text in ("full", SAME):  # the same as a source that is complete
         return None
     try:
         strategy = Strategy.parse(text)  # before files: a result called mp4 may lie here too

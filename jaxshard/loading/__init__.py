@@ -73,7 +73,8 @@ def load(
     Args:
         source: a checkpoint, or its path.
         target: where everything goes. A strategy (``"dp2mp4"``), a ``Layout``, strategy
-            files, or a ``Mesh``: by the rules of the model's family. A ``Sharding`` or a
+            files, or a ``Mesh``: by the rules of the model's family. ``"same"``: as the source's
+            ranks have it. A ``Sharding`` or a
             device: all tensors alike. A function of the name. Or a tree whose leaves are
             shardings, ``PartitionSpec``s, or arrays and ``jax.ShapeDtypeStruct``s with a
             sharding: the result is that tree, and the name of a leaf is its path, joined by

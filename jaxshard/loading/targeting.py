@@ -29,7 +29,7 @@ from ..opening import open_strategy
 from ..rules import Rules
 from ..selection import refuse_absent, without_merged
 from ..strategy import Strategy
-from ..targets import check_factors, lay_out_for
+from ..targets import SAME, check_factors, lay_out_for, same_layout
 from ..trees import is_array_like, named_leaves
 from .findings import Findings
 from .mesh_rules import mesh_shardings
@@ -61,7 +61,7 @@ def resolve(
         LayoutError: the target does not fit the tensors.
     """
     cast = None if dtype is None else np.dtype(dtype)
-    target = _read_target(target)
+    target = _read_target(catalog, target)
     if isinstance(target, Layout):
         target = without_merged(catalog, target)
         if strict:
@@ -77,10 +77,22 @@ def resolve(
     return _tree(catalog, target, devices, cast, strict=strict, name_of=name_of)
 
 
-def _read_target(target: Any) -> Any:
-    """``target``, read if it is a path or a word."""
+def _read_target(catalog: Catalog, target: Any) -> Any:
+    """``target``, read if it is a path or a word.
+
+    Raises:
+        LayoutError: as the source is cut, and it is complete; or a word that is no strategy.
+    """
     if not isinstance(target, str | os.PathLike):
         return target
+    if target == SAME:
+        layout = same_layout(catalog)
+        if layout is None:
+            raise LayoutError(
+                f"{SAME} is as the ranks of a checkpoint are cut, and {catalog.root} is complete. "
+                "Give a strategy, a device or shardings."
+            )
+        return layout
     where = os.fspath(target)
     return open_strategy(where) if os.path.exists(where) else Strategy.parse(where)
 

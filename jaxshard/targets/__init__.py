@@ -24,12 +24,16 @@ from ..strategy import Strategy
 from .results import Request, Result
 
 __all__ = [
+    "SAME",
     "check_factors",
     "check_request",
     "lay_out_for",
     "make_result",
     "same_layout",
 ]
+
+#: The target that is laid out as the source is.
+SAME = "same"
 
 _Make = Callable[[Catalog, Sequence[Tensor], Request], Result]
 # Module and function, by format: each module is imported only when it is needed.
