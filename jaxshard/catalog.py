@@ -171,6 +171,9 @@ class Catalog:
         notes: things a person should know that are not errors.
         logged: those of them that a verb has logged; see ``notes.logged``.
         origin: for a mapped catalog, what it was made of.
+        keys: for tensors that are the data of random keys, JAX's name of the generator.
+        left_out: what the checkpoint holds and no tensor is (a text …), by name; who takes all
+            of the checkpoint must be refused.
         has_merged_adapters: adapters were added to the weights, so a target's layout may name
             adapters that the result does not have.
     """
@@ -187,6 +190,8 @@ class Catalog:
     notes: tuple[str, ...] = ()
     logged: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     origin: Origin | None = field(default=None, repr=False, compare=False)
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
     has_merged_adapters: bool = False
 
     def __getitem__(self, name: str) -> Tensor:

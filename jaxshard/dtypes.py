@@ -2,7 +2,8 @@
 
 The names are those of the safetensors format (``BF16``, ``F8_E4M3`` …). Sub-byte
 dtypes are stored packed, so their boxes are counted in *units*: the smallest
-number of elements that fills whole bytes. This module knows nothing of NumPy.
+number of elements that fills whole bytes. Dtypes that only arrays have keep NumPy's
+names (``int4``) and its width, a whole byte. This module knows nothing of NumPy.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from .errors import FormatError, LayoutError
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type: its safetensors name, its width and its NumPy (or ml_dtypes) name."""
+    """One element type: its name, its width and its NumPy (or ml_dtypes) name."""
 
     name: str
     bits: int
     numpy: str | None
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether weight files have it; otherwise only arrays do, and Orbax, which stores them."""
+        return self.name in BY_NAME
 
     @property
     def unit_elements(self) -> int:
@@ -43,7 +49,7 @@ def is_float(dtype: DType) -> bool:
     >>> is_float(dtype("BF16")), is_float(dtype("U8"))
     (True, False)
     """
-    return dtype.name.startswith(("F", "BF", "C"))
+    return (dtype.numpy or dtype.name).lower().startswith(("f", "bf", "c"))
 
 
 _TABLE = (
@@ -72,6 +78,16 @@ _TABLE = (
 )
 BY_NAME: Mapping[str, DType] = {d.name: d for d in _TABLE}
 BY_NUMPY: Mapping[str, DType] = {d.numpy: d for d in _TABLE if d.numpy}
+
+#: Dtypes of arrays that no weight file has, or has only packed.
+OF_ARRAYS: Mapping[str, DType] = {
+    name: DType(name, bits, name)
+    for name, bits in (
+        *((n, 8) for n in ("int2", "uint2", "int4", "uint4", "float4_e2m1fn")),
+        *((f"float8_{n}", 8) for n in ("e3m4", "e4m3", "e4m3b11fnuz")),
+        ("complex128", 128),
+    )
+}
 
 
 def dtype(name: str) -> DType:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import native
-from .dtypes import BY_NUMPY, DType
+from .dtypes import BY_NUMPY, OF_ARRAYS, DType
 from .errors import LayoutError
 
 NumpyDType = np.dtype[np.generic]
@@ -62,6 +62,21 @@ def stored_as(dtype: NumpyDType) -> DType:
             f"files have no dtype for {dtype.name}. Cast it to one of {', '.join(BY_NUMPY)}."
         )
     return kind
+
+
+def held_as(dtype: NumpyDType, shape: tuple[int, ...]) -> DType:
+    """The dtype of an array of ``shape``: as files have it, or as arrays alone do.
+
+    Raises:
+        LayoutError: neither has such elements.
+
+    >>> str(held_as(np.dtype("float32"), (2,))), str(held_as(np.dtype(ml_dtypes.int4), (2,)))
+    ('F32', 'int4')
+    """
+    kind = BY_NUMPY.get(dtype.name)
+    if kind is not None and prod(shape) * kind.bits % 8 == 0:
+        return kind
+    return OF_ARRAYS.get(dtype.name) or stored_as(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,7 @@ def can_become(stored: DType, dtype: NumpyDType) -> bool:
     They may as what they are, and one plain floating-point width as another.
     """
     wanted = BY_NUMPY.get(dtype.name)
-    return wanted is stored or (
+    return dtype.name == stored.numpy or (
         wanted is not None and is_plain_float(wanted) and is_plain_float(stored)
     )
 

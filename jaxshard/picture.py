@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .catalog import Catalog, Tensor
-from .errors import printable, shown
+from .errors import printable, shown, some
 from .layout import Layout, Placement
 from .planning.outputs import Outputs
 from .planning.plan import Plan
@@ -194,6 +194,9 @@ def catalog_text(catalog: Catalog) -> str:
         lines += ["", _rank_table(catalog)]
         for drawn in layout_pictures(tensors, catalog.layout):
             lines += ["", drawn]
+    if catalog.left_out:
+        found = (f"{name} ({what})" for name, what in catalog.left_out.items())
+        lines += ["", f"beside tensors: {some(found, 20)}"]
     return "\n".join([*lines, *_noted(catalog.notes)])
 
 

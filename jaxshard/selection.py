@@ -26,12 +26,16 @@ def select(
     drop_prefixes: Iterable[str] = (),
     *,
     keep_accu_grads: bool = True,
+    may_lack: bool = False,
 ) -> tuple[list[Tensor], tuple[str, ...]]:
     """The tensors of ``catalog`` that the expressions and prefixes leave, and notes.
 
+    What ``catalog`` holds beside its tensors is refused if it is chosen, unless the caller
+    ``may_lack`` it.
+
     Raises:
         NotFoundError: an expression of ``include`` matches nothing, or nothing is left.
-        LayoutError: not a regular expression.
+        LayoutError: not a regular expression, or something chosen is not a tensor.
     """
     include, prefixes = texts(include), texts(drop_prefixes)
     wanted, taken = _patterns(include), chooser(include, exclude, prefixes)
@@ -42,6 +46,8 @@ def select(
                 f"include= (--include) {pattern.pattern} matches none of the {len(names)} tensors "
                 f"of {catalog.root}.{nearest(pattern.pattern, names)}"
             )
+    if not may_lack:
+        _refuse_left_out(catalog, taken)
     left = [t for t in catalog.tensors.values() if taken(t.name)]
     notes = [
         f"no tensor begins with {prefix}: drop_prefixes= (--drop-prefix) {prefix} drops nothing."
@@ -59,6 +65,16 @@ def select(
         why = "all of them are excluded." if names else "it holds none."
         raise NotFoundError(f"no tensor of {catalog.root} is left: {why}")
     return left, tuple(notes)
+
+
+def _refuse_left_out(catalog: Catalog, taken: Callable[[str], bool]) -> None:
+    lost = {name: what for name, what in catalog.left_out.items() if taken(name)}
+    if lost:
+        raise LayoutError(
+            f"{len(lost)} of what {catalog.root} holds cannot be a tensor: "
+            f"{some(f'{name} ({what})' for name, what in lost.items())}. Leave "
+            f"{'it' if len(lost) == 1 else 'them'} out with exclude= (--exclude)."
+        )
 
 
 def chooser(

@@ -9,7 +9,7 @@ attribute called ``value`` is one like any other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from .errors import LayoutError, some
 
 #: Flax's classes that hold one value, by name: it need not be installed to be recognised.
 _BOXES = {"Variable", "VariableState", "AxisMetadata"}
+_VALUE = ".value"
 
 
 def named_leaves(tree: Any, *, unique: bool = True) -> tuple[list[tuple[str, Any]], PyTreeDef]:
@@ -44,6 +45,14 @@ def named_leaves(tree: Any, *, unique: bool = True) -> tuple[list[tuple[str, Any
     return found, tree_structure(tree, is_leaf=_is_spec)
 
 
+def whole_paths(tree: Any) -> list[str]:
+    """The names of the leaves with all their keys: the ``value`` of Flax variables, too.
+
+    Libraries that know no variables store leaves under these names.
+    """
+    return [_name(path) for path, _ in tree_flatten_with_path(tree, is_leaf=_is_spec)[0]]
+
+
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:
     for path, node in tree_flatten_with_path(tree, is_leaf=_is_spec_or_box)[0]:
         for inside, leaf in tree_flatten_with_path(node, is_leaf=_is_spec)[0]:
@@ -52,6 +61,23 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
 
 def _name(path: Sequence[Any]) -> str:
     return keystr(tuple(path), simple=True, separator=".")
+
+
+def spelled(name: str, whole: str, known: Container[str], taken: Container[str]) -> str | None:
+    """The name by which ``known`` has the leaf called ``name``, whose whole path is ``whole``.
+
+    The ``value`` of a Flax variable may be in the one and not in the other. A name that is
+    ``taken``, because another leaf is called exactly so, is not this leaf's.
+
+    >>> spelled("lin.kernel", "lin.kernel", {"lin.kernel.value"}, {"lin.kernel"})
+    'lin.kernel.value'
+    """
+    if name in known:
+        return name
+    for other in (whole, name.removesuffix(_VALUE), name + _VALUE):
+        if other in known and other not in taken:
+            return other
+    return None
 
 
 def is_array_like(leaf: Any) -> bool:

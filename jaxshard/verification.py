@@ -28,12 +28,18 @@ _ONE = "Fetch both again, or move the wrong one away: one replica is enough."
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was checked, and what is wrong; no problems means all is well."""
+    """What was checked, and what is wrong.
+
+    Attributes:
+        problems: what is wrong; all is well if there are none and nothing is ``unchecked``.
+        unchecked: what the checkpoint holds beside tensors, which was not looked at.
+    """
 
     num_tensors: int
     bytes_compared: int
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -60,7 +66,10 @@ def verify(
     problems = [text for _, text in _incomplete(catalog)]
     verdict = differing_replicas(catalog, budget=budget, progress=progress)
     return replace(
-        verdict, num_tensors=len(catalog.tensors), problems=(*problems, *verdict.problems)
+        verdict,
+        num_tensors=len(catalog.tensors),
+        problems=(*problems, *verdict.problems),
+        unchecked=tuple(f"{name} ({what})" for name, what in catalog.left_out.items()),
     )
 
 
@@ -239,6 +248,11 @@ def _headers_differ(a: Catalog, b: Catalog) -> Iterator[tuple[str, str]]:
         for name in here.tensors:
             if name not in there.tensors:
                 yield name, f"{name}: only in {here.root}."
+    for name in dict.fromkeys((*a.left_out, *b.left_out)):
+        what = " and ".join(
+            f"{there.left_out[name]} in {there.root}" for there in (a, b) if name in there.left_out
+        )
+        yield name, f"{name}: {what}, and only tensors are compared."
     for tensor in _in_both(a, b):
         twin = b.tensors[tensor.name]
         if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):

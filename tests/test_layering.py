@@ -32,7 +32,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     tuple(f"targets.{x}" for x in ("results", "lay_files", "folders", "ranks", "iteration")),
     ("opening", "multiprocess", "targets"),
     ("conversion", "verification", "rank_share"),
-    ("devices", "hosting", "trees", "transfer"),
+    ("devices", "hosting", "random_keys", "trees", "transfer"),
     ("on_devices", "array_layouts"),
     ("loading", "saving"),
     ("training", "lora"),

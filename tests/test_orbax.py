@@ -270,14 +270,6 @@ def test_orbaxs_own_reader_of_safetensors_opens_what_is_saved(tmp_path):
         check(v1.load(tmp_path / "out", wanted), arrays)
 
 
-def test_numbers_and_texts_in_the_tree_are_left_out_and_said(tmp_path):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
-        saver.save(tmp_path / "there", {"w": np.ones(4, np.float32), "note": "hello"})
-    catalog = open_checkpoint(tmp_path / "there")
-    assert list(catalog.tensors) == ["w"]
-    assert "note" in catalog.notes[0]
-
-
 def test_damaged_metadata_is_an_error_with_the_path(tmp_path):
     by_checkpointer(tmp_path / "there", {"w": np.ones(4, np.float32)})
     (tmp_path / "there" / "_METADATA").write_text("{")

@@ -16,7 +16,7 @@ from ..conversion.options import Options, budget_of, chosen_part
 from ..conversion.preparing import Prepared, fitted, part_plan, prepare
 from ..conversion.running import Report, execute
 from ..decoders import MAX_TOML_BYTES
-from ..errors import LayoutError
+from ..errors import LayoutError, some
 from ..formats.huggingface_files import parse_size
 from ..multiprocess.environment import part_of
 from ..opening import open_checkpoint
@@ -280,8 +280,11 @@ def _show_verdict(verdict: Verdict, a: Namespace) -> int:
         compared = (
             f", {picture.size(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
         )
-        found = picture.count(len(verdict.problems), "problem")
-        outcome = found if verdict.problems else "all is well"
+        outcome = "all is well"
+        if verdict.problems:
+            outcome = picture.count(len(verdict.problems), "problem")
+        elif verdict.unchecked:
+            outcome = f"no problem; not checked: {some(verdict.unchecked)}"
         write(f"{picture.count(verdict.num_tensors, 'tensor')}{compared}: {outcome}")
     return _PROBLEM if verdict.problems else 0
 
@@ -314,5 +317,6 @@ def _catalog_facts(catalog: Catalog) -> dict[str, Any]:
             t.name: {"dtype": t.dtype.name, "shape": t.shape, "num_pieces": len(t.pieces)}
             for t in catalog.tensors.values()
         },
+        "left_out": dict(catalog.left_out),
         "notes": catalog.notes,
     }

@@ -149,8 +149,20 @@ def _chosen(
 
         chosen = find_mapping(names, chosen).apply(chosen)
         config = true_config(chosen)
+    chosen = replace(chosen, notes=(*chosen.notes, *_of_keys(chosen)))
     extras, notes = carrying.carried(chosen)
     return replace(chosen, extras=extras, notes=(*chosen.notes, *notes)), config
+
+
+def _of_keys(catalog: Catalog) -> tuple[str, ...]:
+    """A note on the random keys of ``catalog``: what is written has their data only."""
+    found = [f"{n} ({generator})" for n, generator in catalog.keys.items() if n in catalog.tensors]
+    if not found:
+        return ()
+    return (
+        f"{len(found)} random keys are written as their data, integers, without their generator: "
+        f"{some(found)}.",
+    )
 
 
 def _target_layout(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -21,50 +22,80 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
+from numpy.typing import NDArray
 
 from ..box import Box
 from ..catalog import Catalog, File, Model, Piece, Tensor
-from ..elements import stored_as
-from ..errors import FormatError, JaxshardError, LayoutError, StorageError, some
+from ..dtypes import DType
+from ..elements import held_as
+from ..errors import FormatError, LayoutError, StorageError, some
 from ..selection import groups
 from . import huggingface
 from .folder import Folder
-from .orbax_names import ITEM_FILES, item_folder
+from .orbax_names import ITEM_FILES, item_folder, leaf_names
+from .strict_json import FETCH, parse_object
 
 Tree = Any
 Asked = tuple[np.dtype[np.generic], Sharding]
 
 _GROUP_BYTES = 256 << 20
+_OF_ARRAYS = "array_metadatas/"  # a file for each process that saved
+_GENERATOR = "random_key_impl"
 
 
 def read(folder: Folder, files: Mapping[str, File]) -> Catalog:
     """The catalog of the Orbax checkpoint in ``folder``, from its metadata.
 
-    A tensor's name is the keys of its leaf, joined by dots.
+    A tensor's name is the keys of its leaf, joined by dots (see ``leaf_names``). None, and empty
+    dicts and lists, hold nothing and have no name.
 
     Raises:
         FormatError: Orbax cannot read the metadata.
     """
-    item = item_folder(list(files))
-    where = str(Path(folder.root, item))
-    leaves, notes = _leaves(where)
-    config = posixpath.join(item, huggingface.CONFIG)
-    model = Model()
+    inside = item_folder(list(files))
+    where = str(Path(folder.root, inside))
+    item = Item(where)
+    config = posixpath.join(inside, huggingface.CONFIG)
+    model, notes = Model(), list[str]()
     if config in files:
-        model, unread = huggingface.read_model(folder, files, config)
-        notes += unread
+        model, notes = huggingface.read_model(folder, files, config)
     tensors: dict[str, Tensor] = {}
-    for name, leaf in leaves.items():
-        try:
-            kind = stored_as(np.dtype(leaf.dtype))
-        except JaxshardError as error:
-            notes.append(f"{name} is left out: {error}")
+    left_out: dict[str, str] = {}
+    for name, leaf in item.leaves.items():
+        kind = _kind(leaf)
+        if isinstance(kind, str):
+            left_out[name] = kind
             continue
         shape = tuple(leaf.shape)
         tensors[name] = Tensor(name, kind, shape, (Piece(len(tensors), 0, Box.whole(shape)),))
     listed = tuple(File(name, t.num_bytes) for name, t in tensors.items())
-    extras = tuple(f for f in files if "/" not in f and f not in ITEM_FILES) if not item else ()
-    return Catalog(where, "orbax", listed, tensors, model=model, extras=extras, notes=tuple(notes))
+    extras = tuple(f for f in files if "/" not in f and f not in ITEM_FILES) if not inside else ()
+    described = [f for f in files if f.startswith(posixpath.join(inside, _OF_ARRAYS))]
+    return Catalog(
+        where,
+        "orbax",
+        listed,
+        tensors,
+        model=model,
+        extras=extras,
+        notes=tuple(notes),
+        keys=item.keys(folder, [files[f] for f in sorted(described)]),
+        left_out=left_out,
+    )
+
+
+def _kind(leaf: Any) -> DType | str:
+    """The dtype of a leaf, or what it is if it is no array that there is a dtype for."""
+    if not hasattr(leaf, "dtype") or getattr(leaf, "shape", None) is None:
+        return (
+            "a text"
+            if isinstance(leaf, ocp.metadata.StringMetadata)
+            else f"a {type(leaf).__name__}"
+        )
+    try:
+        return held_as(np.dtype(leaf.dtype), tuple(leaf.shape))
+    except LayoutError:
+        return f"an array of {leaf.dtype}"
 
 
 def load(
@@ -82,13 +113,20 @@ def load(
     for names in groups({n: catalog.tensors[n].num_bytes for n in asked}, group_bytes):
         arguments = {
             name: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
+            if name not in catalog.keys
+            else ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
             for name, (dtype, sharding) in ((n, asked[n]) for n in names)
         }
-        wide = any(asked[n][0].itemsize == 8 for n in names)
+        wide = any(asked[n][0].itemsize >= 8 for n in names)
         for name, array in item.restore(arguments, wide=wide).items():
             check(name, array, catalog.tensors[name].shape, asked[name][0])
-            found[name] = array
+            found[name] = _placed(array, asked[name][1]) if name in catalog.keys else array
     return found
+
+
+def _placed(data: NDArray[np.uint32], sharding: Sharding) -> jax.Array:
+    """The data of keys, which Orbax would make keys of if it put them on devices."""
+    return jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
 
 
 class Item:
@@ -107,8 +145,38 @@ class Item:
         self._where = Path(where).absolute()
         with quiet():
             paths, self._structure = tree_flatten_with_path(_metadata(where))
-        self._names = [_name(path) for path, _ in paths]
+        self._paths = [tuple(_name((key,)) for key in path) for path, _ in paths]
+        self._names = leaf_names(self._paths)
         self.leaves = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
+        if len(self.leaves) < len(paths):
+            twice = [name for name, times in Counter(self._names).items() if times > 1]
+            raise LayoutError(
+                f"{where} has two leaves called {some(twice)}, because a key has a dot in it. "
+                "Rename one."
+            )
+
+    def keys(self, folder: Folder, described: Sequence[File]) -> dict[str, str]:
+        """The leaves that are random keys, and JAX's names of their generators.
+
+        The tree's metadata describes the data of keys; which arrays they are is in the files
+        ``described`` of ``folder``, one for each process that saved.
+
+        Raises:
+            FormatError: such a file is damaged.
+        """
+        unsure = {
+            ".".join(path): name
+            for path, name in zip(self._paths, self._names, strict=True)
+            if getattr(self.leaves[name], "dtype", None) == np.uint32 and self.leaves[name].shape
+        }
+        found = {}
+        for file in described if unsure else ():
+            for stored, generator in _generators(folder, file):
+                if (name := unsure.pop(stored, None)) and generator:
+                    found[name] = generator
+            if not unsure:
+                break
+        return found
 
     def restore(self, arguments: Mapping[str, ocp.RestoreArgs], *, wide: bool) -> dict[str, Any]:
         """The leaves that ``arguments`` names; the others are not read.
@@ -145,7 +213,7 @@ def write(place: Path, tree: Tree) -> None:
         StorageError: Orbax cannot write it.
     """
     leaves = tree_leaves(tree)
-    with quiet(), _wide(any(leaf.dtype.itemsize == 8 for leaf in leaves)):
+    with quiet(), _wide(any(leaf.dtype.itemsize >= 8 for leaf in leaves)):
         saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
             saver.save(place.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
@@ -153,6 +221,24 @@ def write(place: Path, tree: Tree) -> None:
             raise StorageError(f"{place}: Orbax could not write it: {said(error)}.") from error
         finally:
             saver.close()
+
+
+def _generators(folder: Folder, file: File) -> Iterator[tuple[str, str | None]]:
+    """For each array that ``file`` describes, whose random keys it is, if any.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    try:
+        said = parse_object(folder.read(file.path, 0, file.num_bytes), file.path)
+        for entry in said["array_metadatas"]:
+            one = entry["array_metadata"]
+            generator = (one.get("ext_metadata") or {}).get(_GENERATOR)
+            yield str(one["param_name"]), None if generator is None else str(generator)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{file.path} does not describe Orbax's arrays ({type(error).__name__}). {FETCH}"
+        ) from None
 
 
 def _metadata(where: str) -> Tree:
@@ -177,25 +263,6 @@ def _metadata(where: str) -> Tree:
     return item.tree
 
 
-def _leaves(where: str) -> tuple[dict[str, Any], list[str]]:
-    """The arrays' metadata by name; and what a person should know."""
-    with quiet():
-        tree = _metadata(where)
-    found, others = {}, []
-    for path, leaf in tree_flatten_with_path(tree)[0]:
-        name = _name(path)
-        if not hasattr(leaf, "dtype") or getattr(leaf, "shape", None) is None:
-            others.append(name)
-        elif name in found:
-            raise LayoutError(
-                f"{where} has two leaves called {name}, because a key has a dot in it. Rename one."
-            )
-        else:
-            found[name] = leaf
-    note = f"{len(others)} leaves are no arrays and are left out: {some(others)}."
-    return found, [note] if others else []
-
-
 def check(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
     """Refuse an array that is not what the metadata says.
 
@@ -209,8 +276,8 @@ def check(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype[np.gene
         )
 
 
-def _name(path: Sequence[Any]) -> str:
-    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def said(error: Exception) -> str:

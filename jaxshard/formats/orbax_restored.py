@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
 from ..catalog import Catalog, Piece
-from ..elements import pack, stored_as
+from ..elements import held_as, pack
 from .orbax import Item, check
 
 Bytes = NDArray[np.uint8]
@@ -127,7 +127,7 @@ class Restored:
         leaf = self._item.leaves[name]
         dtype = np.dtype(leaf.dtype)
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)}
-        array = self._item.restore(arguments, wide=dtype.itemsize == 8)[name]
+        array = self._item.restore(arguments, wide=dtype.itemsize >= 8)[name]
         check(name, array, tuple(leaf.shape), dtype)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        return pack(data) if stored_as(dtype).bits == 4 else data
+        return pack(data) if held_as(dtype, array.shape).bits == 4 else data

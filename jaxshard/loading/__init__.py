@@ -78,7 +78,8 @@ def load(
             device: all tensors alike. A function of the name. Or a tree whose leaves are
             shardings, ``PartitionSpec``s, or arrays and ``jax.ShapeDtypeStruct``s with a
             sharding: the result is that tree, and the name of a leaf is its path, joined by
-            dots; other leaves stay as they are.
+            dots; other leaves stay as they are. Random keys are loaded where the tree has keys,
+            otherwise as their data.
         devices: the devices of the ranks, in order; or the mesh that specs are about.
         rules: layout rules that go before the family's own.
         dtype: what tensors of 16- to 64-bit floats become; other tensors keep their dtype.
@@ -128,7 +129,7 @@ def load(
             others = processes_of_jax(timeout_s).about(catalog.root)
             check_one_save(others.hear("loading: which save", save), catalog.root)
         include, exclude = texts(include), texts(exclude)
-        tensors, notes = select(catalog, include, exclude)
+        tensors, notes = select(catalog, include, exclude, may_lack=not strict)
         chosen = replace(catalog, tensors={t.name: t for t in tensors})
         if names is not None:
             chosen = find_mapping(names, chosen, asked_dtype(target, dtype)).apply(chosen)

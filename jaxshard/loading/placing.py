@@ -87,4 +87,4 @@ def _key(index: tuple[slice, ...] | None) -> tuple[tuple[int | None, int | None]
 
 def keeping_64_bits(itemsize: int) -> AbstractContextManager[object]:
     """Where JAX leaves 64-bit elements as they are; outside, it cuts them to 32 silently."""
-    return jax.enable_x64(True) if itemsize == 8 else nullcontext()
+    return jax.enable_x64(True) if itemsize >= 8 else nullcontext()

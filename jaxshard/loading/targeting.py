@@ -11,7 +11,7 @@ of jax.ShapeDtypeStruct              a leaf is its path
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +26,12 @@ from ..errors import JaxshardError, LayoutError, NotFoundError, some
 from ..formats.strategy_files import for_tensors
 from ..layout import Layout, Placement, check_divides
 from ..opening import open_strategy
+from ..random_keys import Keys, is_key, keys_of
 from ..rules import Rules
 from ..selection import refuse_absent, without_merged
 from ..strategy import Strategy
 from ..targets import SAME, check_factors, lay_out_for, same_layout
-from ..trees import is_array_like, named_leaves
+from ..trees import is_array_like, named_leaves, spelled, whole_paths
 from .findings import Findings
 from .mesh_rules import mesh_shardings
 from .wanted import Want, Wanted
@@ -67,10 +68,12 @@ def resolve(
         if strict:
             refuse_absent(catalog, target, missed)
         placed = _of_layout(catalog, target, devices)
-        return replace(_all_tensors(catalog, placed, devices, cast), notes=target.notes)
+        made = _all_tensors(catalog, placed, devices, cast)
+        return replace(made, notes=(*target.notes, *made.notes))
     if isinstance(target, Mesh | Strategy):
         layout, found = _by_rules(catalog, target, devices, rules)
-        return replace(_all_tensors(catalog, found, devices, cast), notes=layout.notes)
+        made = _all_tensors(catalog, found, devices, cast)
+        return replace(made, notes=(*layout.notes, *made.notes))
     place_of = _by_name(target)
     if place_of is not None:
         return _all_tensors(catalog, place_of, devices, cast)
@@ -169,7 +172,8 @@ def _all_tensors(
             findings.misfits.append(str(error))
     findings.refuse(catalog, catalog.tensors)
     names = [want.tensor.name for want in wants]
-    return Wanted(tuple(wants), lambda arrays: dict(zip(names, arrays, strict=True)))
+    notes = _of_keys(catalog, names)
+    return Wanted(tuple(wants), lambda arrays: dict(zip(names, arrays, strict=True)), notes)
 
 
 def _tree(
@@ -184,19 +188,26 @@ def _tree(
     leaves, structure = named_leaves(target)
     findings = Findings()
     wants: dict[int, Want] = {}
+    generators: dict[int, Any] = {}
+    wanted = _names(target, leaves, name_of)
+    exact = {name for name, _ in wanted.values()}
     names = []
-    for number, (path, leaf) in enumerate(leaves):
-        if not isinstance(leaf, Sharding | PartitionSpec | jax.Device) and not is_array_like(leaf):
-            continue  # a function or a number: a part of the model that is no weight
-        name = name_of(path) if name_of else path
-        names.append(name)
-        if name not in catalog.tensors:
+    for number, (name, whole) in wanted.items():
+        path, leaf = leaves[number]
+        stored = spelled(name, whole, catalog.tensors, exact)
+        names.append(stored or name)
+        if stored is None:
             findings.missing.append(name if name == path else f"{name} (for {path})")
             continue
         try:
             shape_dtype = leaf if is_array_like(leaf) else None
-            place = leaf if shape_dtype is None else getattr(leaf, "sharding", None)
-            wants[number] = _want(name, catalog.tensors[name], place, devices, shape_dtype, cast)
+            if is_key(leaf):
+                keys = _keys(stored, leaf, catalog)
+                shape_dtype, generators[number] = keys.data, keys.generator
+            place = leaf if shape_dtype is None else getattr(shape_dtype, "sharding", None)
+            wants[number] = _want(
+                stored, catalog.tensors[stored], place, devices, shape_dtype, cast
+            )
         except JaxshardError as error:
             findings.misfits.append(str(error))
     known = set(names)
@@ -213,9 +224,52 @@ def _tree(
 
     def build(arrays: Sequence[jax.Array]) -> Any:
         made = dict(zip(wants, arrays, strict=True))
+        for number, generator in generators.items():
+            if number in made:
+                made[number] = jax.random.wrap_key_data(made[number], impl=generator)
         return structure.unflatten([made.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
 
-    return Wanted(tuple(wants.values()), build)
+    data = [w.tensor.name for number, w in wants.items() if number not in generators]
+    return Wanted(tuple(wants.values()), build, _of_keys(catalog, data))
+
+
+def _names(
+    target: Any, leaves: Sequence[tuple[str, Any]], name_of: Callable[[str], str] | None
+) -> dict[int, tuple[str, str]]:
+    """For each leaf that is about a tensor, its name, and that with all keys of its path."""
+    found = {}
+    for number, ((path, leaf), whole) in enumerate(zip(leaves, whole_paths(target), strict=True)):
+        # others, functions and numbers, are parts of the model that are no weights
+        if isinstance(leaf, Sharding | PartitionSpec | jax.Device) or is_array_like(leaf):
+            name = name_of(path) if name_of else path
+            found[number] = name, name if name_of else whole
+    return found
+
+
+def _keys(name: str, leaf: Any, catalog: Catalog) -> Keys:
+    """The keys that a leaf asks for.
+
+    Raises:
+        LayoutError: those of the checkpoint are of another generator.
+    """
+    keys = keys_of(leaf)
+    stored = catalog.keys.get(name)
+    if stored is not None and str(keys.generator) != stored:
+        raise LayoutError(
+            f"{name}: the target has keys of {keys.generator}, the checkpoint of {stored}."
+        )
+    return keys
+
+
+def _of_keys(catalog: Catalog, names: Iterable[str]) -> tuple[str, ...]:
+    """A note on those of ``names`` that are keys, and are loaded as their data."""
+    found = [f"{name} ({catalog.keys[name]})" for name in names if name in catalog.keys]
+    if not found:
+        return ()
+    return (
+        f"{len(found)} random keys are loaded as their data, integers: {some(found)}. A target "
+        "whose leaves are keys, or jax.random.wrap_key_data, makes keys of them.",
+    )
 
 
 def _want(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey, keystr, tree_flatten_with_path
 
 from ..catalog import Catalog
 from ..storage.budget import Counts
@@ -25,7 +25,7 @@ def save(
     overwrite: bool,
     durable: bool,
 ) -> Counts:
-    """Write ``tree`` for Orbax, or ``arrays`` by name where it is no tree of dicts and lists.
+    """Write ``tree`` for Orbax, or ``arrays`` by name where Orbax cannot have it as it is.
 
     Raises:
         LayoutError: the destination exists, or an array is empty.
@@ -34,7 +34,7 @@ def save(
     refuse_empty({name: tuple(array.shape) for name, array in arrays.items()})
     from ..formats import orbax  # noqa: PLC0415 - a second to import, and seldom wanted
 
-    as_it_is = _is_plain(tree) and len(jax.tree_util.tree_leaves(tree)) == len(arrays)
+    as_it_is = _is_restorable(tree, len(arrays))
 
     def write(files: Path, staging: Staging) -> Counts:
         orbax.write(files, tree if as_it_is else dict(arrays))
@@ -48,9 +48,17 @@ def save(
     )
 
 
-def _is_plain(tree: Any) -> bool:
-    if isinstance(tree, dict):
-        return all(isinstance(key, str) and _is_plain(value) for key, value in tree.items())
-    if isinstance(tree, list | tuple):
-        return all(map(_is_plain, tree))
-    return jax.tree_util.all_leaves([tree])
+def _is_restorable(tree: Any, num_arrays: int) -> bool:
+    """Whether Orbax can store ``tree`` as it is, and restore it into one of the same structure.
+
+    Every leaf is an array, and the keys of all paths are texts, numbers or attributes.
+    """
+    leaves = tree_flatten_with_path(tree)[0]
+    keys = {key for path, _ in leaves for key in path}
+    names = {(type(key), keystr((key,), simple=True)) for key in keys}
+    return (
+        len(leaves) == num_arrays
+        and all(path for path, _ in leaves)
+        and all(isinstance(key, DictKey | SequenceKey | GetAttrKey) for key in keys)
+        and len(names) == len(keys)
+    )

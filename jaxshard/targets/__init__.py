@@ -15,7 +15,7 @@ from dataclasses import replace
 from importlib import import_module
 
 from ..catalog import Catalog, Tensor
-from ..errors import LayoutError, NotFoundError
+from ..errors import LayoutError, NotFoundError, some
 from ..layout import Layout, Placement
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
@@ -150,7 +150,7 @@ def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
     """The files that hold ``tensors`` of ``source`` as ``request`` wants them.
 
     Raises:
-        LayoutError: the layout does not fit the tensors, or the format the layout.
+        LayoutError: the layout does not fit the tensors, or the format the layout or a dtype.
     """
     makers = _COMPLETE if request.to is None else _CUT
     name = request.format or next(iter(makers))
@@ -161,9 +161,21 @@ def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
             + ("Give a layout" if request.to is None else "Give full")
             + " with to= (--to)."
         )
+    if name != "orbax":
+        _refuse_unwritable(tensors)
     module, function = makers[name]
     make: _Make = getattr(import_module(f".{module}", __package__), function)
     return make(source, tensors, request)
+
+
+def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
+    """Refuse dtypes that only arrays have, and Orbax."""
+    unknown = [f"{t.name} ({t.dtype})" for t in tensors if not t.dtype.is_in_files]
+    if unknown:
+        raise LayoutError(
+            f"{len(unknown)} tensors have dtypes that weight files do not have: {some(unknown)}. "
+            "Leave them out with exclude= (--exclude), or write format= (--format) orbax."
+        )
 
 
 def check_request(request: Request) -> None:

@@ -25,6 +25,7 @@ from ..loading import load
 from ..loading.memory import Bytes, aligned_empty
 from ..loading.placing import keeping_64_bits
 from ..planning.moves import Move, move_into
+from ..random_keys import is_key, keys_of
 from ..selection import groups
 from ..storage.budget import default_budget, default_workers, fit_budget
 from ..storage.engine import run
@@ -33,7 +34,6 @@ from ..strategy import Strategy
 from .checks import one_of
 from .laying import (
     by_strategy,
-    is_key,
     is_on_devices,
     likes_by_name,
     placed,
@@ -235,16 +235,10 @@ def _as_was(leaf: Leaf, array: jax.Array | None, value: NDArray[np.generic] | No
     if array is not None:
         if not is_key(leaf.value):
             return array
-        return jax.random.wrap_key_data(array, impl=_implementation(leaf.value))
+        return jax.random.wrap_key_data(array, impl=keys_of(leaf.value).generator)
     assert value is not None
     if isinstance(leaf.value, bool | int | float):
         return type(leaf.value)(value[()])
     if isinstance(leaf.value, np.generic):
         return value[()]
     return value
-
-
-def _implementation(key: Any) -> str:
-    if isinstance(key, jax.Array):
-        return str(jax.random.key_impl(key))
-    return str(key.dtype._impl.name)  # a description of a key has no public way to say it

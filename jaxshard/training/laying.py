@@ -17,10 +17,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from .. import rules as family_rules
@@ -30,6 +28,7 @@ from ..errors import LayoutError, some
 from ..formats.job_numbers import NAMES
 from ..layout import Layout
 from ..notes import log_notes
+from ..random_keys import is_key, keys_of
 from ..strategy import Strategy
 from ..targets import lay_out_for
 from .states import LARGE_ELEMENTS, Leaf, Role, as_array, ending, is_optimizer_name
@@ -42,11 +41,6 @@ def is_on_devices(leaf: Leaf) -> bool:
     return isinstance(leaf.value, jax.Array | jax.ShapeDtypeStruct)
 
 
-def is_key(value: Any) -> bool:
-    """Whether ``value`` is a PRNG key, or describes one."""
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
 def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
     """What is stored for a leaf, and where it is to lie if the leaf says."""
     value = leaf.value
@@ -55,8 +49,7 @@ def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype)
     sharding = getattr(value, "sharding", None)
     if is_key(value):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(value.shape, value.dtype))
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+        return keys_of(value).data
     return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
 

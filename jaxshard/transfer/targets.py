@@ -11,13 +11,13 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ..devices import named_sharding, placement_of, shardings
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..layout import Layout, check_divides
+from ..random_keys import is_key, keys_of
 from ..trees import named_leaves
 from .geometry import Move
 
@@ -73,23 +73,12 @@ def _leaf(name: str, array: Any, wanted: Any) -> Leaf:
         _check_devices(name, sharding)
     seen = tuple(array.shape), array.dtype
     shape, dtype, impl = *seen, None
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if is_key(array):
         _check_shape(name, target, shape)
-        data, impl = _key_data(shape, dtype)
-        shape, dtype = data.shape, data.dtype
+        keys = keys_of(array)
+        impl, shape, dtype = keys.generator, keys.data.shape, keys.data.dtype
     _check_shape(name, target, shape)
     return Leaf(name, Move(shape, np.dtype(dtype), source, target), *seen, impl)
-
-
-def _key_data(shape: tuple[int, ...], dtype: Any) -> tuple[jax.ShapeDtypeStruct, Any]:
-    """What the data of such keys look like, and the kind of the keys; a description suffices."""
-    impls = []
-
-    def data_of(keys: jax.Array) -> jax.Array:
-        impls.append(jax.random.key_impl(keys))
-        return jax.random.key_data(keys)
-
-    return jax.eval_shape(data_of, jax.ShapeDtypeStruct(shape, dtype)), impls[0]
 
 
 def _per_leaf(names: list[str], structure: Any, target: Target) -> list[Any]:
