@@ -74,11 +74,7 @@ JOBS = {
 def _written(folder: Path, layout: Layout) -> Path:
     arrays = _arrays(layout)
     write_strategy(folder / "strategy", layout, arrays)
-    return write_ranks(folder / "checkpoint", lambda r: _held_by(r, arrays, layout))
-
-
-def _held_by(rank: int, arrays: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    return held_by(rank, arrays, layout)
+    return write_ranks(folder / "checkpoint", lambda r: held_by(r, arrays, layout))
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -185,7 +181,9 @@ def test_a_load_may_keep_the_layout_of_its_source(tmp_path: Path) -> None:
     layout, _ = JOBS["interleaved"]
     source = _written(tmp_path, layout)
     arrays, wanted = js.load(source, "same"), js.load(source, layout)
-    assert {n: a.sharding for n, a in arrays.items()} == {n: a.sharding for n, a in wanted.items()}
+    assert arrays.keys() == wanted.keys()
+    for name, array in arrays.items():
+        assert array.sharding.is_equivalent_to(wanted[name].sharding, array.ndim), name
     js.merge(source, tmp_path / "whole", options=QUICK)
-    with pytest.raises(LayoutError, match=r"same is as the ranks .* whole is complete"):
+    with pytest.raises(LayoutError, match=r"same is as the ranks .*whole is complete"):
         js.load(tmp_path / "whole", "same")
