@@ -24,11 +24,16 @@ TENSOR_AXES = frozenset({"mp", "tp", "model", "tensor"})
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of the checkpoint: its path relative to the checkpoint's root, and its state."""
+    """A file of the checkpoint: its path relative to the checkpoint's root, and its version.
+
+    Times and inode are those of the system's ``stat``; 0 where the storage has none.
+    """
 
     path: str
     num_bytes: int
     mtime_ns: int = 0
+    ctime_ns: int = 0
+    inode: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,7 @@ def differing_replicas(
     try:
         files.check_checksums()
         run(moves, files.read, compare, budget=budget, progress=progress)
+        files.check_unchanged()
     finally:
         files.close()
     told = tuple(seen.found[n] for n in sorted(seen.found))
@@ -159,6 +160,8 @@ def verify_against(
         here.check_checksums()
         there.check_checksums()
         run(moves(), here.read, compare, budget=budget, progress=progress)
+        here.check_unchanged()
+        there.check_unchanged()
     finally:
         here.close()
         there.close()

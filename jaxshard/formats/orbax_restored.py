@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -33,13 +33,18 @@ class Restored:
             turns, and restoring each of them again for every block would never end.
     """
 
-    def __init__(self, catalog: Catalog, held_bytes: int = _HELD_BYTES) -> None:
-        """Read the metadata.
+    def __init__(
+        self,
+        catalog: Catalog,
+        held_bytes: int = _HELD_BYTES,
+        unchanged: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Read the metadata; ``unchanged`` raises if the files are not those of now any more.
 
         Raises:
             FormatError: Orbax cannot read it.
         """
-        self.held_bytes = held_bytes
+        self.held_bytes, self._unchanged = held_bytes, unchanged
         self._item, self._files = Item(catalog.root), catalog.files
         self._locks = [threading.Lock() for _ in self._files]
         self._held: OrderedDict[int, Bytes | None] = OrderedDict()  # None: it is on its way
@@ -70,7 +75,8 @@ class Restored:
             self.read(piece, offset, buffer[number * share : (number + 1) * share])
 
     def check_unchanged(self) -> None:
-        """Orbax writes a checkpoint once, under a name of its own."""
+        """Refuse a result made of files that changed meanwhile (``FormatError``)."""
+        self._unchanged()
 
     def check_checksums(self, only: Iterable[int] | None = None) -> None:
         """Orbax's files check themselves when they are read."""

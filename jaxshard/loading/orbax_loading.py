@@ -8,6 +8,7 @@ import jax
 
 from ..catalog import Catalog
 from ..storage.budget import Counts, default_budget
+from ..storage.reading import FolderVersions
 from .limits import check_dtypes, check_memory, need_of
 from .wanted import Want, jobs
 
@@ -41,7 +42,9 @@ def restore(
     largest = max((job.tensor.num_bytes for job in todo), default=0)
     check_memory(need_of(todo), max(group_bytes, largest))
     check_dtypes(todo)
+    versions = FolderVersions(catalog.root)
     found = orbax.load(catalog, {w.tensor.name: (w.dtype, w.sharding) for w in wants}, group_bytes)
+    versions.check()
     num_bytes = sum(
         job.tensor.dtype.bits * shard.box.size // 8 for job in todo for shard in job.shards
     )

@@ -39,7 +39,7 @@ def file_source(catalog: Catalog, files: OpenSource, *, mmap: bool) -> Source:
         return Source(files.read, rows=files.read_rows)
     if not mmap and asked == "pread":
         return Source(files.read, rows=files.read_rows, scatter=disk.read_places, disk=disk)
-    mapped = MappedFiles(catalog)
+    mapped = MappedFiles(catalog, disk.opened)
     if not mmap:
         return Source(files.read, mapped.lend, disk=disk)
     return Source(

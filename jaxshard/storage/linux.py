@@ -76,6 +76,21 @@ def is_mount_point(path: Path) -> bool:
     return any(_mounted_at(line) == os.fsencode(path) for line in lines)
 
 
+def is_fuse(path: Path) -> bool:
+    """Whether ``path`` is on a file system in user space, by the system's own list."""
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    place = os.fsencode(os.path.realpath(path))
+    over = [(_mounted_at(line), line) for line in lines]
+    over = [(at, line) for at, line in over if place.startswith(at.rstrip(b"/") + b"/")]
+    if not over:
+        return False
+    line = max(over, key=lambda one: len(one[0]))[1]
+    return line.partition(b" - ")[2].startswith(b"fuse")
+
+
 def _mounted_at(line: bytes) -> bytes:
     """The fifth field: spaces and backslashes are written as three octal digits."""
     field = line.split(b" ", 5)[4] if line.count(b" ") > 4 else b""

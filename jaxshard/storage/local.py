@@ -11,6 +11,7 @@ import os
 import resource
 import stat
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..catalog import File
 from ..errors import MEND_THE_DISK, FormatError, NotFoundError, StorageError
 from .linux import start_writing_back
 from .readahead import begin_reading, is_cached
+from .versions import version_of
 
 if TYPE_CHECKING:  # NumPy, which most of what reads files does without
     from .vectors import Places
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # NumPy, which most of what reads files does without
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096
 _MOST_VECTORS = 1024  # IOV_MAX of Linux
+_TICK_NS = 10_000_000  # Linux stamps files 100 to 1000 times a second
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
@@ -59,7 +62,7 @@ class LocalFolder:
         """
         if self._files is None:
             names = [self._only] if self._only else self._walked()
-            self._files = {n: _stat(self._base, n) for n in names}
+            self._files = {n: _settled(self._base, n) for n in names}
         return self._files
 
     @property
@@ -128,7 +131,21 @@ def _stat(base: Path, name: str) -> File:
         info = (base / name).stat()
     except OSError as error:
         raise StorageError(f"{base / name} cannot be read: {error.strerror}.") from error
-    return File(name, info.st_size, info.st_mtime_ns)
+    return version_of(name, info)
+
+
+def _settled(base: Path, name: str) -> File:
+    """The version of a file, taken when its times can no longer stay as they are if it changes.
+
+    Linux stamps files with a clock that stands still for a tick: a second change within the
+    tick of the first would leave no trace.
+    """
+    found = _stat(base, name)
+    age = time.time_ns() - found.ctime_ns
+    if not 0 <= age < _TICK_NS:
+        return found
+    time.sleep((_TICK_NS - age) / 1e9)
+    return _stat(base, name)
 
 
 def _ended(path: str, size: int, offset: int, length: int) -> FormatError:
@@ -177,10 +194,22 @@ class Handles:
     Safe to use from several threads.
     """
 
-    def __init__(self, base: Path, flags: int = os.O_RDONLY, most: int | None = None) -> None:
+    def __init__(
+        self,
+        base: Path,
+        flags: int = os.O_RDONLY,
+        most: int | None = None,
+        opened: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """Open files below ``base`` with ``flags``, at most ``most`` at a time.
+
+        ``opened`` is called with the path and the descriptor of each file that was opened, and
+        may refuse it by an error.
+        """
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = most or max(8, min(_MOST_HANDLES, soft - _SPARE_HANDLES) // 2)
-        self._base, self._flags = base, flags
+        self._base, self._flags = base, flags | os.O_CLOEXEC | os.O_NONBLOCK  # no pipe hangs
+        self._opened = opened
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
         self._lock = threading.Lock()
 
@@ -363,10 +392,20 @@ class Handles:
         return True
 
     def _open_file(self, path: str) -> int:
+        descriptor = self._descriptor(path)
+        if self._opened is not None:
+            try:
+                self._opened(path, descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return descriptor
+
+    def _descriptor(self, path: str) -> int:
         try:
             while True:
                 try:
-                    return os.open(self._base / path, self._flags | os.O_CLOEXEC)
+                    return os.open(self._base / path, self._flags)
                 except OSError as error:  # the limit is for the whole process, or was lowered
                     if error.errno not in _TOO_MANY or not self._close_idle():
                         raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,11 @@ class MappedFiles:
     A mapping lives as long as somebody holds a part of it.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(
+        self, catalog: Catalog, opened: Callable[[str, int], None] = lambda path, descriptor: None
+    ) -> None:
+        """Map files of ``catalog``; ``opened`` is called with each path and its descriptor."""
+        self._opened = opened
         self._root, self._files = Path(catalog.root), catalog.files
         self._maps: dict[int, Bytes] = {}
         self._lock = threading.Lock()
@@ -41,11 +46,12 @@ class MappedFiles:
         """The same as an array; shorter where the file ends before."""
         with self._lock:
             if file not in self._maps:
-                self._maps[file] = _map(self._root / self._files[file].path)
+                path = self._files[file].path
+                self._maps[file] = _map(self._root / path, lambda d: self._opened(path, d))
             return self._maps[file][offset : offset + num_bytes]
 
 
-def _map(path: Path) -> Bytes:
+def _map(path: Path, opened: Callable[[int], None]) -> Bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -53,6 +59,7 @@ def _map(path: Path) -> Bytes:
     except OSError as error:
         raise StorageError(f"{path} cannot be opened: {error.strerror}.") from error
     try:
+        opened(descriptor)
         if not os.fstat(descriptor).st_size:
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), np.uint8)

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..catalog import Catalog, File, Piece
-from ..errors import FormatError, NotFoundError, StorageError, some
+from ..catalog import Catalog, Piece
+from ..errors import NotFoundError, StorageError
 from .local import Handles, LocalFolder
+from .versions import Versions, changed_while_read
 
 if TYPE_CHECKING:
     from .vectors import Places
 
 _AHEAD_HANDLES = 8
+
+
+class FolderVersions:
+    """All files of a folder whose library reads them itself: they must not change meanwhile."""
+
+    def __init__(self, root: str) -> None:
+        """Take the present versions."""
+        self._root, self._before = root, LocalFolder(root).files()
+
+    def check(self) -> None:
+        """Compare them with the versions of now.
+
+        Raises:
+            FormatError: a file was changed, replaced, added or removed.
+        """
+        now = LocalFolder(self._root).files()
+        changed = [p for p in {**self._before, **now} if self._before.get(p) != now.get(p)]
+        if changed:
+            raise changed_while_read(self._root, changed)
 
 
 class SourceFiles:
@@ -26,7 +45,8 @@ class SourceFiles:
         self._files = catalog.files
         self._by_mindspore = catalog.metadata.get("format") == "ms"
         self._folder = LocalFolder(catalog.root)
-        self._handles = Handles(Path(catalog.root))
+        self._versions = Versions(catalog.root, catalog.files)
+        self._handles = Handles(Path(catalog.root), opened=self._versions.opened)
         # a file's readahead is each descriptor's own; one file is fetched ahead at a time
         self._ahead = Handles(Path(catalog.root), most=_AHEAD_HANDLES)
 
@@ -45,6 +65,10 @@ class SourceFiles:
     def read_places(self, piece: Piece, offset: int, places: Places) -> None:
         """Fill ``places`` one after the other, from byte ``offset`` of that file."""
         self._handles.read_places(self._files[piece.file].path, offset, places)
+
+    def opened(self, path: str, descriptor: int) -> None:
+        """Note a descriptor of ``path`` that was opened elsewhere (errors as ``Versions``)."""
+        self._versions.opened(path, descriptor)
 
     def is_cached(self, piece: Piece, offset: int) -> bool:
         """Whether byte ``offset`` of that file can be read without waiting for a disk."""
@@ -72,15 +96,9 @@ class SourceFiles:
         """Refuse a result made from files that changed meanwhile.
 
         Raises:
-            FormatError: a file has another size or time than when its header was read.
+            FormatError: a file that was read is not in the state of when its header was read.
         """
-        now = self._folder.files()
-        changed = [f.path for f in self._files if f.mtime_ns and _state(f, now) != f]
-        if changed:
-            raise FormatError(
-                f"{some(changed)} of {self._folder.root} changed while being read. Try again when "
-                "nothing writes there."
-            )
+        self._versions.check()
 
     def check_checksums(self, only: Iterable[int] | None = None) -> None:
         """Compare the checksums of those of MindSpore's files that have one with their bytes.
@@ -114,14 +132,3 @@ class SourceFiles:
         """Close all handles."""
         self._handles.close()
         self._ahead.close()
-
-
-def _state(file: File, folder: Mapping[str, File]) -> File | None:
-    """``file`` as it is now; one with an absolute path is from another folder."""
-    if not os.path.isabs(file.path):
-        return folder.get(file.path)
-    try:
-        (now,) = LocalFolder(file.path).files().values()
-    except NotFoundError:
-        return None
-    return replace(now, path=file.path)

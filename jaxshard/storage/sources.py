@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ..catalog import Catalog, Piece
-from .reading import SourceFiles
+from .reading import FolderVersions, SourceFiles
 
 
 class OpenSource(Protocol):
@@ -50,5 +50,5 @@ def open_source(catalog: Catalog) -> OpenSource:
     if catalog.format == "orbax":
         from ..formats.orbax_restored import Restored  # noqa: PLC0415 - a second to import
 
-        return Restored(catalog)
+        return Restored(catalog, unchanged=FolderVersions(catalog.root).check)
     return SourceFiles(catalog)
