@@ -179,6 +179,8 @@ class Catalog:
         keys: for tensors that are the data of random keys, JAX's name of the generator.
         left_out: what the checkpoint holds and no tensor is (a text …), by name; who takes all
             of the checkpoint must be refused.
+        lost: weights that lie only on ranks without files here, with those ranks: their names
+            are known from the strategy, and no more. They are refused where they are needed.
         has_merged_adapters: adapters were added to the weights, so a target's layout may name
             adapters that the result does not have.
     """
@@ -198,6 +200,7 @@ class Catalog:
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
     has_merged_adapters: bool = False
+    lost: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called ``name``.

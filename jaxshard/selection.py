@@ -8,15 +8,17 @@ may not expect, is said in a note.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from .catalog import Catalog, Tensor
 from .errors import CoverageError, LayoutError, NotFoundError, nearest, some
 from .layout import Layout
+from .rules import missing_parts
 from .rules.match import is_part_of_adapter, weight_name
 
 ACCUMULATED = "accu_grads."
+_TRAINABLE = "-trainable_params-"  # in the names of files that never hold a whole model
 
 
 def select(
@@ -135,7 +137,8 @@ def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]
     absent = [
         name
         for name in target.placements
-        if name not in catalog.tensors and weight_name(name) == name and takes(name)
+        if name not in catalog.tensors and name not in catalog.lost
+        if weight_name(name) == name and takes(name)
     ]
     if absent:
         raise CoverageError(
@@ -143,6 +146,65 @@ def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]
             f"{some(sorted(absent))}.{nearest(absent[0], catalog.tensors)} Give the strategy of "
             "this model, map the names with names= (--names), or leave them out with exclude= "
             "(--exclude)."
+        )
+
+
+def refuse_lost(
+    catalog: Catalog,
+    takes: Callable[[str], bool] = lambda name: True,
+    target: Layout | None = None,
+    ranks: Collection[int] | None = None,
+) -> None:
+    """Refuse what needs weights that lie only on ranks without files.
+
+    Args:
+        catalog: the source.
+        takes: whether a name is asked for at all.
+        target: who is to hold them; None where everything is one.
+        ranks: those of the target that are asked for; None for all.
+
+    Raises:
+        CoverageError: with the weights, and the ranks to fetch.
+    """
+    needed = {}
+    for name, holders in catalog.lost.items():
+        placed = () if target is None else target.placements.get(name) or target.absent.get(name)
+        apart = ranks is not None and placed and not any(_meet(p.ranks, ranks) for p in placed)
+        if takes(name) and not apart:
+            needed[name] = holders
+    if needed:
+        gone = sorted({rank for holders in needed.values() for rank in holders})
+        raise CoverageError(
+            f"{len(needed)} weights lie on ranks of which {catalog.root} has no files (rank "
+            f"{some(map(str, gone), 8)}): {some(sorted(needed))}. Fetch one replica of each."
+        )
+
+
+def _meet(held: range, ranks: Collection[int]) -> bool:
+    return any(rank in held for rank in ranks)
+
+
+def refuse_half(catalog: Catalog) -> None:
+    """Refuse rank files that hold a part of the pipeline stages, though no strategy says so.
+
+    Strategy files of one stage alone look like those of a job without stages. Its weights do
+    not: layers are missing, or what comes before the first layer or after the last.
+
+    Raises:
+        CoverageError: with what is missing.
+    """
+    if catalog.format != "ranks" or any(_TRAINABLE in file.path for file in catalog.files):
+        return
+    names = [
+        name
+        for name in (*catalog.tensors, *catalog.lost)
+        if name not in catalog.hyper and weight_name(name) == name and not is_part_of_adapter(name)
+    ]
+    lack = missing_parts(catalog.model, names)
+    if lack:
+        raise CoverageError(
+            f"{catalog.root} is a part of a model: {lack}. Fetch the ranks of the other pipeline "
+            "stages and their strategy files, or take what is here with include= (--include)."
         )
 
 

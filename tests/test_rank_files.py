@@ -202,7 +202,7 @@ def test_a_stage_that_is_missing_does_not_pass_for_half_a_model(tmp_path: Path) 
     for rank in range(4, 8):
         shutil.rmtree(tmp_path / "checkpoint" / f"rank_{rank}")
     with pytest.raises(CoverageError, match=r"22 weights .* no files \(rank 4, 5, 6, 7\): lm_head"):
-        js.open(tmp_path / "checkpoint")
+        js.merge(tmp_path / "checkpoint", tmp_path / "o", options=QUICK)
 
 
 def test_replicas_that_differ_are_found_by_verify(

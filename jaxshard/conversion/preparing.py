@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import rules as family_rules
@@ -18,7 +17,16 @@ from ..layout import Layout
 from ..multiprocess.splitting import Part, split_outputs
 from ..opening import PathLike, open_strategy, opened
 from ..planning.plan import Plan, block_bytes_for, make_plan
-from ..selection import missed, refuse_absent, select, texts, without_merged
+from ..selection import (
+    chooser,
+    missed,
+    refuse_absent,
+    refuse_half,
+    refuse_lost,
+    select,
+    texts,
+    without_merged,
+)
 from ..storage import carrying
 from ..strategy import Strategy
 from ..targets import (
@@ -111,8 +119,18 @@ def prepare(
     chosen, config = _chosen(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
-    lay_out = partial(lay_out_for, chosen, rules=rules, unmatched=unmatched, uneven=uneven)
+    is_whole = not (include or exclude)
+
+    def lay_out(strategy: Strategy) -> Layout:
+        if is_whole:
+            refuse_half(catalog)
+        return lay_out_for(chosen, strategy, rules=rules, unmatched=unmatched, uneven=uneven)
+
     layout = same_layout(chosen) if to == SAME else _target_layout(chosen, to, lay_out)
+    if to == "full" and is_whole:
+        refuse_half(catalog)
+    only = _check_ranks(ranks, layout)
+    refuse_lost(catalog, chooser(include, exclude, drop_prefixes), layout, only)
     if layout is not None:
         layout = without_merged(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
@@ -124,8 +142,8 @@ def prepare(
     one_file.name_of(result, destination)  # refuses what is no one file
     if config:
         result = replace(result, side_files={**config, **result.side_files})
-    only = _files_of(_check_ranks(ranks, layout), layout, result.files_per_rank)
-    plan = make_plan(chosen, result.outputs, only=only, block_bytes=block_bytes_for(chosen))
+    files = _files_of(only, layout, result.files_per_rank)
+    plan = make_plan(chosen, result.outputs, only=files, block_bytes=block_bytes_for(chosen))
     return Prepared(plan, result)
 
 

@@ -76,8 +76,8 @@ def read(
         notes += file.notes
     gathered.check_names(folder.root)
     gathered.add_elsewhere(elsewhere.read(folder) if layout else {})
-    gathered.check_ranks(by_rank.keys(), folder.root)
-    notes += gathered.notes()
+    lost = gathered.lost(by_rank.keys())
+    notes += gathered.notes(lost)
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
     if missing:
         notes.append(f"no files of rank {some(map(str, missing))}; replicas serve where they can.")
@@ -96,6 +96,7 @@ def read(
         extras=extras,
         hyper=frozenset(gathered.hyper) if layout else job_numbers(tensors.values()),
         notes=tuple(notes),
+        lost=lost,
     )
 
 
@@ -187,21 +188,15 @@ class _Gathered:
                 "strategy files these were written with."
             )
 
-    def check_ranks(self, present: Collection[int], root: str) -> None:
-        """Refuse ranks that lack whole weights: a stage that is missing must not go unseen."""
-        lost = {
-            name: sorted(ranks)
+    def lost(self, present: Collection[int]) -> dict[str, tuple[int, ...]]:
+        """Weights of which no rank has a file here, with their ranks."""
+        return {
+            name: tuple(sorted(ranks))
             for name, placed in self._placed.items()
             if name not in self._found
             and weight_name(name) == name
             and not (ranks := {r for p in placed for r in p.ranks}).intersection(present)
         }
-        if lost:
-            gone = sorted({rank for held in lost.values() for rank in held})
-            raise CoverageError(
-                f"{len(lost)} weights lie on ranks of which {root} has no files (rank "
-                f"{some(map(str, gone), 8)}): {some(sorted(lost))}. Fetch one replica of each."
-            )
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -215,13 +210,18 @@ class _Gathered:
         absent = {name: placed for name, placed in self._placed.items() if name not in held}
         return replace(layout, placements=held, absent=absent)
 
-    def notes(self) -> list[str]:
+    def notes(self, lost: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What a strategy tells of and files lack, and the other way round."""
-        absent = [n for n in self._placed if n not in self._found]
+        absent = [n for n in self._placed if n not in self._found and weight_name(n) not in lost]
         states = [n for n in absent if weight_name(n) != n]
         weights = [n for n in absent if weight_name(n) == n]
         large = [n for n in self.hyper if prod(self._found[n].shape) > _LARGE_ELEMENTS]
         told = (
+            (
+                list(lost),
+                f"weights lie on ranks without files here (rank {_ranks_of(lost)}): {{}}. What "
+                "needs them is refused.",
+            ),
             (weights, "weights of the strategy are in no file: {}. Is the checkpoint whole?"),
             (states, "optimizer states of the strategy are in no file: {}."),
             (
@@ -231,6 +231,10 @@ class _Gathered:
             ),
         )
         return [f"{len(names)} {text.format(some(names))}" for names, text in told if names]
+
+
+def _ranks_of(lost: Mapping[str, tuple[int, ...]]) -> str:
+    return some(map(str, sorted({rank for ranks in lost.values() for rank in ranks})), 8)
 
 
 def _moved(part: Box, held: tuple[int, ...], box: Box) -> Box:

@@ -24,7 +24,7 @@ from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_j
 from ..notes import log_notes
 from ..opening import PathLike, opened
 from ..rules import Rules
-from ..selection import missed, select, texts
+from ..selection import chooser, missed, refuse_lost, select, texts
 from ..storage.budget import Counts, default_workers
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
@@ -130,6 +130,8 @@ def load(
             check_one_save(others.hear("loading: which save", save), catalog.root)
         include, exclude = texts(include), texts(exclude)
         tensors, notes = select(catalog, include, exclude, may_lack=not strict)
+        if balanced:  # others cannot read what only they know of
+            refuse_lost(catalog, chooser(include, exclude))
         chosen = replace(catalog, tensors={t.name: t for t in tensors})
         if names is not None:
             chosen = find_mapping(names, chosen, asked_dtype(target, dtype)).apply(chosen)
@@ -142,6 +144,8 @@ def load(
             strict=strict,
             name_of=name_of,
             missed=missed(names, include, exclude),
+            taken=chooser(include, exclude),
+            is_whole=not (include or exclude),
         )
         notes = (*chosen.notes, *notes, *wanted.notes)
         log_notes(catalog.root, notes, catalog.logged)

@@ -35,8 +35,8 @@ _ORDER = ("pp", "ep", "dp", "cp", "mp")  # slowest first, as ranks are numbered
 
 def mesh_shardings(
     catalog: Catalog, mesh: Mesh, rules: Rules | None
-) -> tuple[Layout, dict[str, NamedSharding]]:
-    """The layout of ``catalog`` by the rules, and its sharding over ``mesh`` of every tensor.
+) -> tuple[Layout, tuple[jax.Device, ...], dict[str, NamedSharding]]:
+    """The layout of ``catalog`` by the rules, its ranks, and the sharding of every tensor.
 
     Raises:
         LayoutError: the rules do not know an axis, or a tensor does not fit.
@@ -57,7 +57,7 @@ def mesh_shardings(
     for placements in layout.placements.values():
         if placements not in found:
             found[placements] = _on(mesh, called, placements, ranks)
-    return layout, {name: found[placements] for name, placements in layout.placements.items()}
+    return layout, ranks, {n: found[placed] for n, placed in layout.placements.items()}
 
 
 def _roles(mesh: Mesh) -> dict[str, str]:

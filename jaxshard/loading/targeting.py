@@ -28,7 +28,7 @@ from ..layout import Layout, Placement, check_divides
 from ..opening import open_strategy
 from ..random_keys import Keys, is_key, keys_of
 from ..rules import Rules
-from ..selection import refuse_absent, without_merged
+from ..selection import refuse_absent, refuse_half, refuse_lost, without_merged
 from ..strategy import Strategy
 from ..targets import SAME, check_factors, lay_out_for, same_layout
 from ..trees import is_array_like, named_leaves, spelled, whole_paths
@@ -51,14 +51,18 @@ def resolve(
     strict: bool = True,
     name_of: Callable[[str], str] | None = None,
     missed: Callable[[str], bool] = lambda name: True,
+    taken: Callable[[str], bool] = lambda name: True,
+    is_whole: bool = False,
 ) -> Wanted:
     """What ``target`` asks of the tensors of ``catalog``; see ``load`` for the arguments.
 
-    ``missed`` tells whether a weight that only the target knows is missed.
+    ``missed`` tells whether a weight that only the target knows is missed, ``taken`` whether one
+    of the source is asked for; ``is_whole`` that all of them are.
 
     Raises:
         NotFoundError: names are missing on either side.
-        CoverageError: strategy files tell of weights that the catalog lacks.
+        CoverageError: strategy files tell of weights that the catalog lacks, or these lie on
+            ranks without files and this process's devices need them.
         LayoutError: the target does not fit the tensors.
     """
     cast = None if dtype is None else np.dtype(dtype)
@@ -67,17 +71,32 @@ def resolve(
         target = without_merged(catalog, target)
         if strict:
             refuse_absent(catalog, target, missed)
+        refuse_lost(catalog, taken, target, _own_ranks(_listed(devices) or jax.devices()))
         placed = _of_layout(catalog, target, devices)
         made = _all_tensors(catalog, placed, devices, cast)
         return replace(made, notes=(*target.notes, *made.notes))
+    if is_whole and not _is_tree(target):
+        refuse_half(catalog)
     if isinstance(target, Mesh | Strategy):
-        layout, found = _by_rules(catalog, target, devices, rules)
+        layout, ranks, found = _by_rules(catalog, target, devices, rules)
+        refuse_lost(catalog, taken, layout, _own_ranks(ranks))
         made = _all_tensors(catalog, found, devices, cast)
         return replace(made, notes=(*layout.notes, *made.notes))
     place_of = _by_name(target)
     if place_of is not None:
+        refuse_lost(catalog, taken)
         return _all_tensors(catalog, place_of, devices, cast)
     return _tree(catalog, target, devices, cast, strict=strict, name_of=name_of)
+
+
+def _is_tree(target: Any) -> bool:
+    return not isinstance(target, Mesh | Strategy) and _by_name(target) is None
+
+
+def _own_ranks(ranks: Sequence[jax.Device]) -> frozenset[int]:
+    """The ranks whose devices are this process's."""
+    here = jax.process_index()
+    return frozenset(r for r, device in enumerate(ranks) if device.process_index == here)
 
 
 def _read_target(catalog: Catalog, target: Any) -> Any:
@@ -132,14 +151,14 @@ def asked_dtype(target: Any, dtype: Any) -> str | None:
 
 def _by_rules(
     catalog: Catalog, target: Mesh | Strategy, devices: Devices, rules: Rules | None
-) -> tuple[Layout, Callable[[str], Any]]:
-    """The layout that the rules make, and its sharding for each name."""
+) -> tuple[Layout, Sequence[jax.Device], Callable[[str], Any]]:
+    """The layout that the rules make, the device of each rank, and the sharding of each name."""
     if isinstance(target, Mesh):
-        layout, found = mesh_shardings(catalog, target, rules)
-        return layout, found.__getitem__
+        layout, ranks, found = mesh_shardings(catalog, target, rules)
+        return layout, ranks, found.__getitem__
     ranks = rank_devices(target, _listed(devices))
     layout = lay_out_for(catalog, target, rules)
-    return layout, shardings(layout, ranks).__getitem__
+    return layout, ranks, shardings(layout, ranks).__getitem__
 
 
 def _by_name(target: Any) -> Callable[[str], Any] | None:
@@ -220,6 +239,8 @@ def _tree(
         )
     if not strict:
         findings.missing, findings.unexpected = [], []
+    gone = {name.partition(" (for ")[0] for name in findings.missing} & catalog.lost.keys()
+    refuse_lost(catalog, gone.__contains__)
     findings.refuse(catalog, names)
 
     def build(arrays: Sequence[jax.Array]) -> Any:

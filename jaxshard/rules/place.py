@@ -6,7 +6,7 @@ moves. What is asked to be replicated instead is said in the layout's notes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -32,6 +32,7 @@ def layout(
     hyper: frozenset[str] = frozenset(),
     unmatched: Policy = "error",
     uneven: Policy = "error",
+    unseen: Iterable[str] = (),
 ) -> Layout:
     """Who holds which box of each tensor of ``shapes``.
 
@@ -45,6 +46,8 @@ def layout(
         hyper: names that are no weights (``global_step``).
         unmatched: what to do with names that no rule matches.
         uneven: what to do with dims that do not divide.
+        unseen: names of the model whose shapes are not known: their layers count, and the
+            layout has them among its ``absent``.
 
     Raises:
         LayoutError: names without a rule, dims that do not divide, stages without layers;
@@ -58,7 +61,8 @@ def layout(
     check_rules(rules)
     check_policy("unmatched", unmatched)
     check_policy("uneven", uneven)
-    stages = Stages(rules, strategy, model, (n for n in shapes if n not in hyper))
+    others = tuple(unseen)
+    stages = Stages(rules, strategy, model, (*(n for n in shapes if n not in hyper), *others))
     matcher, placer = Matcher(rules), _Placer(strategy)
     everywhere = (Placement((("all", strategy.num_ranks),)),)
     factors = Factors({n: s for n, s in shapes.items() if n not in hyper}, _config(model))
@@ -84,6 +88,13 @@ def layout(
         placements[name] = placer.place(name, tuple(shape), spec, home, granules)
     for name in sorted(following, key=len):  # after its weight, which may have factors itself
         placements[name] = factors.follow(name, placements[factors.weights[name]])
+    absent = {}
+    alike = {template(weight_name(name)): tuple(shape) for name, shape in shapes.items()}
+    for name in others:
+        kind = template(name)
+        spec = matcher.find(name, kind) or _WHOLE
+        shape = alike.get(kind, (strategy.num_ranks,) * len(spec.dims))  # which every axis divides
+        absent[name] = placer.place(name, shape, spec, stages.home(name, kind))
     placer.findings.refuse(rules, strategy, unmatched, uneven)
     factors.check(placements, own)
     return Layout(
@@ -91,6 +102,7 @@ def layout(
         placements={name: placements[name] for name in shapes},
         stage_axes=strategy.stage_axes,
         notes=(*placer.findings.notes(), *_idle(rules, matcher)),
+        absent=absent,
     )
 
 

@@ -121,7 +121,8 @@ def _lay_out_parts(
 def _by_rules(
     source: Catalog, strategy: Strategy, rules: Rules | None, unmatched: Policy, uneven: Policy
 ) -> Layout:
-    names = [name for name in source.tensors if name not in source.hyper]
+    lost = () if source.origin else tuple(source.lost)
+    names = [*(name for name in source.tensors if name not in source.hyper), *lost]
     try:
         table = rules_for(source.model, names)
     except (LayoutError, NotFoundError):
@@ -131,7 +132,7 @@ def _by_rules(
     else:
         table = table.override(rules) if rules else table
     shapes = {t.name: t.shape for t in source.tensors.values()}
-    return lay_out(shapes, strategy, table, source.model, source.hyper, unmatched, uneven)
+    return lay_out(shapes, strategy, table, source.model, source.hyper, unmatched, uneven, lost)
 
 
 def same_layout(source: Catalog) -> Layout | None:

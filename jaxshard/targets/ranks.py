@@ -5,10 +5,10 @@ This module decides which file holds which box, and touches no disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 
 from ..catalog import Catalog, Tensor
 from ..errors import LayoutError, some
@@ -70,9 +70,9 @@ def _strategy(
         for placement in layout.placements[tensor.name]:
             check_divides(placement, tensor.shape, tensor.name)
     every = _of_strategy(layout, source.hyper if weights else frozenset())
-    states = _absent_states(every, {t.name: t.shape for t in tensors})
-    shapes = {t.name: t.shape for t in told} | states
-    every = strategy_files.for_tensors(every, states)
+    absent = _absent_shapes(every, {t.name: t.shape for t in tensors}, source.lost)
+    shapes = {t.name: t.shape for t in told} | absent
+    every = strategy_files.for_tensors(every, absent)
     try:
         return strategy_files.raw_files(strategy_files.from_layout(every, shapes)), ()
     except LayoutError as error:
@@ -83,23 +83,30 @@ def _strategy(
         return {layout_file.NAME: layout_file.to_bytes(every, shapes)}, (note,)
 
 
-def _absent_states(
-    layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+def _absent_shapes(
+    layout: Layout, shapes: Mapping[str, tuple[int, ...]], lost: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """States that the strategy has and no file: they keep their turns in the result's strategy.
+    """Shapes of what the strategy has and no file: it stays in the result's strategy.
 
-    A state has the shape of its weight.
+    A state keeps its turn there, and has the shape of its weight. Of weights on ranks whose
+    files are elsewhere only the cut is known; any shape that it divides says the same.
     """
     found = {}
     for name, placements in layout.placements.items():
-        shape = shapes.get(weight_name(name))
-        if name in shapes or shape is None:
+        weight = weight_name(name)
+        if name in shapes or (weight not in shapes and weight not in lost):
             continue
+        shape = shapes.get(weight) or _least_shape(placements)
         with suppress(LayoutError):
             for placement in placements:
                 check_divides(strategy_files.for_dims(placement, len(shape)), shape)
             found[name] = shape
     return found
+
+
+def _least_shape(placements: Sequence[Placement]) -> tuple[int, ...]:
+    dims = max(len(p.spec) for p in placements)
+    return tuple(lcm(*(p.ways(dim) for p in placements)) for dim in range(dims))
 
 
 def _by_stages(layout: Layout, source: Catalog) -> Layout:

@@ -17,6 +17,7 @@ from ..formats import huggingface, rank_files
 from ..formats.folder import Folder
 from ..layout import Layout
 from ..opening import open_checkpoint, open_strategy
+from ..selection import refuse_lost
 from ..storage.local import LocalFolder
 from . import naming
 from .places import Places
@@ -90,9 +91,11 @@ def _open_ranks(places: Places, record: Record | None, paths: tuple[str, ...]) -
         )
     folder = LocalFolder(places.steps)
     try:
-        return rank_files.read(Chosen(folder, paths), layout)
+        catalog = rank_files.read(Chosen(folder, paths), layout)
     finally:
         folder.close()
+    refuse_lost(catalog)  # a step that lacks a stage is incomplete
+    return catalog
 
 
 def _layout(places: Places, record: Record | None) -> Layout:
