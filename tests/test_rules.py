@@ -299,7 +299,7 @@ def test_a_model_that_nobody_knows_asks_for_rules() -> None:
     with pytest.raises(NotFoundError) as caught:
         rules_for(Model("qwen2_mo"), ["a.b", "c.d"])
     assert "'qwen2_mo' is not known, nor are the names (a.b, c.d)" in str(caught.value)
-    assert "Did you mean qwen2_moe?" in str(caught.value)
+    assert "Did you mean" not in str(caught.value)  # a type of that name is another architecture
     assert "[specs]" in str(caught.value)
     with pytest.raises(NotFoundError, match="no model_type is given"):
         rules_for(None, ["a.b"])

@@ -155,7 +155,8 @@ def test_experts_must_divide() -> None:
 
 def test_stacked_experts_are_cut_by_their_spec() -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    made = layout({name: (4, 2 * F, H)}, Strategy.parse("dp4mp2ep2"), FAMILIES["mixtral"])
+    model = Model(config={"hidden_size": H})
+    made = layout({name: (4, 2 * F, H)}, Strategy.parse("dp4mp2ep2"), FAMILIES["mixtral"], model)
     assert made.placements[name][0].spec == (("ep",), ("mp",))
 
 

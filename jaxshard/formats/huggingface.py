@@ -22,6 +22,7 @@ from typing import Any
 from ..box import Box
 from ..catalog import Catalog, File, Model, Piece, Tensor
 from ..errors import CoverageError, FormatError, NotFoundError, shown, some
+from ..rules.modalities import text_config
 from .folder import Folder
 from .huggingface_files import file_names, index_json, parse_size, plan_files
 from .job_numbers import job_numbers
@@ -279,8 +280,8 @@ def model_of(config: Mapping[str, Any]) -> Model:
     >>> model_of({"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False})
     Model(type='llama', num_layers=2, tied_embeddings=False)
     """
-    nested = config.get("text_config")
-    places = (config, nested) if isinstance(nested, dict) else (config,)
+    nested = text_config(config)
+    places = (config,) if nested is config else (config, nested)
     kind = config.get("model_type")
     kind = kind if isinstance(kind, str) else None
     layers = [p[key] for p in places for key in _NUM_LAYERS if type(p.get(key)) is int]

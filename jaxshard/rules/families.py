@@ -43,11 +43,17 @@ _DECODER: _Specs = (
     *_ROTARY,
 )
 _MOE: _Specs = (
-    ("*.experts.gate_up_proj", "ep,mp,-"),  # stacked: (expert, out, in)
-    ("*.experts.down_proj", "ep,-,mp"),
+    ("*.experts.gate_up_proj", "ep,mp,- or ep,-,mp"),  # (expert, out, in) or (expert, in, out)
+    ("*.experts.down_proj", "ep,-,mp or ep,mp,-"),
+    ("*.experts.gate_up_proj_bias", "ep,mp"),
+    ("*.experts.down_proj_bias", "ep,-"),
+    ("*.experts.gate_up_proj_blocks", "ep,mp,-,-"),  # MXFP4: (expert, out, group, 16 bytes)
+    ("*.experts.down_proj_blocks", "ep,-,mp,-"),
+    ("*.sinks", "mp"),
     ("*.experts.*.w1.weight", "mp,-"),
     ("*.experts.*.w3.weight", "mp,-"),
     ("*.experts.*.w2.weight", "-,mp"),
+    *_whole(".router.weight", ".router.bias"),
     *_whole(".gate.weight", ".gate.e_score_correction_bias", ".shared_expert_gate.weight"),
 )
 # Multi-head latent attention: the small latent is whole, what makes heads of it is cut.

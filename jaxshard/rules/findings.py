@@ -16,6 +16,7 @@ from .table import Rules
 Policy = Literal["error", "replicate"]
 
 _NOTES = {
+    "apart": "not of the text model, whole on the ranks of the first stage: {}: {}.",
     "unmatched": "no rule matches {}, whole on every rank of the stage: {}.",
     "uneven": "left whole, for it does not divide: {}: {}.",
     "no stage": "of no stage, so held by every stage: {}: {}.",
@@ -61,6 +62,13 @@ class Findings:
                 f"{self._lines('unmatched')}. {self._remedy(rules)}, or ask for whole copies on "
                 'every rank of the stage, in a conversion with unmatched="replicate" (--unmatched '
                 "replicate)."
+            )
+        if "order" in self._names:
+            first = next(iter(self._names["order"]))[0].replace("#", "*")
+            raise LayoutError(
+                f"the order of the dims of {self._count('order')} is not known: "
+                f"{self._lines('order')}. Correct config.json, or give one of the two as a rule "
+                f'for "{first}" (rules=, --rules).'
             )
         if "misfit" in self._names:
             raise LayoutError(

@@ -17,6 +17,7 @@ from ..layout import Spec as AxisSpec
 from ..strategy import Axes, Strategy
 from .findings import Findings, Policy, check_policy
 from .match import Matcher, template, weight_name
+from .orientation import Orientations
 from .quantization import Factors, Granule
 from .stages import Home, Stages
 from .table import Dims, ModelFacts, Rules, Spec, check_rules
@@ -65,6 +66,7 @@ def layout(
     stages = Stages(rules, strategy, model, (*(n for n in shapes if n not in hyper), *others))
     matcher, placer = Matcher(rules), _Placer(strategy)
     everywhere = (Placement((("all", strategy.num_ranks),)),)
+    orientations = Orientations(rules, matcher, shapes, _config(model))
     factors = Factors({n: s for n, s in shapes.items() if n not in hyper}, _config(model))
     placements: dict[str, tuple[Placement, ...]] = {}
     following, own = list[str](), list[str]()
@@ -83,8 +85,16 @@ def layout(
         if spec is None:
             placer.findings.add("unmatched", name, str(tuple(shape)))
             spec = _WHOLE
-        granules = factors.granules(name)
+        if spec.other:
+            chosen = orientations.choose(name, spec) if strategy.mp > 1 else spec.straight()
+            if isinstance(chosen, str):
+                placer.findings.add("order", name, f"{chosen}, {spec}")
+                chosen = _WHOLE
+            spec = chosen
         home = stages.home(weight, kind)
+        if home.apart and spec.buffer:
+            placer.findings.add("apart", home.apart, "")
+        granules = factors.granules(name)
         placements[name] = placer.place(name, tuple(shape), spec, home, granules)
     for name in sorted(following, key=len):  # after its weight, which may have factors itself
         placements[name] = factors.follow(name, placements[factors.weights[name]])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from ..errors import NotFoundError, nearest, some
+from ..errors import NotFoundError, some
 from .families import FAMILIES, MODEL_TYPES
-from .match import Matcher, template, weight_name
-from .table import ModelFacts, Rules
+from .match import Matcher, Patterns, template, weight_name
+from .modalities import text_config, towers
+from .table import BUFFER, ModelFacts, Rules
 
 _ENOUGH = 0.5  # of the kinds of names; what is left over is then reported name by name
 
@@ -15,7 +17,8 @@ _ENOUGH = 0.5  # of the kinds of names; what is left over is then reported name 
 def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
     """The rules of a model: by its type where its names agree with that, else by its names.
 
-    A ``config.json`` may lie beside weights that were renamed by another framework.
+    A ``config.json`` may lie beside weights that were renamed by another framework. What is
+    not the text model's (a vision tower) is ``apart``: whole, on the first stage.
 
     Raises:
         NotFoundError: neither the type nor the names are known.
@@ -24,7 +27,19 @@ def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
     'gpt2'
     """
     kinds = {template(w): w for w in map(weight_name, names)}
-    by_type = FAMILIES.get(MODEL_TYPES.get((model and model.type) or "", ""))
+    apart = towers(kinds.values(), model.config if model else {})
+    if not apart:
+        return _table(model, kinds)
+    known = Patterns(apart)
+    text = {kind: name for kind, name in kinds.items() if known.find(name, kind) is None}
+    rules = _table(model, text) if text else FAMILIES["llama"]
+    return replace(rules, specs=(*((p, BUFFER) for p in apart), *rules.specs), apart=apart)
+
+
+def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
+    """The table for the names of a text model."""
+    types = _types(model)
+    by_type = next((FAMILIES[MODEL_TYPES[t]] for t in types if t in MODEL_TYPES), None)
     if by_type and (not kinds or _known(by_type, kinds) >= _ENOUGH):
         return by_type
     best = max(FAMILIES.values(), key=lambda rules: _known(rules, kinds))  # the first of equals
@@ -32,14 +47,21 @@ def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
         return best
     if by_type:
         return by_type
-    kind = model.type if model and model.type else None
+    kind = types[0] if types else None
     said = f"model_type {kind!r} is" if kind else "no model_type is given, and the names are"
     raise NotFoundError(
-        f"{said} not known{', nor are the names' if kind else ''} ({some(kinds.values(), 3)})."
-        f"{nearest(kind or '', MODEL_TYPES)} Give rules for the names, as TOML: "
-        '[specs] "*.q_proj.weight" = "mp,-" … and [stages]; known are '
-        f"{', '.join(FAMILIES)}."
+        f"{said} not known{', nor are the names' if kind else ''} ({some(kinds.values(), 3)}). "
+        'Give rules for the names, as TOML: [specs] "*.q_proj.weight" = "mp,-" … and [stages]; '
+        f"known are {', '.join(FAMILIES)}."
     )
+
+
+def _types(model: ModelFacts | None) -> list[str]:
+    """The types that ``config.json`` gives: the model's, and that of its text part."""
+    if model is None:
+        return []
+    kinds = (model.type, text_config(model.config).get("model_type"))
+    return [kind for kind in dict.fromkeys(kinds) if isinstance(kind, str) and kind]
 
 
 def _known(rules: Rules, kinds: dict[str, str]) -> float:

@@ -17,16 +17,20 @@ from typing import Any, NamedTuple
 from ..errors import LayoutError
 from ..strategy import Strategy
 from .match import Patterns, template, weight_name
+from .modalities import text_config
+from .orientation import EXPERT_COUNTS
 from .table import ModelFacts, Rules, numbered
-
-_EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
 
 
 class Home(NamedTuple):  # a tuple, because one is made for each of 90,000 names
-    """Where a tensor lives: its stages (none: in all of them), and its expert parallel slot."""
+    """Where a tensor lives: its stages (none: in all of them), and its expert parallel slot.
+
+    ``apart`` is the pattern of the tower that it is of, if it is not the text model's.
+    """
 
     stages: tuple[int, ...]
     slot: int | None = None
+    apart: str = ""
 
 
 def split_layers(num_layers: int, pp: int) -> tuple[int, ...]:
@@ -54,13 +58,21 @@ class Stages:
         self._expert = numbered(rules.experts, "expert")
         self._first, self._last = Patterns(rules.first), Patterns(rules.last)
         self._embedding = Patterns(rules.embedding)
-        weights = [weight_name(n) for n in names]
+        self._apart = Patterns(rules.apart)
+        weights = [w for w in map(weight_name, names) if not self._tower(w, template(w))]
         self._tied = bool(model and model.tied_embeddings) and not _any(rules.head, weights)
         self._layer_ends = self._cut_layers(model, weights) if strategy.pp > 1 else ()
         self._num_experts = self._count_experts(model, weights) if strategy.ep > 1 else 0
 
+    def _tower(self, name: str, kind: str) -> str:
+        """The pattern of the tower that ``name`` is of, or nothing."""
+        at = self._apart.find(name, kind) if self._rules.apart else None
+        return "" if at is None else self._rules.apart[at]
+
     def home(self, name: str, kind: str) -> Home:
         """Where the weight ``name`` lives, whose template is ``kind``."""
+        if tower := self._tower(name, kind):
+            return Home((0,), apart=tower)
         return Home(self._stages(name, kind), self._slot(name))
 
     def _stages(self, name: str, kind: str) -> tuple[int, ...]:
@@ -129,9 +141,8 @@ class Stages:
 
 def _experts_by_config(config: Mapping[str, Any]) -> int:
     """The number of experts that ``config.json`` gives, or 0."""
-    inner = config.get("text_config")
-    for source in (config, inner if isinstance(inner, Mapping) else {}):
-        for key in _EXPERT_COUNTS:
+    for source in (config, text_config(config)):
+        for key in EXPERT_COUNTS:
             if isinstance(source.get(key), int):
                 return int(source[key])
     return 0

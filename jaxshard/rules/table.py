@@ -33,6 +33,8 @@ _ALSO = {"tp": "mp"}
 
 #: The spec of a table that is no weight: whole on every rank, whatever the optimizer shard.
 BUFFER = "whole"
+#: Between the specs of both orders of inputs and outputs, of which the sizes choose.
+EITHER = " or "
 
 
 class ModelFacts(Protocol):
@@ -49,15 +51,32 @@ class ModelFacts(Protocol):
 
 
 class Spec(NamedTuple):
-    """A parsed spec text. ``dims`` is empty for ``-``, which fits any number of dims."""
+    """A parsed spec text. ``dims`` is empty for ``-``, which fits any number of dims.
+
+    ``other`` has the dims of a tensor whose inputs and outputs may be in either order, when
+    they are in the second.
+    """
 
     dims: Dims = ()
     buffer: bool = False
+    other: Dims = ()
+
+    def straight(self) -> Spec:
+        """The spec of the first order alone."""
+        return self._replace(other=())
+
+    def turned(self) -> Spec:
+        """The spec of the second order alone."""
+        return self._replace(dims=self.other, other=())
 
     def __str__(self) -> str:
         if self.buffer:
             return BUFFER
-        return ",".join("+".join(axes) or "-" for axes in self.dims) or "-"
+        return EITHER.join(
+            ",".join("+".join(axes) or "-" for axes in dims) or "-"
+            for dims in (self.dims, self.other)
+            if dims or dims is self.dims
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,8 @@ class Rules:
         experts: patterns of names that have an expert number, which is at ``{expert}``.
         embedding: names that also live in the last stage when the embeddings are tied …
         head: … and none of these exists.
+        apart: patterns of the names of another modality's tower, which no layer or stage
+            pattern is asked for: it is on the first stage.
         written: the patterns a person wrote: one that decides nothing is likely a slip.
     """
 
@@ -89,6 +110,7 @@ class Rules:
     embedding: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, text in self.specs:
@@ -120,6 +142,7 @@ class Rules:
             embedding=user.embedding + self.embedding,
             head=user.head + self.head,
             written=user.written + self.written,
+            apart=user.apart + self.apart,
         )
 
     @cached_property
@@ -140,6 +163,14 @@ def parse_spec(text: str, where: str) -> Spec:
     """
     if text.strip() == BUFFER:
         return Spec(buffer=True)
+    if EITHER in text:
+        straight, turned = (parse_spec(t, where).dims for t in text.split(EITHER, 1))
+        if len(straight) != 3 or turned != (straight[0], straight[2], straight[1]):
+            raise LayoutError(
+                f'{where} = "{text}": the specs on both sides of "or" are for three dims, of '
+                "which the last two are exchanged."
+            )
+        return Spec(straight, other=turned)
     dims = tuple(_axes(part.strip(), text, where) for part in text.split(","))
     named = [axis for axes in dims for axis in axes]
     for axis in named:
@@ -229,6 +260,7 @@ def describe(rules: Rules) -> str:
         "experts": rules.experts,
         "tied embedding": rules.embedding,
         "head": rules.head,
+        "apart, on the first stage": rules.apart,
     }
     lines += [f"{name}: {', '.join(values)}" for name, values in said.items() if values]
     return "\n".join(lines)
