@@ -184,6 +184,16 @@ def _meet(held: range, ranks: Collection[int]) -> bool:
     return any(rank in held for rank in ranks)
 
 
+def takes_whole(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Whether all weights of ``catalog`` are asked for.
+
+    None is excluded, and an ``include`` is a choice, even of all.
+    """
+    taken = chooser((), exclude)
+    weights = (n for n in catalog.tensors if n not in catalog.hyper and weight_name(n) == n)
+    return not texts(include) and all(map(taken, weights))
+
+
 def refuse_half(catalog: Catalog) -> None:
     """Refuse rank files that hold a part of the pipeline stages, though no strategy says so.
 

@@ -129,10 +129,20 @@ def test_ranks_that_each_server_writes_are_one_checkpoint_together(tmp_path):
 @pytest.mark.parametrize("to", ["full", "dp1mp2", "dp1mp2pp2"])
 def test_strategy_files_of_the_first_stage_alone_do_not_make_half_a_model(to, tmp_path):
     place = server(tmp_path, 0, strategy=STAGES[0])
+    config = {
+        "load_checkpoint": str(place),
+        "use_parallel": True,
+        "parallel_config": {"model_parallel": 2, "pipeline_stage": 2},
+    }
     with pytest.raises(CoverageError, match=r"is a part of a model: it has layers 0 to .* after"):
         js.convert(place, tmp_path / "o", to, options=QUICK)
     with pytest.raises(CoverageError, match="is a part of a model"):
         js.load(place, jax.devices()[0])
+    for work in (lambda: mindformers.load_rank(config, 0), lambda: mindformers.load(config)):
+        with pytest.raises(
+            CoverageError, match="is a part of a model"
+        ):  # though states are left out
+            work()
     assert js.load_rank(place, "same", 0)  # what is here is as it was
     js.convert(place, tmp_path / "o", to if to == "full" else "dp1mp2", options=QUICK, include=".")
 

@@ -24,6 +24,7 @@ from ..selection import (
     refuse_half,
     refuse_lost,
     select,
+    takes_whole,
     texts,
     without_merged,
 )
@@ -119,7 +120,7 @@ def prepare(
     chosen, config = _chosen(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
-    is_whole = not (include or exclude)
+    is_whole = takes_whole(catalog, include, exclude)
 
     def lay_out(strategy: Strategy) -> Layout:
         if is_whole:

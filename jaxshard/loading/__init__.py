@@ -24,7 +24,7 @@ from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_j
 from ..notes import log_notes
 from ..opening import PathLike, opened
 from ..rules import Rules
-from ..selection import chooser, missed, refuse_lost, select, texts
+from ..selection import chooser, missed, refuse_lost, select, takes_whole, texts
 from ..storage.budget import Counts, default_workers
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
@@ -145,7 +145,7 @@ def load(
             name_of=name_of,
             missed=missed(names, include, exclude),
             taken=chooser(include, exclude),
-            is_whole=not (include or exclude),
+            is_whole=takes_whole(catalog, include, exclude),
         )
         notes = (*chosen.notes, *notes, *wanted.notes)
         log_notes(catalog.root, notes, catalog.logged)
