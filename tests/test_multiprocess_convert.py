@@ -376,7 +376,7 @@ def test_a_replaced_result_is_not_taken_for_finished_work(llama, whole, tmp_path
     js.convert(tmp_path / "other", out, "dp2mp2pp2")
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "_remove", lambda self: self._release())
-        patch.setattr("jaxshard.storage.staging.shutil.rmtree", lambda *a, **k: None)
+        patch.setattr("jaxshard.storage.staging.settle", lambda *a, **k: None)
         js.convert(llama, out, "dp2mp2pp2", options=Options(overwrite=True))
     assert_same(out, whole)
     assert (tmp_path / ".cut.partial" / "files").exists()

@@ -113,7 +113,7 @@ def test_a_home_directory_outlives_a_mistyped_path(tmp_path):
     with pytest.raises(LayoutError, match="is not replaced"):
         js.merge(tmp_path / "llama", home, options=OVERWRITE)
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(LayoutError, match=r"thesis\.tex is not replaced: it is no folder"):
+    with pytest.raises(LayoutError, match=r"thesis\.tex is not replaced: it is not a folder"):
         js.merge(tmp_path / "llama", tmp_path / "thesis.tex", options=OVERWRITE)
     assert checkpoints.files_of(home) == before
     assert not list(tmp_path.glob(".*.partial"))

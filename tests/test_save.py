@@ -23,6 +23,7 @@ from jaxshard.saving import save
 from jaxshard.saving.arrays import ArraySource
 from jaxshard.saving.fetching import Room
 from jaxshard.storage.budget import fit_budget
+from jaxshard.storage.staging import Staging
 from jaxshard.storage.writing import OutputFiles
 
 P = PartitionSpec
@@ -254,11 +255,14 @@ def test_a_failed_save_leaves_nothing_and_does_not_stand_in_the_way(tmp_path, mo
     save({"x": np.ones(4, np.float32)}, tmp_path / "out", overwrite=True, format=format)
 
 
-def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path):
+def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path, monkeypatch):
     left = tmp_path / ".out.partial"
-    (left / "files").mkdir(parents=True)
-    (left / "files" / "old.safetensors").write_bytes(b"old")
-    (left / "journal.json").write_text('{"made from": "arrays in memory"}')
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxshard.storage.staging.Staging.abandon", lambda self: self._release())
+        patched.setattr("jaxshard.saving.committing.add_files", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save({"old": np.zeros(4, np.float32)}, tmp_path / "out")
+    assert (left / "finished").exists()
     save({"x": np.zeros(4, np.float32)}, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.safetensors"]
     assert not left.exists()
@@ -266,11 +270,14 @@ def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path):
 
 def test_what_a_conversion_left_behind_is_not_touched(tmp_path):
     left = tmp_path / ".out.partial"
-    (left / "files").mkdir(parents=True)
-    (left / "journal.json").write_text('{"source": "model"}')
-    with pytest.raises(LayoutError, match="interrupted run"):
+    conversion = Staging(tmp_path / "out", "a conversion")
+    (conversion.files / "a").write_bytes(b"finished")
+    conversion.finish("a", 8)
+    conversion.abandon()
+    before = checkpoints.files_of(left)
+    with pytest.raises(LayoutError, match="interrupted conversion left .* Finish that"):
         save({"x": np.zeros(4, np.float32)}, tmp_path / "out")
-    assert left.exists()
+    assert checkpoints.files_of(left) == before
 
 
 def test_the_checkpoint_that_extras_come_from_is_not_replaced(llama, tmp_path):

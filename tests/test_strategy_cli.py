@@ -118,15 +118,28 @@ def test_a_merged_file_says_what_the_folder_says(
     assert open_strategy(tmp_path / name) == open_strategy(folder)
 
 
-def test_an_existing_file_is_kept_unless_told_otherwise(tmp_path: Path, capsys: Capture) -> None:
-    out = tmp_path / "merged.ckpt"
-    out.write_text("mine")
-    command = ["strategy", "merge", str(golden("dp1mp4", "strategy")), str(out)]
+@pytest.mark.parametrize("name", ["merged.ckpt", "merged.json"])
+@pytest.mark.parametrize("verb", ["merge", "make"])
+def test_only_a_strategy_file_is_replaced_and_only_on_request(
+    verb: str, name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / name
+    if verb == "merge":
+        command = ["strategy", "merge", str(golden("dp1mp4", "strategy")), str(out)]
+    else:
+        model = golden("dp2mp2pp2", "full", "full.safetensors")
+        command = ["strategy", "make", str(model), str(out), "--to", "dp1mp4", "--merged"]
+    for mine in (b"mine", b"{}", b'{"name": "package"}', b"\n\x03w\n", b"\x08\x96"):
+        out.write_bytes(mine)
+        for flag in ([], ["--overwrite"]):
+            assert main([*command, *flag]) == 2, mine
+            assert out.read_bytes() == mine
+    out.unlink()
+    assert main(command) == 0
     assert main(command) == 2
-    assert out.read_text() == "mine"
     assert main([*command, "--overwrite"]) == 0
     assert open_strategy(out).num_ranks == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["merged.ckpt"]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
     capsys.readouterr()
 
 

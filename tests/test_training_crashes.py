@@ -226,7 +226,7 @@ def _stop_in_commit(monkeypatch, after: int) -> None:
     rename = os.replace
 
     def replace(a, b):
-        if ".saving" in str(a) and next(count) == after:
+        if ".saving/" in str(a) and next(count) == after:
             raise KeyboardInterrupt
         rename(a, b)
 

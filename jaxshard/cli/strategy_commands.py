@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..catalog import Catalog
 from ..conversion.running import refuse_inside
-from ..errors import LayoutError, NotFoundError, StorageError, some
+from ..errors import LayoutError, NotFoundError, some
 from ..formats import layout_file, strategy_files
 from ..formats.mindspore_kinds import WEIGHTS, kind_of
 from ..formats.strategy_files import Strategies
@@ -24,6 +24,8 @@ from ..targets import lay_out_for
 from . import strategy_picture
 from .commands import read_rules_file
 from .output import write, write_json
+
+_REQUEST = "strategy files"  # for the journal; an interrupted run is never gone on with
 
 
 def strategy_show(a: Namespace) -> int:
@@ -143,17 +145,14 @@ def _write_file(place: Path, data: bytes, overwrite: bool) -> None:
     """Write one file, which appears whole or not at all."""
     if place.is_dir():
         raise LayoutError(f"{place} is a folder. Name the file to make.")
-    if place.exists() and not overwrite:
-        raise LayoutError(f"{place} exists. Choose another name, or replace it with --overwrite.")
     _refuse_weights(place)
-    scratch = place.with_name(f".{place.name}.new")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(data)
-        os.replace(scratch, place)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StorageError(f"{place} cannot be written: {error.strerror}.") from error
+    made = place.name
+    _write(
+        Staging(
+            place, _REQUEST, overwrite=overwrite, only=made, kind="strategy file", resumable=False
+        ),
+        {made: data},
+    )
 
 
 def _write_folder(place: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
@@ -161,12 +160,17 @@ def _write_folder(place: Path, files: Mapping[str, bytes], overwrite: bool) -> N
     if place.is_file():
         raise LayoutError(f"{place} is a file. Name a folder, or make one file with --merged.")
     _refuse_weights(place)
-    staging = Staging(place, "strategy files", overwrite=overwrite)
+    _write(Staging(place, _REQUEST, overwrite=overwrite, kind="strategies", resumable=False), files)
+
+
+def _write(staging: Staging, files: Mapping[str, bytes]) -> None:
+    """Write ``files`` and publish them."""
     try:
-        with told(f"{place} cannot be written"):
-            for name, data in files.items():
-                (staging.files / name).write_bytes(data)
-                staging.sync(staging.files / name)
+        for name, data in files.items():
+            path = staging.files / name
+            with told(f"{path} cannot be written"):
+                path.write_bytes(data)
+            staging.finish(name, len(data))
         staging.publish()
     except BaseException:
         staging.abandon()

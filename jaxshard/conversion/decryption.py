@@ -9,7 +9,7 @@ from ..errors import FormatError, LayoutError
 from ..formats import mindspore_ckpt, mindspore_encryption
 from ..opening import PathLike
 from ..storage.local import LocalFolder
-from ..storage.staging import told
+from ..storage.staging import Staging, told
 
 
 def decrypt(
@@ -23,33 +23,40 @@ def decrypt(
         source: a file that MindSpore wrote with ``enc_key``.
         destination: the file to make.
         key: the bytes that were ``enc_key``; the cipher is seen from the file.
-        overwrite: replace an existing file.
+        overwrite: replace an existing weight file.
 
     Raises:
-        LayoutError: the source is not encrypted, or the destination exists.
+        LayoutError: the source is not encrypted, or the destination exists and may not be
+            replaced, or appeared meanwhile.
         FormatError: the key is another one, or the file is damaged.
         StorageError: the disk refused, or the package ``cryptography`` is missing.
     """
     place, folder = Path(destination), LocalFolder(source)
     name = os.path.basename(os.fspath(source))
-    if place.exists() and (not overwrite or os.path.samefile(place, source)):
-        raise LayoutError(
-            f"{place} exists. Choose another name, or replace it with overwrite=True (--overwrite)."
-        )
-    scratch = place.with_name(f".{place.name}.new")
     try:
-        with told(f"{place} cannot be written"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with open(scratch, "wb") as file:
+        _refuse_source(place, source)
+        staging = Staging(
+            place, "a decrypted file", overwrite=overwrite, only=place.name, resumable=False
+        )
+        try:
+            plain = staging.files / place.name
+            with told(f"{place} cannot be written"), open(plain, "wb") as file:
                 for block in mindspore_encryption.decrypted(folder, name, key):
                     file.write(block)
-        _check(scratch, name)
-        with told(f"{place} cannot be written"):
-            os.replace(scratch, place)
+            _check(plain, name)
+            staging.finish(plain.name, plain.stat().st_size)
+            staging.publish()
+        except BaseException:
+            staging.abandon()
+            raise
     finally:
         folder.close()
-        scratch.unlink(missing_ok=True)
     return place
+
+
+def _refuse_source(place: Path, source: PathLike) -> None:
+    if place.exists() and os.path.samefile(place, source):
+        raise LayoutError(f"{place} is the encrypted file itself. Choose another name.")
 
 
 def _check(plain: Path, name: str) -> None:

@@ -27,7 +27,7 @@ from ..storage.shared_writing import bring_in, check_alike, shared_folder, token
 from ..storage.staging import Staging, real_place
 from ..targets.results import Result
 from .arrays import Array, ArraySource
-from .committing import abandon, add_files, begin, check_room, write_files
+from .committing import add_files, begin, check_room, write_files
 from .shares import lay_out, seal, write_share
 from .sharing import check_shares, owners, share
 
@@ -121,7 +121,7 @@ class _Led:
 
     def abandon(self) -> None:
         if self._staging is not None:
-            abandon(self._staging, self._work.destination)
+            self._staging.abandon()
 
 
 def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
@@ -153,7 +153,7 @@ def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
             )
     except BaseException:
         if staging is not None:
-            abandon(staging, destination)
+            staging.abandon()
         raise
     return counts
 

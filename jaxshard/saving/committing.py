@@ -16,15 +16,7 @@ from ..errors import LayoutError, StorageError
 from ..planning.plan import make_plan
 from ..storage.budget import Budget, Counts
 from ..storage.engine import run
-from ..storage.staging import (
-    JOURNAL,
-    Staging,
-    real_place,
-    refuse_existing,
-    remove_base,
-    staging_folder,
-    told,
-)
+from ..storage.staging import Staging, real_place, told
 from ..storage.writing import OutputFiles
 from ..targets.results import Result
 from .arrays import ArraySource
@@ -104,7 +96,7 @@ def publish(
         counts = write(staging.files, staging)
         staging.publish(partial(add_files, staging, side_files, carried, extras_to))
     except BaseException:
-        abandon(staging, destination)
+        staging.abandon()
         raise
     return counts
 
@@ -116,23 +108,9 @@ def begin(destination: Path, carried: Catalog | None, *, overwrite: bool, durabl
         LayoutError: the destination exists, or an interrupted conversion lies there.
         StorageError: the disk refuses.
     """
-    refuse_existing(destination, overwrite)
-    _refuse_inside(destination, carried)
-    discard = overwrite or _is_left_by_a_save(staging_folder(destination))
-    return Staging(destination, _REQUEST, overwrite=discard, durable=durable)
-
-
-def abandon(staging: Staging, destination: Path) -> None:
-    """Give up a save: nothing of it can be gone on with."""
-    staging.abandon()
-    base = staging_folder(destination)
-    if _is_left_by_a_save(base):
-        remove_base(base)
-
-
-def _is_left_by_a_save(base: Path) -> bool:
-    journal = base / JOURNAL
-    return journal.exists() and journal.read_text() == _REQUEST
+    if overwrite:
+        _refuse_inside(destination, carried)
+    return Staging(destination, _REQUEST, overwrite=overwrite, durable=durable, resumable=False)
 
 
 def add_files(

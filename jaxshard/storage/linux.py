@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
-_AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+_AT_CWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _MOUNTS = Path("/proc/self/mountinfo")
 
@@ -51,15 +51,29 @@ def exchange(a: Path, b: Path) -> bool:
     Raises:
         OSError: the disk refused.
     """
+    return _renamed(a, b, _EXCHANGE)
+
+
+def rename_new(a: Path, b: Path) -> bool:
+    """Rename ``a`` to ``b``, which must not exist (``renameat2``); False where that is not offered.
+
+    Raises:
+        FileExistsError: something lies at ``b``.
+        OSError: the disk refused.
+    """
+    return _renamed(a, b, _NO_REPLACE)
+
+
+def _renamed(a: Path, b: Path, flag: int) -> bool:
     call = _function("renameat2")
     if call is None:
         return False
-    if call(_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b), _EXCHANGE) == 0:
+    if call(_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b), flag) == 0:
         return True
     code = ctypes.get_errno()
     if code in _NOT_OFFERED:
         return False
-    raise OSError(code, os.strerror(code))
+    raise OSError(code, os.strerror(code), str(a), None, str(b))
 
 
 def is_mount_point(path: Path) -> bool:

@@ -10,23 +10,29 @@
         part-1.told     part 1 has heard that all was published before it was started again
         files/          the result so far
 
-They need not run at the same time, nor in any order: whoever is done last publishes. A
-part that was killed is started again and goes on; its locks went with it. If that was
-after the result got its name and before this folder went, all parts may be started again:
-each hears that there is nothing left to do, and the last of them takes the folder away.
+They need not run at the same time, nor in any order: the last to be done publishes. A
+part that was killed is started again and goes on; its locks went with it. All parts may be
+started again after the result got its name, too: an extended attribute of the result names
+the request and the files, so each part finds that nothing is left to do. On a file system
+without such attributes a part that is started again is refused, because the result exists;
+only if this folder is still there, each part notes that it knows, and the last removes it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import LayoutError, StorageError
+from . import ownership
 from . import staging as steps
+
+_MADE_FROM = "user.jaxshard.made_from"  # an extended attribute of the result
 
 
 class PartStaging:
@@ -100,7 +106,13 @@ class PartStaging:
             if is_last:
                 if last is not None:
                     last()
-                steps.place(self._base, self._destination, durable=self.durable)
+                _note_request(self.files, self._request)
+                steps.place(
+                    self._base,
+                    self._destination,
+                    durable=self.durable,
+                    overwrite=self._overwrite,
+                )
                 steps.remove_base(self._base)
         self.abandon()
         return is_last or not is_there
@@ -116,51 +128,87 @@ class PartStaging:
             steps.sync(path)
 
     def _join(self) -> None:
-        self._base.mkdir(parents=True, exist_ok=True)
+        while not self._joined():
+            pass  # the folder went while we waited: its result was published
+
+    def _joined(self) -> bool:
+        if not os.path.lexists(self._base):
+            self.published = _was_made_from(self._destination, self._request)
+            if self.published:
+                return True
+            steps.refuse_existing(self._destination, self._overwrite)
+        ownership.claim(self._base)
         with self._turn() as is_there:
-            if is_there and steps.was_published(self._base, self._destination, self._request):
-                self._hear()
-                return
             if is_there:
-                steps.put_back(self._base, self._destination)
-                steps.refuse_existing(self._destination, self._overwrite)
-                self._lock(self._base / steps.LOCK, fcntl.LOCK_SH, self._is_in_use)
-                if not self._is_ours():
-                    self._begin()
-                self._lock(
-                    self._base / f"{self._name}.lock",
-                    fcntl.LOCK_EX,
-                    lambda: StorageError(
-                        f"{self._name} of {self._destination} runs already. Wait for it, or give "
-                        "each process a number of its own."
-                    ),
-                )
-                (self._base / f"{self._name}.done").unlink(missing_ok=True)
-                return
-        self._join()  # the folder went while we waited: its result was published
+                try:
+                    self._enter()
+                except BaseException:
+                    self._leave_nothing()
+                    raise
+        return is_there
+
+    def _enter(self) -> None:
+        """Settle what an earlier run left, and begin, join or go on."""
+        self._lock(self._base / ownership.LOCK, fcntl.LOCK_SH, self._is_in_use)
+        steps.settle(self._base, self._destination)
+        if steps.was_published(self._base, self._destination, self._request):
+            self._hear()
+            return
+        steps.refuse_existing(self._destination, self._overwrite)
+        if not self._is_ours():
+            self._begin()
+        self._lock(
+            self._base / f"{self._name}.lock",
+            fcntl.LOCK_EX,
+            lambda: StorageError(
+                f"{self._name} of {self._destination} runs already. Wait for it, or give "
+                "each process a number of its own."
+            ),
+        )
+        (self._base / f"{self._name}.done").unlink(missing_ok=True)
+        if self._overwrite:
+            steps.note_before(
+                self._base, self._destination, kind="checkpoint", durable=self.durable
+            )
 
     def _hear(self) -> None:
-        """Note that an earlier run published all; who is the last to hear of it tidies up."""
+        """Note that an earlier run published all; the last part that does so tidies up."""
         self.published = True
-        (self._base / f"{self._name}.told").touch()
-        steps.remove_files(self._base)
-        if all((self._base / f"part-{i}.told").exists() for i in range(self._count)):
-            steps.remove_base(self._base)
+        self.abandon()
+        told = [self._base / f"part-{i}.told" for i in range(self._count)]
+        if not _was_made_from(self._destination, self._request):  # no such attributes here
+            (self._base / f"{self._name}.told").touch()
+            if not all(path.exists() for path in told):
+                return
+        steps.remove_base(self._base)
+
+    def _leave_nothing(self) -> None:
+        """This part is refused: remove the folder if it was made for it, or holds no work."""
+        self.abandon()
+        if (
+            steps.has_work(self._base)
+            or steps.holds_replaced(self._base)
+            or ownership.request_in(self._base) not in (None, self._request)
+        ):
+            return
+        descriptor = steps.open_lock(self._base / ownership.LOCK)
+        try:
+            if steps.lock(descriptor, fcntl.LOCK_EX):  # no other part is at work
+                steps.remove_base(self._base)
+        finally:
+            os.close(descriptor)
 
     def _is_ours(self) -> bool:
-        journal = self._base / steps.JOURNAL
-        return (
-            journal.exists()
-            and not steps.was_placed(self._base)
-            and journal.read_text() == self._request
+        return ownership.request_in(self._base) == self._request and not steps.was_placed(
+            self._base
         )
 
     def _begin(self) -> None:
         """Discard what lies there, if nobody is at work on it and it may go."""
         os.close(self._locks.pop())
         others = LayoutError(f"other parts are at work: {steps.other_request(self._base)}")
-        self._lock(self._base / steps.LOCK, fcntl.LOCK_EX, lambda: others)
-        if steps.has_work(self._base) and not self._overwrite and not steps.was_placed(self._base):
+        self._lock(self._base / ownership.LOCK, fcntl.LOCK_EX, lambda: others)
+        if steps.has_work(self._base) and not self._overwrite:
             raise steps.other_request(self._base)
         steps.begin(self._base, self._request)
         fcntl.flock(self._locks[-1], fcntl.LOCK_SH)  # nobody can come between: it is our turn
@@ -169,7 +217,7 @@ class PartStaging:
         return steps.in_use(self._destination)
 
     def _lock(self, path: Path, kind: int, refusal: Callable[[], Exception]) -> None:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        descriptor = steps.open_lock(path)
         self._locks.append(descriptor)
         if not steps.lock(descriptor, kind):
             raise refusal()
@@ -177,9 +225,9 @@ class PartStaging:
     @contextmanager
     def _turn(self) -> Iterator[bool]:
         """Wait to be alone; whether the folder is still there then."""
-        path = self._base / "turn.lock"
+        path = self._base / ownership.TURN
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+            descriptor = steps.open_lock(path)
         except FileNotFoundError:
             yield False
             return
@@ -188,3 +236,26 @@ class PartStaging:
             yield steps.is_same(descriptor, path)
         finally:
             os.close(descriptor)
+
+
+def _note_request(files: Path, request: str) -> None:
+    """Have the result in ``files`` say what it was made from, where the file system can."""
+    with suppress(OSError, AttributeError):  # only Linux has extended attributes
+        os.setxattr(files, _MADE_FROM, _digest(files, request))
+
+
+def _was_made_from(destination: Path, request: str) -> bool:
+    """Whether ``destination`` says that it was made from ``request``, and is as it was then."""
+    with suppress(OSError, AttributeError):
+        return os.getxattr(destination, _MADE_FROM) == _digest(destination, request)
+    return False
+
+
+def _digest(folder: Path, request: str) -> bytes:
+    """A word for ``request`` and for the files below ``folder``, by size, time and inode."""
+    digest = hashlib.sha256(request.encode())
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        info = path.stat()
+        identity = (info.st_size, info.st_mtime_ns, info.st_ino)
+        digest.update(repr((path.relative_to(folder).as_posix(), identity)).encode())
+    return digest.hexdigest().encode()

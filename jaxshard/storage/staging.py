@@ -1,14 +1,19 @@
 """Staging: a result is written beside its place and published by one rename.
 
     out/                      does not exist, or is the previous result, whole
-    .out.partial/
+    .out.partial/             see ``ownership``
         journal.json          what is being made, from which files
         finished              a line for each file that is complete and on the disk
         files/                the result so far
+        before                with --overwrite: the files that lay at ``out`` when the run began
         placing               which folder is about to get its name
+        replaced/             the old result, where the file system cannot exchange
+        removing              what of the old result may go, and is going
 
-A crash at any instant leaves ``out`` as it was. Publishing renames ``files`` to
-``out`` (exchanging the two when an old result is replaced), then removes the rest.
+A crash at any instant leaves ``out`` as it was. Publishing renames ``files`` to ``out``, and
+never replaces what appeared there meanwhile. Where an old result is replaced the two are
+exchanged, and what came out is looked at again before it goes: if it is more than a result, or
+changed since the run began, they are exchanged back. Then the rest is removed.
 Readers pass ``.out.partial`` by: it is hidden and has no checkpoint at its top.
 """
 
@@ -18,18 +23,27 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import MEND_THE_DISK, OVERWRITE, RESUME, LayoutError, StorageError
-from .linux import exchange, is_mount_point
+from . import ownership
+from .fs import delete, exchange, fsync_path, publish_new, write_file_atomic
+from .linux import is_mount_point
+from .ownership import JOURNAL, LOCK, PLACING, request_in
 
-FILES, JOURNAL, LOCK = "files", "journal.json", "lock"
-_FINISHED, _PLACING, _REPLACED = "finished", "placing", "replaced"
+if TYPE_CHECKING:  # the formats' names, seldom needed
+    from .replacing import Kind
+
+FILES = "files"
+_FINISHED, _BEFORE, _REPLACED, _REMOVING = "finished", "before", "replaced", "removing"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CLAIMS = (_FINISHED, PLACING)
+_FOLDERS = ("checkpoint", "strategies", "own")  # the kinds of results that are folders
 _RECORDING = threading.Lock()
 
 
@@ -52,7 +66,8 @@ class Staging:
         overwrite: bool = False,
         durable: bool = True,
         only: str | None = None,
-        private: bool = False,
+        kind: Kind | None = None,
+        resumable: bool = True,
     ) -> None:
         """Begin, or go on with, the making of ``destination``.
 
@@ -63,37 +78,31 @@ class Staging:
             overwrite: replace an existing result, and discard an interrupted run.
             durable: have every file on the disk before it counts as finished.
             only: publish this file of the result, and not the folder it is in.
-            private: whatever lies at the destination is nobody's but the caller's.
+            kind: what is made, and so what it may replace: see ``replacing``.
+            resumable: a later run of the same request can go on with what this one leaves, and
+                finds it done where it was published; otherwise it is discarded.
 
         Raises:
-            LayoutError: the destination exists, or an interrupted run lies there.
+            LayoutError: the destination exists, or an interrupted run lies there, or what is
+                not ours.
             StorageError: another run is writing there, or the disk refuses.
         """
         self._destination = destination = real_place(destination)
-        self.durable, self.finished = durable, dict[str, int]()
+        self.durable, self.finished, self.published = durable, dict[str, int](), False
+        self._request, self._overwrite, self._resumable = request, overwrite, resumable
+        self._kind: Kind = kind or ("weight file" if only else "checkpoint")
+        self._begun, self._lock = False, -1
         self._base = staging_folder(destination)
         self.files = self._base / FILES
         self._made = self.files / only if only else self.files
         with told(f"{self._base} cannot be made"):
-            self.published = resume and was_published(self._base, destination, request)
-            if not self.published:
-                refuse_existing(destination, overwrite, as_file=only is not None, private=private)
-            there_was = self._base.exists()
-            self._base.mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(self._base):
+                self._refuse_existing()
             self._lock = self._take_lock()
             try:
-                if self.published:
-                    self._remove()
-                    return
-                if there_was and not resume and not overwrite:
-                    raise LayoutError(
-                        f"an interrupted run left {self._base}. Go on with {RESUME}, or "
-                        f"discard it with {OVERWRITE}."
-                    )
-                put_back(self._base, destination)
-                self.finished = self._begin(request, resume, overwrite)
+                self._enter(resume)
             except BaseException:
-                self._release()
+                self.abandon()
                 raise
 
     def finish(self, path: str, num_bytes: int) -> None:
@@ -105,36 +114,86 @@ class Staging:
         """Make the result visible under its name, in one step; True: it is there now.
 
         ``last`` is called just before, and writes what belongs to no file of the plan.
+
+        Raises:
+            LayoutError: something appeared at the destination meanwhile, and is kept.
+            StorageError: the disk refused.
         """
         if last is not None:
             last()
-        place(self._base, self._destination, durable=self.durable, made=self._made)
+        place(
+            self._base,
+            self._destination,
+            durable=self.durable,
+            made=self._made,
+            kind=self._kind,
+            overwrite=self._overwrite,
+        )
         self._remove()
         return True
 
     def abandon(self) -> None:
         """Stop. What was finished is kept for a later run to resume; otherwise all goes."""
-        if (self._base / _FINISHED).exists() or (self._base / _REPLACED).exists():
+        if self._lock < 0:
+            return
+        keeps_work = has_work(self._base) and (self._resumable or not self._begun)
+        if keeps_work or holds_replaced(self._base):
             self._release()
         else:
             self._remove()
 
-    def _begin(self, request: str, resume: bool, overwrite: bool) -> dict[str, int]:
-        journal = self._base / JOURNAL
-        if resume and journal.exists() and not was_placed(self._base, self._made):
-            if journal.read_text() == request:
-                self.files.mkdir(exist_ok=True)
-                finished = read_finished(self._base / _FINISHED, self.files)
-                _remove_others(self.files, finished)
-                return finished
-            if has_work(self._base) and not overwrite:
-                raise other_request(self._base)
-        begin(self._base, request)
-        return {}
+    def _refuse_existing(self) -> None:
+        refuse_existing(self._destination, self._overwrite, kind=self._kind)
+
+    def _enter(self, resume: bool) -> None:
+        """Settle what an earlier run left, and begin or go on."""
+        settle(self._base, self._destination)
+        can_be_done = self._resumable and (resume or not self._overwrite)
+        if can_be_done and was_published(self._base, self._destination, self._request):
+            self.published = True
+            self._remove()
+            return
+        self._refuse_existing()
+        if has_work(self._base) and self._goes_on(resume):
+            self.files.mkdir(exist_ok=True)
+            self.finished = read_finished(self._base / _FINISHED, self.files)
+            _remove_others(self.files, self.finished)
+        else:
+            begin(self._base, self._request)
+        self._begun = True
+        if self._overwrite:
+            note_before(self._base, self._destination, kind=self._kind, durable=self.durable)
+
+    def _goes_on(self, resume: bool) -> bool:
+        """Whether the work that lies there is gone on with; False: it is discarded.
+
+        Raises:
+            LayoutError: it is neither.
+        """
+        is_same = request_in(self._base) == self._request
+        if self._overwrite or (is_same and not self._resumable):
+            return is_same and resume
+        if is_same and resume:
+            return True
+        if not self._resumable:
+            raise LayoutError(
+                f"an interrupted conversion left {self._base}. Finish that one with --resume, or "
+                f"discard it with {OVERWRITE}."
+            )
+        if resume:
+            raise other_request(self._base)
+        raise LayoutError(
+            f"an interrupted run left {self._base}. Go on with {RESUME}, or discard it with "
+            f"{OVERWRITE}."
+        )
 
     def _take_lock(self) -> int:
         path = self._base / LOCK
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        while True:
+            ownership.claim(self._base)
+            with suppress(FileNotFoundError):  # removed since, by the run that it was of
+                descriptor = open_lock(path)
+                break
         # a lock that is no longer there is of a run that has just ended
         if not lock(descriptor, fcntl.LOCK_EX) or not is_same(descriptor, path):
             os.close(descriptor)
@@ -191,32 +250,42 @@ def staging_folder(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.partial")
 
 
-def refuse_existing(
-    destination: Path, overwrite: bool, *, as_file: bool = False, private: bool = False
-) -> None:
-    """Refuse a destination that something lies at; ``as_file``, one that is to be a file.
+def refuse_existing(destination: Path, overwrite: bool, *, kind: Kind = "checkpoint") -> None:
+    """Refuse a destination that something lies at which a result of ``kind`` may not replace.
 
     Raises:
         LayoutError: it exists, is not empty, and may not be replaced, or it cannot be.
     """
-    if not destination.exists():
+    if not os.path.lexists(destination):
         return
     if is_mount_point(destination):
         raise LayoutError(
             f"{destination} is a mount point, and a result is published by renaming a folder to "
             f"its name, which a mount point's cannot be. Use {destination / 'result'}."
         )
-    if not as_file and destination.is_dir() and not any(destination.iterdir()):
+    if kind in _FOLDERS and destination.is_dir() and not any(destination.iterdir()):
         return
     if not overwrite:
         raise LayoutError(
             f"{destination} exists. Choose another destination, or replace it with {OVERWRITE}."
         )
-    if private:
-        return
+    refuse_other(kind, destination, destination)
+
+
+def refuse_other(kind: Kind, found: Path, destination: Path) -> None:
+    """Refuse to replace ``found``, which lies or lay at ``destination``; see ``replacing``.
+
+    Raises:
+        LayoutError: it is not what a result of ``kind`` may replace.
+    """
     from . import replacing  # noqa: PLC0415 - the formats' names, needed only here
 
-    (replacing.refuse_other_file if as_file else replacing.refuse_foreign)(destination)
+    replacing.refuse_other(kind, found, destination)
+
+
+def open_lock(path: Path) -> int:
+    """Open the lock file at ``path``, made if need be; links are not followed."""
+    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
@@ -255,18 +324,19 @@ def other_request(base: Path) -> LayoutError:
 
 
 def has_work(base: Path) -> bool:
-    """Whether a file was finished in ``base``, by a run alone or by one part of several."""
-    return (base / _FINISHED).exists() or any(base.glob("*.journal"))
+    """Whether a file was finished in ``base``, by a run alone or by one part, and not published."""
+    there_is = (base / _FINISHED).exists() or any(base.glob("*.journal"))
+    return there_is and not was_placed(base)
 
 
 def begin(base: Path, request: str) -> None:
     """Make ``base`` empty but for its locks, and ready for the making of ``request``."""
-    for entry in [e for e in base.iterdir() if e.suffix != ".lock" and e.name != LOCK]:
-        _remove(entry)
+    left = [e for e in base.iterdir() if e.suffix != ".lock" and e.name not in (LOCK, JOURNAL)]
+    # claims go first, so that a kill leaves none to files that are gone
+    for entry in sorted(left, key=lambda e: e.suffix != ".journal" and e.name not in _CLAIMS):
+        delete(entry)
+    ownership.write_journal(base, request)
     (base / FILES).mkdir()
-    scratch = base / "journal.new"
-    scratch.write_text(request)
-    scratch.rename(base / JOURNAL)
 
 
 def record_finished(journal: Path, path: str, num_bytes: int, *, durable: bool) -> None:
@@ -319,17 +389,35 @@ def _remove_others(files: Path, finished: Container[str]) -> None:
 def sync(path: Path) -> None:
     """Wait until ``path``, a file or a folder, is on the disk."""
     with told(f"{path} cannot be put on the disk"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_path(path)
 
 
-def place(base: Path, destination: Path, *, durable: bool, made: Path | None = None) -> None:
+# --- publishing ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Placing:
+    """What is about to get its name: which file or folder, where in the base, and its kind."""
+
+    inode: int
+    mtime_ns: int
+    made: str
+    kind: Kind
+
+
+def place(
+    base: Path,
+    destination: Path,
+    *,
+    durable: bool,
+    made: Path | None = None,
+    kind: Kind = "checkpoint",
+    overwrite: bool = False,
+) -> None:
     """Make ``base/files``, or what of it is ``made``, the ``destination``, in one step.
 
     Raises:
+        LayoutError: what lies at the destination may not be replaced, and is still there.
         StorageError: the disk refused; the files are where they were.
     """
     files, made = base / FILES, made or base / FILES
@@ -337,46 +425,185 @@ def place(base: Path, destination: Path, *, durable: bool, made: Path | None = N
         if durable:
             for folder, _, _ in os.walk(files):
                 sync(Path(folder))
-        (base / _PLACING).write_text(f"{made.stat().st_ino}\n{(base / JOURNAL).read_text()}")
+        placing = _Placing(*_identity_of(made), made.relative_to(base).as_posix(), kind)
+        (base / PLACING).write_text(json.dumps(asdict(placing)))
         if durable:
-            sync(base / _PLACING)
+            sync(base / PLACING)
             sync(base)
-        _swap(made, destination)
+        try:
+            _swap(base, made, destination, kind if overwrite else None)
+        except FileExistsError:
+            raise LayoutError(
+                f"{destination} appeared while the result was being made, and is kept. Move it "
+                f"away, or replace it with {OVERWRITE}, and run again."
+            ) from None
         if durable:
             sync(destination.parent)
+        settle(base, destination)
 
 
-def remove_files(base: Path) -> None:
-    """Remove what was replaced."""
-    for name in (FILES, _REPLACED):
-        shutil.rmtree(base / name, ignore_errors=True)
+def _swap(base: Path, new: Path, place: Path, kind: Kind | None) -> None:
+    """Put ``new`` at ``place`` at once; what a result of ``kind`` may replace comes out.
+
+    Raises:
+        FileExistsError: something lies there, and nothing may be replaced.
+        LayoutError: something else lies there.
+    """
+    try:
+        publish_new(new, place)
+    except FileExistsError:
+        if kind is None:
+            raise
+        _refuse_replacing(base, kind, place, place)  # it is looked at again when it is out
+        if not exchange(new, place):
+            _swap_in_two_steps(base, new, place, kind)
+
+
+def _swap_in_two_steps(base: Path, new: Path, place: Path, kind: Kind) -> None:
+    """What a file system without exchange gets: for a moment nothing lies at ``place``."""
+    replaced = base / _REPLACED / new.name
+    replaced.parent.mkdir(exist_ok=True)
+    os.rename(place, replaced)
+    try:
+        _refuse_replacing(base, kind, replaced, place)
+        publish_new(new, place)
+    except BaseException:
+        publish_new(replaced, place)
+        raise
+
+
+def note_before(base: Path, destination: Path, *, kind: Kind, durable: bool) -> None:
+    """Note the files that lie at ``destination``, which are those that may be replaced later."""
+    if kind != "own":
+        from . import replacing  # noqa: PLC0415 - the formats' names, needed only here
+
+        files = json.dumps(replacing.files_of(destination)).encode()
+        write_file_atomic(base / _BEFORE, files, durable=durable)
+
+
+def _refuse_replacing(base: Path, kind: Kind, found: Path, destination: Path) -> None:
+    """Refuse to replace ``found`` unless it is a result, as it was when the run began.
+
+    Raises:
+        LayoutError: it is more.
+    """
+    refuse_other(kind, found, destination)
+    if kind != "own":
+        from . import replacing  # noqa: PLC0415 - the formats' names, needed only here
+
+        try:
+            before = json.loads((base / _BEFORE).read_bytes())
+        except (FileNotFoundError, ValueError):  # lost in a power failure: names decide
+            return
+        replacing.refuse_changed(before, found, destination)
+
+
+def settle(base: Path, destination: Path) -> None:
+    """Finish what was begun when a result was published: what it replaced goes, or comes back.
+
+    What was exchanged is looked at where it cannot change under its name any more; a kill may
+    come before that, so every run begins with it.
+
+    Raises:
+        LayoutError: what was replaced is more than a result, and is in its place again.
+        StorageError: it cannot be put there.
+    """
+    for replaced in (base / _REPLACED).glob("*"):
+        _settle_two_steps(base, replaced, destination)
+    placing = _read_placing(base)
+    if placing is None or not was_placed(base):
+        return
+    replaced = base / placing.made
+    if os.path.lexists(replaced):
+        try:
+            _refuse_replacing(base, placing.kind, replaced, destination)
+        except LayoutError:
+            _bring_back(replaced, destination)
+            raise
+        delete(base / _REMOVING)
+        os.rename(replaced, base / _REMOVING)
+    with suppress(OSError):  # the result is there; what cannot be deleted is no reason to fail
+        delete(base / _REMOVING)
+
+
+def _settle_two_steps(base: Path, replaced: Path, destination: Path) -> None:
+    if was_placed(base):  # it was looked at before
+        delete(base / _REMOVING)
+        os.rename(replaced, base / _REMOVING)
+        return
+    try:
+        publish_new(replaced, destination)
+    except FileExistsError:
+        raise StorageError(
+            f"{destination} exists, and what lay there before is in {replaced}, because a run was "
+            "killed while it replaced it. Move one of them away, then run again."
+        ) from None
+
+
+def _bring_back(replaced: Path, destination: Path) -> None:
+    """Exchange what was replaced with the result again."""
+    try:
+        if exchange(replaced, destination):
+            return
+    except FileNotFoundError:  # the result was moved away since
+        pass
+    try:
+        publish_new(replaced, destination)
+    except OSError as error:
+        raise StorageError(
+            f"{destination} was replaced although it held more than a result, and cannot be put "
+            f"back ({error.strerror}). Move it back from {replaced}."
+        ) from error
 
 
 def remove_base(base: Path) -> None:
-    """Remove all of ``base``; what says that the result was published goes last."""
-    remove_files(base)
-    shutil.rmtree(base, ignore_errors=True)
+    """Remove all of ``base``; what says that the result was published goes late, if it was."""
+    if not was_placed(base):
+        (base / PLACING).unlink(missing_ok=True)
+    ownership.remove(base)
 
 
-def was_placed(base: Path, made: Path | None = None) -> bool:
-    """Whether what was ``made`` in ``base`` has got its name, and only the tidying is left.
+def holds_replaced(base: Path) -> bool:
+    """Whether something that was replaced lies in ``base`` and was not looked at since."""
+    placing = _read_placing(base)
+    taken_out = placing and was_placed(base) and os.path.lexists(base / placing.made)
+    return bool(taken_out) or any((base / _REPLACED).glob("*"))
 
-    What lies in ``files`` then is the old result, and must not be taken for the new one.
+
+def was_placed(base: Path) -> bool:
+    """Whether what was made in ``base`` has got its name, and only the tidying is left.
+
+    What lies in its place then is the old result, and must not be taken for the new one.
     """
-    try:
-        placing = (base / _PLACING).read_text().partition("\n")[0]
-        return placing != "" and str((made or base / FILES).stat().st_ino) != placing
-    except FileNotFoundError:
-        return (base / _PLACING).exists()
+    placing = _read_placing(base)
+    return placing is not None and _identity_of(base / placing.made)[0] != placing.inode
 
 
 def was_published(base: Path, destination: Path, request: str) -> bool:
     """Whether ``destination`` is what an earlier run of ``request`` in ``base`` made."""
+    placing = _read_placing(base)
+    return (
+        placing is not None
+        and (placing.inode, placing.mtime_ns) == _identity_of(destination)
+        and request_in(base) == request
+    )
+
+
+def _identity_of(path: Path) -> tuple[int, int]:
+    """Which file or folder lies at ``path``, and of when; numbers of removed ones come again."""
     try:
-        noted = (base / _PLACING).read_text()
-        return noted == f"{destination.stat().st_ino}\n{request}"
+        info = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return 0, 0
+    return info.st_ino, info.st_mtime_ns
+
+
+def _read_placing(base: Path) -> _Placing | None:
+    """What was about to get its name; one that was cut short is none, for nothing moved yet."""
+    try:
+        return _Placing(**json.loads((base / PLACING).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def is_same(descriptor: int, path: Path) -> bool:
@@ -385,31 +612,6 @@ def is_same(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def put_back(base: Path, destination: Path) -> None:
-    """Where a result was being replaced in two steps, and only the first was done, undo it."""
-    replaced = base / _REPLACED
-    if replaced.exists() and not destination.exists():
-        os.rename(replaced, destination)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
-
-
-def _swap(new: Path, place: Path) -> None:
-    """Put ``new`` at ``place`` at once, and what was there where ``new`` was, or beside that."""
-    if new.is_file():
-        os.replace(new, place)
-    elif not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        os.rename(new, place)
-    elif not exchange(new, place):  # a file system without: two steps, nothing lost
-        os.rename(place, new.with_name(_REPLACED))
-        os.rename(new, place)
 
 
 def is_unfinished(path: Path) -> bool:

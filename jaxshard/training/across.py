@@ -94,7 +94,7 @@ class _Leader:
     def _written(self, job: Job) -> Record:
         staged = job.places.staging(job.wish.step)
         staging = Staging(
-            staged, str(job.wish.step), overwrite=True, durable=job.durable, private=True
+            staged, str(job.wish.step), overwrite=True, durable=job.durable, kind="own"
         )
         try:
             outputs = [part.result.outputs for part in all_parts(job)]

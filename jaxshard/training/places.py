@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StorageError
+from ..storage.fs import fsync_dir, write_file_atomic
 from . import naming, records
 from .naming import StepName
 
@@ -191,21 +192,7 @@ def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
         OSError: the disk refused.
     """
     make_folder(path.parent, durable=durable)
-    scratch = path.with_name(f".{path.name}.new")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(scratch, path)
-    if durable:
-        sync_folder(path.parent)
+    write_file_atomic(path, data, durable=durable)
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until the names in the folder at ``path`` are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+sync_folder = fsync_dir

@@ -149,7 +149,7 @@ def _written(job: Job) -> Record:
     """Write the step beside the run; its record."""
     places, wish = job.places, job.wish
     staged = places.staging(wish.step)
-    staging = Staging(staged, str(wish.step), overwrite=True, durable=job.durable, private=True)
+    staging = Staging(staged, str(wish.step), overwrite=True, durable=job.durable, kind="own")
     try:
         if job.kind == "orbax":
             files, algorithm, units = _write_orbax(job, staging)
