@@ -218,7 +218,7 @@ def test_what_is_no_one_file_is_refused_where_one_is_named(llama, capsys, tmp_pa
 
 
 def test_an_interrupted_run_is_gone_on_with(llama, capsys, tmp_path, monkeypatch):
-    out, real, left = tmp_path / "out", os.fsync, [3]
+    out, real, left = tmp_path / "out", os.fsync, [5]  # the journal takes two
 
     def fsync(descriptor):
         left[0] -= 1

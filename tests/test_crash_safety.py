@@ -248,7 +248,7 @@ def refuse(*_: object, **__: object) -> None:
         (staging, "open"),
         (carrying.shutil, "copyfile"),
         (Path, "write_bytes"),
-        (staging.os, "rename"),
+        (staging, "publish_new"),
     ],
     ids=[
         "when begun",

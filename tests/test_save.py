@@ -275,7 +275,7 @@ def test_what_a_conversion_left_behind_is_not_touched(tmp_path):
     conversion.finish("a", 8)
     conversion.abandon()
     before = checkpoints.files_of(left)
-    with pytest.raises(LayoutError, match="interrupted conversion left .* Finish that"):
+    with pytest.raises(LayoutError, match=r"interrupted conversion left .* Finish that"):
         save({"x": np.zeros(4, np.float32)}, tmp_path / "out")
     assert checkpoints.files_of(left) == before
 

@@ -86,10 +86,10 @@ def _is_first(path: Path, base: Path) -> bool:
     return stat.S_ISREG(info.st_mode) and (is_lock or path == scratch_of(base / JOURNAL))
 
 
-def write_journal(base: Path, request: str) -> None:
+def write_journal(base: Path, request: str, *, durable: bool = True) -> None:
     """Note in ``base`` that it is ours, and what is being made."""
     head = json.dumps({"jaxshard": base.name})
-    write_file_atomic(base / JOURNAL, f"{head}\n{request}".encode())
+    write_file_atomic(base / JOURNAL, f"{head}\n{request}".encode(), durable=durable)
 
 
 def read_request(base: Path) -> str | None:

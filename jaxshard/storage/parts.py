@@ -210,7 +210,7 @@ class PartStaging:
         self._lock(self._base / ownership.LOCK, fcntl.LOCK_EX, lambda: others)
         if steps.has_work(self._base) and not self._overwrite:
             raise steps.other_request(self._base)
-        steps.begin(self._base, self._request)
+        steps.begin(self._base, self._request, self.durable)
         fcntl.flock(self._locks[-1], fcntl.LOCK_SH)  # nobody can come between: it is our turn
 
     def _is_in_use(self) -> StorageError:

@@ -159,7 +159,7 @@ class Staging:
             self.finished = read_finished(self._base / _FINISHED, self.files)
             _remove_others(self.files, self.finished)
         else:
-            begin(self._base, self._request)
+            begin(self._base, self._request, self.durable)
         self._begun = True
         if self._overwrite:
             note_before(self._base, self._destination, kind=self._kind, durable=self.durable)
@@ -329,13 +329,13 @@ def has_work(base: Path) -> bool:
     return there_is and not was_placed(base)
 
 
-def begin(base: Path, request: str) -> None:
+def begin(base: Path, request: str, durable: bool) -> None:
     """Make ``base`` empty but for its locks, and ready for the making of ``request``."""
     left = [e for e in base.iterdir() if e.suffix != ".lock" and e.name not in (LOCK, JOURNAL)]
     # claims go first, so that a kill leaves none to files that are gone
     for entry in sorted(left, key=lambda e: e.suffix != ".journal" and e.name not in _CLAIMS):
         delete(entry)
-    ownership.write_journal(base, request)
+    ownership.write_journal(base, request, durable=durable)
     (base / FILES).mkdir()
 
 
