@@ -139,6 +139,12 @@ def from_config(config: Config | PathLike) -> Loading:
     path, notes = _path(told)
     strategy, more = _strategy(told)
     suffix, with_states = _resume(told)
+    if suffix is not None and path.is_file():
+        suffix = None
+        more.append(
+            f"resume_training is {told['resume_training']}, which has no effect: {path} is one "
+            "file, from which training goes on."
+        )
     src, other = _source_strategy(told)
     if told.get("only_save_strategy"):
         more.append(

@@ -126,6 +126,29 @@ def without_merged(catalog: Catalog, target: Layout) -> Layout:
     return replace(target, placements=kept, absent=absent, notes=(*target.notes, note))
 
 
+def without_unplaced_states(catalog: Catalog, target: Layout) -> Catalog:
+    """``catalog`` without optimizer states for which ``target`` has the weight only, and a note.
+
+    The strategy files of inference have no states. MindSpore's loader passes such tensors by.
+    """
+    told = target.placements.keys() | target.absent.keys()
+    left = [
+        name
+        for name in catalog.tensors
+        if name not in told and name not in catalog.hyper
+        if (weight := weight_name(name)) != name and weight in told
+    ]
+    if not left:
+        return catalog
+    gone = set(left)
+    kept = {name: tensor for name, tensor in catalog.tensors.items() if name not in gone}
+    note = (
+        f"{len(left)} optimizer states are left out, for the target's strategy has only their "
+        f"weights: {some(left, 3)}."
+    )
+    return replace(catalog, tensors=kept, notes=(*catalog.notes, note))
+
+
 def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]) -> None:
     """Refuse a target that tells of weights which ``catalog`` lacks: its ranks would lack them too.
 

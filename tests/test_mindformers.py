@@ -162,6 +162,23 @@ def test_ranks_with_their_own_files_are_chosen_by_the_name_to_resume(
         assert share["wq"].tobytes() == held_by(0)["wq"].tobytes()
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("name", ["net_rank_0-1_20.safetensors", "other-1_10", True])
+def test_a_file_to_resume_from_counts_and_not_the_name_beside_it(
+    kind: str, name: str | bool, tmp_path: Path
+) -> None:
+    """MindFormers' guide: the weights of load_checkpoint count, the name has no effect."""
+    (tmp_path / "rank_0").mkdir()
+    place = write_ranks(tmp_path, held_by, f"net_rank_{{r}}-1_10.{kind}", ranks=(0,))
+    file = place / "rank_0" / f"net_rank_0-1_10.{kind}"
+    found = asked({"load_checkpoint": str(file), "resume_training": name})
+    assert (found.suffix, found.with_states) == (None, True)
+    assert [f"resume_training is {name}, which has no effect" in n for n in found.notes] == (
+        [True] if isinstance(name, str) else []
+    )
+    assert js.load_rank(found.open(), "full")["wq"].tobytes() == held_by(0)["wq"].tobytes()
+
+
 # --- the keys ------------------------------------------------------------------------------
 
 

@@ -182,14 +182,56 @@ def test_what_is_merged_is_not_replaced_by_the_merged(tmp_path: Path, capsys: Ca
     assert open_strategy(folder) == open_strategy(golden("dp2mp2pp2", "strategy"))
 
 
-def test_a_merged_file_of_another_time_beside_raw_ones_is_not_believed(tmp_path: Path) -> None:
+def test_a_merged_file_of_another_time_beside_raw_ones_is_not_used(
+    tmp_path: Path, capsys: Capture
+) -> None:
     folder = tmp_path / "strategy"
     shutil.copytree(golden("dp1mp4", "strategy"), folder)
     shutil.copy(golden("dp1mp4", "merged_strategy.ckpt"), folder / "merged.ckpt")
-    assert open_strategy(folder) == open_strategy(golden("dp1mp4", "strategy"))
-    shutil.copy(golden("dp2mp2pp2", "targets", "dp4mp2_strategy.ckpt"), folder / "merged.ckpt")
+    raw = open_strategy(golden("dp1mp4", "strategy"))
+    assert open_strategy(folder) == raw  # the same twice needs no note
+    old = golden("dp2mp2pp2", "targets", "dp4mp2_strategy.ckpt")
+    shutil.copy(old, folder / "merged_ckpt_strategy.ckpt")
+    (folder / "merged.ckpt").unlink()
+    found = open_strategy(folder)
+    assert (found.num_ranks, found.placements) == (4, raw.placements)
+    (note,) = found.notes
+    assert note.startswith("merged_ckpt_strategy.ckpt is not used: in stage 0 it contradicts the r")
+    assert open_strategy(folder / "merged_ckpt_strategy.ckpt").num_ranks == 8  # if it is named
+    job = tmp_path / "job"
+    shutil.copytree(golden("dp1mp4", "src_safetensors"), job)
+    shutil.copytree(folder, job / "strategy")
+    for number, words in enumerate(
+        (
+            ["strategy", "show", folder],
+            ["strategy", "merge", folder, tmp_path / "merged.ckpt"],
+            ["inspect", job],
+            ["plan", job, "--to", "same"],
+            ["convert", job, tmp_path / "whole"],
+            ["convert", tmp_path / "whole", tmp_path / "cut", "--to", folder],
+        )
+    ):
+        assert main([str(word) for word in words]) == 0
+        said = capsys.readouterr().out
+        assert said.count("merged_ckpt_strategy.ckpt is not used") == 1, number
+
+
+def test_a_merged_file_beside_raw_ones_has_the_stages_that_they_lack(tmp_path: Path) -> None:
+    folder = tmp_path / "strategy"
+    folder.mkdir()
+    for rank in range(4):  # of the first of two stages
+        name = f"ckpt_strategy_rank_{rank}.ckpt"
+        shutil.copy(golden("dp2mp2pp2", "strategy", name), folder / name)
+    shutil.copy(golden("dp2mp2pp2", "merged_strategy.ckpt"), folder / "merged_strategy.ckpt")
+    assert open_strategy(folder) == open_strategy(golden("dp2mp2pp2", "strategy"))
+
+
+def test_merged_files_alone_must_agree(tmp_path: Path) -> None:
+    shutil.copy(golden("dp1mp4", "merged_strategy.ckpt"), tmp_path / "a.ckpt")
+    old = golden("dp2mp2pp2", "targets", "dp4mp2_strategy.ckpt")
+    shutil.copy(old, tmp_path / "b.ckpt")
     with pytest.raises(FormatError, match="both tell of stage 0 and contradict each"):
-        open_strategy(folder)
+        open_strategy(tmp_path)
 
 
 # --- make ----------------------------------------------------------------------------------

@@ -35,9 +35,10 @@ def strategy_show(a: Namespace) -> int:
     strategies = _read(a.path)
     chosen = _chosen(strategies, a.include)
     if a.json:
-        write_json(strategy_picture.facts(strategies, chosen))
+        write_json({**strategy_picture.facts(strategies, chosen), "notes": strategies.notes})
     elif not a.quiet:
         write(strategy_picture.text(a.path, strategies, chosen, one_by_one=a.all))
+        _write_notes(strategies.notes)
     return 0
 
 
@@ -47,7 +48,7 @@ def strategy_merge(a: Namespace) -> int:
     strategy_files.layout(strategies)  # refuses stages that are missing
     _refuse_source(Path(a.out), a.path)
     _write_file(Path(a.out), _one_file(strategies, a.out), a.overwrite)
-    return _report(a, a.out, strategies, 1)
+    return _report(a, a.out, strategies, 1, strategies.notes)
 
 
 def strategy_make(a: Namespace) -> int:
@@ -220,6 +221,11 @@ def _refuse_source(out: Path, source: str) -> None:
         folder.close()
 
 
+def _write_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        write(f"note: {note}")
+
+
 def _report(
     a: Namespace, out: str, strategies: Strategies, num_files: int, notes: Sequence[str] = ()
 ) -> int:
@@ -238,6 +244,5 @@ def _report(
             f"{out}: {num_files:,} files for {told['num_ranks']:,} ranks in {told['num_stages']} "
             f"stages, {told['num_tensors']:,} tensors"
         )
-        for note in notes:
-            print(f"note: {note}")
+        _write_notes(notes)
     return 0

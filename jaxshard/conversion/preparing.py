@@ -27,6 +27,7 @@ from ..selection import (
     takes_whole,
     texts,
     without_merged,
+    without_unplaced_states,
 )
 from ..storage import carrying
 from ..strategy import Strategy
@@ -134,6 +135,7 @@ def prepare(
     refuse_lost(catalog, chooser(include, exclude, drop_prefixes), layout, only)
     if layout is not None:
         layout = without_merged(chosen, layout)
+        chosen = without_unplaced_states(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)

@@ -61,7 +61,8 @@ def read(
     """
     listed = folder.files()
     chosen = rank_names.choose(listed, suffix)
-    by_rank, notes = chosen.paths, list(chosen.notes)
+    by_rank = chosen.paths
+    notes = [*(layout.notes if layout else ()), *chosen.notes]
     if layout is None:
         notes.append(_check_alone(by_rank, folder.root))
     else:

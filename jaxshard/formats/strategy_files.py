@@ -64,9 +64,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Strategies:
-    """What the strategy files of one job say, stage by stage in order."""
+    """What the strategy files of one job say, stage by stage in order.
+
+    Attributes:
+        stages: the parameters of each pipeline stage.
+        notes: what a user should know of it.
+    """
 
     stages: Mapping[int, Stage]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_stages(self) -> int:
@@ -111,13 +117,15 @@ def read(folder: Folder, paths: Sequence[str] = ("",)) -> Strategies:
     """What the strategy files at ``paths`` say; each may be a file or a folder of them.
 
     Raw files of several ranks, merged files and JSON may be given together. Files of one
-    stage must agree.
+    stage must agree; but a merged file in a folder may be older than the raw ones beside it,
+    which a job writes each time, and then it does not count.
 
     Raises:
         NotFoundError: there is no such file, or no strategy file in the folder.
         FormatError: a file is damaged or no strategy file, or files contradict each other.
     """
     stages, compared, seen = dict[int, Stage](), 0, set[frozenset[bytes]]()
+    merged: list[StrategyFile] = []
     for path in _expand(folder, paths):
         compared += folder.files()[path].num_bytes
         if not path.endswith(".json"):
@@ -132,11 +140,13 @@ def read(folder: Folder, paths: Sequence[str] = ("",)) -> Strategies:
                 continue
             seen.add(items)
         file = read_file(folder, path)
-        for number, params in file.stages.items():
-            operators = tuple(o for o in file.operators if o.stage == number)
-            stage = Stage(number, path, params, operators)
-            _agree(stages.setdefault(number, stage), stage)
-    strategies = Strategies(dict(sorted(stages.items())))
+        if file.merged and path not in paths:
+            merged.append(file)
+            continue
+        for stage in _stages_of(file):
+            _agree(stages.setdefault(stage.number, stage), stage)
+    notes = _add_merged(stages, merged)
+    strategies = Strategies(dict(sorted(stages.items())), notes)
     _check_ranks(strategies)
     return strategies
 
@@ -179,6 +189,35 @@ def _expand(folder: Folder, paths: Sequence[str]) -> list[str]:
                 )
             out[one] = None
     return list(out)
+
+
+def _stages_of(file: StrategyFile) -> list[Stage]:
+    return [
+        Stage(number, file.path, params, tuple(o for o in file.operators if o.stage == number))
+        for number, params in file.stages.items()
+    ]
+
+
+def _add_merged(stages: dict[int, Stage], merged: Sequence[StrategyFile]) -> tuple[str, ...]:
+    """Add to the stages of raw files those that merged files beside them have more; and notes.
+
+    Raises:
+        FormatError: there are no raw files, and the merged ones contradict each other.
+    """
+    raw, notes = dict(stages), list[str]()
+    for file in merged:
+        found = _stages_of(file)
+        against = [s.number for s in found if s.number in raw and raw[s.number].params != s.params]
+        if against:
+            notes.append(
+                f"{file.path} is not used: in stage {some(map(str, against))} it contradicts the "
+                f"ranks' own files beside it ({raw[against[0]].path}), which a job writes each "
+                "time. Delete it if it is older."
+            )
+            continue
+        for stage in found:
+            _agree(stages.setdefault(stage.number, stage), stage)
+    return tuple(notes)
 
 
 def _agree(first: Stage, other: Stage) -> None:
@@ -257,7 +296,7 @@ def layout(strategies: Strategies, num_ranks: int | None = None) -> Layout:
             except LayoutError as e:
                 raise LayoutError(f"{stage.path}, parameter {name}: {e}") from None
             placements[name] = (*placements.get(name, ()), one)
-    return Layout(strategies.num_ranks, placements)
+    return Layout(strategies.num_ranks, placements, notes=strategies.notes)
 
 
 def for_tensors(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout:

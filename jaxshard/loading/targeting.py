@@ -28,7 +28,13 @@ from ..layout import Layout, Placement, check_divides
 from ..opening import open_strategy
 from ..random_keys import Keys, is_key, keys_of
 from ..rules import Rules
-from ..selection import refuse_absent, refuse_half, refuse_lost, without_merged
+from ..selection import (
+    refuse_absent,
+    refuse_half,
+    refuse_lost,
+    without_merged,
+    without_unplaced_states,
+)
 from ..strategy import Strategy
 from ..targets import SAME, check_factors, lay_out_for, same_layout
 from ..trees import is_array_like, named_leaves, spelled, whole_paths
@@ -72,9 +78,10 @@ def resolve(
         if strict:
             refuse_absent(catalog, target, missed)
         refuse_lost(catalog, taken, target, _own_ranks(_listed(devices) or jax.devices()))
-        placed = _of_layout(catalog, target, devices)
-        made = _all_tensors(catalog, placed, devices, cast)
-        return replace(made, notes=(*target.notes, *made.notes))
+        kept = without_unplaced_states(catalog, target)
+        left_out = kept.notes[len(catalog.notes) :]
+        made = _all_tensors(kept, _of_layout(kept, target, devices), devices, cast)
+        return replace(made, notes=(*left_out, *target.notes, *made.notes))
     if is_whole and not _is_tree(target):
         refuse_half(catalog)
     if isinstance(target, Mesh | Strategy):
