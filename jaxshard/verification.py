@@ -16,9 +16,10 @@ import numpy as np
 from .box import Box
 from .catalog import Catalog, Piece, Tensor
 from .cells import are_disjoint
-from .errors import CoverageError, LayoutError
+from .errors import CoverageError, FormatError, LayoutError, NotFoundError, some
 from .planning.coverage import remedy
 from .planning.moves import Move, check_covered, move_into
+from .storage.checksum_file import check_folder
 from .storage.engine import Budget, run
 from .storage.sources import OpenSource, open_source
 from .views import View
@@ -62,13 +63,18 @@ class _Differences:
 def verify(
     catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
 ) -> Verdict:
-    """Check that every tensor is stored completely and that its replicas are equal."""
+    """Check that every tensor is stored completely, its checksums, and that its replicas are equal.
+
+    A note says where there are no checksums: flipped bits in such a file are not found.
+    """
     problems = [text for _, text in _incomplete(catalog)]
     verdict = differing_replicas(catalog, budget=budget, progress=progress)
+    found, notes = _checksums(catalog, budget)
     return replace(
         verdict,
         num_tensors=len(catalog.tensors),
-        problems=(*problems, *verdict.problems),
+        problems=(*problems, *found, *verdict.problems),
+        notes=(*verdict.notes, *notes),
         unchecked=tuple(f"{name} ({what})" for name, what in catalog.left_out.items()),
     )
 
@@ -189,9 +195,39 @@ def _stored(catalog: Catalog) -> Catalog:
 
     Where steps are all that happens (an adapter is added), they lie as any others do.
     """
+    catalog = _origin(catalog)
+    return replace(catalog, tensors={n: _as_it_lies(t) for n, t in catalog.tensors.items()})
+
+
+def _origin(catalog: Catalog) -> Catalog:
+    """``catalog`` before any mapping."""
     while catalog.origin is not None:
         catalog = catalog.origin.catalog
-    return replace(catalog, tensors={n: _as_it_lies(t) for n, t in catalog.tensors.items()})
+    return catalog
+
+
+def _checksums(catalog: Catalog, budget: Budget) -> tuple[list[str], list[str]]:
+    """What is damaged by ``checksums.json``; without one, a note on files without checksums."""
+    stored = _origin(catalog)
+    if stored.format == "orbax":  # its library compares its own whenever it reads
+        return [], []
+    try:
+        if check_folder(stored.root, (f.path for f in stored.files), workers=budget.workers):
+            return [], []
+    except (FormatError, NotFoundError) as error:
+        return [str(error)], []
+    files = open_source(stored)
+    try:
+        without = files.check_checksums()
+    finally:
+        files.close()
+    if not without:
+        return [], []
+    return [], [
+        f"{len(without)} of {len(stored.files)} files have no checksums ({some(without, 3)}): a "
+        "flipped bit in them is found only where replicas differ. Write with checksums=True "
+        "(--checksums) to have them."
+    ]
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxshard.errors import FormatError, LayoutError
-from jaxshard.training import checksums, naming, records
+from jaxshard.storage import checksums
+from jaxshard.training import naming, records
 from jaxshard.training.cadence import Cadence
 from jaxshard.training.lineage import Line
 from jaxshard.training.naming import NETWORK, TRAINABLE, RankFile, StepName

@@ -193,6 +193,7 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
         remove_redundancy=a.remove_redundancy,
         format=a.format,
         crc=a.crc,
+        checksums=a.checksums,
         destination=getattr(a, "destination", None),
     )
 

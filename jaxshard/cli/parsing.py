@@ -246,6 +246,9 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
         "--remove-redundancy", action="store_true", help="store each shard on one replica only"
     )
     to.add_argument("--crc", action="store_true", help="end every .ckpt with a checksum")
+    to.add_argument(
+        "--checksums", action="store_true", help="write checksums.json beside the files, for verify"
+    )
 
 
 def _add_budget(to: argparse.ArgumentParser) -> None:

@@ -81,6 +81,7 @@ def prepare(
     remove_redundancy: bool = False,
     format: str | None = None,
     crc: bool = False,
+    checksums: bool = False,
     destination: PathLike | None = None,
 ) -> Prepared:
     """Decide a conversion from headers alone; nothing is written.
@@ -107,6 +108,8 @@ def prepare(
         format: what to write (``ckpt``, ``unified``, ``orbax`` …); by default as ``to``
             implies. For Orbax, whose library wants tensors whole, one at a time is in memory.
         crc: end every ``.ckpt`` with a checksum.
+        checksums: write ``checksums.json`` beside the files, for ``verify`` and
+            ``load(verify=True)``; other readers pass over it.
         destination: where the result is to be, as far as its name matters: that of one
             weight file (``out.safetensors``) asks for one file and no folder.
 
@@ -138,7 +141,16 @@ def prepare(
         chosen = without_unplaced_states(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
     numbers = _job_values(chosen) if format == "iteration" else {}
-    request = Request(layout, max_shard_bytes, prefix, remove_redundancy, format, crc, numbers)
+    request = Request(
+        layout,
+        max_shard_bytes,
+        prefix,
+        remove_redundancy,
+        format,
+        crc,
+        numbers,
+        checksums=checksums,
+    )
     request = one_file.implied(request, destination)
     check_request(request)
     result = make_result(chosen, list(chosen.tensors.values()), request)

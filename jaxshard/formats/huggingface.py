@@ -30,6 +30,7 @@ from .safetensors import Entry, Header, read_header
 from .strict_json import FETCH, parse_object
 
 __all__ = [
+    "CHECKSUMS",
     "CONFIG",
     "INDEX",
     "SINGLE",
@@ -46,6 +47,7 @@ __all__ = [
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+CHECKSUMS = "checksums.json"  # of the files around it, written on request
 MINDSPORE_INDEX = "param_name_map.json"
 MINDSPORE_HYPER = "hyper_param.safetensors"
 
@@ -299,7 +301,7 @@ def carried(files: Iterable[str], used: Sequence[str]) -> tuple[tuple[str, ...],
     """The files to carry along, and the weight files that are neither read nor carried."""
     extras, not_used = [], []
     for path in files:
-        if path in used or _HIDDEN.search(path):
+        if path in used or path == CHECKSUMS or _HIDDEN.search(path):
             continue
         if not is_weights(path):
             if path != MINDSPORE_INDEX:

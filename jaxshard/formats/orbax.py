@@ -69,7 +69,11 @@ def read(folder: Folder, files: Mapping[str, File]) -> Catalog:
         shape = tuple(leaf.shape)
         tensors[name] = Tensor(name, kind, shape, (Piece(len(tensors), 0, Box.whole(shape)),))
     listed = tuple(File(name, t.num_bytes) for name, t in tensors.items())
-    extras = tuple(f for f in files if "/" not in f and f not in ITEM_FILES) if not inside else ()
+    extras = (
+        tuple(f for f in files if "/" not in f and f not in (*ITEM_FILES, huggingface.CHECKSUMS))
+        if not inside
+        else ()
+    )
     described = [f for f in files if f.startswith(posixpath.join(inside, _OF_ARRAYS))]
     return Catalog(
         where,

@@ -78,8 +78,9 @@ class Restored:
         """Refuse a result made of files that changed meanwhile (``FormatError``)."""
         self._unchanged()
 
-    def check_checksums(self, only: Iterable[int] | None = None) -> None:
-        """Orbax's files check themselves when they are read."""
+    def check_checksums(self, only: Iterable[int] | None = None) -> tuple[str, ...]:
+        """Return no paths: Orbax's files check themselves when they are read."""
+        return ()
 
     def close(self) -> None:
         """Let go of what is held."""

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from ..catalog import Catalog
-from ..errors import CoverageError, LayoutError, some
+from ..errors import CoverageError, LayoutError, NotFoundError, some
+from ..formats.huggingface import CHECKSUMS
 from ..mapping import Mapping, find_mapping
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..notes import log_notes
@@ -26,6 +27,7 @@ from ..opening import PathLike, opened
 from ..rules import Rules
 from ..selection import chooser, missed, refuse_lost, select, takes_whole, texts
 from ..storage.budget import Counts, default_workers
+from ..storage.checksum_file import check_folder
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
 from .carrying import carry
@@ -62,6 +64,7 @@ def load(
     suffix: str | None = None,
     workers: int | None = None,
     balanced: bool = False,
+    verify: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     counted: Callable[[Counts], None] | None = None,
 ) -> Any:
@@ -104,6 +107,9 @@ def load(
         workers: threads; by default one a core, at most 8.
         balanced: of several processes, none reads what another does; what they hold in common
             goes from device to device. All of them must call this alike.
+        verify: compare the files that are read with their checksums first, which reads them
+            whole: those of ``checksums.json`` (written by ``save(checksums=True)``, ``convert``
+            …), of ``.ckpt`` files, or Orbax's own. Files without any are refused.
         timeout_s: how long they then wait for each other to have read; or, of hosts that
             share no disk, to have opened their own folders.
         counted: is told the counts of what was read.
@@ -120,7 +126,7 @@ def load(
             "mmap=True uses tensors where they lie in the files, owned=True copies them to memory "
             "of their own. Choose one."
         )
-    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, owned)
+    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, owned, verify)
     processes = processes_of_jax(timeout_s) if balanced else Processes()
     with processes.about(str(getattr(source, "root", source))).together("loading") as meeting:
         catalog = opened(source, strategy=strategy, suffix=suffix)
@@ -173,6 +179,7 @@ class _How:
     workers: int
     mmap: bool
     owned: bool
+    verify: bool
 
 
 def _read(
@@ -187,7 +194,9 @@ def _read(
     check_dtypes(todo)
     files = open_source(catalog)
     try:
-        files.check_checksums(files_of(todo))
+        without = files.check_checksums(files_of(todo))
+        if how.verify:
+            _check_sums(catalog, sorted(set(files_of(todo))), without, how.workers)
         source = file_source(catalog, files, mmap=how.mmap)
         staging = Staging(in_flight or 0, _pin_for(todo))
         made, counts = carry(todo, source, budget=budget, staging=staging, adopted=not how.owned)
@@ -197,6 +206,27 @@ def _read(
     places = [place for _, numbers in found for place in numbers]
     arrays = [array for arrays in made for array in arrays]
     return [array for _, array in sorted(zip(places, arrays, strict=True), key=_place)], counts
+
+
+def _check_sums(
+    catalog: Catalog, used: Sequence[int], without: Sequence[str], workers: int
+) -> None:
+    """Compare the files number ``used`` with the checksums beside them.
+
+    Raises:
+        FormatError: a file is not what was saved.
+        NotFoundError: there are no checksums beside the files, and some have none in them.
+    """
+    paths = [catalog.files[number].path for number in used]
+    if catalog.format == "orbax" or check_folder(catalog.root, paths, workers=workers):
+        return
+    lacking = [path for path in paths if path in without]
+    if lacking:
+        raise NotFoundError(
+            f"verify=True: {catalog.root} has no {CHECKSUMS}, and {len(lacking)} of its files have "
+            f"no checksum of their own ({some(lacking, 3)}). Leave verify out, or write the "
+            "checkpoint with checksums=True (--checksums)."
+        )
 
 
 def _pin_for(todo: Sequence[Job]) -> Pin | None:

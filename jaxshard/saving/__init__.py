@@ -68,6 +68,7 @@ def save(
     workers: int | None = None,
     overwrite: bool = False,
     durable: bool = True,
+    checksums: bool = False,
     shared: bool = True,
     alone: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -102,6 +103,8 @@ def save(
         workers: threads; by default one a core, at most 8.
         overwrite: replace what is at ``path``.
         durable: have every file on the disk before the result appears.
+        checksums: write ``checksums.json`` beside the files, for ``verify`` and
+            ``load(verify=True)``; other readers pass over it.
         shared: of several processes, all see one disk at ``path``. If not, each writes there,
             on its own disk, the files of the ranks whose devices it has, and ``load`` in the
             same process finds what its devices need; only for files by rank.
@@ -131,7 +134,7 @@ def save(
         ready = None
         _check_uncut(format, strategy)
         max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
-        request = Request(None, max_bytes, prefix, remove_redundancy, format)
+        request = Request(None, max_bytes, prefix, remove_redundancy, format, checksums=checksums)
         if format == "orbax":
             check_request(request)
         else:

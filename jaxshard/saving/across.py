@@ -115,7 +115,14 @@ class _Led:
         seal(work.result, self._folder, durable=work.durable)
         bring_in(staging, self._folder)
         side_files = dict(work.result.side_files)
-        add = partial(add_files, staging, side_files, work.carried, work.result.extras_to)
+        add = partial(
+            add_files,
+            staging,
+            side_files,
+            work.carried,
+            work.result.extras_to,
+            work.result.checksums,
+        )
         staging.publish(add)
         return ""
 
@@ -149,7 +156,14 @@ def commit_own(work: Work, arrays: Mapping[str, Array]) -> Counts:
         side_files = {**work.result.side_files, **_told_of_others(work, only, token)}
         with processes.together("saving: publishing own"):
             staging.publish(
-                partial(add_files, staging, side_files, work.carried, work.result.extras_to)
+                partial(
+                    add_files,
+                    staging,
+                    side_files,
+                    work.carried,
+                    work.result.extras_to,
+                    work.result.checksums,
+                )
             )
     except BaseException:
         if staging is not None:

@@ -15,6 +15,7 @@ from ..catalog import Catalog
 from ..errors import LayoutError, StorageError
 from ..planning.plan import make_plan
 from ..storage.budget import Budget, Counts
+from ..storage.checksum_file import add_checksums
 from ..storage.engine import run
 from ..storage.staging import Staging, real_place, told
 from ..storage.writing import OutputFiles
@@ -46,6 +47,7 @@ def commit(
         side_files={f"{path}": data for path, data in result.side_files.items()},
         carried=carried,
         extras_to=result.extras_to,
+        checksums=result.checksums,
         overwrite=overwrite,
         durable=durable,
     )
@@ -81,6 +83,7 @@ def publish(
     side_files: Mapping[str, bytes],
     carried: Catalog | None = None,
     extras_to: str = "",
+    checksums: bool = False,
     overwrite: bool,
     durable: bool,
 ) -> Counts:
@@ -94,7 +97,7 @@ def publish(
     staging = begin(destination, carried, overwrite=overwrite, durable=durable)
     try:
         counts = write(staging.files, staging)
-        staging.publish(partial(add_files, staging, side_files, carried, extras_to))
+        staging.publish(partial(add_files, staging, side_files, carried, extras_to, checksums))
     except BaseException:
         staging.abandon()
         raise
@@ -114,7 +117,11 @@ def begin(destination: Path, carried: Catalog | None, *, overwrite: bool, durabl
 
 
 def add_files(
-    staging: Staging, side_files: Mapping[str, bytes], carried: Catalog | None, extras_to: str
+    staging: Staging,
+    side_files: Mapping[str, bytes],
+    carried: Catalog | None,
+    extras_to: str,
+    checksums: bool = False,
 ) -> None:
     """Write the other files: those of the format go before those carried along."""
     for path in carried.extras if carried else ():
@@ -131,6 +138,8 @@ def add_files(
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(data)
             staging.sync(place)
+    if checksums:
+        add_checksums(staging.files / extras_to, staging.sync)
 
 
 def _refuse_inside(destination: Path, carried: Catalog | None) -> None:

@@ -100,8 +100,10 @@ class SourceFiles:
         """
         self._versions.check()
 
-    def check_checksums(self, only: Iterable[int] | None = None) -> None:
+    def check_checksums(self, only: Iterable[int] | None = None) -> tuple[str, ...]:
         """Compare the checksums of those of MindSpore's files that have one with their bytes.
+
+        Returns the paths of the files without one.
 
         Args:
             only: the numbers of the files to look at; by default all. Asked for them only if
@@ -117,10 +119,13 @@ class SourceFiles:
         }
         if able and only is not None:
             able &= set(only)
+        having = set[int]()
         for number in sorted(able):
             from ..formats.weight_files import check_crc  # noqa: PLC0415 - seldom needed
 
-            check_crc(*self._at(self._files[number].path))
+            if check_crc(*self._at(self._files[number].path)):
+                having.add(number)
+        return tuple(f.path for n, f in enumerate(self._files) if n not in having)
 
     def _at(self, path: str) -> tuple[LocalFolder, str]:
         """The folder of a file, and its path in it; an absolute one is in another folder."""

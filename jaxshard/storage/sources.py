@@ -32,8 +32,10 @@ class OpenSource(Protocol):
         """Refuse a result made from files that changed meanwhile (``FormatError``)."""
         ...
 
-    def check_checksums(self, only: Iterable[int] | None = None) -> None:
+    def check_checksums(self, only: Iterable[int] | None = None) -> tuple[str, ...]:
         """Compare what the files, or those of ``only``, say of their bytes with them.
+
+        Returns the paths of the files that have no checksum.
 
         Raises:
             FormatError: a file is damaged.

@@ -166,7 +166,7 @@ def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
         _refuse_unwritable(tensors)
     module, function = makers[name]
     make: _Make = getattr(import_module(f".{module}", __package__), function)
-    return make(source, tensors, request)
+    return replace(make(source, tensors, request), checksums=request.checksums)
 
 
 def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
@@ -202,6 +202,15 @@ def check_request(request: Request) -> None:
         raise LayoutError(
             f"crc= (--crc) ends .ckpt files, and the format is {name}. Leave it out, or give "
             'format="ckpt" (--format ckpt).'
+        )
+    if request.checksums and (request.one_file or name == "orbax"):
+        raise LayoutError(
+            "checksums= (--checksums) writes a file beside the others of a folder, and the target "
+            + (
+                "is one file. Name a folder."
+                if request.one_file
+                else "is Orbax's, whose files have checksums of their own. Leave it out."
+            )
         )
     if is_whole and name != "iteration" and request.prefix != Request.prefix:
         raise LayoutError(

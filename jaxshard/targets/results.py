@@ -32,6 +32,7 @@ class Request:
         crc: end every ``.ckpt`` with a checksum.
         numbers: the values of the job's numbers, for formats that keep them in JSON.
         one_file: the destination names a file, so the job's numbers have none of their own.
+        checksums: write the checksums of all files into a file beside them.
     """
 
     to: Layout | None = None
@@ -42,6 +43,7 @@ class Request:
     crc: bool = False
     numbers: Mapping[str, Any] = field(default_factory=dict)
     one_file: bool = False
+    checksums: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Result:
         seal: finishes a weight file of which all bytes are written.
         extras_to: where files that are carried along go, under the result's root.
         files_per_rank: how many files a rank has; second ones are numbered after all first.
+        checksums: whether the checksums of all files are to be written beside them.
     """
 
     format: str
@@ -63,3 +66,4 @@ class Result:
     seal: Callable[[Path], None] | None = None
     extras_to: str = ""
     files_per_rank: int = 1
+    checksums: bool = False

@@ -22,10 +22,10 @@ from ..multiprocess.splitting import cut_evenly
 from ..saving.shares import lay_out, write_share
 from ..saving.sharing import check_shares, owners, share
 from ..storage.budget import LENT_BLOCK_BYTES, Counts, default_budget, default_workers, fit_budget
+from ..storage.checksums import BEST, FileSums, Gathered
 from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, staging_folder
 from ..targets.results import Result
-from .checksums import BEST, FileSums, Gathered
 from .layouts import Part
 from .lineage import Line
 from .places import check_units

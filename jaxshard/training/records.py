@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import FormatError, LayoutError
 from ..formats.job_numbers import NAMES, checked
-from .checksums import FileSums
+from ..storage.checksums import FileSums
 from .lineage import Line
 from .naming import CHECKPOINT, StepName, parse_folder, parse_rank_file
 

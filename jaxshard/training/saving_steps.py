@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, LayoutError, StorageError, some
+from ..storage.checksums import FileSums
 from ..storage.staging import Staging
 from . import naming
-from .checksums import FileSums
 from .committing import commit, drop_unused_strategies, recover, remove
 from .layouts import Part, Wish, copies_of, parts_of
 from .lineage import Line, following

@@ -15,10 +15,10 @@ from ..errors import StorageError
 from ..planning.moves import Move
 from ..planning.plan import Plan, make_plan
 from ..storage.budget import LENT_BLOCK_BYTES, default_budget, default_workers, fit_budget
+from ..storage.checksums import FileSums, Gathered
 from ..storage.engine import run
 from ..storage.staging import Staging
 from ..storage.writing import FileLayout, OutputFiles
-from .checksums import FileSums, Gathered
 from .layouts import Part
 
 Read = Callable[[Piece, int, memoryview], None]
