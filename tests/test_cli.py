@@ -92,7 +92,8 @@ def test_reports_count_in_words(llama, capsys, tmp_path):
     assert f"{tmp_path / 'one'}: 1 file with 11.4 KB written, 11.4 KB read" in out
     out = answer(capsys, "slice", llama, tmp_path / "cut", "--to", "mp2")
     assert ": 2 files with" in out
-    assert answer(capsys, "verify", tmp_path / "cut") == "21 tensors, 160 B compared: all is well\n"
+    out = answer(capsys, "verify", tmp_path / "cut")
+    assert out.splitlines()[-1] == "21 tensors, 160 B compared: all is well"
 
 
 def test_a_strategy_is_meant_even_if_a_folder_is_called_so(llama, capsys, monkeypatch, tmp_path):
