@@ -101,9 +101,10 @@ class Tensor:
         size = dict(placement.axes)
         for dim, axes in enumerate(placement.spec[: len(self.factors or ())]):
             assert self.factors is not None
-            groups = self.factors[dim][0]
-            ways = 1
-            for axis in axes if len(self.factors[dim]) > 1 else ():
+            if not axes or len(self.factors[dim]) == 1:
+                continue
+            groups, ways = self._groups(dim), 1
+            for axis in axes:
                 ways *= size[axis]
                 if axis in TENSOR_AXES and groups % ways:
                     raise LayoutError(
@@ -112,6 +113,19 @@ class Tensor:
                         f"{axis}={size[axis]} does not divide. Use a divisor of {groups}, repeat "
                         "the kv heads, or do not fuse."
                     )
+
+    def _groups(self, dim: int) -> int:
+        """How many groups follow each other along ``dim``, each copy of a repeated one counted."""
+        assert self.factors is not None
+        first, *inner = self.factors[dim]
+        at = sum(map(len, self.factors[:dim]))
+        groups = first
+        for fine, copies in enumerate(inner, start=at + 1):
+            views = (p.view for p in self.pieces if p.file >= 0)  # zeros have no strides
+            if not any(view is not None and view.strides[fine] == 0 for view in views):
+                break
+            groups *= copies
+        return groups
 
 
 def _fine_interval(

@@ -76,6 +76,7 @@ def _decoder(name: str, *more: _Specs) -> Rules:
         experts=_EXPERTS,
         embedding=("*embed_tokens.weight",),
         head=("*lm_head.weight",),
+        heads=tuple(f"*.{x}_proj.{y}" for x in "qkv" for y in ("weight", "bias")),
     )
 
 
@@ -200,6 +201,7 @@ _MINDFORMERS = Rules(
     experts=_EXPERTS,
     embedding=("*tok_embeddings.embedding_weight",),
     head=("*lm_head.weight",),
+    heads=tuple(f"*.attention.w{x}.{y}" for x in "qkv" for y in ("weight", "bias")),
 )
 # MindFormers, the Megatron names. All experts are stacked along dim 0 of one matrix, (E*in, out):
 # equal blocks of rows are whole experts, and tensor parallel ranks hold them whole.

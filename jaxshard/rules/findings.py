@@ -18,6 +18,8 @@ Policy = Literal["error", "replicate"]
 _NOTES = {
     "apart": "not of the text model, whole on the ranks of the first stage: {}: {}.",
     "unmatched": "no rule matches {}, whole on every rank of the stage: {}.",
+    "heads": "cut within a head, so ranks hold parts of heads: {}: {}. Take an mp that divides the "
+    'heads, or repeat the kv heads with a mapping (op = "repeat").',
     "uneven": "left whole, for it does not divide: {}: {}.",
     "no stage": "of no stage, so held by every stage: {}: {}.",
     "no shard": "not cut by the optimizer shard, which does not fit: {}: {}.",

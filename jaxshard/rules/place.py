@@ -16,6 +16,7 @@ from ..layout import Layout, Placement, shard_dim_over_replicas
 from ..layout import Spec as AxisSpec
 from ..strategy import Axes, Strategy
 from .findings import Findings, Policy, check_policy
+from .heads import Heads
 from .match import Matcher, template, weight_name
 from .orientation import Orientations
 from .quantization import Factors, Granule
@@ -66,6 +67,7 @@ def layout(
     stages = Stages(rules, strategy, model, (*(n for n in shapes if n not in hyper), *others))
     matcher, placer = Matcher(rules), _Placer(strategy)
     everywhere = (Placement((("all", strategy.num_ranks),)),)
+    heads = Heads(rules, _config(model))
     orientations = Orientations(rules, matcher, shapes, _config(model))
     factors = Factors({n: s for n, s in shapes.items() if n not in hyper}, _config(model))
     placements: dict[str, tuple[Placement, ...]] = {}
@@ -95,7 +97,9 @@ def layout(
         if home.apart and spec.buffer:
             placer.findings.add("apart", home.apart, "")
         granules = factors.granules(name)
-        placements[name] = placer.place(name, tuple(shape), spec, home, granules)
+        placed = placements[name] = placer.place(name, tuple(shape), spec, home, granules)
+        if name == weight and (parts := heads.cut(weight, kind, tuple(shape), placed[0])):
+            placer.findings.add("heads", name, parts)
     for name in sorted(following, key=len):  # after its weight, which may have factors itself
         placements[name] = factors.follow(name, placements[factors.weights[name]])
     absent = {}

@@ -95,6 +95,7 @@ class Rules:
         experts: patterns of names that have an expert number, which is at ``{expert}``.
         embedding: names that also live in the last stage when the embeddings are tied …
         head: … and none of these exists.
+        heads: names whose dim 0 is heads, which ranks that compute need whole.
         apart: patterns of the names of another modality's tower, which no layer or stage
             pattern is asked for: it is on the first stage.
         written: the patterns a person wrote: one that decides nothing is likely a slip.
@@ -110,6 +111,7 @@ class Rules:
     embedding: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -142,6 +144,7 @@ class Rules:
             embedding=user.embedding + self.embedding,
             head=user.head + self.head,
             written=user.written + self.written,
+            heads=user.heads + self.heads,
             apart=user.apart + self.apart,
         )
 
