@@ -70,6 +70,7 @@ class AddProduct:
         a: (rank, columns).
         b: (rows, rank).
         at: the row and the column of each element of the box.
+        columns: the columns of ``b`` that count, if not all: from the first on, so far apart.
         reproducible: sum over the rank one by one, each fused with its product and rounded,
             so that the bits depend on no machine; else as fast as the machine can.
     """
@@ -78,6 +79,7 @@ class AddProduct:
     b: Tensor
     scaling: float
     at: tuple[Affine, Affine]
+    columns: tuple[int, int] = (0, 1)
     reproducible: bool = False
 
 

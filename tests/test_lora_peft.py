@@ -184,20 +184,10 @@ def test_the_merged_model_computes_what_the_adapted_one_does(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"target_modules": ["q_proj"], "use_dora": True}, "DoRA|use_dora"),
-        (
-            {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
-            "target_parameters",
-        ),
-    ],
-)
-def test_what_peft_can_and_we_cannot_is_refused(tmp_path, config, said) -> None:
+def test_what_peft_can_and_we_cannot_is_refused(tmp_path) -> None:
     model = fresh("qwen3_moe", "float32")
     model.save_pretrained(tmp_path / "base")
-    wrapped = adapted(model, {"r": 2, "lora_alpha": 4, **config})
-    wrapped.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(LayoutError, match=said):
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "use_dora": True}
+    adapted(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LayoutError, match=r"DoRA|use_dora"):
         merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter")

@@ -257,7 +257,6 @@ def test_a_head_is_not_changed_by_an_embedding_that_it_is_tied_to(tmp_path):
     "config",
     [
         {"modules_to_save": ["embed_tokens", "lm_head"]},
-        {"modules_to_save": ["embed_tokens", "model.embed_tokens"], "ensure_weight_tying": True},
         {"modules_to_save": None},  # save_pretrained(save_embedding_layers=True)
     ],
 )
@@ -269,6 +268,15 @@ def test_a_head_that_comes_with_its_embedding_is_taken_and_told_of(tmp_path, con
     found = weights(tmp_path / "out")
     np.testing.assert_array_equal(found[EMBEDDING], new)
     np.testing.assert_array_equal(found[HEAD], new + 1)
+
+
+def test_a_head_that_was_trained_as_its_embedding_stays_tied(tmp_path):
+    new = np.full((8, 6), 2, np.float32)
+    config = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    convert(tied(tmp_path, more={EMBEDDING: new, HEAD: new}, **config), tmp_path / "out")
+    found = weights(tmp_path / "out")
+    np.testing.assert_array_equal(found[EMBEDDING], new)
+    assert HEAD not in found
 
 
 def test_a_tied_embedding_that_is_adapted_changes_the_head_as_peft_says(tmp_path):

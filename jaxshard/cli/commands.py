@@ -136,6 +136,7 @@ def lora(a: Namespace) -> int:
         unmerge=a.unmerge,
         reproducible=a.reproducible,
         adapter_strategy=a.adapter_strategy,
+        adapter_names=a.adapter_names,
     )
     return _convert(a, a.to, source)
 

@@ -150,6 +150,12 @@ def _add_adapter(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument("--adapter-strategy", metavar="PATH", help="strategy files of cut adapters")
     to.add_argument(
+        "--adapter-names",
+        metavar="FROM=TO",
+        help="what SRC calls the adapter's tensors, where it is not found: "
+        "model.language_model.{x*}=language_model.model.{x*}, or a TOML file of a mapping",
+    )
+    to.add_argument(
         "--alpha", type=float, help="lora_alpha of the training (default: as its config says)"
     )
     to.add_argument("--scaling", type=float, help="alpha / rank itself, for all adapters alike")

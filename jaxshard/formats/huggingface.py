@@ -48,6 +48,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 CHECKSUMS = "checksums.json"  # of the files around it, written on request
+NO_CONFIG = f"There is no {CONFIG}, so the model's family is not known."
 MINDSPORE_INDEX = "param_name_map.json"
 MINDSPORE_HYPER = "hyper_param.safetensors"
 
@@ -263,7 +264,7 @@ def read_model(
     """What ``config.json`` says; a note instead where it says nothing that can be read."""
     listed = files.get(path)
     if listed is None:
-        return Model(), [f"There is no {CONFIG}, so the model's family is not known."]
+        return Model(), [NO_CONFIG]
     if listed.num_bytes > _MAX_CONFIG_BYTES:
         return Model(), [f"{CONFIG} is not read: it has {listed.num_bytes} bytes."]
     try:

@@ -19,6 +19,7 @@ from ..notes import log_notes
 from ..opening import PathLike, opened
 from ..strategy import Strategy
 from .adapters import find_adapters, is_adapter
+from .base_names import AdapterNames
 from .merging import Merged, merged
 from .settings import Settings, find_settings
 
@@ -49,6 +50,7 @@ def with_adapter(
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
     adapter_strategy: PathLike | None = None,
+    adapter_names: AdapterNames | None = None,
 ) -> Catalog:
     """``source`` with its adapters added when it is read; load or convert it as any catalog.
 
@@ -66,6 +68,9 @@ def with_adapter(
         src_strategy: strategy files of a source cut into ranks.
         suffix: which of several files a rank the source has.
         adapter_strategy: those of adapters cut into ranks.
+        adapter_names: what the base calls the tensors that the adapter names, where it is not
+            found: ``{"model.language_model.{x*}": "language_model.model.{x*}"}``, the same as
+            text (``"FROM=TO,FROM=TO"``), a mapping that only renames, or a TOML file of one.
 
     Raises:
         NotFoundError: no adapters, a weight or half a pair is missing, or nobody says alpha.
@@ -75,7 +80,14 @@ def with_adapter(
     base = opened(source, strategy=src_strategy, suffix=suffix)
     beside = None if adapter is None else opened(adapter, strategy=adapter_strategy)
     settings = find_settings((beside or base).root).with_given(alpha, rank, scaling, fan_in_fan_out)
-    done = merged(base, settings, beside, sign=-1 if unmerge else 1, reproducible=reproducible)
+    done = merged(
+        base,
+        settings,
+        beside,
+        sign=-1 if unmerge else 1,
+        reproducible=reproducible,
+        adapter_names=adapter_names,
+    )
     if unmerge and done.replaced:
         raise LayoutError(
             f"{len(done.replaced)} tensors were replaced by the adapter ({done.replaced[0]} …), "
@@ -99,6 +111,7 @@ def merge_lora(
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
     adapter_strategy: PathLike | None = None,
+    adapter_names: AdapterNames | None = None,
     options: Options = _DEFAULT,
     progress: Callable[[int], Callable[[int], None]] | None = None,
     **how: Any,
@@ -124,6 +137,7 @@ def merge_lora(
         src_strategy=src_strategy,
         suffix=suffix,
         adapter_strategy=adapter_strategy,
+        adapter_names=adapter_names,
     )
     options, how = with_given(options, how)
     prepared = prepare(catalog, to, destination=destination, **how)

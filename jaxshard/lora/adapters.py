@@ -26,7 +26,6 @@ _HALF = re.compile(
 )
 _WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|base_layer)\.")
 _PEFT = "base_model.model."
-_PREFIXES = ("model.", "transformer.", "base_model.")
 _UNKNOWN = {
     "lora_magnitude_vector": "DoRA, which also rescales columns",
     "lora_B.bias": "a bias of the adapter (lora_bias)",
@@ -44,12 +43,15 @@ class Adapter:
         a: (rank, in).
         b: (out, rank).
         is_embedding: its weight is (in, out).
+        depth: how many ``.base_layer`` its names have: PEFT wraps a module once for each
+            parameter of it that is adapted.
     """
 
     module: str
     a: Tensor
     b: Tensor
     is_embedding: bool = False
+    depth: int = 0
 
     @property
     def weight(self) -> str:
@@ -94,7 +96,7 @@ def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
         LayoutError: two adapters for one weight, shapes that are no pair, or a kind of adapter
             that is more than a pair.
     """
-    halves: dict[str, dict[str, Tensor]] = {}
+    halves: dict[tuple[str, int], dict[str, Tensor]] = {}
     embeddings, labels = set[str](), set[str]()
     others: dict[str, Tensor] = {}
     dropped = 0
@@ -107,10 +109,12 @@ def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
         elif plain != name:
             dropped += 1
         else:
-            module, half = own_name(match["module"]), _half(match)
-            if half in halves.setdefault(module, {}):
+            outer, depth = _unwrapped(match["module"])
+            module, half = own_name(outer), _half(match)
+            pair = halves.setdefault((module, depth), {})
+            if half in pair:
                 raise LayoutError(_two_of(module, where))
-            halves[module][half] = tensor
+            pair[half] = tensor
             labels.add(match["name"] or match["embedding_name"] or "")
             if match["embedding"]:
                 embeddings.add(module)
@@ -118,7 +122,7 @@ def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
         raise LayoutError(
             f"{where} holds several adapters ({some(sorted(labels))}). Save the one to merge alone."
         )
-    found = [_pair(m, pair, m in embeddings, where) for m, pair in halves.items()]
+    found = [_pair(*key, pair, key[0] in embeddings, where) for key, pair in halves.items()]
     return Found(tuple(found), others, dropped)
 
 
@@ -128,25 +132,24 @@ def own_name(name: str) -> str:
     >>> own_name("base_model.model.lm_head.modules_to_save.default.weight")
     'lm_head.weight'
     """
-    return _WRAPPED.sub(".", name.removeprefix(_PEFT)).removesuffix(".base_layer")
+    return _WRAPPED.sub(".", name.removeprefix(_PEFT))
 
 
-def base_name(name: str, kept: Mapping[str, Tensor]) -> str | None:
-    """``name`` as the base has it, which may have been saved with or without the head."""
-    if name in kept:
-        return name
-    for prefix in _PREFIXES:
-        for other in (prefix + name, name.removeprefix(prefix)):
-            if other in kept:
-                return other
-    return None
+def _unwrapped(module: str) -> tuple[str, int]:
+    """``module`` without the ``.base_layer`` at its end, and how many there were."""
+    depth = 0
+    while module.endswith(".base_layer"):
+        module, depth = module.removesuffix(".base_layer"), depth + 1
+    return module, depth
 
 
 def _half(match: re.Match[str]) -> str:
     return str(match["linear"] or match["embedding"] or match["older"].upper())
 
 
-def _pair(module: str, pair: Mapping[str, Tensor], is_embedding: bool, where: str) -> Adapter:
+def _pair(
+    module: str, depth: int, pair: Mapping[str, Tensor], is_embedding: bool, where: str
+) -> Adapter:
     missing = [half for half in "AB" if half not in pair]
     if missing:
         there = next(iter(pair.values()))
@@ -158,10 +161,10 @@ def _pair(module: str, pair: Mapping[str, Tensor], is_embedding: bool, where: st
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise LayoutError(
             f"{a.name} {a.shape} and {b.name} {b.shape} are no pair: A is (rank, in), B is (out, "
-            "rank), of rank 1 or more. Adapters of convolutions and of stacked experts cannot be "
-            "merged."
+            "rank), of rank 1 or more. Adapters of convolutions cannot be merged here: merge "
+            "them with the program that made them."
         )
-    return Adapter(module, a, b, is_embedding)
+    return Adapter(module, a, b, is_embedding, depth)
 
 
 def _refuse_unknown(name: str) -> None:

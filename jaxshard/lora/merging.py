@@ -9,17 +9,28 @@ model with a few blocks in memory, loading it adds the product to each shard on 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..catalog import Catalog, File, Piece, Tensor
 from ..elements import is_plain_float
-from ..errors import LayoutError, NotFoundError, nearest
-from ..mapping.geometry import with_step
+from ..errors import LayoutError, NotFoundError
+from ..formats.huggingface import NO_CONFIG
+from ..mapping.geometry import cut, join, reshape, with_step
 from ..views import AddProduct, Affine
-from .adapters import Adapter, base_name, find_adapters, is_adapter
-from .saved import check_adapted, saved_beside
+from .adapters import Adapter, find_adapters, is_adapter
+from .base_names import AdapterNames, BaseNames, renaming
+from .parameters import (
+    Parameter,
+    Part,
+    assigned,
+    find_parameter,
+    grouped,
+    is_targeted,
+    spellings,
+)
+from .saved import saved_beside, tied_to
 from .settings import OWN_CONFIG, PEFT_CONFIG, Settings
 
 
@@ -39,10 +50,12 @@ def merged(
     *,
     sign: int = 1,
     reproducible: bool = False,
+    adapter_names: AdapterNames | None = None,
 ) -> Merged:
     """``base`` with the adapters of ``adapter``, or with those among its own tensors, added.
 
-    With ``sign`` -1 they are subtracted. ``reproducible`` is explained in ``views``.
+    With ``sign`` -1 they are subtracted. ``reproducible`` is explained in ``views``,
+    ``adapter_names`` in ``with_adapter``.
 
     Raises:
         NotFoundError: there are no adapters, a base weight or half a pair is missing, or alpha.
@@ -61,19 +74,23 @@ def merged(
     files, shift = _with_files(base, adapter)
     notes: list[str] = []
     replaced: dict[str, Tensor] = {}
+    names = BaseNames(kept, base.root, renaming(adapter_names))
     if adapter is not None:
         others = {n: t for n, t in found.others.items() if n not in source.hyper}
-        replaced = saved_beside(others, kept, base, settings, notes)
+        replaced = saved_beside(others, names, base, settings, notes)
         kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
-    for pair in found.adapters:
-        check_adapted(pair.weight, base, notes)
-        moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
-        name = _weight_of(pair, kept, base)
-        swapped = _is_swapped(kept[name], pair, settings, notes)
-        kept[name] = _added(
-            kept[name], moved, sign * settings.scaling_of(pair), swapped, reproducible
-        )
-    beside = adapter.notes if adapter is not None else ()
+    how = _How(names, settings, base, notes)
+    for pairs in grouped(found.adapters):
+        for pair, parameter, swapped in _parameters(pairs, how):
+            moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
+            experts = max(1, parameter.experts)
+            scaling = sign * settings.scaling_of(pair, parameter.name, experts)
+            for part in parameter.parts:
+                product = _Product(moved, scaling, swapped, parameter.experts, reproducible)
+                kept[part.name] = _added(kept[part.name], part, product)
+    notes += names.notes()
+    told = adapter.notes if adapter is not None else ()
+    beside = (n for n in told if n != NO_CONFIG)  # an adapter's folder has its own config
     catalog = replace(
         base,
         tensors=kept,
@@ -96,21 +113,90 @@ def _refuse_two(base: Catalog, adapter: Catalog) -> None:
     )
 
 
-def _added(
-    weight: Tensor, pair: Adapter, scaling: float, swapped: bool, reproducible: bool
-) -> Tensor:
+@dataclass(frozen=True)
+class _How:
+    """What is known while pairs are matched with the base's tensors."""
+
+    names: BaseNames
+    settings: Settings
+    base: Catalog
+    notes: list[str]
+
+
+def _parameters(pairs: list[Adapter], how: _How) -> list[tuple[Adapter, Parameter, bool]]:
+    """What each of ``pairs``, which adapt one module, is added to, and whether transposed."""
+    settings, module = how.settings, pairs[0].module
+    targets = is_targeted(module, settings.target_parameters)
+    named = [f"{module}.{target}" for target in targets if target != "weight"]
+    found = [p for name in named if (p := find_parameter(name, how.names)) is not None]
+    if found:
+        given = settings.fan_in_fan_out if settings.fan_is_given else None
+        return [
+            (pair, to, to.is_swapped(pair, given, how.base.model, how.notes))
+            for pair, to in assigned(pairs, found)
+        ]
+    if len(pairs) > 1 or pairs[0].depth:
+        if named:
+            raise how.names.missing(pairs[0].a.name, spellings(named[0]))
+        raise LayoutError(
+            f"{pairs[-1].a.name} adapts a parameter of {module} other than its weight, and "
+            f"{settings.where or 'no config'} does not name it in target_parameters. Put the "
+            "adapter_config.json that PEFT saved with the adapter into its folder."
+        )
+    return [_of_module(pairs[0], how, is_parameter="weight" in targets, otherwise=named)]
+
+
+def _of_module(
+    pair: Adapter, how: _How, *, is_parameter: bool, otherwise: list[str]
+) -> tuple[Adapter, Parameter, bool]:
+    """The weight of the module that ``pair`` adapts, and whether the product is transposed."""
+    names = how.names
+    name = tied_to(pair.weight, names, how.base, how.settings, how.notes) or names.find(pair.weight)
+    if name is None:
+        tried = [pair.weight, *(s for n in otherwise for s in spellings(n))]
+        raise names.missing(pair.a.name, tried)
+    swapped = _is_swapped(names.known[name], pair, how.settings, how.notes)
+    rows, columns = names.known[name].shape
+    known_as = pair.weight if is_parameter else pair.module
+    return pair, Parameter(known_as, (rows, columns), 0, (Part(name, None),)), swapped
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The product of a pair, or of each expert's share of it."""
+
+    pair: Adapter
+    scaling: float
+    swapped: bool
+    experts: int
+    reproducible: bool
+
+    def step(self, expert: int, row: int, at: tuple[Affine, Affine]) -> AddProduct:
+        """What is added to a matrix whose first row is ``row`` of the product of ``expert``."""
+        first, second = Affine(at[0].start + row, at[0].steps), at[1]
+        rows, columns = (second, first) if self.swapped else (first, second)
+        a, b = self.pair.a, self.pair.b
+        if self.experts > 1:
+            rank = self.pair.rank // self.experts
+            a = cut(a, 0, expert * rank, (expert + 1) * rank)
+        some = (expert, max(1, self.experts))
+        return AddProduct(a, b, self.scaling, (rows, columns), some, self.reproducible)
+
+
+def _added(weight: Tensor, part: Part, product: _Product) -> Tensor:
+    """``weight`` with what ``part`` says of ``product`` added."""
     if not is_plain_float(weight.dtype):
         raise LayoutError(
             f"{weight.name} is {weight.dtype}; adapters are added to F16, BF16, F32 or F64. "
             'FP8 with factors gets its true values by converting with names="auto" (--names auto) '
             "first."
         )
-
-    def step(at: tuple[Affine, Affine]) -> AddProduct:
-        rows, columns = reversed(at) if swapped else at
-        return AddProduct(pair.a, pair.b, scaling, (rows, columns), reproducible)
-
-    return with_step(weight, step)
+    if len(weight.shape) == 2:
+        return with_step(weight, partial(product.step, part.expert or 0, part.row))
+    experts, *matrix = weight.shape
+    each = [reshape(cut(weight, 0, e, e + 1), tuple(matrix)) for e in range(experts)]
+    added = [with_step(m, partial(product.step, e, part.row)) for e, m in enumerate(each)]
+    return join([reshape(m, (1, *matrix)) for m in added], 0, weight.name)
 
 
 def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[str]) -> bool:
@@ -134,17 +220,6 @@ def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[s
             )
         return bool(settings.fan_in_fan_out)
     return fits[1]
-
-
-def _weight_of(pair: Adapter, kept: Mapping[str, Tensor], base: Catalog) -> str:
-    name = base_name(pair.weight, kept)
-    if name is None:
-        raise NotFoundError(
-            f"{pair.a.name} adapts {pair.weight}, and {base.root} has no such tensor among its "
-            f"{len(kept)}.{nearest(pair.weight, kept)} If these are adapters alone, give the base "
-            "model as the source and them as adapter=."
-        )
-    return name
 
 
 def _with_files(base: Catalog, adapter: Catalog | None) -> tuple[tuple[File, ...], int]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from ..catalog import Catalog, Tensor
 from ..errors import LayoutError
-from .adapters import base_name
+from .base_names import BaseNames
 from .settings import Settings
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
@@ -25,20 +25,24 @@ _APART = "Save the base with a head of its own first (tie_word_embeddings false)
 
 def saved_beside(
     others: Mapping[str, Tensor],
-    kept: Mapping[str, Tensor],
+    names: BaseNames,
     base: Catalog,
     settings: Settings,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """``others`` by the names that ``kept``, the tensors of ``base``, has for them.
+    """``others`` by the names that ``base`` has for them.
 
     Raises:
         LayoutError: one has another shape than the base's, is nobody's, or would change a tied
             head.
     """
     found: dict[str, Tensor] = {}
+    kept = names.known
+    is_copied = settings.keeps_ties and any(map(_EMBEDDING.search, others))
     for name, tensor in others.items():
-        own = base_name(name, kept) or name
+        own = names.find(name) or names.given(name)
+        if is_copied and own not in kept and _HEAD.search(own):
+            continue  # the embedding once more, which the tied head is
         _check_replaced(tensor, kept.get(own))
         found[own] = tensor
     is_tied = has_tied_head(kept, base)
@@ -63,21 +67,33 @@ def has_tied_head(kept: Mapping[str, Tensor], base: Catalog) -> bool:
     return base.model.tied_embeddings and not any(map(_HEAD.search, kept))
 
 
-def check_adapted(name: str, base: Catalog, notes: list[str]) -> None:
-    """Refuse a pair for a head that is tied to the embedding; tell of one for that embedding.
+def tied_to(
+    name: str, names: BaseNames, base: Catalog, settings: Settings, notes: list[str]
+) -> str | None:
+    """The embedding that the adapted head ``name`` is, where the two are tied; else None.
 
     Raises:
         LayoutError: it would change the embedding, or the head would not be what was trained.
     """
     is_head, is_embedding = _HEAD.search(name), _EMBEDDING.search(name)
     if not (is_head or is_embedding) or not has_tied_head(base.tensors, base):
-        return
-    if is_head:
+        return None
+    if is_embedding:
+        notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
+        return None
+    embeddings = [n for n in names.known if _EMBEDDING.search(n)]
+    if not settings.keeps_ties or len(embeddings) != 1:
         raise LayoutError(
             f"{name} is adapted, and the head of {base.root} is tied to its embedding, which would "
             f"so change with it. {_APART}."
         )
-    notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
+    notes.append(
+        f"{name} and {embeddings[0]} are one tensor with one adapter (ensure_weight_tying), which "
+        "is added for each of the two, so twice, as when PEFT merges; the model that was trained "
+        "has it once. For that, leave the head's out of the adapter first (jaxshard convert "
+        'ADAPTER ONCE --exclude "lm_head").'
+    )
+    return embeddings[0]
 
 
 def _check_embedding(found: Mapping[str, Tensor], base: Catalog) -> None:

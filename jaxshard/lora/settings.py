@@ -28,7 +28,6 @@ _MAX_BYTES = 1 << 22
 _MORE = (  # what a config may ask for that no product of two matrices is
     "use_dora",
     "lora_bias",
-    "target_parameters",
     "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
@@ -57,7 +56,10 @@ class Settings:
         given: alpha or scaling are the caller's.
         looked_in: the places that a config was looked for in.
         saved_modules: those that were trained whole (modules_to_save); None if nobody says.
-        keeps_ties: a head tied to an embedding that was trained whole was trained with it.
+        keeps_ties: a head that is tied to an adapted embedding was trained with it.
+        target_parameters: the ends of the names of parameters that are adapted, where PEFT was
+            asked for parameters and not for modules.
+        fan_is_given: fan_in_fan_out is the caller's.
     """
 
     alpha: float | None = None
@@ -73,6 +75,8 @@ class Settings:
     looked_in: tuple[str, ...] = ()
     saved_modules: tuple[str, ...] | None = None
     keeps_ties: bool = False
+    target_parameters: tuple[str, ...] = ()
+    fan_is_given: bool = False
 
     def with_given(
         self,
@@ -105,31 +109,39 @@ class Settings:
         if rank is not None:
             made = replace(made, rank=rank, rank_pattern={}, rank_from="rank= (--adapter-rank)")
         if fan_in_fan_out is not None:
-            made = replace(made, fan_in_fan_out=fan_in_fan_out)
+            made = replace(made, fan_in_fan_out=fan_in_fan_out, fan_is_given=True)
         return made
 
-    def scaling_of(self, adapter: Adapter) -> float:
+    def scaling_of(self, adapter: Adapter, name: str | None = None, experts: int = 1) -> float:
         """What the product of ``adapter`` is multiplied with.
+
+        Args:
+            adapter: the pair.
+            name: what patterns are about, if that is not the module: a parameter.
+            experts: how many experts share the pair.
 
         Raises:
             NotFoundError: nobody says alpha; the places that were looked in are listed.
             FormatError: the config says another rank than the adapter has.
             LayoutError: the caller does.
         """
-        rank = self._ranks.find(adapter.module, self.rank)
-        if rank is not None and rank != adapter.rank:
+        name = name or adapter.module
+        own = adapter.rank // experts
+        rank = self._ranks.find(name, self.rank)
+        if rank is not None and rank != own:
+            of = f" for each of {experts} experts" if experts > 1 else ""
             if self.rank_from:
                 raise LayoutError(
-                    f"{adapter.a.name}: shape {adapter.a.shape} has rank {adapter.rank}, and "
+                    f"{adapter.a.name}: shape {adapter.a.shape} has rank {own}{of}, and "
                     f"{self.rank_from} asks for {rank}. Leave it out, or fetch that adapter."
                 )
             raise FormatError(
-                f"{adapter.a.name}: shape {adapter.a.shape} has rank {adapter.rank}, but "
+                f"{adapter.a.name}: shape {adapter.a.shape} has rank {own}{of}, but "
                 f"{self.where} says {rank}. The adapter and its config do not belong together."
             )
         if self.scaling is not None:
             return self.scaling
-        alpha = self._alphas.find(adapter.module, self.alpha)
+        alpha = self._alphas.find(name, self.alpha)
         if alpha is None:
             raise NotFoundError(
                 f"{adapter.a.name}: its alpha is not known, and is not guessed. Looked for "
@@ -137,7 +149,7 @@ class Settings:
                 "trained with), or scaling= (alpha / rank); on the command line --alpha or "
                 "--scaling."
             )
-        return alpha / (sqrt(adapter.rank) if self.rslora else adapter.rank)
+        return alpha / (sqrt(own) if self.rslora else own)
 
     @cached_property
     def _ranks(self) -> ByPattern[int | None]:
@@ -202,6 +214,7 @@ def _read(path: Path) -> Settings:
         where=str(path),
         saved_modules=_saved_modules(said, kind, path),
         keeps_ties=said.get("ensure_weight_tying") is True,
+        target_parameters=_texts(said, "target_parameters", path),
     )
 
 
@@ -222,10 +235,15 @@ def _check_start(start: object, path: Path) -> None:
 def _saved_modules(said: Mapping[str, Any], kind: object, path: Path) -> tuple[str, ...] | None:
     if kind is None:
         return None  # MindFormers' config, which does not say
-    names = said.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise FormatError(f"{path}: modules_to_save is no list of names.")
+    names = _texts(said, "modules_to_save", path)
     return (*names, *_HEADS.get(str(said.get("task_type")), ()))
+
+
+def _texts(said: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    names = said.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise FormatError(f"{path}: {key} is no list of names.")
+    return tuple(names)
 
 
 def _number(said: Mapping[str, Any], key: str, path: Path) -> float:

@@ -173,7 +173,7 @@ def _added_at_once(
         return False
     plane = tuple(slice(None) if d in matrix else 0 for d in range(values.ndim))
     to, come = (x[plane] if row_dims < column_dims else x[plane].T for x in (done, values))
-    b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
+    b, a = _factors(step, known, rows, columns)
     b, scaling = _scaled_early(b, step.scaling)
     return native.add_product(to, come, b, a, scaling)
 
@@ -235,7 +235,7 @@ def _stepped(
         return values.astype(numpy_dtype(step.dtype)).astype(values.dtype)
     (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
     if isinstance(step, AddProduct):
-        b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
+        b, a = _factors(step, known, rows, columns)
         scaling = np.float32(step.scaling)
         if step.reproducible:
             table = _fused_product(b, a)
@@ -252,6 +252,15 @@ def _stepped(
         table = known[step.scale][_numbers(rows) // high][:, _numbers(columns) // wide]
         values *= _in_order(table, values.shape, (*row_dims, *column_dims))
     return values
+
+
+def _factors(
+    step: AddProduct, known: Values, rows: Indices, columns: Indices
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What of ``b`` and ``a`` the product of ``rows`` and ``columns`` is made of."""
+    b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
+    first, apart = step.columns
+    return (b if apart == 1 else np.ascontiguousarray(b[:, first::apart])), a
 
 
 def _scaled_early(b: NDArray[np.float32], scaling: float) -> tuple[NDArray[np.float32], np.float32]:

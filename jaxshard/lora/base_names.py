@@ -1,0 +1,223 @@
+"""Names of the base's tensors for what an adapter calls as it is called in memory.
+
+transformers renames tensors when it reads a checkpoint, and PEFT names modules as they are then:
+
+    in memory, and so in the adapter        in the files
+    model.language_model.layers.0.…         language_model.model.layers.0.…    LLaVA, Gemma 3
+                                            model.layers.0.…                   Qwen2.5-VL
+    model.layers.0.mlp.gate.weight          model.layers.0.block_sparse_moe.gate.weight
+
+These renamings are tried where a name is not there; a caller gives others. Names only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import product, takewhile
+
+from .. import mapping as mappings
+from ..catalog import Catalog, Tensor
+from ..errors import LayoutError, NotFoundError, some
+
+AdapterNames = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]
+
+_PREFIXES = ("model.", "transformer.", "base_model.")
+_PLACES = (  # (in memory, in files): transformers/conversion_mapping.py
+    ("model.language_model.", "language_model.model."),
+    ("model.language_model.", "language_model."),
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_model.", "vision_model."),
+    ("model.audio_tower.", "audio_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
+_INSIDE = (
+    (".mlp.", ".block_sparse_moe."),
+    (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),
+    (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
+    (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
+    (".mlp.experts.gate_up_proj", ".mlp.experts.fc1.weight"),
+    (".mlp.experts.down_proj", ".mlp.experts.fc2.weight"),
+)
+_BOTH_WAYS = {
+    "places": (*_PLACES, *((b, a) for a, b in _PLACES)),
+    "inside": (*_INSIDE, *((b, a) for a, b in _INSIDE)),
+}
+
+
+@dataclass
+class BaseNames:
+    """What the base calls the tensors that an adapter names.
+
+    Attributes:
+        known: the base's tensors by name.
+        root: the base's place, for errors.
+        given: the caller's renaming.
+        renamed: names that were found by a renaming of transformers: the adapter's, the base's.
+    """
+
+    known: Mapping[str, Tensor]
+    root: str
+    given: Callable[[str], str] = str
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def find(self, name: str) -> str | None:
+        """The base's name for ``name``; None if it has no such tensor.
+
+        Raises:
+            LayoutError: several renamings lead to a tensor.
+        """
+        given = self.given(name)
+        if given in self.known:
+            return given
+        plain = [n for n in _with_or_without_head(given) if n in self.known]
+        others = [n for n in _renamings(given) if n in self.known]
+        found = list(dict.fromkeys((*plain, *others)))
+        if len(found) > 1:
+            raise LayoutError(
+                f"{name} of the adapter may be any of {some(found)} of {self.root}. Give the "
+                f"right one with {argument(name, found[0])}."
+            )
+        if found and not plain:
+            self.renamed[name] = found[0]
+        return found[0] if found else None
+
+    def missing(self, what: str, names: Sequence[str]) -> NotFoundError:
+        """The error that what ``what`` adapts is in the base by none of ``names``."""
+        text = (
+            f"{what} adapts {names[0]}, and {self.root} has no such tensor among its "
+            f"{len(self.known)}."
+        )
+        close = _closest([self.given(n) for n in names], self.known)
+        if close is None:
+            return NotFoundError(
+                f"{text} Give the base model as the source and the adapters as adapter= "
+                '(--adapter), or other names with adapter_names={"NAME HERE": "NAME IN THE BASE"} '
+                "(--adapter-names)."
+            )
+        name, other = names[close[0]], close[1]
+        return NotFoundError(
+            f"{text} Did you mean {other}? Then give {argument(name, other)}; otherwise give the "
+            "base model that the adapter was trained on."
+        )
+
+    def notes(self) -> list[str]:
+        """What a person should know of names that were found by a renaming."""
+        if not self.renamed:
+            return []
+        first, *_ = self.renamed.items()
+        return [
+            f"{len(self.renamed)} names of the adapter are those that transformers gives in "
+            f"memory, and were found in the files under others ({first[0]} is {first[1]} …)."
+        ]
+
+
+def renaming(given: AdapterNames | None) -> Callable[[str], str]:
+    """The function of ``adapter_names``: a mapping's renamings, or ``FROM=TO,FROM=TO``.
+
+    Raises:
+        LayoutError: it does more than rename, or says nothing.
+    """
+    if given is None:
+        return str
+    made = _as_mapping(given)
+    other = [op for op in made.ops if not isinstance(op, mappings.Rename | mappings.Substitute)]
+    if other:
+        raise LayoutError(
+            f"adapter_names= (--adapter-names) does {other[0]}, and adapters can only be renamed. "
+            "Give a mapping of rename and substitute alone."
+        )
+    return lambda name: next(iter(_applied(made, name)))
+
+
+def _applied(made: mappings.Mapping, name: str) -> Iterable[str]:
+    result: Mapping[str, object] = {name: None}
+    for op in made.ops:
+        result = op.apply(dict(result), None)  # type: ignore[arg-type] # they look at names alone
+    return result
+
+
+def _as_mapping(given: AdapterNames) -> mappings.Mapping:
+    if isinstance(given, mappings.Mapping):
+        return given
+    if isinstance(given, Mapping):
+        return mappings.Mapping((mappings.Rename(tuple(given.items())),))
+    text = os.fspath(given)
+    if "=" in text and not os.path.exists(text):
+        pairs = [part.partition("=") for part in text.split(",")]
+        return mappings.Mapping((mappings.Rename(tuple((a, b) for a, _, b in pairs)),))
+    if not os.path.isfile(text):
+        raise LayoutError(
+            f"adapter_names= (--adapter-names) {text!r} is neither FROM=TO nor a TOML file of a "
+            'mapping. Give "model.language_model.{x*}=language_model.model.{x*}", say.'
+        )
+    return mappings.find_mapping(text, Catalog("", "", (), {}))
+
+
+def argument(name: str, other: str) -> str:
+    """The argument that has the adapter's ``name`` taken for the base's ``other``.
+
+    >>> argument("model.language_model.norm.weight", "language_model.model.norm.weight")[:62]
+    'adapter_names={"model.language_model.{x*}": "language_model.mo'
+    """
+    mine, theirs = name.split("."), other.split(".")
+    same = 0
+    while same < min(len(mine), len(theirs)) - 1 and mine[-1 - same] == theirs[-1 - same]:
+        same += 1
+    ends = [p[: len(p) - same] + (["{x*}"] if same else []) for p in (mine, theirs)]
+    numbers = [[p for p in end if p.isdigit()] for end in ends]
+    if numbers[0] == numbers[1] and len(numbers[0]) == 1:
+        ends = [["{layer}" if p.isdigit() else p for p in end] for end in ends]
+    a, b = (".".join(end) for end in ends)
+    return f'adapter_names={{"{a}": "{b}"}} (--adapter-names "{a}={b}")'
+
+
+def _with_or_without_head(name: str) -> Iterator[str]:
+    """Names of a model that may have been saved with or without the head."""
+    for prefix in _PREFIXES:
+        yield prefix + name
+        yield name.removeprefix(prefix)
+
+
+def _renamings(name: str) -> Iterator[str]:
+    """``name`` after one renaming of its place, one inside, or both."""
+    places = [name]
+    for a, b in _BOTH_WAYS["places"]:
+        if name.startswith(a):
+            places.append(b + name[len(a) :])
+        elif "." + a in name:  # thinker.model.…
+            places.append(name.replace("." + a, "." + b, 1))
+    for place, (a, b) in product(places, (("", ""), *_BOTH_WAYS["inside"])):
+        if a in place:
+            yield place.replace(a, b, 1) if a else place
+
+
+def _closest(names: Sequence[str], known: Iterable[str]) -> tuple[int, str] | None:
+    """The known name that ends as one of ``names`` for longest, or is spelt most like the first.
+
+    And the number of that one.
+    """
+    ends = [name.split(".")[::-1] for name in names]
+    best, which, alike = 1, 0, list[str]()
+    for other in known:
+        parts = other.split(".")[::-1]
+        for i, end in enumerate(ends):
+            count = sum(1 for _ in takewhile(_are_equal, zip(end, parts, strict=False)))
+            if count > best:
+                best, which, alike = count, i, []
+            if count == best > 1 and i == which:
+                alike.append(other)
+    offered = alike or list(known)
+    if len(alike) != 1:
+        offered = get_close_matches(names[which], offered, n=1)
+    return (which, offered[0]) if offered else None
+
+
+def _are_equal(pair: tuple[str, str]) -> bool:
+    return pair[0] == pair[1]
