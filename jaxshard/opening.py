@@ -15,6 +15,7 @@ from pathlib import Path
 from .catalog import Catalog, File
 from .errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, some
 from .formats import iteration_names, orbax_names, rank_names
+from .formats.folder import Folder
 from .layout import Layout
 from .storage.local import LocalFolder
 from .storage.staging import is_unfinished
@@ -185,16 +186,21 @@ def open_strategy(path: PathLike) -> Layout:
         FormatError: not strategy files.
         CoverageError: files of one stage contradict each other, or a stage is missing.
     """
-    from .formats import layout_file, strategy_files  # noqa: PLC0415
-
     folder = LocalFolder(path)
     try:
-        own = layout_file.find(folder)
-        if own is not None:
-            return layout_file.read(folder, own)
-        return strategy_files.layout(strategy_files.read(folder))
+        return strategy_of(folder)
     finally:
         folder.close()
+
+
+def strategy_of(folder: Folder) -> Layout:
+    """The layout of the strategy files in ``folder``; errors as ``open_strategy``."""
+    from .formats import layout_file, strategy_files  # noqa: PLC0415
+
+    own = layout_file.find(folder)
+    if own is not None:
+        return layout_file.read(folder, own)
+    return strategy_files.layout(strategy_files.read(folder))
 
 
 def strategy_place(where: Path, given: PathLike | None = None) -> Path | None:

@@ -14,7 +14,7 @@ from training_weights import SHAPES, SPECS
 
 from jaxshard.errors import StorageError
 from jaxshard.storage import shared_writing
-from jaxshard.training import CheckpointManager, across, committing
+from jaxshard.training import CheckpointManager, across, committing, places
 from jaxshard.training.places import Places, only_writer
 
 P = PartitionSpec
@@ -156,6 +156,7 @@ def _refused(index, out):
             across.write_share = plain
 
     def locked():  # by somebody else, whom process 0 alone meets
+        places.WAIT_S = 0.1
         hold = only_writer(Places.of(f"{out}/ranks")) if index == 0 else nullcontext()
         with hold:
             manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))

@@ -338,7 +338,8 @@ def test_a_removal_that_was_interrupted_is_finished_and_looks_complete_to_nobody
     ]
 
 
-def test_two_writers_are_refused(tmp_path):
+def test_two_writers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxshard.training.places.WAIT_S", 0.1)
     manager = _saved(tmp_path, range(1, 2))
     with only_writer(Places.of(tmp_path)), pytest.raises(StorageError, match="another writer"):
         manager.save(2, state_of(2))

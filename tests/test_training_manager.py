@@ -26,7 +26,7 @@ from training_states import SPECS, described, lies_as, mesh, same, state
 
 import jaxshard as js
 from jaxshard.errors import FormatError, LayoutError, NotFoundError, StorageError
-from jaxshard.training import CheckpointManager, resume_point, saving_steps
+from jaxshard.training import CheckpointManager, filling, resume_point, saving_steps
 from jaxshard.training.snapshots import Snapshot
 from jaxshard.training.states import Roles
 
@@ -644,3 +644,47 @@ def test_an_interrupted_save_is_gone_on_with_and_said(tmp_path, caplog):
 def test_a_config_that_is_none_is_refused_at_once(tmp_path):
     with pytest.raises(LayoutError, match=r"becomes config\.json"):
         CheckpointManager(tmp_path, config={"a": object()})
+
+
+# --- limits, and files that change, for what is restored to the host ------------------------------
+
+
+@pytest.mark.parametrize("option", ["workers", "host_bytes"])
+def test_no_threads_and_no_memory_are_refused_and_are_not_the_default(tmp_path, option):
+    with pytest.raises(LayoutError, match=r"at least 1|too few"):
+        _manager(tmp_path, **{option: 0})
+
+
+def test_host_bytes_limit_what_is_read_to_the_host_too(tmp_path, monkeypatch):
+    tree = {"params": {"w": np.ones(1 << 20, np.float32)}}
+    _manager(tmp_path).save(1, tree)
+    held = []
+    run = filling.run
+
+    def counted(*given, budget, **how):
+        held.append(budget.host_bytes)
+        return run(*given, budget=budget, **how)
+
+    monkeypatch.setattr(filling, "run", counted)
+    assert _manager(tmp_path, host_bytes=1 << 20).restore(tree).step == 1
+    assert held
+    assert max(held) <= 1 << 20
+
+
+def test_a_file_that_changes_while_it_is_read_to_the_host_is_not_believed(tmp_path, monkeypatch):
+    tree = {"params": {"w": np.ones(8, np.float32)}}
+    manager = _manager(tmp_path)
+    manager.save(1, tree)
+    manager.save(2, tree)
+    run, path = filling.run, tmp_path / "checkpoint/rank_0/llama_rank_0-1_2.safetensors"
+    data = path.read_bytes()
+
+    def changed_meanwhile(*given, **how):
+        counts = run(*given, **how)
+        path.write_bytes(data)
+        return counts
+
+    monkeypatch.setattr(filling, "run", changed_meanwhile)
+    found = manager.restore(tree)
+    assert (found.step, found.passed_over[0][0]) == (1, "1_2")
+    assert "changed while being read" in found.passed_over[0][1]

@@ -84,6 +84,21 @@ def fit_budget(host_bytes: int, workers: int, block_bytes: int = BLOCK_BYTES) ->
     return Budget(workers, block, tile)
 
 
+def budget_for(
+    host_bytes: int | None, workers: int | None, block_bytes: int = BLOCK_BYTES
+) -> Budget:
+    """The budget for what a caller gave: None is the default, and 0 is an error.
+
+    Raises:
+        LayoutError: as ``fit_budget``.
+    """
+    return fit_budget(
+        default_budget() if host_bytes is None else host_bytes,
+        default_workers() if workers is None else workers,
+        block_bytes,
+    )
+
+
 def default_budget() -> int:
     """The default of ``host_bytes``: 256 MiB, or a sixteenth of a smaller machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

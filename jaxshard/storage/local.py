@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +34,15 @@ _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class LocalFolder:
-    """A folder on a disk of this machine, or one file alone, as a format sees it."""
+    """A folder on a disk of this machine, or one file alone, as a format sees it.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Args:
+        path: the folder or the file.
+        names: the files in it that count; by default all that are there. The folder is not listed
+            then, so it does not matter what other processes add and remove there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], names: Iterable[str] | None = None) -> None:
         at = Path(path)
         try:
             is_folder = stat.S_ISDIR(at.stat().st_mode)
@@ -46,6 +52,7 @@ class LocalFolder:
             raise StorageError(f"{at} cannot be read: {error.strerror}.") from error
         self._only = None if is_folder else at.name
         self._base = at if at.is_dir() else at.parent
+        self._names = None if names is None else sorted(names)
         self._files: Mapping[str, File] | None = None
         self._not_followed: tuple[str, ...] = ()
         self._handles = Handles(self._base)
@@ -61,9 +68,18 @@ class LocalFolder:
         Links to files are followed, those to folders only where they stay in this one.
         """
         if self._files is None:
-            names = [self._only] if self._only else self._walked()
-            self._files = {n: _settled(self._base, n) for n in names}
+            self._files = dict(self._listed())
         return self._files
+
+    def _listed(self) -> Iterator[tuple[str, File]]:
+        names = [self._only] if self._only else self._names
+        for name in self._walked() if names is None else names:
+            try:
+                yield name, _settled(self._base, name)
+            except NotFoundError:
+                if names is not None:
+                    raise
+                # it was listed, and has gone since: it is no file of this folder
 
     @property
     def not_followed(self) -> tuple[str, ...]:
@@ -129,6 +145,8 @@ def _is_below(path: str, root: str) -> bool:
 def _stat(base: Path, name: str) -> File:
     try:
         info = (base / name).stat()
+    except FileNotFoundError:
+        raise NotFoundError(f"{base / name} is missing.") from None
     except OSError as error:
         raise StorageError(f"{base / name} cannot be read: {error.strerror}.") from error
     return version_of(name, info)

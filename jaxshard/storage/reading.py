@@ -44,7 +44,8 @@ class SourceFiles:
     def __init__(self, catalog: Catalog) -> None:
         self._files = catalog.files
         self._by_mindspore = catalog.metadata.get("format") == "ms"
-        self._folder = LocalFolder(catalog.root)
+        inside = [file.path for file in catalog.files if not os.path.isabs(file.path)]
+        self._folder = LocalFolder(catalog.root, inside)
         self._versions = Versions(catalog.root, catalog.files)
         self._handles = Handles(Path(catalog.root), opened=self._versions.opened)
         # a file's readahead is each descriptor's own; one file is fetched ahead at a time

@@ -65,7 +65,7 @@ def _common(catalog: Catalog) -> dict[str, Any]:
     found = [path for path in catalog.extras if PurePosixPath(path).name == COMMON]
     if not found:
         return {}
-    folder = LocalFolder(catalog.root)
+    folder = LocalFolder(catalog.root, found[:1])
     try:
         size = folder.files()[found[0]].num_bytes
         where = f"{catalog.root}/{found[0]}"

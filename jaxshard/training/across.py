@@ -21,7 +21,7 @@ from ..multiprocess.barriers import Processes
 from ..multiprocess.splitting import cut_evenly
 from ..saving.shares import lay_out, write_share
 from ..saving.sharing import check_shares, owners, share
-from ..storage.budget import LENT_BLOCK_BYTES, Counts, default_budget, default_workers, fit_budget
+from ..storage.budget import LENT_BLOCK_BYTES, Counts, budget_for
 from ..storage.checksums import BEST, FileSums, Gathered
 from ..storage.shared_writing import bring_in, check_alike, shared_folder, token_of, wait_for
 from ..storage.staging import Staging, staging_folder
@@ -158,11 +158,7 @@ class _Work:
             owner = owners(snapshot.arrays)
             pieces = ((t.name, p) for t in snapshot.catalog.tensors.values() for p in t.pieces)
             writes = {p.file: owner.of_box[name, p.box] for name, p in pieces}
-            budget = fit_budget(
-                job.host_bytes or default_budget(),
-                job.workers or default_workers(),
-                LENT_BLOCK_BYTES,
-            )
+            budget = budget_for(job.host_bytes, job.workers, LENT_BLOCK_BYTES)
             counts = Counts()
             for part in self.parts:
                 counts += write_share(
@@ -184,9 +180,8 @@ class _Work:
         """The sums of the files that fall to this process; process 0 finds those of all."""
         here = self._processes.index
         with self._processes.together(_SUM) as meeting:
-            found, meeting.says = _sums(
-                self.folder, self._paths(), self._job.workers or default_workers()
-            )
+            budget = budget_for(self._job.host_bytes, self._job.workers)
+            found, meeting.says = _sums(self.folder, self._paths(), budget.workers)
             if here:
                 _leave(self.place(here), found)
         _check_sums(meeting.heard)

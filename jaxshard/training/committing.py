@@ -13,16 +13,30 @@ Whoever calls holds the directory (``places.only_writer``).
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FormatError, StorageError
 from . import naming, records
 from .naming import StepName
-from .places import Places, check_units, replace_file, sync_folder
+from .places import (
+    Places,
+    Unreadable,
+    check_units,
+    names_in,
+    read_record,
+    replace_file,
+    sync_folder,
+)
 from .records import MOVING, REMOVED, WHOLE, Record
+
+REMOVED_FOLDER = "removed"
+_SCRATCH = re.compile(  # of files that were being written
+    rf"\.((_\d+-)?\d+_\d+({MOVING}|{WHOLE})|{records.STRATEGY.pattern})\.new"
+)
 
 
 def commit(places: Places, record: Record, *, durable: bool) -> None:
@@ -40,7 +54,7 @@ def commit(places: Places, record: Record, *, durable: bool) -> None:
 
 def is_on_disk(places: Places, step: StepName) -> bool:
     """Whether all of ``step`` is on the disk and waits to be put in place."""
-    return places.record(step, MOVING).exists()
+    return places.record(step, MOVING).is_file()
 
 
 def remove(places: Places, record: Record) -> None:
@@ -65,13 +79,12 @@ def recover(places: Places, *, durable: bool = True) -> list[str]:
     """
     done: list[str] = []
     try:
-        for path in sorted(places.own.glob(f"*{MOVING}")):
-            _go_on(places, path, done, durable=durable)
-        for path in sorted(places.own.glob(f"*{REMOVED}")):
-            _go_on_removing(places, path, done)
+        for step in names_in(places, MOVING):
+            _go_on(places, step, done, durable=durable)
+        for step in names_in(places, REMOVED):
+            _go_on_removing(places, step, done)
         for path in _leftovers(places):
-            _remove(path)
-            done.append(f"{path.name.lstrip('.')} was never finished, and is cleared away.")
+            done.append(_cleared(path))
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -81,35 +94,46 @@ def recover(places: Places, *, durable: bool = True) -> list[str]:
 
 def is_interrupted(places: Places) -> bool:
     """Whether there is something to ``recover``."""
-    found = (places.own.glob(f"*{state}") for state in (MOVING, REMOVED))
-    return any(any(paths) for paths in found) or any(_leftovers(places))
+    found = any(names_in(places, state) for state in (MOVING, REMOVED))
+    return found or any(_leftovers(places))
 
 
-def _go_on(places: Places, path: Path, done: list[str], *, durable: bool) -> None:
-    step = naming.parse_step(path.stem)
+def _go_on(places: Places, step: StepName, done: list[str], *, durable: bool) -> None:
     try:
-        record = records.from_bytes(path.read_bytes(), str(path))
-        if record.step != step:
-            raise FormatError(f"{path} is the record of step {record.step}.")
+        record = read_record(places, step, MOVING)
         check_units(places, record.units)
-        check_units(places, record.units, places.staging(record.step))
+        check_units(places, record.units, places.staging(step))
         _put_in_place(places, record, durable=durable)
-    except FormatError:
-        path.unlink()  # it was cut off by a power failure, before anything was moved
+    except Unreadable as error:
+        done.append(f"step {step} was being put in place, and stays as it is: {error}")
         return
-    done.append(f"step {record.step} was on the disk and is now in place.")
+    except FormatError:
+        # it was cut off by a power failure, before anything was moved
+        places.record(step, MOVING).unlink()
+        return
+    done.append(f"step {step} was on the disk and is now in place.")
 
 
-def _go_on_removing(places: Places, path: Path, done: list[str]) -> None:
+def _go_on_removing(places: Places, step: StepName, done: list[str]) -> None:
     try:
-        record = records.from_bytes(path.read_bytes(), str(path))
+        record = read_record(places, step, REMOVED)
     except FormatError as error:
         # which files are the rest is not known; without a record they would pass for a step
-        done.append(f"step {path.stem} was being removed, and the rest of it stays: {error}")
+        done.append(f"step {step} was being removed, and the rest of it stays: {error}")
         return
     check_units(places, record.units)
     _delete(places, record)
-    done.append(f"step {path.stem} was being removed; the rest of it is gone.")
+    done.append(f"step {step} was being removed; the rest of it is gone.")
+
+
+def _cleared(path: Path) -> str:
+    """Remove ``path``, which nothing needs; what came of it."""
+    name = path.name.lstrip(".")
+    try:
+        _remove(path)
+    except OSError as error:  # a reader on NFS has a file of it open: no reason not to save
+        return f"{name} was never finished, and cannot be cleared away yet: {error.strerror}."
+    return f"{name} was never finished, and is cleared away."
 
 
 def _put_in_place(places: Places, record: Record, *, durable: bool) -> None:
@@ -137,9 +161,8 @@ def _put_in_place(places: Places, record: Record, *, durable: bool) -> None:
 
 def _replaced(places: Places, record: Record) -> list[str]:
     """What an earlier save of the same step had and this one has not: files of more ranks."""
-    path = places.record(record.step)
     with suppress(FormatError, FileNotFoundError, StorageError):
-        before = records.from_bytes(path.read_bytes(), str(path))
+        before = read_record(places, record.step)
         check_units(places, before.units)
         return [unit for unit in before.units if unit not in record.units]
     return []
@@ -163,7 +186,7 @@ def _delete_units(places: Places, units: Iterable[str]) -> None:
 
 def _set_aside(places: Places, folder: Path) -> Path:
     """Take ``folder`` away in one step; where it is now, to be deleted at leisure."""
-    aside = places.own / "removed" / folder.name
+    aside = places.own / REMOVED_FOLDER / folder.name
     aside.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(aside):
         _remove(aside)
@@ -173,27 +196,51 @@ def _set_aside(places: Places, folder: Path) -> Path:
 
 def drop_unused_strategies(places: Places) -> None:
     """Delete the strategy files of layouts that no step has any more."""
-    folders = sorted(places.own.glob("strategy-*"))
-    if len(folders) < 2:
+    kept = sorted(filter(records.STRATEGY.fullmatch, os.listdir(places.own)))
+    if len(kept) < 2:
         return
     used = set()
-    for path in places.own.glob(f"*{WHOLE}"):
-        with suppress(FormatError, OSError):
-            used.add(records.from_bytes(path.read_bytes(), str(path)).strategy)
-    for folder in folders:
-        if f"{records.FOLDER}/{folder.name}" not in used:
-            shutil.rmtree(folder, ignore_errors=True)
+    for state in (WHOLE, MOVING):
+        for step in names_in(places, state):
+            try:
+                used.add(read_record(places, step, state).strategy)
+            except FileNotFoundError:
+                continue
+            except FormatError:
+                return  # which strategy it needs is not known
+    for name in kept:
+        if f"{records.FOLDER}/{name}" not in used:
+            _drop_strategy(places.own / name)
 
 
-def _leftovers(places: Places) -> Iterable[Path]:
-    moving = {path.stem for path in places.own.glob(f"*{MOVING}")}
-    for path in places.own.glob("*.saving"):
-        if path.stem not in moving:
-            yield path
-    yield from places.own.glob(".*.saving.partial")
-    yield from places.own.glob(".*.new")
-    removed = places.own / "removed"
-    yield from [removed] if removed.is_symlink() else removed.glob("*")
+def _drop_strategy(folder: Path) -> None:
+    """Delete our files in ``folder``, and ``folder`` unless foreign files lie in it."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if records.is_strategy_file(name.removeprefix(".").removesuffix(".new")):
+                (folder / name).unlink()
+        folder.rmdir()
+
+
+def _leftovers(places: Places) -> Iterator[Path]:
+    moving = set(names_in(places, MOVING))
+    for step in names_in(places, ".saving"):
+        if step not in moving:
+            yield places.staging(step)
+    for name in sorted(os.listdir(places.own)):
+        staged = naming.parse_step(name.removeprefix(".").removesuffix(".saving.partial"))
+        if _SCRATCH.fullmatch(name) or (staged and name == f".{staged}.saving.partial"):
+            yield places.own / name
+    removed = places.own / REMOVED_FOLDER
+    if removed.is_symlink():
+        yield removed
+    elif removed.is_dir():
+        yield from (removed / n for n in sorted(os.listdir(removed)) if _was_a_step(n))
+
+
+def _was_a_step(name: str) -> bool:
+    """Whether a folder of that name is one that is set aside when a step goes."""
+    return naming.parse_iteration(name) is not None or naming.parse_folder(name) is not None
 
 
 def _remove(path: Path) -> None:
@@ -201,9 +248,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def names_in(places: Places, state: str) -> list[StepName]:
-    """The steps that have a record in ``state``."""
-    found = (naming.parse_step(path.stem) for path in places.own.glob(f"*{state}"))
-    return sorted(step for step in found if step)

@@ -27,7 +27,7 @@ from ..loading.placing import keeping_64_bits
 from ..planning.moves import Move, move_into
 from ..random_keys import is_key, keys_of
 from ..selection import groups
-from ..storage.budget import default_budget, default_workers, fit_budget
+from ..storage.budget import budget_for, default_budget
 from ..storage.engine import run
 from ..storage.sources import open_source
 from ..strategy import Strategy
@@ -40,7 +40,7 @@ from .laying import (
     roles_by_name,
     struct_of,
 )
-from .states import Leaf, Role, Roles, is_optimizer_name, take_apart
+from .states import Leaf, Role, Roles, State, is_optimizer_name, take_apart
 
 Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
 
@@ -76,52 +76,81 @@ class Where:
     host_bytes: int | None = None
 
 
-def fill(catalog: Catalog, target: Any, where: Where, parts: Parts = "all") -> Any:
-    """``target`` with its leaves as they are in ``catalog``.
+@dataclass(frozen=True)
+class Filling:
+    """What is to be read into a target, whose request is known to be right.
+
+    Attributes:
+        structs: what is loaded onto devices, and where it lies.
+        state: the target taken apart; None for arrays by name.
+        found: the leaves that the step has.
+    """
+
+    catalog: Catalog
+    where: Where
+    structs: Mapping[str, jax.ShapeDtypeStruct]
+    state: State | None = None
+    found: Sequence[Leaf] = ()
+
+    def read(self) -> Any:
+        """The target with its leaves as they are in the catalog, or arrays by name.
+
+        Raises:
+            LayoutError: the target does not fit the devices.
+            NotFoundError: a file is missing.
+            FormatError, CoverageError, StorageError: as ``load``.
+        """
+        catalog, where = self.catalog, self.where
+        if self.state is None:
+            return dict(_on_devices(catalog, self.structs, where))
+        ours = [leaf.name for leaf in self.found if is_on_devices(leaf)]
+        arrays = {
+            **_on_devices(catalog, self.structs, where),
+            **_loose(catalog, [name for name in ours if name not in self.structs], where),
+        }
+        others = [leaf.name for leaf in self.found if not is_on_devices(leaf)]
+        values = _on_host(catalog, others, where)
+        names = {leaf.name for leaf in self.found}
+        return self.state.build(
+            [
+                _as_was(leaf, arrays.get(leaf.name), values.get(leaf.name))
+                if leaf.name in names
+                else leaf.value
+                for leaf in self.state.leaves
+            ]
+        )
+
+
+def filling(catalog: Catalog, target: Any, where: Where, parts: Parts = "all") -> Filling:
+    """How the leaves of ``target`` are filled from ``catalog``; nothing is read yet.
 
     Raises:
         NotFoundError: names are missing on either side.
         LayoutError: shapes or dtypes differ, or the target does not fit the devices.
-        FormatError, CoverageError, StorageError: as ``load``.
     """
     one_of("parts", parts, get_args(Parts))
     if isinstance(target, str | Strategy):
-        return _by_name(catalog, target, where, parts)
+        return Filling(catalog, where, _by_name(catalog, target, where, parts))
     state = take_apart(target, where.roles, where.rename)
     wanted = [leaf for leaf in state.leaves if leaf.role in _ROLES[parts]]
     found = _check(catalog, wanted, where.strict, parts)
     ours = [leaf for leaf in found if is_on_devices(leaf)]
     structs = placed(catalog, ours, where.strategy, where.rules, where.devices)
-    arrays = {
-        **_on_devices(catalog, structs, where),
-        **_loose(catalog, [leaf.name for leaf in ours if leaf.name not in structs], where),
-    }
-    others = [leaf.name for leaf in found if not is_on_devices(leaf)]
-    values = _on_host(catalog, others, where.workers)
-    names = {leaf.name for leaf in found}
-    return state.build(
-        [
-            _as_was(leaf, arrays.get(leaf.name), values.get(leaf.name))
-            if leaf.name in names
-            else leaf.value
-            for leaf in state.leaves
-        ]
-    )
+    return Filling(catalog, where, structs, state, found)
 
 
 def _by_name(
     catalog: Catalog, strategy: str | Strategy, where: Where, parts: Parts
-) -> dict[str, jax.Array]:
-    """The tensors of ``parts`` as arrays by name."""
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The tensors of ``parts`` by name, and where they lie."""
     roles = roles_by_name(catalog)
     like = likes_by_name(catalog)
     lies = by_strategy(catalog, like, strategy, where.rules, where.devices)
-    structs = {
+    return {
         name: jax.ShapeDtypeStruct(t.shape, numpy_dtype(t.dtype), sharding=lies[name])
         for name, t in catalog.tensors.items()
         if roles[name] in _ROLES[parts]
     }
-    return dict(_on_devices(catalog, structs, where))
 
 
 def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> list[Leaf]:
@@ -189,8 +218,9 @@ def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, ja
     """
     found = {}
     sizes = {name: catalog.tensors[name].num_bytes for name in names}
-    for batch in groups(sizes, where.host_bytes or default_budget()):
-        values = _on_host(catalog, batch, where.workers, allocate=aligned_empty)
+    in_flight = default_budget() if where.host_bytes is None else where.host_bytes
+    for batch in groups(sizes, in_flight):
+        values = _on_host(catalog, batch, where, allocate=aligned_empty)
         for name, value in values.items():
             with keeping_64_bits(value.itemsize):
                 found[name] = jax.device_put(value)
@@ -205,7 +235,7 @@ def _empty(num_bytes: int) -> Bytes:
 def _on_host(
     catalog: Catalog,
     names: Sequence[str],
-    workers: int | None,
+    where: Where,
     allocate: Callable[[int], Bytes] = _empty,
 ) -> dict[str, NDArray[np.generic]]:
     """Whole tensors in memory of their own."""
@@ -220,11 +250,12 @@ def _on_host(
 
     moves = [move_into(t, {Box.whole(t.shape): (0,)}) for t in tensors if t.num_bytes]
     large = sum(t.num_bytes for t in tensors) > _LARGE_BYTES
-    budget = fit_budget(default_budget(), (workers or default_workers()) if large else 1)
+    budget = budget_for(where.host_bytes, where.workers if large else 1)
     files = open_source(catalog)
     try:
         files.check_checksums(piece.file for tensor in tensors for piece in tensor.pieces)
         run(moves, files.read, write, budget=budget)
+        files.check_unchanged()
     finally:
         files.close()
     return {t.name: out[t.name].view(numpy_dtype(t.dtype)).reshape(t.shape) for t in tensors}

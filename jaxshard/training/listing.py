@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .examining import examine
+from .examining import examine_all
 from .places import Places
 from .steps import Step, find_steps
 
@@ -48,8 +48,7 @@ def examined(
     Raises:
         LayoutError: no package here computes the checksums.
     """
-    places = Places.of(path)
-    return [examine(places, s, deep=deep, workers=workers, progress=progress) for s in steps]
+    return examine_all(Places.of(path), steps, deep=deep, workers=workers, progress=progress)
 
 
 def rows(steps: Iterable[Step], size: Callable[[float], str], now: float) -> list[list[str]]:

@@ -27,6 +27,7 @@ from .. import rules as family_rules
 from ..errors import LayoutError, StorageError
 from ..layout import Layout
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S
+from ..storage.budget import budget_for
 from ..strategy import Strategy
 from ..targets.folders import check_config
 from . import naming, records
@@ -37,7 +38,7 @@ from .checks import one_of, optional, real, whole
 from .committing import is_on_disk
 from .company import Company
 from .composing import Recipe
-from .examining import examine
+from .examining import examine_all, newest_good
 from .filling import Parts, Where
 from .lineage import Line
 from .naming import StepName
@@ -46,7 +47,7 @@ from .restoring import Restored, restore, tidied, true_number
 from .saving_steps import Job, Keeping, save_step
 from .snapshots import How
 from .states import Roles
-from .steps import Step, find_steps, of_one_job
+from .steps import Step, find_steps
 
 Format = Literal["ranks", "iteration", "huggingface", "orbax"]
 FORMATS: tuple[Format, ...] = ("ranks", "iteration", "huggingface", "orbax")
@@ -140,6 +141,7 @@ class CheckpointManager:
         check_config(config)
         one_of("snapshot", snapshot, get_args(How))
         one_of("on_storage_error", on_storage_error, ("raise", "warn"))
+        budget_for(host_bytes, workers)  # refused now, and not in the background
         keep_max, keep_every = whole("keep_max", keep_max), whole("keep_every", keep_every)
         save_every_steps = whole("save_every_steps", save_every_steps)
         if keep_max < 0 or keep_every < 0:
@@ -360,15 +362,12 @@ class CheckpointManager:
         The last is restored first; what a run left behind by going back comes before the rest.
         """
         found = find_steps(self._places)
-        return [examine(self._places, s, deep=deep, workers=self._recipe.workers) for s in found]
+        return examine_all(self._places, found, deep=deep, workers=self._recipe.workers)
 
     def latest_step(self) -> int | None:
         """The number of the newest good step, by what is there; None if there is none."""
-        for step in reversed(of_one_job(find_steps(self._places), self._recipe.prefix)):
-            found = examine(self._places, step)
-            if found.state == "complete":
-                return true_number(self._places, found) or found.global_step
-        return None
+        found = newest_good(self._places, self._recipe.prefix)
+        return (true_number(self._places, found) or found.global_step) if found else None
 
     # --- how a save is put together ------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Naming: steps, files and folders, as MindFormers calls them.
 
     output/checkpoint/rank_0/llama_rank_0-1_10.safetensors      epoch 1, step 10 in it
+    output/checkpoint/rank_0/llama_rank_0_1-1_10.safetensors    the same of a second job
     output/checkpoint/rank_0/meta.json                          the newest of this rank
     output/checkpoint_network/rank_0/llama_rank_0-network-1_10.safetensors
     output/checkpoint_trainable/rank_0/llama_rank_0-trainable_params-1_10.safetensors
@@ -18,7 +19,7 @@ import json
 import operator
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import LayoutError
 
@@ -28,7 +29,10 @@ META = "meta.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 _KIND = {CHECKPOINT: "", NETWORK: "-network", TRAINABLE: "-trainable_params"}
-_STEP = re.compile(r"(\d{1,18})_(\d{1,18})")
+_STEP = re.compile(r"(?:_(?P<task>\d{1,9})-)?(?P<epoch>\d{1,18})_(?P<step>\d{1,18})")
+_STEM = re.compile(
+    r".+?_rank_\d{1,7}(?:_(?P<task>\d{1,9}))?(?:-[a-z_]+)?-(?P<step>\d{1,18}_\d{1,18})"
+)
 _FILE = re.compile(
     r"rank_(?P<folder>\d{1,7})/(?P<prefix>.+?)_rank_(?P<rank>\d{1,7})(?P<task>_\d{1,9})?"
     r"(?P<kind>-network|-trainable_params)?-(?P<step>\d{1,18}_\d{1,18})"
@@ -43,15 +47,23 @@ _PREFIX = re.compile(r"[^/\0.][^/\0]*")
 class StepName:
     """An epoch and a step in it; they sort in the order of training.
 
-    >>> str(StepName(1, 10)), StepName(1, 10) < StepName(2, 1)
+    Attributes:
+        task: which of several jobs of one prefix saved it: MindSpore adds a number where files
+            of that prefix are there already.
+
+    >>> str(StepName(1, 10)), StepName(1, 10) < StepName(1, 10, task=2) < StepName(2, 1)
     ('1_10', True)
+    >>> str(StepName(1, 10, task=2))
+    '_2-1_10'
     """
 
     epoch: int
     step: int
+    task: int = 0
 
     def __str__(self) -> str:
-        return f"{self.epoch}_{self.step}"
+        plain = f"{self.epoch}_{self.step}"
+        return f"_{self.task}-{plain}" if self.task else plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +89,8 @@ def step_name(global_step: int, steps_per_epoch: int | None = None) -> StepName:
     Raises:
         LayoutError: no such step.
 
-    >>> step_name(10, steps_per_epoch=10), step_name(11, steps_per_epoch=10)
-    (StepName(epoch=1, step=10), StepName(epoch=2, step=1))
+    >>> [str(step_name(number, steps_per_epoch=10)) for number in (10, 11)]
+    ['1_10', '2_1']
     """
     if global_step < 1 or (steps_per_epoch is not None and steps_per_epoch < 1):
         raise LayoutError(
@@ -91,13 +103,15 @@ def step_name(global_step: int, steps_per_epoch: int | None = None) -> StepName:
 
 
 def parse_step(text: str) -> StepName | None:
-    """The step written ``1_10``, or None.
+    """The step written ``1_10``, or ``_2-1_10`` of a third job, or None.
 
-    >>> parse_step("1_10")
-    StepName(epoch=1, step=10)
+    >>> parse_step("_2-1_10")
+    StepName(epoch=1, step=10, task=2)
     """
     match = _STEP.fullmatch(text)
-    return StepName(int(match[1]), int(match[2])) if match else None
+    if not match:
+        return None
+    return StepName(int(match["epoch"]), int(match["step"]), int(match["task"] or 0))
 
 
 def check_prefix(prefix: str) -> None:
@@ -115,10 +129,12 @@ def check_prefix(prefix: str) -> None:
 def rank_file(prefix: str, rank: int, step: StepName, kind: str = CHECKPOINT) -> str:
     """Where a rank's file lies below the folder of its ``kind``.
 
-    >>> rank_file("llama", 3, StepName(1, 10))
-    'rank_3/llama_rank_3-1_10.safetensors'
+    >>> rank_file("llama", 3, StepName(1, 10)), rank_file("llama", 3, StepName(1, 10, task=1))
+    ('rank_3/llama_rank_3-1_10.safetensors', 'rank_3/llama_rank_3_1-1_10.safetensors')
     """
-    return f"rank_{rank}/{prefix}_rank_{rank}{_KIND[kind]}-{step}.safetensors"
+    task = f"_{step.task}" if step.task else ""
+    name = f"{prefix}_rank_{rank}{task}{_KIND[kind]}-{step.epoch}_{step.step}.safetensors"
+    return f"rank_{rank}/{name}"
 
 
 def parse_rank_file(path: str, kind: str = CHECKPOINT) -> RankFile | None:
@@ -174,7 +190,7 @@ def parse_folder(name: str) -> tuple[str, StepName] | None:
     """The prefix and the step of such a folder, or None.
 
     >>> parse_folder("llama-1_10")
-    ('llama', StepName(epoch=1, step=10))
+    ('llama', StepName(epoch=1, step=10, task=0))
     """
     match = _FOLDER.fullmatch(name)
     step = parse_step(match["step"]) if match else None
@@ -187,8 +203,8 @@ def parse_wish(wish: object) -> StepName | int | None:
     Raises:
         LayoutError: it names no step.
 
-    >>> parse_wish("llama_rank_0-1_10"), parse_wish("iteration_00000010"), parse_wish(7)
-    (StepName(epoch=1, step=10), 10, 7)
+    >>> parse_wish("llama_rank_0_2-1_10"), parse_wish("iteration_00000010"), parse_wish(7)
+    (StepName(epoch=1, step=10, task=2), 10, 7)
     """
     if wish is None or isinstance(wish, StepName):
         return wish
@@ -201,6 +217,9 @@ def parse_wish(wish: object) -> StepName | int | None:
         found = iteration if iteration is not None else parse_step(text)
         if found is not None:
             return found
+        if stem := _STEM.fullmatch(text):
+            step = parse_step(stem["step"])
+            return step and replace(step, task=int(stem["task"] or 0))
         if folder := parse_folder(text):
             return folder[1]
         if text.isdecimal():

@@ -14,14 +14,14 @@ from pathlib import Path
 from ..catalog import Catalog, File
 from ..errors import CoverageError, FormatError, NotFoundError
 from ..formats import huggingface, rank_files
-from ..formats.folder import Folder
+from ..formats.folder import Folder, MemoryFolder
 from ..layout import Layout
-from ..opening import open_checkpoint, open_strategy
+from ..opening import open_checkpoint, open_strategy, strategy_of
 from ..selection import refuse_lost
 from ..storage.local import LocalFolder
 from . import naming
 from .places import Places
-from .records import Record, strategy_folder
+from .records import Record, is_strategy_file, kept_strategy
 
 STATE_FOLDER = "training_state"  # in a complete checkpoint: all that is no weight
 
@@ -83,24 +83,24 @@ def open_step(
 
 
 def _open_ranks(places: Places, record: Record | None, paths: tuple[str, ...]) -> Catalog:
-    layout = _layout(places, record)
+    layout = _layout(places, record, len(paths))
     if record and layout.num_ranks != len(paths):
         raise CoverageError(
             f"step {record.step} has {len(paths)} rank files, but its strategy is one of "
             f"{layout.num_ranks} ranks."
         )
-    folder = LocalFolder(places.steps)
+    folder = LocalFolder(places.steps, paths)  # other steps' files may be on their way
     try:
-        catalog = rank_files.read(Chosen(folder, paths), layout)
+        catalog = rank_files.read(folder, layout)
     finally:
         folder.close()
     refuse_lost(catalog)  # a step that lacks a stage is incomplete
     return catalog
 
 
-def _layout(places: Places, record: Record | None) -> Layout:
+def _layout(places: Places, record: Record | None, num_ranks: int) -> Layout:
     if record and record.strategy:
-        return open_strategy(_kept_strategy(places, record.strategy))
+        return strategy_of(_kept_strategy(places, record.strategy, num_ranks))
     for place in places.strategies:
         if place.is_dir():
             return open_strategy(place)
@@ -110,19 +110,21 @@ def _layout(places: Places, record: Record | None) -> Layout:
     )
 
 
-def _kept_strategy(places: Places, kept: str) -> Path:
-    """A folder with the strategy files that a step was saved with, as they were.
+def _kept_strategy(places: Places, kept: str, num_ranks: int) -> Folder:
+    """The strategy files that a step was saved with, as they were.
 
     They are kept by content, so what is damaged is known; and the newest layout's files lie
-    in the open as well.
+    in the open as well. Foreign files in both folders are ignored.
     """
     for place in (places.root / kept, places.root / naming.STRATEGY):
         try:
-            held = {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()}
+            names = [p for p in place.iterdir() if is_strategy_file(p.name) and p.is_file()]
+            held = {path.name: path.read_bytes() for path in names}
         except OSError:
             continue
-        if strategy_folder(held) == kept:
-            return place
+        files = kept_strategy(held, kept, num_ranks)
+        if files is not None:
+            return MemoryFolder(files, str(place))
     raise FormatError(
         f"the strategy files of {kept} are missing or damaged, so nothing says for certain which "
         "part of a tensor each rank holds."

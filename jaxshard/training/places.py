@@ -6,7 +6,8 @@
     output/.jaxshard/strategy-5e1f…/          who held what, one folder for each layout
     output/.jaxshard/removed/                 what is being deleted
 
-The folder of our own is hidden, and every reader passes it by.
+The folder of our own is hidden, and every reader passes it by. What else lies in it is not ours:
+it is neither read nor removed.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import StorageError
+from ..errors import FormatError, StorageError
 from ..storage.fs import fsync_dir, write_file_atomic
 from . import naming, records
 from .naming import StepName
+from .records import Record
 
 _OURS = re.compile(r"rank_\d+|iteration_\d+")
+WAIT_S = 10.0  # for another writer: the job before may be about to end
+_POLL_S = 0.02
+_READER = b"a reader that tidies up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,49 @@ class Places:
         )
 
 
+def names_in(places: Places, ending: str) -> list[StepName]:
+    """The steps of the entries of our own folder that end in ``ending``; foreign ones are ignored.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    try:
+        entries = os.listdir(places.own)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    stems = (entry.removesuffix(ending) for entry in entries if entry.endswith(ending))
+    found = ((stem, naming.parse_step(stem)) for stem in stems)
+    return sorted(step for stem, step in found if step and str(step) == stem)
+
+
+def read_record(places: Places, step: StepName, state: str = records.WHOLE) -> Record:
+    """The record of ``step`` in a state.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FormatError: it is damaged, or another step's.
+        Unreadable: the disk refuses to read it.
+    """
+    path = places.record(step, state)
+    name = f"{records.FOLDER}/{path.name}"
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+            raise Unreadable(f"{name} is not a file. Move it away.")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unreadable(f"{name} cannot be read: {error.strerror}.") from error
+    record = records.from_bytes(data, name)
+    if record.step != step:
+        raise FormatError(f"{name} is the record of step {record.step}.")
+    return record
+
+
+class Unreadable(FormatError):
+    """A record that may be whole, but cannot be read now: nothing may be deleted for it."""
+
+
 _held: set[int] = set()  # descriptors of locks
 
 
@@ -92,16 +142,25 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
-def only_writer(places: Places, *, durable: bool = False) -> Iterator[None]:
+def only_writer(
+    places: Places, *, durable: bool = False, is_reader: bool = False
+) -> Iterator[None]:
     """Hold the directory, so that there is one writer of it at most.
 
+    Args:
+        places: the run's.
+        durable: have the folder for the lock on the disk.
+        is_reader: the caller only tidies up before it reads. It does not wait for a writer, and
+            writers wait for it as long as it takes. They wait ``WAIT_S`` for another writer.
+
     Raises:
-        StorageError: somebody else holds it, or it cannot be made or locked.
+        StorageError: another process holds it, or it cannot be made or locked.
     """
     descriptor = _opened_lock(places, durable=durable)
     _held.add(descriptor)
     try:
-        _lock(places, descriptor)
+        _lock(places, descriptor, 0 if is_reader else WAIT_S)
+        _sign(descriptor, _READER if is_reader else b"")
         try:
             yield
         finally:
@@ -124,21 +183,45 @@ def _opened_lock(places: Places, *, durable: bool) -> int:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{places.own} cannot be made: {error.strerror}.") from error
+        at = error.filename or places.own
+        raise StorageError(f"{at} cannot be made or opened: {error.strerror}.") from error
 
 
-def _lock(places: Places, descriptor: int) -> None:
+def _sign(descriptor: int, text: bytes) -> None:
+    """Leave ``text`` in the lock: what kind of process holds it."""
+    with suppress(OSError):  # on a full disk a writer waits for a reader as for a writer
+        if os.fstat(descriptor).st_size != len(text):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text, 0)
+
+
+def _lock(places: Places, descriptor: int, wait_s: float) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StorageError(
-            f"another writer is at work in {places.root}. Wait for it, or save elsewhere."
-        ) from None
+        has_it = _locked(descriptor, wait_s)
     except OSError as error:
         raise StorageError(
             f"{places.own} cannot be locked: {error.strerror}. Its file system has no locks, so "
             "two writers could not be told from one; save on one that has."
         ) from error
+    if not has_it:
+        raise StorageError(
+            f"another writer is at work in {places.root}. Wait for it, or save elsewhere."
+        )
+
+
+def _locked(descriptor: int, wait_s: float) -> bool:
+    """Whether the lock could be had within ``wait_s`` seconds of other writers at work."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_reader = wait_s and os.pread(descriptor, len(_READER), 0) == _READER
+            if time.monotonic() >= until and not is_reader:
+                return False
+            time.sleep(_POLL_S)
+        else:
+            return True
 
 
 def check_units(places: Places, units: Iterable[str], below: Path | None = None) -> None:

@@ -9,13 +9,14 @@ They are written after the step is whole, from its record; we ourselves read non
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import StorageError
 from . import naming
 from .places import Places, replace_file
-from .records import Record
+from .records import Record, is_strategy_file
 
 
 def point_at(places: Places, record: Record) -> None:
@@ -46,13 +47,13 @@ def _point_ranks(places: Places, record: Record) -> None:
 
 
 def _show_strategy(place: Path, kept: Path) -> None:
-    """Make the strategy files at ``place`` those that are ``kept``."""
-    wanted = {path.name for path in kept.iterdir()}
+    """Make the strategy files at ``place`` those that are ``kept``; foreign files are ignored."""
+    wanted = set(filter(is_strategy_file, os.listdir(kept)))
     for name in sorted(wanted):
         _put(place / name, (kept / name).read_bytes())
-    for path in place.glob("ckpt_strategy_rank_*"):
-        if path.name not in wanted:
-            path.unlink(missing_ok=True)  # of a run on more ranks: readers would take it for ours
+    for name in set(filter(is_strategy_file, os.listdir(place))) - wanted:
+        # of a run on more ranks, or of a layout before: readers would take it for ours
+        (place / name).unlink(missing_ok=True)
 
 
 def _put(path: Path, data: bytes) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from posixpath import normpath
 from typing import Any
 
 from ..errors import FormatError, LayoutError
+from ..formats import layout_file
 from ..formats.job_numbers import NAMES, checked
 from ..storage.checksums import FileSums
 from .lineage import Line
@@ -27,7 +29,9 @@ from .naming import CHECKPOINT, StepName, parse_folder, parse_rank_file
 
 FOLDER = ".jaxshard"
 WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"
+STRATEGY = re.compile(r"strategy-[0-9a-f]{16}")  # folders with strategy files
 VERSION = 1
+_STRATEGY_FILE = re.compile(rf"ckpt_strategy_rank_(\d{{1,7}})\.ckpt|{re.escape(layout_file.NAME)}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Record:
         numbers: the job's numbers, as MindFormers calls them.
         saved_at: seconds since 1970.
         line: in which order it was saved, and what it did not grow from.
+        replaces: which of its units were there before and are this run's own, or were to be
+            replaced: putting the step in place refuses to replace anything else.
     """
 
     step: StepName
@@ -58,6 +64,7 @@ class Record:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0
     line: Line = Line()  # noqa: RUF009 - frozen
+    replaces: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -87,6 +94,28 @@ def strategy_folder(strategy: Mapping[str, bytes]) -> str:
     for name, data in sorted(strategy.items()):
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
     return f"{FOLDER}/strategy-{digest.hexdigest()[:16]}"
+
+
+def is_strategy_file(name: str) -> bool:
+    """Whether ``name`` is that of a strategy file as we keep it.
+
+    >>> [is_strategy_file(f"{start}ckpt_strategy_rank_0.ckpt") for start in ("", "._")]
+    [True, False]
+    """
+    return _STRATEGY_FILE.fullmatch(name) is not None
+
+
+def kept_strategy(
+    held: Mapping[str, bytes], folder: str, num_ranks: int
+) -> dict[str, bytes] | None:
+    """The strategy files of ``num_ranks`` ranks that ``folder`` was named after, if ``held``.
+
+    Foreign files, and those of a layout of more ranks, may lie with them.
+    """
+    named = ((name, _STRATEGY_FILE.fullmatch(name)) for name in held)
+    raw = {n: held[n] for n, match in named if match and match[1] and int(match[1]) < num_ranks}
+    own = {name: held[name] for name in held if name == layout_file.NAME}
+    return next((f for f in (raw, own) if f and strategy_folder(f) == folder), None)
 
 
 def check_extras(extras: Mapping[str, Any]) -> None:
@@ -124,7 +153,10 @@ def to_bytes(record: Record) -> bytes:
         "saved_at": record.saved_at,
         "order": record.line.order,
         "left": list(record.line.left),
+        "replaces": list(record.replaces),
     }
+    if record.step.task:
+        said["task"] = record.step.task
     line = json.dumps(said, separators=(",", ":")).encode()
     return line + b"\n%08x\n" % zlib.crc32(line)
 
@@ -156,7 +188,7 @@ def _record(said: Any) -> Record:
     for path, sums in files.items():
         sums.check_whole(path)
     return Record(
-        step=StepName(_whole(said["epoch"]), _whole(said["step"])),
+        step=StepName(_whole(said["epoch"]), _whole(said["step"]), _whole(said.get("task", 0))),
         global_step=_whole(said["global_step"]),
         format=str(said["format"]),
         algorithm=str(said["algorithm"]),
@@ -170,6 +202,7 @@ def _record(said: Any) -> Record:
         },
         saved_at=float(said["saved_at"]),
         line=_line(said),
+        replaces=tuple(_inside(unit) for unit in said.get("replaces", said["units"])),
     )
 
 

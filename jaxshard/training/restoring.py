@@ -5,14 +5,15 @@
 
 A step is good if it is complete, its headers agree with its files' sizes, and, when asked,
 every byte has its checksum. What is wrong with the *request* (a name that no step has) is
-an error; what is wrong with a *step* leads to the one before.
+an error; what is wrong with a *step* leads to the next best one in a new listing: the run's
+own process may have removed the step while it was read, and saved another.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -31,16 +32,19 @@ from ..formats.job_numbers import NAMES
 from ..multiprocess.barriers import Processes
 from ..targets.job_values import job_values
 from .checks import one_of
-from .committing import is_interrupted, recover
+from .committing import is_interrupted, is_on_disk, recover
 from .examining import check_sums
-from .filling import Parts, Where, fill
+from .filling import Filling, Parts, Where, filling
 from .lineage import Line
 from .naming import StepName, parse_step, parse_wish
 from .opening_steps import open_step
-from .places import Places, only_writer
+from .places import Places, names_in, only_writer, read_record
 from .progress import Progress
+from .records import MOVING
 from .steps import Step, find_steps, of_one_job
 
+_MAX_TRIES = 1000  # steps that went while they were read
+_PUTTING_S, _POLL_S = 5.0, 0.02  # a writer takes a few renames to put a step in place
 _log = logging.getLogger("jaxshard.training")
 
 
@@ -101,42 +105,52 @@ def restore(
     """
     one_of("parts", parts, get_args(Parts))
     processes.agree("restoring: tidying", lambda: tidied(places))
-    wish = parse_wish(step)
+    search = _Search(places, prefix, parse_wish(step), processes)
     passed: list[tuple[str, str]] = []
-    steps = of_one_job(find_steps(places), prefix)
-    for found in _agreed(reversed(_meant(places, steps, wish)), processes):
-        failure: JaxshardError | None = None
+    failure: JaxshardError | None = None
+    for found in search:
+        failure = None
         with processes.together("restoring a step") as meeting:
             try:
                 catalog = _opened(places, found, verify, where.workers, processes)
-                state = fill(catalog, target, where, parts)
+                state = _read(filling(catalog, target, where, parts))
                 numbers = dict(found.record.numbers) if found.record else _numbers(catalog)
+                _check_still(places, found)
             except (FormatError, CoverageError, StorageError, _Missing) as error:
                 failure = error.cause if isinstance(error, _Missing) else error
-                meeting.says = str(error) or type(error).__name__
+                meeting.says = _reason(places, found, failure)
         reason = next(filter(None, meeting.heard), "")  # good is what is good for all
         if reason:
-            if wish is not None:
-                raise failure or CoverageError(f"step {found.name}: another process: {reason}")
-            passed.append((str(found.name), reason))
-            _log.warning("step %s is passed over: %s", found.name, reason)
+            failure = failure or CoverageError(f"step {found.name}: another process: {reason}")
+            passed = [*_others(passed, found.name), (str(found.name), reason)]
+            if search.wish is None:
+                _log.warning("step %s is passed over: %s", found.name, reason)
+            search.only(found.name)
             continue
+        passed = _others(passed, found.name)  # it is whole by now
         if passed:
             _log.warning("step %s is restored instead of %s", found.name, passed[0][0])
-        _say(places, steps, found, catalog)
+        _say(places, search.steps, found, catalog)
         record = found.record
         number = record.global_step if record else _number(numbers, found)
         extras = dict(record.extras) if record else {}
         line = record.line if record else None
         return Restored(state, number, found.name, extras, numbers, tuple(passed), line)
-    raise NotFoundError(_none(places, wish, passed))
+    if failure and search.wish is not None:
+        raise failure
+    raise NotFoundError(_none(places, search.wish, passed))
+
+
+def _others(passed: list[tuple[str, str]], name: StepName) -> list[tuple[str, str]]:
+    return [one for one in passed if one[0] != str(name)]
 
 
 def finish_interrupted(places: Places) -> list[str]:
-    """Go on with a save or a removal that was interrupted, if nobody else is at work."""
-    if not places.own.is_dir() or not is_interrupted(places):
-        return []
-    with suppress(StorageError), only_writer(places):
+    """Go on with a save or a removal that was interrupted, if no other process is at work."""
+    with suppress(FileNotFoundError):  # a process at work has done it
+        if not places.own.is_dir() or not is_interrupted(places):
+            return []
+    with suppress(StorageError), only_writer(places, is_reader=True):
         done = recover(places)
         for line in done:
             _log.info("%s", line)
@@ -159,11 +173,66 @@ class _Missing(Exception):
         self.cause = cause
 
 
+class _Search:
+    """The steps to try, the best first, as process 0 sees them; each once.
+
+    The directory is listed again for every step: retention of a run that goes on removes steps,
+    and newer ones appear.
+
+    Attributes:
+        steps: all steps of the job in the last listing here.
+        wish: the step that the caller names.
+    """
+
+    def __init__(
+        self, places: Places, prefix: str, wish: StepName | int | None, processes: Processes
+    ) -> None:
+        self._places, self._prefix, self._processes = places, prefix, processes
+        self.wish, self.steps = wish, list[Step]()
+        self._tried: set[str] = set()
+
+    def __iter__(self) -> Iterator[Step]:
+        for _ in range(_MAX_TRIES):
+            label = self._processes.agree("restoring: which", self._choose)
+            if not label:
+                return
+            self._tried.add(label)
+            if self._processes.index:
+                self.steps = of_one_job(find_steps(self._places), self._prefix)
+            seen = {_label(step): step for step in self.steps}
+            yield seen.get(label) or _unseen(label, self._processes.index)
+
+    def only(self, name: StepName) -> None:
+        """Where a step was named, try no other one than ``name``."""
+        if self.wish is not None:
+            self.wish = name
+
+    def _choose(self) -> str:
+        """The best step that was not tried yet; empty if there is none."""
+        until = time.monotonic() + _PUTTING_S
+        while True:
+            self.steps = of_one_job(find_steps(self._places), self._prefix)
+            labels = map(_label, reversed(_meant(self._places, self.steps, self.wish)))
+            label = next((one for one in labels if one not in self._tried), "")
+            in_place = not names_in(self._places, MOVING)
+            if label or in_place or not self._tried or time.monotonic() > until:
+                return label
+            time.sleep(_POLL_S)
+
+
+def _label(step: Step) -> str:
+    """The step in words that all processes share; another save of the name has another one."""
+    return " ".join(map(str, step.identity))
+
+
 def _meant(places: Places, steps: list[Step], wish: StepName | int | None) -> list[Step]:
     """Those of ``steps`` that the caller means, the best last."""
+    if wish is None:
+        return steps
     if isinstance(wish, int):
         return _numbered(places, steps, wish)
-    return [step for step in steps if wish in (None, step.name)]
+    exact = [step for step in steps if step.name == wish]
+    return exact or [step for step in steps if replace(step.name, task=0) == wish]
 
 
 def _numbered(places: Places, steps: list[Step], number: int) -> list[Step]:
@@ -224,21 +293,44 @@ def _say(places: Places, steps: list[Step], step: Step, catalog: Catalog) -> Non
         _log.warning("step %s is restored, and not %s, which is left behind", step.name, some(left))
 
 
-def _agreed(ours: Iterable[Step], processes: Processes) -> Iterator[Step]:
-    """The steps to try, the best first, as process 0 sees them."""
-    if not processes.are_several:
-        yield from ours
-        return
-    by_name = {str(step.name): step for step in ours}
-    for name in json.loads(processes.agree("restoring: which", lambda: json.dumps(list(by_name)))):
-        yield by_name.get(name) or _unseen(name, processes.index)
-
-
-def _unseen(name: str, process: int) -> Step:
-    step = parse_step(name)
+def _unseen(label: str, process: int) -> Step:
+    step = parse_step(label.split(" ", maxsplit=1)[0])
     assert step is not None
-    reason = f"process {process} does not see it"
+    reason = f"process {process} does not see it, or sees another save of it"
     return Step(step, step.step, "", "incomplete", reason)
+
+
+def _read(wanted: Filling) -> Any:
+    try:
+        return wanted.read()
+    except NotFoundError as error:  # names are known to fit: it is a file
+        raise _Missing(error) from error
+
+
+def _check_still(places: Places, step: Step) -> None:
+    """Refuse what was read while the step was replaced: it may be half of each save.
+
+    One that was removed meanwhile is whole: its files go, and do not change.
+
+    Raises:
+        CoverageError: it was saved again.
+        FormatError: its record cannot be read any more.
+    """
+    if step.record is None:
+        return
+    if is_on_disk(places, step.name):
+        raise CoverageError("another save of it is being put in place")
+    with suppress(FileNotFoundError):
+        if read_record(places, step.name) != step.record:
+            raise CoverageError("it was saved again while it was read")
+
+
+def _reason(places: Places, step: Step, failure: JaxshardError) -> str:
+    """Why a step is passed over."""
+    reason = str(failure) or type(failure).__name__
+    if step.record is None or places.record(step.name).exists():
+        return reason
+    return f"it was removed while it was read: {reason}"
 
 
 def _opened(

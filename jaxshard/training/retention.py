@@ -37,7 +37,7 @@ def expired(
 
     >>> steps = {StepName(1, n): n for n in (10, 20, 30, 40)}
     >>> expired(steps, {}, keep_max=2, keep_every=20)
-    (StepName(epoch=1, step=10),)
+    (StepName(epoch=1, step=10, task=0),)
     """
     if not keep_max or not past:
         return ()

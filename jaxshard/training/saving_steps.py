@@ -8,7 +8,6 @@ it was.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +23,9 @@ from .committing import commit, drop_unused_strategies, recover, remove
 from .layouts import Part, Wish, copies_of, parts_of
 from .lineage import Line, following
 from .naming import StepName
-from .places import Places, check_units, only_writer, replace_file, sync_folder
+from .places import Places, check_units, only_writer, replace_file
 from .pointers import point_at
-from .records import Record, strategy_folder
+from .records import MOVING, REMOVED, WHOLE, Record, strategy_folder
 from .retention import expired
 from .snapshots import Snapshot
 from .steps import Step, find_steps, of_prefix, past_of
@@ -81,6 +80,7 @@ def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
         for done in recover(places, durable=job.durable):
             _log.info("%s", done)
         try:
+            _refuse_blocked(places, job.wish.step)
             line = _line_of(job)  # first: it may refuse
             record = replace((write or _written)(job), line=line)
             job.snapshot.check_still()
@@ -98,6 +98,18 @@ def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
     return record
 
 
+def _refuse_blocked(places: Places, step: StepName) -> None:
+    """Refuse a step whose record could not be put in its place.
+
+    Raises:
+        StorageError: a folder has its name.
+    """
+    for state in (WHOLE, MOVING, REMOVED):
+        path = places.record(step, state)
+        if path.is_dir():
+            raise StorageError(f"{path} is a folder, expected a record or nothing. Move it away.")
+
+
 def _line_of(job: Job) -> Line:
     """Where the step stands among all saves; what it does not grow from is said.
 
@@ -105,7 +117,9 @@ def _line_of(job: Job) -> Line:
         LayoutError: another job has saved a step of this name.
     """
     wish = job.wish
-    steps = [s for s in find_steps(job.places) if s.record]
+    found = find_steps(job.places)
+    steps = [s for s in found if s.record]
+    unread = sum(s.state == "corrupt" and not s.record and not s.paths for s in found)
     for step in steps:
         if step.name == wish.step and step.prefix not in ("", wish.prefix):
             raise LayoutError(
@@ -114,7 +128,9 @@ def _line_of(job: Job) -> Line:
             )
     ours = of_prefix(steps, wish.prefix)
     after = job.after or _guessed(ours, wish.global_step)
-    line = following(after, max((s.line.order for s in steps), default=0))
+    # a record that cannot be read now has a place in the order all the same
+    newest = max((s.line.order for s in steps), default=0) + unread
+    line = following(after, newest)
     _say_what_is_left(wish.step, ours, line, after or Line())
     return line
 
@@ -238,19 +254,13 @@ def _keep_strategy(places: Places, strategy: Mapping[str, bytes], *, durable: bo
     """Have the strategy files in a folder named after their content; that folder."""
     kept = strategy_folder(strategy)
     place = places.root / kept
-    if all(_holds(place / name, data) for name, data in strategy.items()):
-        return kept
-    scratch = places.own / f".{place.name}.new"
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(place, ignore_errors=True)  # damaged: its steps are no worse off without it
     try:
         for name, data in strategy.items():
-            replace_file(scratch / name, data, durable=durable)
-        os.rename(scratch, place)
-        if durable:
-            sync_folder(places.own)
+            if not _holds(place / name, data):
+                replace_file(place / name, data, durable=durable)
     except OSError as error:
-        raise StorageError(f"{place} cannot be written: {error.strerror}.") from error
+        at = error.filename or place
+        raise StorageError(f"{at} cannot be written: {error.strerror}.") from error
     return kept
 
 
@@ -283,7 +293,7 @@ def _let_go(job: Job, saved: Record) -> None:
 
 def _clear(places: Places, step: StepName) -> None:
     """Give back the room of a step that failed."""
-    if places.record(step, ".moving").exists():
+    if places.record(step, MOVING).is_file():
         return  # it is on the disk, and will be put in place
     for path in _remains(places, step):
         shutil.rmtree(path, ignore_errors=True)

@@ -15,26 +15,29 @@ saved by its name.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ..errors import FormatError, LayoutError, StorageError, some
-from . import naming, records
-from .committing import names_in
+from . import naming
 from .lineage import Line
 from .naming import StepName
-from .places import Places
+from .places import Places, names_in, read_record
 from .records import MOVING, REMOVED, WHOLE, Record
 
 State = Literal["complete", "incomplete", "corrupt", "partial"]
 
 _RANK = re.compile(r"rank_(\d{1,7})")
-_SAVING = re.compile(r"\.?(\d+_\d+)\.saving(\.partial)?")
-_TRIES = 20  # a writer changes a record a few times for each step
+_STAGED = (".saving", ".saving.partial")
+_TRIES = 100  # a writer changes a record a few times for each step
+_log = logging.getLogger("jaxshard.training")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,6 @@ class Step:
         paths: its files, or the folder it is, relative to ``Places.steps``; of steps without
             a record.
         prefix: which job saved it, as far as names of files tell; several may share a folder.
-        task: MindSpore's number of a job where files of its prefix were there already.
         left: whether it is of a run that was left behind by going back to an earlier step.
     """
 
@@ -66,13 +68,23 @@ class Step:
     record: Record | None = field(default=None, repr=False)
     paths: tuple[str, ...] = field(default=(), repr=False)
     prefix: str = ""
-    task: int = 0
     left: bool = False
+
+    @property
+    def task(self) -> int:
+        """MindSpore's number of a job where files of its prefix were there already."""
+        return self.name.task
 
     @property
     def line(self) -> Line:
         """Where it stands among all saves; of others, nobody counted."""
         return self.record.line if self.record else Line()
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What another save of the same name, or the same one once it is in place, differs in."""
+        is_saved, saved_at = self.state != "partial", self.saved_at if self.record else 0.0
+        return (self.name, self.prefix, is_saved, self.line.order, saved_at, *self.paths[:1])
 
 
 def find_steps(places: Places) -> list[Step]:
@@ -88,10 +100,12 @@ def find_steps(places: Places) -> list[Step]:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and tries < _TRIES - 1:
                 continue  # removed while we looked
-            raise StorageError(f"{places.root} cannot be listed: {error.strerror}.") from error
+            at = error.filename or places.root
+            raise StorageError(f"{at} cannot be listed: {error.strerror}.") from error
         # a record that changes its name meanwhile could be missed under both
         if _records_in(places) == before:
             break
+        time.sleep(0.0005 * tries)  # or a writer that saves all the time is always in between
     return _in_order(found)
 
 
@@ -130,9 +144,7 @@ def past_of(steps: Iterable[Step], line: Line) -> tuple[list[Step], list[Step]]:
 
 def _in_order(found: list[Step]) -> list[Step]:
     known = _by_line([step for step in found if step.record])
-    others = sorted(
-        (step for step in found if not step.record), key=lambda step: (step.name, step.task)
-    )
+    others = sorted((step for step in found if not step.record), key=lambda step: step.name)
     ordered = []
     while known and others:
         ordered.append((others if _is_newer(others[-1], known[-1]) else known).pop())
@@ -174,12 +186,16 @@ def _is_newer(other: Step, ours: Step) -> bool:
 # --- what is there -------------------------------------------------------------------------
 
 
-def _records_in(places: Places) -> list[str]:
-    try:
-        names = os.listdir(places.own)
-    except OSError:
-        return []
-    return sorted(n for n in names if n.endswith((WHOLE, MOVING, REMOVED)))
+def _records_in(places: Places) -> list[tuple[str, int, int]]:
+    """Every record as it is now; one that was replaced under its name is another."""
+    found = []
+    for state in (WHOLE, MOVING, REMOVED):
+        for step in names_in(places, state):
+            path = places.record(step, state)
+            with suppress(OSError):
+                info = os.stat(path)
+                found.append((path.name, info.st_ino, info.st_mtime_ns))
+    return found
 
 
 def _found(places: Places) -> list[Step]:
@@ -193,15 +209,11 @@ def _recorded(places: Places) -> Iterator[Step]:
     """Steps whose record says that they were whole."""
     moving = set(names_in(places, MOVING))
     for name in names_in(places, WHOLE):
-        path = places.record(name)
-        data = path.read_bytes()
         if name in moving:
             yield Step(name, name.step, "", "partial", "a newer save of it was interrupted")
             continue
         try:
-            record = records.from_bytes(data, f"{records.FOLDER}/{path.name}")
-            if record.step != name:
-                raise FormatError(f"{path.name} is the record of step {record.step}.")
+            record = read_record(places, name)
         except FormatError as error:
             yield Step(name, name.step, "", "corrupt", str(error))
             continue
@@ -225,9 +237,11 @@ def _sizes(places: Places, record: Record) -> tuple[State, str]:
     for path, sums in record.files.items():
         try:
             num_bytes = os.stat(places.root / path).st_size
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             missing.append(path)
             continue
+        except OSError as error:
+            return "corrupt", f"{path} cannot be looked at: {error.strerror}"
         if num_bytes != sums.num_bytes:
             return "corrupt", f"{path} has {num_bytes} bytes; {sums.num_bytes} were saved"
     if missing:
@@ -240,13 +254,21 @@ def _unfinished(places: Places) -> Iterator[Step]:
         yield Step(name, name.step, "", "partial", "putting it in place was interrupted")
     for name in names_in(places, REMOVED):
         yield Step(name, name.step, "", "partial", "removing it was interrupted")
+    for name in _staged(places):
+        yield Step(name, name.step, "", "partial", "saving it is on its way, or was")
+
+
+def _staged(places: Places) -> list[StepName]:
+    """The steps that are being written beside the run."""
     if not places.own.is_dir():
-        return
+        return []
+    found = []
     for entry in sorted(os.listdir(places.own)):
-        match = _SAVING.fullmatch(entry)
-        name_of = naming.parse_step(match[1]) if match else None
-        if name_of:
-            yield Step(name_of, name_of.step, "", "partial", "saving it is on its way, or was")
+        for ending in _STAGED:
+            step = naming.parse_step(entry.removeprefix(".").removesuffix(ending))
+            if step and entry.removeprefix(".") == f"{step}{ending}":
+                found.append(step)
+    return found
 
 
 def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
@@ -258,7 +280,7 @@ def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
         if not entry.is_dir() or entry.name.startswith("."):
             continue
         if match := _RANK.fullmatch(entry.name):
-            ranks[int(match[1])] = sorted(os.listdir(entry.path))
+            ranks[int(match[1])] = _names_of_rank(entry.path)
         elif (number := naming.parse_iteration(entry.name)) is not None:
             name = StepName(1, number)
             if not _is_ours(own, name):
@@ -271,6 +293,16 @@ def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
     yield from _rank_steps(places, ranks, own)
 
 
+def _names_of_rank(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # steps that need it are incomplete, and others are not
+        _log.warning("%s cannot be listed: %s", folder, error.strerror)
+        return []
+
+
 def _is_ours(own: Mapping[StepName, Step], name: StepName, prefix: str = "") -> bool:
     """Whether a record speaks of that step; a damaged one does not say of which job."""
     step = own.get(name)
@@ -278,7 +310,13 @@ def _is_ours(own: Mapping[StepName, Step], name: StepName, prefix: str = "") -> 
 
 
 def _folder(entry: os.DirEntry[str], name: StepName, kind: str, prefix: str = "") -> Step:
-    files = [p.stat() for p in Path(entry.path).rglob("*") if p.is_file()]
+    try:
+        files = [p.stat() for p in Path(entry.path).rglob("*") if p.is_file()]
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = f"{error.filename or entry.path} cannot be read: {error.strerror}"
+        return Step(name, name.step, kind, "corrupt", reason, paths=(entry.name,), prefix=prefix)
     return Step(
         name,
         name.step,
@@ -294,16 +332,16 @@ def _rank_steps(
     places: Places, ranks: Mapping[int, list[str]], own: Mapping[StepName, Step]
 ) -> Iterator[Step]:
     """The steps in rank folders: one is incomplete if a rank of its job has no file of it."""
-    found: dict[tuple[str, int, StepName, str], dict[int, str]] = {}
+    found: dict[tuple[str, StepName, str], dict[int, str]] = {}
     of_job: dict[str, set[int]] = {}
     for rank, names in ranks.items():
         for name in names:
             file = naming.parse_rank_file(f"rank_{rank}/{name}")
             if file:
-                key = (file.prefix, file.task, file.step, file.extension)
+                key = (file.prefix, replace(file.step, task=file.task), file.extension)
                 found.setdefault(key, {})[rank] = f"rank_{rank}/{name}"
                 of_job.setdefault(file.prefix, set()).add(rank)
-    for (prefix, task, step, _), by_rank in found.items():
+    for (prefix, step, _), by_rank in found.items():
         if _is_ours(own, step, prefix):
             continue
         # a folder that is empty is of the only job that there is
@@ -320,5 +358,4 @@ def _rank_steps(
             max(s.st_mtime for s in stats),
             paths=tuple(by_rank[r] for r in sorted(by_rank)),
             prefix=prefix,
-            task=task,
         )

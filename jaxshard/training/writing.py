@@ -14,7 +14,7 @@ from ..catalog import Piece
 from ..errors import StorageError
 from ..planning.moves import Move
 from ..planning.plan import Plan, make_plan
-from ..storage.budget import LENT_BLOCK_BYTES, default_budget, default_workers, fit_budget
+from ..storage.budget import LENT_BLOCK_BYTES, budget_for
 from ..storage.checksums import FileSums, Gathered
 from ..storage.engine import run
 from ..storage.staging import Staging
@@ -42,9 +42,7 @@ def write_parts(
     plans = [make_plan(part.catalog, part.result.outputs) for part in parts]
     check_room(staging.files, sum(plan.totals.bytes_written for plan in plans))
     gathered = Gathered()
-    budget = fit_budget(
-        host_bytes or default_budget(), workers or default_workers(), LENT_BLOCK_BYTES
-    )
+    budget = budget_for(host_bytes, workers, LENT_BLOCK_BYTES)
     found: dict[str, FileSums] = {}
     for part, plan in zip(parts, plans, strict=True):
         observer = _Observer(plan, part, gathered)
