@@ -14,33 +14,37 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .box import Box
 from .catalog import Catalog
 from .decoders import MAX_YAML_BYTES, parse_yaml
 from .errors import (
     CoverageError,
     FormatError,
-    JaxshardError,
     LayoutError,
     NotFoundError,
     StorageError,
     nearest,
-    some,
 )
-from .layout import Layout
 from .mindformers_keys import SECTIONS, TOP, Config, nearest_key, notes_of, section
+from .mindformers_slicing import (
+    keeps_slicing,
+    maybe_part,
+    other_slicing,
+    refuse_missing_layers,
+    refuse_part,
+    with_layers,
+)
 from .mindformers_training import data_keys, resuming_of, saving_of, unshared
 from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint
-from .rules.match import weight_name
+from .selection import refuse_half, takes_whole
 from .storage.text_files import read_text
 from .strategy import Strategy
-from .targets import SAME, lay_out_for
+from .targets import SAME
 
 if TYPE_CHECKING:
     import jax
@@ -57,6 +61,7 @@ _STATES = (r"^adam_m\.", r"^adam_v\.", r"^moment[12]\.")
 _GRADIENTS = r"^accu_grads\."
 _CHECKPOINT = ("load_checkpoint", "pretrained_model_dir")
 _SOURCE_STRATEGY = ("src_strategy_path_or_dir", "src_strategy")
+_NUM_LAYERS = ("num_layers", "num_hidden_layers", "n_layer", "n_layers")
 _ALL_REPLICAS = -1
 # values of parallel_mode: data parallel, hybrid (by hand) and a job of one device
 _UNCUT = ("0", "data_parallel", "3", "hybrid_parallel", "stand_alone")
@@ -95,7 +100,13 @@ class Loading:
 
     def target(self, catalog: Catalog) -> Strategy | str:
         """How the job's ranks hold ``catalog``: as its own do, where nothing is transformed."""
-        return SAME if _keeps_slicing(self, catalog) else self.strategy
+        return SAME if keeps_slicing(self.switch, self.strategy, catalog) else self.strategy
+
+    @property
+    def switch(self) -> bool | None:
+        """``auto_trans_ckpt``; None where it is absent."""
+        switch = self.said.get("auto_trans_ckpt")
+        return None if switch is None else bool(switch)
 
     def open(self) -> Catalog:
         """The checkpoint, with a note for every key that contradicts its files.
@@ -104,7 +115,13 @@ class Loading:
             JaxshardError: as ``open_checkpoint``.
         """
         catalog = self._catalog()
-        found = (*_contradictions(self, catalog), *_other_slicing(self, catalog))
+        catalog, found = with_layers(catalog, self.said.get("num_layers"))
+        found += [
+            *_contradictions(self, catalog),
+            *other_slicing(self.switch, self.strategy, catalog),
+        ]
+        if part := maybe_part(self.strategy, catalog):
+            found.append(f"{part}: it may be a part of the model.")
         notes = (*self.notes, *found, *catalog.notes)
         return with_notes_logged(replace(catalog, notes=notes, logged=frozenset(self.notes)))
 
@@ -151,7 +168,7 @@ def from_config(config: Config | PathLike) -> Loading:
             "only_save_strategy: nothing is to be loaded; jaxshard strategy make writes the files."
         )
     keys = ("remove_redundancy", "load_ckpt_format", "auto_trans_ckpt")
-    said = {k: told[k] for k in keys if told.get(k) is not None}
+    said = {k: told[k] for k in keys if told.get(k) is not None} | _num_layers(told)
     notes += [*more, *other, *_unsaid(told, strategy), *_of_data(told), *_idle(told)]
     notes += unshared(path, "each process reads what it finds there")
     log_notes(_called(config), notes)
@@ -356,6 +373,14 @@ def _source_strategy(told: Config) -> tuple[Path | None, list[str]]:
     return Path(given[first]), notes
 
 
+def _num_layers(told: Config) -> dict[str, int]:
+    """The model's number of layers, if it is said."""
+    model = section(told, "model.model_config")
+    values = [model.get(key) for key in _NUM_LAYERS]
+    found = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+    return {"num_layers": found[0]} if found else {}
+
+
 def _idle(told: Config) -> list[str]:
     """Notes on keys of the sections that loading has no use for."""
     paths = (path for path, keys in SECTIONS.items() if "load" in keys.verbs)
@@ -453,75 +478,25 @@ def _contradictions(asked: Loading, catalog: Catalog) -> list[str]:
     return notes
 
 
-def _keeps_slicing(asked: Loading, catalog: Catalog) -> bool:
-    """Whether each rank of the job is to have what its own file has.
-
-    MindFormers calls that the original slicing. Checkpoint 2.0 knows no such switch.
-    """
-    return asked.said.get("auto_trans_ckpt") is False and _is_alike(asked, catalog)
-
-
-def _is_alike(asked: Loading, catalog: Catalog) -> bool:
-    """Whether the checkpoint has a file for each rank of the job."""
-    layout = catalog.layout if catalog.format == "ranks" else None
-    return layout is not None and layout.num_ranks == asked.strategy.num_ranks
-
-
 def _target(asked: Loading, catalog: Catalog, how: Mapping[str, Any]) -> Strategy | str:
+    """The target of a load.
+
+    Raises:
+        CoverageError: a part of a model.
+        LayoutError: rules are given, and the ranks' own parts asked for.
+    """
+    refuse_part(asked.switch, asked.strategy, catalog)
     target = asked.target(catalog)
+    if takes_whole(catalog, how.get("include", ()), how.get("exclude", ())):
+        refuse_missing_layers(catalog)
+        if target == SAME:
+            refuse_half(catalog)
     if target == SAME and how.get("rules") is not None:
         raise LayoutError(
             "rules= lay out by names, and auto_trans_ckpt: False keeps each rank's own part. Leave "
             "them out, or set auto_trans_ckpt: True."
         )
     return target
-
-
-def _other_slicing(asked: Loading, catalog: Catalog) -> list[str]:
-    """A note on weights that the ranks' files cut otherwise than ``parallel_config`` does."""
-    own = catalog.layout
-    if asked.said.get("auto_trans_ckpt") or own is None or not _is_alike(asked, catalog):
-        return []
-    keeps = _keeps_slicing(asked, catalog)
-    try:
-        wanted = lay_out_for(catalog, asked.strategy)
-    except JaxshardError as error:
-        return [f"parallel_config is not compared with the ranks' own parts: {error}"] * keeps
-    names = [n for n in catalog.tensors if n not in catalog.hyper and weight_name(n) == n]
-    differ = _cut_otherwise(catalog, names, own, wanted)
-    if not differ:
-        return []
-    instead = (
-        "each rank has what its own file has, as auto_trans_ckpt is False"
-        if keeps
-        else "parallel_config counts; auto_trans_ckpt: False keeps what each rank has"
-    )
-    return [
-        f"{len(differ)} of {len(names)} weights lie otherwise by the strategy files of the "
-        f"checkpoint than by parallel_config ({asked.strategy}): {some(differ, 3)}; {instead}."
-    ]
-
-
-def _cut_otherwise(
-    catalog: Catalog, names: Iterable[str], first: Layout, second: Layout
-) -> list[str]:
-    """Those of ``names`` of which a rank holds another box by ``second`` than by ``first``."""
-    same: dict[tuple[object, ...], bool] = {}  # by kind: there are a few hundred
-    differ = []
-    for name in names:
-        shape = catalog.tensors[name].shape
-        key = (shape, *(layout.placements.get(name, ()) for layout in (first, second)))
-        if key not in same:
-            same[key] = _held(first, name, shape) == _held(second, name, shape)
-        if not same[key]:
-            differ.append(name)
-    return differ
-
-
-def _held(layout: Layout, name: str, shape: tuple[int, ...]) -> dict[int, Box]:
-    """The box that each rank holds of a tensor."""
-    placements = layout.placements.get(name, ())
-    return {r: box for p in placements for r, box in zip(p.ranks, p.boxes(shape), strict=True)}
 
 
 def _is_ckpt(catalog: Catalog) -> bool:

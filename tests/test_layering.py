@@ -36,15 +36,8 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("on_devices", "array_layouts"),
     ("loading", "saving"),
     ("training", "lora"),
-    (
-        "api",
-        "cli",
-        "mindformers",
-        "mindformers_training",
-        "mindformers_keys",
-        "__init__",
-        "__main__",
-    ),
+    ("mindformers_slicing", "mindformers_training", "mindformers_keys"),
+    ("api", "cli", "mindformers", "__init__", "__main__"),
 )
 DEVICE_RINGS = range(10, 14)
 #: A value's methods that lead to devices: ``Strategy.mesh`` is where people look for it.

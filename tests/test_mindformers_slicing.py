@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mindspore_ranks import QUICK, held_by, write_ranks, write_strategy
 
 import jaxshard as js
 from jaxshard import mindformers
-from jaxshard.errors import LayoutError
+from jaxshard.errors import CoverageError, LayoutError
 from jaxshard.layout import Layout, Placement
 from jaxshard.strategy import Strategy
 
@@ -59,7 +60,10 @@ TWO_AXES = Layout(
     {
         LAYER.format(0): (Placement((("a", 2), ("b", 2)), (("b", "a"), ())),),  # b is the slower
         LAYER.format(1): (Placement((("a", 2), ("b", 2)), (("a",), ("b",))),),
-        "model.norm_out.weight": (Placement((("all", 4),)),),
+        **dict.fromkeys(
+            ("model.tok_embeddings.embedding_weight", "model.norm_out.weight"),
+            (Placement((("all", 4),)),),
+        ),
     },
 )
 JOBS = {
@@ -71,10 +75,10 @@ JOBS = {
 }
 
 
-def _written(folder: Path, layout: Layout) -> Path:
+def _written(folder: Path, layout: Layout, ranks: Iterable[int] = range(4)) -> Path:
     arrays = _arrays(layout)
     write_strategy(folder / "strategy", layout, arrays)
-    return write_ranks(folder / "checkpoint", lambda r: held_by(r, arrays, layout))
+    return write_ranks(folder / "checkpoint", lambda r: held_by(r, arrays, layout), ranks=ranks)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -166,6 +170,139 @@ def test_names_without_rules_are_loaded_as_they_lie_and_not_compared(tmp_path: P
     assert np.array_equal(mindformers.load_rank(told, 1)["odd.thing"], arrays["odd.thing"][:, 2:])
     (note,) = [n for n in mindformers.from_config(told).open().notes if "not compared" in n]
     assert note.startswith("parallel_config is not compared with the ranks' own parts:")
+
+
+# --- half a model --------------------------------------------------------------------------
+
+LLAMA = "dp2mp2pp2"  # a real job, of which the first stage alone looks like one without stages
+RULES_OF_ODD = '[specs]\n"odd.*" = "-,mp"\n[stages]\nlayers = "odd.{layer}."\n'
+PARALLEL = {"data_parallel": 2, "model_parallel": 2, "pipeline_stage": 2}
+
+
+def _first_stage(out: Path, rename: Callable[[str], str] = str) -> Path:
+    """The ranks and strategy files of the first of two stages."""
+    (out / "strategy").mkdir(parents=True)
+    for rank in range(4):
+        shutil.copytree(
+            golden(LLAMA, "src_safetensors", f"rank_{rank}"), out / "checkpoint" / f"rank_{rank}"
+        )
+        shutil.copy(golden(LLAMA, "strategy", f"ckpt_strategy_rank_{rank}.ckpt"), out / "strategy")
+    return out / "checkpoint"
+
+
+VERBS: list[Callable[[Any], Any]] = [
+    mindformers.load,
+    lambda told: mindformers.load_rank(told, 0),
+    lambda told: mindformers.load_rank(told, 3),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("switch", [True, False, None])
+@pytest.mark.parametrize("resume", [True, False])
+def test_the_first_stage_of_a_job_is_not_taken_for_all_of_it(
+    verb: Callable[[Any], Any], switch: bool | None, resume: bool, tmp_path: Path
+) -> None:
+    source = _first_stage(tmp_path)
+    told = _config(source, auto_trans_ckpt=switch, resume_training=resume, parallel_config=PARALLEL)
+    with pytest.raises(CoverageError, match=r"is a part of a model: it has layers|as many as 1 of"):
+        verb(told)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_first_stage_is_refused_for_a_job_of_its_size_too(
+    verb: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    told = _config(
+        _first_stage(tmp_path), parallel_config={"data_parallel": 2, "model_parallel": 2}
+    )
+    with pytest.raises(CoverageError, match="is a part of a model: it has layers"):
+        verb(told)
+
+
+@pytest.mark.parametrize("key", ["num_layers", "num_hidden_layers"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_layers_at_the_end_are_missed_by_the_number_of_the_configuration(
+    verb: Callable[[Any], Any], key: str, tmp_path: Path
+) -> None:
+    """A tied head and no norm: nothing lies after the last layer, or before the first."""
+    names = [LAYER.format(n) for n in range(2)]
+    layout = Layout(2, {n: (Placement(STAGE, (("mp",), ())),) for n in names})
+    source = _written(tmp_path, layout, ranks=range(2))
+    told = _config(source, auto_trans_ckpt=True, parallel_config={"model_parallel": 4})
+    assert sorted(mindformers.load_rank(told, 0)) == names
+    told["model"] = {"model_config": {key: 4}}
+    with pytest.raises(CoverageError, match=r"layers 2, 3 of 4 are missing"):
+        verb(told)
+    told["model"] = {"model_config": {key: 2}}
+    assert verb(told).keys() == set(names)
+
+
+@pytest.mark.parametrize(("switch", "refused"), [(False, True), (None, True), (True, False)])
+def test_names_of_no_family_are_held_against_the_number_of_ranks(
+    switch: bool | None, refused: bool, tmp_path: Path
+) -> None:
+    placed = (Placement((("mp", 2),), ((), ("mp",))),)
+    layout = Layout(2, dict.fromkeys(("odd.0.thing", "odd.1.thing"), placed))
+    source = _written(tmp_path, layout, ranks=range(2))
+    parallel = {"model_parallel": 2, "pipeline_stage": 2}
+    told = _config(source, auto_trans_ckpt=switch, parallel_config=parallel)
+    text = "the strategy files are of 2 ranks, as many as 1 of the 2 pipeline stages"
+    assert text in " ".join(mindformers.from_config(told).open().notes)
+    rules = js.read_rules(RULES_OF_ODD)
+    if refused:
+        with pytest.raises(CoverageError, match=text):
+            mindformers.load_rank(told, 0, rules=rules)
+    else:
+        assert mindformers.load_rank(told, 2, rules=rules)["odd.1.thing"].shape == (8, 3)
+
+
+def test_what_is_asked_for_of_a_part_is_loaded(tmp_path: Path) -> None:
+    told = _config(_first_stage(tmp_path), auto_trans_ckpt=True, parallel_config=PARALLEL)
+    share = mindformers.load_rank(told, 0, include=r"^model.*attention\.wq\.")
+    assert sorted(share) == [LAYER.format(0)]
+
+
+@pytest.mark.parametrize("form", ["huggingface", "unified", "ckpt"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_merged_half_lacks_layers_of_the_configuration(
+    form: str, verb: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    """MindSpore makes such ones of one stage, and returns as if all was well."""
+    source = _first_stage(tmp_path)
+    js.merge(source, tmp_path / "half", format=form, include=".", options=QUICK)
+    told = _config(tmp_path / "half", parallel_config={"model_parallel": 4})
+    told["model"] = {"model_config": {"num_layers": 4}}
+    with pytest.raises(CoverageError, match=r"half is a part of a model: layers 2, 3 of 4 are mis"):
+        verb(told)
+    told["model"] = {"model_config": {"num_layers": 2}}
+    assert verb(told)
+
+
+def test_the_config_of_the_checkpoint_counts_and_the_contradiction_is_noted(tmp_path: Path) -> None:
+    source = golden(LLAMA, "full", "full.safetensors")
+    shutil.copy(source, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+    told = _config(tmp_path, parallel_config={}, model={"model_config": {"num_layers": 4}})
+    notes = mindformers.from_config(told).open().notes
+    assert any("model has 4 layers, but 2 by the config.json" in note for note in notes)
+
+
+def test_a_smaller_job_is_loaded_by_a_larger_one() -> None:
+    """Its four ranks are as many as a stage has, and its names those of a whole model."""
+    told = _config(
+        golden("dp1mp4", "src_safetensors"),
+        auto_trans_ckpt=True,
+        src_strategy_path_or_dir=str(golden("dp1mp4", "strategy")),
+        parallel_config=PARALLEL,
+    )
+    held = [set(mindformers.load_rank(told, rank)) for rank in (0, 4)]
+    weights = {n for n in manifest("dp1mp4")["tensors"] if not n.startswith("accu_grads.")}
+    assert weights <= held[0] | held[1]
+    assert "lm_head.weight" in held[1] - held[0]
+
+
+# --- what contradicts it ---------------------------------------------------------------------
 
 
 def test_rules_contradict_the_original_slicing(tmp_path: Path) -> None:

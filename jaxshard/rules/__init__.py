@@ -17,7 +17,7 @@ from .read import read_rules
 from .recognise import rules_for
 from .stages import split_layers
 from .table import ModelFacts, Rules, describe
-from .wholeness import missing_parts
+from .wholeness import missing_layers, missing_parts
 
 __all__ = [
     "FAMILIES",
@@ -28,6 +28,7 @@ __all__ = [
     "Rules",
     "describe",
     "layout",
+    "missing_layers",
     "missing_parts",
     "read_rules",
     "rules_for",

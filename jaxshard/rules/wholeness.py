@@ -13,7 +13,37 @@ from collections.abc import Iterable
 from ..errors import LayoutError, NotFoundError, some
 from .match import Patterns, template
 from .recognise import rules_for
-from .table import ModelFacts, numbered
+from .table import ModelFacts, Rules, numbered
+
+
+def missing_layers(model: ModelFacts | None, names: Iterable[str]) -> str:
+    """Which layers of a model of a known family are not among ``names``; empty where none is."""
+    names = list(names)
+    rules = _rules(model, names)
+    if rules is None:
+        return ""
+    seen, count = _layers(rules, names), _count(rules, model, names)
+    gone = [str(number) for number in range(count) if number not in seen]
+    return f"layers {some(gone, 4)} of {count} are missing" if gone else ""
+
+
+def _rules(model: ModelFacts | None, names: list[str]) -> Rules | None:
+    try:
+        return rules_for(model, names)
+    except (LayoutError, NotFoundError):
+        return None
+
+
+def _layers(rules: Rules, names: list[str]) -> set[int]:
+    layer = numbered(rules.layers, "layer")
+    found = [layer.match(name) for name in names] if layer else []
+    return {int(match[match.lastindex or 0]) for match in found if match}
+
+
+def _count(rules: Rules, model: ModelFacts | None, names: list[str]) -> int:
+    """How many layers there should be; none where no name has a number."""
+    seen = _layers(rules, names)
+    return max(max(seen) + 1, (model and model.num_layers) or 0) if seen else 0
 
 
 def missing_parts(model: ModelFacts | None, names: Iterable[str]) -> str:
@@ -23,21 +53,12 @@ def missing_parts(model: ModelFacts | None, names: Iterable[str]) -> str:
     'layers 1 of 3 are missing'
     """
     names = list(names)
-    try:
-        rules = rules_for(model, names)
-    except (LayoutError, NotFoundError):
+    rules = _rules(model, names)
+    count = _count(rules, model, names) if rules else 0
+    if rules is None or not count:
         return ""
-    layer = numbered(rules.layers, "layer")
-    found = [layer.match(name) for name in names] if layer else []
-    seen = {int(match[match.lastindex or 0]) for match in found if match}
-    if not seen:
-        return ""
-    count = max(seen) + 1
-    if model and model.num_layers:
-        count = max(count, model.num_layers)
-    gone = [str(number) for number in range(count) if number not in seen]
-    if gone:
-        return f"layers {some(gone, 4)} of {count} are missing"
+    if gone := missing_layers(model, names):
+        return gone
     kinds = {template(name): name for name in names}
     has_first, has_last = (
         any(Patterns(patterns).find(name, kind) is not None for kind, name in kinds.items())
