@@ -8,6 +8,7 @@ no files and no devices.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -42,6 +43,7 @@ def numpy_dtype(kind: DType) -> NumpyDType:
     return np.dtype(getattr(ml_dtypes, kind.numpy, kind.numpy))
 
 
+@lru_cache(maxsize=256)
 def stored_as(dtype: NumpyDType) -> DType:
     """The dtype in which elements of ``dtype`` are stored.
 

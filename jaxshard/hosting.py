@@ -10,11 +10,12 @@ A GPU writes to memory that is not pinned at a fortieth of the speed (docs/decis
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 _PINNED = "pinned_host"
@@ -22,7 +23,13 @@ _PINNED = "pinned_host"
 
 def is_on_host(shard: jax.Array) -> bool:
     """Whether the host sees the memory of ``shard`` as it sees its own."""
-    return all(device.platform == "cpu" for device in shard.devices())
+    return _are_hosts(shard.sharding)
+
+
+@lru_cache(maxsize=1024)
+def _are_hosts(sharding: Sharding) -> bool:
+    devices: set[jax.Device] = sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
 
 
 def to_host(shards: Sequence[jax.Array]) -> list[NDArray[Any]]:

@@ -16,6 +16,7 @@ from .catalog import Catalog, File
 from .errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, some
 from .formats import iteration_names, orbax_names, rank_names
 from .formats.folder import Folder
+from .garbage import paused
 from .layout import Layout
 from .storage.local import LocalFolder
 from .storage.staging import is_unfinished
@@ -45,6 +46,7 @@ def opened(
     return source
 
 
+@paused()
 def open_checkpoint(
     path: PathLike, *, strategy: PathLike | None = None, suffix: str | None = None
 ) -> Catalog:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from jax.sharding import PartitionSpec, Sharding
-from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
+from jax.tree_util import DictKey, PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
 from .errors import LayoutError, some
 
@@ -55,11 +55,16 @@ def whole_paths(tree: Any) -> list[str]:
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:
     for path, node in tree_flatten_with_path(tree, is_leaf=_is_spec_or_box)[0]:
+        if not _is_box(node):
+            yield _name(path), node
+            continue
         for inside, leaf in tree_flatten_with_path(node, is_leaf=_is_spec)[0]:
-            yield _name((*path, *(inside[1:] if _is_box(node) else inside))), leaf
+            yield _name((*path, *inside[1:])), leaf
 
 
 def _name(path: Sequence[Any]) -> str:
+    if len(path) == 1 and isinstance(path[0], DictKey):  # as below, for the many of a flat dict
+        return str(path[0].key)
     return keystr(tuple(path), simple=True, separator=".")
 
 
@@ -86,7 +91,8 @@ def is_array_like(leaf: Any) -> bool:
 
 
 def _is_spec(node: Any) -> bool:
-    return isinstance(node, Sharding | PartitionSpec)
+    kind: type = type(node)
+    return _is_spec_type(kind)
 
 
 def _is_spec_or_box(node: Any) -> bool:
@@ -96,6 +102,11 @@ def _is_spec_or_box(node: Any) -> bool:
 def _is_box(node: Any) -> bool:
     kind: type = type(node)
     return _is_box_type(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_spec_type(kind: type) -> bool:
+    return issubclass(kind, Sharding | PartitionSpec)
 
 
 @lru_cache(maxsize=1024)

@@ -55,10 +55,13 @@ class Carried:
             for entry in outputs.contents[outputs.content_of[rank]]:
                 self.got[rank, entry.tensor.name] = bytearray(b"\xee" * entry.num_bytes)
                 self.times[rank, entry.tensor.name] = np.zeros(entry.num_bytes, int)
-        moves = list(plan.moves())
+        moves = list(plan.journeys())
         order(moves)
-        ends = (self.read, self.write) if by is engine else (self, self)
-        self.counts: Counts = by.run(moves, *ends, budget=budget)
+        if by is engine:
+            ends, more = (self.read, self.write), {"write_bundle": self.write_bundle}
+        else:
+            ends, more = (self, self), {}
+        self.counts: Counts = by.run(moves, *ends, budget=budget, **more)
 
     def read(self, piece, offset, buffer):
         self.reads[piece.file] += 1
@@ -85,6 +88,16 @@ class Carried:
             self.got[rank, move.name][offset : offset + len(buffer)] = buffer
             self.times[rank, move.name][offset : offset + len(buffer)] += 1
         return len(move.targets[target].ranks)
+
+    def write_bundle(self, bundle, buffer):
+        for rank in bundle.ranks:
+            for name, start, length in zip(
+                bundle.names, bundle.starts, bundle.lengths, strict=True
+            ):
+                assert length == len(self.got[rank, name])
+                self.got[rank, name][:] = buffer[start : start + length]
+                self.times[rank, name] += 1
+        return len(bundle.ranks)
 
     def write_views(self, move, target, offset, views, num_bytes):
         assert num_bytes == sum(map(len, views))
@@ -148,6 +161,32 @@ def test_the_plan_knows_the_numbers_of_the_run(model, drop, lean, ranks, block, 
     assert astuple(carried.counts) == tuple(getattr(plan.totals, name) for name in COUNTED)
     assert tuple(carried.reads) == plan.reads
     assert plan.totals.bytes_needed == distinct_bytes(model, plan)
+
+
+@MANY
+@given(
+    models(),
+    st.floats(0, 0.9),
+    st.booleans(),
+    st.none() | subsets,
+    st.sampled_from([16, 64, MB]),
+    ways,
+)
+def test_what_is_bundled_gets_where_it_should_and_is_counted(model, drop, lean, ranks, block, by):
+    source, target = model.layouts
+    only = None if ranks is None else frozenset(r % target.num_ranks for r in ranks)
+    how = {"drop": drop, "lean": lean, "only": only, "block_bytes": block}
+    plan, files = planned(model, source, target, is_bundled=True, **how)
+    carried = Carried(plan, files, Budget(1, block), by=by)
+    for (rank, name), data in carried.got.items():
+        assert bytes(data) == model.rank_bytes(target, rank)[name][1]
+    assert all((times == 1).all() for times in carried.times.values())
+    assert astuple(carried.counts) == tuple(getattr(plan.totals, name) for name in COUNTED)
+    assert tuple(carried.reads) == plan.reads
+    alone, _ = planned(model, source, target, **how)
+    assert plan.totals.bytes_needed == alone.totals.bytes_needed
+    assert plan.totals.num_reads <= alone.totals.num_reads
+    assert plan.totals.num_writes <= alone.totals.num_writes
 
 
 @settings(max_examples=80)

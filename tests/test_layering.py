@@ -22,7 +22,7 @@ PACKAGE = ROOT / "jaxshard"
 
 #: Rings from the inside out; a folder means everything below it that has no ring of its own.
 RINGS: tuple[tuple[str, ...], ...] = (
-    ("errors", "decoders", "dtypes", "box", "recent", "native", "lazily"),
+    ("errors", "decoders", "dtypes", "box", "recent", "native", "lazily", "garbage"),
     ("strategy", "layout", "elements", "views"),
     ("catalog",),
     ("rules", "mapping", "selection", "notes"),

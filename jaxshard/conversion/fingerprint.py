@@ -12,22 +12,27 @@ from pathlib import Path
 
 from ..box import Box
 from ..catalog import Catalog, Piece
+from ..garbage import paused
 from ..planning.moves import firsts
 from ..targets.results import Result
 
 
+@paused()
 def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -> str:
     """The fingerprint of making the files ``only`` (all, if None) of ``result``."""
     digest = hashlib.sha256()
     pieces = _Pieces()
     numbers: dict[int, int] = {}  # thousands of contents share their entries: each is told once
     for content in result.outputs.contents:
+        texts = []
         for entry in content:
             if id(entry) in numbers:
                 continue
             numbers[id(entry)] = len(numbers)
-            digest.update(f"{entry.tensor.name} {entry.tensor.dtype} {entry.shape}\n".encode())
-            digest.update(pieces.told(firsts(entry.tensor.pieces)).encode())
+            tensor = entry.tensor
+            texts.append(f"{tensor.name} {tensor.dtype.name} {entry.shape}\n")
+            texts.append(pieces.told(firsts(tensor.pieces)))
+        digest.update("".join(texts).encode())
         digest.update(repr([numbers[id(entry)] for entry in content]).encode())
     digest.update(pieces.boxes_told().encode())
     digest.update(repr((result.outputs.paths, result.outputs.content_of)).encode())

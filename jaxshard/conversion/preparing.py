@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import rules as family_rules
 from ..catalog import Catalog
 from ..errors import LayoutError, some
+from ..garbage import paused
 from ..layout import Layout
 from ..multiprocess.splitting import Part, split_outputs
 from ..opening import PathLike, open_strategy, opened
@@ -61,6 +62,7 @@ class Prepared:
         return fingerprint(self.plan.source, self.result, self.plan.only)
 
 
+@paused()
 def prepare(
     source: Catalog | PathLike,
     to: str | PathLike | Strategy | Layout = "full",
@@ -157,8 +159,13 @@ def prepare(
     one_file.name_of(result, destination)  # refuses what is no one file
     if config:
         result = replace(result, side_files={**config, **result.side_files})
-    files = _files_of(only, layout, result.files_per_rank)
-    plan = make_plan(chosen, result.outputs, only=files, block_bytes=block_bytes_for(chosen))
+    plan = make_plan(
+        chosen,
+        result.outputs,
+        only=_files_of(only, layout, result.files_per_rank),
+        block_bytes=block_bytes_for(chosen),
+        is_bundled=result.format != "orbax",  # whose library is given tensor by tensor
+    )
     return Prepared(plan, result)
 
 
@@ -268,6 +275,7 @@ def fitted(prepared: Prepared, options: Options) -> Prepared:
             only=plan.only,
             block_bytes=budget.block_bytes,
             tile_bytes=budget.tile_bytes,
+            is_bundled=plan.is_bundled,
         )
     return replace(prepared, plan=replace(plan, host_bytes=budget.host_bytes))
 

@@ -120,7 +120,7 @@ def _write(
         return counts
     files = OutputFiles(plan, staging, result.lay_file, result.seal)
     try:
-        return streams.run(plan.moves(), source, files, budget=budget, progress=tell)
+        return streams.run(plan.journeys(), source, files, budget=budget, progress=tell)
     finally:
         files.close()
 

@@ -11,7 +11,7 @@ nothing of models or of which files belong together.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +29,7 @@ _MAX_DIMS = 64  # NumPy's
 _LIMIT = 2**64  # the format's integers are unsigned and 64 bits wide
 _KEYS = {"dtype", "shape", "data_offsets"}  # one more might change what the bytes mean
 _TWO_INTS = [int, int]
+_quoted = _dumped = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Entry(NamedTuple):  # a tuple, because headers have 100,000 of them
@@ -94,7 +95,8 @@ def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> 
             raise NotFoundError(f"{folder.root} has no file {shown(path)}.")
         file_bytes = listed.num_bytes
     json_bytes = _header_bytes(folder, path, file_bytes)
-    raw = parse_object(folder.read(path, 8, json_bytes), f"the header of {path}")
+    text = folder.read(path, 8, json_bytes)
+    raw = parse_object(text, f"the header of {path}", num_texts=_num_texts)
     metadata = _metadata(raw.pop(_METADATA, {}), path)
     data_start = 8 + json_bytes
     entries = [_entry(name, value, data_start, path) for name, value in raw.items()]
@@ -134,24 +136,17 @@ def layout_file(
     >>> layout_file([("b", BY_NAME["U8"], (3,)), ("w", BY_NAME["F32"], (16,))], {}).offsets
     {'w': 128, 'b': 192}
     """
-    ordered = _ordered(entries)
-    described: dict[str, Any] = {}
-    relative: list[tuple[str, int]] = []
-    position = 0
+    texts, relative, position = list[str](), dict[str, int](), 0
     if metadata:
-        described[_METADATA] = _writable_metadata(metadata)
-    for size, (name, kind, shape) in ordered:
-        relative.append((name, position))
-        described[name] = {
-            "dtype": kind.name,
-            "shape": shape,
-            "data_offsets": (position, position + size),
-        }
-        position += size
-    header = _header(described)
-    return FileLayout(
-        header, {name: at + len(header) for name, at in relative}, len(header) + position
-    )
+        texts.append(f"{_quoted(_METADATA)}:{_dumped(_writable_metadata(metadata))}")
+    for name, form in _ordered(entries):
+        relative[name] = position
+        end = position + form.num_bytes
+        texts.append(f'{_quoted(name)}:{form.text},"data_offsets":[{position},{end}]}}')
+        position = end
+    header = _header(texts)
+    start = len(header)
+    return FileLayout(header, {n: at + start for n, at in relative.items()}, start + position)
 
 
 def _header_bytes(folder: Folder, path: str, file_bytes: int) -> int:
@@ -178,6 +173,14 @@ def _header_bytes(folder: Folder, path: str, file_bytes: int) -> int:
             f"first 8: it is cut short. {FETCH}"
         )
     return length
+
+
+def _num_texts(raw: dict[str, Any]) -> int:
+    """Keys and texts of a header: each tensor has its name, three keys and a dtype."""
+    metadata = raw.get(_METADATA)
+    if not isinstance(metadata, dict):
+        return 5 * len(raw)
+    return 5 * (len(raw) - 1) + 1 + 2 * len(metadata)
 
 
 def _metadata(value: object, path: str) -> dict[str, str]:
@@ -248,23 +251,49 @@ def _check_cover(entries: list[Entry], data_start: int, file_bytes: int, path: s
         )
 
 
-def _ordered(
-    entries: Iterable[tuple[str, DType, tuple[int, ...]]],
-) -> list[tuple[int, tuple[str, DType, tuple[int, ...]]]]:
-    """``entries`` with their bytes, in the order in which the file holds them."""
-    sized = [(_writable_bytes(*entry), entry) for entry in entries]
-    whole_lines = [e for e in sized if e[0] % ALIGNMENT == 0]
-    others = [e for e in sized if e[0] % ALIGNMENT]
-    others.sort(key=lambda e: -_element_alignment(e[1][1]))  # stable: equals stay as given
+class _Form(NamedTuple):
+    """What tensors of one dtype and shape have in common.
+
+    Attributes:
+        num_bytes: how many each has.
+        rank: those with a smaller one come first in a file.
+        text: of the JSON object that describes one, what comes before its offsets.
+    """
+
+    num_bytes: int
+    rank: int
+    text: str
+
+
+def _form(name: str, kind: DType, shape: tuple[int, ...]) -> _Form:
+    size = _writable_bytes(name, kind, shape)
+    rank = -_element_alignment(kind) if size % ALIGNMENT else -ALIGNMENT
+    return _Form(size, rank, f'{{"dtype":{_quoted(kind.name)},"shape":{_dumped(shape)}')
+
+
+def _ordered(entries: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[tuple[str, _Form]]:
+    """The names of ``entries`` in the order in which the file holds them, and their forms."""
+    forms: dict[tuple[str, tuple[int, ...]], _Form] = {}  # thousands of tensors share one
+    found = []
+    for name, kind, shape in entries:
+        form = forms.get((kind.name, shape))
+        if form is None:
+            form = forms[kind.name, shape] = _form(name, kind, shape)
+        found.append((name, form))
     seen: set[str] = set()
-    for _, (name, _, _) in sized:
+    for name, _ in found:
         if name in seen or name == _METADATA:
             raise LayoutError(
                 f"a file cannot hold {'two tensors' if name in seen else 'a tensor'} called "
                 f"{shown(name)}. Rename it."
             )
         seen.add(name)
-    return whole_lines + others
+    found.sort(key=_rank)  # stable: equals stay as given
+    return found
+
+
+def _rank(item: tuple[str, _Form]) -> int:
+    return item[1].rank
 
 
 def _element_alignment(kind: DType) -> int:
@@ -285,15 +314,16 @@ def _writable_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(metadata.items()))
 
 
-def _header(described: Mapping[str, Any]) -> bytes:
+def _header(members: Sequence[str]) -> bytes:
+    """The first bytes of a file, whose JSON object has ``members``."""
     try:
-        text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+        text = f"{{{','.join(members)}}}".encode()
     except UnicodeEncodeError:
         raise LayoutError("a name or metadata is not Unicode text (a lone surrogate).") from None
     padded = len(text) + -(8 + len(text)) % ALIGNMENT
     if padded > MAX_HEADER_BYTES:
         raise LayoutError(
-            f"a file of {len(described)} tensors needs a header of {padded} bytes; the format "
+            f"a file of {len(members)} tensors needs a header of {padded} bytes; the format "
             f"allows {MAX_HEADER_BYTES}. Spread the tensors over more files: choose a complete "
             "checkpoint with a smaller max_shard_bytes= (--max-shard-size), or more ranks."
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from math import isinf
 from typing import Any, NoReturn
 
@@ -29,8 +30,17 @@ class _RefusedError(ValueError):
     """Raised inside the parser's hooks, which know no subject."""
 
 
-def parse_object(raw: bytes, subject: str) -> dict[str, Any]:
+def parse_object(
+    raw: bytes, subject: str, *, num_texts: Callable[[dict[str, Any]], int] | None = None
+) -> dict[str, Any]:
     """The JSON object that ``raw`` holds; ``subject`` begins the message of an error.
+
+    Args:
+        raw: the text.
+        subject: begins the message of an error.
+        num_texts: how many keys and texts an object of the expected form has, which the caller
+            goes on to check. Where ``raw`` has as many, none of its keys is repeated, and
+            they need not be looked at one by one.
 
     Raises:
         FormatError: it is no JSON object, repeats a key, or nests too deep.
@@ -40,12 +50,14 @@ def parse_object(raw: bytes, subject: str) -> dict[str, Any]:
     """
     _refuse_dense(raw, subject)
     try:
-        value = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
+        value = _counted(raw, num_texts) if num_texts else None
+        if value is None:
+            value = json.loads(
+                raw.decode("utf-8"),
+                object_pairs_hook=_unique,
+                parse_constant=_no_constant,
+                parse_float=_finite,
+            )
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()  # pairs are one character by now
     except UnicodeEncodeError:
@@ -69,6 +81,19 @@ def parse_object(raw: bytes, subject: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{subject} holds a JSON {type(value).__name__}, not an object. {FETCH}")
     return value
+
+
+def _counted(raw: bytes, num_texts: Callable[[dict[str, Any]], int]) -> dict[str, Any] | None:
+    """The object, if the number of its texts shows that no key is repeated; else None.
+
+    A repeated key leaves fewer in the object than there are in ``raw``.
+    """
+    if b"\\" in raw:
+        return None  # a quote that is escaped begins no text
+    value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+    if isinstance(value, dict) and 2 * num_texts(value) == raw.count(b'"'):
+        return value
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ..catalog import Tensor
 from ..dtypes import num_bytes
 from ..errors import LayoutError
+from ..garbage import paused
 from ..layout import Layout, Placement, Shard, Spec
 from ..strategy import Axes
 
@@ -40,6 +41,8 @@ class Entry:
     @classmethod
     def of(cls, tensor: Tensor, placement: Placement, order: int) -> Entry:
         """The entry of ``tensor`` on the ranks of ``placement``."""
+        if not placement.spec:
+            return cls(tensor, placement, order, tensor.shape, tensor.num_bytes)
         shape = placement.local_shape(tensor.shape)
         return cls(tensor, placement, order, shape, num_bytes(shape, tensor.dtype))
 
@@ -75,6 +78,7 @@ class Outputs:
         return [sizes[c] for c in self.content_of]
 
 
+@paused()
 def arrange(
     tensors: Sequence[Tensor],
     layout: Layout,
@@ -116,11 +120,10 @@ class _Shelves:
 
     def put(self, entry: Entry, remove_redundancy: bool) -> None:
         placement, shape = entry.placement, entry.tensor.shape
-        shards = placement.shards(shape)
-        replicas = len(shards[0].holders)
         key = entry.tensor.name, placement.first_rank
         told = self._keepers is None or key in self._keepers
-        if not (remove_redundancy and told) or replicas == 1:
+        shards = placement.shards(shape) if remove_redundancy and told else ()
+        if not shards or len(shards[0].holders) == 1:
             self._whole.setdefault(placement.ranks, []).append(entry)
             return
         group = self._group(placement, shards, 0 in shape)

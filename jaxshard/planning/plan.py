@@ -6,13 +6,15 @@ The run must match them, and a test counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..catalog import Catalog
+from ..catalog import Catalog, Tensor
 from ..errors import CoverageError
+from ..garbage import paused
 from .blocks import BLOCK_BYTES, STEPPED_BLOCK_BYTES, TILE_BYTES
-from .costs import tensor_cost
+from .bundles import Bundle, bundled, ranks_of
+from .costs import Limits, tensor_cost
 from .coverage import gaps_error
 from .moves import Move, make_move
 from .outputs import Outputs
@@ -41,6 +43,8 @@ class Plan:
         block_bytes, tile_bytes: what is carried at a time; tiles where it is transposed.
         host_bytes: the most memory for data that a run in such blocks takes, on all its
             threads; 0 where that is not decided.
+        is_bundled: whether small tensors that go the same way are carried together.
+        items: what is carried, in this order: tensors, and bundles of them.
         reads: requests to each file of the source, in their order.
     """
 
@@ -50,6 +54,8 @@ class Plan:
     block_bytes: int = BLOCK_BYTES
     tile_bytes: int = TILE_BYTES
     host_bytes: int = 0
+    is_bundled: bool = False
+    items: tuple[Tensor | Bundle, ...] = field(default=(), compare=False, repr=False)
     totals: Totals = field(default=Totals(), compare=False)
     reads: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
@@ -60,10 +66,16 @@ class Plan:
 
     def moves(self) -> Iterator[Move]:
         """The journey of each tensor, those that finish the first files first."""
-        names = self.outputs.layout.placements
-        known = [t for t in self.source.tensors.values() if t.name in names]
-        for tensor in sorted(known, key=lambda t: names[t.name][0].first_rank):
+        for tensor in _in_order(self.source, self.outputs):
             if move := make_move(tensor, self.outputs, self.only):
+                yield move
+
+    def journeys(self) -> Iterator[Move | Bundle]:
+        """The same, with bundles for the tensors that are carried together."""
+        for item in self.items:
+            if isinstance(item, Bundle):
+                yield item
+            elif move := make_move(item, self.outputs, self.only):
                 yield move
 
     def of(self, only: frozenset[int] | None) -> Plan:
@@ -74,6 +86,7 @@ class Plan:
             only=only,
             block_bytes=self.block_bytes,
             tile_bytes=self.tile_bytes,
+            is_bundled=self.is_bundled,
         )
         return replace(made, host_bytes=self.host_bytes)
 
@@ -83,6 +96,7 @@ class Plan:
         return plan_text(self)
 
 
+@paused()
 def make_plan(
     source: Catalog,
     outputs: Outputs,
@@ -90,6 +104,7 @@ def make_plan(
     only: frozenset[int] | None = None,
     block_bytes: int = BLOCK_BYTES,
     tile_bytes: int = TILE_BYTES,
+    is_bundled: bool = False,
 ) -> Plan:
     """The plan that fills ``outputs`` (of the ranks ``only``, when given) from ``source``.
 
@@ -99,29 +114,69 @@ def make_plan(
         LayoutError: a shard would cut through a byte of a packed dtype, or a group of rows
             that belong together.
     """
+    tensors = _in_order(source, outputs)
+    items: tuple[Tensor | Bundle, ...] = tuple(tensors)
+    if is_bundled:
+        items = tuple(bundled(tensors, ranks_of(outputs, only), block_bytes))
+    totals, reads = _counted(source, outputs, only, items, (block_bytes, tile_bytes))
+    return Plan(
+        source,
+        outputs,
+        only,
+        block_bytes,
+        tile_bytes,
+        is_bundled=is_bundled,
+        items=items,
+        totals=totals,
+        reads=reads,
+    )
+
+
+def _counted(
+    source: Catalog,
+    outputs: Outputs,
+    only: frozenset[int] | None,
+    items: Iterable[Tensor | Bundle],
+    limits: Limits,
+) -> tuple[Totals, tuple[int, ...]]:
+    """The numbers of carrying ``items``, and the requests to each file of ``source``.
+
+    Raises:
+        CoverageError: the source lacks elements of some tensors.
+    """
     numbers, reads = [0] * 6, Counter[int]()
-    files = set(range(len(outputs.paths))) if only is None else only
     gaps: dict[str, CoverageError] = {}
     num_tensors = 0
-    for name, placements in outputs.layout.placements.items():
-        tensor = source.tensors.get(name)
-        if tensor is None:
-            continue
-        num_tensors += 1
-        try:
-            cost = tensor_cost(tensor, placements, outputs, only, (block_bytes, tile_bytes))
-        except CoverageError as error:
-            gaps[name] = error
-            continue
-        for i, n in enumerate(cost.numbers):
+    for item in items:
+        if isinstance(item, Bundle):
+            num_tensors += len(item.names)
+            added: tuple[int, ...] = item.numbers
+            files: Sequence[tuple[int, int]] = [(span.piece.file, 1) for span in item.reads]
+        else:
+            num_tensors += 1
+            try:
+                placed = outputs.layout.placements[item.name]
+                cost = tensor_cost(item, placed, outputs, only, limits)
+            except CoverageError as error:
+                gaps[item.name] = error
+                continue
+            added, files = cost.numbers, cost.reads
+        for i, n in enumerate(added):
             numbers[i] += n
-        for file, n in cost.reads:
+        for file, n in files:
             reads[file] += n
     if gaps:
         raise gaps_error(source, gaps)
-    totals = Totals(num_tensors, len(files), *numbers)
-    plan = Plan(source, outputs, only, block_bytes, tile_bytes, totals=totals)
-    return replace(plan, reads=tuple(reads[file] for file in range(len(source.files))))
+    num_files = len(outputs.paths) if only is None else len(only)
+    totals = Totals(num_tensors, num_files, *numbers)
+    return totals, tuple(reads[file] for file in range(len(source.files)))
+
+
+def _in_order(source: Catalog, outputs: Outputs) -> list[Tensor]:
+    """The tensors of ``source`` that go somewhere, those of the first files first."""
+    names = outputs.layout.placements
+    known = [t for t in source.tensors.values() if t.name in names]
+    return sorted(known, key=lambda t: names[t.name][0].first_rank)
 
 
 def block_bytes_for(source: Catalog) -> int:

@@ -23,6 +23,7 @@ from ..catalog import Catalog, Model
 from ..conversion.running import Report
 from ..errors import LayoutError, nearest, some
 from ..formats import huggingface
+from ..garbage import paused
 from ..layout import Layout
 from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
@@ -119,7 +120,7 @@ def save(
     """
     processes = Processes() if alone else processes_of_jax(timeout_s)
     where, keep = Path(path), {"overwrite": overwrite, "durable": durable}
-    with processes.about(str(where)).together("saving: preparing"):
+    with processes.about(str(where)).together("saving: preparing"), paused():
         _check_format(format)
         one_file.refuse(where)
         arrays, notes = arrays_of(tree, name_of)

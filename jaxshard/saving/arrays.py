@@ -10,10 +10,12 @@ and nothing is gathered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 from numpy.typing import NDArray
 
 from ..box import Box
@@ -23,6 +25,7 @@ from ..elements import pack, stored_as
 from ..errors import JaxshardError, LayoutError
 from ..hosting import is_on_host
 from ..mapping import Mapping as NamesAndShapes
+from ..planning.bundles import SMALL_BYTES
 from ..views import ZEROS
 from .fetching import Fetched, Room
 
@@ -52,6 +55,7 @@ class ArraySource:
         """
         self._shards: list[Array] = []
         self._whose: list[tuple[str, Box]] = []
+        self._boxes: dict[tuple[int, ...], Box] = {}
         self._views: dict[int, Bytes] = {}
         self._fetched = Fetched(room, _stored_bytes)
         tensors = {name: self._tensor(name, array) for name, array in arrays.items()}
@@ -88,12 +92,24 @@ class ArraySource:
 
     def lend(self, piece: Piece, offset: int, num_bytes: int) -> memoryview | None:
         """The shard's own memory, or that of a part of it that has come to the host."""
+        whole = self._small(piece, num_bytes)
+        if whole is not None:
+            return whole
         start, held = 0, self._view(piece)
         if held is None:
             start, held = self._part(piece, offset)
             if offset - start + num_bytes > held.size:
                 return None
         return held[offset - start :][:num_bytes].data
+
+    def _small(self, piece: Piece, num_bytes: int) -> memoryview | None:
+        """A copy of a small shard that is wanted whole, which costs less than a look at it."""
+        shard = self._shards[piece.file]
+        if num_bytes > SMALL_BYTES or num_bytes != shard.nbytes:
+            return None
+        if isinstance(shard, jax.Array) and not is_on_host(shard):
+            return None
+        return memoryview(np.asarray(shard).tobytes())
 
     def close(self) -> None:
         """Let go of the arrays' memory: one that is looked at cannot be donated."""
@@ -117,6 +133,14 @@ class ArraySource:
             self._views[piece.file] = view
         return view
 
+    def _distinct(self, array: Array) -> Iterable[tuple[Box, Array]]:
+        """The shards of ``array``; arrays of one shape that are whole share their box."""
+        if isinstance(array, jax.Array) and not _is_whole(array.sharding):
+            return _distinct_shards(array).items()
+        shape = tuple(array.shape)
+        box = self._boxes.get(shape) or self._boxes.setdefault(shape, Box.whole(shape))
+        return ((box, array),)
+
     def _tensor(self, name: str, array: Array) -> Tensor:
         try:
             kind = stored_as(array.dtype)
@@ -124,7 +148,7 @@ class ArraySource:
         except JaxshardError as error:
             raise LayoutError(f"{name}: {error}") from None
         pieces = []
-        for box, shard in _distinct_shards(array).items():
+        for box, shard in self._distinct(array):
             pieces.append(Piece(len(self._shards), 0, box))
             self._shards.append(shard)
             self._whose.append((name, box))
@@ -138,6 +162,12 @@ def num_fetched(arrays: Mapping[str, Array]) -> int:
         if isinstance(array, jax.Array) and not is_on_host(array):
             found = max(found, len(_distinct_shards(array)))
     return found
+
+
+@lru_cache(maxsize=1024)
+def _is_whole(sharding: Sharding) -> bool:
+    """Whether an array with ``sharding`` is one shard, on a device of this process."""
+    return len(sharding.device_set) == 1 and sharding.is_fully_addressable
 
 
 def _distinct_shards(array: Array) -> dict[Box, Array]:

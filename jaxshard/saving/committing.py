@@ -67,11 +67,20 @@ def write_files(
         StorageError: the disk is full or refuses.
     """
     outputs = result.outputs
-    plan = make_plan(source.catalog, outputs, only=only, block_bytes=budget.block_bytes)
+    plan = make_plan(
+        source.catalog, outputs, only=only, block_bytes=budget.block_bytes, is_bundled=True
+    )
     check_room(staging.files, plan.totals.bytes_written)
     files = OutputFiles(plan, staging, result.lay_file, result.seal)
     try:
-        return run(plan.moves(), source.read, files.write, budget=budget, lend=source.lend)
+        return run(
+            plan.journeys(),
+            source.read,
+            files.write,
+            budget=budget,
+            lend=source.lend,
+            write_bundle=files.write_bundle,
+        )
     finally:
         files.close()
 

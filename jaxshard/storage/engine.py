@@ -26,11 +26,13 @@ from ..box import Box
 from ..catalog import Piece, Tensor
 from ..cells import Cell
 from ..planning.blocks import Steps, block_steps, cell_blocks
+from ..planning.bundles import Bundle
 from ..planning.forms import permuted_form
 from ..planning.moves import Move, move_into
 from ..ranges import Runs, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts, fit_budget
+from .bundling import WriteBundle, carry
 from .requests import Bytes, Read, ReadRows, read_runs
 from .scattering import places_of, scatter_of
 from .turning import copy_into
@@ -48,18 +50,19 @@ Lend = Callable[[Piece, int, int], memoryview | None]
 """``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
 ReadPlaces = Callable[[Piece, int, Places], None]
 """``scatter(piece, offset, places)`` fills places in memory, one after the other, as ``read``."""
-_Given = tuple[Batch, Operands | None]
+_Given = tuple[Batch, Operands | None] | Bundle
 
 _STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps, no memory
 
 
 def run(
-    moves: Iterable[Move],
+    moves: Iterable[Move | Bundle],
     read: Read,
     write: Write,
     *,
     budget: Budget,
     progress: Callable[[int], None] | None = None,
+    write_bundle: WriteBundle | None = None,
     place: Place | None = None,
     lend: Lend | None = None,
     rows: ReadRows | None = None,
@@ -72,14 +75,17 @@ def run(
     The first error of any thread stops all of them and is raised; ``stopped`` is called then,
     so that ``moves`` can stop waiting for what will not be done (and at the end as well).
     """
-    ends = Ends(read, write, place, lend, rows, scatter)
+    ends = Ends(read, write, place, lend, rows, scatter, write_bundle)
     workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
     in_threads([w.work for w in workers], Shared(_batches(moves, budget, ends), stopped))
     return sum((w.counts for w in workers), Counts())
 
 
-def _batches(moves: Iterable[Move], budget: Budget, ends: Ends) -> Iterator[_Given]:
+def _batches(moves: Iterable[Move | Bundle], budget: Budget, ends: Ends) -> Iterator[_Given]:
     for move in moves:
+        if isinstance(move, Bundle):
+            yield move
+            continue
         operands = operands_of(move)
         for cell in move.cells:
             limit = budget.block_bytes
@@ -134,6 +140,7 @@ class Ends:
     lend: Lend | None
     rows: ReadRows | None = None
     scatter: ReadPlaces | None = None
+    write_bundle: WriteBundle | None = None
 
 
 class Worker:
@@ -149,7 +156,10 @@ class Worker:
     def work(self, source: Shared[_Given]) -> None:
         """Carry out what ``source`` gives until it has no more."""
         while given := source.next():
-            self.carry(*given)
+            if isinstance(given, Bundle):
+                self._carry_bundle(given)
+            else:
+                self.carry(*given)
 
     def carry(self, batch: Batch, operands: Operands | None) -> None:
         """Carry out one batch."""
@@ -163,6 +173,14 @@ class Worker:
             carry(batch.move, batch.cell, block)
         if self._progress:
             self._progress(self.counts.bytes_written - before)
+
+    def _carry_bundle(self, bundle: Bundle) -> None:
+        ends = self._ends
+        assert ends.write_bundle is not None
+        done = carry(bundle, self._block.data, ends.read, ends.write_bundle, ends.lend)
+        self.counts += done
+        if self._progress:
+            self._progress(done.bytes_written)
 
     def _carry(self, move: Move, cell: Cell, block: Box) -> None:
         steps = block_steps(cell, block, move.sources, move.forms)

@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..box import Box
 from ..cells import Cell, cells
 from ..planning.blocks import cell_blocks
+from ..planning.bundles import Bundle
 from ..planning.moves import Move
 from ..ranges import Runs, block_dim, blocks, byte_runs
 from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
 from .budget import Budget, Counts
+from .bundling import carry
 from .sources import OpenSource
 from .writing import OutputFiles
 
@@ -41,7 +43,7 @@ _MOST_REQUESTS = 1024  # of a geometry, to be kept for the next tensor that has 
 
 
 def run(
-    moves: Iterable[Move],
+    moves: Iterable[Move | Bundle],
     source: OpenSource,
     target: OutputFiles,
     *,
@@ -239,12 +241,15 @@ class _Work(NamedTuple):
     operands: Any
 
 
-_Given = _Rounds | _Work
+_Given = _Rounds | _Work | Bundle
 
 
-def _batches(moves: Iterable[Move], budget: Budget) -> Iterator[_Given]:
+def _batches(moves: Iterable[Move | Bundle], budget: Budget) -> Iterator[_Given]:
     limit = budget.block_bytes
     for move in moves:
+        if isinstance(move, Bundle):
+            yield move
+            continue
         operands = None
         if any(move.forms):
             from .engine import operands_of  # noqa: PLC0415 - NumPy, only where it is needed
@@ -297,8 +302,12 @@ class _Stream:
                 self._worker().carry(given.batch, given.operands)
                 continue
             before = self._counts.bytes_written
-            for one in given.rounds:
-                self._carry(given.move, one)
+            if isinstance(given, Bundle):
+                read, write = self._source.read, self._target.write_bundle
+                self._counts += carry(given, self._block, read, write)
+            else:
+                for one in given.rounds:
+                    self._carry(given.move, one)
             if self._progress:
                 self._progress(self._counts.bytes_written - before)
 

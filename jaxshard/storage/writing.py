@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ..garbage import paused
+from ..planning.bundles import Bundle
 from ..planning.moves import Move
 from ..planning.outputs import Entry
 from ..planning.plan import Plan
+from .bundling import placed
 from .linux import reserve
 from .local import Handles
 from .parts import PartStaging
@@ -60,9 +63,10 @@ class OutputFiles:
         wanted = range(len(outputs.paths)) if plan.only is None else sorted(plan.only)
         self._paths, self._staging = outputs.paths, staging
         self._content_of = outputs.content_of
-        self._layouts: Mapping[int, FileLayout] = {
-            c: lay_file(outputs.contents[c]) for c in {outputs.content_of[r] for r in wanted}
-        }
+        with paused():
+            self._layouts: Mapping[int, FileLayout] = {
+                c: lay_file(outputs.contents[c]) for c in {outputs.content_of[r] for r in wanted}
+            }
         self._handles, self._seal = Handles(staging.files, os.O_WRONLY), seal
         self._lock = threading.Lock()
         sizes = outputs.rank_bytes()
@@ -95,6 +99,18 @@ class OutputFiles:
                     done += length
             self._count(rank, num_bytes)
         return len(ranks)
+
+    def write_bundle(self, bundle: Bundle, buffer: memoryview) -> int:
+        """Store small tensors in the file of every rank that wants them."""
+        known: dict[int, list[tuple[int, list[memoryview]]]] = {}  # ranks share contents
+        for rank in bundle.ranks:
+            content = self._content_of[rank]
+            if content not in known:
+                known[content] = placed(bundle, self._layouts[content].spans, buffer)
+            for offset, views in known[content]:
+                self._handles.write_views(self._paths[rank], offset, views)
+            self._count(rank, bundle.data_bytes)
+        return len(bundle.ranks)
 
     def _count(self, rank: int, num_bytes: int) -> None:
         """Note that ``num_bytes`` more of the file of ``rank`` are written."""

@@ -60,7 +60,7 @@ def unified(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Res
 
 def ckpt(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
     """One ``.ckpt`` file with everything in it: MindSpore has no index for several."""
-    placements = {t.name: (Placement(()),) for t in tensors}
+    placements = dict.fromkeys((t.name for t in tensors), (Placement(()),))
     outputs = arrange(tensors, Layout(1, placements), [complete_ckpt.NAME])
     lay_file, seal = as_ckpt(source.metadata, crc=request.crc)
     return Result("ckpt", outputs, lay_file, {}, seal)
@@ -73,7 +73,7 @@ def orbax(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Resul
         LayoutError: a tensor is empty, which Orbax does not store.
     """
     refuse_empty({t.name: t.shape for t in tensors})
-    placements = {t.name: (Placement(()),) for t in tensors}
+    placements = dict.fromkeys((t.name for t in tensors), (Placement(()),))
     outputs = arrange(tensors, Layout(1, placements), [ORBAX_ITEM])
     return Result("orbax", outputs, as_safetensors({}), {})
 
@@ -117,9 +117,8 @@ def _arranged(
     weights = [t for t in tensors if t.name in grouped]
     if hyper:
         groups, paths = [*groups, [t.name for t in hyper]], [*paths, MINDSPORE_HYPER]
-    placements = {
-        name: (Placement((), first_rank=i),) for i, group in enumerate(groups) for name in group
-    }
+    alone = [(Placement((), first_rank=i),) for i in range(len(groups))]
+    placements = {name: alone[i] for i, group in enumerate(groups) for name in group}
     outputs = arrange([*weights, *hyper], Layout(len(groups), placements), paths)
     weight_map = {name: paths[p[0].first_rank] for name, p in placements.items()}
     return outputs, weight_map

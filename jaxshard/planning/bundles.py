@@ -1,0 +1,199 @@
+"""Bundles: small tensors that go whole to the same files, carried as one.
+
+A tensor of a few bytes costs as many steps as one of a megabyte. So neighbours become one
+bundle: what lies together in a file is one read, and what goes together one write.
+
+    stored    |abc|def|ghi|    one read
+    buffer    |abcdefghi|
+    wanted    |abcdefghi|      one write; where files have another order, one for each run
+
+Which tensors make a bundle follows from the plan alone, so its numbers are known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from typing import NamedTuple
+
+from ..catalog import Piece, Tensor
+from .outputs import Outputs
+
+SMALL_BYTES = 16 << 10  # of a tensor: above, its bytes cost more than its steps
+_MOST_MEMBERS = 4096  # so that several threads have some, and progress is seen
+_GAP_BYTES = 256  # between neighbours, read along: what some formats have before each tensor
+
+Ranks = tuple[int, ...]
+RanksOf = Callable[[Tensor], Ranks | None]
+"""The ranks whose files hold all of a tensor; None where some hold a part of it."""
+
+
+class Span(NamedTuple):
+    """One read: ``num_bytes`` from byte ``offset`` of the file that stores ``piece``.
+
+    They fill the buffer from byte ``start``.
+    """
+
+    piece: Piece
+    offset: int
+    start: int
+    num_bytes: int
+
+
+class Bundle(NamedTuple):
+    """Small tensors that are carried together.
+
+    Attributes:
+        names: of the tensors.
+        starts: where each begins in the buffer.
+        lengths: the bytes of each.
+        reads: what fills the buffer.
+        num_bytes: of the buffer, gaps between neighbours included.
+        ranks: whose files hold all of them.
+    """
+
+    names: tuple[str, ...]
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    reads: tuple[Span, ...]
+    num_bytes: int
+    ranks: Ranks
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(self.lengths)
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int, int]:
+        """Bytes needed, bytes read, reads, bytes written, writes and copies."""
+        data, ranks = self.data_bytes, len(self.ranks)
+        return data, self.num_bytes, len(self.reads), data * ranks, ranks, 0
+
+
+def bundled(
+    tensors: Iterable[Tensor], ranks_of: RanksOf, most_bytes: int
+) -> Iterator[Tensor | Bundle]:
+    """``tensors``, those replaced by bundles that follow each other, are small and go whole.
+
+    Args:
+        tensors: in the order in which they are carried.
+        ranks_of: where each goes.
+        most_bytes: of a bundle.
+    """
+    limit = min(SMALL_BYTES, most_bytes)
+    run = _Run(most_bytes, ())
+    for tensor in tensors:
+        size = small_bytes(tensor, limit)
+        ranks = ranks_of(tensor) if size else None
+        if ranks and run.add(tensor, size, ranks):
+            continue
+        if ranks or 0 not in tensor.shape:  # empty tensors part nothing
+            yield from run.ended()
+            run = _Run(most_bytes, ranks or ())
+        if not ranks:
+            yield tensor
+        elif not run.add(tensor, size, ranks):
+            raise AssertionError(f"{tensor.name} does not fit an empty bundle.")
+    yield from run.ended()
+
+
+def small_bytes(tensor: Tensor, limit: int) -> int:
+    """The bytes of a tensor that is small and lies in one piece; 0 for any other."""
+    shape = tensor.shape
+    size = prod(shape) * tensor.dtype.bits >> 3
+    if not 0 < size <= limit or tensor.factors is not None or not tensor.pieces:
+        return 0
+    piece = tensor.pieces[0]
+    whole = piece.view is None and piece.box.stop == shape and not any(piece.box.start)
+    return size if whole else 0
+
+
+def ranks_of(outputs: Outputs, only: frozenset[int] | None) -> RanksOf:
+    """Which ranks, of those ``only``, hold all of a tensor in ``outputs``."""
+    placements = outputs.layout.placements
+    known: dict[tuple[int, int], Ranks | None] = {}  # placements that tensors share, by identity
+
+    def found(tensor: Tensor) -> Ranks | None:
+        placed = placements[tensor.name]
+        if any(any(p.spec) or len(p.spec) > len(tensor.shape) for p in placed):
+            return None
+        ranks = tuple(
+            rank
+            for placement in placed
+            for shard in placement.shards(tensor.shape)
+            for rank in outputs.holders(tensor.name, placement, shard)
+        )
+        return ranks if only is None else tuple(r for r in ranks if r in only)
+
+    def cached(tensor: Tensor) -> Ranks | None:
+        key = id(placements[tensor.name]), len(tensor.shape)
+        try:
+            return known[key]
+        except KeyError:
+            ranks = known[key] = found(tensor)
+            return ranks
+
+    return found if outputs.kept else cached
+
+
+class _Run:
+    """Small tensors that follow each other and go to the same ranks, as far as they are known."""
+
+    __slots__ = (
+        "_end",
+        "_file",
+        "_most",
+        "lengths",
+        "num_bytes",
+        "ranks",
+        "reads",
+        "starts",
+        "tensors",
+    )
+
+    def __init__(self, most_bytes: int, ranks: Ranks) -> None:
+        self.ranks, self._most = ranks, most_bytes
+        self.tensors: list[Tensor] = []
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.reads: list[tuple[Piece, int]] = []  # each with where it begins in the buffer
+        self.num_bytes = 0
+        self._file, self._end = -1, 0  # of what is read last
+
+    def add(self, tensor: Tensor, size: int, ranks: Ranks) -> bool:
+        """Put ``tensor`` of ``size`` bytes behind the others, if it fits and goes their way."""
+        piece, start = tensor.pieces[0], self.num_bytes
+        gap = piece.offset - self._end if piece.file == self._file else -1
+        follows = 0 <= gap <= _GAP_BYTES
+        if follows:
+            start += gap
+        if ranks != self.ranks or start + size > self._most or len(self.tensors) == _MOST_MEMBERS:
+            return False
+        if not follows:
+            self.reads.append((piece, start))
+            self._file = piece.file
+        self._end = piece.offset + size
+        self.tensors.append(tensor)
+        self.starts.append(start)
+        self.lengths.append(size)
+        self.num_bytes = start + size
+        return True
+
+    def ended(self) -> Iterator[Tensor | Bundle]:
+        """The bundle; one tensor alone stays what it is."""
+        if len(self.tensors) < 2:
+            yield from self.tensors
+            return
+        ends = [*(start for _, start in self.reads[1:]), self.num_bytes]
+        yield Bundle(
+            tuple([tensor.name for tensor in self.tensors]),
+            tuple(self.starts),
+            tuple(self.lengths),
+            tuple(
+                Span(piece, piece.offset, start, end - start)
+                for (piece, start), end in zip(self.reads, ends, strict=True)
+            ),
+            self.num_bytes,
+            self.ranks,
+        )
