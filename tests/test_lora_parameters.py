@@ -435,7 +435,7 @@ def changed_config(folder: Path, **config: Any) -> None:
     ("config", "kind", "told"),
     [
         ({"target_parameters": []}, LayoutError, "does not name it in target_parameters"),
-        ({"target_parameters": "experts"}, FormatError, "target_parameters is no list of names"),
+        ({"target_parameters": "experts"}, FormatError, "target_parameters is not a list of names"),
         ({"r": 8}, FormatError, "has rank 4 for each of 4 experts, but .* says 8"),
         (
             {"target_parameters": ["experts.left", "experts.right"]},

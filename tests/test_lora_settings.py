@@ -99,7 +99,7 @@ def test_a_config_of_a_stranger_is_refused_and_does_not_crash(tmp_path, config, 
 def test_alpha_is_a_number(tmp_path, number) -> None:
     save(small(), tmp_path / "a")
     for how in ({"alpha": number}, {"scaling": number}):
-        with pytest.raises(LayoutError, match="is no number to multiply with"):
+        with pytest.raises(LayoutError, match="not a number to multiply with"):
             with_adapter(tmp_path / "a", **how)
 
 
@@ -199,7 +199,7 @@ def test_a_quantized_base_is_merged_after_what_the_error_says(tmp_path) -> None:
         ({"init_lora_weights": "pissa"}, "weights were changed when its training began"),
         ({"init_lora_weights": "pissa_niter_16"}, "weights were changed"),
         ({"init_lora_weights": "olora"}, "weights were changed"),
-        ({"modules_to_save": "lm_head"}, "no list of names"),
+        ({"modules_to_save": "lm_head"}, "not a list of names"),
         ({"alora_invocation_tokens": [1, 2]}, "more than adding a product"),
     ],
 )
@@ -312,3 +312,57 @@ def test_the_head_of_a_classifier_is_its_own_though_an_older_config_is_silent(tm
         with_adapter(base, save(pair, tmp_path / "silent", **config))
     made = with_adapter(base, save(pair, tmp_path / "a", task_type=task, **config))
     assert "score.weight" in made.tensors
+
+
+# --- wrong requests, and what to do about each ------------------------------------------------
+
+PAIR = {n: x for n, x in small().items() if "lora" in n}
+BARE = {n: x for n, x in small().items() if n not in PAIR}
+LATER = {n.replace("l.0", "l.3"): x for n, x in PAIR.items()}
+TWO = {
+    f"l.0.q.lora_{half}.{name}.weight": PAIR[f"l.0.q.lora_{half.lower()}"]
+    for half in "AB"
+    for name in ("x", "y")
+}
+SPELT_TWICE = {**PAIR, "l.0.q.mindpet_delta_lora_a": PAIR["l.0.q.lora_a"]}
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "how", "kind", "told"),
+    [
+        (BARE, None, {}, NotFoundError, r"base holds no adapters.* with adapter= \(--adapter\)"),
+        (BARE, BARE, {}, NotFoundError, "folder of the adapters, not of a model"),
+        (PAIR, BARE, {}, NotFoundError, "base does: give the base model first"),
+        (BARE, LATER, {}, NotFoundError, "It has l.0.q.weight, so .* with more layers"),
+        (BARE, TWO, {}, LayoutError, r"several adapters \(x, y\). Save the one to merge alone"),
+        (BARE, SPELT_TWICE, {}, LayoutError, "two adapters of l.0.q.weight, in two spellings"),
+        (
+            BARE,
+            {n: x.astype(np.int8) for n, x in PAIR.items()},
+            {},
+            LayoutError,
+            "lora_a is I8; the matrices of an adapter are F16",
+        ),
+        (BARE, PAIR, {"adapter_names": {"a.{x*}": "b.{x*}"}}, LayoutError, "renames none of the"),
+        (BARE, PAIR, {"adapter_names": "l.0.q"}, LayoutError, "neither FROM=TO nor"),
+        (
+            BARE,
+            {n.replace("l.0", "h.0"): x for n, x in PAIR.items()},
+            {},
+            NotFoundError,
+            r'adapter_names=\{"h.\{x\*\}": "l.\{x\*\}"\} \(--adapter-names "h.\{x\*\}=l',
+        ),
+        (BARE, PAIR, {"alpha": 1, "scaling": 2}, LayoutError, "both given.* Leave one out"),
+        (BARE, PAIR, {"rank": 16}, LayoutError, r"--adapter-rank\) asks for 16. Leave it out"),
+    ],
+)
+def test_a_wrong_request_is_told_what_to_do(tmp_path, base, adapter, how, kind, told) -> None:
+    place = save(base, tmp_path / "base")
+    beside = save(adapter, tmp_path / "a", lora_alpha=4) if adapter else None
+    with pytest.raises(kind, match=told):
+        with_adapter(place, beside, **how)
+
+
+def test_a_scaling_of_zero_is_noted(tmp_path) -> None:
+    base, pair = save(BARE, tmp_path / "base"), save(PAIR, tmp_path / "a")
+    assert any("adapters is 0" in n for n in with_adapter(base, pair, scaling=0).notes)

@@ -13,7 +13,7 @@ from ..catalog import Catalog
 from ..conversion.options import Options, with_given
 from ..conversion.preparing import prepare
 from ..conversion.running import Report, execute
-from ..errors import LayoutError
+from ..errors import LayoutError, some
 from ..layout import Layout
 from ..notes import log_notes
 from ..opening import PathLike, opened
@@ -90,8 +90,8 @@ def with_adapter(
     )
     if unmerge and done.replaced:
         raise LayoutError(
-            f"{len(done.replaced)} tensors were replaced by the adapter ({done.replaced[0]} …), "
-            "not added to; what they were is only in the base model."
+            f"unmerge= (--unmerge): the adapter replaced {some(done.replaced, 2)} and did not add "
+            "to it, so what was there cannot be had back. Take the base model."
         )
     return done.catalog
 

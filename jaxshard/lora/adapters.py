@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..catalog import Tensor
+from ..elements import is_plain_float
 from ..errors import LayoutError, NotFoundError, some
 from ..rules import weight_name
 
@@ -97,7 +98,7 @@ def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
             that is more than a pair.
     """
     halves: dict[tuple[str, int], dict[str, Tensor]] = {}
-    embeddings, labels = set[str](), set[str]()
+    embeddings, labels, twice = set[str](), set[str](), list[str]()
     others: dict[str, Tensor] = {}
     dropped = 0
     for name, tensor in tensors.items():
@@ -113,14 +114,20 @@ def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
             module, half = own_name(outer), _half(match)
             pair = halves.setdefault((module, depth), {})
             if half in pair:
-                raise LayoutError(_two_of(module, where))
+                twice.append(module)
             pair[half] = tensor
             labels.add(match["name"] or match["embedding_name"] or "")
             if match["embedding"]:
                 embeddings.add(module)
     if len(labels - {""}) > 1:
         raise LayoutError(
-            f"{where} holds several adapters ({some(sorted(labels))}). Save the one to merge alone."
+            f"{where} holds several adapters ({some(sorted(labels - {''}))}). Save the one to "
+            "merge alone: save_pretrained(DIR, selected_adapters=[NAME])."
+        )
+    if twice:
+        raise LayoutError(
+            f"two sources for one target: {where} has two adapters of {twice[0]}.weight, in two "
+            "spellings. Leave one out of it first (jaxshard convert --exclude REGEX)."
         )
     found = [_pair(*key, pair, key[0] in embeddings, where) for key, pair in halves.items()]
     return Found(tuple(found), others, dropped)
@@ -155,9 +162,15 @@ def _pair(
         there = next(iter(pair.values()))
         raise NotFoundError(
             f"{where}: {there.name} is there, but the {missing[0]} that it goes with is not. The "
-            "adapter is incomplete; fetch or save it again."
+            "adapter is incomplete: fetch or save it again."
         )
     a, b = pair["A"], pair["B"]
+    for half in (a, b):
+        if not is_plain_float(half.dtype):
+            raise LayoutError(
+                f"{half.name} is {half.dtype}; the matrices of an adapter are F16, BF16, F32 or "
+                "F64. Save the adapter in one of them."
+            )
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise LayoutError(
             f"{a.name} {a.shape} and {b.name} {b.shape} are no pair: A is (rank, in), B is (out, "
@@ -174,7 +187,3 @@ def _refuse_unknown(name: str) -> None:
                 f"{name} is part of {what}; that is more than adding a product, and cannot be "
                 "merged here. Merge it with the program that made it."
             )
-
-
-def _two_of(module: str, where: str) -> str:
-    return f"two sources for one target: {where} has two adapters of {module}.weight."

@@ -21,6 +21,7 @@ from itertools import product, takewhile
 from .. import mapping as mappings
 from ..catalog import Catalog, Tensor
 from ..errors import LayoutError, NotFoundError, some
+from ..rules.match import template
 
 AdapterNames = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]
 
@@ -60,12 +61,14 @@ class BaseNames:
         root: the base's place, for errors.
         given: the caller's renaming.
         renamed: names that were found by a renaming of transformers: the adapter's, the base's.
+        num_given: how many names the caller's renaming changed.
     """
 
     known: Mapping[str, Tensor]
     root: str
     given: Callable[[str], str] = str
     renamed: dict[str, str] = field(default_factory=dict)
+    num_given: int = 0
 
     def find(self, name: str) -> str | None:
         """The base's name for ``name``; None if it has no such tensor.
@@ -74,6 +77,7 @@ class BaseNames:
             LayoutError: several renamings lead to a tensor.
         """
         given = self.given(name)
+        self.num_given += given != name
         if given in self.known:
             return given
         plain = [n for n in _with_or_without_head(given) if n in self.known]
@@ -102,10 +106,28 @@ class BaseNames:
                 "(--adapter-names)."
             )
         name, other = names[close[0]], close[1]
+        if template(other) == template(self.given(name)):
+            return NotFoundError(
+                f"{text} It has {other}, so the adapter is of a model with more layers or experts. "
+                "Give the base model that it was trained on."
+            )
         return NotFoundError(
             f"{text} Did you mean {other}? Then give {argument(name, other)}; otherwise give the "
             "base model that the adapter was trained on."
         )
+
+    def check_given(self) -> None:
+        """Refuse a renaming of the caller's that was about no name of the adapter.
+
+        Raises:
+            LayoutError: with a name that it could have been about.
+        """
+        if self.given is not str and not self.num_given:
+            raise LayoutError(
+                "adapter_names= (--adapter-names) renames none of the adapter's names. Leave it "
+                "out, or write the names as the adapter has them, without base_model.model. and "
+                "lora_A: model.layers.0.self_attn.q_proj.weight."
+            )
 
     def notes(self) -> list[str]:
         """What a person should know of names that were found by a renaming."""
@@ -155,7 +177,7 @@ def _as_mapping(given: AdapterNames) -> mappings.Mapping:
     if not os.path.isfile(text):
         raise LayoutError(
             f"adapter_names= (--adapter-names) {text!r} is neither FROM=TO nor a TOML file of a "
-            'mapping. Give "model.language_model.{x*}=language_model.model.{x*}", say.'
+            'mapping. Give FROM=TO, as "model.language_model.{x*}=language_model.model.{x*}".'
         )
     return mappings.find_mapping(text, Catalog("", "", (), {}))
 

@@ -66,7 +66,8 @@ def merged(
     if not found.adapters:
         raise NotFoundError(
             f"{source.root} holds no adapters: no name of its {len(source.tensors)} tensors ends "
-            "as lora_A.weight, lora_a, mindpet_delta_lora_a or lora_embedding_A do."
+            "as lora_A.weight, lora_a, mindpet_delta_lora_a or lora_embedding_A do. "
+            + _where_adapters_are(base, adapter)
         )
     kept = {n: t for n, t in base.tensors.items() if not is_adapter(n)}
     if adapter is not None and len(kept) < len(base.tensors):
@@ -80,6 +81,7 @@ def merged(
         replaced = saved_beside(others, names, base, settings, notes)
         kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
     how = _How(names, settings, base, notes)
+    unscaled = 0
     for pairs in grouped(found.adapters):
         for pair, parameter, swapped in _parameters(pairs, how):
             moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
@@ -88,7 +90,11 @@ def merged(
             for part in parameter.parts:
                 product = _Product(moved, scaling, swapped, parameter.experts, reproducible)
                 kept[part.name] = _added(kept[part.name], part, product)
+            unscaled += not scaling
+    names.check_given()
     notes += names.notes()
+    if unscaled:
+        notes.append(f"The scaling of {unscaled} adapters is 0, so they change nothing.")
     told = adapter.notes if adapter is not None else ()
     beside = (n for n in told if n != NO_CONFIG)  # an adapter's folder has its own config
     catalog = replace(
@@ -101,6 +107,15 @@ def merged(
         has_merged_adapters=True,
     )
     return Merged(catalog, len(found.adapters), tuple(sorted(replaced)))
+
+
+def _where_adapters_are(base: Catalog, adapter: Catalog | None) -> str:
+    """What to do where the adapters are not in ``adapter``, or not in ``base`` if that is None."""
+    if adapter is None:
+        return "Give their folder with adapter= (--adapter)."
+    if any(map(is_adapter, base.tensors)):
+        return f"{base.root} does: give the base model first, and the adapters as adapter=."
+    return "Give the folder of the adapters, not of a model, with adapter= (--adapter)."
 
 
 def _refuse_two(base: Catalog, adapter: Catalog) -> None:

@@ -92,10 +92,14 @@ class Settings:
         """
         for name, number in (("alpha", alpha), ("scaling", scaling)):
             if number is not None and not isfinite(number):
-                raise LayoutError(f"{name}={number} is no number to multiply with.")
+                raise LayoutError(
+                    f"{name}= (--{name}) is {number}, not a number to multiply with. Give the "
+                    f"{name} of the training."
+                )
         if alpha is not None and scaling is not None:
             raise LayoutError(
-                f"alpha={alpha} and scaling={scaling} are both given; one says it all."
+                f"alpha= (--alpha) {alpha} and scaling= (--scaling) {scaling} are both given, and "
+                "each decides alone. Leave one out."
             )
         if alpha is not None and self.alpha_pattern and self.alpha not in (None, alpha):
             raise LayoutError(
@@ -137,7 +141,8 @@ class Settings:
                 )
             raise FormatError(
                 f"{adapter.a.name}: shape {adapter.a.shape} has rank {own}{of}, but "
-                f"{self.where} says {rank}. The adapter and its config do not belong together."
+                f"{self.where} says {rank}: the adapter and its config do not belong together. "
+                "Fetch both again."
             )
         if self.scaling is not None:
             return self.scaling
@@ -191,7 +196,9 @@ def _read(path: Path) -> Settings:
     said = {**config, **inner} if isinstance(inner, dict) else config
     kind = said.get("peft_type")
     if kind not in (None, "LORA"):
-        raise LayoutError(f"{path}: peft_type is {kind!r}; only LORA can be merged.")
+        raise LayoutError(
+            f"{path}: peft_type is {kind!r}; only LORA can be merged here. Merge it with PEFT."
+        )
     for flag in _MORE:
         if said.get(flag):
             raise LayoutError(
@@ -242,27 +249,36 @@ def _saved_modules(said: Mapping[str, Any], kind: object, path: Path) -> tuple[s
 def _texts(said: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
     names = said.get(key) or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise FormatError(f"{path}: {key} is no list of names.")
+        raise FormatError(f"{path}: {key} is not a list of names. Fetch the adapter again.")
     return tuple(names)
 
 
 def _number(said: Mapping[str, Any], key: str, path: Path) -> float:
     value = said[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{path}: {key} is {str(value)[:40]!r}, not a number.")
+        raise FormatError(
+            f"{path}: {key} is {str(value)[:40]!r}, not a number. Fetch the adapter again, or give "
+            "alpha= (--alpha)."
+        )
     try:
         number = float(value)
     except OverflowError:
         number = float("inf")
     if not isfinite(number):
-        raise FormatError(f"{path}: {key} is {str(value)[:40]}, no number to multiply with.")
+        raise FormatError(
+            f"{path}: {key} is {str(value)[:40]}, no number to multiply with. Fetch the adapter "
+            "again."
+        )
     return number
 
 
 def _rank(said: Mapping[str, Any], key: str, path: Path) -> int:
     number = _number(said, key, path)
     if number < 1 or number != int(number):
-        raise FormatError(f"{path}: {key} is {str(said[key])[:40]}, not a rank of 1 or more.")
+        raise FormatError(
+            f"{path}: {key} is {str(said[key])[:40]}, not a rank of 1 or more. "
+            "Fetch the adapter again."
+        )
     return int(number)
 
 
@@ -270,6 +286,8 @@ def _patterns(said: Mapping[str, Any], key: str, path: Path) -> list[str]:
     """The patterns of a table of modules, each an expression that can be tried."""
     value = said.get(key) or {}
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: {key} is no table of names and numbers.")
+        raise FormatError(
+            f"{path}: {key} is no table of names and numbers. Fetch the adapter again."
+        )
     check_patterns(value, f"{path}: {key}")
     return list(value)
