@@ -107,6 +107,8 @@ def save(index, count, out):
     )[0]
     answer["refused"] = _refused(index, out)
     answer["due again"] = _due_again(index, out)
+    for _ in range(2):  # a second job of the same prefix
+        manager_of(f"{out}/twice").save(1, state_of(1, 2, 4))
     return answer
 
 

@@ -46,6 +46,15 @@ def test_after_a_failure_and_after_going_back_all_processes_save_the_same_steps_
         assert answer["due again"] == [True, True, True, True, False, False, True, False]
 
 
+def test_of_two_jobs_of_one_prefix_both_steps_are_kept(saved):
+    for rank in range(8):
+        names = [p.name for p in (saved[1] / f"twice/checkpoint/rank_{rank}").glob("net*")]
+        assert sorted(names) == [
+            f"net_rank_{rank}-1_1.safetensors",
+            f"net_rank_{rank}_1-1_1.safetensors",
+        ]
+
+
 def test_what_one_process_cannot_save_all_hear_of_at_once(saved):
     first, last = (answer["refused"] for answer in saved[0])
     assert "process 1: LayoutError: extras['x']" in first["bad_extras"][1]

@@ -18,6 +18,7 @@ import training_kills
 from training_kills import CUT, is_state_of, state_of
 
 from jaxshard.errors import FormatError, JaxshardError, NotFoundError, StorageError
+from jaxshard.storage.fs import publish_new
 from jaxshard.storage.local import Handles
 from jaxshard.training import CheckpointManager, committing, records
 from jaxshard.training.naming import StepName
@@ -230,7 +231,13 @@ def _stop_in_commit(monkeypatch, after: int) -> None:
             raise KeyboardInterrupt
         rename(a, b)
 
+    def publish(a, b):
+        if next(count) == after:
+            raise KeyboardInterrupt
+        publish_new(a, b)
+
     monkeypatch.setattr(committing.os, "replace", replace)
+    monkeypatch.setattr(committing, "publish_new", publish)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -30,7 +30,7 @@ from .layouts import Part
 from .lineage import Line
 from .places import check_units
 from .records import Record
-from .saving_steps import Job, all_parts, record_of, save_step, units_of
+from .saving_steps import Job, all_parts, check_free, record_of, save_step, units_of
 from .writing import check_room, sums_of, write_file
 
 _BEGIN, _WRITE, _SUM, _COMMIT = (
@@ -113,6 +113,7 @@ class _Leader:
     def _begin(self, work: _Work, staging: Staging) -> None:
         def begin() -> str:
             check_units(self._job.places, units_of(work.parts))
+            check_free(self._job, units_of(work.parts))
             check_room(staging.files, sum(sum(r.outputs.rank_bytes()) for r in work.results))
             work.folder.mkdir()
             for result in work.results:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FormatError, StorageError
+from ..storage.fs import publish_new
 from . import naming, records
 from .naming import StepName
 from .places import (
@@ -48,6 +49,8 @@ def commit(places: Places, record: Record, *, durable: bool) -> None:
     try:
         replace_file(places.record(record.step, MOVING), records.to_bytes(record), durable=durable)
         _put_in_place(places, record, durable=durable)
+    except FileExistsError as error:
+        raise StorageError(_in_the_way(places, record.step, error)) from error
     except OSError as error:
         raise StorageError(f"step {record.step} of {places.root}: {error}.") from error
 
@@ -104,6 +107,9 @@ def _go_on(places: Places, step: StepName, done: list[str], *, durable: bool) ->
         check_units(places, record.units)
         check_units(places, record.units, places.staging(step))
         _put_in_place(places, record, durable=durable)
+    except FileExistsError as error:
+        done.append(_in_the_way(places, step, error))
+        return
     except Unreadable as error:
         done.append(f"step {step} was being put in place, and stays as it is: {error}")
         return
@@ -112,6 +118,13 @@ def _go_on(places: Places, step: StepName, done: list[str], *, durable: bool) ->
         places.record(step, MOVING).unlink()
         return
     done.append(f"step {step} was on the disk and is now in place.")
+
+
+def _in_the_way(places: Places, step: StepName, error: OSError) -> str:
+    return (
+        f"step {step} of {places.root} is on the disk and cannot be put in place: "
+        f"{error.filename or places.steps} is another job's. Move that away; the step follows then."
+    )
 
 
 def _go_on_removing(places: Places, step: StepName, done: list[str]) -> None:
@@ -145,6 +158,9 @@ def _put_in_place(places: Places, record: Record, *, durable: bool) -> None:
         if not os.path.lexists(source):
             continue  # moved by whoever was interrupted
         place.parent.mkdir(parents=True, exist_ok=True)
+        if unit not in record.replaces:
+            publish_new(source, place)
+            continue
         if place.is_dir() and not place.is_symlink():
             _set_aside(places, place)
         os.replace(source, place)

@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -35,6 +36,7 @@ from .across import save_together
 from .background import Background
 from .cadence import Cadence, Schedule
 from .checks import one_of, optional, real, whole
+from .claims import Claim, task_for
 from .committing import is_on_disk
 from .company import Company
 from .composing import Recipe
@@ -173,6 +175,7 @@ class CheckpointManager:
         self._company = Company(timeout_s)
         self._background = Background()
         self._said_never = False
+        self._claim = Claim()
         self._line: Line | None = None  # of what was restored or saved last
         self._line_step = 0
         self.last_failure: StorageError | None = None
@@ -204,21 +207,27 @@ class CheckpointManager:
         *,
         extras: Mapping[str, Any] | None = None,
         loss_scale: float | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Save ``state`` as step number ``step`` of the whole run.
+
+        A step of this run is replaced. Rank files of another job of the same prefix are kept, and
+        a number behind the rank keeps this job's apart, as MindSpore does.
 
         Args:
             step: counts from 1.
             state: any pytree of arrays, PRNG keys and numbers.
             extras: what JSON can hold: the position in the data, a configuration …
             loss_scale: kept where MindFormers looks for it.
+            overwrite: replace files and folders of the step's name that are not this run's.
 
         Raises:
             StorageError: the disk is full or refuses (but see ``on_storage_error``), now or
                 in the background since the last call. The steps before are all there.
-            LayoutError: the state cannot be saved in this way; or could not, likewise.
+            LayoutError: the state cannot be saved in this way, or a folder of the step's name is
+                there that is not this run's; now or in the background since the last call.
         """
-        job = self._agreed(step, state, dict(extras or {}), loss_scale)
+        job = self._agreed(step, state, dict(extras or {}), loss_scale, overwrite)
         self._schedule.began(job.wish.global_step, self._clock())
         if not self._async:
             self._run(job)
@@ -230,18 +239,36 @@ class CheckpointManager:
             raise
 
     def _agreed(
-        self, step: int, state: Any, extras: Mapping[str, Any], loss_scale: float | None
+        self,
+        step: int,
+        state: Any,
+        extras: Mapping[str, Any],
+        loss_scale: float | None,
+        overwrite: bool,
     ) -> Job:
         """What is to be saved, held still, where all processes could do so."""
         jobs: list[Job] = []
+        processes = self._company.processes
         try:
-            with self._company.processes.together("saving a step: preparing"):
+            with processes.together("saving a step: preparing") as meeting:
                 jobs.append(self._prepared(step, state, extras, loss_scale))
+                claim = replace(self._claim, overwrite=overwrite)
+                meeting.says = str(0 if processes.index else _task(jobs[0], claim))
         except BaseException:
             for job in jobs:  # another process cannot: the arrays are the loop's again
                 job.snapshot.close()
             raise
-        return jobs[0]
+        return self._named_apart(jobs[0], int(meeting.heard[0]), overwrite)
+
+    def _named_apart(self, job: Job, task: int, overwrite: bool) -> Job:
+        """``job`` with the number that keeps its files apart from those of other jobs."""
+        after = job.after
+        if task != self._claim.task and not self._claim.restored:
+            after = after or Line()  # it is a run of its own
+        self._claim = replace(self._claim, task=task)
+        wish = replace(job.wish, step=replace(job.wish.step, task=task))
+        claim = replace(self._claim, overwrite=overwrite)
+        return replace(job, wish=wish, after=after, claim=claim)
 
     def _prepared(
         self, step: int, state: Any, extras: Mapping[str, Any], loss_scale: float | None
@@ -354,6 +381,7 @@ class CheckpointManager:
         self._schedule.restored(found.step if whole_state else None, self._clock())
         if whole_state:
             self._line, self._line_step = found.line, 0  # the run goes on from here
+            self._claim = replace(self._claim, restored=True, task=found.name.task)
         return found
 
     def steps(self, *, deep: bool = False) -> list[Step]:
@@ -378,7 +406,8 @@ class CheckpointManager:
             alone = not processes.are_several
             line = save_step(job).line if alone else save_together(job, processes)
             self._line, self._line_step = line, job.wish.global_step
-            saved = True
+            own = self._claim.saved | {job.wish.step}
+            self._claim, saved = replace(self._claim, saved=own), True
         except StorageError as error:
             if not self._warn:
                 raise
@@ -398,6 +427,15 @@ class CheckpointManager:
                 "nor save_every_seconds",
                 self._places.root,
             )
+
+
+def _task(job: Job, claim: Claim) -> int:
+    """The number that keeps the files of ``job`` apart; only files of ranks have one."""
+    if job.kind != "ranks":
+        return 0
+    folders = (naming.CHECKPOINT, *job.copies)
+    ranks = job.wish.layout.num_ranks
+    return task_for(job.places, job.wish.prefix, job.wish.step, folders, ranks, claim)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -42,7 +42,7 @@ def _point_ranks(places: Places, record: Record) -> None:
     for unit in record.units:
         file = naming.parse_rank_file(unit.removeprefix(head))
         if unit.startswith(head) and file:
-            said = naming.meta_json(file.prefix, file.rank, file.step)
+            said = naming.meta_json(file.prefix, file.rank, record.step)
             _put(places.root / unit.rsplit("/", 1)[0] / naming.META, said)
 
 

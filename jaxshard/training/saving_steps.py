@@ -19,6 +19,7 @@ from ..errors import FormatError, LayoutError, StorageError, some
 from ..storage.checksums import FileSums
 from ..storage.staging import Staging
 from . import naming
+from .claims import Claim, replaceable
 from .committing import commit, drop_unused_strategies, recover, remove
 from .layouts import Part, Wish, copies_of, parts_of
 from .lineage import Line, following
@@ -50,6 +51,7 @@ class Job:
         weights: which tensors are the model's.
         copies: further copies: a folder, and the names of the tensors in it.
         after: what the step grows from, if the loop's manager knows.
+        claim: what of what is there already may be replaced.
     """
 
     places: Places
@@ -65,6 +67,7 @@ class Job:
     workers: int | None = None
     host_bytes: int | None = None
     after: Line | None = None
+    claim: Claim = Claim()  # noqa: RUF009 - frozen
 
 
 def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
@@ -73,7 +76,8 @@ def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
     Raises:
         StorageError: the disk is full or refuses, or another writer is at work; nothing of
             the step is there, and all others are.
-        LayoutError: the layout does not fit the tensors, or the step is another job's.
+        LayoutError: the layout does not fit the tensors, the step is another job's, or a file or
+            folder that has its name is not the run's own.
     """
     places = job.places
     with only_writer(places, durable=job.durable):
@@ -83,6 +87,8 @@ def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
             _refuse_blocked(places, job.wish.step)
             line = _line_of(job)  # first: it may refuse
             record = replace((write or _written)(job), line=line)
+            # again: files may have appeared while the step was written
+            record = replace(record, replaces=check_free(job, record.units))
             job.snapshot.check_still()
             commit(places, record, durable=job.durable)
         except BaseException:
@@ -172,7 +178,9 @@ def _written(job: Job) -> Record:
         else:
             files, algorithm, units = {}, "", ()
         parts = all_parts(job)
-        check_units(places, [*units, *units_of(parts)])
+        units_there = [*units, *units_of(parts)]
+        check_units(places, units_there)
+        check_free(job, units_there)
         snapshot = job.snapshot
         more, algorithm = write_parts(
             parts,
@@ -188,6 +196,11 @@ def _written(job: Job) -> Record:
         raise
     staging.publish()
     return record
+
+
+def check_free(job: Job, units: Iterable[str]) -> tuple[str, ...]:
+    """Return those of ``units`` that the step replaces (errors as ``claims.replaceable``)."""
+    return replaceable(job.places, job.wish.step, units, job.claim)
 
 
 def all_parts(job: Job) -> list[Part]:
@@ -240,6 +253,7 @@ def _write_orbax(job: Job, staging: Staging) -> tuple[dict[str, FileSums], str, 
     unit = f"{naming.CHECKPOINT}/{naming.step_folder(job.wish.prefix, job.wish.step)}"
     place = root / unit
     check_units(job.places, [unit])
+    check_free(job, [unit])
     check_room(root, job.snapshot.num_bytes)  # Orbax packs, but not by much
     place.parent.mkdir(parents=True, exist_ok=True)
     orbax.write(place, job.snapshot.whole())
@@ -275,6 +289,7 @@ def _let_go(job: Job, saved: Record) -> None:
     """Remove the steps that may go; that one cannot be removed does not undo the save."""
     whole = [s for s in find_steps(job.places) if s.record and s.state == "complete"]
     past, left = past_of(of_prefix(whole, job.wish.prefix), saved.line)
+    left = [step for step in left if step.name.task == saved.step.task]  # others' are theirs
     complete = {s.name: s.record for s in whole if s.record}
     gone = expired(
         {s.name: s.global_step for s in past},
