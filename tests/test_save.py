@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxshard.api import verify
+from jaxshard.api import convert, verify
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.loading import load
 from jaxshard.opening import open_checkpoint
@@ -255,7 +255,8 @@ def test_a_failed_save_leaves_nothing_and_does_not_stand_in_the_way(tmp_path, mo
     save({"x": np.ones(4, np.float32)}, tmp_path / "out", overwrite=True, format=format)
 
 
-def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", ["save", "convert"])
+def test_what_a_killed_save_left_behind_is_cleared_away(llama, tmp_path, monkeypatch, again):
     left = tmp_path / ".out.partial"
     with monkeypatch.context() as patched:
         patched.setattr("jaxshard.storage.staging.Staging.abandon", lambda self: self._release())
@@ -263,9 +264,12 @@ def test_what_a_killed_save_left_behind_is_cleared_away(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             save({"old": np.zeros(4, np.float32)}, tmp_path / "out")
     assert (left / "finished").exists()
-    save({"x": np.zeros(4, np.float32)}, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.safetensors"]
-    assert not left.exists()
+    if again == "save":
+        save({"x": np.zeros(4, np.float32)}, tmp_path / "out")
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.safetensors"]
+    else:
+        convert(llama[0], tmp_path / "out", "mp2")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_conversion_left_behind_is_not_touched(tmp_path):

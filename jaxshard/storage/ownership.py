@@ -24,6 +24,7 @@ from .fs import delete, scratch_of, write_file_atomic
 
 JOURNAL, LOCK, TURN, PLACING = "journal.json", "lock", "turn.lock", "placing"
 _LAST = (PLACING, JOURNAL, TURN, LOCK)  # what tells that the folder is ours goes in this order
+_NAME, _RESUMABLE = "jaxshard", "resumable"
 _MOST_BYTES = 64 << 20  # a journal of ours is far smaller
 
 
@@ -68,7 +69,7 @@ def _why_not_ours(base: Path) -> str | None:
         return f"it belongs to user {info.st_uid} (expected {os.geteuid()})"
     names = sorted(os.listdir(base))
     if JOURNAL in names:
-        return None if read_request(base) is not None else f"its {JOURNAL} is not jaxshard's"
+        return None if read_journal(base) else f"its {JOURNAL} is not jaxshard's"
     other = [n for n in names if not _is_first(base / n, base)]
     return f"it holds {some(other, 3)} and no {JOURNAL} of jaxshard's" if other else None
 
@@ -86,14 +87,16 @@ def _is_first(path: Path, base: Path) -> bool:
     return stat.S_ISREG(info.st_mode) and (is_lock or path == scratch_of(base / JOURNAL))
 
 
-def write_journal(base: Path, request: str, *, durable: bool = True) -> None:
-    """Note in ``base`` that it is ours, and what is being made."""
-    head = json.dumps({"jaxshard": base.name})
+def write_journal(
+    base: Path, request: str, *, durable: bool = True, resumable: bool = True
+) -> None:
+    """Note in ``base`` that it is ours, what is being made, and whether a later run can go on."""
+    head = json.dumps({_NAME: base.name, _RESUMABLE: resumable})
     write_file_atomic(base / JOURNAL, f"{head}\n{request}".encode(), durable=durable)
 
 
-def read_request(base: Path) -> str | None:
-    """What is being made in ``base``; None if it has no journal of ours.
+def read_journal(base: Path) -> tuple[str, bool] | None:
+    """What is being made in ``base``, and whether a later run can go on; None: it is not ours.
 
     Raises:
         FileNotFoundError: there is no journal.
@@ -104,16 +107,27 @@ def read_request(base: Path) -> str | None:
         return None
     try:
         head, _, request = journal.read_bytes().decode().partition("\n")
-        return request if json.loads(head) == {"jaxshard": base.name} else None
+        facts = json.loads(head)
     except (ValueError, RecursionError):
         return None
+    is_ours = isinstance(facts, dict) and facts.get(_NAME) == base.name
+    return (request, facts.get(_RESUMABLE) is not False) if is_ours else None
 
 
 def request_in(base: Path) -> str | None:
     """What is being made in ``base``, if anything."""
     with suppress(FileNotFoundError):
-        return read_request(base)
+        found = read_journal(base)
+        return found and found[0]
     return None
+
+
+def is_resumable(base: Path) -> bool:
+    """Whether a later run can go on with what is being made in ``base``."""
+    with suppress(FileNotFoundError):
+        found = read_journal(base)
+        return found is not None and found[1]
+    return False
 
 
 def remove(base: Path) -> None:

@@ -157,6 +157,7 @@ class PartStaging:
         steps.refuse_existing(self._destination, self._overwrite)
         if not self._is_ours():
             self._begin()
+        self.files.mkdir(exist_ok=True)  # a kill may come between the journal and this folder
         self._lock(
             self._base / f"{self._name}.lock",
             fcntl.LOCK_EX,

@@ -91,7 +91,7 @@ class Staging:
         self.durable, self.finished, self.published = durable, dict[str, int](), False
         self._request, self._overwrite, self._resumable = request, overwrite, resumable
         self._kind: Kind = kind or ("weight file" if only else "checkpoint")
-        self._begun, self._lock = False, -1
+        self._lock = -1
         self._base = staging_folder(destination)
         self.files = self._base / FILES
         self._made = self.files / only if only else self.files
@@ -136,8 +136,7 @@ class Staging:
         """Stop. What was finished is kept for a later run to resume; otherwise all goes."""
         if self._lock < 0:
             return
-        keeps_work = has_work(self._base) and (self._resumable or not self._begun)
-        if keeps_work or holds_replaced(self._base):
+        if has_work(self._base) or holds_replaced(self._base):
             self._release()
         else:
             self._remove()
@@ -159,8 +158,7 @@ class Staging:
             self.finished = read_finished(self._base / _FINISHED, self.files)
             _remove_others(self.files, self.finished)
         else:
-            begin(self._base, self._request, self.durable)
-        self._begun = True
+            begin(self._base, self._request, self.durable, self._resumable)
         if self._overwrite:
             note_before(self._base, self._destination, kind=self._kind, durable=self.durable)
 
@@ -171,10 +169,8 @@ class Staging:
             LayoutError: it is neither.
         """
         is_same = request_in(self._base) == self._request
-        if self._overwrite or (is_same and not self._resumable):
+        if self._overwrite or (is_same and resume):
             return is_same and resume
-        if is_same and resume:
-            return True
         if not self._resumable:
             raise LayoutError(
                 f"an interrupted conversion left {self._base}. Finish that one with --resume, or "
@@ -324,18 +320,18 @@ def other_request(base: Path) -> LayoutError:
 
 
 def has_work(base: Path) -> bool:
-    """Whether a file was finished in ``base``, by a run alone or by one part, and not published."""
+    """Whether ``base`` holds finished files that are not published and can be gone on with."""
     there_is = (base / _FINISHED).exists() or any(base.glob("*.journal"))
-    return there_is and not was_placed(base)
+    return there_is and ownership.is_resumable(base) and not was_placed(base)
 
 
-def begin(base: Path, request: str, durable: bool) -> None:
+def begin(base: Path, request: str, durable: bool, resumable: bool = True) -> None:
     """Make ``base`` empty but for its locks, and ready for the making of ``request``."""
     left = [e for e in base.iterdir() if e.suffix != ".lock" and e.name not in (LOCK, JOURNAL)]
     # claims go first, so that a kill leaves none to files that are gone
     for entry in sorted(left, key=lambda e: e.suffix != ".journal" and e.name not in _CLAIMS):
         delete(entry)
-    ownership.write_journal(base, request, durable=durable)
+    ownership.write_journal(base, request, durable=durable, resumable=resumable)
     (base / FILES).mkdir()
 
 
