@@ -21,7 +21,16 @@ from jaxshard.conversion.options import Options
 from jaxshard.conversion.preparing import prepare
 from jaxshard.conversion.running import execute
 from jaxshard.errors import LayoutError, NotFoundError
-from jaxshard.mapping import Cast, Dequantize, Mapping, Stack, Transpose
+from jaxshard.mapping import (
+    Cast,
+    Dequantize,
+    Mapping,
+    Rename,
+    Stack,
+    Transpose,
+    read_mapping,
+    write_mapping,
+)
 from jaxshard.storage.engine import Budget
 
 QUICK = Options(workers=1, durable=False)
@@ -171,3 +180,101 @@ def test_factors_need_not_divide_as_what_they_scale_does(tmp_path, form, to) -> 
     for name, x in whole.items():
         np.testing.assert_array_equal(np.asarray(cut[name]), np.asarray(x))
     assert any(not x.sharding.is_fully_replicated for x in cut.values())
+
+
+def settings_of(**stated: object) -> dict[str, object]:
+    return {
+        "model_type": "mistral",
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "torch_dtype": "float32",
+        "quantization_config": {"quant_method": "x", **stated},
+    }
+
+
+def quantized_folder(path, weight: np.ndarray, factors: dict[str, np.ndarray], config) -> None:
+    """A layer whose q_proj is ``weight``, with ``factors`` by the ends of their names."""
+    path.mkdir()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    norm = np.ones(weight.shape[1], np.float32)
+    arrays = {"model.layers.0.input_layernorm.weight": norm, name: weight}
+    arrays |= {f"{name.removesuffix('.weight')}.{end}": x for end, x in factors.items()}
+    save_file(arrays, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (8,), (8, 1)])
+@pytest.mark.parametrize("end", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("kind", [FP8, ml_dtypes.float8_e5m2, np.int8])
+def test_a_factor_of_a_tensor_or_of_each_row_is_multiplied(tmp_path, shape, end, kind) -> None:
+    random = np.random.default_rng(0)
+    weight = random.integers(-7, 8, (8, 4)).astype(kind)
+    scale = random.uniform(0.5, 2, shape).astype(np.float32)
+    true = weight.astype(np.float32) * scale.reshape(-1, 1)
+    quantized_folder(tmp_path / "a", weight, {end: scale}, settings_of(weight_block_size=None))
+    convert(tmp_path / "a", tmp_path / "b", names="auto", options=QUICK)
+    made = load_file(tmp_path / "b" / "model.safetensors")
+    np.testing.assert_array_equal(made["model.layers.0.self_attn.q_proj.weight"], true)
+    assert len(made) == 2
+    assert "quantization_config" not in json.loads((tmp_path / "b" / "config.json").read_text())
+    cut = js.load(tmp_path / "a", "mp2", names="hf:linen", dtype=np.float32)
+    (kernel,) = (x for n, x in cut.items() if "q_proj" in n)
+    np.testing.assert_array_equal(np.asarray(kernel), true.T)
+    mapping = Mapping((Dequantize(scale="{name*}.weight_scale", block=(0, 0), dtype="F32"),))
+    arrays = {"a.weight": weight, "a.weight_scale": scale}
+    np.testing.assert_array_equal(mapping.apply_arrays(arrays)["a.weight"], true)
+    assert read_mapping(write_mapping(mapping)) == mapping
+
+
+@pytest.mark.parametrize(
+    ("weight", "factors", "stated"),
+    [
+        # blocks, though config.json says that there are none
+        (np.zeros((256, 256), FP8), {"weight_scale_inv": (2, 2)}, {"weight_block_size": None}),
+        # groups of four, of sixteen (NVFP4), zero points
+        (np.zeros((8, 8), np.uint8), {"weight_scale": (8, 2)}, {}),
+        (np.zeros((8, 8), np.uint8), {"weight_scale": (8, 1), "weight_scale_2": ()}, {}),
+        (np.zeros((8, 8), np.int8), {"weight_scale": (8, 1), "weight_zero_point": (8, 1)}, {}),
+        # one for each column
+        (np.zeros((8, 4), FP8), {"weight_scale": (1, 4)}, {}),
+    ],
+)
+@pytest.mark.parametrize("names", ["auto", "hf:linen"])
+def test_factors_of_another_kind_are_refused_by_name(
+    tmp_path, weight, factors, stated, names
+) -> None:
+    arrays = {end: np.ones(shape, np.float32) for end, shape in factors.items()}
+    quantized_folder(tmp_path / "a", weight, arrays, settings_of(**stated))
+    with pytest.raises(LayoutError, match="are no factors that tables know") as caught:
+        convert(tmp_path / "a", tmp_path / "b", names=names, options=QUICK)
+    assert str(caught.value).startswith("model.layers.0.self_attn.q_proj.weight_")
+
+
+def test_packed_weights_of_other_libraries_are_refused_by_name(tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    name = "model.layers.0.self_attn.q_proj"
+    arrays = {"qweight": np.zeros((8, 8), np.int32), "scales": np.ones((2, 8), np.float16)}
+    save_file({f"{name}.{n}": x for n, x in arrays.items()}, tmp_path / "a" / "model.safetensors")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(settings_of()))
+    with pytest.raises(LayoutError, match=r"q_proj.scales: F16 .* are no factors that tables know"):
+        convert(tmp_path / "a", tmp_path / "b", names="auto", options=QUICK)
+
+
+def test_names_that_no_form_has_are_listed_and_no_others(tmp_path) -> None:
+    weight, scale = np.zeros((8, 4), FP8), np.ones((), np.float32)
+    factors = {"weight_scale": scale, "activation_scale": scale}
+    quantized_folder(tmp_path / "a", weight, factors, settings_of())
+    with pytest.raises(NotFoundError, match="llama-hf has no rule") as caught:
+        convert(tmp_path / "a", tmp_path / "b", names="auto", options=QUICK)
+    said = str(caught.value)
+    assert "has no rule for 1 of 3 names: model.layers.0.self_attn.q_proj.activation_scale." in said
+    convert(tmp_path / "a", tmp_path / "b", names="auto", exclude="activation_scale", options=QUICK)
+
+
+def test_a_mapping_of_ones_own_that_keeps_factors_keeps_their_settings(tmp_path) -> None:
+    factors = {"weight_scale": np.ones((8, 1), np.float32)}
+    quantized_folder(tmp_path / "a", np.zeros((8, 4), FP8), factors, settings_of())
+    mapping = Mapping((Rename((("model.{x*}", "other.{x*}"),)),))
+    convert(tmp_path / "a", tmp_path / "b", names=mapping, options=QUICK)
+    assert "quantization_config" in json.loads((tmp_path / "b" / "config.json").read_text())

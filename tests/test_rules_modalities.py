@@ -11,6 +11,7 @@ from jaxshard.catalog import Model
 from jaxshard.formats.huggingface import model_of
 from jaxshard.rules import layout, rules_for
 from jaxshard.rules.modalities import text_config, text_root, towers
+from jaxshard.rules.wholeness import missing_parts
 from jaxshard.strategy import Strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the oracles, among themselves
@@ -274,3 +275,13 @@ def test_only_the_tensors_of_a_tower_can_be_laid_out() -> None:
 def test_the_text_part_of_a_config_is_found(config) -> None:
     assert text_config(config)["num_hidden_layers"] == 3
     assert model_of(config).num_layers == 3
+
+
+def test_layers_of_towers_and_names_of_other_frameworks_are_no_missing_layers() -> None:
+    text = [n.replace("model.", "model.language_model.") for n in llama(4)]
+    tower = [f"model.vision_tower.encoder.layers.{i}.q_proj.weight" for i in range(0, 9, 2)]
+    model = Model("llava", 4, config={"text_config": {"model_type": "llama"}})
+    assert missing_parts(model, text + tower) == ""
+    assert missing_parts(model, [n for n in text if ".2." not in n] + tower) != ""
+    other = [f"layers.{i}.attn.q_proj.w" for i in range(4)] + ["final_norm.w", "lm_head.weight"]
+    assert missing_parts(Model("llama", 4), other) == ""

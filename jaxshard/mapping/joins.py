@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
+from ..dtypes import DType
 from ..errors import LayoutError, NotFoundError, some
 from .algebra import Algebra, T
 from .checks import check_numbers, dtype_of, length_of
 from .names import Found, check_same_holes, fill, match
 from .ops import Op, put
 
+WITHOUT_BLOCKS = (0, 0)  # a factor is for all of a tensor, or for a row
 ROWS = -1  # as many groups as rows: what is fused alternates row by row
 
 
@@ -146,7 +149,8 @@ class Dequantize(Op):
     Attributes:
         weight: their name; one without a scale stays as it is.
         scale: the name of the factors, which are then gone.
-        block: rows and columns that share a factor.
+        block: rows and columns that share a factor; (0, 0) for one factor of the tensor, or
+            one of each row, as the shape of the factors is.
         dtype: of the values.
     """
 
@@ -157,9 +161,10 @@ class Dequantize(Op):
     dtype: str = "BF16"
 
     def __post_init__(self) -> None:
-        if len(self.block) != 2 or min(self.block) < 1:
+        if len(self.block) != 2 or (min(self.block) < 1 and self.block != WITHOUT_BLOCKS):
             raise LayoutError(
-                f"dequantize: block {self.block} must be two numbers of 1 or more (rows, columns)."
+                f"dequantize: block {self.block} must be two numbers of 1 or more (rows, columns), "
+                "or [0, 0] for a factor of the tensor or of each row."
             )
         dtype_of(self.word, self.dtype)
 
@@ -178,8 +183,22 @@ class Dequantize(Op):
             if factors is None:
                 result[name] = tensor
             else:
-                result[name] = algebra.scaled(tensor, factors, self.block, kind)
+                result[name] = self._scaled(tensor, factors, algebra, kind)
         return result
+
+    def _scaled(self, tensor: T, factors: T, algebra: Algebra[T], kind: DType) -> T:
+        if self.block != WITHOUT_BLOCKS:
+            return algebra.scaled(tensor, factors, self.block, kind)
+        shape, own = algebra.shape(tensor), algebra.shape(factors)
+        if len(shape) != 2 or own not in ((), (1,), (1, 1), shape[:1], (*shape[:1], 1)):
+            raise LayoutError(
+                f"{self.word}: factors of shape {own} are neither one for a weight of shape "
+                f"{shape} nor one for each of its rows. Give the rows and columns that share a "
+                "factor as block."
+            )
+        rows = prod(own)
+        factors = algebra.reshape(factors, (rows, 1))
+        return algebra.scaled(tensor, factors, (max(1, shape[0] // rows), max(1, shape[1])), kind)
 
     def inverse(self) -> Op:
         """There is none.

@@ -25,7 +25,8 @@ _TOWER = re.compile(  # a word of a name's part
     r"(?:^|_)(?:visual|vision|vit|vpm|image|img|video|audio|speech|apm|sound|projector|connector|"
     r"resampler|perceiver|aligner|talker|token2wav|code2wav|tts)(?:_|$)|^mlp1$"
 )
-_TEXT = re.compile(r"(?:^|\.)(?:language_model|text_model|llm|thinker)\.")
+#: A prefix of names that only the text part of a larger model has.
+TEXT_MODEL = re.compile(r"(?:^|\.)(?:language_model|text_model|llm|thinker)\.")
 _ROOT = re.compile(r"(.*?)(?:(?:layers|h)\.\d+\.|(?:embed_tokens|wte|tok_embeddings)\.)")
 _EMBEDDING = re.compile(r"(.*?)(?:embed_tokens|wte|tok_embeddings)\.")
 _HEADS = frozenset({"lm_head", "mtp", "score", "classifier"})
@@ -54,7 +55,7 @@ def text_root(names: Iterable[str]) -> str | None:
     """
     text = [n for n in names if not _in_tower(n)]
     roots = Counter(match[1] for n in text if (match := _ROOT.match(n)))
-    named = {root for root in roots if _TEXT.search(root)}
+    named = {root for root in roots if TEXT_MODEL.search(root)}
     embeddings = {match[1] for n in text if (match := _EMBEDDING.match(n))}
     for chosen in (named & embeddings, named, embeddings & roots.keys(), roots.keys()):
         if chosen:

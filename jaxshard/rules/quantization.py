@@ -270,7 +270,7 @@ def _held(placements: Placements, shape: Shape) -> dict[int, Box]:
 
 def _stated_by(config: Mapping[str, Any]) -> _Stated:
     rows, columns, groups = dict[int, None](), dict[int, None](), dict[int, None]()
-    for key, value in islice(_settings(config), _MOST_SETTINGS):
+    for key, value in islice(settings(config), _MOST_SETTINGS):
         if key in _ROWS_COLUMNS and isinstance(value, list | tuple) and len(value) == 2:
             rows |= dict.fromkeys(_lengths(value[0]))
             columns |= dict.fromkeys(_lengths(value[1]))
@@ -283,7 +283,7 @@ def _lengths(value: object) -> tuple[int, ...]:
     return (value,) if type(value) is int and value > 1 else ()
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All keys and values under the settings of a quantization, wherever those are."""
     left: list[tuple[Any, bool]] = [(config, False)]
     while left:

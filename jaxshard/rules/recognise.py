@@ -9,7 +9,7 @@ from ..errors import NotFoundError, some
 from .families import FAMILIES, MODEL_TYPES
 from .match import Matcher, Patterns, template, weight_name
 from .modalities import text_config, towers
-from .table import BUFFER, ModelFacts, Rules
+from .table import BUFFER, ModelFacts, Rules, numbered
 
 _ENOUGH = 0.5  # of the kinds of names; what is left over is then reported name by name
 
@@ -40,10 +40,13 @@ def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
     """The table for the names of a text model."""
     types = _types(model)
     by_type = next((FAMILIES[MODEL_TYPES[t]] for t in types if t in MODEL_TYPES), None)
-    if by_type and (not kinds or _known(by_type, kinds) >= _ENOUGH):
+    if by_type and (not kinds or _fit(by_type, kinds)[0]):
         return by_type
-    best = max(FAMILIES.values(), key=lambda rules: _known(rules, kinds))  # the first of equals
-    if kinds and _known(best, kinds) >= _ENOUGH:
+    best = max(FAMILIES.values(), key=lambda rules: _fit(rules, kinds))  # the first of equals
+    fits, known = _fit(best, kinds)
+    if by_type and not fits and _known(by_type, kinds) >= _ENOUGH:
+        return by_type
+    if kinds and known >= _ENOUGH:
         return best
     if by_type:
         return by_type
@@ -62,6 +65,20 @@ def _types(model: ModelFacts | None) -> list[str]:
         return []
     kinds = (model.type, text_config(model.config).get("model_type"))
     return [kind for kind in dict.fromkeys(kinds) if isinstance(kind, str) and kind]
+
+
+def knows(rules: Rules, names: Iterable[str]) -> bool:
+    """Whether ``names`` are those that ``rules`` are about, rather than another framework's."""
+    kinds = {template(w): w for w in map(weight_name, names)}
+    return _known(rules, kinds) >= _ENOUGH
+
+
+def _fit(rules: Rules, kinds: dict[str, str]) -> tuple[bool, float]:
+    """Whether the rules match enough kinds of names, layers among them; and how large a part."""
+    known, layer = _known(rules, kinds), numbered(rules.layers, "layer")
+    numbers = [name for kind, name in kinds.items() if kind != name]
+    has_layers = not numbers or (layer is not None and any(map(layer.match, numbers)))
+    return known >= _ENOUGH and has_layers, known
 
 
 def _known(rules: Rules, kinds: dict[str, str]) -> float:

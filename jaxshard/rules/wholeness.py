@@ -12,14 +12,13 @@ from collections.abc import Iterable
 
 from ..errors import LayoutError, NotFoundError, some
 from .match import Patterns, template
-from .recognise import rules_for
+from .recognise import knows, rules_for
 from .table import ModelFacts, Rules, numbered
 
 
 def missing_layers(model: ModelFacts | None, names: Iterable[str]) -> str:
     """Which layers of a model of a known family are not among ``names``; empty where none is."""
-    names = list(names)
-    rules = _rules(model, names)
+    rules, names = _rules(model, list(names))
     if rules is None:
         return ""
     seen, count = _layers(rules, names), _count(rules, model, names)
@@ -27,11 +26,15 @@ def missing_layers(model: ModelFacts | None, names: Iterable[str]) -> str:
     return f"layers {some(gone, 4)} of {count} are missing" if gone else ""
 
 
-def _rules(model: ModelFacts | None, names: list[str]) -> Rules | None:
+def _rules(model: ModelFacts | None, names: list[str]) -> tuple[Rules | None, list[str]]:
+    """The table that knows the names, if one does, and those that are the text model's."""
     try:
-        return rules_for(model, names)
+        rules = rules_for(model, names)
     except (LayoutError, NotFoundError):
-        return None
+        return None, names
+    apart = Patterns(rules.apart)
+    text = [name for name in names if apart.find(name, template(name)) is None]
+    return (rules if knows(rules, text) else None), text
 
 
 def _layers(rules: Rules, names: list[str]) -> set[int]:
@@ -52,8 +55,7 @@ def missing_parts(model: ModelFacts | None, names: Iterable[str]) -> str:
     >>> missing_parts(None, [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 2)])
     'layers 1 of 3 are missing'
     """
-    names = list(names)
-    rules = _rules(model, names)
+    rules, names = _rules(model, list(names))
     count = _count(rules, model, names) if rules else 0
     if rules is None or not count:
         return ""

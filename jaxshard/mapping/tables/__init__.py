@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Mapping as Dict
 from functools import partial
 
-from ...catalog import Catalog
+from ...catalog import Catalog, Tensor
 from ...dtypes import BY_NUMPY, DType
 from ...errors import (
     FormatError,
@@ -24,10 +24,14 @@ from ...errors import (
     some,
 )
 from ...rules import ModelFacts, weight_name
-from ..joins import Dequantize
+from ...rules.match import Patterns as Globs
+from ...rules.match import template
+from ...rules.modalities import TEXT_MODEL, text_config, text_root, towers
+from ...rules.quantization import Factors, settings
+from ..joins import WITHOUT_BLOCKS, Dequantize
 from ..mapping import Mapping
 from ..names import Patterns
-from ..ops import Drop, Expect
+from ..ops import Drop, Expect, Rename
 from ..text import read_mapping
 from .families import FAMILIES, Facts, facts_of
 from .jaxes import linen, linen_scan, maxtext, nnx, nnx_scan, tunix
@@ -39,6 +43,8 @@ CONFIG = "config.json"
 
 _MOST_BYTES = 16_000_000  # of a mapping that a person wrote
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_QUANTIZED = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
+_SCALES = ("_scale_inv", "_scale")
 
 
 def _hf(facts: Facts) -> Mapping:
@@ -127,20 +133,57 @@ def _text_of(path: str) -> str:
 
 
 def dequantized(catalog: Catalog, dtype: str | None = None) -> Mapping | None:
-    """The mapping that gives blockwise FP8 weights their true values; None if there are none.
+    """The mapping that gives quantized weights their true values; None if there are none.
 
-    They become ``dtype`` (NumPy's name), if that is a float of 16 bits or more, else what
+    They are FP8, or int8 without zero points, with a factor for each block, each row or all. They
+    become ``dtype`` (NumPy's name), if that is a float of 16 bits or more, else what
     ``config.json`` says that the model computes with, else BF16.
 
     Raises:
         FormatError: ``config.json`` says no blocks where it says that there are some.
+        LayoutError: the weights are quantized in another way.
     """
-    if not any(n.endswith(".weight_scale_inv") for n in catalog.tensors):
-        return None
     config = catalog.model.config
-    words = (dtype, config.get("dtype"), config.get("torch_dtype"))
+    shapes = {n: t.shape for n, t in catalog.tensors.items() if n not in catalog.hyper}
+    weights = Factors(shapes, config).weights
+    if not weights:
+        return None
+    ends: dict[str, tuple[int, int]] = {}
+    for name, weight in weights.items():
+        end = name.removeprefix(weight) if weight.endswith(".weight") else ""
+        block = _block_of(config) if end == "_scale_inv" else WITHOUT_BLOCKS
+        if end not in _SCALES or catalog[weight].dtype.name not in _QUANTIZED:
+            raise _unknown_factor(catalog[name], catalog[weight])
+        if end == "_scale" and len(shapes[name]) == 2 and 1 not in shapes[name]:
+            block = _block_of(config, "block_structure")
+        if block == WITHOUT_BLOCKS and shapes[name] not in _lone(shapes[weight]):
+            raise _unknown_factor(catalog[name], catalog[weight])
+        ends[end] = max(block, ends.get(end, block))
+    inner = text_config(config)
+    words = (dtype, *(c.get(key) for c in (config, inner) for key in ("dtype", "torch_dtype")))
     kind = next((k for k in map(_float, words) if k), None)
-    return Mapping((Dequantize(block=_block_of(config), dtype=kind.name if kind else "BF16"),))
+    return Mapping(
+        tuple(
+            Dequantize(
+                scale="{name*}.weight" + end, block=block, dtype=kind.name if kind else "BF16"
+            )
+            for end, block in ends.items()
+        )
+    )
+
+
+def _lone(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a factor for all of a weight of ``shape``, or for each of its rows."""
+    return ((), (1,), (1, 1), shape[:1], (*shape[:1], 1))
+
+
+def _unknown_factor(factor: Tensor, weight: Tensor) -> LayoutError:
+    return LayoutError(
+        f"{factor.name}: {factor.dtype} of shape {factor.shape} beside {weight.name}, "
+        f"{weight.dtype} of shape {weight.shape}, are no factors that tables know (for FP8 or I8: "
+        "one for the tensor, for each row, or for each block of weight_block_size). Dequantize "
+        "the model with the library that quantized it, or give a mapping in TOML."
+    )
 
 
 def _float(word: object) -> DType | None:
@@ -148,19 +191,21 @@ def _float(word: object) -> DType | None:
     return kind if kind and kind.name in _FLOATS else None
 
 
-def _block_of(config: Dict[str, object]) -> tuple[int, int]:
-    """Rows and columns that share a factor."""
-    quantization = config.get("quantization_config")
-    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    if block is None:
+def _block_of(config: Dict[str, object], key: str = "weight_block_size") -> tuple[int, int]:
+    """Rows and columns that share a factor; 128 of each where nothing is stated."""
+    stated = [value for name, value in settings(config) if name == key]
+    if not stated:
         return 128, 128
+    block = stated[0]
+    if block is None:
+        return WITHOUT_BLOCKS
     if (
         not isinstance(block, list | tuple)
         or len(block) != 2
         or any(type(n) is not int or n < 1 for n in block)
     ):
         raise FormatError(
-            f"config.json: weight_block_size is {str(block)[:40]}, not two numbers of 1 or more "
+            f"config.json: {key} is {str(block)[:40]}, not two numbers of 1 or more "
             "(rows, columns). Fetch it again."
         )
     return block[0], block[1]
@@ -171,7 +216,10 @@ def true_config(mapped: Catalog) -> dict[str, bytes]:
     before = mapped.origin.catalog if mapped.origin else mapped
     if CONFIG not in mapped.extras or "quantization_config" not in before.model.config:
         return {}
-    if dequantized(before) is None or dequantized(mapped) is not None:
+    shapes = {n: t.shape for n, t in before.tensors.items()}
+    factors = Factors(shapes, before.model.config).weights.keys()
+    views = (p.view for t in mapped.tensors.values() for p in t.pieces if p.view)
+    if not factors or not factors <= {t.name for view in views for t in view.operands}:
         return {}
     left = {k: v for k, v in before.model.config.items() if k != "quantization_config"}
     return {CONFIG: json.dumps(left, indent=2).encode()}
@@ -179,6 +227,11 @@ def true_config(mapped: Catalog) -> dict[str, bytes]:
 
 def _find_table(text: str, catalog: Catalog) -> Mapping:
     source, _, target = text.partition(":")
+    if source == "auto" or (target and _parsed(source)[1] == "hf"):
+        alone = _text_alone(catalog)
+        if alone is not None:
+            plain = alone.apply(catalog)
+            return Mapping((*alone.ops, *_find_table(text, plain).ops))
     if source == "auto":
         facts, form = form_of(catalog.tensors, catalog.model, hyper=catalog.hyper)
         _refuse_twins(facts, form, catalog)
@@ -195,6 +248,30 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
     return _between(facts_of(catalog.model, family or other, prefixed), a, b)
 
 
+def _text_alone(catalog: Catalog) -> Mapping | None:
+    """The mapping of a larger model's text part to the names it has alone; None if it has them.
+
+    Raises:
+        LayoutError: there are tensors of other modalities too.
+    """
+    config = catalog.model.config
+    names = [weight_name(n) for n in catalog.tensors if n not in catalog.hyper]
+    apart, root = towers(names, config), text_root(names)
+    if apart and root is not None:
+        patterns = Globs(apart)
+        count = sum(patterns.find(n, template(n)) is not None for n in names)
+        raise LayoutError(
+            f"{count} of {len(names)} tensors are not of the text model ({some(apart)}), and "
+            f"tables are for text models. Leave them out: exclude=, --exclude "
+            f"'^({'|'.join(p.removesuffix('*').replace('.', '[.]') for p in apart)})'."
+        )
+    if root is None or not TEXT_MODEL.search(root):
+        return None
+    heads = {n.rpartition("lm_head.")[0] for n in names if "lm_head." in n}
+    rules = [(f"{head}lm_head.{{x*}}", "lm_head.{x*}") for head in sorted(heads) if head]
+    return Mapping((Rename((*rules, (f"{root}{{x*}}", "model.{x*}"))),))
+
+
 def form_of(
     names: Iterable[str],
     model: ModelFacts,
@@ -208,6 +285,7 @@ def form_of(
     """
     weights = [weight_name(n) for n in names if n not in hyper]
     facts = facts_of(model, family, _is_prefixed(weights))
+    unknown: dict[str, list[str]] = {}
     for form, make in FORMS.items():
         try:
             ops = make(facts).ops
@@ -216,11 +294,20 @@ def form_of(
         last = next((op for op in reversed(ops) if isinstance(op, Expect)), None)
         if last is not None:
             patterns = Patterns((*last.names, *facts.family.buffers))
-            if all(patterns.find(n) is not None for n in weights):
+            unknown[form] = [n for n in weights if patterns.find(n) is None]
+            if not unknown[form]:
                 return facts, form
+    near = min(unknown, key=lambda form: len(unknown[form]), default="hf")  # the first of equals
+    strange = unknown.get(near, weights)
+    if len(strange) == len(weights):
+        raise NotFoundError(
+            f"the names are of no form of {facts.family.name} that is known ({some(weights, 3)}); "
+            f"forms are {', '.join(FORMS)}. Say it: FROM:TO."
+        )
     raise NotFoundError(
-        f"the names are of no form of {facts.family.name} that is known ({some(weights, 3)}); "
-        f"forms are {', '.join(FORMS)}. Say it: FROM:TO."
+        f"{facts.family.name}-{near} has no rule for {len(strange)} of {len(weights)} names: "
+        f"{some(strange)}. Leave them out (exclude=, --exclude), or give the form (FROM:TO; forms "
+        f"are {', '.join(FORMS)})."
     )
 
 

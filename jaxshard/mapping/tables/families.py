@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import FormatError, NotFoundError, nearest
+from ...errors import FormatError, NotFoundError
 from ...rules import ModelFacts
+from ...rules.modalities import text_config
 
 LAYER = "model.layers.{layer}."
 
@@ -243,16 +244,22 @@ def facts_of(model: ModelFacts | None, family: str | None, prefixed: bool = True
     Raises:
         NotFoundError: no such family, or none is known.
     """
-    kind = family or (model.type if model else None)
+    config = model.config if model else {}
+    inner = text_config(config)
+    text = inner.get("model_type")
+    kind = family or (model.type if model else None) or (text if isinstance(text, str) else None)
     if kind is None:
         raise NotFoundError(
             "the model's family is not known, for there is no config.json with a model_type. "
             f"Say it: llama-hf:llama-mindformers. Known are {', '.join(FAMILIES)}."
         )
+    if kind not in FAMILIES and family is None and text in FAMILIES:
+        kind = text
     if kind not in FAMILIES:
+        part = f" (its text model is {text!r})" if text and text != kind else ""
         raise NotFoundError(
-            f"there are no tables for the model_type {kind!r}.{nearest(kind, FAMILIES)} Known are "
+            f"there are no tables for the model_type {kind!r}{part}. Known are "
             f"{', '.join(FAMILIES)}; for others give a mapping in TOML."
         )
     forms = FAMILIES[kind]
-    return Facts(forms[0] if prefixed else forms[-1], model.config if model else {})
+    return Facts(forms[0] if prefixed else forms[-1], {**config, **inner})
