@@ -72,6 +72,7 @@ class _Choice:
     serves: Mapping[str, str] | None = None
     index: str = ""
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def recognise(files: Mapping[str, File]) -> bool:
@@ -93,7 +94,8 @@ def read(folder: Folder) -> Catalog:
     headers = [read_header(folder, f.path, file_bytes=f.num_bytes) for f in used]
     tensors, left_out = _tensors(choice, headers)
     model, config_notes = read_model(folder, files)
-    extras, not_used = carried(files, choice.paths)
+    extras, unread = carried(files, choice.paths)
+    not_used = [path for path in unread if path not in choice.left_out]
     notes = [*choice.notes, *config_notes]
     if left_out:
         notes.append(f"{choice.index} does not name {some(map(shown, left_out))}: left out.")
@@ -140,8 +142,8 @@ def _choose_without_index(folder: Folder, found: Sequence[str], *, alone: bool) 
     parts = tuple(path for path in found if not _OTHER_FORM.match(path)) or tuple(found)
     _check_numbered(folder, parts, alone=alone)
     notes = []
-    if len(parts) < len(found):
-        others = [path for path in found if path not in parts]
+    others = tuple(path for path in found if path not in parts)
+    if others:
         notes.append(
             f"{some(map(shown, others))} is not read: it holds the same model in another form, or "
             "an adapter. Name the file itself to read it."
@@ -152,7 +154,7 @@ def _choose_without_index(folder: Folder, found: Sequence[str], *, alone: bool) 
             f"There is no {INDEX}, so all {len(parts)} weight files are read as one model "
             f"({some(map(shown, parts))}). Name one file to read it alone."
         )
-    return _Choice(parts, notes=tuple(notes))
+    return _Choice(parts, notes=tuple(notes), left_out=others)
 
 
 def _read_index(folder: Folder, file: File) -> dict[str, str]:
