@@ -34,7 +34,7 @@ def unseen(monkeypatch):
 
 
 def two_tensors(folder: Path) -> dict[str, np.ndarray]:
-    arrays = {n: np.full((64, 64), i, np.float32) for i, n in enumerate("ab")}
+    arrays = {n: np.full((128, 64), i, np.float32) for i, n in enumerate("ab")}
     checkpoints.write_folder(folder, arrays)
     return arrays
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from .limits import check_dtypes, check_memory, need_of, share_out
 from .one_save import check_one_save, save_of
 from .orbax_loading import restore, restored_by_orbax
 from .pinning import Pin, pin_for
+from .small import load_small, small_of
 from .sources import file_source
 from .staging import Staging
 from .targeting import Devices, asked_dtype, resolve
@@ -186,26 +188,30 @@ def _read(
     catalog: Catalog, wants: Sequence[Want], how: _How, extra_bytes: int
 ) -> tuple[list[jax.Array], Counts]:
     """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
-    found = jobs(wants)
+    small, rest = small_of(wants, mmap=how.mmap)
+    found = jobs([wants[place] for place in rest])
     todo = [job for job, _ in found]
-    need = need_of(todo, extra_bytes, adopted=not how.owned)
+    need = need_of(todo, extra_bytes + small.num_bytes, adopted=not how.owned)
     budget, in_flight = share_out(need, how.host_bytes, how.workers)
     check_memory(need, budget.host_bytes, in_flight or 0)
-    check_dtypes(todo)
+    check_dtypes(todo, small.samples())
     files = open_source(catalog)
     try:
-        without = files.check_checksums(files_of(todo))
+        without = files.check_checksums(chain(files_of(todo), small.files()))
         if how.verify:
-            _check_sums(catalog, sorted(set(files_of(todo))), without, how.workers)
+            used = sorted({*files_of(todo), *small.files()})
+            _check_sums(catalog, used, without, how.workers)
         source = file_source(catalog, files, mmap=how.mmap)
         staging = Staging(in_flight or 0, _pin_for(todo))
-        made, counts = carry(todo, source, budget=budget, staging=staging, adopted=not how.owned)
+        arrays: dict[int, jax.Array] = {}
+        counts = load_small(small, source, arrays, workers=budget.workers)
+        made, more = carry(todo, source, budget=budget, staging=staging, adopted=not how.owned)
         files.check_unchanged()
     finally:
         files.close()
-    places = [place for _, numbers in found for place in numbers]
-    arrays = [array for arrays in made for array in arrays]
-    return [array for _, array in sorted(zip(places, arrays, strict=True), key=_place)], counts
+    places = [rest[number] for _, numbers in found for number in numbers]
+    arrays |= zip(places, chain.from_iterable(made), strict=True)
+    return [arrays[place] for place in range(len(wants))], counts + more
 
 
 def _check_sums(
@@ -250,7 +256,3 @@ def _told_of_hosts(catalog: Catalog) -> Iterator[None]:
             "was saved by it, onto the same devices; for another layout, copy the other ranks' "
             "folders here."
         ) from None
-
-
-def _place(item: tuple[int, jax.Array]) -> int:
-    return item[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -142,30 +143,40 @@ def _reclaimable() -> int:
     return 0
 
 
-def check_dtypes(jobs: Sequence[Job]) -> None:
+def check_dtypes(
+    jobs: Sequence[Job], others: Iterable[tuple[str, np.dtype[np.generic], jax.Device]] = ()
+) -> None:
     """Refuse dtypes that a device cannot hold, by putting one element there.
+
+    Args:
+        jobs: what is loaded.
+        others: names, dtypes and devices of what is loaded besides.
 
     Raises:
         LayoutError: with the names of some tensors, and what JAX says.
     """
     tried: set[tuple[str, np.dtype[np.generic]]] = set()
-    for job in jobs:
-        for want, use in zip(job.wants, job.uses, strict=True):
-            for device, _ in use[:1]:
-                if (device.platform, want.dtype) in tried:
-                    continue
-                tried.add((device.platform, want.dtype))
-                try:
-                    with keeping_64_bits(want.dtype.itemsize):
-                        made = jax.device_put(np.zeros(1, want.dtype), device)
-                except Exception as error:  # whatever the backend raises, it means no
-                    raise _lacks(job, want.dtype, device, str(error)) from error
-                if made.dtype != want.dtype:
-                    raise _lacks(job, want.dtype, device, f"it made {made.dtype} of it")
+    used = (
+        (job.tensor.name, want.dtype, device)
+        for job in jobs
+        for want, use in zip(job.wants, job.uses, strict=True)
+        for device, _ in use[:1]
+    )
+    for name, dtype, device in chain(used, others):
+        if (device.platform, dtype) in tried:
+            continue
+        tried.add((device.platform, dtype))
+        try:
+            with keeping_64_bits(dtype.itemsize):
+                made = jax.device_put(np.zeros(1, dtype), device)
+        except Exception as error:  # whatever the backend raises, it means no
+            raise _lacks(name, dtype, device, str(error)) from error
+        if made.dtype != dtype:
+            raise _lacks(name, dtype, device, f"it made {made.dtype} of it")
 
 
-def _lacks(job: Job, dtype: np.dtype[np.generic], device: jax.Device, said: str) -> LayoutError:
+def _lacks(name: str, dtype: np.dtype[np.generic], device: jax.Device, said: str) -> LayoutError:
     return LayoutError(
-        f"{job.tensor.name}: {device} does not take {dtype.name} ({said.splitlines()[0]}). Load it "
+        f"{name}: {device} does not take {dtype.name} ({said.splitlines()[0]}). Load it "
         "with dtype=, or leave such tensors out with exclude=."
     )

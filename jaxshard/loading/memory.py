@@ -33,6 +33,13 @@ def _allocated(num_bytes: int) -> tuple[Bytes, Prepare | None]:
     return memory[start : start + num_bytes], None
 
 
+def off_line(num_bytes: int) -> Bytes:
+    """Uninitialised memory, aligned for every element, which no CPU device would use in place."""
+    memory = np.empty(num_bytes + ALIGNMENT + _OFF, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT + _OFF
+    return memory[start : start + num_bytes]
+
+
 def is_aligned(memory: Bytes) -> bool:
     """Whether JAX's CPU backend would use ``memory`` in place."""
     return memory.ctypes.data % ALIGNMENT == 0
