@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .catalog import Catalog
+from .catalog import Catalog, File
 from .decoders import MAX_YAML_BYTES, parse_yaml
 from .errors import (
     CoverageError,
@@ -29,7 +29,10 @@ from .errors import (
     StorageError,
     nearest,
 )
+from .formats import model_shapes
+from .mapping import find_mapping
 from .mindformers_keys import SECTIONS, TOP, Config, nearest_key, notes_of, section
+from .mindformers_models import hf_model_of
 from .mindformers_slicing import (
     keeps_slicing,
     maybe_part,
@@ -42,6 +45,7 @@ from .mindformers_training import data_keys, resuming_of, saving_of, unshared
 from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint
 from .selection import refuse_half, takes_whole
+from .storage.local import LocalFolder
 from .storage.text_files import read_text
 from .strategy import Strategy
 from .targets import SAME
@@ -62,6 +66,7 @@ _GRADIENTS = r"^accu_grads\."
 _CHECKPOINT = ("load_checkpoint", "pretrained_model_dir")
 _SOURCE_STRATEGY = ("src_strategy_path_or_dir", "src_strategy")
 _NUM_LAYERS = ("num_layers", "num_hidden_layers", "n_layer", "n_layers")
+_TRAINING = ("train", "finetune", "train_with_eval")
 _ALL_REPLICAS = -1
 # values of parallel_mode: data parallel, hybrid (by hand) and a job of one device
 _UNCUT = ("0", "data_parallel", "3", "hybrid_parallel", "stand_alone")
@@ -165,7 +170,8 @@ def from_config(config: Config | PathLike) -> Loading:
     src, other = _source_strategy(told)
     if told.get("only_save_strategy"):
         more.append(
-            "only_save_strategy: nothing is to be loaded; jaxshard strategy make writes the files."
+            "only_save_strategy: nothing is to be loaded; jaxshard strategy make CONFIGURATION OUT "
+            "writes the files."
         )
     keys = ("remove_redundancy", "load_ckpt_format", "auto_trans_ckpt")
     said = {k: told[k] for k in keys if told.get(k) is not None} | _num_layers(told)
@@ -254,6 +260,30 @@ def resuming(config: Config | PathLike) -> dict[str, Any]:
     return arguments
 
 
+def job_of(config: Config | PathLike) -> tuple[Catalog, Strategy, bool]:
+    """The tensors and the strategy of the job that a configuration describes.
+
+    The tensors are those of its checkpoint; without one, those of the model in its
+    ``config.json`` or, under MindFormers' names, of ``model.model_config``. Third is whether it
+    trains, and so has optimizer states. That is what strategy files are made from.
+
+    Raises:
+        NotFoundError: nothing says which tensors there are.
+        JaxshardError: as ``from_config`` and ``open_checkpoint``.
+    """
+    told = _read(config)
+    strategy, notes = _strategy(told)
+    notes += [*_unsaid(told, strategy), *_idle(told)]
+    catalog = _described(told, os.fspath(config) if not isinstance(config, Mapping) else ".")
+    catalog, more = with_layers(catalog, _num_layers(told).get("num_layers"))
+    mode = str(told.get("run_mode") or "")
+    is_training = mode in _TRAINING or bool(told.get("resume_training"))
+    states = "adam_m and adam_v of each weight are among the tensors"
+    if is_training:
+        more.append(f"{states}, for the job trains (run_mode is {mode or 'absent'}).")
+    return replace(catalog, notes=(*catalog.notes, *notes, *more)), strategy, is_training
+
+
 def read_yaml(path: PathLike) -> Config:
     """The mapping in the YAML file at ``path``.
 
@@ -297,9 +327,12 @@ def _path(told: Config) -> tuple[Path, list[str]]:
     ]
     named = [(key, value) for key, value in places if value]
     if not named:
+        alone = " For strategy files alone: jaxshard strategy make."
         raise NotFoundError(
             "the configuration names no checkpoint: neither load_checkpoint nor "
-            "pretrained_model_dir (nor checkpoint.load_path) has a path." + _misspelt(told)
+            "pretrained_model_dir (nor checkpoint.load_path) has a path."
+            + _misspelt(told)
+            + (alone if told.get("only_save_strategy") else "")
         )
     key, value = named[0]
     if not isinstance(value, str):
@@ -308,6 +341,32 @@ def _path(told: Config) -> tuple[Path, list[str]]:
         raise NotFoundError(f"{key}: {value} does not exist.")
     others = [f"{k} ({v})" for k, v in named[1:] if v != value]
     return Path(value), [f"{key} is loaded, not {other}." for other in others]
+
+
+def _described(told: Config, path: str) -> Catalog:
+    """The tensors of a job: of its checkpoint, or of its model."""
+    if _names_checkpoint(told):
+        place, _ = _path(told)
+        try:
+            return open_checkpoint(place, strategy=_source_strategy(told)[0])
+        except NotFoundError:
+            folder = LocalFolder(place)
+            try:
+                found = model_shapes.read(folder)
+            finally:
+                folder.close()
+            if found is None:
+                raise
+            return found
+    model, names = hf_model_of(section(told, "model"))
+    root, name = os.path.split(os.path.abspath(path))
+    plain = model_shapes.catalog_of(model, root, File(name, 0))
+    return find_mapping(names, plain).apply(plain)
+
+
+def _names_checkpoint(told: Config) -> bool:
+    new = section(told, "checkpoint")
+    return bool(new.get("load_path") or any(told.get(key) for key in _CHECKPOINT))
 
 
 def _misspelt(told: Config) -> str:

@@ -36,7 +36,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
     ("on_devices", "array_layouts"),
     ("loading", "saving"),
     ("training", "lora"),
-    ("mindformers_slicing", "mindformers_training", "mindformers_keys"),
+    tuple(f"mindformers_{x}" for x in ("models", "slicing", "training", "keys")),
     ("api", "cli", "mindformers", "__init__", "__main__"),
 )
 DEVICE_RINGS = range(10, 14)

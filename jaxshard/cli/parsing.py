@@ -135,10 +135,16 @@ def _add_strategy(to: argparse.ArgumentParser) -> None:
     merge.add_argument("out", metavar="OUT", help="the file to make: .ckpt, or .json")
     _add_written(merge)
 
-    make = verb("make", "make the strategy files of a checkpoint's tensors, without a job")
-    _add_source(make)
+    make = verb("make", "make the strategy files of a model's tensors, without a job")
+    _add_source(make, "a checkpoint, a config.json, or MindFormers' configuration (.yaml)")
     make.add_argument("out", metavar="OUT", help="the folder to make; with --merged, the file")
-    make.add_argument("--to", metavar="STRATEGY", required=True, help="dp2mp2pp2, dp4mp2optall …")
+    make.add_argument(
+        "--to", metavar="STRATEGY", help="dp2mp2pp2, dp4mp2optall … (default: as a .yaml says)"
+    )
+    make.add_argument("--names", metavar="A:B", help="other names: llama-hf:llama-mindformers")
+    make.add_argument(
+        "--states", action="store_true", help="AdamW's states of each weight too (adam_m, adam_v)"
+    )
     make.add_argument("--rules", metavar="FILE", help="layout rules (TOML)")
     make.add_argument("--merged", action="store_true", help="one file of all stages")
     _add_written(make)
@@ -187,8 +193,10 @@ def _version() -> str:
     return f"jaxshard {__version__}"
 
 
-def _add_source(to: argparse.ArgumentParser) -> None:
-    to.add_argument("source", metavar="SRC", help="a checkpoint: a folder, or one weight file")
+def _add_source(
+    to: argparse.ArgumentParser, what: str = "a checkpoint: a folder, or one weight file"
+) -> None:
+    to.add_argument("source", metavar="SRC", help=what)
     to.add_argument(
         "--src-strategy",
         metavar="PATH",

@@ -6,17 +6,18 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..catalog import Catalog
 from ..conversion.running import refuse_inside
 from ..errors import LayoutError, NotFoundError, some
-from ..formats import layout_file, strategy_files
+from ..formats import layout_file, model_shapes, strategy_files
 from ..formats.mindspore_kinds import WEIGHTS, kind_of
 from ..formats.strategy_files import Strategies
 from ..layout import Layout
 from ..opening import open_checkpoint, strategy_place
+from ..rules.match import weight_name
 from ..storage.local import LocalFolder
 from ..storage.staging import Staging, told
 from ..strategy import Strategy
@@ -26,6 +27,8 @@ from .commands import read_rules_file
 from .output import write, write_json
 
 _REQUEST = "strategy files"  # for the journal; an interrupted run is never gone on with
+
+_STATES = ("adam_m.", "adam_v.")  # as MindSpore calls AdamW's
 
 
 def strategy_show(a: Namespace) -> int:
@@ -52,13 +55,14 @@ def strategy_merge(a: Namespace) -> int:
 
 
 def strategy_make(a: Namespace) -> int:
-    """Make the strategy files of a checkpoint's tensors."""
-    catalog = open_checkpoint(a.source, strategy=a.src_strategy, suffix=a.suffix)
+    """Make the strategy files of a model's tensors."""
+    catalog, strategy, states = _tensors_of(a)
     refuse_inside(catalog, Path(a.out))
     _refuse_own_strategy(catalog, a)
-    strategy = Strategy.parse(a.to)
     layout = lay_out_for(catalog, strategy, read_rules_file(a.rules))
     shapes = {t.name: t.shape for t in catalog.tensors.values() if t.name not in catalog.hyper}
+    if states:
+        layout, shapes = _with_states(layout, shapes)
     strategies = strategy_files.from_layout(
         layout, shapes, optimizer_shard=strategy.optimizer_shard != 1
     )
@@ -69,6 +73,62 @@ def strategy_make(a: Namespace) -> int:
     files = strategy_files.raw_files(strategies)
     _write_folder(Path(a.out), files, a.overwrite)
     return _report(a, a.out, strategies, len(files), notes)
+
+
+def _with_states(
+    layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Layout, dict[str, tuple[int, ...]]]:
+    """The same with AdamW's states of each weight, which lie as it does."""
+    weights = [name for name in shapes if weight_name(name) == name]
+    states = {f"{state}{name}": name for name in weights for state in _STATES}
+    placed = {state: layout.placements[name] for state, name in states.items()}
+    shaped = {state: shapes[name] for state, name in states.items()}
+    every = {**layout.placements, **placed}
+    return replace(layout, placements=every), {**shapes, **shaped}
+
+
+def _tensors_of(a: Namespace) -> tuple[Catalog, Strategy, bool]:
+    """The tensors that strategy files are made for, the strategy, and whether with states.
+
+    Raises:
+        LayoutError: no strategy is given.
+        JaxshardError: as ``open_checkpoint``.
+    """
+    given, states = Strategy.parse(a.to) if a.to else None, a.states
+    if a.source.endswith((".yaml", ".yml")):
+        from ..mindformers import job_of  # noqa: PLC0415 - PyYAML, seldom needed
+
+        if a.src_strategy or a.suffix:
+            raise LayoutError(
+                f"--src-strategy and --suffix say how a checkpoint is opened; {a.source} says that "
+                "itself. Leave them out."
+            )
+        catalog, own, is_training = job_of(a.source)
+        strategy, states = given or own, states or is_training
+    elif given is None:
+        raise LayoutError("--to is missing, which says how tensors are cut: --to dp2mp2pp2.")
+    else:
+        catalog, strategy = _with_or_without_weights(a), given
+    if a.names:
+        from ..mapping import find_mapping  # noqa: PLC0415 - seldom needed, not small
+
+        catalog = find_mapping(a.names, catalog).apply(catalog)
+    return catalog, strategy, states
+
+
+def _with_or_without_weights(a: Namespace) -> Catalog:
+    """The checkpoint, or what its ``config.json`` says where there are no weights."""
+    try:
+        return open_checkpoint(a.source, strategy=a.src_strategy, suffix=a.suffix)
+    except NotFoundError:
+        folder = LocalFolder(a.source)
+        try:
+            found = model_shapes.read(folder)
+        finally:
+            folder.close()
+        if found is None:
+            raise
+        return found
 
 
 # ---------------------------------------------------------------------------- showing
