@@ -6,7 +6,7 @@ put one behind the other. What has no mesh (a step counter on one device) every 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import jax
@@ -30,12 +30,37 @@ def layout_of(arrays: Mapping[str, _Array]) -> Layout:
     """
     meshes = {name: _devices(array) for name, array in arrays.items()}
     ranks = _ranks(set(meshes.values()))
-    everywhere = (Placement((("all", len(ranks)),)),)
+    cut = {
+        name: _placements(name, array, meshes[name], ranks)
+        for name, array in arrays.items()
+        if meshes[name]
+    }
+    stage = _stage_ranks(len(ranks), [p for placed in cut.values() for p in placed])
     placements = {}
-    for name, array in arrays.items():
-        cut = _placements(name, array, meshes[name], ranks) if meshes[name] else ()
-        placements[name] = cut or everywhere
+    for name in arrays:
+        placed = cut.get(name, (Placement((("all", len(ranks)),)),))
+        placements[name] = tuple(one for p in placed for one in _by_stages(p, stage))
     return Layout(len(ranks), placements)
+
+
+def _stage_ranks(num_ranks: int, placements: Collection[Placement]) -> int:
+    """The ranks of a stage: as few as an array lies on, if what lies on more is whole there."""
+    stage = min((p.num_ranks for p in placements), default=num_ranks)
+    fits = all(
+        p.first_rank % stage == 0
+        and p.num_ranks % stage == 0
+        and (p.num_ranks == stage or not any(p.spec))
+        for p in placements
+    )
+    return stage if fits and num_ranks % stage == 0 else num_ranks
+
+
+def _by_stages(placement: Placement, stage: int) -> tuple[Placement, ...]:
+    """What lies whole on several stages, stage by stage, as strategy files say it."""
+    if placement.num_ranks <= stage:
+        return (placement,)
+    firsts = range(placement.first_rank, placement.ranks.stop, stage)
+    return tuple(Placement((("all", stage),), (), first) for first in firsts)
 
 
 def rank_devices_of(arrays: Mapping[str, _Array]) -> _Devices:

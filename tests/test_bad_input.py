@@ -261,7 +261,7 @@ def remove_rank(*ranks: int) -> Callable[[Path], None]:
 
 
 def other_bytes(good: Path) -> None:
-    path = good / "cut" / "rank_2" / "checkpoint_2.safetensors"
+    path = good / "cut" / "rank_2" / "checkpoint_rank_2-1_1.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -289,7 +289,7 @@ def test_replicas_that_differ_are_found(good, capsys, tmp_path):
     other_bytes(good)
     assert checkpoints.run("verify", good / "cut") == 3
     out = capsys.readouterr().out
-    assert "differs between rank_0/checkpoint_0.safetensors and rank_2" in out
+    assert "differs between rank_0/checkpoint_rank_0-1_1.safetensors and rank_2" in out
     assert "1 problem" in out
 
 

@@ -202,7 +202,10 @@ def test_a_destination_that_names_a_file_gets_a_file(llama, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--to", "mp2"), "names one file, but the result is rank_0/checkpoint_0.safetensors, "),
+        (
+            ("--to", "mp2"),
+            "names one file, but the result is rank_0/checkpoint_rank_0-1_1.safetensors, ",
+        ),
         (("--max-shard-size", "2KB"), "names one file, but the result is model-00001-of-"),
         (("--format", "ckpt"), "ends in .safetensors, but the result is model.ckpt"),
         (("--format", "iteration"), "names one file"),
@@ -275,13 +278,16 @@ def test_replicas_that_differ_are_refused_where_that_is_asked(llama, capsys, tmp
     answer(capsys, "slice", llama, cut, "--to", "dp2")
     merge = ("merge", cut, tmp_path / "out")
     answer(capsys, *merge, "--check-replicas")
-    path = cut / "rank_1" / "checkpoint_1.safetensors"
+    path = cut / "rank_1" / "checkpoint_rank_1-1_1.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     assert checkpoints.run(*merge, "--check-replicas", "--overwrite") == 3
     err = capsys.readouterr().err
-    assert "differs between rank_0/checkpoint_0.safetensors and rank_1/checkpoint_1" in err
+    assert (
+        "differs between rank_0/checkpoint_rank_0-1_1.safetensors and rank_1/checkpoint_rank_1-1_1"
+        in err
+    )
     assert "one replica is enough" in err
     answer(capsys, *merge, "--overwrite")
     answer(capsys, "verify", tmp_path / "out", "--against", llama)  # the first is taken

@@ -148,7 +148,7 @@ def test_ranks_are_written_alone_as_they_are_together(llama, tmp_path):
     report = js.slice(llama, tmp_path / "some", "dp2mp2", ranks=[3, 1, 3], options=QUICK)
     assert report.num_files == 2
     for rank in (1, 3):
-        name = f"rank_{rank}/checkpoint_{rank}.safetensors"
+        name = f"rank_{rank}/checkpoint_rank_{rank}-1_1.safetensors"
         assert (tmp_path / "some" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
     assert not (tmp_path / "some" / "rank_0").exists()
 
@@ -202,7 +202,7 @@ def test_replicas_are_compared_before_anything_is_written(llama, tmp_path):
     js.slice(llama, tmp_path / "cut", "dp2", options=QUICK)
     checked = js.Options(durable=False, check_replicas=True)
     js.merge(tmp_path / "cut", tmp_path / "out", options=checked)
-    path = tmp_path / "cut" / "rank_1" / "checkpoint_1.safetensors"
+    path = tmp_path / "cut" / "rank_1" / "checkpoint_rank_1-1_1.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xee")
     for how in ({}, {"names": "hf:linen"}):
         with pytest.raises(CoverageError, match=r"differs between rank_0/.* and rank_1/.*"):

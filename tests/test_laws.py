@@ -363,7 +363,7 @@ def test_replicas_are_interchangeable(place, model, seed, lean):
         others = [r for r in held if r != rank]
         if others and all_there(model, layout, {r: held[r] for r in others}):
             del held[rank]
-            (base / "cut" / f"rank_{rank}" / f"checkpoint_{rank}.safetensors").unlink()
+            (base / "cut" / f"rank_{rank}" / f"checkpoint_rank_{rank}-1_1.safetensors").unlink()
     js.merge(base / "cut", base / "again", options=QUICK)
     assert read_by_hand(base / "again" / "model.safetensors") == whole(model)
 

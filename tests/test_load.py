@@ -303,7 +303,7 @@ def test_files_of_another_strategys_ranks_are_loaded_without_merging(
 
 def test_a_rank_that_is_missing_is_named_with_what_it_held(llama, tmp_path):
     save(load(llama[0], "mp4"), tmp_path / "ranks", format="ranks")
-    (tmp_path / "ranks" / "rank_2" / "checkpoint_2.safetensors").unlink()
+    (tmp_path / "ranks" / "rank_2" / "checkpoint_rank_2-1_1.safetensors").unlink()
     with pytest.raises(CoverageError, match=r"weight"):
         load(tmp_path / "ranks", "mp2")
 

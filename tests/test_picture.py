@@ -108,12 +108,12 @@ dtype  tensors    bytes
 BF16        21  11.4 KB
 
 rank  tensors    bytes  path
-   0       10  3.97 KB  rank_0/checkpoint_0.safetensors
-   2       10  3.97 KB  rank_2/checkpoint_2.safetensors
-   3       10  3.97 KB  rank_3/checkpoint_3.safetensors
-   5       11  4.06 KB  rank_5/checkpoint_5.safetensors
-   6       11  4.06 KB  rank_6/checkpoint_6.safetensors
-   7       11  4.06 KB  rank_7/checkpoint_7.safetensors
+   0       10  3.97 KB  rank_0/checkpoint_rank_0-1_1.safetensors
+   2       10  3.97 KB  rank_2/checkpoint_rank_2-1_1.safetensors
+   3       10  3.97 KB  rank_3/checkpoint_rank_3-1_1.safetensors
+   5       11  4.06 KB  rank_5/checkpoint_rank_5-1_1.safetensors
+   6       11  4.06 KB  rank_6/checkpoint_rank_6-1_1.safetensors
+   7       11  4.06 KB  rank_7/checkpoint_rank_7-1_1.safetensors
 
 model.embed_tokens.weight  BF16 (32, 16)
 ┌──────┐

@@ -52,7 +52,7 @@ def test_ranks_become_ckpt_files_and_come_back(ranks: Path, tmp_path: Path, crc:
     out = tmp_path / "as_ckpt"
     assert main(["convert", str(ranks), str(out), "--to", "same", "--format", "ckpt", *flags]) == 0
     for rank in range(4):
-        path = out / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"
+        path = out / f"rank_{rank}" / f"checkpoint_rank_{rank}-1_10.ckpt"
         held = ms.weights(path)
         assert {n: t[2] for n, t in held.items()} == {
             n: a.tobytes() for n, a in held_by(rank).items()
@@ -69,12 +69,14 @@ def test_a_damaged_checksum_stops_a_conversion_before_anything_is_made(
 ) -> None:
     out = tmp_path / "as_ckpt"
     js.convert(ranks, out, "same", format="ckpt", crc=True, options=QUICK)
-    path = out / "rank_2" / "checkpoint_2.ckpt"
+    path = out / "rank_2" / "checkpoint_rank_2-1_10.ckpt"
     data = bytearray(path.read_bytes())
     data[data.index(held_by(2)["wo"].tobytes())] ^= 1
     path.write_bytes(data)
     for work in (lambda: js.verify(out), lambda: js.merge(out, tmp_path / "o", options=QUICK)):
-        with pytest.raises(FormatError, match=r"rank_2/checkpoint_2\.ckpt: its checksum says"):
+        with pytest.raises(
+            FormatError, match=r"rank_2/checkpoint_rank_2-1_10\.ckpt: its checksum says"
+        ):
             work()
     assert not (tmp_path / "o").exists()
 

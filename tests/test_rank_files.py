@@ -289,7 +289,7 @@ def test_the_same_is_asked_for_on_the_command_line(training: Path, tmp_path: Pat
     out = tmp_path / "o"
     assert main(["convert", str(training), str(out), "--to", "same", *flags.split()]) == 0
     assert sorted(p.name for p in out.glob("rank_*/*")) == [
-        f"net_{r}.safetensors" for r in range(4)
+        f"net_rank_{r}-1_10.safetensors" for r in range(4)
     ]
     for rank, held in ms.rank_weights_of(out).items():
         kept = {n for n in with_states(rank) if not n.startswith(("adam_", "wo"))}

@@ -60,7 +60,7 @@ def test_metadata_says_a_format_that_transformers_loads():
 def test_every_rank_has_a_file_and_the_strategy_goes_with_them():
     layout = Layout(2, {"a": (Placement((("mp", 2),), (("mp",),)),)})
     result = made(catalog("a", hyper=("global_step",)), to=layout, prefix="net_")
-    assert result.outputs.paths == tuple(f"rank_{r}/net_{r}.safetensors" for r in (0, 1))
+    assert result.outputs.paths == tuple(f"rank_{r}/net_rank_{r}-1_1.safetensors" for r in (0, 1))
     assert set(result.side_files) == {f"strategy/ckpt_strategy_rank_{r}.ckpt" for r in (0, 1)}
     assert all(len(c) == 2 for c in result.outputs.contents)  # the number is on every rank
 

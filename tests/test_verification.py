@@ -47,10 +47,10 @@ def test_a_good_checkpoint_has_no_problems(cut):
 
 
 def test_replicas_that_differ_are_named_with_their_files(cut):
-    flip(cut[1] / "rank_3" / "checkpoint_3.safetensors", "lm_head.weight", 5)
+    flip(cut[1] / "rank_3" / "checkpoint_rank_3-1_1.safetensors", "lm_head.weight", 5)
     assert js.verify(cut[1]).problems == (
-        "lm_head.weight differs between rank_1/checkpoint_1.safetensors and "
-        "rank_3/checkpoint_3.safetensors. Fetch both again, or move the wrong one away: one "
+        "lm_head.weight differs between rank_1/checkpoint_rank_1-1_1.safetensors and "
+        "rank_3/checkpoint_rank_3-1_1.safetensors. Fetch both again, or move the wrong one away: one "
         "replica is enough.",
     )
 
@@ -58,7 +58,7 @@ def test_replicas_that_differ_are_named_with_their_files(cut):
 @pytest.mark.parametrize("rank", [1, 3])
 def test_values_that_differ_are_told_with_their_place(cut, rank):
     """Whichever replica it is in; rank 1 and 3 hold rows 16 to 32 of the head."""
-    path = cut[1] / f"rank_{rank}" / f"checkpoint_{rank}.safetensors"
+    path = cut[1] / f"rank_{rank}" / f"checkpoint_rank_{rank}-1_1.safetensors"
     flip(path, "lm_head.weight", 2 * (3 * 16 + 7))
     options = {"against": cut[1]}
     (problem,) = js.verify(cut[0], **options).problems
@@ -126,8 +126,8 @@ def test_pieces_that_overlap_are_compared_too(tied):
     [(0, 9, (0, 2)), (1, 9, (1, 2)), (2, 9, (0, 2)), (2, 63, (1, 2)), (3, 40, (1, 3))],
 )
 def test_where_pieces_that_overlap_differ_both_files_are_told(tied, rank, byte, files):
-    flip(tied / f"rank_{rank}" / f"checkpoint_{rank}.safetensors", "w", byte)
-    a, b = (f"rank_{r}/checkpoint_{r}.safetensors" for r in files)
+    flip(tied / f"rank_{rank}" / f"checkpoint_rank_{rank}-1_1.safetensors", "w", byte)
+    a, b = (f"rank_{r}/checkpoint_rank_{r}-1_1.safetensors" for r in files)
     (problem,) = js.verify(tied).problems
     assert problem.startswith(f"w differs between {a} and {b}. ")
     with pytest.raises(CoverageError, match=f"w differs between {a} and {b}"):
@@ -144,7 +144,7 @@ def test_replicas_of_weights_with_an_adapter_are_compared_as_they_are_stored(tmp
     layout = js.Layout(2, {n: (Placement((("dp", 2),)),) for n in arrays})
     js.slice(tmp_path / "one", tmp_path / "cut", layout, options=QUICK)
     merge_lora(tmp_path / "cut", tmp_path / "out", scaling=2.0, options=CHECKED)
-    flip(tmp_path / "cut" / "rank_1" / "checkpoint_1.safetensors", "l.q.weight", 5)
+    flip(tmp_path / "cut" / "rank_1" / "checkpoint_rank_1-1_1.safetensors", "l.q.weight", 5)
     with pytest.raises(CoverageError, match=r"l\.q\.weight differs between rank_0"):
         merge_lora(tmp_path / "cut", tmp_path / "again", scaling=2.0, options=CHECKED)
 

@@ -191,6 +191,7 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
         ranks=a.rank,
         max_shard_bytes=parse_size(a.max_shard_size) if a.max_shard_size else None,
         prefix=a.prefix,
+        step=a.step,
         remove_redundancy=a.remove_redundancy,
         format=a.format,
         crc=a.crc,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")  # as in targets.results
+from ..formats.known import FORMATS
+
 _DESTINATION = "the folder to make; or one file: out.safetensors, out.ckpt"
 _EXAMPLES = """\
 examples:
@@ -216,7 +217,7 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
             default="full" if command == "convert" else None,
             help="full, a strategy (dp2mp4pp2), a strategy file or folder, or same",
         )
-    to.add_argument("--format", choices=FORMATS, help="default: as --to implies")
+    to.add_argument("--format", choices=tuple(FORMATS), help="default: as --to implies")
     to.add_argument(
         "--names",
         metavar="A:B",
@@ -255,7 +256,13 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
     to.add_argument(
         "--max-shard-size", metavar="SIZE", help="of a complete checkpoint (default: 5GB)"
     )
-    to.add_argument("--prefix", default="checkpoint_", help="of rank files (default: checkpoint_)")
+    to.add_argument("--prefix", default="checkpoint", help="of rank files (default: checkpoint)")
+    to.add_argument(
+        "--step",
+        metavar="E_S",
+        help="epoch and step in the names of rank files, PREFIX_rank_R-E_S (default: the source's, "
+        "or 1_1); none: PREFIX alone, as MindSpore slices",
+    )
     to.add_argument(
         "--remove-redundancy", action="store_true", help="store each shard on one replica only"
     )

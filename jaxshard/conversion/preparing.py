@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import rules as family_rules
 from ..catalog import Catalog
 from ..errors import LayoutError, some
+from ..formats import rank_names
 from ..garbage import paused
 from ..layout import Layout
 from ..multiprocess.splitting import Part, split_outputs
@@ -40,6 +41,7 @@ from ..targets import (
     make_result,
     one_file,
     same_layout,
+    step_of_numbers,
 )
 from ..targets.results import Request, Result
 from .fingerprint import fingerprint
@@ -79,7 +81,8 @@ def prepare(
     drop_prefixes: Iterable[str] = (),
     keep_accu_grads: bool = False,
     max_shard_bytes: int | None = None,
-    prefix: str = "checkpoint_",
+    prefix: str = Request.prefix,
+    step: str | None = None,
     remove_redundancy: bool = False,
     format: str | None = None,
     crc: bool = False,
@@ -106,6 +109,8 @@ def prepare(
         max_shard_bytes: the most tensor bytes in one file of a complete checkpoint; by
             default what is usual for the format.
         prefix: the first part of rank files' names.
+        step: the epoch and the step in them, ``"1_10"``: by default those of the source's names
+            or numbers, or ``1_1``; ``"none"``: the prefix alone, as MindSpore slices.
         remove_redundancy: store each shard once, not on every replica.
         format: what to write (``ckpt``, ``unified``, ``orbax`` …); by default as ``to``
             implies. For Orbax, whose library wants tensors whole, one at a time is in memory.
@@ -147,14 +152,16 @@ def prepare(
         layout,
         max_shard_bytes,
         prefix,
-        remove_redundancy,
-        format,
-        crc,
-        numbers,
+        remove_redundancy=remove_redundancy,
+        format=format,
+        crc=crc,
+        numbers=numbers,
         checksums=checksums,
     )
     request = one_file.implied(request, destination)
-    check_request(request)
+    check_request(request, step)
+    if layout is not None and request.format in (None, "ranks", "ckpt"):
+        request = replace(request, step=_step_in_names(step, catalog, chosen))
     result = make_result(chosen, list(chosen.tensors.values()), request)
     one_file.name_of(result, destination)  # refuses what is no one file
     if config:
@@ -230,6 +237,15 @@ def _target_layout(
             f"{error}"
         ) from None
     return lay_out(strategy)
+
+
+def _step_in_names(step: str | None, catalog: Catalog, chosen: Catalog) -> tuple[int, int] | None:
+    """The epoch and the step in rank files' names: as asked, or as the source has them."""
+    if step is not None:
+        return rank_names.read_step(step)
+    named = rank_names.step_of(file.path for file in catalog.files)
+    has_numbers = chosen.hyper or catalog.format == "iteration"
+    return named or step_of_numbers(_job_values(chosen) if has_numbers else {})
 
 
 def _job_values(catalog: Catalog) -> dict[str, Any]:

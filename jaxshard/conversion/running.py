@@ -24,6 +24,7 @@ from ..storage.checksum_file import add_checksums
 from ..storage.parts import PartStaging
 from ..storage.sources import OpenSource, open_source
 from ..storage.staging import Staging
+from ..storage.strategy_folder import put_beside
 from ..storage.writing import OutputFiles
 from ..targets import one_file
 from ..targets.results import Result
@@ -98,6 +99,9 @@ def execute(
     except BaseException:
         staging.abandon()
         raise
+    if is_published and not only:
+        files, keep = prepared.result.side_files, options.durable
+        notes += put_beside(place, files, overwrite=options.overwrite, durable=keep)
     num_files = plan.totals.num_files
     return Report(str(destination), counts, num_files, skipped, notes, part, is_published)
 

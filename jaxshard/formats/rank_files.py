@@ -101,15 +101,6 @@ def read(
     )
 
 
-def file_path(rank: int, prefix: str, extension: str = "safetensors") -> str:
-    """Where the file of ``rank`` lies, as MindFormers names it.
-
-    >>> file_path(3, "checkpoint_")
-    'rank_3/checkpoint_3.safetensors'
-    """
-    return f"rank_{rank}/{prefix}{rank}.{extension}"
-
-
 def _check_alone(by_rank: Mapping[int, str], root: str) -> str:
     """What to say of ranks without a strategy: fine if there is only one."""
     if len(by_rank) > 1:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..errors import CoverageError, some
+from ..errors import CoverageError, LayoutError, some
 
 _RANK_FILE = re.compile(r"rank_(\d{1,7})/([^/]+)\.(safetensors|ckpt)")
 _KIND = re.compile(r"(?:^|\.)(ckpt|safetensors)$")
@@ -32,6 +32,7 @@ _STEPPED = re.compile(  # how a name ends that has an epoch and a step in it
 _TASK = re.compile(r"_(\d{1,18})$")
 _COUNTED = re.compile(r"(?:^|[-_])(\d{1,18})(?:_(\d{1,18}))?$")
 _NAMED = re.compile(r".*rank_(\d{1,7})(?=$|[-_])")
+_PREFIX = re.compile(r"[^/\0.][^/\0]*")
 _MAX_RANK = 1 << 20  # a folder called rank_9999999 is no rank
 
 _MARKED, _ENDED, _PLAIN = "rank_{r}", "{r}", ""
@@ -88,6 +89,63 @@ def is_rank_file(path: str) -> bool:
     """Whether ``path`` is a weight file in a rank's folder."""
     match = _RANK_FILE.fullmatch(path)
     return match is not None and int(match[1]) < _MAX_RANK
+
+
+def file_path(
+    rank: int, prefix: str, step: tuple[int, int] | None, extension: str = "safetensors"
+) -> str:
+    """Where a rank's file lies, in a name that MindSpore and MindFormers both read.
+
+    MindFormers looks in every rank folder for what follows the rank in rank 0's name, so the
+    rank is nowhere else in it. Without a step the name is alike for all ranks, as MindSpore
+    slices.
+
+    >>> file_path(3, "llama", (1, 10)), file_path(3, "net", None)
+    ('rank_3/llama_rank_3-1_10.safetensors', 'rank_3/net.safetensors')
+    """
+    name = prefix if step is None else f"{prefix}_rank_{rank}-{step[0]}_{step[1]}"
+    return f"rank_{rank}/{name}.{extension}"
+
+
+def check_prefix(prefix: str) -> str:
+    """``prefix`` as names begin with it: what joins it to the rest is left away.
+
+    Raises:
+        LayoutError: names would lie elsewhere, be hidden, or begin with nothing.
+    """
+    bare = prefix.rstrip("-_")
+    if not _PREFIX.fullmatch(bare):
+        raise LayoutError(
+            f"prefix= (--prefix) {prefix!r} cannot begin a file's name. Use letters, digits, '-' "
+            "and '_'."
+        )
+    return bare
+
+
+def read_step(text: str | None) -> tuple[int, int] | None:
+    """The step written ``1_10``; None for ``none``, which is a name without one.
+
+    Raises:
+        LayoutError: neither.
+
+    >>> read_step("1_10"), read_step("none")
+    ((1, 10), None)
+    """
+    if text == "none":
+        return None
+    match = re.fullmatch(r"(\d{1,18})_(\d{1,18})", text or "")
+    if match is None:
+        raise LayoutError(
+            f"step= (--step) {text!r} is neither an epoch and a step in it, such as 1_10, nor none."
+        )
+    return int(match[1]), int(match[2])
+
+
+def step_of(paths: Iterable[str]) -> tuple[int, int] | None:
+    """The epoch and the step in the names of one save's files; None where they have none."""
+    paths = [path for path in paths if is_rank_file(path)]
+    numbers = choose(paths).step.numbers if paths else ()
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def choose(files: Iterable[str], suffix: str | None = None) -> Choice:

@@ -22,7 +22,8 @@ from ..array_layouts import layout_of
 from ..catalog import Catalog, Model
 from ..conversion.running import Report
 from ..errors import LayoutError, nearest, some
-from ..formats import huggingface
+from ..formats import huggingface, rank_names
+from ..formats.known import FORMATS
 from ..garbage import paused
 from ..layout import Layout
 from ..mapping import Mapping as NamesAndShapes
@@ -33,8 +34,17 @@ from ..opening import PathLike, open_strategy, opened
 from ..rules import Rules
 from ..storage import carrying
 from ..storage.budget import Counts, default_budget, default_workers
+from ..storage.strategy_folder import put_beside
 from ..strategy import Strategy
-from ..targets import check_factors, check_request, lay_out_for, make_result, one_file
+from ..targets import (
+    SAME,
+    check_factors,
+    check_request,
+    lay_out_for,
+    make_result,
+    one_file,
+    step_of_numbers,
+)
 from ..targets.folders import check_config
 from ..targets.results import Request, Result
 from ..trees import is_array_like, named_leaves
@@ -46,8 +56,8 @@ from .fetching import share_out
 
 __all__ = ["FORMATS", "save"]
 
-FORMATS = ("huggingface", "ranks", "ckpt", "unified", "orbax")
-_BY_RANK = ("ranks", "ckpt")  # those whose files may be cut
+_AS_ARRAYS_LIE = ("ranks", "iteration")  # a .ckpt is complete unless a strategy is given
+_OF_MINDSPORE = ("ranks", "ckpt", "unified", "iteration")  # which tell a job's numbers apart
 
 
 def save(
@@ -58,7 +68,8 @@ def save(
     strategy: str | PathLike | Strategy | Layout | None = None,
     rules: Rules | None = None,
     max_shard_size: int | str | None = None,
-    prefix: str = "checkpoint_",
+    prefix: str = Request.prefix,
+    step: str | None = None,
     remove_redundancy: bool = False,
     name_of: Callable[[str], str] | None = None,
     names: NamesAndShapes | str | None = None,
@@ -84,13 +95,17 @@ def save(
             is its leaf's path, joined by dots; leaves that are no arrays are left out.
         path: a folder; it appears whole or not at all.
         format: ``huggingface`` (safetensors, an index where there are several files),
-            ``ranks`` (one file a rank and strategy files), ``ckpt`` or ``unified`` as
+            ``ranks`` (one file a rank and strategy files), ``ckpt`` (one file; with
+            ``strategy`` one a rank), ``unified`` or ``iteration`` (Checkpoint 2.0) as
             MindSpore has them, or ``orbax``.
-        strategy: for files by rank, who holds what: a strategy, strategy files or a
-            ``Layout``. By default as the arrays lie, rank r being the mesh's r-th device.
+        strategy: for files by rank, who holds what: a strategy, strategy files, a
+            ``Layout``, or ``"same"``: as the arrays lie, rank r being the mesh's r-th device.
+            That is the default of ``ranks`` and ``iteration``.
         rules: layout rules that go before the family's own, for a strategy.
         max_shard_size: the most tensor bytes in one file, such as ``"5GB"``.
-        prefix: rank files are called ``rank_{r}/{prefix}{r}.safetensors``.
+        prefix: rank files are called ``rank_{r}/{prefix}_rank_{r}-{epoch}_{step}.safetensors``.
+        step: the epoch and the step in these names, ``"1_10"``: by default by the arrays that
+            are a job's numbers (``global_step``), or ``1_1``; ``"none"``: the prefix alone.
         remove_redundancy: store each shard on one rank only.
         name_of: the tensor's name for a leaf's path.
         names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes
@@ -135,19 +150,31 @@ def save(
         ready = None
         _check_uncut(format, strategy)
         max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
-        request = Request(None, max_bytes, prefix, remove_redundancy, format, checksums=checksums)
+        request = Request(
+            None,
+            max_bytes,
+            prefix,
+            remove_redundancy=remove_redundancy,
+            format=format,
+            checksums=checksums,
+        )
         if format == "orbax":
-            check_request(request)
+            check_request(request, step)
         else:
             limit = default_budget() if host_bytes is None else host_bytes
             threads = default_workers() if workers is None else workers
             budget, room = share_out(limit, threads, num_fetched(arrays))
-            source = ArraySource(arrays, model=model, metadata=metadata, room=room)
+            source = ArraySource(
+                arrays,
+                model=model,
+                metadata=metadata,
+                room=room,
+                has_numbers=format in _OF_MINDSPORE,
+            )
             if names is not None:
                 source.map(find_mapping(names, source.catalog))
             layout = _layout(format, strategy, rules, source.catalog, arrays)
-            request = replace(request, to=layout)
-            check_request(request)
+            request = _with_step(replace(request, to=layout), step, source.catalog, arrays)
             result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
             ready = source, result if config is None else _with_config(result, config), budget
     if ready is None:
@@ -165,7 +192,8 @@ def save(
             counts = commit(source, result, where, carried, budget, **keep)
     finally:
         source.close()
-    notes = (*notes, *result.outputs.layout.notes)
+    side_files = result.side_files if processes.index == 0 or not shared else {}
+    notes = (*notes, *result.outputs.layout.notes, *put_beside(where, side_files, **keep))
     return _report(path, counts, len(result.outputs.paths), notes, carried)
 
 
@@ -242,11 +270,36 @@ def _mapped(
 
 def _check_uncut(format: str, strategy: object) -> None:
     """Refuse a strategy where no files are cut."""
-    if strategy is not None and format not in _BY_RANK:
+    if strategy is not None and not FORMATS[format].is_cut:
         raise LayoutError(
             f"strategy={strategy} says how files by rank are cut, and {format} has none. Leave it "
             'out, or save with format="ranks".'
         )
+
+
+def _with_step(
+    request: Request, step: str | None, catalog: Catalog, arrays: Mapping[str, Array]
+) -> Request:
+    """``request`` with the job's numbers, and the step that these or the caller give names."""
+    check_request(request, step)
+    numbers = _numbers(arrays, catalog.hyper)
+    asked = step_of_numbers(numbers) if step is None else rank_names.read_step(step)
+    return replace(request, step=asked, numbers=numbers)
+
+
+def _numbers(arrays: Mapping[str, Array], hyper: frozenset[str]) -> dict[str, Any]:
+    """The values of the job's numbers among ``arrays``, as far as this process has them."""
+    found = {}
+    for name in sorted(hyper & arrays.keys()):
+        array = arrays[name]
+        if isinstance(array, jax.Array):
+            devices: set[jax.Device] = array.sharding.device_set
+            holders = {device.process_index for device in devices}
+            if not array.is_fully_addressable and len(holders) < jax.process_count():
+                continue  # all processes must find the same
+            array = array.addressable_data(0)
+        found[name] = np.asarray(array).reshape(-1)[0].item()
+    return found
 
 
 def _layout(
@@ -257,7 +310,7 @@ def _layout(
     arrays: Mapping[str, Array],
 ) -> Layout | None:
     """Who holds what in files by rank; None where files are complete."""
-    if strategy is None and format == "ranks":
+    if strategy == SAME or (strategy is None and format in _AS_ARRAYS_LIE):
         own = layout_of(arrays)
         return catalog.origin.place(own) if catalog.origin else own
     if strategy is None:

@@ -23,6 +23,7 @@ from ..catalog import Catalog, File, Model, Piece, Tensor
 from ..dtypes import num_bytes
 from ..elements import pack, stored_as
 from ..errors import JaxshardError, LayoutError
+from ..formats.job_numbers import job_numbers
 from ..hosting import is_on_host
 from ..mapping import Mapping as NamesAndShapes
 from ..planning.bundles import SMALL_BYTES
@@ -47,8 +48,11 @@ class ArraySource:
         model: Model = Model(),  # noqa: B008 - frozen
         metadata: Mapping[str, str] | None = None,
         room: Room = Room(),  # noqa: B008 - frozen
+        has_numbers: bool = False,
     ) -> None:
         """Catalogue ``arrays``; ``room`` is for parts of shards that must come to the host.
+
+        With ``has_numbers``, a job's numbers (``global_step`` …) are told from weights.
 
         Raises:
             LayoutError: an array's dtype is none that files have.
@@ -61,7 +65,13 @@ class ArraySource:
         tensors = {name: self._tensor(name, array) for name, array in arrays.items()}
         files = tuple(File(f"shard {i}", s.nbytes) for i, s in enumerate(self._shards))
         self.catalog = Catalog(
-            "the arrays", "arrays", files, tensors, model=model, metadata=dict(metadata or {})
+            "the arrays",
+            "arrays",
+            files,
+            tensors,
+            model=model,
+            metadata=dict(metadata or {}),
+            hyper=job_numbers(tensors.values()) if has_numbers else frozenset(),
         )
 
     def map(self, mapping: NamesAndShapes) -> None:

@@ -10,12 +10,14 @@ It decides, and writes nothing: ``conversion`` does. Only ``job_values`` reads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 from ..catalog import Catalog, Tensor
 from ..errors import LayoutError, NotFoundError, some
+from ..formats.known import FORMATS
 from ..layout import Layout, Placement
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
@@ -30,6 +32,7 @@ __all__ = [
     "lay_out_for",
     "make_result",
     "same_layout",
+    "step_of_numbers",
 ]
 
 #: The target that is laid out as the source is.
@@ -49,7 +52,7 @@ _CUT = {
     "ckpt": ("ranks", "rank_folders"),
     "iteration": ("iteration", "iteration"),
 }
-_IN_SHARDS = ("huggingface", "unified")
+_IN_SHARDS = tuple(name for name, format in FORMATS.items() if format.in_shards)
 
 
 def lay_out_for(
@@ -179,7 +182,13 @@ def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def check_request(request: Request) -> None:
+def step_of_numbers(numbers: Mapping[str, Any]) -> tuple[int, int]:
+    """The epoch and the step in rank files' names, where a job's numbers tell; else the first."""
+    step = numbers.get("global_step", numbers.get("step_num"))
+    return (1, int(step)) if step and step > 0 else (1, 1)
+
+
+def check_request(request: Request, step: str | None = None) -> None:
     """Refuse what would mean nothing for the target, and so be passed over in silence.
 
     Raises:
@@ -211,6 +220,11 @@ def check_request(request: Request) -> None:
                 if request.one_file
                 else "is Orbax's, whose files have checksums of their own. Leave it out."
             )
+        )
+    if step is not None and (is_whole or name not in ("ranks", "ckpt")):
+        raise LayoutError(
+            f"step= (--step) {step} is for the names of rank files, and the target has none. Leave "
+            "it out."
         )
     if is_whole and name != "iteration" and request.prefix != Request.prefix:
         raise LayoutError(

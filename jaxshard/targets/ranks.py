@@ -12,7 +12,7 @@ from math import lcm, prod
 
 from ..catalog import Catalog, Tensor
 from ..errors import LayoutError, some
-from ..formats import layout_file, rank_files, rank_redundancy, strategy_files
+from ..formats import layout_file, rank_names, rank_redundancy, strategy_files
 from ..layout import Layout, Placement, check_divides
 from ..planning.outputs import arrange
 from ..rules.match import weight_name
@@ -23,7 +23,7 @@ STRATEGY_FOLDER = "strategy"
 
 
 def rank_folders(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
-    """``rank_{r}/{prefix}{r}.safetensors``, or ``.ckpt``, and ``strategy/``.
+    """``rank_{r}/{prefix}_rank_{r}-{epoch}_{step}.safetensors``, or ``.ckpt``, and ``strategy/``.
 
     Raises:
         LayoutError: a tensor is not in the layout, or does not divide.
@@ -32,7 +32,8 @@ def rank_folders(source: Catalog, tensors: Sequence[Tensor], request: Request) -
     strategy, notes = _strategy(source, tensors, layout)
     layout = replace(layout, notes=(*layout.notes, *notes))
     kind = "ckpt" if request.format == "ckpt" else "safetensors"
-    paths = [rank_files.file_path(r, request.prefix, kind) for r in range(layout.num_ranks)]
+    prefix = rank_names.check_prefix(request.prefix)
+    paths = [rank_names.file_path(r, prefix, request.step, kind) for r in range(layout.num_ranks)]
     once = request.remove_redundancy
     keepers = rank_redundancy.keepers(_of_strategy(layout, source.hyper)) if once else None
     outputs = arrange(tensors, layout, paths, remove_redundancy=once, keepers=keepers)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..formats.known import FORMATS
 from ..layout import Layout
 from ..planning.outputs import Entry, Outputs
 from ..storage.writing import FileLayout
 
-FORMATS = ("huggingface", "ranks", "ckpt", "unified", "iteration", "orbax")
+__all__ = ["FORMATS", "Request", "Result"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Request:
         to: the layout, or None for a complete checkpoint.
         max_shard_bytes: the most tensor bytes of one file of a complete checkpoint; by
             default what is usual for the format.
-        prefix: rank files are called ``rank_{r}/{prefix}{r}.safetensors``.
+        prefix: rank files are called ``rank_{r}/{prefix}_rank_{r}-{epoch}_{step}.safetensors``.
+        step: the epoch and the step in these names; None: ``rank_{r}/{prefix}.safetensors``.
         remove_redundancy: store each shard on one of its holders only.
-        format: one of ``FORMATS``; by default Hugging Face's for a complete checkpoint, and
+        format: one of ``known.FORMATS``; by default Hugging Face's for a complete checkpoint, and
             rank folders for a layout.
         crc: end every ``.ckpt`` with a checksum.
         numbers: the values of the job's numbers, for formats that keep them in JSON.
@@ -37,7 +39,8 @@ class Request:
 
     to: Layout | None = None
     max_shard_bytes: int | None = None
-    prefix: str = "checkpoint_"
+    prefix: str = "checkpoint"
+    step: tuple[int, int] | None = (1, 1)
     remove_redundancy: bool = False
     format: str | None = None
     crc: bool = False

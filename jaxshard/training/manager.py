@@ -26,6 +26,7 @@ import jax
 
 from .. import rules as family_rules
 from ..errors import LayoutError, StorageError
+from ..formats.known import STEP_FORMATS
 from ..layout import Layout
 from ..multiprocess.barriers import DEFAULT_TIMEOUT_S
 from ..storage.budget import budget_for
@@ -52,7 +53,6 @@ from .states import Roles
 from .steps import Step, find_steps
 
 Format = Literal["ranks", "iteration", "huggingface", "orbax"]
-FORMATS: tuple[Format, ...] = ("ranks", "iteration", "huggingface", "orbax")
 
 _log = logging.getLogger("jaxshard.training")
 
@@ -139,7 +139,7 @@ class CheckpointManager:
             LayoutError: an option is impossible.
         """
         naming.check_prefix(prefix)
-        one_of("format", format, FORMATS)
+        one_of("format", format, STEP_FORMATS)
         check_config(config)
         one_of("snapshot", snapshot, get_args(How))
         one_of("on_storage_error", on_storage_error, ("raise", "warn"))
