@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +211,43 @@ def test_where_nothing_can_be_exchanged_it_is_kept_too(door, monkeypatch, capsys
         with pytest.raises(LayoutError):
             make(place, True)
     assert (place if place.is_file() else place / "precious.txt").read_text() == "my work"
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["decrypt", "strategy merge", "strategy make --merged"])
+def test_single_files_are_on_the_disk_before_they_have_their_names(
+    llama, tmp_path, monkeypatch, name
+):
+    destination, door = DOORS[name]
+    make, place, synced = door(llama), tmp_path / destination, dict[int, int]()
+    real, order = os.fsync, list[str]()
+
+    def fsync(descriptor: int) -> None:
+        info = os.fstat(descriptor)
+        synced[info.st_ino] = info.st_size
+        order.append("folder" if stat.S_ISDIR(info.st_mode) else "file")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    at_the_last_moment(monkeypatch, lambda: order.append("rename"))
+    make(place, False)
+    assert synced[place.stat().st_ino] == place.stat().st_size
+    assert tmp_path.stat().st_ino in synced
+    assert "file" in order[: order.index("rename")]
+    assert order[order.index("rename") :] == ["rename", "folder"]
+
+
+@pytest.mark.parametrize("mine", [b"my work", b"{}", b"\x89PNG\r\n"])
+@pytest.mark.parametrize("name", [n for n, (out, _) in DOORS.items() if out != "out"])
+def test_a_file_of_another_kind_is_not_replaced(llama, tmp_path, capsys, name, mine):
+    destination, door = DOORS[name]
+    make, place = door(llama), tmp_path / destination
+    place.write_bytes(mine)
+    for overwrite in (False, True):
+        with pytest.raises(LayoutError):
+            make(place, overwrite)
+    assert place.read_bytes() == mine
+    assert [p.name for p in tmp_path.iterdir()] == [destination]
     capsys.readouterr()
 
 

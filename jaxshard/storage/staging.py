@@ -187,14 +187,16 @@ class Staging:
         path = self._base / LOCK
         while True:
             ownership.claim(self._base)
-            with suppress(FileNotFoundError):  # removed since, by the run that it was of
+            try:
                 descriptor = open_lock(path)
-                break
-        # a lock that is no longer there is of a run that has just ended
-        if not lock(descriptor, fcntl.LOCK_EX) or not is_same(descriptor, path):
-            os.close(descriptor)
-            raise in_use(self._destination)
-        return descriptor
+            except FileNotFoundError:  # removed since, by the run that it was of
+                continue
+            if not lock(descriptor, fcntl.LOCK_EX):
+                os.close(descriptor)
+                raise in_use(self._destination)
+            if is_same(descriptor, path):
+                return descriptor
+            os.close(descriptor)  # it is of a run that has just ended
 
     def sync(self, path: Path) -> None:
         """Wait until ``path`` is on the disk, where the result is to be durable."""
