@@ -1,6 +1,10 @@
 """Rules on a mesh of the caller's own: its axes are found by what they are called.
 
     Mesh("data" 2, "model" 4)  with the rule  "mp,-"   →   PartitionSpec("model", None)
+    Mesh("fsdp" 2, "model" 4)                          →   PartitionSpec(("model", "fsdp"), None)
+
+An axis "fsdp" is replicas that split dim 0 of each tensor once more, where that divides. An
+axis of one device is passed over.
 
 What lies on all of the mesh is sharded over that very mesh; what lies on a part of it (a
 pipeline stage, the ranks of an expert) over a sub-mesh with the axes of a strategy.
@@ -8,7 +12,8 @@ pipeline stage, the ranks of an expert) over a sub-mesh with the axes of a strat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -16,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..catalog import Catalog
 from ..devices import sharding
-from ..errors import LayoutError, nearest
+from ..errors import LayoutError, some
 from ..layout import Layout, Placement
 from ..rules import Rules
+from ..rules.quantization import Factors, Granule
 from ..strategy import Strategy
 from ..targets import lay_out_for
 
@@ -29,8 +35,17 @@ AXIS_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("ep", "expert"), "ep"),
     **dict.fromkeys(("cp", "context"), "cp"),
     **dict.fromkeys(("pp", "stage", "pipe"), "pp"),
+    "fsdp": "fsdp",
 }
-_ORDER = ("pp", "ep", "dp", "cp", "mp")  # slowest first, as ranks are numbered
+_ORDER = ("pp", "ep", "dp", "fsdp", "cp", "mp")  # slowest first, as ranks are numbered
+_MEANINGS = {
+    "dp": "replicas",
+    "fsdp": "weights split over replicas",
+    "mp": "tensor parallel",
+    "ep": "expert parallel",
+    "cp": "context parallel",
+    "pp": "pipeline stages",
+}
 
 
 def mesh_shardings(
@@ -43,15 +58,17 @@ def mesh_shardings(
     """
     called = _roles(mesh)
     size = {role: mesh.shape[axis] for role, axis in called.items()}
-    ep = size.get("ep", 1)
+    ep, fsdp = size.get("ep", 1), size.get("fsdp", 1)
     strategy = Strategy(
-        dp=size.get("dp", 1) * ep,
+        dp=size.get("dp", 1) * fsdp * ep,
         mp=size.get("mp", 1),
         pp=size.get("pp", 1),
         ep=ep,
         cp=size.get("cp", 1),
     )
     layout = lay_out_for(catalog, strategy, rules)
+    if fsdp > 1:
+        layout = _over_fsdp(catalog, layout, fsdp)
     ranks = _ranks(mesh, called)
     found: dict[tuple[Placement, ...], NamedSharding] = {}
     for placements in layout.placements.values():
@@ -61,16 +78,21 @@ def mesh_shardings(
 
 
 def _roles(mesh: Mesh) -> dict[str, str]:
-    """What each axis is, and what the mesh calls it."""
+    """What each axis is, and what the mesh calls it; axes of one device are left out."""
     called: dict[str, str] = {}
     for axis in mesh.axis_names:
+        if mesh.shape[axis] == 1:
+            continue
         role = AXIS_NAMES.get(str(axis).lower())
         if role is None or role in called:
+            what = f"is {role} like {called[role]!r}" if role else "is not known to the rules"
+            known = (
+                f"{meaning} ({', '.join(n for n, r in AXIS_NAMES.items() if r == kind)})"
+                for kind, meaning in _MEANINGS.items()
+            )
             raise LayoutError(
-                f"axis {axis!r} of the mesh {dict(mesh.shape)} "
-                + (f"is {role} like {called[role]!r}" if role else "is not known to the rules")
-                + f".{'' if role else nearest(str(axis), AXIS_NAMES)} Call it one of "
-                f"{', '.join(AXIS_NAMES)}, or give a sharding for each name."
+                f"axis {axis!r} of the mesh {dict(mesh.shape)} {what}. Call each axis by what it "
+                f"splits: {', '.join(known)}; or give a sharding for each name."
             )
         called[role] = axis
     return called
@@ -79,6 +101,7 @@ def _roles(mesh: Mesh) -> dict[str, str]:
 def _ranks(mesh: Mesh, called: Mapping[str, str]) -> tuple[jax.Device, ...]:
     """The mesh's devices in the order of a strategy's ranks."""
     order = [mesh.axis_names.index(called[role]) for role in _ORDER if role in called]
+    order = [i for i in range(mesh.devices.ndim) if i not in order] + order  # those of one device
     return tuple(np.transpose(mesh.devices, order).flat)
 
 
@@ -92,6 +115,43 @@ def _on(
     if len(placements) > 1 or first.num_ranks < mesh.size:
         return sharding(placements, ranks)
     mesh_axis = {**called, "edp": called.get("dp", "dp")}
-    return NamedSharding(
-        mesh, PartitionSpec(*(tuple(mesh_axis[a] for a in axes) or None for axes in first.spec))
+    there = {a for a, n in first.axes if n > 1}
+    split = (tuple(mesh_axis[a] for a in axes if a in there) for axes in first.spec)
+    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in split)))
+
+
+def _over_fsdp(catalog: Catalog, layout: Layout, ways: int) -> Layout:
+    """``layout`` with dim 0 split once more over ``ways`` of its replicas, where that divides."""
+    shapes = {n: t.shape for n, t in catalog.tensors.items() if n in layout.placements}
+    factors = Factors(shapes, catalog.model.config)
+    placements = dict(layout.placements)
+    whole: list[str] = []
+    for name in sorted(shapes, key=lambda name: (name in factors.weights, len(name))):
+        if name in factors.weights:
+            placements[name] = factors.follow(name, placements[factors.weights[name]])
+            continue
+        granules = [g for g in factors.granules(name) if g.dim == 0]
+        made = tuple(_split(p, shapes[name], ways, granules) for p in placements[name])
+        placements[name] = made
+        if not any("fsdp" in axes for p in made for axes in p.spec):
+            whole.append(f"{name} {shapes[name]}")
+    left = f"not split over fsdp={ways}, which does not divide dim 0: {some(whole)}."
+    return replace(layout, placements=placements, notes=(*layout.notes, *([left] if whole else [])))
+
+
+def _split(
+    placement: Placement, shape: tuple[int, ...], ways: int, granules: Sequence[Granule]
+) -> Placement:
+    """``placement`` with its replicas as two axes, the inner of which splits dim 0 if it can."""
+    parts = {a: ((a, n // ways), ("fsdp", ways)) for a, n in placement.axes if a in ("dp", "edp")}
+    axes = tuple(part for a, n in placement.axes for part in parts.get(a, ((a, n),)))
+    spec = [tuple(b for a in dim for b, _ in parts.get(a, ((a, 1),))) for dim in placement.spec]
+    made = replace(placement, axes=axes, spec=tuple(spec))
+    total = placement.ways(0) * ways
+    fits = (
+        bool(shape) and shape[0] % total == 0 and all(g.divides(shape[0], total) for g in granules)
     )
+    if not fits or not parts or any("fsdp" in dim for dim in spec):
+        return made
+    first = (*(spec[0] if spec else ()), "fsdp")
+    return replace(made, spec=(first, *spec[1:]))
