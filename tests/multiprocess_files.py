@@ -389,3 +389,34 @@ def _peak_bytes(reset=True):
         if line.startswith("VmHWM"):
             return int(line.split()[1]) << 10
     raise AssertionError("no VmHWM")
+
+
+def two_copies(index, count, folders):
+    """Each process has a folder of its own at "the same" path; what loads of all kinds say."""
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    here, own = NamedSharding(mesh, PartitionSpec()), jax.local_devices()
+    targets = {
+        "strategy": ("dp2mp4", {}),
+        "balanced": ("dp2mp4", {"balanced": True}),
+        "sharding": (here, {}),
+        "function": (lambda name: here, {}),
+        "tree": ({"model.norm.weight": here}, {"strict": False}),
+        "names": ("mp4", {"names": "llama-hf:llama-mindformers", "devices": jax.devices()[2:6]}),
+    }
+    first, other, copied, nowhere = folders
+
+    def loaded(paths, target, how):
+        return refusal(lambda: loading.load(paths[index], target, timeout_s=60, **how))
+
+    answer = {"differ": {}, "copied": {}, "nowhere": {}}
+    for what, (target, how) in targets.items():
+        answer["differ"][what] = loaded((first, other), target, how)
+        answer["copied"][what] = loaded((first, copied), target, how)
+        if what != "function":  # only when it is open does it say where it goes
+            answer["nowhere"][what] = loaded((first, nowhere), target, how)
+    if index == 0:  # one process loads onto its own devices, and the others know nothing of it
+        named = NamedSharding(Mesh(np.array(own), ("all",)), PartitionSpec())
+        for target, devices in ((own[0], None), (lambda name: named, None), ("mp2", own[:2])):
+            loading.load(first, target, devices=devices, timeout_s=1)
+        loading.load(first, {"model.norm.weight": named}, strict=False, timeout_s=1)
+    return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 
 import jax
@@ -13,6 +14,7 @@ from multiprocess_files import die_in, forbid_gathering, placed, refusal
 from training_weights import SHAPES, SPECS
 
 from jaxshard.errors import StorageError
+from jaxshard.multiprocess.barriers import processes_of_jax
 from jaxshard.storage import shared_writing
 from jaxshard.training import CheckpointManager, across, committing, places
 from jaxshard.training.places import Places, only_writer
@@ -261,3 +263,22 @@ def rerun(index, count, places):
         last = manager.restore(state_of(0, 2, 2), verify=True)
         answer.append([found.step, right, is_state_of(last.state, 3, 2, 2)])
     return answer
+
+
+def different_steps(index, count, out):
+    """Each process has a directory of its own, whose step of the same number has other values."""
+    for name in "ab":
+        manager = manager_of(f"{out}/{name}", format="iteration")
+        manager.save(1, state_of(1, 2, 4))
+        manager.save(2, state_of(2 if name == "a" else 3, 2, 4) | {"step": 2})
+        manager.close()
+    own = f"{out}/{'ab'[index]}"
+    answer = []
+    for _ in ("with records", "without"):  # as MindFormers leaves them
+        other = manager_of(own, format="iteration")
+        answer.append(refusal(lambda: other.restore(state_of(9, 2, 4), step=2)))  # noqa: B023
+        other.close()
+        shutil.rmtree(f"{own}/.jaxshard", ignore_errors=True)
+        processes_of_jax(60).meet("removed")
+    found = manager_of(own, format="iteration").restore(state_of(9, 2, 4))
+    return answer, found.step, found.passed_over

@@ -19,11 +19,12 @@ class Threads:
         self.count, self.values, self.places = count, {}, {}
         self.news = threading.Condition()
 
-    def wait_at_barrier(self, name, timeout_ms):
+    def wait_at_barrier(self, name, timeout_ms, process_ids=None):
         with self.news:
+            awaited = self.count if process_ids is None else len(process_ids)
             self.places[name] = self.places.get(name, 0) + 1
             self.news.notify_all()
-            if not self.news.wait_for(lambda: self.places[name] == self.count, timeout_ms / 1000):
+            if not self.news.wait_for(lambda: self.places[name] == awaited, timeout_ms / 1000):
                 raise TimeoutError("the barrier timed out")
 
     def key_value_set(self, key, value, allow_overwrite=False):
@@ -113,7 +114,8 @@ def test_what_fails_in_one_process_all_hear_and_the_next_meeting_is_in_step(job)
         heard = None
         try:
             with own.together("writing"):
-                assert own.index != 1, "no room"
+                if own.index == 1:
+                    raise AssertionError("no room")
         except (StorageError, AssertionError) as error:
             heard = str(error)
         own.meet("writing")
@@ -182,3 +184,33 @@ def test_what_was_said_does_not_pile_up_at_the_coordinator(job):
     assert job.run(work) == [None] * 3
     assert len(job.coordinator.values) < 80
     assert all(json.loads(value) is not None for value in job.coordinator.values.values())
+
+
+def test_some_of_the_processes_meet_without_the_others(job):
+    def work(processes):
+        if processes.index == 1:
+            return processes.of({0, 2}).hear("loading", "not one of them")
+        few = processes.of({2, 0})
+        return few.members, few.hear("loading", str(few.index)), few.agree("who", lambda: "zero")
+
+    with_two = ((0, 2), ["0", "2"], "zero")
+    assert job.run(work) == [with_two, ["not one of them"], with_two]
+
+
+def test_an_absent_one_of_some_processes_is_named_by_its_number(monkeypatch):
+    job = Job(monkeypatch, timeout_s=0.2)
+    found = job.run(lambda p: p.of({1, 2}).hear("loading") if p.index == 1 else None)
+    assert "1 of 2 processes did not come within 0.2 s: 2." in str(found[1])
+
+
+def test_a_failure_among_some_processes_is_heard_by_those_alone(job):
+    def work(processes):
+        with processes.of({0, 1}).together("loading"):
+            if processes.index == 1:
+                raise ValueError("no such file")
+        return "well"
+
+    found = job.run(work)
+    assert "1 of 2 processes failed: process 1: ValueError: no such file" in str(found[0])
+    assert isinstance(found[1], ValueError)
+    assert found[2] == "well"

@@ -320,6 +320,27 @@ def test_hosts_that_have_different_saves_hear_of_it(llama, tmp_path):
             assert "2 different saves: processes 0; processes 1" in said
 
 
+def test_processes_that_see_different_checkpoints_all_refuse_them(llama, tmp_path):
+    for name in ("other", "copied"):
+        shutil.copytree(llama, tmp_path / name)
+        for path in (tmp_path / name).iterdir():
+            os.utime(path, (1, 1))  # copies are not of one age
+    path = tmp_path / "other" / "model-00001-of-00003.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    one = max(arrays)
+    safetensors.numpy.save_file(arrays | {one: arrays[one] * 2}, path)
+    folders = [str(llama), *(str(tmp_path / n) for n in ("other", "copied", "nowhere"))]
+    found = answers(run_processes("multiprocess_files:two_copies", 2, 4, folders))
+    for index, answer in enumerate(found):
+        for what, (kind, said, _) in answer["differ"].items():
+            assert kind == "CoverageError", (what, said)
+            assert "hold 2 different contents: processes 0; processes 1" in said
+        assert {kind for kind, _, _ in answer["copied"].values()} == {"done"}
+        for kind, said, _ in answer["nowhere"].values():
+            assert kind == ("NotFoundError" if index else "StorageError")
+            assert index or "1 of 2 processes failed: process 1: NotFoundError" in said
+
+
 def _check_apart(index, answer):
     own = [f"rank_{r}" for r in range(4 * index, 4 * index + 4)]
     for strategy in ("dp2mp4", "mp4pp2"):

@@ -152,3 +152,13 @@ def test_the_step_before_is_good_and_the_rerun_goes_on_from_it(killed):
             assert went_on
     for _, out in killed.values():
         assert not [p for p in out.rglob("*") if ".saving" in p.name]
+
+
+def test_a_step_of_which_processes_see_different_ones_is_not_good(tmp_path):
+    found = answers(run_processes("multiprocess_training:different_steps", 2, 4, str(tmp_path)))
+    for (recorded, plain), step, passed in found:
+        assert "sees another save of it" in recorded[1]
+        assert plain[0] == "CoverageError"
+        assert "hold 2 different contents: processes 0; processes 1" in plain[1]
+        assert step == 1
+        assert len(passed) == 1

@@ -29,20 +29,21 @@ from ..rules import Rules
 from ..selection import chooser, missed, refuse_lost, select, takes_whole, texts
 from ..storage.budget import Counts, default_workers
 from ..storage.checksum_file import check_folder
+from ..storage.identity import check_same, identity
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
 from .carrying import carry
 from .limits import check_dtypes, check_memory, need_of, share_out
-from .one_save import check_one_save, save_of
 from .orbax_loading import restore, restored_by_orbax
 from .pinning import Pin, pin_for
+from .sharers import of_shardings, sharers
 from .small import load_small, small_of
 from .sources import file_source
 from .staging import Staging
 from .targeting import Devices, asked_dtype, resolve
 from .wanted import Job, Want, files_of, jobs
 
-__all__ = ["load"]
+__all__ = ["load", "load_opened"]
 
 _RANK = re.compile(r"(?:^|/)rank_(\d+)/")
 
@@ -112,33 +113,114 @@ def load(
         verify: compare the files that are read with their checksums first, which reads them
             whole: those of ``checksums.json`` (written by ``save(checksums=True)``, ``convert``
             …), of ``.ckpt`` files, or Orbax's own. Files without any are refused.
-        timeout_s: how long they then wait for each other to have read; or, of hosts that
-            share no disk, to have opened their own folders.
+        timeout_s: of several processes whose devices the target has, how long they wait for each
+            other to have opened the source; they compare what they see, and refuse two
+            checkpoints. With ``balanced``, also how long they wait for each other to have read.
         counted: is told the counts of what was read.
 
     Raises:
         NotFoundError: no checkpoint there, or names are missing on either side.
         FormatError: a file is not what it claims to be, or changed while being read.
-        CoverageError: the source lacks part of a tensor, or weights that strategy files tell of.
+        CoverageError: the source lacks part of a tensor, or weights that strategy files tell of;
+            or processes opened different checkpoints.
         LayoutError: the target does not fit the tensors, the devices or the memory.
-        StorageError: the disk refused.
+        StorageError: the disk refused, or another process failed or did not come in time.
     """
     if mmap and owned:
         raise LayoutError(
             "mmap=True uses tensors where they lie in the files, owned=True copies them to memory "
             "of their own. Choose one."
         )
-    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, owned, verify)
-    processes = processes_of_jax(timeout_s) if balanced else Processes()
-    with processes.about(str(getattr(source, "root", source))).together("loading") as meeting:
+    everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
+    together = everyone if balanced else everyone.of(sharers(target, devices))
+    catalog = _opened_alike(source, strategy, suffix, together)
+
+    def compare(wants: Sequence[Want]) -> None:
+        if everyone.are_several and not together.are_several and not balanced:
+            known = everyone.of(of_shardings(want.sharding for want in wants))
+            _check_same(catalog, known)  # a function of the name said only now where they go
+
+    return load_opened(
+        catalog,
+        target,
+        devices=devices,
+        rules=rules,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        host_bytes=host_bytes,
+        strict=strict,
+        name_of=name_of,
+        names=names,
+        mmap=mmap,
+        owned=owned,
+        workers=workers,
+        balanced=together if balanced else None,
+        verify=verify,
+        decided=compare,
+        counted=counted,
+    )
+
+
+def _opened_alike(
+    source: Catalog | PathLike,
+    strategy: PathLike | None,
+    suffix: str | None,
+    processes: Processes,
+) -> Catalog:
+    """``source``, opened by all ``processes``, which see one checkpoint (errors as ``load``)."""
+    processes = processes.about(str(getattr(source, "root", source)))
+    with processes.together("loading: opening") as meeting:
         catalog = opened(source, strategy=strategy, suffix=suffix)
-        meeting.says = save = save_of(catalog)
-        if save and not balanced:  # a host's own folder, so all load theirs
-            others = processes_of_jax(timeout_s).about(catalog.root)
-            check_one_save(others.hear("loading: which save", save), catalog.root)
+        if processes.are_several:
+            meeting.says = identity(catalog)
+    if processes.are_several:
+        check_same(meeting.heard, catalog.root, processes.members)
+    return catalog
+
+
+def _check_same(catalog: Catalog, processes: Processes) -> None:
+    if processes.are_several:
+        others = processes.about(catalog.root)
+        said = others.hear("loading: which checkpoint", identity(catalog))
+        check_same(said, catalog.root, processes.members)
+
+
+def load_opened(
+    catalog: Catalog,
+    target: Any,
+    *,
+    devices: Devices = None,
+    rules: Rules | None = None,
+    dtype: Any = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    host_bytes: int | None = None,
+    strict: bool = True,
+    name_of: Callable[[str], str] | None = None,
+    names: Mapping | str | None = None,
+    mmap: bool = False,
+    owned: bool = False,
+    workers: int | None = None,
+    balanced: Processes | None = None,
+    verify: bool = False,
+    decided: Callable[[Sequence[Want]], None] | None = None,
+    counted: Callable[[Counts], None] | None = None,
+) -> Any:
+    """``load`` of what is open, without a meeting to compare it with what others opened.
+
+    ``balanced`` are the processes that share out the reading, None if each reads all.
+    ``decided`` is called with what will be loaded, before anything is read.
+
+    Raises:
+        JaxshardError: as ``load``.
+    """
+    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, owned, verify)
+    processes = (balanced or Processes()).about(catalog.root)
+    with processes.together("loading"):
         include, exclude = texts(include), texts(exclude)
         tensors, notes = select(catalog, include, exclude, may_lack=not strict)
-        if balanced:  # others cannot read what only they know of
+        if balanced is not None:  # others cannot read what only they know of
             refuse_lost(catalog, chooser(include, exclude))
         chosen = replace(catalog, tensors={t.name: t for t in tensors})
         if names is not None:
@@ -155,18 +237,19 @@ def load(
             taken=chooser(include, exclude),
             is_whole=takes_whole(catalog, include, exclude),
         )
+        if decided is not None:
+            decided(wanted.wants)
         notes = (*chosen.notes, *notes, *wanted.notes)
         log_notes(catalog.root, notes, catalog.logged)
         by_orbax = restored_by_orbax(catalog, wanted.wants) and not owned
         if by_orbax:
             arrays, counts = restore(catalog, wanted.wants, host_bytes)
         else:
-            first = spread(wanted.wants) if balanced else list(wanted.wants)
+            first = list(wanted.wants) if balanced is None else spread(wanted.wants)
             extra = kept_bytes(first, wanted.wants)
             with _told_of_hosts(catalog):
                 arrays, counts = _read(catalog, first, how, extra)
-    check_one_save(meeting.heard, catalog.root)
-    if balanced and not by_orbax:
+    if balanced is not None and not by_orbax:
         arrays = gathered(arrays, wanted.wants)
     if counted is not None:
         counted(counts)

@@ -14,8 +14,9 @@ can fail is done *inside* a meeting, where its failure is heard, and never befor
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -26,13 +27,16 @@ from ..errors import JaxshardError, StorageError, some
 #: (100 s unless ``jax.distributed.initialize`` is told otherwise): of a process that died, JAX
 #: ends the others first. With a shorter time-out they raise instead.
 DEFAULT_TIMEOUT_S = 600.0
+_SHOWN = 5  # errors of other processes in one message
 _KEPT = 64  # answers that stay for whoever is behind; no process is as many meetings behind
 
 
 class Coordinator(Protocol):
     """What is used of JAX's client of its coordinator."""
 
-    def wait_at_barrier(self, name: str, timeout_ms: int) -> None: ...
+    def wait_at_barrier(
+        self, name: str, timeout_ms: int, process_ids: Sequence[int] | None = None
+    ) -> None: ...
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
 
@@ -55,8 +59,9 @@ class Processes:
     """The processes of this job. Everybody must come to the same meetings in the same order.
 
     Attributes:
-        index: the number of this process.
+        index: the number of this process in its job.
         count: how many there are.
+        members: their numbers.
         timeout_s: how long they wait for each other.
     """
 
@@ -68,8 +73,11 @@ class Processes:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         about: str = "",
         group: str = "jaxshard",
+        members: tuple[int, ...] | None = None,
     ) -> None:
         self.index, self.count, self.timeout_s = index, count, timeout_s
+        self.members = tuple(range(count)) if members is None else members
+        self._named = None if members is None else members  # the coordinator counts all others
         self._coordinator, self._about, self._group = coordinator, about, group
 
     @property
@@ -86,7 +94,23 @@ class Processes:
             self.timeout_s,
             f"{subject}: ",
             self._group,
+            self._named,
         )
+
+    def of(self, members: Collection[int]) -> Processes:
+        """Those of them that are ``members``, at meetings to which no other comes.
+
+        This process alone where it is not one of them, or the only one.
+        """
+        chosen = tuple(sorted(members))
+        if chosen == self.members:
+            return self
+        if self.index not in chosen or len(chosen) == 1:
+            return Processes(self.index, timeout_s=self.timeout_s)
+        digest = hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
+        group = f"{self._group}/of {digest}"
+        how = self.timeout_s, self._about, group, chosen
+        return Processes(self.index, len(chosen), self._coordinator, *how)
 
     def apart(self, group: str) -> Processes:
         """The same processes at meetings of their own, which may go on beside others."""
@@ -97,6 +121,7 @@ class Processes:
             self.timeout_s,
             self._about,
             f"{self._group}/{group}",
+            self._named,
         )
 
     def meet(self, what: str, error: BaseException | None = None) -> None:
@@ -108,7 +133,7 @@ class Processes:
         self._meet(what, "", error)
 
     def hear(self, what: str, text: str = "") -> list[str]:
-        """What each process says, by its number; all must say something.
+        """What each process says, in the order of ``members``; all must say something.
 
         Raises:
             StorageError: another process failed, or did not come in time.
@@ -122,19 +147,25 @@ class Processes:
         why = None if error is None else f"{type(error).__name__}: {error}"
         try:
             self._coordinator.key_value_set(f"{place}/{self.index}", json.dumps([text, why]))
-            self._coordinator.wait_at_barrier(place, round(self.timeout_s * 1000))
+            timeout_ms = round(self.timeout_s * 1000)
+            if self._named is None:
+                self._coordinator.wait_at_barrier(place, timeout_ms)
+            else:
+                self._coordinator.wait_at_barrier(place, timeout_ms, self._named)
             found = self._statuses(place)
         except Exception as refused:
             if error is None:  # else the caller's own error says more
                 raise self._absent(what, place, refused) from refused
             return []
         failed = {i: why for i, (_, why) in found.items() if why is not None}
-        if self.index == 0 and (before := _earlier(place, 1)):
+        if self.index == self.members[0] and (before := _earlier(place, 1)):
             self._coordinator.key_value_delete(before)
         if failed and error is None:
+            said = [f"process {i}: {why}" for i, why in sorted(failed.items())]
+            more = f", and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
             raise StorageError(
                 f"{self._about}{what}: {len(failed)} of {self.count} processes failed: "
-                f"{some(f'process {i}: {why}' for i, why in sorted(failed.items()))}"
+                f"{', '.join(said[:_SHOWN])}{more}"  # whole sentences, with their remedies
             )
         return [said for _, (said, _) in sorted(found.items())]
 
@@ -162,7 +193,7 @@ class Processes:
         if self._coordinator is None:
             return make()
         place = self._next_place(what)
-        if self.index == 0:
+        if self.index == self.members[0]:
             if before := _earlier(place, _KEPT):
                 self._coordinator.key_value_delete(before)
             return self._say(place, make)
@@ -170,12 +201,12 @@ class Processes:
             said = self._coordinator.blocking_key_value_get(place, round(self.timeout_s * 1000))
         except Exception as refused:
             raise StorageError(
-                f"{self._about}{what}: process 0 said nothing within {self.timeout_s:g} s. It "
-                "ended, or does something else."
+                f"{self._about}{what}: process {self.members[0]} said nothing within "
+                f"{self.timeout_s:g} s. It ended, or does something else."
             ) from refused
         text, error = json.loads(said)
         if error is not None:
-            raise StorageError(f"{self._about}{what}: process 0 failed: {error}")
+            raise StorageError(f"{self._about}{what}: process {self.members[0]} failed: {error}")
         return str(text)
 
     def _say(self, place: str, make: Callable[[], str]) -> str:
@@ -214,7 +245,7 @@ class Processes:
                 f"({str(refused).splitlines()[0]}). Start the job again."
             )
         failed = sorted((i, why) for i, (_, why) in statuses.items() if why is not None)
-        missing = sorted(set(range(self.count)) - set(statuses))
+        missing = sorted(set(self.members) - set(statuses))
         return StorageError(
             f"{self._about}{what}: {len(missing)} of {self.count} processes did not come within "
             f"{self.timeout_s:g} s: {some(map(str, missing), 8)}."

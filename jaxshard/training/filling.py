@@ -21,7 +21,7 @@ from ..catalog import Catalog, Tensor
 from ..elements import numpy_dtype
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..formats.job_numbers import NAMES
-from ..loading import load
+from ..loading import load_opened
 from ..loading.memory import Bytes, aligned_empty
 from ..loading.placing import keeping_64_bits
 from ..planning.moves import Move, move_into
@@ -205,7 +205,7 @@ def _on_devices(
         return {}
     tensors = {n: catalog.tensors[n] for n in structs}
     chosen = replace(catalog, tensors=tensors, notes=())  # the manager logs them, with the step
-    found: Mapping[str, jax.Array] = load(
+    found: Mapping[str, jax.Array] = load_opened(
         chosen, dict(structs), workers=where.workers, host_bytes=where.host_bytes
     )
     return found

@@ -11,9 +11,10 @@ own process may have removed the step while it was read, and saved another.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -30,6 +31,7 @@ from ..errors import (
 )
 from ..formats.job_numbers import NAMES
 from ..multiprocess.barriers import Processes
+from ..storage.identity import check_same, identity
 from ..targets.job_values import job_values
 from .checks import one_of
 from .committing import is_interrupted, is_on_disk, recover
@@ -43,6 +45,7 @@ from .progress import Progress
 from .records import MOVING
 from .steps import Step, find_steps, of_one_job
 
+_SAME = "{}"  # nothing more to compare
 _MAX_TRIES = 1000  # steps that went while they were read
 _PUTTING_S, _POLL_S = 5.0, 0.02  # a writer takes a few renames to put a step in place
 _log = logging.getLogger("jaxshard.training")
@@ -116,10 +119,13 @@ def restore(
                 state = _read(filling(catalog, target, where, parts))
                 numbers = dict(found.record.numbers) if found.record else _numbers(catalog)
                 _check_still(places, found)
+                is_shown = found.record is None and processes.are_several
+                what = identity(catalog) if is_shown else _SAME  # a record is in the label
+                meeting.says = json.dumps(["", what])
             except (FormatError, CoverageError, StorageError, _Missing) as error:
                 failure = error.cause if isinstance(error, _Missing) else error
-                meeting.says = _reason(places, found, failure)
-        reason = next(filter(None, meeting.heard), "")  # good is what is good for all
+                meeting.says = json.dumps([_reason(places, found, failure), ""])
+        reason = _refusal(meeting.heard, places, processes)
         if reason:
             failure = failure or CoverageError(f"step {found.name}: another process: {reason}")
             passed = [*_others(passed, found.name), (str(found.name), reason)]
@@ -143,6 +149,18 @@ def restore(
 
 def _others(passed: list[tuple[str, str]], name: StepName) -> list[tuple[str, str]]:
     return [one for one in passed if one[0] != str(name)]
+
+
+def _refusal(heard: Sequence[str], places: Places, processes: Processes) -> str:
+    """Why a step is not good for all processes, which must see the same one; empty if it is."""
+    said = [json.loads(text) for text in heard]
+    why = next((why for why, _ in said if why), "")
+    if not why and processes.are_several:
+        try:
+            check_same([what for _, what in said], str(places.root), processes.members)
+        except CoverageError as error:
+            return str(error)
+    return str(why)
 
 
 def finish_interrupted(places: Places) -> list[str]:
