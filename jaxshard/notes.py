@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 from .catalog import Catalog
 
@@ -24,6 +25,12 @@ def log_notes(subject: str, notes: Iterable[str], logged: Collection[str] = ()) 
     for note in dict.fromkeys(notes):
         if note not in logged:
             _log.warning("%s: %s", subject, note)
+
+
+@lru_cache(maxsize=1024)
+def log_once(subject: str, note: str) -> None:
+    """Log a note on ``subject`` once in this process: of steps that are saved alike, say."""
+    _log.warning("%s: %s", subject, note)
 
 
 def with_notes_logged(catalog: Catalog) -> Catalog:

@@ -214,3 +214,16 @@ def test_a_restored_step_logs_its_notes_once(
         }
         manager.restore(target)
     assert _logged(caplog, "are not in the strategy") == 1
+
+
+def test_a_manager_logs_the_notes_of_its_layout_with_the_first_step_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for form in ("ranks", "iteration"):
+        caplog.clear()
+        with CheckpointManager(
+            tmp_path / form, format=form, strategy="mp2", rules=RULES, durable=False
+        ) as manager:
+            for step in (1, 2):
+                manager.save(step, dict(WEIGHTS))
+        assert _logged(caplog, IDLE) == 1, form

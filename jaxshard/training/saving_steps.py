@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, LayoutError, StorageError, some
+from ..notes import log_once
 from ..storage.checksums import FileSums
 from ..storage.staging import Staging
 from . import naming
@@ -209,6 +210,9 @@ def all_parts(job: Job) -> list[Part]:
     found = [] if job.kind == "orbax" else parts_of(job.kind, catalog, job.weights, job.wish)
     for folder, names in job.copies.items():
         found += copies_of(job.kind, catalog, names, job.wish, folder)
+    for part in found:
+        for note in part.result.outputs.layout.notes:
+            log_once(str(job.places.root), note)
     return found
 
 
