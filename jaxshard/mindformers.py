@@ -41,7 +41,7 @@ from .mindformers_slicing import (
     refuse_part,
     with_layers,
 )
-from .mindformers_training import data_keys, resuming_of, saving_of, unshared
+from .mindformers_training import data_keys, prefix_of, resuming_of, saving_of, unshared
 from .notes import log_notes, with_notes_logged
 from .opening import PathLike, open_checkpoint
 from .selection import refuse_half, takes_whole
@@ -86,6 +86,8 @@ class Loading:
         how: further arguments of ``jaxshard.load``: ``balanced``, ``workers``.
         said: what the configuration says of the files, for comparing.
         notes: what a person should know: what was ignored, what contradicts what.
+        resumes: the newest step that is good counts, and not just the newest.
+        prefix: whose steps count then, where several jobs share a folder.
     """
 
     path: Path
@@ -96,6 +98,8 @@ class Loading:
     how: Mapping[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    resumes: bool = False
+    prefix: str = ""
 
     def exclude(self, catalog: Catalog) -> tuple[str, ...]:
         """Expressions for the tensors of ``catalog`` that are not to be loaded."""
@@ -132,6 +136,8 @@ class Loading:
 
     def _catalog(self) -> Catalog:
         """The checkpoint; ``load_ckpt_format`` counts only where both kinds lie together."""
+        if self.resumes and (found := self._resumed()):
+            return found
         try:
             return open_checkpoint(self.path, strategy=self.src_strategy, suffix=self.suffix)
         except CoverageError:
@@ -144,6 +150,18 @@ class Loading:
             except CoverageError:
                 pass  # then it is not what told them apart
             raise
+
+    def _resumed(self) -> Catalog | None:
+        """The newest good step that training goes on from, where there are steps."""
+        from .training.resuming import open_newest  # noqa: PLC0415 - only to resume
+
+        kind = self.said.get("load_ckpt_format")
+        return open_newest(
+            self.path,
+            strategy=self.src_strategy,
+            prefix=self.prefix,
+            kind=kind if kind in _KINDS else None,
+        )
 
 
 def from_config(config: Config | PathLike) -> Loading:
@@ -167,6 +185,7 @@ def from_config(config: Config | PathLike) -> Loading:
             f"resume_training is {told['resume_training']}, which has no effect: {path} is one "
             "file, from which training goes on."
         )
+    resumes = told.get("resume_training") is True
     src, other = _source_strategy(told)
     if told.get("only_save_strategy"):
         more.append(
@@ -187,6 +206,8 @@ def from_config(config: Config | PathLike) -> Loading:
         _how(told),
         said,
         tuple(notes),
+        resumes=resumes,
+        prefix=prefix_of(told) if resumes else "",
     )
 
 

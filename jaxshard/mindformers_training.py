@@ -76,6 +76,16 @@ def saving_of(told: Config) -> tuple[dict[str, Any], list[str]]:
     return {"directory": str(place), **found, **steps, "format": form}, notes
 
 
+def prefix_of(told: Config) -> str:
+    """The prefix of the files that a job saves; empty where it is not said.
+
+    Raises:
+        FormatError: a section has a value that means nothing.
+    """
+    said = section(told, "checkpoint").get("prefix") or _monitor(told)[0].get("prefix")
+    return str(said or "")
+
+
 def resuming_of(told: Config) -> tuple[dict[str, Any], list[str]]:
     """The arguments of ``resume_point`` by which a run goes on so, and notes.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +89,23 @@ def open_checkpoint(
         "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
         + "".join(f" {text}" for text in _links(LocalFolder(where)))
     )
+
+
+def open_some(path: PathLike, names: Iterable[str], *, strategy: PathLike | None = None) -> Catalog:
+    """The checkpoint that only the files ``names`` of the folder ``path`` are.
+
+    Raises:
+        NotFoundError: a file is missing, or they are no checkpoint.
+        FormatError, CoverageError, LayoutError: as ``open_checkpoint``.
+    """
+    folder = LocalFolder(path, names)
+    try:
+        catalog = _read(folder, Path(path), strategy, None)
+    finally:
+        folder.close()
+    if catalog is None:
+        raise NotFoundError(f"{path}: {some(folder.files())} are no checkpoint.")
+    return catalog
 
 
 def _is_index(where: Path) -> bool:
