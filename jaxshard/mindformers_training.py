@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError
+from .errors import FormatError, some
 from .mindformers_keys import Config, Verb, either, nearest_key, notes_of, section
 
 _CALLBACK = "CheckpointMonitor"
@@ -41,6 +41,7 @@ _SECTION = {
     "save_remove_redundancy": "remove_redundancy",
     "async_save": "async_save",
 }
+_DEFAULTS = {"save_checkpoint_steps": 1}
 _KEEP = ("keep_checkpoint_max", "save_max")
 _LEGACY = ("use_legacy_format", "ckpt_use_legacy_format")
 _OUTPUT = "./output"
@@ -70,7 +71,7 @@ def saving_of(told: Config) -> tuple[dict[str, Any], list[str]]:
     place = place or told.get("output_dir") or _OUTPUT
     steps, of_steps = _steps_per_epoch(told)
     is_legacy = not new and _is_legacy(told, monitor)
-    notes += [*of_place, *of_steps, *_of_files(told, monitor if is_legacy else {})]
+    notes += [*of_place, *of_steps, *(_beside(monitor) if new else _of_files(monitor))]
     notes += unshared(place, "all processes of the manager share its directory")
     form = "ranks" if is_legacy else "iteration"
     return {"directory": str(place), **found, **steps, "format": form}, notes
@@ -146,7 +147,7 @@ def _monitor(told: Config) -> tuple[Config, list[str]]:
         kind = one.get("type") if isinstance(one, Mapping) else None
         if kind == _CALLBACK:
             notes = notes_of(f"callbacks.{_CALLBACK}", one, "save")
-            return {"save_checkpoint_steps": 1, **one}, notes
+            return {**_DEFAULTS, **one}, notes
         if isinstance(kind, str) and nearest_key(kind, (_CALLBACK,)):
             notes.append(f"callbacks: {kind} is not known. Did you mean {_CALLBACK}?")
     return {}, notes
@@ -183,30 +184,45 @@ def _steps_per_epoch(told: Config) -> tuple[dict[str, int], list[str]]:
     """How steps count in names: a sink is an epoch, if data are fed in sinks."""
     is_sinking = either(told, "runner_config", "sink_mode")
     size = either(told, "runner_config", "sink_size")
-    if size is None and is_sinking is not False:
+    if size is None and is_sinking is None:
         return {}, []
     if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
         raise FormatError(f"sink_size: {size!r} is not a number of steps.")
     if is_sinking is not False and size is not None and size > 0:
         return {"steps_per_epoch": size}, []
-    key, value = ("sink_mode", False) if is_sinking is False else ("sink_size", size)
+    if is_sinking is not False and size is None:
+        why = "sink_mode is True without a sink_size"
+    else:
+        key, value = ("sink_mode", False) if is_sinking is False else ("sink_size", size)
+        why = f"{key} is {value}, so names count the steps of an epoch of the data"
     return {}, [
-        f"{key} is {value}, so names count the steps of an epoch of the data, of which nothing is "
-        "known here. Give CheckpointManager steps_per_epoch=, or all steps are of epoch 1."
+        f"{why}: how many those are is not known here. Give CheckpointManager steps_per_epoch=, or "
+        "all steps are of epoch 1."
     ]
 
 
-def _of_files(told: Config, monitor: Config) -> list[str]:
+def _beside(monitor: Config) -> list[str]:
+    """A note on what the callback says beside the section that decides."""
+    keys = [k for k, v in monitor.items() if k in _MONITOR and _DEFAULTS.get(k) != v]
+    if not keys:
+        return []
+    return [
+        f"callbacks.{_CALLBACK} has no effect beside the section checkpoint, which decides: "
+        f"{some(keys)}."
+    ]
+
+
+def _of_files(monitor: Config) -> list[str]:
     """Notes on what the callback says of the kind of files, and is not so here."""
     notes = []
     if monitor.get("checkpoint_format") == "ckpt":
         notes.append(
-            "checkpoint_format is ckpt, but rank files are saved as safetensors, which MindFormers "
+            "checkpoint_format is ckpt, but steps are saved as safetensors, which MindFormers "
             'reads with load_ckpt_format: safetensors. convert(…, format="ckpt") makes the others.'
         )
-    if monitor.get("integrated_save") and told.get("use_parallel"):
+    if monitor.get("integrated_save"):
         notes.append(
-            "integrated_save is True, but files of a parallel job are of one rank each, as "
-            'MindFormers saves them; CheckpointManager(format="huggingface") saves whole ones.'
+            "integrated_save is True, but each rank's file is its own part, as MindFormers saves "
+            'those of parallel jobs; CheckpointManager(format="huggingface") saves whole ones.'
         )
     return notes

@@ -276,7 +276,8 @@ def test_names_of_steps_count_sinks_as_mindformers_does() -> None:
     ("runner", "steps", "note"),
     [
         ({}, None, None),
-        ({"sink_mode": True}, None, None),
+        ({"sink_mode": True}, None, "sink_mode is True without a sink_size: how many"),
+        ({"sink_mode": True, "sink_size": 4}, 4, None),
         ({"sink_size": 4}, 4, None),
         ({"sink_mode": True, "sink_size": -1}, None, "sink_size is -1, so names count the steps"),
         ({"sink_mode": False, "sink_size": 2}, None, "sink_mode is False, so names count the st"),
@@ -303,6 +304,17 @@ def test_a_sink_is_an_epoch_of_names_if_its_size_is_known(
 )
 def test_steps_are_saved_below_the_output_folder(told: dict[str, Any], directory: str) -> None:
     assert saved(**told)["directory"] == directory
+
+
+def test_a_callback_beside_the_section_that_decides_is_noted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    both = saved(checkpoint={"prefix": "a"}, monitor={"prefix": "b", "keep_checkpoint_max": 3})
+    assert (both["prefix"], both.get("keep_max")) == ("a", None)
+    assert "has no effect beside the section checkpoint, which decides: prefix, ke" in caplog.text
+    caplog.clear()
+    saved(checkpoint={"prefix": "a"})
+    assert not caplog.records
 
 
 def test_an_output_folder_in_which_nothing_is_saved_is_noted(
