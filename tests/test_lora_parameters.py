@@ -179,6 +179,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"target_modules": "all-linear"},
     ),
+    "Gemma 3 with a tied head": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**SMALL, "head_dim": 16},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            **TOKENS,
+        },
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ),
     "LLaVA": (
         "LlavaForConditionalGeneration",
         {
@@ -323,6 +333,47 @@ def test_a_tied_head_is_noted_and_what_was_trained_is_one_conversion_away(tmp_pa
     name = "model.embed_tokens.weight"
     before, once = weights(tmp_path / "base")[name], weights(tmp_path / "t")[name]
     torch.testing.assert_close(once - before, (expected[name] - before) / 2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "is adapted, and the head of .* is tied"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+            "is tied to it but was not trained with it",
+        ),
+    ],
+)
+def test_a_tied_head_of_a_multimodal_model_is_known(tmp_path, monkeypatch, config, told) -> None:
+    name, of_model, _ = CASES["Gemma 3 with a tied head"]
+    monkeypatch.setitem(CASES, "own", (name, of_model, config))
+    make(tmp_path, "own")
+    with pytest.raises(LayoutError, match=told):
+        with_adapter(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_merged_experts_take_other_names_and_shapes(tmp_path) -> None:
+    """Stacked by a mapping after the merge, as the merged model is by the same mapping."""
+    expected = make(tmp_path, "experts that files have apart")
+    source = with_adapter(tmp_path / "base", tmp_path / "adapter")
+    names = "mixtral-hf:mixtral-nnx-scan"
+    convert(source, tmp_path / "one", names=names, options=QUICK)
+    convert(tmp_path / "expected", tmp_path / "other", names=names, options=QUICK)
+    assert expected
+    for name, x in weights(tmp_path / "other").items():
+        torch.testing.assert_close(weights(tmp_path / "one")[name], x, rtol=1e-6, atol=1e-7)
+
+
+def test_experts_of_a_base_in_ranks_are_merged(tmp_path) -> None:
+    expected = make(tmp_path, "stacks of (in, out)")
+    how = {"unmatched": "replicate", "rules": read_rules(STACKED, "test"), "options": QUICK}
+    convert(tmp_path / "base", tmp_path / "cut", "dp2mp2ep2", **how)
+    how = {"adapter": tmp_path / "adapter", "options": QUICK}
+    merge_lora(tmp_path / "cut", tmp_path / "same", "same", **how)
+    convert(tmp_path / "same", tmp_path / "m", options=QUICK)
+    for name, x in weights(tmp_path / "m").items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 # --- names that differ ------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .settings import Settings
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-_WITH_HEAD = re.compile("CausalLM|LMHead")
+_WITH_HEAD = re.compile("CausalLM|LMHead|ConditionalGeneration")
 _APART = "Save the base with a head of its own first (tie_word_embeddings false)"
 
 
@@ -79,7 +79,8 @@ def tied_to(
     if not (is_head or is_embedding) or not has_tied_head(base.tensors, base):
         return None
     if is_embedding:
-        notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
+        if not settings.keeps_ties:
+            notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
         return None
     embeddings = [n for n in names.known if _EMBEDDING.search(n)]
     if not settings.keeps_ties or len(embeddings) != 1:
