@@ -366,3 +366,18 @@ def test_a_wrong_request_is_told_what_to_do(tmp_path, base, adapter, how, kind, 
 def test_a_scaling_of_zero_is_noted(tmp_path) -> None:
     base, pair = save(BARE, tmp_path / "base"), save(PAIR, tmp_path / "a")
     assert any("adapters is 0" in n for n in with_adapter(base, pair, scaling=0).notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "told"),
+    [
+        ([f"l.0.q.p{i}" for i in range(5000)], FormatError, "has 5000 names; at most 4096"),
+        (["x" * 2000], FormatError, "at most 4096 of 1024 characters"),
+        ([f"q.p{i}" for i in range(20)], LayoutError, r"l\.0\.q: 20 of its parameters"),
+    ],
+)
+def test_lists_of_an_untrusted_config_are_bounded(tmp_path, names, kind, told) -> None:
+    base = save(BARE, tmp_path / "base")
+    config = {"lora_alpha": 4, "target_parameters": names}
+    with pytest.raises(kind, match=told):
+        with_adapter(base, save(PAIR, tmp_path / "a", **config))

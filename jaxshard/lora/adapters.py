@@ -26,7 +26,7 @@ _HALF = re.compile(
     r"|(?:mindpet_delta_)?lora_(?P<older>[ab]))"
 )
 _WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|base_layer)\.")
-_PEFT = "base_model.model."
+_PEFT, _BASE = "base_model.model.", ".base_layer"
 _UNKNOWN = {
     "lora_magnitude_vector": "DoRA, which also rescales columns",
     "lora_B.bias": "a bias of the adapter (lora_bias)",
@@ -144,10 +144,10 @@ def own_name(name: str) -> str:
 
 def _unwrapped(module: str) -> tuple[str, int]:
     """``module`` without the ``.base_layer`` at its end, and how many there were."""
-    depth = 0
-    while module.endswith(".base_layer"):
-        module, depth = module.removesuffix(".base_layer"), depth + 1
-    return module, depth
+    end, depth = len(module), 0
+    while module.endswith(_BASE, 0, end):
+        end, depth = end - len(_BASE), depth + 1
+    return module[:end], depth
 
 
 def _half(match: re.Match[str]) -> str:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import product, takewhile
+from itertools import islice, product, takewhile
 
 from .. import mapping as mappings
 from ..catalog import Catalog, Tensor
@@ -25,6 +25,7 @@ from ..rules.match import template
 
 AdapterNames = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]
 
+_LONGEST, _MOST_COMPARED = 256, 20_000  # names that are compared letter by letter for a message
 _PREFIXES = ("model.", "transformer.", "base_model.")
 _PLACES = (  # (in memory, in files): transformers/conversion_mapping.py
     ("model.language_model.", "language_model.model."),
@@ -235,9 +236,10 @@ def _closest(names: Sequence[str], known: Iterable[str]) -> tuple[int, str] | No
                 best, which, alike = count, i, []
             if count == best > 1 and i == which:
                 alike.append(other)
-    offered = alike or list(known)
+    offered = alike
     if len(alike) != 1:
-        offered = get_close_matches(names[which], offered, n=1)
+        short = (n for n in alike or known if len(n) <= _LONGEST)
+        offered = get_close_matches(names[which][:_LONGEST], islice(short, _MOST_COMPARED), n=1)
     return (which, offered[0]) if offered else None
 
 

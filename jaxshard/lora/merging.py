@@ -24,10 +24,10 @@ from .base_names import AdapterNames, BaseNames, renaming
 from .parameters import (
     Parameter,
     Part,
+    Targets,
     assigned,
     find_parameter,
     grouped,
-    is_targeted,
     spellings,
 )
 from .saved import saved_beside, tied_to
@@ -80,7 +80,7 @@ def merged(
         others = {n: t for n, t in found.others.items() if n not in source.hyper}
         replaced = saved_beside(others, names, base, settings, notes)
         kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
-    how = _How(names, settings, base, notes)
+    how = _How(names, settings, Targets(settings.target_parameters), base, notes)
     unscaled = 0
     for pairs in grouped(found.adapters):
         for pair, parameter, swapped in _parameters(pairs, how):
@@ -134,6 +134,7 @@ class _How:
 
     names: BaseNames
     settings: Settings
+    targets: Targets
     base: Catalog
     notes: list[str]
 
@@ -141,7 +142,7 @@ class _How:
 def _parameters(pairs: list[Adapter], how: _How) -> list[tuple[Adapter, Parameter, bool]]:
     """What each of ``pairs``, which adapt one module, is added to, and whether transposed."""
     settings, module = how.settings, pairs[0].module
-    targets = is_targeted(module, settings.target_parameters)
+    targets = how.targets.of(module)
     named = [f"{module}.{target}" for target in targets if target != "weight"]
     found = [p for name in named if (p := find_parameter(name, how.names)) is not None]
     if found:

@@ -27,7 +27,7 @@ _APART = {  # what a parameter of stacked experts is in files that have each exp
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
 }
 _INPUTS_FIRST = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
-_MOST_NESTED = 6
+_MOST_NESTED, _MOST_PARAMETERS = 6, 12
 
 
 class Part(NamedTuple):
@@ -82,14 +82,39 @@ class Parameter:
         return bool(kinds & _INPUTS_FIRST)
 
 
-def is_targeted(module: str, targets: Sequence[str]) -> list[str]:
-    """The parameters of ``module`` that ``targets`` (target_parameters) name.
+class Targets:
+    """The ends of the names of parameters (target_parameters), to be asked for each module.
 
-    >>> is_targeted("model.layers.0.mlp.experts", ["experts.down_proj", "gate.weight"])
+    >>> Targets(["experts.down_proj", "gate.weight"]).of("model.layers.0.mlp.experts")
     ['down_proj']
     """
-    found = dict.fromkeys(target.rpartition(".")[2] for target in targets)
-    return [p for p in found if any(f".{module}.{p}".endswith(f".{t}") for t in targets)]
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self._of: dict[str, dict[str, None]] = {}
+        for target in targets:
+            module, _, parameter = target.rpartition(".")
+            self._of.setdefault(module, {})[parameter] = None
+        self._lengths = sorted(set(map(len, self._of)))
+
+    def of(self, module: str) -> list[str]:
+        """The parameters of ``module`` that are targeted, if it has them.
+
+        Raises:
+            LayoutError: more than any module has.
+        """
+        found: dict[str, None] = {}
+        for length in self._lengths:
+            start = len(module) - length
+            if start < 0:
+                break
+            if start == 0 or not length or module[start - 1] == ".":
+                found |= self._of.get(module[start:], {})
+        if len(found) > _MOST_PARAMETERS:
+            raise LayoutError(
+                f"{module[:80]}: {len(found)} of its parameters are in target_parameters, and at "
+                f"most {_MOST_PARAMETERS} of one module are merged. Merge the adapter with PEFT."
+            )
+        return list(found)
 
 
 def assigned(

@@ -122,7 +122,7 @@ def _check_replaced(tensor: Tensor, before: Tensor | None) -> None:
 
 def _check_new(name: str, settings: Settings, base: Catalog) -> None:
     modules = settings.saved_modules
-    if modules is None or any(m.split(".")[-1] in name.split(".") for m in modules):
+    if modules is None or not settings.saved_ends.isdisjoint(name.split(".")):
         return
     raise LayoutError(
         f"{name} lies with the adapter, is no part of LoRA, and {base.root} has no such tensor; "

@@ -25,6 +25,7 @@ PEFT_CONFIG = "adapter_config.json"
 OWN_CONFIG = "mindformers_adapter_config.json"
 _PARENTS = 3  # MindFormers keeps one file for several checkpoints, above them
 _MAX_BYTES = 1 << 22
+_MOST_NAMES, _LONGEST_NAME = 4096, 1024  # in a list of modules or parameters
 _MORE = (  # what a config may ask for that no product of two matrices is
     "use_dora",
     "lora_bias",
@@ -157,6 +158,11 @@ class Settings:
         return alpha / (sqrt(own) if self.rslora else own)
 
     @cached_property
+    def saved_ends(self) -> frozenset[str]:
+        """The last parts of the names of ``saved_modules``."""
+        return frozenset(m.rpartition(".")[2] for m in self.saved_modules or ())
+
+    @cached_property
     def _ranks(self) -> ByPattern[int | None]:
         return ByPattern(self.rank_pattern, f"{self.where}: rank_pattern")
 
@@ -250,6 +256,11 @@ def _texts(said: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
     names = said.get(key) or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise FormatError(f"{path}: {key} is not a list of names. Fetch the adapter again.")
+    if len(names) > _MOST_NAMES or any(len(n) > _LONGEST_NAME for n in names):
+        raise FormatError(
+            f"{path}: {key} has {len(names)} names; at most {_MOST_NAMES} of {_LONGEST_NAME} "
+            "characters are read. Fetch the adapter again."
+        )
     return tuple(names)
 
 
