@@ -12,8 +12,11 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import training_kill_points
 import training_kills
 from training_kills import CUT, is_state_of, state_of
 
@@ -28,16 +31,16 @@ from jaxshard.training.steps import find_steps
 FORMATS = ("ranks", "iteration", "huggingface", "orbax")
 
 
-def _killed(directory: Path, *options: str) -> dict[str, object]:
-    program = Path(training_kills.__file__)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(program.parent.parent)}
+def _killed(directory: Path, *options: str, program: ModuleType = training_kills) -> dict[str, Any]:
+    path = Path(program.__file__)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(path.parent.parent)}
     done = subprocess.run(
-        [sys.executable, program, directory, *options],
+        [sys.executable, path, directory, *options],
         capture_output=True,
         text=True,
         check=True,
         env=environment,
-        timeout=300,
+        timeout=1800,
     )
     return json.loads(done.stdout)
 
@@ -66,6 +69,30 @@ def test_a_run_killed_at_any_moment_has_the_last_step_that_was_saved(tmp_path, s
     if "--slow" in options:
         assert found["hits"]["removal"] >= 1
     assert found["left_over"] == []
+
+
+@pytest.mark.parametrize(
+    ("format", "sample"), [("ranks", 6), ("iteration", 6), ("huggingface", 6), ("orbax", 3)]
+)
+def test_a_save_killed_before_any_call_that_changes_a_name_is_there_or_not(
+    tmp_path, format, sample
+):
+    """A sample of the calls; all of them with JAXSHARD_ALL_KILLS=1, which takes minutes."""
+    sample = 0 if os.environ.get("JAXSHARD_ALL_KILLS") else sample
+    found = _killed(
+        tmp_path, f"--format={format}", f"--sample={sample}", program=training_kill_points
+    )
+    for name, one in found.items():
+        assert one["wrong"] == [], name
+        assert one["kills"] >= sample, name
+        assert one["calls"]["os.rename"] >= 3, name
+        assert one["calls"]["renameat2"] >= 1, name
+
+
+def test_a_kill_of_a_save_that_removes_the_old_step_first_would_be_found_out(tmp_path):
+    options = ("--format=huggingface", "--sample=3", "--broken")
+    found = _killed(tmp_path, *options, program=training_kill_points)
+    assert found["huggingface new"]["wrong"]
 
 
 def test_removing_the_old_before_the_new_is_whole_would_be_found_out(tmp_path):
