@@ -37,6 +37,7 @@ from .mindformers_slicing import (
     keeps_slicing,
     maybe_part,
     other_slicing,
+    own_file,
     refuse_missing_layers,
     refuse_part,
     with_layers,
@@ -110,6 +111,19 @@ class Loading:
     def target(self, catalog: Catalog) -> Strategy | str:
         """How the job's ranks hold ``catalog``: as its own do, where nothing is transformed."""
         return SAME if keeps_slicing(self.switch, self.strategy, catalog) else self.strategy
+
+    def own_file(self, rank: int) -> Path | None:
+        """The file of ``rank``, where it has its own part and no strategy says of what."""
+        ranks = range(self.strategy.num_ranks)
+        if self.switch is not False or self.src_strategy is not None or rank not in ranks:
+            return None
+        try:
+            return own_file(self.path, rank, len(ranks), self.suffix)
+        except CoverageError:
+            kind = self.said.get("load_ckpt_format")
+            if kind not in _KINDS:
+                raise
+            return own_file(self.path, rank, len(ranks), f"{self.suffix or ''}.{kind}")
 
     @property
     def switch(self) -> bool | None:
@@ -246,8 +260,11 @@ def load_rank(
     from .rank_share import load_rank as load_share  # noqa: PLC0415 - most callers want devices
 
     asked = config if isinstance(config, Loading) else from_config(config)
-    catalog = asked.open()
+    own = asked.own_file(rank)
+    catalog = asked.open() if own is None else open_checkpoint(own)
     how.setdefault("exclude", asked.exclude(catalog))
+    if own is not None:
+        return load_share(catalog, "full", **how)
     return load_share(catalog, _target(asked, catalog, how), rank, **how)
 
 

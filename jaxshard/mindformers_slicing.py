@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from .box import Box
 from .catalog import Catalog
 from .errors import CoverageError, JaxshardError, LayoutError, NotFoundError, some
+from .formats import rank_names
 from .layout import Layout
+from .opening import strategy_place
 from .rules import missing_layers, rules_for
 from .rules.match import is_part_of_adapter, weight_name
+from .storage.local import LocalFolder
 from .strategy import Strategy
 from .targets import lay_out_for
 
@@ -80,6 +84,25 @@ def _held(layout: Layout, name: str, shape: tuple[int, ...]) -> dict[int, Box]:
     """The box that each rank holds of a tensor."""
     placements = layout.placements.get(name, ())
     return {r: box for p in placements for r, box in zip(p.ranks, p.boxes(shape), strict=True)}
+
+
+def own_file(path: Path, rank: int, num_ranks: int, suffix: str | None) -> Path | None:
+    """The file of ``rank``, where no strategy says what the files of all ranks hold.
+
+    What a rank's own part is needs none, and MindFormers asks for none.
+    """
+    for place in (path, path / "checkpoint"):
+        if not place.is_dir() or strategy_place(place) is not None:
+            continue
+        folder = LocalFolder(place)
+        try:
+            files = folder.files()
+        finally:
+            folder.close()
+        if any(map(rank_names.is_rank_file, files)):
+            found = rank_names.choose(files, suffix).paths
+            return place / found[rank] if found.keys() == set(range(num_ranks)) else None
+    return None
 
 
 def maybe_part(strategy: Strategy, catalog: Catalog) -> str:

@@ -108,6 +108,56 @@ def test_a_rank_gets_what_its_own_file_has(job: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("folder", ["checkpoint", "."])
+@pytest.mark.parametrize("resume", [True, False, "net_rank_0-1_10.safetensors"])
+def test_a_rank_gets_its_own_file_also_without_strategy_files(
+    job: str,
+    folder: str,
+    resume: bool | str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layout, sizes = JOBS[job]
+    source = _written(tmp_path, layout)
+    shutil.rmtree(tmp_path / "strategy")
+    held = {r: held_by(r, _arrays(layout), layout) for r in range(4)}
+    older = {r: {n: a + 1 for n, a in arrays.items()} for r, arrays in held.items()}
+    write_ranks(source, older.__getitem__, "net_rank_{r}-1_9.safetensors")
+    parallel = {SIZES[n]: size for n, size in sizes.items()}
+    told = _config(
+        tmp_path / folder,
+        parallel_config=parallel,
+        resume_training=resume,
+    )
+    for rank, wanted in held.items():
+        share = mindformers.load_rank(told, rank)
+        assert {n: a.tobytes() for n, a in share.items()} == {
+            n: a.tobytes() for n, a in wanted.items()
+        }
+    assert "is the file of one rank; its tensors are taken as whole" in caplog.text
+    with pytest.raises(LayoutError, match="has 4 ranks but no strategy files"):
+        mindformers.load_rank({**told, "auto_trans_ckpt": True}, 0)
+    with pytest.raises(LayoutError, match="has 4 ranks but no strategy files"):
+        mindformers.load(told)
+    shutil.rmtree(source / "rank_3")
+    with pytest.raises(LayoutError, match="has 3 ranks but no strategy files"):
+        mindformers.load_rank(told, 0)
+
+
+def test_of_both_kinds_of_files_without_strategy_that_counts_which_is_named(tmp_path: Path) -> None:
+    layout, sizes = JOBS["interleaved"]
+    source = _written(tmp_path, layout)
+    shutil.rmtree(tmp_path / "strategy")
+    other = {n: a + 1 for n, a in _arrays(layout).items()}
+    write_ranks(source, lambda r: held_by(r, other, layout), "net_rank_{r}-1_10.ckpt")
+    told = _config(source, parallel_config={SIZES[n]: size for n, size in sizes.items()})
+    with pytest.raises(CoverageError, match="nothing says which kind counts"):
+        mindformers.load_rank(told, 0)
+    share = mindformers.load_rank({**told, "load_ckpt_format": "ckpt"}, 0)
+    assert share[LAYER.format(0)].tobytes() == held_by(0, other, layout)[LAYER.format(0)].tobytes()
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_rank_of_a_real_job_gets_what_its_own_file_has(name: str) -> None:
     source = golden(name, "src_safetensors")
