@@ -254,6 +254,18 @@ def test_a_text_model_alone_has_no_towers() -> None:
     assert rules_for(Model("llama"), names).apart == ()
 
 
+def test_experts_for_images_in_a_layer_of_the_text_model_stay_in_their_layer() -> None:
+    shapes = llama(4) | {"visual.norm.weight": (4,)}
+    for i in range(4):
+        shapes[f"model.layers.{i}.mlp.vision_moe.experts.0.up_proj.weight"] = (8, 4)
+    rules = rules_for(Model("ernie4_5_vl_moe", 4), shapes)
+    assert rules.apart == ("visual.*",)
+    made = layout(shapes, Strategy("mp2pp2"), rules, Model("x", 4))
+    for i in range(4):
+        (placement,) = made.placements[f"model.layers.{i}.mlp.vision_moe.experts.0.up_proj.weight"]
+        assert (placement.first_rank, placement.spec) == (2 * (i >= 2), (("mp",),))
+
+
 def test_only_the_tensors_of_a_tower_can_be_laid_out() -> None:
     shapes = {"visual.blocks.0.q_proj.weight": (4, 4)}
     model = Model("qwen2_5_vl", config={"text_config": {"model_type": "qwen2_5_vl_text"}})

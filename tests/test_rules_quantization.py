@@ -276,6 +276,23 @@ def test_a_rule_that_parts_factors_from_their_weight_is_refused() -> None:
         layout(shapes, Strategy("mp2"), rules)
 
 
+def test_groups_that_are_numbered_are_whole_and_those_of_others_are_not() -> None:
+    shapes: dict[str, Shape] = {}
+    for name in "ab":
+        shapes |= {f"{name}.qweight": (16, 8), f"{name}.scales": (2, 8)}
+    shapes["b.g_idx"] = (128,)
+    model = Model(config={"quantization_config": {"group_size": 64}})
+    rules = Rules("mine", specs=(("*.qweight", "mp,-"),))
+    made = layout(shapes, Strategy("mp2"), rules, model)
+    assert [n for n, (p,) in made.placements.items() if p.spec] == [
+        *("a.qweight", "a.scales", "b.qweight", "b.g_idx"),
+    ]
+    cut = rules.override(Rules("cut", specs=(("*.scales", "mp,-"),)))
+    with pytest.raises(LayoutError, match="b.scales: rank 0 holds") as caught:
+        layout(shapes, Strategy("mp2"), cut, model)
+    assert "a.scales" not in str(caught.value)
+
+
 def test_factors_without_dims_and_settings_of_a_layer_are_whole() -> None:
     shapes: dict[str, Shape] = {
         "m.q_proj.weight": (8, 8),

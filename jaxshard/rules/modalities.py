@@ -27,6 +27,7 @@ _TOWER = re.compile(  # a word of a name's part
 )
 #: A prefix of names that only the text part of a larger model has.
 TEXT_MODEL = re.compile(r"(?:^|\.)(?:language_model|text_model|llm|thinker)\.")
+_LAYER = re.compile(r"(.*?)(?:layers|h)\.\d+\.")
 _ROOT = re.compile(r"(.*?)(?:(?:layers|h)\.\d+\.|(?:embed_tokens|wte|tok_embeddings)\.)")
 _EMBEDDING = re.compile(r"(.*?)(?:embed_tokens|wte|tok_embeddings)\.")
 _HEADS = frozenset({"lm_head", "mtp", "score", "classifier"})
@@ -81,7 +82,9 @@ def towers(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _in_tower(name: str) -> bool:
-    return any(map(_TOWER.search, name.split(".")))
+    """Whether a part of ``name`` says so; in a layer of the text model none does."""
+    layer = _LAYER.match(name)
+    return any(map(_TOWER.search, (layer[1] if layer else name).split(".")))
 
 
 def _is_text(name: str, root: str | None) -> bool:
@@ -96,4 +99,5 @@ def _branch(name: str, root: str) -> str:
     shared = next((i for i, (a, b) in enumerate(zip(parts, path, strict=False)) if a != b), 0)
     word = next((i for i, part in enumerate(parts) if _TOWER.search(part)), shared)
     end = max(shared, word) + 1
-    return ".".join(parts[:end]) + (".*" if end < len(parts) else "")
+    branch = ("*" if part.isdigit() else part for part in parts[:end])  # layers alike
+    return ".".join(branch) + (".*" if end < len(parts) else "")

@@ -64,60 +64,91 @@ def layout(
     check_policy("unmatched", unmatched)
     check_policy("uneven", uneven)
     others = tuple(unseen)
-    stages = Stages(rules, strategy, model, (*(n for n in shapes if n not in hyper), *others))
-    matcher, placer = Matcher(rules), _Placer(strategy)
+    weights = {name: shape for name, shape in shapes.items() if name not in hyper}
+    stages = Stages(rules, strategy, model, (*weights, *others))
+    decided = _Decisions(rules, strategy, weights, model)
+    factors = decided.factors
+    following = {n for n in factors.weights if not decided.is_direct(n)}
     everywhere = (Placement((("all", strategy.num_ranks),)),)
-    heads = Heads(rules, _config(model))
-    orientations = Orientations(rules, matcher, shapes, _config(model))
-    factors = Factors({n: s for n, s in shapes.items() if n not in hyper}, _config(model))
-    placements: dict[str, tuple[Placement, ...]] = {}
-    following, own = list[str](), list[str]()
-    for name, shape in shapes.items():
-        if name in hyper:
-            placements[name] = everywhere
-            continue
-        weight = weight_name(name)
-        kind = template(weight)
-        if name in factors.weights:
-            follows = matcher.direct(weight, kind) is None
-            (following if follows else own).append(name)
-            if follows:
-                continue
-        spec = matcher.find(weight, kind)
-        if spec is None:
-            placer.findings.add("unmatched", name, str(tuple(shape)))
-            spec = _WHOLE
-        if spec.other:
-            chosen = orientations.choose(name, spec) if strategy.mp > 1 else spec.straight()
-            if isinstance(chosen, str):
-                placer.findings.add("order", name, f"{chosen}, {spec}")
-                chosen = _WHOLE
-            spec = chosen
-        home = stages.home(weight, kind)
-        if home.apart and spec.buffer:
-            placer.findings.add("apart", home.apart, "")
-        granules = factors.granules(name)
-        placed = placements[name] = placer.place(name, tuple(shape), spec, home, granules)
-        if name == weight and (parts := heads.cut(weight, kind, tuple(shape), placed[0])):
-            placer.findings.add("heads", name, parts)
+    placements: dict[str, tuple[Placement, ...]] = dict.fromkeys(hyper & shapes.keys(), everywhere)
+    for name in weights:
+        if name not in following:
+            placements[name] = decided.place(name, stages)
     for name in sorted(following, key=len):  # after its weight, which may have factors itself
         placements[name] = factors.follow(name, placements[factors.weights[name]])
-    absent = {}
-    alike = {template(weight_name(name)): tuple(shape) for name, shape in shapes.items()}
-    for name in others:
-        kind = template(name)
-        spec = matcher.find(name, kind) or _WHOLE
-        shape = alike.get(kind, (strategy.num_ranks,) * len(spec.dims))  # which every axis divides
-        absent[name] = placer.place(name, shape, spec, stages.home(name, kind))
-    placer.findings.refuse(rules, strategy, unmatched, uneven)
-    factors.check(placements, own)
+    absent = {name: decided.place_unseen(name, stages) for name in others}
+    decided.findings.refuse(rules, strategy, unmatched, uneven)
+    factors.check(placements, [n for n in factors.weights if n not in following])
     return Layout(
         num_ranks=strategy.num_ranks,
         placements={name: placements[name] for name in shapes},
         stage_axes=strategy.stage_axes,
-        notes=(*placer.findings.notes(), *_idle(rules, matcher)),
+        notes=(*decided.findings.notes(), *_idle(rules, decided.matcher)),
         absent=absent,
     )
+
+
+class _Decisions:
+    """The spec and the placement of one name after another, and what was found on the way."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        strategy: Strategy,
+        shapes: Mapping[str, tuple[int, ...]],
+        model: ModelFacts | None,
+    ) -> None:
+        self._strategy, self._shapes = strategy, shapes
+        config = _config(model)
+        self.matcher = Matcher(rules)
+        self.factors = Factors(shapes, config)
+        self._placer = _Placer(strategy)
+        self.findings = self._placer.findings
+        self._orientations = Orientations(rules, self.matcher, shapes, config)
+        self._heads = Heads(rules, config)
+        self._alike: dict[str, tuple[int, ...]] | None = None
+
+    def is_direct(self, name: str) -> bool:
+        """Whether a rule names ``name`` itself, rather than what it follows."""
+        weight = weight_name(name)
+        return self.matcher.direct(weight, template(weight)) is not None
+
+    def place(self, name: str, stages: Stages) -> tuple[Placement, ...]:
+        """The placements of ``name``."""
+        shape, weight = tuple(self._shapes[name]), weight_name(name)
+        kind = template(weight)
+        spec, home = self._spec(name, weight, kind), stages.home(weight, kind)
+        if home.apart and spec.buffer:
+            self.findings.add("apart", home.apart, "")
+        placed = self._placer.place(name, shape, spec, home, self.factors.granules(name))
+        if name == weight and (parts := self._heads.cut(weight, kind, shape, placed[0])):
+            self.findings.add("heads", name, parts)
+        return placed
+
+    def place_unseen(self, name: str, stages: Stages) -> tuple[Placement, ...]:
+        """The placements of a name whose shape is not known: that of a name like it, or any."""
+        if self._alike is None:
+            self._alike = {template(weight_name(n)): tuple(s) for n, s in self._shapes.items()}
+        kind = template(name)
+        spec = (self.matcher.find(name, kind) or _WHOLE).straight()
+        any_divides = (self._strategy.num_ranks,) * len(spec.dims)
+        home = stages.home(name, kind)
+        return self._placer.place(name, self._alike.get(kind, any_divides), spec, home)
+
+    def _spec(self, name: str, weight: str, kind: str) -> Spec:
+        spec = self.matcher.find(weight, kind)
+        if spec is None:
+            self.findings.add("unmatched", name, str(tuple(self._shapes[name])))
+            return _WHOLE
+        if not spec.other:
+            return spec
+        if self._strategy.mp == 1:  # no rank shares inputs or outputs
+            return spec.straight()
+        chosen = self._orientations.choose(name, spec)
+        if isinstance(chosen, str):
+            self.findings.add("order", name, f"{chosen}, {spec}")
+            return _WHOLE
+        return chosen
 
 
 def _config(model: ModelFacts | None) -> Mapping[str, Any]:

@@ -48,8 +48,8 @@ class _Kind(NamedTuple):
     whole: bool = False
 
 
-_PACKS = (2, 4, 8)
-_PACKED = tuple(Fraction(2) ** n for n in range(-3, 4))
+_PACKS = (2, 4, 8, 16)
+_PACKED = tuple(Fraction(2) ** n for n in range(-4, 5))
 _SCALE = _Kind(("", "_packed"), ratios=_PACKED)
 _KINDS = {
     "_scale_inv": _Kind(("",), alone=(128,)),
@@ -63,7 +63,7 @@ _KINDS = {
     ".SCB": _Kind((".weight",)),
     ".absmax": _Kind(("",), whole=True),
 }
-_NAME = re.compile("(.+?)(" + "|".join(map(re.escape, _KINDS)) + ")")
+_ENDS = tuple(sorted(_KINDS, key=len, reverse=True))
 #: Numbers about a layer that no rank has a part of.
 _SETTING = re.compile(
     r".+\.(?:weight_shape|(?:input|output|activation)(?:_global)?_scale|[qkv]_scale)"
@@ -81,7 +81,7 @@ class _Stated(NamedTuple):
     groups: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one for each kind: compared by identity
 class Granule:
     """How many elements along a dim of a weight share a factor.
 
@@ -126,13 +126,18 @@ class Factors:
         self.weights: dict[str, str] = {}
         self._of: dict[str, list[str]] = {}
         for name in shapes:
-            if (match := _NAME.fullmatch(name)) is None:
-                continue
-            kind = _KINDS[match[2]]
-            weight = next((w for e in kind.weights if (w := match[1] + e) in shapes), None)
-            if weight is not None:
+            end = _kind_end(name)
+            kind, stem = _KINDS.get(end), name.removesuffix(end)
+            weight = (
+                next((w for e in kind.weights if (w := stem + e) in shapes), "") if kind else ""
+            )
+            if kind and weight:
                 self._kinds[name], self.weights[name] = kind, weight
                 self._of.setdefault(weight, []).append(name)
+        self._ordered = {
+            self.weights[n]: frozenset((k.first,)) for n, k in self._kinds.items() if k.order
+        }
+        self._followed: dict[tuple[Any, ...], tuple[Placements, Placements]] = {}
 
     def granules(self, weight: str) -> tuple[Granule, ...]:
         """Where ``weight`` may be cut."""
@@ -145,13 +150,18 @@ class Factors:
 
     def follow(self, name: str, placements: Placements) -> Placements:
         """The placements of the factors ``name`` when their weight's are ``placements``."""
-        ordered = frozenset(
-            self._kinds[n].first for n in self._of[self.weights[name]] if self._kinds[n].order
-        )
         kind, shape = self._kinds[name], tuple(self._shapes[name])
-        if kind.order:  # it is cut as the inputs are; the groups it numbers are those of all
-            ordered = frozenset()
-        return _followed(placements, shape, kind.first, ordered)
+        ordered = self._order_of(name)
+        key = (id(placements), shape, kind.first, ordered)  # quicker than by what they say
+        if key not in self._followed:
+            made = _followed(placements, shape, kind.first, ordered)
+            self._followed[key] = (made, placements)  # which so keeps its number
+        return self._followed[key][0]
+
+    def _order_of(self, name: str) -> frozenset[int]:
+        """The dims of the weight along which another tensor numbers the groups of all."""
+        whole = frozenset[int]()
+        return whole if self._kinds[name].order else self._ordered.get(self.weights[name], whole)
 
     def check(
         self, placements: Mapping[str, Placements], only: Iterable[str] | None = None
@@ -166,7 +176,8 @@ class Factors:
         for name in self.weights if only is None else only:
             weight = self.weights[name]
             lying = (placements.get(weight), placements.get(name))
-            key = (*lying, self._shapes[weight], self._shapes[name], _end(name))
+            sizes = (self._shapes[weight], self._shapes[name])
+            key = (*map(id, lying), *sizes, _end(name), self._order_of(name))
             if not all(lying) or key in seen:
                 continue
             seen.add(key)
@@ -201,6 +212,11 @@ class Factors:
         )
 
 
+def _kind_end(name: str) -> str:
+    """The end of a factor's name that tells its kind, or nothing."""
+    return next(filter(name.endswith, _ENDS)) if name.endswith(_ENDS) else ""
+
+
 def _end(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
@@ -208,8 +224,7 @@ def _end(name: str) -> str:
 @lru_cache(maxsize=4096)
 def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Granule, ...]:
     """What factors of the shape ``own``, whose name ends so, ask of a weight of ``shape``."""
-    match = _NAME.fullmatch(f"x.{end}")
-    kind = _KINDS[match[2] if match else ""]
+    kind = _KINDS[_kind_end(f".{end}")]
     first = kind.first
     strange = any(n > 1 for n in own[len(shape) - first :])  # dims that the weight does not have
     if kind.whole or strange:
@@ -242,7 +257,6 @@ def _block(
     return min(found), all(u == even for u in found)
 
 
-@lru_cache(maxsize=4096)
 def _followed(
     placements: Placements, shape: Shape, first: int, ordered: frozenset[int]
 ) -> Placements:

@@ -59,7 +59,9 @@ class Stages:
         self._first, self._last = Patterns(rules.first), Patterns(rules.last)
         self._embedding = Patterns(rules.embedding)
         self._apart = Patterns(rules.apart)
-        weights = [w for w in map(weight_name, names) if not self._tower(w, template(w))]
+        weights = [weight_name(n) for n in names]
+        if rules.apart:
+            weights = [w for w in weights if not self._tower(w, template(w))]
         self._tied = bool(model and model.tied_embeddings) and not _any(rules.head, weights)
         self._layer_ends = self._cut_layers(model, weights) if strategy.pp > 1 else ()
         self._num_experts = self._count_experts(model, weights) if strategy.ep > 1 else 0
