@@ -19,6 +19,7 @@ import builtins
 import fcntl
 import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -45,6 +46,7 @@ from jaxshard.multiprocess.barriers import Processes
 from jaxshard.multiprocess.splitting import Part
 from jaxshard.storage import fs, linux, staging
 
+logging.disable()
 warnings.simplefilter("ignore")  # a fork beside JAX is warned of; no device is awake here
 
 CALLS = (
@@ -262,7 +264,8 @@ def forked(work: Callable[[], object]) -> tuple[int, dict]:
             answer = {"error": f"{type(error).__name__}: {error}"}
         except BaseException as error:
             answer = {"error": f"TRACEBACK {error!r}"}
-        os.write(writer, json.dumps(answer).encode())
+        with open(writer, "wb") as pipe:
+            pipe.write(json.dumps(answer).encode())
         os._exit(0)
     os.close(writer)
     with open(reader, "rb") as pipe:
@@ -304,8 +307,13 @@ def content(place: Path) -> object:
         return place.read_bytes()
     files = checkpoints.files_of(place)
     if any(name.endswith("_METADATA") for name in files):
-        return sorted((n, a.tobytes()) for n, a in js.load_rank(place, 0).items())
+        return forked(lambda: tensors(place))[1].get("value", "no checkpoint")
     return files
+
+
+def tensors(place: Path) -> dict[str, str]:
+    """The bytes of all tensors, as text."""
+    return {name: array.tobytes().hex() for name, array in js.load_rank(place, "full").items()}
 
 
 @dataclass
