@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxshard.conversion.options import Options
@@ -268,3 +271,48 @@ def test_a_source_that_changes_while_it_is_merged_is_refused(tmp_path) -> None:
 )
 def test_names_of_adapters_are_known(name, expected) -> None:
     assert is_adapter(name) is expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    experts=st.integers(1, 4),
+    rank=st.integers(1, 3),
+    shape=st.sampled_from([(6, 4), (4, 10), (2, 6)]),
+    kind=st.sampled_from(["stacked", "turned", "apart"]),
+    reproducible=st.booleans(),
+)
+def test_stacked_experts_get_the_sums_of_pefts_layout(
+    experts, rank, shape, kind, reproducible
+) -> None:
+    """A is (experts · rank, in) and B (out, rank · experts), as PEFT's ParamWrapper has them."""
+    rows, columns = shape
+    random = np.random.default_rng(0)
+    a = random.normal(size=(experts, rank, columns)).astype(np.float32)
+    b = random.normal(size=(rows, rank, experts)).astype(np.float32)
+    weight = random.normal(size=(experts, rows, columns)).astype(np.float32)
+    total = weight + np.einsum("ore,eri->eoi", b, a) * np.float32(2)
+    stem, is_turned = "l.0.experts", kind == "turned" and experts > 1
+    if kind == "apart":
+        half = rows // 2
+        names = [(e, n, at) for e in range(experts) for n, at in (("gate", 0), ("up", half))]
+        base = {f"{stem}.{e}.{n}_proj.weight": weight[e, at : at + half] for e, n, at in names}
+        expected = {f"{stem}.{e}.{n}_proj.weight": total[e, at : at + half] for e, n, at in names}
+    else:
+        order = (0, 2, 1) if is_turned else (0, 1, 2)
+        base = {f"{stem}.gate_up_proj": weight.transpose(order)}
+        expected = {f"{stem}.gate_up_proj": total.transpose(order)}
+    pair = {
+        f"base_model.model.{stem}.lora_A.weight": a.reshape(experts * rank, columns),
+        f"base_model.model.{stem}.lora_B.weight": b.reshape(rows, rank * experts),
+    }
+    config = {"target_parameters": ["experts.gate_up_proj"], "r": rank, "lora_alpha": 2 * rank}
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        save({n: np.ascontiguousarray(x) for n, x in base.items()}, where / "base")
+        save(pair, where / "a", **config)
+        how = {"adapter": where / "a", "reproducible": reproducible, "options": QUICK}
+        merge_lora(where / "base", where / "m", **how)
+        made = weights(where / "m")
+    assert made.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(made[name], x, rtol=1e-5, atol=1e-6)
