@@ -20,6 +20,7 @@ from .layout import Layout
 from .opening import strategy_place
 from .rules import missing_layers, rules_for
 from .rules.match import is_part_of_adapter, weight_name
+from .selection import TRAINABLE
 from .storage.local import LocalFolder
 from .strategy import Strategy
 from .targets import lay_out_for
@@ -166,6 +167,8 @@ def refuse_missing_layers(catalog: Catalog) -> None:
     Raises:
         CoverageError: with their numbers.
     """
+    if any(TRAINABLE in file.path for file in catalog.files):
+        return  # which layers were trained, nothing says
     weights = [
         name
         for name in (*catalog.tensors, *catalog.lost)

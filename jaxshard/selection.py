@@ -18,7 +18,7 @@ from .rules import missing_parts
 from .rules.match import is_part_of_adapter, weight_name
 
 ACCUMULATED = "accu_grads."
-_TRAINABLE = "-trainable_params-"  # in the names of files that never hold a whole model
+TRAINABLE = "-trainable_params-"  # in the names of files that never hold a whole model
 
 
 def select(
@@ -226,7 +226,7 @@ def refuse_half(catalog: Catalog) -> None:
     Raises:
         CoverageError: with what is missing.
     """
-    if catalog.format != "ranks" or any(_TRAINABLE in file.path for file in catalog.files):
+    if catalog.format != "ranks" or any(TRAINABLE in file.path for file in catalog.files):
         return
     names = [
         name

@@ -374,3 +374,18 @@ def test_a_load_may_keep_the_layout_of_its_source(tmp_path: Path) -> None:
     js.merge(source, tmp_path / "whole", options=QUICK)
     with pytest.raises(LayoutError, match=r"same is as the ranks .*whole is complete"):
         js.load(tmp_path / "whole", "same")
+
+
+def test_what_was_trained_alone_is_no_half_of_a_model(tmp_path: Path) -> None:
+    layout = Layout(2, {LAYER.format(3): (Placement(STAGE, (("mp",), ())),)})
+    arrays = _arrays(layout)
+    write_strategy(tmp_path / "strategy", layout, arrays)
+    source = write_ranks(
+        tmp_path / "checkpoint_trainable",
+        lambda r: held_by(r, arrays, layout),
+        "net_rank_{r}-trainable_params-1_10.safetensors",
+        ranks=range(2),
+    )
+    told = _config(source, auto_trans_ckpt=True, parallel_config={"model_parallel": 2})
+    told["model"] = {"model_config": {"num_layers": 4}}
+    assert set(mindformers.load_rank(told, 0)) == {LAYER.format(3)}
