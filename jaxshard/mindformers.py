@@ -28,6 +28,7 @@ from .errors import (
     NotFoundError,
     StorageError,
     nearest,
+    some,
 )
 from .formats import model_shapes
 from .mapping import find_mapping
@@ -143,6 +144,10 @@ class Loading:
             *_contradictions(self, catalog),
             *other_slicing(self.switch, self.strategy, catalog),
         ]
+        if gradients := [name for name in catalog.tensors if re.match(_GRADIENTS, name)]:
+            found.append(
+                f"{len(gradients)} accumulated gradients are not loaded: {some(gradients)}."
+            )
         if part := maybe_part(self.strategy, catalog):
             found.append(f"{part}: it may be a part of the model.")
         notes = (*self.notes, *found, *catalog.notes)

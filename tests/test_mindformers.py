@@ -179,6 +179,15 @@ def test_a_file_to_resume_from_counts_and_not_the_name_beside_it(
     assert js.load_rank(found.open(), "full")["wq"].tobytes() == held_by(0)["wq"].tobytes()
 
 
+def test_gradients_that_are_not_loaded_are_noted(training: Path) -> None:
+    told = {"load_checkpoint": str(training), "resume_training": True, "use_parallel": True}
+    catalog = asked(told).open()
+    (note,) = [n for n in catalog.notes if "gradients" in n]
+    assert note == (
+        "3 accumulated gradients are not loaded: accu_grads.norm, accu_grads.wo, accu_grads.wq."
+    )
+
+
 # --- the keys ------------------------------------------------------------------------------
 
 
