@@ -45,7 +45,12 @@ LEADS = {"strategy": {"devices", "devices.mesh", "devices.stage_meshes"}}
 #: May import JAX when called, and only then.
 INSIDE_FUNCTIONS = {"cli.demo", "mapping.expressions", "multiprocess.barriers"}
 #: Import JAX, and so are themselves imported only when such a checkpoint is met.
-DEVICE_FORMATS = {"formats.orbax", "formats.orbax_restored", "formats.orbax_streaming"}
+DEVICE_FORMATS = {
+    "formats.orbax",
+    "formats.orbax_quiet",
+    "formats.orbax_restored",
+    "formats.orbax_streaming",
+}
 WITH_ORBAX = ("formats.orbax",)
 
 

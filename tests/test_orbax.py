@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import resource
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -20,9 +25,10 @@ from jaxshard.conversion import orbax_writing
 from jaxshard.conversion.options import Options
 from jaxshard.conversion.preparing import fitted, prepare
 from jaxshard.conversion.running import execute
-from jaxshard.errors import FormatError, LayoutError
+from jaxshard.errors import FormatError, LayoutError, StorageError
 from jaxshard.formats.orbax import Item
 from jaxshard.formats.orbax_names import item_folder, recognise
+from jaxshard.formats.orbax_quiet import quiet
 from jaxshard.formats.orbax_restored import Restored
 from jaxshard.loading import load
 from jaxshard.opening import open_checkpoint
@@ -342,3 +348,84 @@ def test_what_orbax_does_not_store_is_refused_before_it_is_asked(tmp_path):
     with pytest.raises(LayoutError, match="Orbax stores no arrays without elements"):
         manager.save(1, {"params": jax.device_put(arrays)})
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+# --- what Orbax logs ------------------------------------------------------------------------
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file may become larger than 64 KiB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("verb", ["save", "convert", "manager", "in the background"])
+def test_a_save_that_fails_says_so_once(tmp_path, verb, capfd, caplog):
+    chance = np.random.default_rng(0)
+    arrays = {f"w{i}": chance.random((64, 1024), np.float32) for i in range(8)}
+    tree = {"params": jax.device_put(arrays)}
+    save_file(arrays, tmp_path / "in.safetensors")
+    manager = CheckpointManager(tmp_path / "run", format="orbax", async_save="back" in verb)
+    work = {
+        "save": lambda: save(tree, tmp_path / "out", format="orbax"),
+        "convert": lambda: convert(tmp_path / "in.safetensors", tmp_path / "out", format="orbax"),
+    }.get(verb, lambda: (manager.save(1, tree), manager.wait()))
+    with small_files(), pytest.raises(StorageError, match="Orbax could not write it"):
+        work()
+    assert {r.name for r in caplog.records} <= {"jaxshard.training", "jaxshard"}
+    assert "Traceback" not in caplog.text
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_orbax_itself_logs_is_left_out(caplog):
+    caplog.set_level(logging.DEBUG)
+    spoken = []
+
+    def record(path: str, text: str, error: Exception | None = None) -> None:
+        name = "asyncio" if error else "absl"
+        trace = None if error is None else (type(error), error, error.__traceback__)
+        logger = logging.getLogger(name)
+        logger.handle(logger.makeRecord(name, logging.ERROR, path, 1, text, (), trace))
+
+    def speak() -> None:
+        record("/site-packages/orbax_like/mine.py", "mine")
+        record(ocp.__file__, "theirs")
+        record("/lib/asyncio/events.py", "never retrieved", ValueError("no such thing"))
+        record("/lib/asyncio/events.py", "never retrieved", ValueError("OUT_OF_RANGE: Error"))
+
+    for within in (True, False):
+        caplog.clear()
+        with quiet() if within else nullcontext():
+            speak()
+        spoken.append([r.getMessage() for r in caplog.records])
+    assert spoken == [
+        ["mine", "never retrieved"],
+        ["mine", "theirs", "never retrieved", "never retrieved"],
+    ]
+
+
+def test_quiet_ends_when_the_last_thread_has_ended_it(monkeypatch):
+    heard: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: heard.append(str(args.exc_value)))
+    own = sys.unraisablehook
+
+    def report(text: str) -> None:
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+
+    first, second = quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    report("Event loop is closed")
+    report("another")
+    assert heard == ["another"]
+    second.__exit__(None, None, None)
+    assert sys.unraisablehook is own
+    assert not any(logging.getLogger(name).filters for name in ("absl", "asyncio"))

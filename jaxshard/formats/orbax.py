@@ -9,11 +9,10 @@ whose "file" is the tensor's number; whoever reads it asks ``orbax_restored`` fo
 
 from __future__ import annotations
 
-import logging
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from ..selection import groups
 from . import huggingface
 from .folder import Folder
 from .orbax_names import ITEM_FILES, item_folder, leaf_names
+from .orbax_quiet import quiet
 from .strict_json import FETCH, parse_object
 
 Tree = Any
@@ -292,15 +292,3 @@ def said(error: Exception) -> str:
 def _wide(wide: bool) -> AbstractContextManager[object]:
     """Where 64-bit elements are left as they are."""
     return jax.enable_x64(True) if wide else nullcontext()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Orbax warns of what is meant here: no sharding given, a target given per leaf."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
 from ..errors import JaxshardError, StorageError
-from .orbax import quiet, said
+from .orbax import said
+from .orbax_quiet import quiet
 
 
 @dataclass(frozen=True)
