@@ -13,6 +13,8 @@ from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+from jax import Array
 from jax.sharding import PartitionSpec, Sharding
 from jax.tree_util import DictKey, PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
@@ -34,6 +36,8 @@ def named_leaves(tree: Any, *, unique: bool = True) -> tuple[list[tuple[str, Any
     >>> [name for name, _ in named_leaves({"a": [1, 2], "b.c": 3})[0]]
     ['a.0', 'a.1', 'b.c']
     """
+    if _is_flat(tree):  # what ``load`` returns: nothing to find out leaf by leaf
+        return sorted(tree.items()), tree_structure(tree)
     found = list(_named(tree))
     names = [name for name, _ in found]
     if unique and len(set(names)) < len(names):
@@ -51,6 +55,13 @@ def whole_paths(tree: Any) -> list[str]:
     Libraries that know no variables store leaves under these names.
     """
     return [_name(path) for path, _ in tree_flatten_with_path(tree, is_leaf=_is_spec)[0]]
+
+
+def _is_flat(tree: Any) -> bool:
+    """Whether ``tree`` is a dict of arrays by their names."""
+    if type(tree) is not dict or set(map(type, tree)) != {str}:
+        return False
+    return all(map(_is_array_type, set(map(type, tree.values()))))
 
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -102,6 +113,11 @@ def _is_spec_or_box(node: Any) -> bool:
 def _is_box(node: Any) -> bool:
     kind: type = type(node)
     return _is_box_type(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_array_type(kind: type) -> bool:
+    return issubclass(kind, Array | np.ndarray)
 
 
 @lru_cache(maxsize=1024)

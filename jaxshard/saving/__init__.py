@@ -225,9 +225,10 @@ def arrays_of(
     """
     found: dict[str, Array] = {}
     others = []
+    kinds = jax.Array, np.ndarray
     for path, given in named_leaves(tree)[0]:
         leaf = np.asarray(given) if isinstance(given, np.generic) else given
-        if not isinstance(leaf, jax.Array | np.ndarray):
+        if not isinstance(leaf, kinds):
             if is_array_like(leaf):
                 raise LayoutError(f"{path}: a {type(leaf).__name__} holds nothing to save.")
             others.append(path)
@@ -237,7 +238,7 @@ def arrays_of(
             raise LayoutError(f"{path}: name_of gives {name!r}; a tensor's name is a text.")
         if name in found:
             raise LayoutError(f"two leaves are to be saved as {name}: {path} is the second.")
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        if not isinstance(leaf, np.ndarray) and leaf.is_deleted():
             raise LayoutError(
                 f"{name}: the array was donated or deleted and holds nothing any more. Save what "
                 "the step returned."

@@ -10,17 +10,18 @@ and nothing is gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
+from math import prod
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import SingleDeviceSharding
 from numpy.typing import NDArray
 
 from ..box import Box
 from ..catalog import Catalog, File, Model, Piece, Tensor
-from ..dtypes import num_bytes
+from ..dtypes import DType, num_bytes
 from ..elements import pack, stored_as
 from ..errors import JaxshardError, LayoutError
 from ..formats.job_numbers import job_numbers
@@ -59,11 +60,14 @@ class ArraySource:
         """
         self._shards: list[Array] = []
         self._whose: list[tuple[str, Box]] = []
-        self._boxes: dict[tuple[int, ...], Box] = {}
+        self._forms: dict[tuple[np.dtype[np.generic], tuple[int, ...]], _Form] = {}
+        self._hosted = _Hosted()
+        self._lent_whole: dict[int, int] = {}  # small shards that the host sees: their bytes
         self._views: dict[int, Bytes] = {}
         self._fetched = Fetched(room, _stored_bytes)
+        self._files: list[File] = []
         tensors = {name: self._tensor(name, array) for name, array in arrays.items()}
-        files = tuple(File(f"shard {i}", s.nbytes) for i, s in enumerate(self._shards))
+        files = tuple(self._files)
         self.catalog = Catalog(
             "the arrays",
             "arrays",
@@ -114,12 +118,9 @@ class ArraySource:
 
     def _small(self, piece: Piece, num_bytes: int) -> memoryview | None:
         """A copy of a small shard that is wanted whole, which costs less than a look at it."""
-        shard = self._shards[piece.file]
-        if num_bytes > SMALL_BYTES or num_bytes != shard.nbytes:
+        if self._lent_whole.get(piece.file) != num_bytes:
             return None
-        if isinstance(shard, jax.Array) and not is_on_host(shard):
-            return None
-        return memoryview(np.asarray(shard).tobytes())
+        return memoryview(np.asarray(self._shards[piece.file]).tobytes())
 
     def close(self) -> None:
         """Let go of the arrays' memory: one that is looked at cannot be donated."""
@@ -143,41 +144,93 @@ class ArraySource:
             self._views[piece.file] = view
         return view
 
-    def _distinct(self, array: Array) -> Iterable[tuple[Box, Array]]:
-        """The shards of ``array``; arrays of one shape that are whole share their box."""
-        if isinstance(array, jax.Array) and not _is_whole(array.sharding):
-            return _distinct_shards(array).items()
-        shape = tuple(array.shape)
-        box = self._boxes.get(shape) or self._boxes.setdefault(shape, Box.whole(shape))
-        return ((box, array),)
-
     def _tensor(self, name: str, array: Array) -> Tensor:
-        try:
-            kind = stored_as(array.dtype)
-            num_bytes(tuple(array.shape), kind)
-        except JaxshardError as error:
-            raise LayoutError(f"{name}: {error}") from None
-        pieces = []
-        for box, shard in self._distinct(array):
-            pieces.append(Piece(len(self._shards), 0, box))
-            self._shards.append(shard)
-            self._whose.append((name, box))
-        return Tensor(name, kind, tuple(array.shape), tuple(pieces))
+        shape, dtype = tuple(array.shape), array.dtype
+        form = self._forms.get((dtype, shape))
+        if form is None:
+            form = self._forms[dtype, shape] = _form(name, dtype, shape)
+        whole = self._hosted.whole(array)
+        if whole is not None:
+            return Tensor(name, form.kind, shape, (self._piece(name, form.box, whole, form.size),))
+        pieces = [
+            self._piece(name, box, shard, shard.nbytes)
+            for box, shard in _distinct_shards(array).items()
+        ]
+        return Tensor(name, form.kind, shape, tuple(pieces))
+
+    def _piece(self, name: str, box: Box, shard: Array, size: int) -> Piece:
+        number = len(self._shards)
+        self._shards.append(shard)
+        self._whose.append((name, box))
+        self._files.append(File(f"shard {number}", size))
+        if size <= SMALL_BYTES and self._hosted.is_seen:
+            self._lent_whole[number] = size
+        return Piece(number, 0, box)
+
+
+class _Form(NamedTuple):
+    """What arrays of one dtype and shape have in common; ``size``: their bytes in memory."""
+
+    kind: DType
+    box: Box
+    size: int
+
+
+def _form(name: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> _Form:
+    try:
+        kind = stored_as(dtype)
+        num_bytes(shape, kind)
+    except JaxshardError as error:
+        raise LayoutError(f"{name}: {error}") from None
+    return _Form(kind, Box.whole(shape), prod(shape) * dtype.itemsize)
+
+
+class _Hosted:
+    """Where the array lies that was looked at last; of thousands that lie alike, found out once.
+
+    Attributes:
+        is_seen: whether the host sees its memory.
+    """
+
+    def __init__(self) -> None:
+        self._last: object = None  # a sharding, or the device of a sharding of one
+        self._is_one = self._is_whole = False
+        self.is_seen = True
+
+    def whole(self, array: Array) -> Array | None:
+        """All of ``array`` as one shard of this process; None where it is cut."""
+        self.look(array)
+        if self._is_one:
+            return array
+        if not self._is_whole:
+            return None
+        assert isinstance(array, jax.Array)
+        return array.addressable_data(0)
+
+    def look(self, array: Array) -> None:
+        """Find out about ``array``."""
+        if isinstance(array, np.ndarray):
+            self._last, self._is_one, self.is_seen = None, True, True
+            return
+        sharding = key = array.sharding
+        if type(sharding) is SingleDeviceSharding:  # there is one for each array
+            (key,) = sharding.device_set
+        if key is self._last:
+            return
+        self._last = key
+        self._is_whole = sharding.is_fully_replicated and sharding.is_fully_addressable
+        self._is_one = self._is_whole and len(sharding.device_set) == 1
+        self.is_seen = is_on_host(array)
 
 
 def num_fetched(arrays: Mapping[str, Array]) -> int:
     """The most distinct shards of one array that must come to the host; 0 if none must."""
-    found = 0
+    found, hosted = 0, _Hosted()
     for array in arrays.values():
-        if isinstance(array, jax.Array) and not is_on_host(array):
+        hosted.look(array)
+        if not hosted.is_seen:
             found = max(found, len(_distinct_shards(array)))
     return found
-
-
-@lru_cache(maxsize=1024)
-def _is_whole(sharding: Sharding) -> bool:
-    """Whether an array with ``sharding`` is one shard, on a device of this process."""
-    return len(sharding.device_set) == 1 and sharding.is_fully_addressable
 
 
 def _distinct_shards(array: Array) -> dict[Box, Array]:
