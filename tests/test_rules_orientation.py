@@ -102,6 +102,17 @@ def test_the_order_is_the_true_one_where_the_hidden_size_is_known(
     assert cut_dims(made, shapes) == true
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_mindformers_experts_are_cut_by_the_sizes_too(turned: bool) -> None:
+    shapes: dict[str, Shape] = {"model.tok_embeddings.embedding_weight": (128, 64)}
+    base = "model.layers.0.feed_forward.experts."
+    for name, shape in {"w1": (4, 64, 96), "w2": (4, 96, 64), "w3": (4, 64, 96)}.items():
+        shapes[base + name] = (shape[0], shape[2], shape[1]) if turned else shape
+    made = layout(shapes, Strategy("mp2"), FAMILIES["mindformers"])
+    found = cut_dims(made, {n: s for n, s in shapes.items() if ".experts." in n})
+    assert found == ({"w1": 1, "w2": 2, "w3": 1} if turned else {"w1": 2, "w2": 1, "w3": 2})
+
+
 def test_a_square_matrix_is_as_the_others_of_its_module() -> None:
     shapes = experts(2880, 2880, 32, turned=True)  # gpt-oss-20b
     config = {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32}

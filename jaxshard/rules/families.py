@@ -179,7 +179,7 @@ _FALCON = Rules(
     head=("*lm_head.weight",),
 )
 
-# MindFormers, the older names: an expert tensor is (expert, in, out).
+# MindFormers, the older names.
 _MINDFORMERS = Rules(
     name="mindformers",
     specs=(
@@ -187,9 +187,9 @@ _MINDFORMERS = Rules(
         *_columns("lm_head"),
         *_columns(".attention.wq", ".attention.wk", ".attention.wv", ".attention.w_qkv"),
         *_rows(".attention.wo"),
-        ("*.experts.w1", "ep,-,mp"),
-        ("*.experts.w3", "ep,-,mp"),
-        ("*.experts.w2", "ep,mp,-"),
+        ("*.experts.w1", "ep,-,mp or ep,mp,-"),
+        ("*.experts.w3", "ep,-,mp or ep,mp,-"),
+        ("*.experts.w2", "ep,mp,- or ep,-,mp"),
         *_columns(".feed_forward.w1", ".feed_forward.w3", ".feed_forward.w_gate_hidden"),
         *_rows(".feed_forward.w2"),
         *_whole("norm.weight", "norm.bias", "norm_out.weight", "norm_out.bias"),

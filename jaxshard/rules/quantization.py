@@ -188,7 +188,7 @@ class Factors:
             raise LayoutError(
                 f"{some((f'{n}: {what}' for n, what in wrong.items()), 3)}. Cut a weight and its "
                 "factors alike and between blocks, leave both whole, or dequantize the weights "
-                'with names="auto" (--names auto).'
+                "first."
             )
 
     def _misfit(self, name: str, weight: str, placements: Mapping[str, Placements]) -> str | None:
