@@ -69,9 +69,9 @@ def task_for(
         name = replace(step, task=task)
         units = (f"{k}/{naming.rank_file(prefix, r, name, k)}" for k in kinds for r in range(ranks))
         known = _prefix_of(places, name)
-        if known is None:
-            return not any(os.path.lexists(places.root / unit) for unit in units)
-        return known not in ("", prefix) or claim.owns(name)
+        if known is not None and (known not in ("", prefix) or claim.owns(name)):
+            return True  # what it holds is refused, or replaced, when it is saved
+        return not known and not any(os.path.lexists(places.root / unit) for unit in units)
 
     if claim.overwrite or is_free(claim.task):
         return claim.task
