@@ -100,6 +100,21 @@ def test_a_layout_file_of_the_strategy_before_does_not_stay_in_the_open(tmp_path
     assert sorted(os.listdir(place)) == ["ckpt_strategy_rank_0.ckpt", "notes.json"]
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_pointer_that_cannot_be_written_keeps_neither_the_step_nor_other_pointers_away(
+    tmp_path, make, caplog
+):
+    manager = _saved(tmp_path, 1)
+    meta = tmp_path / "checkpoint/rank_0/meta.json"
+    meta.unlink()
+    make(meta)
+    manager.save(2, state_of(2), extras={"at": 2})
+    assert _restored(tmp_path) == 2
+    told = json.loads((tmp_path / "checkpoint/rank_1/meta.json").read_text())
+    assert told["last_ckpt_file"] == "net_rank_1-1_2.safetensors"
+    assert ("meta.json: Is a directory" in caplog.text) == meta.is_dir()
+
+
 # --- records that cannot be read -----------------------------------------------------------------
 
 

@@ -10,10 +10,10 @@ They are written after the step is whole, from its record; we ourselves read non
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import StorageError
+from ..errors import StorageError, some
 from . import naming
 from .places import Places, replace_file
 from .records import Record, is_strategy_file
@@ -22,28 +22,38 @@ from .records import Record, is_strategy_file
 def point_at(places: Places, record: Record) -> None:
     """Have the pointer files say that the step of ``record`` is the newest.
 
+    One that cannot be written keeps no other one from being written.
+
     Raises:
         StorageError: the disk refused.
     """
-    try:
-        if record.format == "ranks":
-            _point_ranks(places, record)
-            if record.strategy:
-                _show_strategy(places.root / naming.STRATEGY, places.root / record.strategy)
-        elif record.format == "iteration":
-            said = str(record.global_step).encode()
-            _put(places.steps / naming.TRACKER, said)
-    except OSError as error:
-        raise StorageError(f"step {record.step} of {places.root}: {error}.") from error
+    failed: list[str] = []
+    for path, data in _pointers(places, record, failed):
+        try:
+            _put(path, data)
+        except OSError as error:
+            failed.append(f"{path}: {error.strerror}")
+    if failed:
+        raise StorageError(f"step {record.step} of {places.root}: {some(failed)}.")
 
 
-def _point_ranks(places: Places, record: Record) -> None:
+def _pointers(places: Places, record: Record, failed: list[str]) -> Iterator[tuple[Path, bytes]]:
+    """The pointer files of a step and their contents."""
+    if record.format == "iteration":
+        yield places.steps / naming.TRACKER, str(record.global_step).encode()
+    if record.format != "ranks":
+        return
     head = f"{naming.CHECKPOINT}/"
     for unit in record.units:
         file = naming.parse_rank_file(unit.removeprefix(head))
         if unit.startswith(head) and file:
             said = naming.meta_json(file.prefix, file.rank, record.step)
-            _put(places.root / unit.rsplit("/", 1)[0] / naming.META, said)
+            yield places.root / unit.rsplit("/", 1)[0] / naming.META, said
+    if record.strategy:
+        try:
+            _show_strategy(places.root / naming.STRATEGY, places.root / record.strategy)
+        except OSError as error:
+            failed.append(f"{error.filename or naming.STRATEGY}: {error.strerror}")
 
 
 def _show_strategy(place: Path, kept: Path) -> None:
@@ -57,7 +67,6 @@ def _show_strategy(place: Path, kept: Path) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    with suppress(FileNotFoundError):
-        if path.read_bytes() == data:
-            return
+    if path.is_file() and path.read_bytes() == data:
+        return
     replace_file(path, data, durable=False)
