@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -55,7 +55,9 @@ def _settle(before: set[threading.Thread], error: BaseException | None) -> None:
     seen = set[int]()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)  # which hold the tasks
+        for frame, _ in traceback.walk_tb(error.__traceback__):  # they hold the tasks
+            with suppress(Exception):  # a coroutine that is cleared may raise once more
+                frame.clear()
         error = error.__cause__ or error.__context__
     gc.collect()  # asyncio logs an exception that was not awaited when its task goes
     time.sleep(_LATE_S)
