@@ -122,6 +122,7 @@ class Layout:
         notes: what a person should know of it.
         absent: names of the checkpoint's strategy that none of its files has. MindSpore counts
             them where it decides which replica is kept.
+        unknown: ranks of which nothing is known, as the strategy of their stage is missing.
     """
 
     num_ranks: int
@@ -129,6 +130,7 @@ class Layout:
     stage_axes: Axes = ()
     notes: tuple[str, ...] = ()
     absent: Mapping[str, tuple[Placement, ...]] = field(default_factory=dict, repr=False)
+    unknown: tuple[int, ...] = field(default=(), repr=False)
 
     def box_of(self, name: str, shape: tuple[int, ...], rank: int) -> Box | None:
         """The box of tensor ``name`` that ``rank`` holds, or None."""

@@ -169,6 +169,8 @@ def refuse_missing_layers(catalog: Catalog) -> None:
     """
     if any(TRAINABLE in file.path for file in catalog.files):
         return  # which layers were trained, nothing says
+    if catalog.layout is not None and catalog.layout.unknown:
+        return  # stages that are missing for certain are refused where they are needed
     weights = [
         name
         for name in (*catalog.tensors, *catalog.lost)

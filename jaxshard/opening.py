@@ -212,14 +212,17 @@ def open_strategy(path: PathLike) -> Layout:
         folder.close()
 
 
-def strategy_of(folder: Folder) -> Layout:
-    """The layout of the strategy files in ``folder``; errors as ``open_strategy``."""
+def strategy_of(folder: Folder, *, partial: bool = False) -> Layout:
+    """The layout of the strategy files in ``folder``; errors as ``open_strategy``.
+
+    With ``partial``, stages may be missing.
+    """
     from .formats import layout_file, strategy_files  # noqa: PLC0415
 
     own = layout_file.find(folder)
     if own is not None:
         return layout_file.read(folder, own)
-    return strategy_files.layout(strategy_files.read(folder))
+    return strategy_files.layout(strategy_files.read(folder), partial=partial)
 
 
 def strategy_place(where: Path, given: PathLike | None = None) -> Path | None:
@@ -239,4 +242,9 @@ def _source_layout(where: Path, given: PathLike | None) -> tuple[Layout | None, 
     if place is None:
         return None, ()
     guessed = given is None and place.is_file()
-    return open_strategy(place), (f"the layout is that of {place}.",) if guessed else ()
+    folder = LocalFolder(place)
+    try:
+        layout = strategy_of(folder, partial=True)  # a server may have those of its own stage only
+    finally:
+        folder.close()
+    return layout, (f"the layout is that of {place}.",) if guessed else ()

@@ -189,6 +189,14 @@ def refuse_lost(
     Raises:
         CoverageError: with the weights, and the ranks to fetch.
     """
+    unknown = catalog.layout.unknown if catalog.layout is not None else ()
+    is_own = target is not None and target.unknown == unknown
+    if unknown and (not is_own or ranks is None or not set(unknown).isdisjoint(ranks)):
+        raise CoverageError(
+            f"{catalog.root} has neither files nor strategy files of rank "
+            f"{some(map(str, unknown), 8)}, so nothing says what these hold. Give the folder with "
+            "the strategy files of all ranks."
+        )
     needed = {}
     for name, holders in catalog.lost.items():
         placed = () if target is None else target.placements.get(name) or target.absent.get(name)
@@ -226,6 +234,8 @@ def refuse_half(catalog: Catalog) -> None:
     Raises:
         CoverageError: with what is missing.
     """
+    if catalog.layout is not None and catalog.layout.unknown:
+        return  # stages that are missing for certain: see ``refuse_lost``
     if catalog.format != "ranks" or any(TRAINABLE in file.path for file in catalog.files):
         return
     names = [

@@ -123,6 +123,35 @@ def test_ranks_that_each_server_writes_are_one_checkpoint_together(tmp_path):
     assert ms.hashed(ms.folder_weights(tmp_path / "whole")) == ms.truth(JOB)
 
 
+def test_a_server_with_its_own_strategy_files_only_has_its_own_ranks(tmp_path):
+    place = server(tmp_path, 1, strategy=STAGES[1])
+    assert any("no strategy files of rank 0, 1, 2, 3," in note for note in js.open(place).notes)
+    for rank in STAGES[1]:
+        ours, wanted = (
+            js.load_rank(p, "same", rank) for p in (place, golden(JOB, "src_safetensors"))
+        )
+        assert all(ours[n].tobytes() == a.tobytes() for n, a in wanted.items())
+    config = {
+        "load_checkpoint": str(place),
+        "auto_trans_ckpt": False,
+        "use_parallel": True,
+        "parallel_config": {"data_parallel": 2, "model_parallel": 2, "pipeline_stage": 2},
+    }
+    assert mindformers.load_rank(config, 6).keys() <= ours.keys()
+    for work in (
+        lambda: js.load_rank(place, "same", 0),
+        lambda: js.convert(place, tmp_path / "o", "same", options=QUICK),
+        lambda: js.load(place, "same"),
+        lambda: js.load(place, golden(JOB, "strategy")),
+        lambda: js.load(place, jax.devices()[0]),
+        lambda: js.merge(place, tmp_path / "o", options=QUICK),
+        lambda: js.convert(place, tmp_path / "o", "dp2mp2pp2", options=QUICK, ranks=[4]),
+    ):
+        with pytest.raises(CoverageError):
+            work()
+    assert not (tmp_path / "o").exists()
+
+
 # --- half a model --------------------------------------------------------------------------
 
 

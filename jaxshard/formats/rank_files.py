@@ -32,6 +32,7 @@ from .weight_files import Stored, read_weight_file
 _OWN = re.compile(  # not the model's
     r"rank_\d+/|(merged_)?strategy/|merged_strategy\.ckpt|elsewhere\.json$"
 )
+_ALL_STRATEGIES = "Give the folder with the strategy files of all ranks."
 _LARGE_ELEMENTS = 1024  # of a tensor that no strategy tells of: more is no number of a job
 
 
@@ -80,6 +81,12 @@ def read(
     lost = gathered.lost(by_rank.keys())
     notes += gathered.notes(lost)
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
+    if layout is not None and layout.unknown:
+        unknown = some(map(str, layout.unknown), 8)
+        notes.append(
+            f"there are no strategy files of rank {unknown}, so what these hold is not known, and "
+            f"what needs it is refused. {_ALL_STRATEGIES}"
+        )
     if missing:
         notes.append(f"no files of rank {some(map(str, missing))}; replicas serve where they can.")
     model, _ = huggingface.read_model(folder, listed)
@@ -118,6 +125,13 @@ def _check_ranks(by_rank: Mapping[int, str], layout: Layout, root: str) -> None:
         raise CoverageError(
             f"{root} has rank {some(map(str, beyond))}, but its strategy is one of "
             f"{layout.num_ranks} ranks. Give the strategy files it was written with."
+        )
+    unknown = sorted(set(by_rank).intersection(layout.unknown))
+    if unknown:
+        stage = min(p.first_rank // p.num_ranks for ps in layout.placements.values() for p in ps)
+        raise CoverageError(
+            f"{root} has rank {some(map(str, unknown))}, but only the strategy of stage {stage} is "
+            f"given, and theirs is another. {_ALL_STRATEGIES}"
         )
 
 

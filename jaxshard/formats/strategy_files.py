@@ -266,21 +266,24 @@ def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
 # ---------------------------------------------------------------------------- to layouts
 
 
-def layout(strategies: Strategies, num_ranks: int | None = None) -> Layout:
+def layout(
+    strategies: Strategies, num_ranks: int | None = None, *, partial: bool = False
+) -> Layout:
     """Who holds which box of every parameter.
 
     Args:
         strategies: what the files say.
         num_ranks: how many ranks the checkpoint has, where that is known: to notice that
             the file of one stage was given for a job of several.
+        partial: stages may be missing; their ranks are ``unknown``.
 
     Raises:
-        CoverageError: the strategy of a stage is missing.
+        CoverageError: the strategy of a stage is missing, and may not be.
         LayoutError: a parameter is cut in a way that is no even split.
     """
     per_stage, given = strategies.stage_ranks, sorted(strategies.stages)
     wanted = max(strategies.num_stages, -(-(num_ranks or 0) // per_stage))
-    if len(given) < wanted:
+    if len(given) < wanted and not partial:
         missing = [str(s) for s in range(min(wanted, 10_000)) if s not in strategies.stages]
         raise CoverageError(
             f"{strategies.stages[given[0]].path}: the strategy of stage {some(map(str, given))} is "
@@ -296,7 +299,13 @@ def layout(strategies: Strategies, num_ranks: int | None = None) -> Layout:
             except LayoutError as e:
                 raise LayoutError(f"{stage.path}, parameter {name}: {e}") from None
             placements[name] = (*placements.get(name, ()), one)
-    return Layout(strategies.num_ranks, placements, notes=strategies.notes)
+    unknown = tuple(
+        rank
+        for stage in range(strategies.num_stages)
+        if stage not in strategies.stages
+        for rank in range(stage * per_stage, (stage + 1) * per_stage)
+    )
+    return Layout(strategies.num_ranks, placements, notes=strategies.notes, unknown=unknown)
 
 
 def for_tensors(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
