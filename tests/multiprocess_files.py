@@ -420,3 +420,23 @@ def two_copies(index, count, folders):
             loading.load(first, target, devices=devices, timeout_s=1)
         loading.load(first, {"model.norm.weight": named}, strict=False, timeout_s=1)
     return answer
+
+
+def own_ranks_only(index, count, servers, whole, strategy):
+    """Each server has the rank files of its own stage, which MindSpore wrote, and loads them."""
+    arrays = loading.load(servers[index], strategy, timeout_s=60)
+    wanted = loading.load(whole, strategy, timeout_s=60)
+    same = all(
+        all(
+            np.array_equal(np.asarray(a.data), np.asarray(b.data))
+            for a, b in zip(array.addressable_shards, wanted[name].addressable_shards, strict=True)
+        )
+        and array.sharding == wanted[name].sharding
+        for name, array in arrays.items()
+    )
+    held = {name for name, array in wanted.items() if array.addressable_shards}
+    return {
+        "same": same,
+        "all here": held <= arrays.keys(),
+        "other layout": refusal(lambda: loading.load(servers[index], "dp2mp4", timeout_s=60))[1],
+    }

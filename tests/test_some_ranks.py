@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 from golden_files import golden
 from mindspore_ranks import QUICK
+from processes import answers, run_processes
 
 import jaxshard as js
 from jaxshard import mindformers
@@ -211,3 +212,14 @@ def test_files_of_trained_parameters_need_not_be_all_layers(tmp_path):
     held = {f"model.layers.{i}.mlp.up_proj.weight": np.ones((4, 2)) for i in (6, 7)}
     safetensors.numpy.save_file(held, place / "llama_rank_0-trainable_params-1_10.safetensors")
     js.merge(tmp_path / "c", tmp_path / "o", options=QUICK)
+
+
+def test_two_servers_load_their_own_ranks_together(tmp_path):
+    servers = [str(server(tmp_path, stage)) for stage in STAGES]
+    whole, target = str(golden(JOB, "src_safetensors")), "multiprocess_files:own_ranks_only"
+    found = answers(run_processes(target, 2, 4, servers, whole, "dp2mp2pp2vocabdp"))
+    assert len(found) == 2
+    for stage, answer in enumerate(found):
+        assert answer["same"]
+        assert answer["all here"]
+        assert OTHERS[stage] in answer["other layout"]
