@@ -337,6 +337,20 @@ SPELT_TWICE = {**PAIR, "l.0.q.mindpet_delta_lora_a": PAIR["l.0.q.lora_a"]}
         (BARE, TWO, {}, LayoutError, r"several adapters \(x, y\). Save the one to merge alone"),
         (BARE, SPELT_TWICE, {}, LayoutError, "two adapters of l.0.q.weight, in two spellings"),
         (
+            {n.replace("l.0", "model.l.0"): x for n, x in BARE.items()},
+            PAIR | {f"model.{n}": x for n, x in PAIR.items()},
+            {},
+            LayoutError,
+            r"two sources for one target: l\.0\.q\.lora_a and model\.l\.0\.q\.lora_a both adapt",
+        ),
+        (
+            {n.replace("l.0", "model.l.0"): x for n, x in BARE.items()},
+            {**PAIR, "l.0.norm.weight": np.ones(6), "model.l.0.norm.weight": np.ones(6)},
+            {},
+            LayoutError,
+            "were both saved for model.l.0.norm.weight",
+        ),
+        (
             BARE,
             {n: x.astype(np.int8) for n, x in PAIR.items()},
             {},

@@ -81,13 +81,14 @@ def merged(
         replaced = saved_beside(others, names, base, settings, notes)
         kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
     how = _How(names, settings, Targets(settings.target_parameters), base, notes)
-    unscaled = 0
+    unscaled, done = 0, dict[Part, str]()
     for pairs in grouped(found.adapters):
         for pair, parameter, swapped in _parameters(pairs, how):
             moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
             experts = max(1, parameter.experts)
             scaling = sign * settings.scaling_of(pair, parameter.name, experts)
             for part in parameter.parts:
+                _refuse_twice(part, pair, done, settings)
                 product = _Product(moved, scaling, swapped, parameter.experts, reproducible)
                 kept[part.name] = _added(kept[part.name], part, product)
             unscaled += not scaling
@@ -95,18 +96,28 @@ def merged(
     notes += names.notes()
     if unscaled:
         notes.append(f"The scaling of {unscaled} adapters is 0, so they change nothing.")
-    told = adapter.notes if adapter is not None else ()
-    beside = (n for n in told if n != NO_CONFIG)  # an adapter's folder has its own config
+    its_notes = adapter.notes if adapter is not None else ()
+    more = (n for n in its_notes if n != NO_CONFIG)  # an adapter's folder has its own config
     catalog = replace(
         base,
         tensors=kept,
         files=files,
         extras=tuple(e for e in base.extras if Path(e).name not in (PEFT_CONFIG, OWN_CONFIG)),
-        notes=(*base.notes, *beside, *_notes(found.dropped, settings), *dict.fromkeys(notes)),
+        notes=(*base.notes, *more, *_notes(found.dropped, settings), *dict.fromkeys(notes)),
         logged=base.logged if adapter is None else base.logged | adapter.logged,
         has_merged_adapters=True,
     )
     return Merged(catalog, len(found.adapters), tuple(sorted(replaced)))
+
+
+def _refuse_twice(part: Part, pair: Adapter, done: dict[Part, str], settings: Settings) -> None:
+    """Refuse two pairs that different names of the adapter lead to one tensor of the base."""
+    before = done.setdefault(part, pair.a.name)
+    if before != pair.a.name and not settings.keeps_ties:
+        raise LayoutError(
+            f"two sources for one target: {before} and {pair.a.name} both adapt {part.name}. Leave "
+            "one out of the adapter first (jaxshard convert --exclude REGEX)."
+        )
 
 
 def _where_adapters_are(base: Catalog, adapter: Catalog | None) -> str:

@@ -43,6 +43,11 @@ def saved_beside(
         own = names.find(name) or names.given(name)
         if is_copied and own not in kept and _HEAD.search(own):
             continue  # the embedding once more, which the tied head is
+        if own in found:
+            raise LayoutError(
+                f"two sources for one target: {found[own].name} and {tensor.name} were both saved "
+                f"for {own}. Leave one out of the adapter first (jaxshard convert --exclude REGEX)."
+            )
         _check_replaced(tensor, kept.get(own))
         found[own] = tensor
     is_tied = has_tied_head(kept, base)
