@@ -194,6 +194,21 @@ def test_a_folder_where_the_record_belongs_is_named_before_anything_is_written(t
     assert _restored(tmp_path) == 1
 
 
+def test_where_our_own_folder_cannot_be_listed_it_is_named(tmp_path, monkeypatch):
+    manager = _saved(tmp_path, 1)
+    listed = os.listdir
+
+    def refuse(path: Any = ".") -> list[str]:
+        if str(path).endswith(".jaxshard"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for ask in (lambda: manager.restore(state_of(0)), manager.latest_step, manager.steps):
+        with pytest.raises(StorageError, match=r"\.jaxshard cannot be listed: Permission denied"):
+            ask()
+
+
 def test_a_folder_of_a_rank_that_cannot_be_listed_spoils_only_the_steps_that_need_it(
     tmp_path, monkeypatch
 ):

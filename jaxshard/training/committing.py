@@ -212,6 +212,11 @@ def _set_aside(places: Places, folder: Path) -> Path:
 
 def drop_unused_strategies(places: Places) -> None:
     """Delete the strategy files of layouts that no step has any more."""
+    with suppress(OSError):  # they are small, and the next save tries again
+        _drop_unused(places)
+
+
+def _drop_unused(places: Places) -> None:
     kept = sorted(filter(records.STRATEGY.fullmatch, os.listdir(places.own)))
     if len(kept) < 2:
         return

@@ -165,9 +165,11 @@ def _refusal(heard: Sequence[str], places: Places, processes: Processes) -> str:
 
 def finish_interrupted(places: Places) -> list[str]:
     """Go on with a save or a removal that was interrupted, if no other process is at work."""
-    with suppress(FileNotFoundError):  # a process at work has done it
+    try:
         if not places.own.is_dir() or not is_interrupted(places):
             return []
+    except OSError:  # what is wrong with the folder, listing the steps will tell
+        return []
     with suppress(StorageError), only_writer(places, is_reader=True):
         done = recover(places)
         for line in done:

@@ -94,16 +94,17 @@ def find_steps(places: Places) -> list[Step]:
         StorageError: the directory cannot be listed.
     """
     for tries in range(_TRIES):
-        before = _records_in(places)
         try:
+            before = _records_in(places)
             found = _found(places)
+            after = _records_in(places)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and tries < _TRIES - 1:
                 continue  # removed while we looked
             at = error.filename or places.root
             raise StorageError(f"{at} cannot be listed: {error.strerror}.") from error
         # a record that changes its name meanwhile could be missed under both
-        if _records_in(places) == before:
+        if after == before:
             break
         time.sleep(0.0005 * tries)  # or a writer that saves all the time is always in between
     return _in_order(found)
