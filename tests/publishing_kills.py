@@ -337,7 +337,7 @@ class Trials:
         root.mkdir(parents=True)
         world = World(root, self.base.parent / source, self.scenario.out)
         run = in_parts(0, 1) if self.scenario.again else self.scenario.run
-        if "orbax" in self.name or "several" in self.name:  # threads do not survive a fork
+        if self.name.startswith(("save", "convert orbax")):  # threads do not survive a fork
             answer = forked(lambda: run(world, {}))[1]
             assert "value" in answer, answer
         else:  # here, so that the children find everything imported
@@ -381,13 +381,14 @@ class Trials:
         self._again(label, world)
 
     def _again(self, label: str, world: World) -> None:
-        there = self._found(world)
+        there, base = self._found(world), staging.staging_folder(world.out)
+        is_over = not base.exists() or self.name.startswith(("save", "decrypt", "strategy"))
         answer = command(self.scenario, world, None)
         error = answer.get("error", "")
         if RESUME in error and not self.scenario.flags:
             self.outcomes["again: go on with resume"] += 1
             answer = command(self.scenario, world, None, resume=True)
-        elif EXISTS in error and there == "new" and not self.scenario.replaces:
+        elif EXISTS in error and there == "new" and is_over and not self.scenario.replaces:
             self.outcomes["again: it exists"] += 1
             answer = {"value": None}
         else:

@@ -191,6 +191,39 @@ def test_what_was_never_put_on_the_disk_is_not_trusted_after_a_restart(place, mo
     made.abandon()
 
 
+@pytest.mark.parametrize("only", [None, "a"])
+def test_resuming_what_is_complete_finds_nothing_left_to_do(place, only):
+    made = Staging(place, "request", only=only)
+    put(made, "a", b"\n1")
+    made.publish()
+    if not hasattr(os, "getxattr") or not os.listxattr(place):
+        pytest.skip("this file system has no extended attributes")
+    assert Staging(place, "request", resume=True, only=only).published
+    assert list(place.parent.iterdir()) == [place]
+    for request, how in (("request", {}), ("other", {"resume": True})):
+        with pytest.raises(LayoutError, match="exists"):
+            Staging(place, request, only=only, **how)
+    (place if only else place / "a").write_bytes(b"\n2")
+    with pytest.raises(LayoutError, match="exists"):
+        Staging(place, "request", resume=True, only=only)
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_complete_result_does_not_cost_the_work_on_another(place):
+    """Made by one request, and being replaced by another when that run was interrupted."""
+    for request, name, done in (("one", OLD, True), ("two", "b", False)):
+        made = Staging(place, request, overwrite=True)
+        put(made, name, b"1")
+        made.publish() if done else made.abandon()
+    for how in ({}, {"resume": True}):
+        with pytest.raises(LayoutError):
+            Staging(place, "one", **how)
+    again = Staging(place, "two", resume=True, overwrite=True)
+    assert set(again.finished) == {"b"}
+    again.publish()
+    assert content(place) == {"b": b"1"}
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_a_crash_after_publishing_is_seen_and_tidied(place, monkeypatch, old):
     """Else the old result, which lies in the staging folder then, would be taken for finished."""

@@ -21,18 +21,15 @@ only if this folder is still there, each part notes that it knows, and the last 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LayoutError, StorageError
 from . import ownership
 from . import staging as steps
-
-_MADE_FROM = "user.jaxshard.made_from"  # an extended attribute of the result
 
 
 class PartStaging:
@@ -106,7 +103,6 @@ class PartStaging:
             if is_last:
                 if last is not None:
                     last()
-                _note_request(self.files, self._request)
                 steps.place(
                     self._base,
                     self._destination,
@@ -133,7 +129,7 @@ class PartStaging:
 
     def _joined(self) -> bool:
         if not os.path.lexists(self._base):
-            self.published = _was_made_from(self._destination, self._request)
+            self.published = steps.was_made_from(self._destination, self._request)
             if self.published:
                 return True
             steps.refuse_existing(self._destination, self._overwrite)
@@ -151,7 +147,7 @@ class PartStaging:
         """Settle what an earlier run left, and begin, join or go on."""
         self._lock(self._base / ownership.LOCK, fcntl.LOCK_SH, self._is_in_use)
         steps.settle(self._base, self._destination)
-        if steps.was_published(self._base, self._destination, self._request):
+        if steps.is_done(self._base, self._destination, self._request):
             self._hear()
             return
         steps.refuse_existing(self._destination, self._overwrite)
@@ -177,7 +173,7 @@ class PartStaging:
         self.published = True
         self.abandon()
         told = [self._base / f"part-{i}.told" for i in range(self._count)]
-        if not _was_made_from(self._destination, self._request):  # no such attributes here
+        if not steps.was_made_from(self._destination, self._request):  # no such attributes here
             (self._base / f"{self._name}.told").touch()
             if not all(path.exists() for path in told):
                 return
@@ -237,26 +233,3 @@ class PartStaging:
             yield steps.is_same(descriptor, path)
         finally:
             os.close(descriptor)
-
-
-def _note_request(files: Path, request: str) -> None:
-    """Have the result in ``files`` say what it was made from, where the file system can."""
-    with suppress(OSError, AttributeError):  # only Linux has extended attributes
-        os.setxattr(files, _MADE_FROM, _digest(files, request))
-
-
-def _was_made_from(destination: Path, request: str) -> bool:
-    """Whether ``destination`` says that it was made from ``request``, and is as it was then."""
-    with suppress(OSError, AttributeError):
-        return os.getxattr(destination, _MADE_FROM) == _digest(destination, request)
-    return False
-
-
-def _digest(folder: Path, request: str) -> bytes:
-    """A word for ``request`` and for the files below ``folder``, by size, time and inode."""
-    digest = hashlib.sha256(request.encode())
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        info = path.stat()
-        identity = (info.st_size, info.st_mtime_ns, info.st_ino)
-        digest.update(repr((path.relative_to(folder).as_posix(), identity)).encode())
-    return digest.hexdigest().encode()

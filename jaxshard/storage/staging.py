@@ -14,6 +14,8 @@ A crash at any instant leaves ``out`` as it was. Publishing renames ``files`` to
 never replaces what appeared there meanwhile. Where an old result is replaced the two are
 exchanged, and what came out is looked at again before it goes: if it is more than a result, or
 changed since the run began, they are exchanged back. Then the rest is removed.
+A result names what it was made from in an extended attribute, so that a run which is resumed
+after the end finds that nothing is left to do.
 Readers pass ``.out.partial`` by: it is hidden and has no checkpoint at its top.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -41,6 +44,7 @@ if TYPE_CHECKING:  # the formats' names, seldom needed
 
 FILES = "files"
 _FINISHED, _BEFORE, _REPLACED, _REMOVING = "finished", "before", "replaced", "removing"
+_MADE_FROM = "user.jaxshard.made_from"  # an extended attribute of the result
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CLAIMS = (_FINISHED, PLACING)
 _FOLDERS = ("checkpoint", "strategies", "own")  # the kinds of results that are folders
@@ -97,6 +101,9 @@ class Staging:
         self._made = self.files / only if only else self.files
         with told(f"{self._base} cannot be made"):
             if not os.path.lexists(self._base):
+                self.published = resumable and resume and was_made_from(destination, request)
+                if self.published:
+                    return
                 self._refuse_existing()
             self._lock = self._take_lock()
             try:
@@ -148,7 +155,7 @@ class Staging:
         """Settle what an earlier run left, and begin or go on."""
         settle(self._base, self._destination)
         can_be_done = self._resumable and (resume or not self._overwrite)
-        if can_be_done and was_published(self._base, self._destination, self._request):
+        if can_be_done and is_done(self._base, self._destination, self._request):
             self.published = True
             self._remove()
             return
@@ -420,6 +427,8 @@ def place(
     """
     files, made = base / FILES, made or base / FILES
     with told(f"{destination} cannot be published (the finished files are in {files})"):
+        if ownership.is_resumable(base):
+            _note_request(made, request_in(base) or "")
         if durable:
             for folder, _, _ in os.walk(files):
                 sync(Path(folder))
@@ -577,6 +586,13 @@ def was_placed(base: Path) -> bool:
     return placing is not None and _identity_of(base / placing.made)[0] != placing.inode
 
 
+def is_done(base: Path, destination: Path, request: str) -> bool:
+    """Whether an earlier run of ``request`` published, and was killed while it tidied up."""
+    return was_published(base, destination, request) or (
+        not has_work(base) and was_made_from(destination, request)
+    )
+
+
 def was_published(base: Path, destination: Path, request: str) -> bool:
     """Whether ``destination`` is what an earlier run of ``request`` in ``base`` made."""
     placing = _read_placing(base)
@@ -585,6 +601,28 @@ def was_published(base: Path, destination: Path, request: str) -> bool:
         and (placing.inode, placing.mtime_ns) == _identity_of(destination)
         and request_in(base) == request
     )
+
+
+def _note_request(made: Path, request: str) -> None:
+    """Have the result say what it was made from, where the file system has attributes."""
+    with suppress(OSError, AttributeError):  # only Linux has them
+        os.setxattr(made, _MADE_FROM, _digest(made, request))
+
+
+def was_made_from(destination: Path, request: str) -> bool:
+    """Whether ``destination`` says that it was made from ``request``, and is as it was then."""
+    with suppress(OSError, AttributeError):
+        return os.getxattr(destination, _MADE_FROM) == _digest(destination, request)
+    return False
+
+
+def _digest(result: Path, request: str) -> bytes:
+    """A word for ``request`` and for the files of ``result``, by size, time and inode."""
+    digest = hashlib.sha256(request.encode())
+    for path in sorted([result] if result.is_file() else filter(Path.is_file, result.rglob("*"))):
+        name = path.relative_to(result).as_posix()
+        digest.update(repr((name, _identity(path))).encode())
+    return digest.hexdigest().encode()
 
 
 def _identity_of(path: Path) -> tuple[int, int]:
