@@ -51,7 +51,7 @@ def _settle(before: set[threading.Thread], error: BaseException | None) -> None:
     """
     for thread in threading.enumerate():
         if thread not in before and type(thread).__module__.startswith("orbax."):
-            thread.join(_JOIN_S)
+            threading.Thread.join(thread, _JOIN_S)  # its own raises what the thread did
     seen = set[int]()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
