@@ -169,10 +169,9 @@ def trial(place: Path, format: str, scenario: str, at: int, twice: int | None) -
     new, old = {"new": (3, 2)}.get(scenario, (102, 2))
     if not problem and value != new and (text or value != old):
         problem = f"the state of {value} was restored"
-    if not problem and scenario == "apart":
-        problem = in_child(lambda: [0, other_jobs(run)])[1]
     if not problem:
-        problem = in_child(lambda: [0, tidied(run, format)])[1]
+        others = scenario == "apart"
+        problem = in_child(lambda: [0, (others and other_jobs(run)) or tidied(run, format)])[1]
     return problem, json.loads(text) if text else None
 
 
@@ -200,6 +199,7 @@ def kills(place: Path, format: str, scenario: str, options: argparse.Namespace) 
         ends += finished is not None
         if problem:
             wrong.append(f"killed before call {at}: {problem}")
+        print(format, scenario, at, "of", number, problem or "well", file=sys.stderr, flush=True)
     return {"calls": calls, "kills": done - ends, "wrong": wrong}
 
 
