@@ -159,6 +159,13 @@ def test_a_file_of_another_rank_is_passed_over_with_a_note():
     assert note.startswith("rank_1/net_rank_0-1_20.safetensors: by its name the file of rank 0;")
 
 
+def test_one_name_of_a_rank_in_all_folders_is_noted():
+    names = folder({r: ["net_rank_0-1_10"] for r in range(2)})
+    (note,) = rank_names.choose(names).notes
+    assert "If these are copies of one rank, fetch the others." in note
+    assert not rank_names.choose(folder({r: ["lora_rank_8-1_10"] for r in range(4)})).notes
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -173,6 +173,7 @@ def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
         raise _incomplete(candidates, suffix)
     newest = max(save.step for save in whole)
     chosen = _only_one([save for save in whole if save.step == newest])
+    notes += _copies(chosen, candidates)
     newer = sorted({rank for save in found if save.step > newest for rank in save.paths})
     if newer:
         notes.append(
@@ -180,6 +181,17 @@ def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
             "taken."
         )
     return Choice(chosen.paths, tuple(notes), newest)
+
+
+def _copies(save: _Save, candidates: Collection[int]) -> list[str]:
+    """A note where all folders have a file that by its name is one rank's."""
+    named = _NAMED.match(save.reading.head) if save.reading.form == _PLAIN else None
+    if named is None or len(candidates) < 2 or int(named[1]) not in candidates:
+        return []
+    return [
+        f"{save.reading.head} is in every rank folder, and by its name the file of rank {named[1]}: "
+        "it is read as a name without a rank. If these are copies of one rank, fetch the others."
+    ]
 
 
 def _incomplete(candidates: Mapping[int, Sequence[str]], suffix: str | None) -> CoverageError:
