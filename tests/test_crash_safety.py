@@ -344,12 +344,12 @@ def test_a_disk_that_fills_up_meanwhile(small, tiny_disk, tmp_path, monkeypatch)
 SLOW = """
 import sys, time
 from jaxshard.cli import main
-from jaxshard.storage.reading import SourceFiles
-real = SourceFiles.read_views
-def read(*a):
-    time.sleep(0.01)
+from jaxshard.storage.writing import OutputFiles
+real = OutputFiles._finish
+def finish(*a):
+    time.sleep(0.1)
     real(*a)
-SourceFiles.read_views = read
+OutputFiles._finish = finish
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -370,9 +370,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_keeps_what_is_finished(small, tmp_path, workers):
+def test_ctrl_c_keeps_what_is_finished(source, tmp_path, workers):
     destination = tmp_path / "out"
-    process = slow("slice", small, destination, "--to", "dp4pp2", "--workers", workers)
+    process = slow("slice", source, destination, "--to", "dp2pp4", "--workers", workers)
     wait_for(staged(destination) / "finished", process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
@@ -381,9 +381,9 @@ def test_ctrl_c_keeps_what_is_finished(small, tmp_path, workers):
     assert "--resume" in err
     done = finished(destination)
     assert 0 < len(done) < 8
-    report = js.slice(small, destination, "dp4pp2", options=js.Options(resume=True))
+    report = js.slice(source, destination, "dp2pp4", options=js.Options(resume=True))
     assert report.skipped_files == len(done)
-    js.slice(small, tmp_path / "undisturbed", "dp4pp2")
+    js.slice(source, tmp_path / "undisturbed", "dp2pp4")
     assert checkpoints.files_of(destination) == checkpoints.files_of(tmp_path / "undisturbed")
 
 
