@@ -25,6 +25,7 @@ _WORDS = {
 _NEEDED = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
 _TYPES = ("LlamaConfig",)
 _MULTIPLE_OF = 256  # MindFormers' own default
+_MOST = 1 << 40
 _WHERE = "model.model_config"
 
 
@@ -64,7 +65,9 @@ def _width(told: Mapping[str, Any], hidden: Any) -> int:
     """The inner width of a layer, which follows from the outer one."""
     factor, step = told.get("ffn_dim_multiplier"), told.get("multiple_of") or _MULTIPLE_OF
     numbers = (hidden, step, 1 if factor is None else factor)
-    if any(isinstance(n, bool) or not isinstance(n, int | float) or n <= 0 for n in numbers):
+    if any(
+        isinstance(n, bool) or not isinstance(n, int | float) or not 0 < n < _MOST for n in numbers
+    ):
         raise FormatError(
             f"{_WHERE}: hidden_size, multiple_of and ffn_dim_multiplier are {numbers}, not numbers "
             "above 0."

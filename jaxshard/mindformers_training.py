@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError, some
+from .errors import FormatError, shown, some
 from .mindformers_keys import Config, Verb, either, nearest_key, notes_of, section
 
 _CALLBACK = "CheckpointMonitor"
@@ -68,7 +68,7 @@ def saving_of(told: Config) -> tuple[dict[str, Any], list[str]]:
         found["async_save"] = bool(found["async_save"])  # it may name the kind of worker
     directory = found.pop("directory", None)
     place, of_place = _in_iterations(directory) if new and directory else (directory, [])
-    place = place or told.get("output_dir") or _OUTPUT
+    place = _folder(place or told.get("output_dir") or _OUTPUT)
     steps, of_steps = _steps_per_epoch(told)
     is_legacy = not new and _is_legacy(told, monitor)
     notes += [*of_place, *of_steps, *(_beside(monitor) if new else _of_files(monitor))]
@@ -178,6 +178,17 @@ def _in_iterations(save_path: Any) -> tuple[Path, list[str]]:
     if path.name == "checkpoint":
         return path.parent, []
     return path, [f"save_path is {save_path}; steps are saved in its folder checkpoint."]
+
+
+def _folder(value: Any) -> Path | str:
+    """``value`` as a path.
+
+    Raises:
+        FormatError: it is none.
+    """
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise FormatError(f"{shown(repr(value))} is not the path of a folder to save in. Name one.")
+    return value
 
 
 def _steps_per_epoch(told: Config) -> tuple[dict[str, int], list[str]]:

@@ -382,6 +382,8 @@ def test_what_is_said_of_seen_data_goes_to_the_resume_point(
         ("resume", {"trainer": {"data_skip_steps": -1}}, "data_skip_steps: -1 is not a number of"),
         ("resume", {"trainer": {"ignore_data_skip": 1}}, "ignore_data_skip: 1 is neither True nor"),
         ("resume", {"trainer": 3}, "trainer: 3 is not a mapping"),
+        ("save", {"output_dir": 3, "checkpoint": {"prefix": "n"}}, "3 is not the path of a folder"),
+        ("save", {"checkpoint": {"prefix": "n", "save_path": "a\0"}}, "is not the path of a fold"),
         (
             "save",
             {"runner_config": {"sink_size": "2"}, "callbacks": [{"type": "CheckpointMonitor"}]},

@@ -290,3 +290,10 @@ def test_the_notes_of_a_configuration_are_those_of_its_strategy(
     ):
         assert said.count(note) == 1
     assert manifest("dp2mp2pp2")["layout"]["layers"] == MODEL["num_layers"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1, 0, True, 1e30, "x", []])
+def test_a_width_of_numbers_that_mean_nothing_is_refused(value: Any) -> None:
+    model = {**MODEL, "intermediate_size": None, "ffn_dim_multiplier": value}
+    with pytest.raises(FormatError, match="not numbers above 0"):
+        mindformers.job_of({"model": {"model_config": model}})
