@@ -189,8 +189,8 @@ def _copies(save: _Save, candidates: Collection[int]) -> list[str]:
     if named is None or len(candidates) < 2 or int(named[1]) not in candidates:
         return []
     return [
-        f"{save.reading.head} is in every rank folder, and by its name the file of rank {named[1]}: "
-        "it is read as a name without a rank. If these are copies of one rank, fetch the others."
+        f"{save.reading.head} is in every rank folder, and by its name the file of rank {named[1]};"
+        " it is read as a name without a rank. If these are copies of one rank, fetch the others."
     ]
 
 
