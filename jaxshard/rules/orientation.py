@@ -36,7 +36,7 @@ class Orientations:
     ) -> None:
         self._matcher, self._shapes = matcher, shapes
         config = text_config(config)
-        self._experts = _numbers(config, EXPERT_COUNTS)[:1]
+        self._experts = _numbers(config, EXPERT_COUNTS)
         self._inner = _numbers(config, _INNER)
         self._embedding = Patterns(rules.embedding)
         self._hidden = _numbers(config, _HIDDEN)[:1]
@@ -55,7 +55,7 @@ class Orientations:
         if len(possible) == 1:
             return spec.turned() if possible.pop() else spec.straight()
         sizes = (
-            f"{shape} with {self._experts[0] if self._experts else 'any number of'} experts, "
+            f"{shape} with {' or '.join(map(str, self._experts)) or 'any number of'} experts, "
             f"hidden size {self._hidden[0] if self._hidden else 'unknown'}, inner size "
             f"{' or '.join(map(str, self._inner)) or 'unknown'}"
         )
@@ -64,7 +64,7 @@ class Orientations:
 
     def _possible(self, shape: Shape, spec: Spec) -> set[bool]:
         """The orders that the sizes allow: as the rule is written, and turned (True)."""
-        if len(shape) != len(spec.dims) or (self._experts and shape[0] != self._experts[0]):
+        if len(shape) != len(spec.dims) or (self._experts and shape[0] not in self._experts):
             return set()
         hidden = self._hidden_size()
         if hidden is None:
