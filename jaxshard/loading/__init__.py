@@ -74,7 +74,8 @@ def load(
     """The tensors of a checkpoint as arrays: ``{name: jax.Array}``, or the tree given as target.
 
     Arrays can be donated, and do not depend on the files (but see ``mmap``). On CPU devices
-    they are the memory that was read into, which replicas share (but see ``owned``).
+    they are the memory that was read into, which replicas share (but see ``owned``); small ones
+    that lie together are copied, so that none keeps the memory of thousands.
 
     Args:
         source: a checkpoint, or its path.

@@ -3,8 +3,8 @@
     file     |abc|def|ghi|         one read for all
     arrays   a  b  c  d  …         one ``device_put`` for all that go to the same devices
 
-Arrays of their own memory are made of what was read, so a bundle's buffer is let go of at once.
-Only tensors whose devices all hold the whole of them, and are this process's, go this way.
+Arrays own their memory, so the buffer of a bundle is freed as soon as they are made. Only tensors
+that every one of their devices holds whole, all devices of this process, go this way.
 """
 
 from __future__ import annotations
