@@ -133,11 +133,12 @@ def load(
             "of their own. Choose one."
         )
     everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
-    together = everyone if balanced else everyone.of(sharers(target, devices))
+    is_asked = everyone.are_several and not balanced
+    together = everyone.of(sharers(target, devices)) if is_asked else everyone
     catalog = _opened_alike(source, strategy, suffix, together)
 
     def compare(wants: Sequence[Want]) -> None:
-        if everyone.are_several and not together.are_several and not balanced:
+        if is_asked and not together.are_several:
             known = everyone.of(of_shardings(want.sharding for want in wants))
             _check_same(catalog, known)  # a function of the name said only now where they go
 
