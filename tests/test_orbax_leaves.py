@@ -174,6 +174,16 @@ def test_orbax_keeps_every_array(place, expected, tmp_path, caplog) -> None:
     assert problem.startswith(f"text: a text in {place}")
 
 
+def test_save_for_orbax_takes_every_dtype_and_files_name_what_they_refuse(tmp_path) -> None:
+    tree = {dtype: the_leaves()["of_jax"][dtype] for dtype in OF_JAX_ALONE}
+    js.save(tree, tmp_path / "out", format="orbax")
+    found = js.load(tmp_path / "out", SingleDeviceSharding(jax.devices()[0]))
+    check(found, {dtype: np.asarray(array) for dtype, array in tree.items()})
+    for dtype, array in tree.items():
+        with pytest.raises(LayoutError, match=rf"w: files have no dtype for {dtype}"):
+            js.save({"w": array}, tmp_path / "files")
+
+
 def test_verify_does_not_speak_for_what_it_left_out(place, expected, tmp_path, capsys) -> None:
     assert checkpoints.run("verify", place) == 0
     said = capsys.readouterr().out
