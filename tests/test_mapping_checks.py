@@ -75,7 +75,7 @@ W = ("w",)
         lambda: Stack("l.{layer}", "l", dim=-1),
         lambda: Stack("l.{layer}", "l", first=-1),
         lambda: Unstack("l", "l.{layer}", count=0),
-        lambda: Dequantize(block=(0, 0)),
+        lambda: Dequantize(block=(0, 1)),
         lambda: Dequantize(block=(4,)),
         lambda: Dequantize(dtype="BF15"),
     ],
@@ -232,6 +232,12 @@ def test_every_operation_is_among_those() -> None:
 # --- what a stranger's config.json says ------------------------------------------------------
 
 
+QUANTIZED = {
+    "a.weight": np.ones((2, 2), ml_dtypes.float8_e4m3fn),
+    "a.weight_scale_inv": np.ones((1, 1), np.float32),
+}
+
+
 def model_of(**config: object) -> Model:
     return Model("deepseek_v3", None, False, {**config_of("deepseek_v3", Sizes()), **config})
 
@@ -277,7 +283,7 @@ def test_absurd_numbers_of_layers_are_refused_and_take_no_time(form) -> None:
     ],
 )
 def test_blocks_of_factors_are_as_said_or_refused(quantization, block) -> None:
-    catalog = Memory({"a.weight_scale_inv": np.ones((1, 1), np.float32)}).catalog
+    catalog = Memory(QUANTIZED).catalog
     object.__setattr__(catalog, "model", model_of(quantization_config=quantization))
     if block is None:
         with pytest.raises(FormatError, match=r"weight_block_size is .*, not two numbers"):
@@ -290,7 +296,7 @@ def test_blocks_of_factors_are_as_said_or_refused(quantization, block) -> None:
 
 @pytest.mark.parametrize("word", ["int8", "float8_e4m3fn", 7, None, "nonsense"])
 def test_a_dtype_that_is_no_float_is_not_what_weights_become(word) -> None:
-    catalog = Memory({"a.weight_scale_inv": np.ones((1, 1), np.float32)}).catalog
+    catalog = Memory(QUANTIZED).catalog
     object.__setattr__(catalog, "model", model_of(dtype=word, torch_dtype="float16"))
     found = dequantized(catalog)
     assert found is not None

@@ -50,8 +50,8 @@ def test_replicas_that_differ_are_named_with_their_files(cut):
     flip(cut[1] / "rank_3" / "checkpoint_rank_3-1_1.safetensors", "lm_head.weight", 5)
     assert js.verify(cut[1]).problems == (
         "lm_head.weight differs between rank_1/checkpoint_rank_1-1_1.safetensors and "
-        "rank_3/checkpoint_rank_3-1_1.safetensors. Fetch both again, or move the wrong one away: one "
-        "replica is enough.",
+        "rank_3/checkpoint_rank_3-1_1.safetensors. Fetch both again, or move the wrong one away: "
+        "one replica is enough.",
     )
 
 
