@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxshard.errors import LayoutError, StorageError
-from jaxshard.storage import linux, staging
+from jaxshard.storage import fs, linux, staging
 from jaxshard.storage.staging import Staging, is_unfinished
 
 OLD = "model.safetensors"  # what an old result is known by
@@ -327,6 +327,38 @@ def test_a_crash_after_one_file_is_published_is_seen_and_tidied(tmp_path, monkey
     assert again.published
     assert place.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_file_published_by_a_link_and_not_yet_unlinked_is_published(tmp_path, monkeypatch, old):
+    """The fall-back without ``renameat2``, killed between its two calls."""
+    place = tmp_path / "out.safetensors"
+    if old:
+        place.write_bytes(b"\nold")
+    made = Staging(place, "request", only="m", overwrite=True)
+    put(made, "m", b"whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "rename_new", lambda a, b: False)
+        patched.setattr(staging, "exchange", lambda a, b: False)
+        patched.setattr(staging, "_swap_in_two_steps", partial_swap)
+        patched.setattr(fs.os, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made.publish()
+    made._release()
+    assert Staging(place, "request", only="m", resume=True, overwrite=True).published
+    assert place.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def partial_swap(base: Path, new: Path, place: Path, kind: str) -> None:
+    """The two steps, without the way back that a killed process does not take."""
+    (base / "replaced").mkdir()
+    os.rename(place, base / "replaced" / new.name)
+    staging.publish_new(new, place)
 
 
 # --- places that cannot be replaced --------------------------------------------------

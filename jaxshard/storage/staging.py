@@ -515,9 +515,11 @@ def settle(base: Path, destination: Path) -> None:
         LayoutError: what was replaced is more than a result, and is in its place again.
         StorageError: it cannot be put there.
     """
+    placing = _read_placing(base)
+    if placing and _is_linked(base / placing.made, destination):
+        os.unlink(base / placing.made)  # published by a link, and killed before this
     for replaced in (base / _REPLACED).glob("*"):
         _settle_two_steps(base, replaced, destination)
-    placing = _read_placing(base)
     if placing is None or not was_placed(base):
         return
     replaced = base / placing.made
@@ -531,6 +533,11 @@ def settle(base: Path, destination: Path) -> None:
         os.rename(replaced, base / _REMOVING)
     with suppress(OSError):  # the result is there; what cannot be deleted is no reason to fail
         delete(base / _REMOVING)
+
+
+def _is_linked(made: Path, destination: Path) -> bool:
+    """Whether the file ``made`` has the name of the destination, too."""
+    return made.is_file() and _identity_of(made) == _identity_of(destination)
 
 
 def _settle_two_steps(base: Path, replaced: Path, destination: Path) -> None:
