@@ -9,7 +9,6 @@ opens no file and does not know what the values mean.
 from __future__ import annotations
 
 import re
-import tomllib
 from functools import cache
 from typing import Any, Final
 
@@ -42,6 +41,8 @@ def parse_toml(text: str, where: str, remedy: str = "Check the file.") -> dict[s
         raise LayoutError(
             f"{where}: {len(text)} characters (expected at most {MAX_TOML_BYTES}). {remedy}"
         )
+    import tomllib  # noqa: PLC0415 - most commands read no TOML
+
     if _LONG_KEY.search(text):
         raise LayoutError(f"{where}: a key with more than {_MAX_DEPTH} parts. {remedy}")
     try:

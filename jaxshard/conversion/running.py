@@ -20,7 +20,6 @@ from ..opening import PathLike
 from ..planning.plan import Plan
 from ..storage import carrying, streams
 from ..storage.budget import Budget, Counts
-from ..storage.checksum_file import add_checksums
 from ..storage.parts import PartStaging
 from ..storage.sources import OpenSource, open_source
 from ..storage.staging import Staging
@@ -208,4 +207,6 @@ def _write_side_files(
     )
     carrying.write_files(prepared.result.side_files.items(), staging.files, staging.sync)
     if prepared.result.checksums:
+        from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
+
         add_checksums(staging.files / prepared.result.extras_to, staging.sync)

@@ -28,7 +28,6 @@ from ..opening import PathLike, opened
 from ..rules import Rules
 from ..selection import chooser, missed, refuse_lost, select, takes_whole, texts
 from ..storage.budget import Counts, default_workers
-from ..storage.checksum_file import check_folder
 from ..storage.identity import check_same, identity
 from ..storage.sources import open_source
 from .balancing import gathered, kept_bytes, spread
@@ -308,6 +307,8 @@ def _check_sums(
         FormatError: a file is not what was saved.
         NotFoundError: there are no checksums beside the files, and some have none in them.
     """
+    from ..storage.checksum_file import check_folder  # noqa: PLC0415 - on request only
+
     paths = [catalog.files[number].path for number in used]
     if catalog.format == "orbax" or check_folder(catalog.root, paths, workers=workers):
         return

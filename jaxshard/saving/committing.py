@@ -15,7 +15,6 @@ from ..catalog import Catalog
 from ..errors import LayoutError, StorageError
 from ..planning.plan import make_plan
 from ..storage.budget import Budget, Counts
-from ..storage.checksum_file import add_checksums
 from ..storage.engine import run
 from ..storage.staging import Staging, real_place, told
 from ..storage.writing import OutputFiles
@@ -148,6 +147,8 @@ def add_files(
             place.write_bytes(data)
             staging.sync(place)
     if checksums:
+        from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
+
         add_checksums(staging.files / extras_to, staging.sync)
 
 

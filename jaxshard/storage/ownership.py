@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,6 +75,8 @@ def _why_not_ours(base: Path) -> str | None:
 
 def _owner_of_new(folder: Path) -> int:
     """Which user owns what is made in ``folder``: NFS may map root to another one."""
+    import tempfile  # noqa: PLC0415 - seldom needed
+
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_uid
 
