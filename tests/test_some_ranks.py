@@ -20,9 +20,11 @@ from processes import answers, run_processes
 
 import jaxshard as js
 from jaxshard import mindformers
+from jaxshard.catalog import Model
 from jaxshard.cli import main
 from jaxshard.errors import CoverageError
 from jaxshard.loading import targeting
+from jaxshard.rules.wholeness import missing_layers
 
 JOB = "dp2mp2pp2"
 STAGES = {0: range(4), 1: range(4, 8)}
@@ -223,3 +225,11 @@ def test_two_servers_load_their_own_ranks_together(tmp_path):
         assert answer["same"]
         assert answer["all here"]
         assert OTHERS[stage] in answer["other layout"]
+
+
+@pytest.mark.parametrize("layers", [2**31, 2**63, 10**30])
+def test_an_absurd_number_of_layers_takes_neither_time_nor_memory(layers):
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    lack = missing_layers(Model("llama", layers), names)
+    assert lack.startswith("layers 2, 3, 4, 5 and ")
+    assert f"{layers - 6} more of {layers}" in lack

@@ -9,11 +9,14 @@ A pipeline stage alone lacks layers at one end, with what lies beyond them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
-from ..errors import LayoutError, NotFoundError, some
+from ..errors import LayoutError, NotFoundError
 from .match import Patterns, template
 from .recognise import knows, rules_for
 from .table import ModelFacts, Rules, numbered
+
+_MOST_LISTED = 4
 
 
 def missing_layers(model: ModelFacts | None, names: Iterable[str]) -> str:
@@ -22,8 +25,13 @@ def missing_layers(model: ModelFacts | None, names: Iterable[str]) -> str:
     if rules is None:
         return ""
     seen, count = _layers(rules, names), _count(rules, model, names)
-    gone = [str(number) for number in range(count) if number not in seen]
-    return f"layers {some(gone, 4)} of {count} are missing" if gone else ""
+    num_gone = count - sum(number < count for number in seen)
+    if not num_gone:
+        return ""
+    # an untrusted config.json may state any number of layers: only the first few are listed
+    first = islice((str(n) for n in range(count) if n not in seen), _MOST_LISTED)
+    more = f" and {num_gone - _MOST_LISTED} more" if num_gone > _MOST_LISTED else ""
+    return f"layers {', '.join(first)}{more} of {count} are missing"
 
 
 def _rules(model: ModelFacts | None, names: list[str]) -> tuple[Rules | None, list[str]]:
