@@ -346,7 +346,7 @@ def test_every_restore_beside_a_process_that_saves_gives_one_whole_step(tmp_path
             program,
             tmp_path,
             "--format=ranks,iteration,huggingface",
-            "--restores=60",
+            "--restores=25",
             *options,
         ],
         capture_output=True,
@@ -356,8 +356,8 @@ def test_every_restore_beside_a_process_that_saves_gives_one_whole_step(tmp_path
         timeout=120,
     )
     for found in json.loads(done.stdout).values():
-        assert found["answers"] == {"good": 60}
-        assert found["saved"] > 2
+        assert found["answers"] == {"good": 25}
+        assert found["saved"] > 1
 
 
 # --- readers and the lock ------------------------------------------------------------------------

@@ -47,6 +47,15 @@ _TEXTS = (
     b"[1,2",
     b'{"a":1,"a":2}',
 )
+_CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2,
+    "tie_word_embeddings": False, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 4,
+    "num_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 8, "torch_dtype": "bfloat16",
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+    "text_config": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16},
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "bits": 8},
+}  # fmt: skip
 _YAML = """\
 load_checkpoint: ./src
 auto_trans_ckpt: True
@@ -112,12 +121,14 @@ def make_cases(folder: Path) -> list[Case]:
     """Write the valid inputs below ``folder``; one case for each text in them."""
     source = folder / "hf"
     checkpoints.write_llama(source, num_files=2)
+    (source / "config.json").write_text(json.dumps(_CONFIG))
     made = {"hf": source}
     for name, to, options in (
         ("iteration", "dp1mp2", {"format": "iteration"}),
         ("unified", "full", {"format": "unified"}),
         ("ranks", "dp1mp2pp2", {}),
         ("layout", "dp1mp2", {"include": ["q_proj"], "names": None}),
+        ("named", "full", {"names": "llama-hf:llama-mindformers"}),
     ):
         made[name] = folder / name
         js.convert(source, made[name], to, durable=False, **options)
@@ -145,6 +156,8 @@ def _opening(place: Path, folder: Path) -> Callable[[], object]:
     def decode() -> object:
         catalog = js.open(place)
         js.plan(catalog, "dp1mp2")
+        if place.name == "hf":
+            js.plan(catalog, "pp2", names="auto:mindformers")
         return js.plan(catalog, "dp1mp2", format="iteration")
 
     return decode

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from ..catalog import Model, Tensor
 from ..errors import LayoutError
+from ..rules.modalities import text_type
 from .adapters import Adapter
 from .base_names import BaseNames
 
@@ -72,8 +73,7 @@ class Parameter:
             return made != self.shape
         if given is not None:
             return given
-        text = model.config.get("text_config")
-        kinds = {model.type, text.get("model_type") if isinstance(text, Mapping) else None}
+        kinds = {model.type, text_type(model.config)}
         if kinds == {None}:
             notes.append(
                 f"{self.name}: its matrices are square, and are taken as (out, in); give "

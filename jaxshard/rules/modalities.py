@@ -48,6 +48,16 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def text_type(config: Mapping[str, Any]) -> str | None:
+    """Return the ``model_type`` of the text model that ``config.json`` names, if it is a text.
+
+    >>> text_type({"text_config": {"model_type": "gemma3_text"}}), text_type({"model_type": []})
+    ('gemma3_text', None)
+    """
+    kind = text_config(config).get("model_type")
+    return kind if isinstance(kind, str) and kind else None
+
+
 def text_root(names: Iterable[str]) -> str | None:
     """What the names of a text model's layers and embedding begin with; None if unknown.
 

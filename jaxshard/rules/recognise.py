@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..errors import NotFoundError, some
 from .families import FAMILIES, MODEL_TYPES
 from .match import Matcher, Patterns, template, weight_name
-from .modalities import text_config, towers
+from .modalities import text_type, towers
 from .table import BUFFER, ModelFacts, Rules, numbered
 
 _ENOUGH = 0.5  # of the kinds of names; what is left over is then reported name by name
@@ -63,8 +63,7 @@ def _types(model: ModelFacts | None) -> list[str]:
     """The types that ``config.json`` gives: the model's, and that of its text part."""
     if model is None:
         return []
-    kinds = (model.type, text_config(model.config).get("model_type"))
-    return [kind for kind in dict.fromkeys(kinds) if isinstance(kind, str) and kind]
+    return [kind for kind in dict.fromkeys((model.type, text_type(model.config))) if kind]
 
 
 def knows(rules: Rules, names: Iterable[str]) -> bool:

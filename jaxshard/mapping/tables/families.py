@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import FormatError, NotFoundError
 from ...rules import ModelFacts
-from ...rules.modalities import text_config
+from ...rules.modalities import text_config, text_type
 
 LAYER = "model.layers.{layer}."
 
@@ -246,8 +246,8 @@ def facts_of(model: ModelFacts | None, family: str | None, prefixed: bool = True
     """
     config = model.config if model else {}
     inner = text_config(config)
-    text = inner.get("model_type")
-    kind = family or (model.type if model else None) or (text if isinstance(text, str) else None)
+    text = text_type(config)
+    kind = family or (model.type if model else None) or text
     if kind is None:
         raise NotFoundError(
             "the model's family is not known, for there is no config.json with a model_type. "
