@@ -6,7 +6,7 @@ for each of these calls and for both moments, before it and after it, a child is
 Afterwards the destination must hold the old result or the new one, whole, and the same command
 again must complete, or say truly that the result exists or how to go on; nothing is left behind.
 
-    python tests/publishing_kills.py DIR [--only SCENARIO …] [--every N] [--twice N] [--broken]
+    python tests/publishing_kills.py DIR [--only SCENARIO …] [--every N] [--twice N]
 
 ``--every`` takes each N-th call only; ``--twice`` kills N runs that recover from a kill as well.
 A fork costs milliseconds: no device is awake, and a conversion does not even import JAX.

@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
-from test_bundles import array, same, write
+from tiny_arrays import array, same, write
 
 import jaxshard as js
 from jaxshard.loading import small

@@ -1,6 +1,6 @@
 """Restores in one process while another saves and removes steps in the same run.
 
-    python tests/training_beside.py DIR --format ranks,orbax --restores 1000 [--keep 1] [--again]
+    python tests/training_beside.py DIR --format ranks,orbax --restores 1000 [--again]
 
 The saving process keeps ``--keep`` steps, so there is a complete one at all times; with
 ``--again`` it goes back every few steps, and saves the same names with other contents. Every

@@ -6,7 +6,7 @@ done; it is killed at a random moment: while it restores, saves, or removes. The
 step must be at least the last one that was said to be done, and be bit for bit the state of that
 step.
 
-    python tests/training_kills.py DIR --format ranks --kills 20 --seed 1 [--async] [--broken]
+    python tests/training_kills.py DIR --format ranks --kills 20 --seed 1 [--async]
 
 ``--slow`` takes a while for each file that is removed, so that kills hit removals often.
 
