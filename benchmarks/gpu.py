@@ -38,10 +38,10 @@ from measure import Sample
 from models import SMOKE, Llama, write_llama
 
 import jaxshard as js
-from jaxshard.loading import load
-from jaxshard.saving import save
+from jaxshard.loader import load
+from jaxshard.resharding import gather
+from jaxshard.saver import save
 from jaxshard.training import CheckpointManager
-from jaxshard.transfer import gather
 
 Tree = Mapping[str, jax.Array]
 

@@ -27,13 +27,13 @@ Loader = Callable[[Path, Shardings], Mapping[str, jax.Array]]
 
 
 def ours(folder: Path, shardings: Shardings) -> Mapping[str, jax.Array]:
-    from jaxshard.loading import load
+    from jaxshard.loader import load
 
     return jax.block_until_ready(load(folder, dict(shardings)))
 
 
 def ours_in_place(folder: Path, shardings: Shardings) -> Mapping[str, jax.Array]:
-    from jaxshard.loading import load
+    from jaxshard.loader import load
 
     return jax.block_until_ready(load(folder, dict(shardings), mmap=True))
 
@@ -292,8 +292,8 @@ NOT_TRIED: Mapping[str, str] = {
 
 #: What each imports; done before the clock starts.
 MODULES: Mapping[Loader, tuple[str, ...]] = {
-    ours: ("jaxshard.loading",),
-    ours_in_place: ("jaxshard.loading",),
+    ours: ("jaxshard.loader",),
+    ours_in_place: ("jaxshard.loader",),
     orbax_safetensors: ("orbax.checkpoint.experimental.v1",),
     orbax_native: ("orbax.checkpoint",),
     tensorstore_ranges: ("tensorstore",),

@@ -77,7 +77,7 @@ def child(kind: str, folder: Path, repeats: int, *, check: bool) -> None:
     """Load ``folder`` and print what it took."""
     import jax
 
-    from jaxshard.loading import load
+    from jaxshard.loader import load
 
     model = _model_of(folder)
     names = fused(model) if kind == "mapped" else None

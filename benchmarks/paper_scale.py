@@ -23,13 +23,13 @@ from statistics import median
 from deepseek import SMOKE, DeepSeek, write_deepseek
 
 import jaxshard as js
-from jaxshard.catalog import Catalog
-from jaxshard.layout import Layout, Placement
-from jaxshard.multiprocess.splitting import cut_by_replicas, split_outputs
+from jaxshard.conversion.targets import lay_out_for
+from jaxshard.core.catalog import Catalog
+from jaxshard.core.layout import Layout, Placement
+from jaxshard.core.strategy import Strategy
+from jaxshard.distributed.partition import cut_by_replicas, split_outputs
 from jaxshard.planning.outputs import Outputs, arrange
 from jaxshard.planning.plan import make_plan
-from jaxshard.strategy import Strategy
-from jaxshard.targets import lay_out_for
 
 MB = 1e6
 

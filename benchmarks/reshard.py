@@ -175,7 +175,7 @@ def link_bytes(before: dict, after: dict, scale: int) -> dict:
     """Bytes that must go from one device to another, by (source, target)."""
     import numpy as np
 
-    from jaxshard.transfer.geometry import Move, pieces
+    from jaxshard.resharding.geometry import Move, pieces
 
     found = defaultdict(int)
     for name, (shape, _) in tensors(scale).items():
@@ -223,7 +223,7 @@ def method_of(method: str, tree: dict, before: dict, after: dict, scale: int):
     import jax
     import numpy as np
 
-    import jaxshard.transfer as js
+    import jaxshard.resharding as js
 
     if method in OURS:
         t0 = time.perf_counter()
@@ -256,16 +256,16 @@ def timed(run, tree: dict):
 
 def idle_seconds(run, tree: dict) -> float:
     """Seconds of a repeated call in which no thread is copying; the median of five."""
-    from jaxshard.transfer import host_views
+    from jaxshard.resharding import cpu_route
 
-    copy, spans = host_views._copy, []
+    copy, spans = cpu_route._copy, []
 
     def watched(copies) -> None:
         t0 = time.perf_counter()
         copy(copies)
         spans.append((t0, time.perf_counter()))
 
-    host_views._copy = watched
+    cpu_route._copy = watched
     idle = []
     for _ in range(5):
         source = fresh(tree)
@@ -278,7 +278,7 @@ def idle_seconds(run, tree: dict) -> float:
             busy += max(b - max(a, busy_until), 0.0)
             busy_until = max(busy_until, b)
         idle.append(t1 - t0 - busy)
-    host_views._copy = copy
+    cpu_route._copy = copy
     return statistics.median(idle)
 
 
@@ -485,7 +485,7 @@ def stress(scale: int, layers: int, runs: int) -> None:
     """
     import jax
 
-    import jaxshard.transfer as js
+    import jaxshard.resharding as js
 
     want = wanted(scale)
     with every_cpu_busy() as num_busy:
@@ -618,7 +618,7 @@ def check_on(devices: list, side: int) -> None:
     import numpy as np
     from jax.sharding import SingleDeviceSharding
 
-    import jaxshard.transfer as js
+    import jaxshard.resharding as js
 
     seconds = defaultdict(list)
     ends = ends_over(devices)

@@ -71,8 +71,8 @@ def _anon() -> int:
 def compare(scratch: Path, model: Llama, rounds: int) -> dict[str, Any]:
     """Medians of saving and of copying, and their ratios."""
     from jaxshard.api import verify
-    from jaxshard.loading import load
-    from jaxshard.saving import save
+    from jaxshard.loader import load
+    from jaxshard.saver import save
 
     source, saved, copied = scratch / "source", scratch / "saved", scratch / "copied"
     write_llama(source, model)

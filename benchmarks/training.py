@@ -42,14 +42,13 @@ from measure import Sample
 from models import SMOKE, Llama, write_llama
 
 import jaxshard as js
-from jaxshard.loading import load
-from jaxshard.storage.budget import default_budget
+from jaxshard.loader import load
+from jaxshard.storage.resources import default_budget
 from jaxshard.training import CheckpointManager, checksums
-from jaxshard.training.examining import check_sums
-from jaxshard.training.opening_steps import open_step
-from jaxshard.training.places import Places
-from jaxshard.training.snapshots import Snapshot
-from jaxshard.training.states import as_array, take_apart
+from jaxshard.training.open_step import check_sums, open_step
+from jaxshard.training.run_directory import Places
+from jaxshard.training.snapshot import Snapshot
+from jaxshard.training.state import as_array, take_apart
 from jaxshard.training.steps import find_steps
 
 MODEL = Llama(layers=12, hidden=1024, intermediate=2816, vocab=16000, heads=16, kv_heads=8)
@@ -253,19 +252,19 @@ def _by_cpu(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
 
 def _beyond_the_load(manager: CheckpointManager, target: object) -> float:
     """Seconds that a restore takes for anything but the load: found by leaving the load out."""
-    from jaxshard.training import filling  # noqa: PLC0415
+    from jaxshard.training import restore_state  # noqa: PLC0415
 
-    kept = filling.load
+    kept = restore_state.load
     given = {
         leaf.name: leaf.value
         for leaf in take_apart(target).leaves
         if isinstance(leaf.value, jax.ShapeDtypeStruct)
     }
-    filling.load = lambda catalog, structs, **how: {name: given[name] for name in structs}
+    restore_state.load = lambda catalog, structs, **how: {name: given[name] for name in structs}
     try:
         samples = [timed(lambda: manager.restore(target)) for _ in range(5)]
     finally:
-        filling.load = kept
+        restore_state.load = kept
     return round(median(s.wall_s for s in samples), 4)
 
 

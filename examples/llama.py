@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxshard as js
-from jaxshard.devices import stage_meshes
+from jaxshard.devices.mesh import stage_meshes
 from jaxshard.mapping import Fuse, Stack, Transpose
 from jaxshard.rules import split_layers
 

@@ -37,8 +37,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama import Config, head, layer
 
 import jaxshard as js
-from jaxshard.devices import stage_meshes
-from jaxshard.on_devices import strategy_shardings
+from jaxshard.devices.mesh import stage_meshes
+from jaxshard.devices.rule_shardings import strategy_shardings
 from jaxshard.rules import split_layers
 from jaxshard.training import CheckpointManager
 

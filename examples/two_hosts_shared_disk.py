@@ -24,7 +24,7 @@ import numpy as np
 import safetensors.numpy
 
 if TYPE_CHECKING:
-    from jaxshard.storage.budget import Counts
+    from jaxshard.storage.resources import Counts
 
 HOSTS, DEVICES = 2, 4  # four devices each
 

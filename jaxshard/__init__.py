@@ -14,38 +14,38 @@ first used.
 
 from __future__ import annotations
 
-from .lazily import fetching
+from .core.lazy_imports import fetching
 
 _HOME = {
-    "Catalog": "catalog",
+    "Catalog": "core.catalog",
     "CheckpointManager": "training",
     "CoverageError": "errors",
     "FormatError": "errors",
     "JaxshardError": "errors",
-    "Layout": "layout",
+    "Layout": "core.layout",
     "Mapping": "mapping",
     "LayoutError": "errors",
     "NotFoundError": "errors",
     "Options": "conversion.options",
-    "Placement": "layout",
+    "Placement": "core.layout",
     "Rules": "rules",
     "StorageError": "errors",
-    "Strategy": "strategy",
+    "Strategy": "core.strategy",
     "convert": "api",
     "gather": "api",
-    "load": "loading",
-    "load_rank": "rank_share",
+    "load": "loader",
+    "load_rank": "conversion.load_rank",
     "merge": "api",
     "merge_lora": "lora",
-    "mesh": "devices",
+    "mesh": "devices.mesh",
     "open": "api",
     "plan": "api",
     "prepare_reshard": "api",
     "read_rules": "rules",
     "reshard": "api",
-    "save": "saving",
+    "save": "saver",
     "slice": "api",
-    "stage_meshes": "devices",
+    "stage_meshes": "devices.mesh",
     "verify": "api",
 }
 

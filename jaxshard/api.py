@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from .catalog import Catalog
+from .conversion.execute import Report, execute
+from .conversion.open import PathLike, open_checkpoint, opened
 from .conversion.options import Options, budget_of, with_given
-from .conversion.preparing import fitted, prepare
-from .conversion.running import Report, execute
-from .layout import Layout
-from .notes import log_notes, with_notes_logged
-from .opening import PathLike, open_checkpoint, opened
+from .conversion.prepare import fitted, prepare
+from .conversion.verify import Verdict, verify_against
+from .conversion.verify import verify as verify_alone
+from .core.catalog import Catalog
+from .core.layout import Layout
+from .core.notes import log_notes, with_notes_logged
+from .core.strategy import Strategy
 from .planning.plan import Plan
 from .rules import Rules
-from .strategy import Strategy
-from .verification import Verdict, verify_against
-from .verification import verify as verify_alone
 
 To = str | PathLike | Strategy | Layout
 _DEFAULT = Options()
@@ -128,10 +128,11 @@ def reshard(
         LayoutError: the target cannot hold an array, or a device is not there.
         NotFoundError: the target does not name some arrays.
     """
-    from . import on_devices, transfer  # noqa: PLC0415 - JAX, only where devices are used
+    from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
+    from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = on_devices.target_of(tree, target, devices=devices, rules=rules)
-    return transfer.reshard(
+    wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
+    return resharding.reshard(
         tree, wanted, donate=donate, copy=copy, device_bytes=device_bytes, route=route
     )
 
@@ -152,10 +153,11 @@ def prepare_reshard(
     Call it every step with such a tree; print its ``plan``. Arguments and errors as ``reshard``.
     Where the step donates what it was given, as training steps do, ask for ``copy=True``.
     """
-    from . import on_devices, transfer  # noqa: PLC0415 - JAX, only where devices are used
+    from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
+    from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = on_devices.target_of(tree, target, devices=devices, rules=rules)
-    return transfer.prepare_reshard(
+    wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
+    return resharding.prepare_reshard(
         tree, wanted, donate=donate, copy=copy, device_bytes=device_bytes, route=route
     )
 
@@ -170,6 +172,6 @@ def gather(
     Raises:
         LayoutError: both a device and the host are asked for.
     """
-    from . import transfer  # noqa: PLC0415 - JAX, only where devices are used
+    from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
 
-    return transfer.gather(tree, device, host=host, from_processes=from_processes)
+    return resharding.gather(tree, device, host=host, from_processes=from_processes)

@@ -17,7 +17,9 @@ def found():
 
 @pytest.mark.parametrize("part", sorted(PROMISED))
 def test_what_users_rely_on_stays_as_it_is(found, part):
-    assert found[part] == PROMISED[part], "deliberate? Run: python tests/contract.py --write"
+    assert found[part] == PROMISED[part], (
+        "deliberate? Run: python tests/support/contract.py --write"
+    )
 
 
 def test_no_part_of_the_contract_is_unknown(found):

@@ -19,14 +19,14 @@ from test_mapping import FUSED
 from test_mapping import model as mapped_model
 
 import jaxshard as js
-from jaxshard.catalog import Tensor
-from jaxshard.dtypes import in_units
+from jaxshard.core.catalog import Tensor
+from jaxshard.core.dtypes import in_units
+from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import CoverageError, LayoutError
-from jaxshard.layout import Layout, Placement
 from jaxshard.planning.outputs import Outputs, arrange
 from jaxshard.planning.plan import Plan, make_plan
-from jaxshard.storage import engine, streams
-from jaxshard.storage.budget import Budget, Counts
+from jaxshard.storage import engine, file_to_file
+from jaxshard.storage.resources import Budget, Counts
 
 COUNTED = tuple(f.name for f in fields(Counts))
 FEW, MANY = settings(max_examples=50), settings(max_examples=250)
@@ -107,14 +107,14 @@ class Carried:
 @pytest.fixture(autouse=True, scope="module")
 def even_short_rows_are_scattered():
     """The streams leave rows as short as these to the engine, were they not told otherwise."""
-    before, streams._LEAST_RUN = streams._LEAST_RUN, 1
-    streams._legs.cache_clear()
+    before, file_to_file._LEAST_RUN = file_to_file._LEAST_RUN, 1
+    file_to_file._legs.cache_clear()
     yield
-    streams._LEAST_RUN = before
-    streams._legs.cache_clear()
+    file_to_file._LEAST_RUN = before
+    file_to_file._legs.cache_clear()
 
 
-ways = st.sampled_from([engine, streams])
+ways = st.sampled_from([engine, file_to_file])
 
 
 def planned(
@@ -197,7 +197,7 @@ def test_what_is_bundled_gets_where_it_should_and_is_counted(model, drop, lean, 
     block=st.sampled_from([64, 1024, MB]),
     tile=st.sampled_from([64, 96, 512, 8 * MB]),
     seed=st.integers(0, 9),
-    by=st.sampled_from([engine, streams]),
+    by=st.sampled_from([engine, file_to_file]),
 )
 def test_the_plan_knows_the_numbers_of_a_mapped_run(dtype, ways, dim, block, tile, seed, by):
     """Fused, transposed and stacked: what is read in tiles is counted in the same tiles."""

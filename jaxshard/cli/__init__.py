@@ -1,4 +1,4 @@
-"""The command line: arguments in, a report out, an exit status that says who must act.
+"""The command line: parses arguments, runs one command, returns its exit status.
 
 Answers go to standard output, progress and errors to standard error. Exit status:
 0 done · 2 the request · 3 the checkpoint · 4 the disk · 1 a bug, with its traceback.

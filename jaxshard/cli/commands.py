@@ -1,4 +1,4 @@
-"""The commands: what each word of the command line does. The grammar is ``parsing``'s."""
+"""Commands of the command line; the grammar is in ``parsing``."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import picture
-from ..catalog import Catalog
+from ..conversion.execute import Report, execute
+from ..conversion.open import open_checkpoint
 from ..conversion.options import Options, budget_of, chosen_part
-from ..conversion.preparing import Prepared, fitted, part_plan, prepare
-from ..conversion.running import Report, execute
-from ..decoders import MAX_TOML_BYTES
+from ..conversion.prepare import Prepared, fitted, part_plan, prepare
+from ..core.catalog import Catalog
+from ..core.decoders import MAX_TOML_BYTES
+from ..distributed.environment import part_of
 from ..errors import LayoutError, some
-from ..formats.huggingface_files import parse_size
-from ..multiprocess.environment import part_of
-from ..opening import open_checkpoint
+from ..formats.huggingface import parse_size
+from ..planning import pictures
 from ..rules import Rules, read_rules
 from ..storage.text_files import read_bytes, read_text
 from .output import write, write_json
 
 if TYPE_CHECKING:
-    from ..verification import Verdict
+    from ..conversion.verify import Verdict
 
 _MAX_KEY_BYTES = 4096
 _PROBLEM = 3  # the exit status of a checkpoint that is not right
@@ -39,9 +39,9 @@ def inspect(a: Namespace) -> int:
     if a.json:
         write_json(_catalog_facts(catalog))
     elif not a.quiet:
-        write(picture.catalog_text(catalog))
+        write(pictures.catalog_text(catalog))
         if a.tensors:
-            write("\n" + picture.tensor_table(catalog.tensors.values()))
+            write("\n" + pictures.tensor_table(catalog.tensors.values()))
     return 0
 
 
@@ -75,8 +75,8 @@ def verify(a: Namespace) -> int:
             + ("is compared as one checkpoint" if a.against else "is the directory of none")
             + ". Leave it out: of a checkpoint, all that is stored twice is read anyway."
         )
-    from ..verification import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
-    from ..verification import verify_against  # noqa: PLC0415
+    from ..conversion.verify import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
+    from ..conversion.verify import verify_against  # noqa: PLC0415
 
     budget = budget_of(_options(a))
     catalog = _source(a)
@@ -114,7 +114,7 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
         )
     elif not a.quiet:
         head = ("step", "number", "state", "format", "size", "age", "")
-        write(picture.table(head, listing.rows(steps, picture.size, listing.clock())))
+        write(pictures.table(head, listing.rows(steps, pictures.size, listing.clock())))
         write(listing.verdict(best, deep=deep))
         newest = os.path.join(a.source, "checkpoint")
         if a.command == "verify" and os.path.isdir(newest):
@@ -143,7 +143,7 @@ def lora(a: Namespace) -> int:
 
 def decrypt(a: Namespace) -> int:
     """Make a plain file of an encrypted one."""
-    from ..conversion.decryption import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
+    from ..conversion.decrypt import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
 
     key = read_bytes(a.key_file, _MAX_KEY_BYTES, f"--key-file {a.key_file}")
     key = key.removesuffix(b"\n")  # as editors and echo leave it
@@ -151,7 +151,7 @@ def decrypt(a: Namespace) -> int:
     if a.json:
         write_json({"destination": str(place), "num_bytes": place.stat().st_size})
     elif not a.quiet:
-        write(f"{place}: {picture.size(place.stat().st_size)}, decrypted")
+        write(f"{place}: {pictures.size(place.stat().st_size)}, decrypted")
     return 0
 
 
@@ -268,7 +268,7 @@ def _show_plan(prepared: Prepared, a: Namespace) -> int:
             }
         )
     elif not a.quiet:
-        write(picture.plan_text(made))
+        write(str(made))
     return 0
 
 
@@ -281,25 +281,25 @@ def _show_verdict(verdict: Verdict, a: Namespace) -> int:
         for problem in verdict.problems:
             write(problem)
         compared = (
-            f", {picture.size(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
+            f", {pictures.size(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
         )
         outcome = "all is well"
         if verdict.problems:
-            outcome = picture.count(len(verdict.problems), "problem")
+            outcome = pictures.count(len(verdict.problems), "problem")
         elif verdict.unchecked:
             outcome = f"no problem; not checked: {some(verdict.unchecked)}"
-        write(f"{picture.count(verdict.num_tensors, 'tensor')}{compared}: {outcome}")
+        write(f"{pictures.count(verdict.num_tensors, 'tensor')}{compared}: {outcome}")
     return _PROBLEM if verdict.problems else 0
 
 
 def _report_text(report: Report) -> str:
     c = report.counts
     lines = [
-        f"{report.destination}: {picture.count(report.num_files, 'file')} with "
-        f"{picture.size(c.bytes_written)} written, {picture.size(c.bytes_read)} read"
+        f"{report.destination}: {pictures.count(report.num_files, 'file')} with "
+        f"{pictures.size(c.bytes_written)} written, {pictures.size(c.bytes_read)} read"
     ]
     if report.skipped_files:
-        lines.append(f"finished before: {picture.count(report.skipped_files, 'file')}")
+        lines.append(f"finished before: {pictures.count(report.skipped_files, 'file')}")
     if not report.is_published:
         lines.append(f"{report.part} is done; the result appears when all others are")
     lines += [f"note: {note}" for note in report.notes]

@@ -1,4 +1,4 @@
-"""The demo: the whole job on one checkpoint, checked bit for bit.
+"""The demo: convert, load, reshard, save and verify one checkpoint, bit for bit.
 
 Cut a checkpoint into ranks, re-cut it, load it onto eight devices, reshard it there,
 save it, merge everything back, and compare each result with the original.
@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import picture
 from ..api import convert, merge, slice, verify
-from ..catalog import Catalog
+from ..conversion.load_rank import load_rank
+from ..conversion.open import open_checkpoint
 from ..conversion.options import Options
-from ..dtypes import dtype
+from ..core.catalog import Catalog
+from ..core.dtypes import dtype
 from ..errors import CoverageError, LayoutError, StorageError, some
 from ..formats.safetensors import layout_file
-from ..opening import open_checkpoint
-from ..rank_share import load_rank
+from ..planning import pictures
 from .output import write_json
 
 _LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
@@ -44,7 +44,7 @@ def run_demo(
     with _workplace(keep) as place:
         source = Path(path) if path else _make_llama(place / "llama")
         catalog = open_checkpoint(source)
-        say(picture.catalog_text(catalog))
+        say(pictures.catalog_text(catalog))
         steps = [*_on_files(catalog, place, say), *_on_devices(catalog, place, say)]
         say(
             "\nevery result equals the original, bit for bit"
@@ -77,8 +77,8 @@ def _on_devices(
     import jax  # noqa: PLC0415 - the file-to-file part needs none
 
     from ..api import reshard  # noqa: PLC0415
-    from ..loading import load  # noqa: PLC0415
-    from ..saving import save  # noqa: PLC0415
+    from ..loader import load  # noqa: PLC0415
+    from ..saver import save  # noqa: PLC0415
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)

@@ -1,4 +1,4 @@
-"""Parsing: the grammar of the command line, and what ``--help`` says.
+"""The grammar of the command line and its help texts.
 
 Nothing of what the commands do is imported here, so that ``--help`` is quick.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..formats.known import FORMATS
+from ..formats.registry import FORMATS
 
 _DESTINATION = "the folder to make; or one file: out.safetensors, out.ckpt"
 _EXAMPLES = """\

@@ -1,4 +1,4 @@
-"""The commands about strategy files: show, merge and make them. The grammar is ``parsing``'s."""
+"""The ``strategy`` commands: show, merge and make strategy files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..catalog import Catalog
-from ..conversion.running import refuse_inside
+from ..conversion.execute import refuse_inside
+from ..conversion.open import open_checkpoint, strategy_place
+from ..conversion.targets import lay_out_for
+from ..core.catalog import Catalog
+from ..core.layout import Layout
+from ..core.strategy import Strategy
 from ..errors import LayoutError, NotFoundError, some
 from ..formats import layout_file, model_shapes, strategy_files
-from ..formats.mindspore_kinds import WEIGHTS, kind_of
+from ..formats.sniff import WEIGHTS, kind_of
 from ..formats.strategy_files import Strategies
-from ..layout import Layout
-from ..opening import open_checkpoint, strategy_place
 from ..rules.match import weight_name
 from ..storage.local import LocalFolder
-from ..storage.staging import Staging, told
-from ..strategy import Strategy
-from ..targets import lay_out_for
+from ..storage.transaction import Staging, told
 from . import strategy_picture
 from .commands import read_rules_file
 from .output import write, write_json

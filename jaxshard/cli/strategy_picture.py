@@ -1,4 +1,4 @@
-"""What strategy files say, as a person reads it: tables of cuts, pictures of who holds what.
+"""Strategy files as text: tables of cuts and drawings of which rank holds what.
 
     stages  tensors  name                                device matrix  tensor map  optimizer  parts
     0             4  model.layers.#.attention.wq.weight  4×2            0,-1        2 ways     4×1
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from .. import picture
+from ..core.layout import Placement
 from ..errors import LayoutError
 from ..formats import strategy_files
 from ..formats.strategy_files import ParamLayout, Strategies
-from ..layout import Placement
+from ..planning import pictures
 from ..rules.match import template
 
 Named = tuple[int, str, ParamLayout]
@@ -33,7 +33,7 @@ def text(path: str, strategies: Strategies, chosen: list[Named], *, one_by_one: 
         _table(chosen) if one_by_one else _table_of_kinds(chosen),
     ]
     for title, placement, shape in _pictures(chosen):
-        lines += ["", picture.held_by(title, placement, shape)]
+        lines += ["", pictures.held_by(title, placement, shape)]
     missing = [str(n) for n in range(strategies.num_stages) if n not in stages]
     if missing:
         lines.append(f"note: the strategy of stage {', '.join(missing)} is not here.")
@@ -42,7 +42,7 @@ def text(path: str, strategies: Strategies, chosen: list[Named], *, one_by_one: 
 
 def _table(chosen: list[Named]) -> str:
     rows = [[number, name, *_columns(param)] for number, name, param in chosen]
-    return picture.table(["stage", "tensor", *_HEAD], rows)
+    return pictures.table(["stage", "tensor", *_HEAD], rows)
 
 
 _HEAD = ("device matrix", "tensor map", "optimizer", "parts")
@@ -58,7 +58,7 @@ def _table_of_kinds(chosen: list[Named]) -> str:
         [", ".join(map(str, sorted(seen))), f"{count:,}", kind, *_columns(param)]
         for (kind, param), (seen, count) in kinds.items()
     ]
-    return picture.table(["stages", "tensors", "name", *_HEAD], rows)
+    return pictures.table(["stages", "tensors", "name", *_HEAD], rows)
 
 
 def _columns(param: ParamLayout) -> tuple[str, str, str, str]:
@@ -119,4 +119,4 @@ def placed_text(placed: Iterable[tuple[str, Placement]], *, one_by_one: bool) ->
         key = (name if one_by_one else template(name), str(placement))
         kinds[key] = kinds.get(key, 0) + 1
     rows = [[f"{count:,}", name, where] for (name, where), count in kinds.items()]
-    return picture.table(["placed", "name", "spec, axes and first rank"], rows)
+    return pictures.table(["placed", "name", "spec, axes and first rank"], rows)

@@ -1,4 +1,4 @@
-"""Options: how a conversion runs, which changes nothing of its result."""
+"""Execution options of a conversion, which do not change its result."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ..catalog import Catalog
-from ..multiprocess.environment import part_of
-from ..multiprocess.splitting import Part
-from ..planning.blocks import BLOCK_BYTES
+from ..core.catalog import Catalog
+from ..distributed.environment import part_of
+from ..distributed.partition import Part
+from ..planning.copies import BLOCK_BYTES
 from ..planning.plan import block_bytes_for
-from ..storage.budget import Budget, default_budget, default_workers, fit_budget
+from ..storage.resources import Budget, default_budget, default_workers, fit_budget
 
 
 @dataclass(frozen=True)

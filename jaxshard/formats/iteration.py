@@ -1,4 +1,4 @@
-"""Checkpoint 2.0 folders of MindFormers: files of shards, and one file that says where each is.
+"""Checkpoint 2.0 folders of MindFormers: shard files and ``metadata.json``.
 
     latest_checkpointed_iteration.txt            "10"
     iteration_00000010/
@@ -18,17 +18,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..catalog import Catalog, File, Piece, Tensor
+from ..core.catalog import Catalog, File, Piece, Tensor
+from ..core.layout import Layout, Placement
 from ..errors import FormatError, NotFoundError, shown, some
-from ..layout import Layout, Placement
 from ..rules.match import weight_name
 from . import huggingface
-from .folder import Folder
 from .iteration_metadata import Described, parse
 from .iteration_names import COMMON, METADATA
-from .job_numbers import job_numbers
+from .reader import Folder
 from .safetensors import Entry, read_header
 from .strict_json import FETCH, parse_object
+from .training_scalars import job_numbers
 
 _MAX_METADATA_BYTES = 1 << 28  # a thousand tensors on a thousand ranks, with all copies
 _MAX_COMMON_BYTES = 1 << 20

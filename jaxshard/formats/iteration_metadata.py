@@ -1,4 +1,4 @@
-"""The ``metadata.json`` of a Checkpoint 2.0 folder: what it says, and how to say it.
+"""The ``metadata.json`` of a Checkpoint 2.0 folder: reader and writer.
 
     {"state_dict_metadata": {name: {"properties", "global_shape", "axis_fragmentations",
                                     "layout", "chunk"}},
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, NoReturn
 
-from ..box import Box
-from ..catalog import Tensor
-from ..dtypes import DType
+from ..core.box import Box
+from ..core.catalog import Tensor
+from ..core.dtypes import DType
+from ..core.layout import Placement, Shard
 from ..errors import FormatError, LayoutError, shown
-from ..layout import Placement, Shard
 from .mindspore_ckpt import TENSOR_TYPES
 from .strict_json import FETCH
 

@@ -1,4 +1,4 @@
-"""The names of files in Checkpoint 2.0 folders: enough to know one when it is seen.
+"""File names of Checkpoint 2.0 folders.
 
     latest_checkpointed_iteration.txt            "10"
     iteration_00000010/metadata.json
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .folder import Folder
+from .reader import Folder
 
 METADATA, COMMON, TRACKER = "metadata.json", "common.json", "latest_checkpointed_iteration.txt"
 

@@ -1,4 +1,4 @@
-"""The layout file: a layout as JSON, for those that MindSpore's strategy files cannot say.
+"""Layout files: a layout as JSON, where strategy files cannot express it.
 
 They know stages of equally many ranks, each holding all of a tensor. Experts that have
 names of their own lie on a part of a stage; so does what a user's rules may ask for.
@@ -19,10 +19,10 @@ from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn
 
+from ..core.layout import Layout, Placement
+from ..core.strategy import Axes
 from ..errors import FormatError, shown
-from ..layout import Layout, Placement
-from ..strategy import Axes
-from .folder import Folder
+from .reader import Folder
 from .strict_json import FETCH, parse_object
 
 NAME = "layout.json"

@@ -1,4 +1,4 @@
-"""MindSpore's weight file: what is in a ``.ckpt``, and at which bytes.
+"""MindSpore's ``.ckpt`` files: reader of their contents and byte offsets.
 
 The file is one protobuf message, a list of values one after another. A large tensor is
 several values with the same tag and the *whole* tensor's dims in each; where it is cut
@@ -22,12 +22,12 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from ..box import Box
-from ..dtypes import BY_NAME, DType, num_bytes
+from ..core.box import Box
+from ..core.dtypes import BY_NAME, DType, num_bytes
 from ..errors import FormatError, shown
-from .folder import Folder
-from .mindspore_kinds import kind_of, told
-from .wire import BYTES, Reader
+from .protobuf import BYTES, Reader
+from .reader import Folder
+from .sniff import kind_of, told
 
 TENSOR_TYPES: Mapping[str, DType] = {
     ours: BY_NAME[name]

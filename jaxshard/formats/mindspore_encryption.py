@@ -1,4 +1,4 @@
-"""MindSpore's encrypted weight file: a plain ``.ckpt`` in blocks, each encrypted on its own.
+"""MindSpore's encrypted ``.ckpt`` files: blocks and ciphers.
 
     d8 5e 3a 7f | tag 16 | total 4 | 16 4 | iv 16 | n 4 | n bytes      AES-GCM, as often as needed
     d9 5e 3a 7f |          total 4 | 16 4 | iv 16 | n 4 | n bytes      AES-CBC; SM4-CBC with da
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import FormatError, LayoutError, StorageError
-from .folder import Folder
-from .mindspore_kinds import kind_of
+from .reader import Folder
+from .sniff import kind_of
 
 _MAGIC = {
     b"\xd8\x5e\x3a\x7f": "AES-GCM",

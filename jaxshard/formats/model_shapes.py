@@ -1,4 +1,4 @@
-"""Models without weights: the names and shapes that ``config.json`` says they have.
+"""Names and shapes of models from ``config.json`` alone.
 
     {"model_type": "llama", "hidden_size": 4096, …}   →   model.layers.0.self_attn.q_proj.weight …
 
@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..box import Box
-from ..catalog import Catalog, File, Model, Piece, Tensor
-from ..dtypes import dtype
+from ..core.box import Box
+from ..core.catalog import Catalog, File, Model, Piece, Tensor
+from ..core.dtypes import dtype
 from ..errors import FormatError, NotFoundError, nearest, shown
-from .folder import Folder
 from .huggingface import CONFIG, read_model
+from .reader import Folder
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -1,4 +1,4 @@
-"""Orbax checkpoints, through Orbax's own library: the only module that imports it.
+"""Orbax checkpoints through Orbax's own library.
 
     _METADATA, manifest.ocdbt, d/ …    an item: a tree of arrays
     default/_METADATA …                a step of a CheckpointManager has its item in a folder
@@ -9,10 +9,12 @@ whose "file" is the tensor's number; whoever reads it asks ``orbax_restored`` fo
 
 from __future__ import annotations
 
+import asyncio
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,15 @@ from jax.sharding import Sharding
 from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
 from numpy.typing import NDArray
 
-from ..box import Box
-from ..catalog import Catalog, File, Model, Piece, Tensor
-from ..dtypes import DType
-from ..elements import held_as
-from ..errors import FormatError, LayoutError, StorageError, some
-from ..selection import groups
+from ..core.box import Box
+from ..core.catalog import Catalog, File, Model, Piece, Tensor, groups
+from ..core.dtypes import DType
+from ..core.numpy_dtypes import held_as
+from ..errors import FormatError, JaxshardError, LayoutError, StorageError, some
 from . import huggingface
-from .folder import Folder
 from .orbax_names import ITEM_FILES, item_folder, leaf_names
 from .orbax_quiet import quiet
+from .reader import Folder
 from .strict_json import FETCH, parse_object
 
 Tree = Any
@@ -292,3 +293,63 @@ def said(error: Exception) -> str:
 def _wide(wide: bool) -> AbstractContextManager[object]:
     """Where 64-bit elements are left as they are."""
     return jax.enable_x64(True) if wide else nullcontext()
+
+
+# --- Writing for Orbax, one tensor at a time: for models that do not fit in memory
+
+
+@dataclass(frozen=True)
+class Later:
+    """An array that will be there when it is asked for.
+
+    Attributes:
+        shape: of the array.
+        dtype: of its elements.
+        read: gives the array; called once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    read: Callable[[], NDArray[np.generic]]
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class _Handler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
+    """Writes arrays one after the other, each read just before and gone after."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(
+        self, values: Sequence[Later], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        options = args or [ocp.SaveArgs()] * len(values)
+        for value, info, option in zip(values, infos, options, strict=True):
+            array = np.asarray(value.read())
+            for written in await super().serialize([array], [info], [option]):
+                await asyncio.to_thread(written.result)
+        return []
+
+
+def write_streaming(place: Path, tensors: Mapping[str, Later]) -> None:
+    """Write ``tensors`` as a flat Orbax item at ``place``, which is replaced.
+
+    Raises:
+        StorageError: Orbax cannot write it.
+        JaxshardError: what ``read`` raises.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((Later, _Handler()))
+    with quiet():
+        saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+        try:
+            saver.save(place.absolute(), args=ocp.args.PyTreeSave(dict(tensors)), force=True)
+        except (OSError, ValueError) as error:
+            if isinstance(error, JaxshardError):
+                raise
+            raise StorageError(f"{place}: Orbax could not write it: {said(error)}.") from error
+        finally:
+            saver.close()

@@ -1,4 +1,4 @@
-"""How an Orbax checkpoint is known by the names of its files, and what its leaves are called.
+"""File and leaf names of Orbax checkpoints.
 
 Orbax is not imported here.
 """

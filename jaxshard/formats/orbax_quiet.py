@@ -1,4 +1,4 @@
-"""Quiet: what Orbax logs and prints beside the exceptions that it raises is left out.
+"""Suppression of Orbax's own log records while jaxshard calls it.
 
 Its threads log what they raise with a traceback each, asyncio logs what no coroutine awaits any
 more, and TensorStore's threads report to event loops that are closed by then. Callers see one

@@ -1,4 +1,4 @@
-"""Rank files by name: which file of each rank folder is meant.
+"""Names of rank files: which file of each rank folder belongs to a save.
 
     rank_3/llama_rank_3-1_10.safetensors        {prefix}_rank_{r}-{epoch}_{step}
     rank_3/llama_rank_3_2-1_10.safetensors      …_{task}-…: a third job saved here too
@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..core.layout import Layout, Placement, Spec
+from ..core.strategy import Axes
 from ..errors import CoverageError, LayoutError, some
 
 _RANK_FILE = re.compile(r"rank_(\d{1,7})/([^/]+)\.(safetensors|ckpt)")
@@ -387,3 +389,38 @@ def _only_one(saves: list[_Save]) -> _Save:
             f"{one.reading.rankless} or {other.reading.rankless}."
         )
     return saves[0]
+
+
+# --- Rank redundancy: which of the ranks that hold the same shard keeps it, as MindSpore decides
+
+Holders = tuple[tuple[int, ...], ...]
+
+
+def keepers(layout: Layout) -> dict[tuple[str, int], int]:
+    """For each name and first rank of a placement, the index of the keeper among the holders.
+
+    >>> rows = Placement((("dp", 2), ("mp", 2)), (("mp",),))
+    >>> keepers(Layout(4, {"w2": (rows,), "w1": (rows,)}))
+    {('w1', 0): 0, ('w2', 0): 1}
+    """
+    alike: dict[Holders, int] = {}
+    groups: dict[tuple[Axes, Spec], tuple[int, int]] = {}  # which of alike, and how many replicas
+    turns: dict[tuple[int, int], int] = {}
+    found: dict[tuple[str, int], int] = {}
+    for name in sorted(layout.placements):
+        for placed in layout.placements[name]:
+            cut = placed.axes, placed.spec
+            if cut not in groups:  # seldom: the holders may be thousands
+                holders = _holders(placed)
+                groups[cut] = alike.setdefault(holders, len(alike)), len(holders[0])
+            group, replicas = groups[cut]
+            turn = turns.get((placed.first_rank, group), 0)
+            turns[placed.first_rank, group] = turn + 1
+            found[name, placed.first_rank] = turn % replicas
+    return found
+
+
+def _holders(placement: Placement) -> Holders:
+    """For each shard the ranks that hold it, counted from the first of the placement."""
+    shape = tuple(placement.ways(dim) for dim in range(len(placement.spec)))
+    return tuple(shard.holders for shard in placement.shards(shape))

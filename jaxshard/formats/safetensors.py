@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
-from ..dtypes import BY_NAME, DType, num_bytes
+from ..core.dtypes import BY_NAME, DType, num_bytes
 from ..errors import FormatError, LayoutError, NotFoundError, shown
-from .folder import Folder
+from .reader import Folder
 from .strict_json import FETCH, parse_object
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

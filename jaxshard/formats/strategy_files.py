@@ -1,4 +1,4 @@
-"""Strategy files: which box of every parameter a MindSpore job's ranks hold.
+"""MindSpore strategy files: which box of each parameter every rank holds.
 
     strategy/ckpt_strategy_rank_0.ckpt …     one a rank, equal within a pipeline stage
     merged_strategy.ckpt                     all stages in one
@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from ..core.layout import Layout, Placement, check_divides
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, some
-from ..layout import Layout, Placement, check_divides
-from . import strategy_json, wire
-from . import strategy_messages as messages
-from .folder import Folder
-from .mindspore_kinds import kind_of, told
-from .strategy_algebra import for_dims, full_shape, param_layout, placement
-from .strategy_messages import Operator, ParamLayout, StrategyFile
+from . import protobuf, strategy_json
+from . import strategy_protobuf as messages
+from .reader import Folder
+from .sniff import kind_of, told
+from .strategy_layouts import for_dims, full_shape, param_layout, placement
+from .strategy_protobuf import Operator, ParamLayout, StrategyFile
 
 __all__ = [
     "Operator",
@@ -97,7 +97,7 @@ class Strategies:
 def find(folder: Folder, under: str = "") -> tuple[str, ...]:
     r"""The strategy files directly in ``under``, by rank number; the JSON ones if no others.
 
-    >>> from .folder import MemoryFolder
+    >>> from .reader import MemoryFolder
     >>> find(MemoryFolder({"s/rank_10.ckpt": b"\b\2", "s/rank_9.ckpt": b"\b\2"}), "s")
     ('s/rank_9.ckpt', 's/rank_10.ckpt')
     """
@@ -159,7 +159,7 @@ def read_file(folder: Folder, path: str) -> StrategyFile:
     """
     if not path.endswith(".json"):
         return messages.parse(folder, path)
-    reader = wire.Reader(folder, path)
+    reader = protobuf.Reader(folder, path)
     messages.check_size(path, reader.num_bytes)
     data = reader.take(0, reader.num_bytes, reader.num_bytes, "a strategy")
     return strategy_json.from_json(data, path)

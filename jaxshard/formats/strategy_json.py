@@ -1,4 +1,4 @@
-"""Strategy files as JSON: the same meaning as the binary ones, for people and scripts.
+"""MindSpore strategy files as JSON.
 
 Only a tensor map of one axis per dim fits in it. This module knows the JSON; what the
 numbers may be is checked where the binary ones are.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import FormatError, LayoutError, shown
-from .strategy_messages import (
+from .strategy_protobuf import (
     INT32,
     MAX_LISTS,
     MAX_NUMBERS,

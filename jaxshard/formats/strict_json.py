@@ -1,4 +1,4 @@
-"""JSON from strangers: one object, each key once, UTF-8, and never a crash.
+"""Strict, bounded JSON decoder for untrusted files.
 
 Headers and indexes are JSON that anybody may have written. Python's parser lets a
 repeated key win silently, guesses UTF-16, takes NaN, and grows memory with every

@@ -1,4 +1,4 @@
-"""One weight file, a ``.safetensors`` or a ``.ckpt``, told in the same words.
+"""Single weight files, ``.safetensors`` and ``.ckpt``, behind one interface.
 
 What a safetensors header keeps in its metadata, a ``.ckpt`` has among its tensors: text,
 and which tensors are packed Int4. Here both become metadata, so that either kind can be
@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..box import Box
-from ..dtypes import DType
+from ..core.box import Box
+from ..core.catalog import Catalog, File, Piece, Tensor
+from ..core.dtypes import DType
 from ..errors import FormatError, shown
-from . import safetensors
-from .folder import Folder
+from . import huggingface, safetensors
+from .reader import Folder
+from .sniff import kind_of
+from .training_scalars import job_numbers
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
 _NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # said of the file, not kept in it
@@ -114,3 +117,57 @@ def texts(metadata: Mapping[str, str]) -> dict[str, str]:
 def int4_names(metadata: Mapping[str, str]) -> frozenset[str]:
     """The tensors that ``metadata`` says are packed Int4."""
     return frozenset(k for k, v in metadata.items() if v == INT4)
+
+
+# --- Complete ``.ckpt`` files: a model that MindSpore saved whole, in one file or a few
+
+NAME = "model.ckpt"
+
+
+def recognise(folder: Folder, files: Mapping[str, File]) -> bool:
+    """Whether there are MindSpore weight files at the top; one alone may be encrypted too."""
+    kinds = [kind_of(folder, path) for path in _top(files)]
+    return any(k in ("weights.ckpt", "AES-GCM", "AES-CBC", "SM4-CBC") for k in kinds)
+
+
+def read(folder: Folder) -> Catalog:
+    """The catalog of the ``.ckpt`` files at the top of ``folder``.
+
+    Raises:
+        FormatError: a file is damaged or no weight file, or two hold the same name.
+    """
+    listed = folder.files()
+    paths = _top(listed)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    notes: list[str] = []
+    for number, path in enumerate(paths):
+        file = read_weight_file(folder, path)
+        for name, kind, shape, pieces in file.entries:
+            if name in tensors:
+                first = paths[tensors[name].pieces[0].file]
+                raise FormatError(
+                    f"{shown(name)} is in both {first} and {path}. Name the file that counts, not "
+                    "the folder."
+                )
+            stored = tuple(Piece(number, at, box) for at, box in pieces)
+            tensors[name] = Tensor(name, kind, shape, stored)
+        metadata |= file.metadata
+        notes += file.notes
+    model, _ = huggingface.read_model(folder, listed)
+    extras, _ = huggingface.carried(listed, paths)
+    return Catalog(
+        root=folder.root,
+        format="ckpt",
+        files=tuple(listed[p] for p in paths),
+        tensors=tensors,
+        model=model,
+        metadata=metadata,
+        extras=extras,
+        hyper=job_numbers(tensors.values()),
+        notes=tuple(notes),
+    )
+
+
+def _top(files: Mapping[str, File]) -> list[str]:
+    return sorted(p for p in files if "/" not in p and p.endswith(".ckpt"))

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters added to the weights they adapt, in any layout, while they stream.
+"""LoRA: adapters merged into their base weights while these are streamed.
 
 merge_lora("llama/", "merged/", adapter="adapter/")          file to file
 load(with_adapter("llama/", "adapter/"), "dp2mp4")           inside a sharded load
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..catalog import Catalog
+from ..conversion.execute import Report, execute
+from ..conversion.open import PathLike, opened
 from ..conversion.options import Options, with_given
-from ..conversion.preparing import prepare
-from ..conversion.running import Report, execute
+from ..conversion.prepare import prepare
+from ..core.catalog import Catalog
+from ..core.layout import Layout
+from ..core.notes import log_notes
+from ..core.strategy import Strategy
 from ..errors import LayoutError, some
-from ..layout import Layout
-from ..notes import log_notes
-from ..opening import PathLike, opened
-from ..strategy import Strategy
 from .adapters import find_adapters, is_adapter
 from .base_names import AdapterNames
-from .merging import Merged, merged
-from .settings import Settings, find_settings
+from .config import Settings, find_settings
+from .merge import Merged, merged
 
 __all__ = [
     "Merged",

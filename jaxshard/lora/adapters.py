@@ -1,4 +1,4 @@
-"""Adapters: the low-rank pairs among a checkpoint's names, and the weights they belong to.
+"""Adapter pairs among a checkpoint's names, and the weights they belong to.
 
     base_model.model.X.lora_A.weight    X.lora_A.weight         PEFT; MindFormers' parallel core
     X.mindpet_delta_lora_a              X.lora_a                MindFormers' older and newer ones
@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..catalog import Tensor
-from ..elements import is_plain_float
+from ..core.catalog import Tensor
+from ..core.numpy_dtypes import is_plain_float
 from ..errors import LayoutError, NotFoundError, some
 from ..rules import weight_name
 

@@ -1,4 +1,4 @@
-"""Names of the base's tensors for what an adapter calls as it is called in memory.
+"""Base tensor names for adapters that use in-memory names.
 
 transformers renames tensors when it reads a checkpoint, and PEFT names modules as they are then:
 
@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from itertools import islice, product, takewhile
 
 from .. import mapping as mappings
-from ..catalog import Catalog, Tensor
+from ..core.catalog import Catalog, Tensor
 from ..errors import LayoutError, NotFoundError, some
 from ..rules.match import template
 

@@ -1,4 +1,4 @@
-"""Parameters: which tensors of the base a pair of an adapter is added to, and which part of each.
+"""Adapters of parameters and stacked experts: which part of which base tensor.
 
 PEFT adapts a module's weight (X.lora_A is about X.weight), or any parameter that its config
 names (target_parameters). Of a stack of experts it keeps the factors of all in one pair:
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
 
-from ..catalog import Model, Tensor
+from ..core.catalog import Model, Tensor
 from ..errors import LayoutError
 from ..rules.modalities import text_type
 from .adapters import Adapter

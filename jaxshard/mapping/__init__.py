@@ -1,4 +1,4 @@
-"""Mappings: any model's weights with another's names and shapes, read only where needed.
+"""Mappings between the names and shapes of two programs' models.
 
 q  (n·d, H) ──┐
 k  (m·d, H) ──┼─ Fuse ── Transpose ── Stack over layers ──→ one tensor; a rank reads of
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..lazily import fetching
+from ..core.lazy_imports import fetching
 
 if TYPE_CHECKING:
-    from .joins import ROWS, Dequantize, Fuse, Unfuse
+    from .group_ops import ROWS, Dequantize, Fuse, Stack, Tie, Unfuse, Unstack, Untie
     from .mapping import Mapping, Origin
+    from .mapping_toml import read_mapping, write_mapping
     from .ops import (
         Cast,
         Drop,
@@ -31,44 +32,42 @@ if TYPE_CHECKING:
         Unpad,
         Unrepeat,
     )
-    from .regexes import Substitute
-    from .stacks import Stack, Tie, Unstack, Untie
+    from .substitute import Substitute
     from .tables import FORMS, dequantized, find_mapping, form_of, table, true_config
-    from .text import read_mapping, write_mapping
 
 _HOME = {
     "Cast": "ops",
-    "Dequantize": "joins",
+    "Dequantize": "group_ops",
     "Drop": "ops",
     "Expect": "ops",
     "FORMS": "tables",
-    "Fuse": "joins",
+    "Fuse": "group_ops",
     "Mapping": "mapping",
     "Merge": "ops",
     "Op": "ops",
     "Origin": "mapping",
     "Pad": "ops",
-    "ROWS": "joins",
+    "ROWS": "group_ops",
     "Rename": "ops",
     "Repeat": "ops",
     "Slice": "ops",
     "Split": "ops",
-    "Stack": "stacks",
-    "Substitute": "regexes",
-    "Tie": "stacks",
+    "Stack": "group_ops",
+    "Substitute": "substitute",
+    "Tie": "group_ops",
     "Transpose": "ops",
-    "Unfuse": "joins",
+    "Unfuse": "group_ops",
     "Unpad": "ops",
     "Unrepeat": "ops",
-    "Unstack": "stacks",
-    "Untie": "stacks",
+    "Unstack": "group_ops",
+    "Untie": "group_ops",
     "dequantized": "tables",
     "find_mapping": "tables",
     "form_of": "tables",
-    "read_mapping": "text",
+    "read_mapping": "mapping_toml",
     "table": "tables",
     "true_config": "tables",
-    "write_mapping": "text",
+    "write_mapping": "mapping_toml",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The algebra of tensors: the few operations that every mapping is written in.
+"""The tensor algebra in which every mapping operation is written.
 
 The same operation runs on tensors in files (as geometry, see ``geometry``), on values in
 memory (as expressions, see ``expressions``) and on placements (see ``placing``).
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from ..catalog import Tensor
-from ..dtypes import DType
-from . import geometry
+from ..core.catalog import Tensor
+from ..core.dtypes import DType
+from . import tensors
 
 T = TypeVar("T")
 
@@ -60,16 +60,16 @@ class Geometry:
     """The algebra of tensors in files: nothing is read, only where it lies is told anew."""
 
     shape = staticmethod(lambda x: x.shape)
-    transpose = staticmethod(geometry.transpose)
-    reshape = staticmethod(geometry.reshape)
-    cut = staticmethod(geometry.cut)
-    join = staticmethod(geometry.join)
-    repeat = staticmethod(geometry.repeat)
-    cast = staticmethod(geometry.cast)
-    scaled = staticmethod(geometry.scaled)
+    transpose = staticmethod(tensors.transpose)
+    reshape = staticmethod(tensors.reshape)
+    cut = staticmethod(tensors.cut)
+    join = staticmethod(tensors.join)
+    repeat = staticmethod(tensors.repeat)
+    cast = staticmethod(tensors.cast)
+    scaled = staticmethod(tensors.scaled)
 
     @staticmethod
     def pad(x: Tensor, dim: int, length: int) -> Tensor:
         """``x`` with zeros after it along ``dim``, up to ``length``."""
         rest = (*x.shape[:dim], length - x.shape[dim], *x.shape[dim + 1 :])
-        return geometry.join([x, geometry.zeros(rest, x.dtype)], dim, x.name)
+        return tensors.join([x, tensors.zeros(rest, x.dtype)], dim, x.name)

@@ -14,14 +14,14 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..catalog import Catalog, Tensor
+from ..core.catalog import Catalog, Tensor
+from ..core.layout import Layout
 from ..errors import JaxshardError
-from ..layout import Layout
 from ..rules.match import OPTIMIZER_PREFIXES
 from .algebra import Algebra, Geometry, T
-from .expressions import Expressions, evaluate, leaf
+from .arrays import Expressions, evaluate, leaf
+from .layouts import Placing, placed
 from .ops import Op
-from .placing import Placing, placed
 
 
 @dataclass(frozen=True)

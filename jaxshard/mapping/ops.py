@@ -1,4 +1,4 @@
-"""Operations on tensors by name: plain data, each with its inverse where it has one.
+"""Operations on single tensors, with their inverses.
 
 An operation says which tensors it is about by names with placeholders (see ``names``) and
 what becomes of them in the words of an ``Algebra``; it never knows what a tensor is. Those
@@ -15,8 +15,16 @@ from typing import ClassVar
 from ..errors import LayoutError, NotFoundError, nearest, some
 from ..rules.match import template
 from .algebra import Algebra, T
-from .checks import check_cast, check_numbers, dtype_of, length_of
-from .names import Patterns, check_same_holes, fill, match
+from .patterns import (
+    Patterns,
+    check_cast,
+    check_numbers,
+    check_same_holes,
+    dtype_of,
+    fill,
+    length_of,
+    match,
+)
 
 Names = tuple[str, ...]
 

@@ -1,4 +1,4 @@
-"""Compiled loops: what NumPy takes several passes or many short calls for.
+"""Optional compiled kernels: transposes, casts and adapter sums.
 
 They are compiled when jaxshard is installed, if there is a C compiler (``hatch_build.py``).
 Each function here says whether it did the work. Where it did not, because nothing was compiled

@@ -1,4 +1,4 @@
-"""Bundles: small tensors that go whole to the same files, carried as one.
+"""Bundles: small tensors that are read and written together.
 
 A tensor of a few bytes costs as many steps as one of a megabyte. So neighbours become one
 bundle: what lies together in a file is one read, and what goes together one write.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import NamedTuple
 
-from ..catalog import Piece, Tensor
+from ..core.catalog import Piece, Tensor
 from .outputs import Outputs
 
 SMALL_BYTES = 16 << 10  # of a tensor: above, its bytes cost more than its steps

@@ -1,4 +1,4 @@
-"""Outputs: which file of the result holds which box of which tensor.
+"""Outputs: which file of a result holds which box of which tensor.
 
 A checkpoint on disk is a layout whose ranks are files: rank folders have one file a
 rank, a Hugging Face folder is a layout of as many ranks as it has shards. Ranks
@@ -12,12 +12,12 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..catalog import Tensor
-from ..dtypes import num_bytes
+from ..core.catalog import Tensor
+from ..core.dtypes import num_bytes
+from ..core.garbage import paused
+from ..core.layout import Layout, Placement, Shard, Spec
+from ..core.strategy import Axes
 from ..errors import LayoutError
-from ..garbage import paused
-from ..layout import Layout, Placement, Shard, Spec
-from ..strategy import Axes
 
 Keepers = Mapping[tuple[str, int], int]
 """By a tensor's name and the first rank of its placement: an index into ``Shard.holders``."""

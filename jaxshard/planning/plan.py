@@ -1,4 +1,4 @@
-"""A plan: made from headers alone, it knows its numbers before anything runs.
+"""Plans: all reads, copies and writes of a conversion, with their totals.
 
 The run must match them, and a test counts.
 """
@@ -6,18 +6,242 @@ The run must match them, and a test counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
-from ..catalog import Catalog, Tensor
-from ..errors import CoverageError
-from ..garbage import paused
-from .blocks import BLOCK_BYTES, STEPPED_BLOCK_BYTES, TILE_BYTES
+from ..core.box import Box
+from ..core.catalog import Catalog, Piece, Tensor
+from ..core.dtypes import DType
+from ..core.garbage import paused
+from ..core.layout import Layout, Placement
+from ..core.ranges import byte_runs
+from ..errors import CoverageError, JaxshardError, some
 from .bundles import Bundle, bundled, ranks_of
-from .costs import Limits, tensor_cost
-from .coverage import gaps_error
-from .moves import Move, make_move
+from .cells import cells
+from .copies import (
+    BLOCK_BYTES,
+    STEPPED_BLOCK_BYTES,
+    TILE_BYTES,
+    Forms,
+    Move,
+    Steps,
+    block_steps,
+    cell_blocks,
+    firsts,
+    form_of,
+    make_move,
+    move_into,
+    part_runs,
+    unit_boxes,
+)
 from .outputs import Outputs
+from .pictures import count, format_title, layout_pictures, note_lines, output_table, size
+
+Limits = tuple[int, int]  # bytes of a block, and of a tile
+_Numbers = tuple[int, ...]  # bytes needed, bytes read, reads, bytes written, writes, copies
+_Geometry = tuple[_Numbers, tuple[int, ...]]  # those, and the reads of each source
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCost:
+    """What one tensor's journey takes."""
+
+    numbers: _Numbers
+    reads: tuple[tuple[int, int], ...]  # (file, requests to it)
+
+
+def tensor_cost(
+    tensor: Tensor,
+    placements: tuple[Placement, ...],
+    outputs: Outputs,
+    only: frozenset[int] | None,
+    limits: Limits,
+) -> TensorCost:
+    """What it takes to bring ``tensor`` into the files of ``only`` (all where that is None).
+
+    Raises:
+        CoverageError: elements of it are nowhere.
+        LayoutError: a shard would cut through what belongs together.
+    """
+    read = firsts(tensor.pieces)
+    if tensor.factors is not None:
+        for placement in placements:
+            tensor.check_groups(placement)
+    try:
+        if only is None:
+            kept = tuple((tensor.name, p.first_rank) in outputs.kept for p in placements)
+            plain = tuple((p.axes, p.spec) for p in placements)
+            shape = _Shape(tensor.shape, tensor.factors, tensor.dtype)
+            sources = tuple(p.box for p in read)
+            forms = tuple(map(form_of, read))
+            numbers, reads = _whole_cost(shape, sources, forms, plain, kept, limits)
+        else:
+            move = make_move(tensor, outputs, only)
+            if move is None:
+                return TensorCost((0,) * 6, ())
+            wanted = tuple((t.box, len(t.ranks)) for t in move.targets)
+            numbers, reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, limits)
+        return _with_operands(TensorCost(numbers, _by_file(read, reads)), read, limits)
+    except JaxshardError as error:
+        raise type(error)(f"{tensor.name}: {error}") from None
+
+
+def _by_file(pieces: Iterable[Piece], reads: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((p.file, n) for p, n in zip(pieces, reads, strict=True) if n)
+
+
+def _with_operands(cost: TensorCost, pieces: Iterable[Piece], limits: Limits) -> TensorCost:
+    """``cost`` and the reads of the small tensors that steps need, once each."""
+    views = dict.fromkeys(p.view for p in pieces if p.view and p.view.steps)
+    for operand in dict.fromkeys(t for view in views for t in view.operands):
+        move = move_into(operand, {Box.whole(operand.shape): (0,)})
+        wanted = ((move.targets[0].box, 1),)
+        numbers, reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, limits)
+        added = (a + b for a, b in zip(cost.numbers[:3], numbers[:3], strict=True))
+        files = _by_file((p[0] for p in move.pieces), reads)
+        cost = TensorCost((*added, *cost.numbers[3:]), (*cost.reads, *files))
+    return cost
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The geometry of a tensor, without its name."""
+
+    shape: tuple[int, ...]
+    factors: tuple[tuple[int, ...], ...] | None
+    dtype: DType
+
+    def fine(self, boxes: Iterable[Box]) -> tuple[tuple[int, ...], tuple[Box, ...]]:
+        tensor = Tensor("", self.dtype, self.shape, (), self.factors)
+        return tensor.fine_shape, tuple(map(tensor.fine, boxes))
+
+
+@lru_cache(maxsize=4096)
+def _whole_cost(
+    shape: _Shape,
+    sources: tuple[Box, ...],
+    forms: Forms,
+    placements: tuple[tuple[tuple[tuple[str, int], ...], tuple[tuple[str, ...], ...]], ...],
+    kept: tuple[bool, ...],
+    limits: Limits,
+) -> _Geometry:
+    wanted: dict[Box, int] = {}
+    for (axes, spec), single in zip(placements, kept, strict=True):
+        for shard in Placement(axes, spec).shards(shape.shape):
+            wanted[shard.box] = wanted.get(shard.box, 0) + (1 if single else len(shard.holders))
+    fine_shape, fine = shape.fine(wanted)
+    in_source, in_target, unit = unit_boxes(fine_shape, shape.dtype, sources, fine)
+    counted = tuple(zip(in_target, wanted.values(), strict=True))
+    return _cost(in_source, forms, counted, unit, limits)
+
+
+@lru_cache(maxsize=4096)
+def _cost(
+    sources: tuple[Box, ...],
+    forms: Forms,
+    wanted: tuple[tuple[Box, int], ...],
+    unit: int,
+    limits: Limits,
+) -> _Geometry:
+    """The engine's steps, counted: those of one block of each kind, times how many there are."""
+    total, reads = [0] * 5, [0] * len(sources)
+    for cell in cells(sources, tuple(box for box, _ in wanted)):
+        parts = [part for _, part in (*cell.sources, *cell.targets)]
+        for block, times in cell_blocks(cell, forms, unit, *limits).kinds(parts):
+            steps = block_steps(cell, block, sources, forms)
+            numbers = _block_cost(steps, sources, forms, wanted, unit, reads, times)
+            for i, n in enumerate(numbers):
+                total[i] += n * times
+    needed, read, written, writes, copies = total
+    return (needed, read, sum(reads), written, writes, copies), tuple(reads)
+
+
+def _block_cost(
+    steps: Steps,
+    sources: tuple[Box, ...],
+    forms: Forms,
+    wanted: tuple[tuple[Box, int], ...],
+    unit: int,
+    reads: list[int],
+    times: int,
+) -> tuple[int, int, int, int, int]:
+    """Bytes needed and read, bytes written, writes and copies of a block; ``reads`` times."""
+    needed = read = written = writes = 0
+    for index, part in steps.reads:
+        runs = part_runs(part, sources[index], forms[index], unit)
+        if runs is not None:
+            requests = runs.coalesced()
+            needed += runs.num_bytes
+            read += requests.num_bytes
+            reads[index] += len(requests) * times
+    for index, part in steps.writes:
+        target, num_ranks = wanted[index]
+        written += part.size * unit * num_ranks
+        writes += len(byte_runs(part.within(target), target.shape, unit)) * num_ranks
+    return needed, read, written, writes, steps.num_copies
+
+
+# --- Coverage: which tensors are not all there, and whose files would bring the rest
+
+_MOST, _MOST_HOLDERS = 8, 4  # shards told of, and holders of each
+
+
+def gaps_error(source: Catalog, gaps: Mapping[str, CoverageError]) -> CoverageError:
+    """The error for the tensors ``gaps`` of ``source``, each with what it lacks."""
+    first, *others = gaps
+    text = str(gaps[first])
+    if others:
+        text += f" {len(others)} more tensors lack some: {some(others, 3)}."
+    return CoverageError(f"{text} {remedy(source, gaps)}")
+
+
+def remedy(source: Catalog, names: Iterable[str] | None = None) -> str:
+    """What to fetch so that the tensors ``names`` (all, where none are given) are whole."""
+    stored = source
+    while stored.origin is not None:  # a mapping's tensors have other names, the same ranks
+        stored, names = stored.origin.catalog, None
+    if stored.layout is None:
+        return "Fetch the missing files."
+    lost: dict[tuple[int, ...], None] = {}
+    for name in stored.tensors if names is None else names:
+        lost |= dict.fromkeys(_lost_shards(stored.tensors[name], stored.layout))
+    if not lost:
+        return "Fetch the missing files."
+    one_of = [" or ".join(_ranks(holders)) for holders in sorted(lost)]
+    more = f"; and {len(one_of) - _MOST} more" if len(one_of) > _MOST else ""
+    return f"Fetch {'; '.join(one_of[:_MOST])}{more}."
+
+
+def _lost_shards(tensor: Tensor, layout: Layout) -> list[tuple[int, ...]]:
+    """The holders of each shard of ``tensor`` that is in no file, or not all of it."""
+    stored = dict.fromkeys(p.box for p in tensor.pieces)
+    wanted: dict[Box, list[int]] = {}
+    for placement in layout.placements.get(tensor.name, ()):
+        for shard in placement.shards(tensor.shape):
+            ranks = (placement.first_rank + r for r in shard.holders)
+            wanted.setdefault(shard.box, []).extend(ranks)
+    return [
+        tuple(sorted(ranks))
+        for box, ranks in wanted.items()
+        if box not in stored and not _is_held(tuple(stored), box)
+    ]
+
+
+def _is_held(stored: tuple[Box, ...], box: Box) -> bool:
+    try:
+        cells(stored, (box,))
+    except CoverageError:
+        return False
+    return True
+
+
+def _ranks(holders: tuple[int, ...]) -> list[str]:
+    shown = [f"rank_{rank}" for rank in holders[:_MOST_HOLDERS]]
+    return shown if len(holders) <= _MOST_HOLDERS else [*shown, "…"]
+
+
+# --- A plan: made from headers alone, it knows its numbers before anything runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +315,6 @@ class Plan:
         return replace(made, host_bytes=self.host_bytes)
 
     def __str__(self) -> str:
-        from ..picture import plan_text  # noqa: PLC0415 - which draws plans, and so imports this
-
         return plan_text(self)
 
 
@@ -183,3 +405,39 @@ def block_bytes_for(source: Catalog) -> int:
     """The blocks that suit ``source``: larger ones where values are computed on their way."""
     first = (tensor.pieces[0].view for tensor in source.tensors.values() if tensor.pieces)
     return STEPPED_BLOCK_BYTES if any(view and view.steps for view in first) else BLOCK_BYTES
+
+
+# --- The plan as text
+
+
+def plan_text(plan: Plan) -> str:
+    """What ``plan`` prints."""
+    t = plan.totals
+    over = t.bytes_read - t.bytes_needed
+    lines = [
+        f"{plan.source.root}: {format_title(plan.source)}",
+        "",
+        f"reads   {size(t.bytes_read)} in {count(t.num_reads, 'request')}{_most_of_one(plan)}"
+        + (f", {size(over)} of them in gaps" if over else ""),
+        f"writes  {size(t.bytes_written)} in {count(t.num_writes, 'request')} "
+        f"to {count(t.num_files, 'file')}",
+        f"copies  {t.num_copies:,} blocks in memory are cut or joined on the way",
+        *_holds(plan),
+        "",
+        output_table(plan.outputs, plan.only),
+    ]
+    if plan.outputs.paths[0].startswith("rank_"):
+        for drawn in layout_pictures(plan.source.tensors.values(), plan.outputs.layout):
+            lines += ["", drawn]
+    return "\n".join([*lines, *note_lines(plan.notes)])
+
+
+def _holds(plan: Plan) -> list[str]:
+    num_bytes = plan.host_bytes
+    return [f"holds   {size(num_bytes)} of data in memory at most"] if num_bytes else []
+
+
+def _most_of_one(plan: Plan) -> str:
+    """How many of the requests go to the file that gets most, where there are several."""
+    used = [n for n in plan.reads if n]
+    return f" to {count(len(used), 'file')}, at most {max(used):,} to one" if len(used) > 1 else ""

@@ -1,4 +1,4 @@
-"""Rules turn tensor names and a strategy into a layout.
+"""Rules: from tensor names and a strategy to a layout.
 
     names + shapes ──┐
     strategy ────────┼──→ layout()  ──→  which box of each tensor every rank holds
@@ -9,13 +9,10 @@
 
 from __future__ import annotations
 
-from .families import FAMILIES, MODEL_TYPES
-from .findings import Policy
-from .match import OPTIMIZER_PREFIXES, weight_name
-from .place import layout
-from .read import read_rules
-from .recognise import rules_for
-from .stages import split_layers
+from .families import FAMILIES, MODEL_TYPES, rules_for
+from .match import OPTIMIZER_PREFIXES, Policy, weight_name
+from .placement import layout, split_layers
+from .rules_toml import read_rules
 from .table import ModelFacts, Rules, describe
 from .wholeness import missing_layers, missing_parts
 

@@ -1,4 +1,4 @@
-"""Modalities: which tensors of a model are its text model's, and which are not.
+"""Text models inside multimodal models, and their other parts.
 
     model.visual.…                    a tower of its own: whole, on the first stage
     model.language_model.layers.0.…   the text model: by the table of its family

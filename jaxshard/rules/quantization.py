@@ -1,4 +1,4 @@
-"""Quantization: which tensors hold the factors of a weight, and which blocks they are for.
+"""Quantized weights and their factors: which blocks share a factor.
 
     gate_proj.weight            (256, 512)  FP8
     gate_proj.weight_scale_inv  (2, 4)      a factor for each block of 128 x 128
@@ -18,9 +18,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..box import Box
+from ..core.box import Box
+from ..core.layout import Placement
 from ..errors import LayoutError, some
-from ..layout import Placement
 
 Shape = tuple[int, ...]
 Placements = tuple[Placement, ...]

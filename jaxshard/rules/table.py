@@ -1,4 +1,4 @@
-"""Rules: which axes split each dim of a tensor, and which stage it lives in, said by name.
+"""Rule tables: axes for each dim of a tensor, and its pipeline stage.
 
     "*.q_proj.weight" = "mp,-"      rows over the tensor-parallel ranks, columns whole
     "*.o_proj.weight" = "-,mp"      columns over them
@@ -38,7 +38,7 @@ EITHER = " or "
 
 
 class ModelFacts(Protocol):
-    """What rules ask of a model; ``jaxshard.catalog.Model`` has it."""
+    """What rules ask of a model; ``jaxshard.core.catalog.Model`` has it."""
 
     @property
     def type(self) -> str | None: ...

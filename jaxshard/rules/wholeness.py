@@ -1,4 +1,4 @@
-"""Wholeness: whether the names of a model's weights are those of all of it.
+"""Completeness of a model by the names of its tensors.
 
     embedding   layers 0 … 15   norm, head
                 └─ stage 0 ─┘└─ stage 1 ─┘
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from itertools import islice
 
 from ..errors import LayoutError, NotFoundError
+from .families import knows, rules_for
 from .match import Patterns, template
-from .recognise import knows, rules_for
 from .table import ModelFacts, Rules, numbered
 
 _MOST_LISTED = 4

@@ -21,10 +21,10 @@ from typing import Any
 from ..errors import FormatError, JaxshardError, NotFoundError, StorageError, shown, some
 from ..formats.huggingface import CHECKSUMS
 from ..formats.strict_json import FETCH, parse_object
-from .budget import default_workers
 from .checksums import BEST, FileSums, Sum, algorithm, first_difference
-from .staging import told
+from .resources import default_workers
 from .text_files import read_bytes
+from .transaction import told
 
 _CHUNK_BYTES = 64 << 20  # threads share a large file, and an error names the damaged part
 _MAX_BYTES = 256 << 20

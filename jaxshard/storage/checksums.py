@@ -1,4 +1,4 @@
-"""Checksums: of every byte of every file, kept beside the data so that files stay standard.
+"""CRC-32C checksums of files in chunks.
 
 A file is covered by chunks, each the bytes of one write, in any order and of any size. So
 they are computed while the bytes are on their way, in the cache of the core that writes.

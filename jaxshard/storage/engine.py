@@ -1,4 +1,4 @@
-"""The engine: carries a plan's moves out, block by block, on several threads.
+"""The engine: executes a plan block by block on several threads.
 
 Each block is read once from wherever its parts are stored, and written once to
 everybody who wants some of it, while it is still in the cache of one core. The
@@ -22,22 +22,17 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from ..box import Box
-from ..catalog import Piece, Tensor
-from ..cells import Cell
-from ..planning.blocks import Steps, block_steps, cell_blocks
+from ..core.box import Box
+from ..core.catalog import Piece, Tensor
+from ..core.ranges import Runs, byte_runs
 from ..planning.bundles import Bundle
-from ..planning.forms import permuted_form
-from ..planning.moves import Move, move_into
-from ..ranges import Runs, byte_runs
-from .batches import BATCH_BLOCKS, Batch, Shared, in_threads
-from .budget import Budget, Counts, fit_budget
-from .bundling import WriteBundle, carry
-from .requests import Bytes, Read, ReadRows, read_runs
-from .scattering import places_of, scatter_of
-from .turning import copy_into
-from .vectors import Places
-from .viewing import Operands, Viewer
+from ..planning.cells import Cell
+from ..planning.copies import Move, Steps, block_steps, cell_blocks, move_into, permuted_form
+from .bundle_io import WriteBundle, carry
+from .resources import Budget, Counts, fit_budget
+from .transforms import Operands, Viewer, copy_into
+from .vectored_io import Bytes, Places, Read, ReadRows, places_of, read_runs, scatter_of
+from .work_queue import BATCH_BLOCKS, Batch, Shared, in_threads
 
 __all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
 

@@ -1,4 +1,4 @@
-"""Filesystem primitives: a name appears, is exchanged or gets new content in one step.
+"""Filesystem primitives: publish, exchange and replace files atomically.
 
 Knows nothing of checkpoints. Each primitive is atomic for readers and for a kill at any moment;
 where a file system offers no such operation, the fall-back and its gap are documented.

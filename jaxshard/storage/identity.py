@@ -1,4 +1,4 @@
-"""Identity: a short text by which processes learn that they opened the same checkpoint.
+"""Identity of an opened checkpoint, compared between processes.
 
 Hosts may have copies of their own at one path, and a copy may be of another step. Names, shapes
 and sizes are the same then, so a few bytes of the files are compared too, as many of a large
@@ -20,15 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from ..box import Box
-from ..catalog import Catalog, File, Piece
+from ..core.box import Box
+from ..core.catalog import Catalog, File, Piece
 from ..errors import CoverageError, some
-from ..formats import elsewhere, rank_names
+from ..formats import rank_names, remote_tensors
 from ..formats.huggingface import CHECKSUMS
 from ..formats.iteration_names import METADATA
 from ..formats.orbax_names import ITEM_FILES
 from .local import LocalFolder
-from .reading import SourceFiles
+from .readers import SourceFiles
 
 _T = TypeVar("_T")
 
@@ -119,7 +119,7 @@ def _save_of(catalog: Catalog) -> str:
         return ""
     folder = LocalFolder(catalog.root)
     try:
-        return elsewhere.save_of(folder)
+        return remote_tensors.save_of(folder)
     finally:
         folder.close()
 

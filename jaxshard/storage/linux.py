@@ -1,4 +1,4 @@
-"""What Linux offers beyond Python's ``os``, and what is done where it does not.
+"""Linux system calls beyond Python's ``os``, with fall-backs.
 
 Reserving and writing back only make the disk's work easier: a result is the same without.
 """

@@ -1,4 +1,4 @@
-"""Local files: listing and reading a folder, and a bounded set of open handles.
+"""Local files: listing, reading and a bounded set of descriptors.
 
 Everything above asks for (file, offset, length); this module knows nothing of
 tensors or formats.
@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..catalog import File
+from ..core.catalog import File
 from ..errors import MEND_THE_DISK, FormatError, NotFoundError, StorageError
 from .linux import start_writing_back
-from .readahead import begin_reading, is_cached
+from .prefetch import begin_reading, is_cached
 from .versions import version_of
 
 if TYPE_CHECKING:  # NumPy, which most of what reads files does without
-    from .vectors import Places
+    from .vectored_io import Places
 
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096

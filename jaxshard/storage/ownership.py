@@ -1,4 +1,4 @@
-"""Ownership: which staging folder is ours to write into and to delete.
+"""Ownership of staging directories.
 
     .out.partial/
         lock            the first thing that is made in it, empty

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .linux import exchange
-from .staging import told
+from .transaction import told
 
 _JOB, _STRATEGY = "checkpoint", "strategy"
 _FILE = re.compile(rf"{_STRATEGY}/(ckpt_strategy_rank_\d+\.ckpt)")

@@ -1,4 +1,4 @@
-"""Reading small text files that a user names, with a bound on their bytes and on waiting."""
+"""Bounded reading of small text files that a user names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions of files: proof that what was read is one state of each file, not a mixture.
+"""Versions of files, which detect changes during a read.
 
 A version is the size, times and inode of a file. It is taken when the headers are read,
 compared at each descriptor that is opened, and once more after the last byte was read.
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..catalog import File
+from ..core.catalog import File
 from ..errors import FormatError, some
 from .linux import is_fuse
 

@@ -1,4 +1,4 @@
-"""The training loop's checkpoints: saved on time, never lost, resumed anywhere.
+"""The training loop's checkpoints: ``CheckpointManager``.
 
     manager = CheckpointManager("output", prefix="llama", save_every_steps=100, keep_max=5)
     found = manager.restore(state)            # the newest good step, onto the layout of state
@@ -17,16 +17,16 @@ Only the last row, and ``manager`` above it, import JAX; names are fetched when 
 
 from __future__ import annotations
 
-from ..lazily import fetching
+from ..core.lazy_imports import fetching
 
 _HOME = {
     "CheckpointManager": "manager",
-    "Cadence": "cadence",
-    "Progress": "progress",
-    "Restored": "restoring",
-    "ResumePoint": "progress",
+    "Cadence": "policy",
+    "Progress": "policy",
+    "Restored": "restore",
+    "ResumePoint": "policy",
     "StepName": "naming",
-    "resume_point": "progress",
+    "resume_point": "policy",
 }
 
 __all__ = list(_HOME)

@@ -1,4 +1,4 @@
-"""In the background: one thing at a time, and no failure goes unnoticed.
+"""Background task: one at a time, its failure raised by the next call.
 
 What fails is raised by the next call of whoever asked for it, with its cause.
 """

@@ -1,4 +1,4 @@
-"""Claims: which names a save may take, and what lies there that it may replace.
+"""Claims: which names a save may use, and what it may replace.
 
     the run's own step, saved before          replaced
     rank files of another job of the prefix   both are kept: llama_rank_0_1-1_10, as by MindSpore
@@ -19,8 +19,8 @@ from pathlib import Path
 from ..errors import FormatError, LayoutError, some
 from . import naming
 from .naming import StepName
-from .places import Places, read_record
 from .records import MOVING, REMOVED, WHOLE
+from .run_directory import Places, read_record
 from .steps import find_steps, of_prefix
 
 _log = logging.getLogger("jaxshard.training")

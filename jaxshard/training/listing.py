@@ -1,4 +1,4 @@
-"""Listing: the steps of a run as a person reads them, and as a program does.
+"""Listing of a run's steps, as text and as data.
 
     step   state      format   size       age
     1_30   complete   ranks    1.7 GB     5 min
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .examining import examine_all
-from .places import Places
+from .open_step import examine_all
+from .run_directory import Places
 from .steps import Step, find_steps
 
 _UNITS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))

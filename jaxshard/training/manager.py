@@ -1,4 +1,4 @@
-"""The manager: what a training loop calls.
+"""``CheckpointManager``, the interface for training loops.
 
     manager = CheckpointManager("output", prefix="llama", save_every_steps=100, async_save=True)
     found = manager.restore(state, missing_ok=True)
@@ -25,32 +25,28 @@ from typing import Any, Literal, Self, get_args
 import jax
 
 from .. import rules as family_rules
+from ..conversion.complete_results import check_config
+from ..core.layout import Layout
+from ..core.strategy import Strategy
+from ..distributed.barriers import DEFAULT_TIMEOUT_S
 from ..errors import LayoutError, StorageError
-from ..formats.known import STEP_FORMATS
-from ..layout import Layout
-from ..multiprocess.barriers import DEFAULT_TIMEOUT_S
-from ..storage.budget import budget_for
-from ..strategy import Strategy
-from ..targets.folders import check_config
+from ..formats.registry import STEP_FORMATS
+from ..storage.resources import budget_for
 from . import naming, records
-from .across import save_together
 from .background import Background
-from .cadence import Cadence, Schedule
-from .checks import one_of, optional, real, whole
 from .claims import Claim, task_for
-from .committing import is_on_disk
-from .company import Company
-from .composing import Recipe
-from .examining import examine_all, newest_good
-from .filling import Parts, Where
-from .lineage import Line
+from .commit_step import is_on_disk
 from .naming import StepName
-from .places import Places
-from .restoring import Restored, restore, tidied, true_number
-from .saving_steps import Job, Keeping, save_step
-from .snapshots import How
-from .states import Roles
+from .open_step import examine_all, newest_good
+from .policy import Cadence, Line, Schedule
+from .restore import Restored, restore, tidied, true_number
+from .restore_state import Parts, Where
+from .run_directory import Places
+from .save_step import Job, Keeping, Recipe, save_step
+from .snapshot import How
+from .state import Roles, one_of, optional, real, whole
 from .steps import Step, find_steps
+from .together import Company, save_together
 
 Format = Literal["ranks", "iteration", "huggingface", "orbax"]
 

@@ -1,4 +1,4 @@
-"""Naming: steps, files and folders, as MindFormers calls them.
+"""Names of steps, files and folders, as MindFormers writes them.
 
     output/checkpoint/rank_0/llama_rank_0-1_10.safetensors      epoch 1, step 10 in it
     output/checkpoint/rank_0/llama_rank_0_1-1_10.safetensors    the same of a second job

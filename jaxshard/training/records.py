@@ -1,4 +1,4 @@
-"""Records: what is known of a saved step beyond its files.
+"""Records of saved steps.
 
     .jaxshard/1_10.json       the step is whole: its files with sizes and checksums, extras
     .jaxshard/1_10.moving     all its files are on the disk and are being put in place
@@ -22,10 +22,10 @@ from typing import Any
 
 from ..errors import FormatError, LayoutError
 from ..formats import layout_file
-from ..formats.job_numbers import NAMES, checked
+from ..formats.training_scalars import NAMES, checked
 from ..storage.checksums import FileSums
-from .lineage import Line
 from .naming import CHECKPOINT, StepName, parse_folder, parse_rank_file
+from .policy import Line
 
 FOLDER = ".jaxshard"
 WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"

@@ -1,4 +1,4 @@
-"""Resuming: the newest good step below a path, opened as a checkpoint.
+"""Resuming from the newest good step below a path.
 
     rank_0/llama_rank_0-1_20.ckpt   rank_1/llama_rank_1-1_20.ckpt (cut short)    passed over
     rank_0/llama_rank_0-1_10.ckpt   rank_1/llama_rank_1-1_10.ckpt                opened
@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..catalog import Catalog
+from ..conversion.open import open_checkpoint, open_some
+from ..core.catalog import Catalog
 from ..errors import CoverageError, FormatError, JaxshardError, NotFoundError, StorageError
 from ..formats import rank_names
-from ..opening import open_checkpoint, open_some
 from ..storage.local import LocalFolder
-from ..storage.sources import open_source
+from ..storage.readers import open_source
 from . import naming
-from .opening_steps import open_step
-from .places import Places
+from .open_step import open_step
+from .run_directory import Places
 from .steps import Step, find_steps, of_one_job
 
 _BAD = (FormatError, CoverageError, StorageError, NotFoundError)

@@ -1,4 +1,4 @@
-"""Steps: what is in a run's directory, and in what state.
+"""Steps in a run directory, and their state.
 
     complete      every file is there with its size; with ``deep``, with its checksums too
     incomplete    a file is missing: of a rank, or of a folder
@@ -27,10 +27,10 @@ from typing import Literal
 
 from ..errors import FormatError, LayoutError, StorageError, some
 from . import naming
-from .lineage import Line
 from .naming import StepName
-from .places import Places, names_in, read_record
+from .policy import Line
 from .records import MOVING, REMOVED, WHOLE, Record
+from .run_directory import Places, names_in, read_record
 
 State = Literal["complete", "incomplete", "corrupt", "partial"]
 

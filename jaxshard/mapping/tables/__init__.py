@@ -13,29 +13,22 @@ from collections.abc import Callable, Iterable
 from collections.abc import Mapping as Dict
 from functools import partial
 
-from ...catalog import Catalog, Tensor
-from ...dtypes import BY_NUMPY, DType
-from ...errors import (
-    FormatError,
-    LayoutError,
-    NotFoundError,
-    StorageError,
-    nearest,
-    some,
-)
+from ...core.catalog import Catalog, Tensor
+from ...core.dtypes import BY_NUMPY, DType
+from ...errors import FormatError, LayoutError, NotFoundError, StorageError, nearest, some
 from ...rules import ModelFacts, weight_name
 from ...rules.match import Patterns as Globs
 from ...rules.match import template
 from ...rules.modalities import TEXT_MODEL, text_config, text_root, towers
 from ...rules.quantization import Factors, settings
-from ..joins import WITHOUT_BLOCKS, Dequantize
+from ..group_ops import WITHOUT_BLOCKS, Dequantize
 from ..mapping import Mapping
-from ..names import Patterns
+from ..mapping_toml import read_mapping
 from ..ops import Drop, Expect, Rename
-from ..text import read_mapping
+from ..patterns import Patterns
 from .families import FAMILIES, Facts, facts_of
-from .jaxes import linen, linen_scan, maxtext, nnx, nnx_scan, tunix
-from .mindspore import mcore, mindformers
+from .jax_forms import linen, linen_scan, maxtext, nnx, nnx_scan, tunix
+from .mindspore_forms import mcore, mindformers
 
 __all__ = ["FORMS", "dequantized", "find_mapping", "form_of", "table", "true_config"]
 

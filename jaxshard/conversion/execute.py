@@ -1,0 +1,212 @@
+"""Execution of a prepared conversion, published atomically.
+
+The files are staged beside the destination, which appears whole or not at all; what an
+interrupted run finished is kept for the next.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..core.catalog import Catalog
+from ..distributed.partition import Part
+from ..errors import CoverageError, LayoutError, StorageError
+from ..planning.plan import Plan
+from ..storage import file_to_file, side_files
+from ..storage.readers import OpenSource, open_source
+from ..storage.resources import Budget, Counts
+from ..storage.shared_transaction import PartStaging
+from ..storage.strategy_folder import put_beside
+from ..storage.transaction import Staging
+from ..storage.writers import OutputFiles
+from . import single_file
+from .open import PathLike
+from .options import Options, budget_of, chosen_part
+from .prepare import Prepared, fitted, part_plan
+from .results import Result
+
+Progress = Callable[[int], None]
+_DEFAULT = Options()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    destination: str
+    counts: Counts
+    num_files: int
+    skipped_files: int
+    notes: tuple[str, ...] = ()
+    part: Part | None = None
+    is_published: bool = True  # False: other parts are still to be made
+
+
+def execute(
+    prepared: Prepared,
+    destination: PathLike,
+    *,
+    options: Options = _DEFAULT,
+    progress: Callable[[int], Progress] | None = None,
+) -> Report:
+    """Carry out a prepared conversion.
+
+    ``progress`` is given the bytes to write, and returns a function that is told of those written.
+
+    Raises:
+        StorageError: the disk is full or refuses, or another run is writing there.
+        CoverageError: replicas of the source differ, and were to be checked.
+        LayoutError: the destination exists and may not be replaced, is or holds the source, or
+            an interrupted run lies there; the memory is too little; what cannot be made in parts.
+        FormatError: the source changed on the way, or is not what its checksums say.
+    """
+    part = chosen_part(options)
+    if part and prepared.result.format == "orbax":
+        raise LayoutError("Orbax's own format is written here by one process, not in parts.")
+    catalog = prepared.plan.source
+    prepared, budget = fitted(prepared, options), budget_of(options, catalog)
+    plan = prepared.plan
+    place, only = Path(destination), single_file.name_of(prepared.result, destination)
+    refuse_inside(catalog, place)
+    if options.check_replicas:
+        _refuse_differing(catalog, budget)
+    plan = part_plan(plan, part)
+    staging = _staging(place, prepared.request, options, only, part)
+    left = single_file.notes(catalog, prepared.result, only)
+    notes = (*plan.notes, *left)
+    if staging.published:
+        return Report(str(destination), Counts(), 0, plan.totals.num_files, notes, part)
+    try:
+        plan, skipped = _without_finished(plan, staging)
+        _check_room(plan, staging.files)
+        tell = progress(plan.totals.bytes_written) if progress else None
+        source = open_source(catalog)
+        source.check_checksums()
+        try:
+            counts = _write(plan, prepared.result, source, staging, budget, tell)
+        finally:
+            source.close()
+        source.check_unchanged()
+        is_published = staging.publish(
+            None if only else partial(_write_side_files, prepared, staging, place)
+        )
+    except BaseException:
+        staging.abandon()
+        raise
+    if is_published and not only:
+        files, keep = prepared.result.side_files, options.durable
+        notes += put_beside(place, files, overwrite=options.overwrite, durable=keep)
+    num_files = plan.totals.num_files
+    return Report(str(destination), counts, num_files, skipped, notes, part, is_published)
+
+
+def _write(
+    plan: Plan,
+    result: Result,
+    source: OpenSource,
+    staging: Staging | PartStaging,
+    budget: Budget,
+    tell: Progress | None,
+) -> Counts:
+    """Write the weight files of ``plan``; what that took."""
+    if result.format == "orbax":
+        from .orbax_results import write_orbax  # noqa: PLC0415 - NumPy, and then JAX, seldom needed
+
+        counts = write_orbax(plan, source, staging.files, budget, tell)
+        for path in sorted(p for p in staging.files.rglob("*") if p.is_file()):
+            staging.sync(path)
+        return counts
+    files = OutputFiles(plan, staging, result.lay_file, result.seal)
+    try:
+        return file_to_file.run(plan.journeys(), source, files, budget=budget, progress=tell)
+    finally:
+        files.close()
+
+
+def _staging(
+    destination: Path, request: str, options: Options, only: str | None, part: Part | None
+) -> Staging | PartStaging:
+    overwrite, durable = options.overwrite, options.durable
+    if part is None:
+        return Staging(
+            destination,
+            request,
+            resume=options.resume,
+            overwrite=overwrite,
+            durable=durable,
+            only=only,
+        )
+    if only:
+        raise LayoutError(
+            f"{destination} is one file, which is one process's work. Leave out "
+            "part= (--process-count), or name a folder."
+        )
+    return PartStaging(
+        destination, request, part.index, part.count, overwrite=overwrite, durable=durable
+    )
+
+
+def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
+    """Refuse a source whose replicas are not equal."""
+    from .verify import differing_replicas  # noqa: PLC0415 - NumPy, seldom needed
+
+    problems = differing_replicas(catalog, budget=budget).problems
+    if problems:
+        more = f" {len(problems) - 1} more tensors have such." if len(problems) > 1 else ""
+        raise CoverageError(f"{problems[0]}{more}")
+
+
+def refuse_inside(catalog: Catalog, destination: Path) -> None:
+    """Refuse a destination whose replacement would take the source, or a file of it, away."""
+    source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
+    linked = (Path(os.path.realpath(source / f.path)) for f in catalog.files)
+    if any(p == place or place in p.parents for p in (source, *linked)):
+        raise LayoutError(
+            f"{destination} is the source, or holds it or files that it links to. Choose another "
+            "destination; the source is never changed."
+        )
+
+
+def _without_finished(plan: Plan, staging: Staging | PartStaging) -> tuple[Plan, int]:
+    """``plan`` less the files that an earlier run finished."""
+    paths = plan.outputs.paths
+    wanted = set(range(len(paths))) if plan.only is None else set(plan.only)
+    done = {rank for rank in wanted if paths[rank] in staging.finished}
+    return (plan.of(frozenset(wanted - done)), len(done)) if done else (plan, 0)
+
+
+def _check_room(plan: Plan, place: Path) -> None:
+    free = shutil.disk_usage(place).free
+    need = plan.totals.bytes_written
+    if need > free:
+        raise StorageError(
+            f"{place} has {free} bytes free, and the result needs {need}. Make room, or choose "
+            "another disk."
+        )
+
+
+def _write_side_files(
+    prepared: Prepared, staging: Staging | PartStaging, destination: Path
+) -> None:
+    source, inside = prepared.plan.source, destination.resolve()
+
+    def is_an_earlier_result(path: Path) -> bool:
+        return inside in path.resolve().parents
+
+    side_files.copy_extras(
+        Path(source.root),
+        source.extras,
+        staging.files / prepared.result.extras_to,
+        leave_out=is_an_earlier_result,
+        sync=staging.sync,
+    )
+    side_files.write_files(prepared.result.side_files.items(), staging.files, staging.sync)
+    if prepared.result.checksums:
+        from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
+
+        add_checksums(staging.files / prepared.result.extras_to, staging.sync)

@@ -1,0 +1,250 @@
+"""Opening a checkpoint: from a path to a catalog, in any format.
+
+The formats recognise themselves by file names; this module only knows the order in
+which they are asked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..core.catalog import Catalog, File
+from ..core.garbage import paused
+from ..core.layout import Layout
+from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, some
+from ..formats import iteration_names, orbax_names, rank_names
+from ..formats.reader import Folder
+from ..storage.local import LocalFolder
+from ..storage.transaction import is_unfinished
+
+PathLike = str | os.PathLike[str]
+
+_RANK = re.compile(r"rank_\d+")
+# Of the two that MindFormers merges, dst_ is of the job that saves beside it.
+_MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
+
+
+def opened(
+    source: Catalog | PathLike, *, strategy: PathLike | None = None, suffix: str | None = None
+) -> Catalog:
+    """``source``, opened if it is a path (arguments and errors as ``open_checkpoint``).
+
+    Raises:
+        LayoutError: it is open already, and how to open it is said all the same.
+    """
+    if not isinstance(source, Catalog):
+        return open_checkpoint(source, strategy=strategy, suffix=suffix)
+    if strategy is not None or suffix is not None:
+        raise LayoutError(
+            f"strategy files and suffix= say how a path is opened, and {source.root} is open "
+            "already. Give them to open()."
+        )
+    return source
+
+
+@paused()
+def open_checkpoint(
+    path: PathLike, *, strategy: PathLike | None = None, suffix: str | None = None
+) -> Catalog:
+    """The contents of the checkpoint at ``path``, from headers only.
+
+    Args:
+        path: a folder, or a single weight file.
+        strategy: for rank folders, the strategy files they were written with (a file or
+            a folder); by default ``strategy/`` inside or beside the folder, or a merged file
+            there.
+        suffix: for rank folders with several files a rank, which one: ``1_10``.
+
+    Raises:
+        NotFoundError: nothing there that jaxshard can read.
+        FormatError: a file is not what it claims to be.
+        CoverageError: files contradict each other.
+    """
+    if not os.fspath(path):
+        raise NotFoundError("the path of the checkpoint is empty. Name a folder, or a weight file.")
+    where = Path(path)
+    if _is_index(where):
+        where = where.parent  # it tells of the files beside it
+    if is_unfinished(where):
+        raise FormatError(
+            f"{where} is an unfinished conversion. Complete it with {RESUME}, or delete it."
+        )
+    for place in _places(where):
+        folder = LocalFolder(place)
+        try:
+            catalog = _read(folder, place, strategy, suffix)
+        except (CoverageError, NotFoundError) as error:
+            raise type(error)(" ".join([str(error), *_links(folder)])) from None
+        finally:
+            folder.close()
+        if catalog is not None:
+            return replace(catalog, notes=(*catalog.notes, *_links(folder)))
+    _refuse_other_weights(where)
+    raise NotFoundError(
+        f"{where} holds no checkpoint that jaxshard can read: neither *.safetensors, nor rank_0/ "
+        "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
+        + "".join(f" {text}" for text in _links(LocalFolder(where)))
+    )
+
+
+def open_some(path: PathLike, names: Iterable[str], *, strategy: PathLike | None = None) -> Catalog:
+    """The checkpoint that only the files ``names`` of the folder ``path`` are.
+
+    Raises:
+        NotFoundError: a file is missing, or they are no checkpoint.
+        FormatError, CoverageError, LayoutError: as ``open_checkpoint``.
+    """
+    folder = LocalFolder(path, names)
+    try:
+        catalog = _read(folder, Path(path), strategy, None)
+    finally:
+        folder.close()
+    if catalog is None:
+        raise NotFoundError(f"{path}: {some(folder.files())} are no checkpoint.")
+    return catalog
+
+
+def _is_index(where: Path) -> bool:
+    """Whether ``where`` is the list of a checkpoint's files, and not one of them."""
+    if where.suffix != ".json":
+        return False
+    from ..formats.huggingface import INDEX, MINDSPORE_INDEX  # noqa: PLC0415 - seldom needed
+
+    return where.name in (INDEX, MINDSPORE_INDEX) and where.is_file()
+
+
+def _links(folder: LocalFolder) -> tuple[str, ...]:
+    """What to say of links to folders that were not followed."""
+    names = folder.not_followed
+    if not names:
+        return ()
+    what = "is a link" if len(names) == 1 else "are links"
+    return (f"{some(names)} {what} to a folder elsewhere, not followed: copy what it holds here.",)
+
+
+def _refuse_other_weights(where: Path) -> None:
+    """Say what is missing where there are weights, but in no format or place that is read.
+
+    Raises:
+        NotFoundError: there are such.
+    """
+    from ..formats import huggingface  # noqa: PLC0415
+
+    folder = LocalFolder(where)
+    if huggingface.carried(folder.files(), ())[1]:
+        huggingface.read(folder)
+
+
+def _places(where: Path) -> Iterator[Path]:
+    """``where``, and the folders in it that MindFormers has checkpoints in."""
+    yield where
+    for place in (where, where / "checkpoint"):
+        if place.is_dir():
+            newest = iteration_names.latest(LocalFolder(place))
+            yield place / newest if newest else place
+
+
+def _read(
+    folder: LocalFolder, where: Path, strategy: PathLike | None, suffix: str | None
+) -> Catalog | None:
+    """What ``folder`` holds, by the first format that knows it."""
+    files = folder.files()
+    if any(map(rank_names.is_rank_file, files)):
+        from ..formats import rank_folder  # noqa: PLC0415
+
+        layout, notes = _source_layout(where, strategy)
+        catalog = rank_folder.read(folder, layout, suffix=suffix)
+        return replace(catalog, notes=(*notes, *catalog.notes))
+    found = _read_unranked(folder, files)
+    if found is not None and (strategy is not None or suffix is not None):
+        raise LayoutError(
+            f"{where} has no rank_0/ … folders, so strategy files and suffix= (--suffix) "
+            "mean nothing for it. Leave them out."
+        )
+    if found is not None and where.is_file() and _RANK.fullmatch(where.parent.name):
+        note = f"{where.name} is the file of one rank; its tensors are taken as whole."
+        return replace(found, notes=(note, *found.notes))
+    return found
+
+
+def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | None:
+    """What ``folder`` holds, which has no files of ranks."""
+    if iteration_names.recognise(files):
+        from ..formats import iteration  # noqa: PLC0415
+
+        return iteration.read(folder)
+    is_orbax = orbax_names.recognise(files)
+    if is_orbax and orbax_names.is_item(files):
+        return _read_orbax(folder, files)
+    from ..formats import huggingface  # noqa: PLC0415
+
+    if huggingface.recognise(files):
+        return huggingface.read(folder)
+    from ..formats import weight_files  # noqa: PLC0415
+
+    if weight_files.recognise(folder, files):
+        return weight_files.read(folder)
+    return _read_orbax(folder, files) if is_orbax else None  # last: the item lies in a folder here
+
+
+def _read_orbax(folder: LocalFolder, files: Mapping[str, File]) -> Catalog:
+    from ..formats import orbax  # noqa: PLC0415 - and with it JAX
+
+    return orbax.read(folder, files)
+
+
+def open_strategy(path: PathLike) -> Layout:
+    """The layout that the strategy files at ``path`` (one file, or a folder of them) say.
+
+    Raises:
+        NotFoundError: nothing there.
+        FormatError: not strategy files.
+        CoverageError: files of one stage contradict each other, or a stage is missing.
+    """
+    folder = LocalFolder(path)
+    try:
+        return strategy_of(folder)
+    finally:
+        folder.close()
+
+
+def strategy_of(folder: Folder, *, partial: bool = False) -> Layout:
+    """The layout of the strategy files in ``folder``; errors as ``open_strategy``.
+
+    With ``partial``, stages may be missing.
+    """
+    from ..formats import layout_file, strategy_files  # noqa: PLC0415
+
+    own = layout_file.find(folder)
+    if own is not None:
+        return layout_file.read(folder, own)
+    return strategy_files.layout(strategy_files.read(folder), partial=partial)
+
+
+def strategy_place(where: Path, given: PathLike | None = None) -> Path | None:
+    """Where the strategy files of rank folders in ``where`` are: as given, or as jobs have them."""
+    if given is not None:
+        return Path(given)
+    for place in (where / "strategy", where.parent / "strategy"):
+        if place.is_dir():
+            return place
+    merged = (place / name for place in (where, where.parent) for name in _MERGED)
+    return next((place for place in merged if place.is_file()), None)
+
+
+def _source_layout(where: Path, given: PathLike | None) -> tuple[Layout | None, tuple[str, ...]]:
+    """What the strategy files say, or None: then ``rank_files`` says what it misses."""
+    place = strategy_place(where, given)
+    if place is None:
+        return None, ()
+    guessed = given is None and place.is_file()
+    folder = LocalFolder(place)
+    try:
+        layout = strategy_of(folder, partial=True)  # a server may have those of its own stage only
+    finally:
+        folder.close()
+    return layout, (f"the layout is that of {place}.",) if guessed else ()

@@ -1,0 +1,367 @@
+"""Preparation of a conversion: a plan from headers alone, to print or to execute.
+
+What is taken, under which names, laid out how, into which files, and in which blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import rules as family_rules
+from ..core.box import Box
+from ..core.catalog import Catalog, Piece
+from ..core.garbage import paused
+from ..core.layout import Layout
+from ..core.strategy import Strategy
+from ..distributed.partition import Part, split_outputs
+from ..errors import LayoutError, some
+from ..formats import rank_names
+from ..planning.copies import firsts
+from ..planning.plan import Plan, block_bytes_for, make_plan
+from ..storage import side_files
+from . import single_file
+from .open import PathLike, open_strategy, opened
+from .options import Options, budget_of
+from .results import Request, Result
+from .select import (
+    chooser,
+    missed,
+    refuse_absent,
+    refuse_half,
+    refuse_lost,
+    select,
+    takes_whole,
+    texts,
+    without_merged,
+    without_unplaced_states,
+)
+from .targets import (
+    SAME,
+    check_factors,
+    check_request,
+    lay_out_for,
+    make_result,
+    same_layout,
+    step_of_numbers,
+)
+
+if TYPE_CHECKING:
+    from ..mapping import Mapping
+
+
+@paused()
+def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -> str:
+    """The fingerprint of making the files ``only`` (all, if None) of ``result``."""
+    digest = hashlib.sha256()
+    pieces = _Pieces()
+    numbers: dict[int, int] = {}  # thousands of contents share their entries: each is told once
+    for content in result.outputs.contents:
+        texts = []
+        for entry in content:
+            if id(entry) in numbers:
+                continue
+            numbers[id(entry)] = len(numbers)
+            tensor = entry.tensor
+            texts.append(f"{tensor.name} {tensor.dtype.name} {entry.shape}\n")
+            texts.append(pieces.told(firsts(tensor.pieces)))
+        digest.update("".join(texts).encode())
+        digest.update(repr([numbers[id(entry)] for entry in content]).encode())
+    digest.update(pieces.boxes_told().encode())
+    digest.update(repr((result.outputs.paths, result.outputs.content_of)).encode())
+    told: dict[int, bytes] = {}  # the ranks of a stage share one strategy
+    for name, data in sorted(result.side_files.items()):
+        if id(data) not in told:
+            told[id(data)] = hashlib.sha256(data).digest()
+        digest.update(name.encode() + told[id(data)])
+    return json.dumps(
+        {
+            "source": str(Path(catalog.root).absolute()),
+            "files": [[f.path, f.num_bytes, f.mtime_ns] for f in catalog.files],
+            "format": [result.format, result.seal is not None],
+            "ranks": sorted(only) if only is not None else None,
+            "result": digest.hexdigest(),
+        },
+        indent=1,
+    )
+
+
+class _Pieces:
+    """Pieces as text; their boxes, of which there are few, by number."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[Box, int] = {}
+
+    def told(self, pieces: tuple[Piece, ...]) -> str:
+        """Where ``pieces`` lie, and how."""
+        return ";".join(map(self._told, pieces))
+
+    def _told(self, piece: Piece) -> str:
+        box = self._boxes.setdefault(piece.box, len(self._boxes))
+        view = "" if piece.view is None else repr(piece.view)
+        return f"{piece.file} {piece.offset} {box} {view}"
+
+    def boxes_told(self) -> str:
+        """The boxes that the numbers mean."""
+        return repr([(box.start, box.stop) for box in self._boxes])
+
+
+# --- Preparing: a conversion decided from headers alone, to be printed or run
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is decided and not begun: print it, or run it."""
+
+    plan: Plan
+    result: Result
+
+    @property
+    def request(self) -> str:
+        """What a resumed run must share; half a second for 90,000 tensors, so not asked idly."""
+        return fingerprint(self.plan.source, self.result, self.plan.only)
+
+
+@paused()
+def prepare(
+    source: Catalog | PathLike,
+    to: str | PathLike | Strategy | Layout = "full",
+    *,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    rules: family_rules.Rules | None = None,
+    names: Mapping | str | None = None,
+    unmatched: family_rules.Policy = "error",
+    uneven: family_rules.Policy = "error",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    ranks: Iterable[int] | None = None,
+    drop_prefixes: Iterable[str] = (),
+    keep_accu_grads: bool = False,
+    max_shard_bytes: int | None = None,
+    prefix: str = Request.prefix,
+    step: str | None = None,
+    remove_redundancy: bool = False,
+    format: str | None = None,
+    crc: bool = False,
+    checksums: bool = False,
+    destination: PathLike | None = None,
+) -> Prepared:
+    """Decide a conversion from headers alone; nothing is written.
+
+    Args:
+        source: a checkpoint, or its path.
+        to: ``"full"``, a strategy, the path of strategy files, or ``"same"`` as the source.
+        src_strategy: the strategy files of a source cut into ranks.
+        suffix: which of several files a rank the source has.
+        rules: layout rules that go before the family's own.
+        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
+            ``"llama-hf:llama-mindformers"``, a table's path.
+        unmatched: what to do with names that no rule matches: refuse, or ``"replicate"``.
+        uneven: what to do with dims that do not divide: refuse, or ``"replicate"``.
+        include: regular expressions; only tensors that one of them is found in are taken.
+        exclude: regular expressions; tensors that one of them is found in are left out.
+        ranks: write the files of these ranks only.
+        drop_prefixes: tensors whose names begin with one of these are left out (``adam_``).
+        keep_accu_grads: take accumulated gradients too, which are otherwise left out.
+        max_shard_bytes: the most tensor bytes in one file of a complete checkpoint; by
+            default what is usual for the format.
+        prefix: the first part of rank files' names.
+        step: the epoch and the step in them, ``"1_10"``: by default those of the source's names
+            or numbers, or ``1_1``; ``"none"``: the prefix alone, as MindSpore slices.
+        remove_redundancy: store each shard once, not on every replica.
+        format: what to write (``ckpt``, ``unified``, ``orbax`` …); by default as ``to``
+            implies. For Orbax, whose library wants tensors whole, one at a time is in memory.
+        crc: end every ``.ckpt`` with a checksum.
+        checksums: write ``checksums.json`` beside the files, for ``verify`` and
+            ``load(verify=True)``; other readers pass over it.
+        destination: where the result is to be, as far as its name matters: that of one
+            weight file (``out.safetensors``) asks for one file and no folder.
+
+    Raises:
+        NotFoundError: no checkpoint there, or nothing matches.
+        FormatError: a file is not what it claims to be.
+        CoverageError: the source lacks part of a tensor, or weights that the target tells of.
+        LayoutError: the target does not fit the tensors, or a request means nothing for it.
+    """
+    include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefixes))
+    catalog = opened(source, strategy=src_strategy, suffix=suffix)
+    chosen, config = _chosen(
+        catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
+    )
+    is_whole = takes_whole(catalog, include, exclude)
+
+    def lay_out(strategy: Strategy) -> Layout:
+        if is_whole:
+            refuse_half(catalog)
+        return lay_out_for(chosen, strategy, rules=rules, unmatched=unmatched, uneven=uneven)
+
+    layout = same_layout(chosen) if to == SAME else _target_layout(chosen, to, lay_out)
+    if to == "full" and is_whole:
+        refuse_half(catalog)
+    only = _check_ranks(ranks, layout)
+    refuse_lost(catalog, chooser(include, exclude, drop_prefixes), layout, only)
+    if layout is not None:
+        layout = without_merged(chosen, layout)
+        chosen = without_unplaced_states(chosen, layout)
+        refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
+    numbers = _job_values(chosen) if format == "iteration" else {}
+    request = Request(
+        layout,
+        max_shard_bytes,
+        prefix,
+        remove_redundancy=remove_redundancy,
+        format=format,
+        crc=crc,
+        numbers=numbers,
+        checksums=checksums,
+    )
+    request = single_file.implied(request, destination)
+    check_request(request, step)
+    if layout is not None and request.format in (None, "ranks", "ckpt"):
+        request = replace(request, step=_step_in_names(step, catalog, chosen))
+    result = make_result(chosen, list(chosen.tensors.values()), request)
+    single_file.name_of(result, destination)  # refuses what is no one file
+    if config:
+        result = replace(result, side_files={**config, **result.side_files})
+    plan = make_plan(
+        chosen,
+        result.outputs,
+        only=_files_of(only, layout, result.files_per_rank),
+        block_bytes=block_bytes_for(chosen),
+        is_bundled=result.format != "orbax",  # whose library is given tensor by tensor
+    )
+    return Prepared(plan, result)
+
+
+def _chosen(
+    catalog: Catalog,
+    names: Mapping | str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    drop_prefixes: Sequence[str],
+    *,
+    keep_accu_grads: bool,
+) -> tuple[Catalog, dict[str, bytes]]:
+    """What is asked for of ``catalog``, under its new names, and the config files to match."""
+    tensors, notes = select(
+        catalog, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
+    )
+    chosen = replace(catalog, tensors={t.name: t for t in tensors}, notes=(*catalog.notes, *notes))
+    config: dict[str, bytes] = {}
+    if names is not None:
+        from ..mapping import find_mapping, true_config  # noqa: PLC0415 - seldom needed, not small
+
+        chosen = find_mapping(names, chosen).apply(chosen)
+        config = true_config(chosen)
+    chosen = replace(chosen, notes=(*chosen.notes, *_of_keys(chosen)))
+    extras, notes = side_files.carried(chosen)
+    return replace(chosen, extras=extras, notes=(*chosen.notes, *notes)), config
+
+
+def _of_keys(catalog: Catalog) -> tuple[str, ...]:
+    """A note on the random keys of ``catalog``: what is written has their data only."""
+    found = [f"{n} ({generator})" for n, generator in catalog.keys.items() if n in catalog.tensors]
+    if not found:
+        return ()
+    return (
+        f"{len(found)} random keys are written as their data, integers, without their generator: "
+        f"{some(found)}.",
+    )
+
+
+def _target_layout(
+    source: Catalog,
+    to: str | PathLike | Strategy | Layout,
+    lay_out: Callable[[Strategy], Layout],
+) -> Layout | None:
+    if isinstance(to, Layout):
+        check_factors(source, to)
+        return to
+    if isinstance(to, Strategy):
+        return lay_out(to)
+    text = os.fspath(to)
+    if text in ("full", SAME):  # the same as a source that is complete
+        return None
+    try:
+        strategy = Strategy.parse(text)  # before files: a result called mp4 may lie here too
+    except LayoutError as error:
+        if os.path.exists(text):
+            layout = open_strategy(text)
+            check_factors(source, layout)
+            return layout
+        raise LayoutError(
+            "the target (to=, --to) is neither full, nor an existing strategy file or folder; "
+            f"{error}"
+        ) from None
+    return lay_out(strategy)
+
+
+def _step_in_names(step: str | None, catalog: Catalog, chosen: Catalog) -> tuple[int, int] | None:
+    """The epoch and the step in rank files' names: as asked, or as the source has them."""
+    if step is not None:
+        return rank_names.read_step(step)
+    named = rank_names.step_of(file.path for file in catalog.files)
+    has_numbers = chosen.hyper or catalog.format == "iteration"
+    return named or step_of_numbers(_job_values(chosen) if has_numbers else {})
+
+
+def _job_values(catalog: Catalog) -> dict[str, Any]:
+    from .job_values import job_values  # noqa: PLC0415 - the dtypes of JAX, seldom needed
+
+    return job_values(catalog)
+
+
+def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
+    if ranks is None:
+        return None
+    only = frozenset(ranks)
+    num_ranks = layout.num_ranks if layout else 1
+    wrong = sorted(r for r in only if not 0 <= r < num_ranks)
+    if wrong or not only or layout is None:
+        raise LayoutError(
+            f"rank (--rank) {some(map(str, wrong or only))}: the target has "
+            + (
+                f"ranks 0 to {num_ranks - 1}."
+                if layout
+                else "no ranks, it is one complete checkpoint."
+            )
+        )
+    return only
+
+
+def _files_of(
+    ranks: frozenset[int] | None, layout: Layout | None, files_per_rank: int
+) -> frozenset[int] | None:
+    """The numbers of the files of ``ranks``: second files come after all first ones."""
+    if ranks is None or layout is None:
+        return None
+    return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
+
+
+def fitted(prepared: Prepared, options: Options) -> Prepared:
+    """``prepared`` with the numbers of the blocks and the memory that ``options`` allow."""
+    plan, budget = prepared.plan, budget_of(options, prepared.plan.source)
+    if (plan.block_bytes, plan.tile_bytes) != (budget.block_bytes, budget.tile_bytes):
+        plan = make_plan(
+            plan.source,
+            plan.outputs,
+            only=plan.only,
+            block_bytes=budget.block_bytes,
+            tile_bytes=budget.tile_bytes,
+            is_bundled=plan.is_bundled,
+        )
+    return replace(prepared, plan=replace(plan, host_bytes=budget.host_bytes))
+
+
+def part_plan(plan: Plan, part: Part | None) -> Plan:
+    """``plan`` for the files that ``part`` makes; all of it where that is None."""
+    if part is None:
+        return plan
+    ranks = range(len(plan.outputs.paths)) if plan.only is None else plan.only
+    return plan.of(split_outputs(plan.outputs, ranks, part.count)[part.index])

@@ -1,0 +1,233 @@
+"""Targets: from ``to=`` (a strategy, strategy files, "full", "same") to output files.
+
+    full            a complete checkpoint, in the Hugging Face layout if nothing else is said
+    dp2mp4pp2       one file a rank, cut by the family's rules
+    DIR or FILE     one file a rank, cut as those strategy files say
+    same            as the source is
+
+It decides, and writes nothing: ``conversion`` does. Only ``job_values`` reads, a handful of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from ..core.catalog import Catalog, Tensor
+from ..core.layout import Layout, Placement
+from ..core.strategy import Strategy
+from ..errors import LayoutError, NotFoundError, some
+from ..formats.registry import FORMATS
+from ..rules import Policy, Rules, rules_for
+from ..rules import layout as lay_out
+from ..rules.quantization import Factors
+from .results import Request, Result
+
+__all__ = [
+    "SAME",
+    "check_factors",
+    "check_request",
+    "lay_out_for",
+    "make_result",
+    "same_layout",
+    "step_of_numbers",
+]
+
+#: The target that is laid out as the source is.
+SAME = "same"
+
+_Make = Callable[[Catalog, Sequence[Tensor], Request], Result]
+# Module and function, by format: each module is imported only when it is needed.
+_COMPLETE = {
+    "huggingface": ("complete_results", "huggingface"),
+    "unified": ("complete_results", "unified"),
+    "ckpt": ("complete_results", "ckpt"),
+    "iteration": ("iteration_results", "iteration"),
+    "orbax": ("complete_results", "orbax"),
+}
+_CUT = {
+    "ranks": ("rank_results", "rank_folders"),
+    "ckpt": ("rank_results", "rank_folders"),
+    "iteration": ("iteration_results", "iteration"),
+}
+_IN_SHARDS = tuple(name for name, format in FORMATS.items() if format.in_shards)
+
+
+def lay_out_for(
+    source: Catalog,
+    strategy: Strategy,
+    rules: Rules | None = None,
+    *,
+    unmatched: Policy = "error",
+    uneven: Policy = "error",
+) -> Layout:
+    """The layout of ``source``'s tensors under ``strategy``, by its family's rules.
+
+    ``rules`` go before the family's, or stand alone where the family is not known. Names
+    without a rule and dims that do not divide are refused, or left whole with ``"replicate"``.
+    Mapped tensors lie as what they are made of would; where that says nothing, as their names do.
+
+    Raises:
+        LayoutError: names without a rule, dims that do not divide, or kv heads that are fused
+            with their q heads and fewer than the ranks that share them.
+    """
+    if source.origin is not None and rules is None:
+        before = source.origin.catalog
+        try:
+            layout = _lay_out_parts(source, before, strategy, unmatched, uneven)
+            carried = source.origin.place(layout)
+        except (LayoutError, NotFoundError) as error:
+            try:
+                layout = _by_rules(source, strategy, None, unmatched, uneven)
+            except (LayoutError, NotFoundError):
+                raise error from None  # which says what is wrong with the mapping
+            _check_groups(source, layout)
+            return layout
+        kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
+        return replace(carried, placements=kept)
+    return _by_rules(source, strategy, rules, unmatched, uneven)
+
+
+def check_factors(source: Catalog, layout: Layout) -> None:
+    """Refuse a layout that parts quantized weights from their factors.
+
+    Raises:
+        LayoutError: the weights, with the numbers that fit.
+    """
+    shapes = {n: source.tensors[n].shape for n in layout.placements if n in source.tensors}
+    Factors(shapes, source.model.config).check(layout.placements)
+
+
+def _check_groups(source: Catalog, layout: Layout) -> None:
+    """Refuse what rules know nothing of: kv heads that a rank would hold a part of."""
+    for name, placements in layout.placements.items():
+        for placement in placements:
+            source.tensors[name].check_groups(placement)
+
+
+def _lay_out_parts(
+    source: Catalog, before: Catalog, strategy: Strategy, unmatched: Policy, uneven: Policy
+) -> Layout:
+    """The layout of what ``source`` is made of; factors are whole, as they vanish."""
+    views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
+    factors = {t.name for view in views for t in view.operands} & before.tensors.keys()
+    weights = {n: t for n, t in before.tensors.items() if n not in factors}
+    layout = lay_out_for(
+        replace(before, tensors=weights), strategy, unmatched=unmatched, uneven=uneven
+    )
+    everywhere = (Placement((("all", strategy.num_ranks),)),)
+    return replace(layout, placements={**layout.placements, **dict.fromkeys(factors, everywhere)})
+
+
+def _by_rules(
+    source: Catalog, strategy: Strategy, rules: Rules | None, unmatched: Policy, uneven: Policy
+) -> Layout:
+    lost = () if source.origin else tuple(source.lost)
+    names = [*(name for name in source.tensors if name not in source.hyper), *lost]
+    try:
+        table = rules_for(source.model, names)
+    except (LayoutError, NotFoundError):
+        if rules is None:
+            raise
+        table = rules
+    else:
+        table = table.override(rules) if rules else table
+    shapes = {t.name: t.shape for t in source.tensors.values()}
+    return lay_out(shapes, strategy, table, source.model, source.hyper, unmatched, uneven, lost)
+
+
+def same_layout(source: Catalog) -> Layout | None:
+    """The layout that ``source`` has, whatever names it was given; None if it is complete.
+
+    Raises:
+        LayoutError: what its ranks share is no whole part of a mapped tensor.
+    """
+    if source.layout is not None or source.origin is None:
+        return source.layout
+    before = source.origin.catalog
+    return source.origin.place(before.layout) if before.layout is not None else None
+
+
+def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """The files that hold ``tensors`` of ``source`` as ``request`` wants them.
+
+    Raises:
+        LayoutError: the layout does not fit the tensors, or the format the layout or a dtype.
+    """
+    makers = _COMPLETE if request.to is None else _CUT
+    name = request.format or next(iter(makers))
+    if name not in makers:
+        what = "a complete checkpoint" if request.to is None else "files of ranks"
+        raise LayoutError(
+            f"format {name!r} is none for {what}; there are {', '.join(makers)}. "
+            + ("Give a layout" if request.to is None else "Give full")
+            + " with to= (--to)."
+        )
+    if name != "orbax":
+        _refuse_unwritable(tensors)
+    module, function = makers[name]
+    make: _Make = getattr(import_module(f".{module}", __package__), function)
+    return replace(make(source, tensors, request), checksums=request.checksums)
+
+
+def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
+    """Refuse dtypes that only arrays have, and Orbax."""
+    unknown = [f"{t.name} ({t.dtype})" for t in tensors if not t.dtype.is_in_files]
+    if unknown:
+        raise LayoutError(
+            f"{len(unknown)} tensors have dtypes that weight files do not have: {some(unknown)}. "
+            "Leave them out with exclude= (--exclude), or write format= (--format) orbax."
+        )
+
+
+def step_of_numbers(numbers: Mapping[str, Any]) -> tuple[int, int]:
+    """The epoch and the step in rank files' names, where a job's numbers tell; else the first."""
+    step = numbers.get("global_step", numbers.get("step_num"))
+    return (1, int(step)) if step and step > 0 else (1, 1)
+
+
+def check_request(request: Request, step: str | None = None) -> None:
+    """Refuse what would mean nothing for the target, and so be passed over in silence.
+
+    Raises:
+        LayoutError: with what it is for.
+    """
+    is_whole = request.to is None
+    name = request.format or ("huggingface" if is_whole else "ranks")
+    if request.remove_redundancy and is_whole:
+        raise LayoutError(
+            "remove_redundancy= (--remove-redundancy) is for files of ranks; a complete checkpoint "
+            "stores nothing twice. Leave it out, or give a layout with to= (--to)."
+        )
+    if request.max_shard_bytes is not None and not (is_whole and name in _IN_SHARDS):
+        raise LayoutError(
+            "max_shard_bytes= (--max-shard-size) is for complete checkpoints in several files "
+            f"({', '.join(_IN_SHARDS)}), and the target is "
+            f"{'one file' if is_whole else 'a file a rank'}. Leave it out."
+        )
+    if request.crc and name != "ckpt":
+        raise LayoutError(
+            f"crc= (--crc) ends .ckpt files, and the format is {name}. Leave it out, or give "
+            'format="ckpt" (--format ckpt).'
+        )
+    if request.checksums and (request.one_file or name == "orbax"):
+        raise LayoutError(
+            "checksums= (--checksums) writes a file beside the others of a folder, and the target "
+            + (
+                "is one file. Name a folder."
+                if request.one_file
+                else "is Orbax's, whose files have checksums of their own. Leave it out."
+            )
+        )
+    if step is not None and (is_whole or name not in ("ranks", "ckpt")):
+        raise LayoutError(
+            f"step= (--step) {step} is for the names of rank files, and the target has none. Leave "
+            "it out."
+        )
+    if is_whole and name != "iteration" and request.prefix != Request.prefix:
+        raise LayoutError(
+            f"prefix= (--prefix) {request.prefix} is for files of ranks, and the target is a "
+            "complete checkpoint, whose files are named by its format. Leave it out."
+        )

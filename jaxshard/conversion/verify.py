@@ -1,0 +1,327 @@
+"""Verification: completeness, checksums, equal replicas, equality with another checkpoint.
+
+What headers can tell is checked when a checkpoint is opened. This module reads the
+data: replicas are compared with each other, and two checkpoints of any layouts with
+one another, tensor by tensor, in the memory of a few blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ..core.box import Box
+from ..core.catalog import Catalog, Piece, Tensor, View
+from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, some
+from ..planning.cells import are_disjoint
+from ..planning.copies import Move, check_covered, move_into
+from ..planning.plan import remedy
+from ..storage.engine import run
+from ..storage.readers import OpenSource, open_source
+from ..storage.resources import Budget
+
+_ONE = "Fetch both again, or move the wrong one away: one replica is enough."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked, and what is wrong.
+
+    Attributes:
+        problems: what is wrong; all is well if there are none and nothing is ``unchecked``.
+        unchecked: what the checkpoint holds beside tensors, which was not looked at.
+    """
+
+    num_tensors: int
+    bytes_compared: int
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Differences:
+    """The first difference of each tensor, gathered from many threads."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    bytes_compared: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str, what: str) -> None:
+        with self.lock:
+            self.found.setdefault(name, what)
+
+    def count(self, num_bytes: int) -> None:
+        with self.lock:
+            self.bytes_compared += num_bytes
+
+
+def verify(
+    catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
+) -> Verdict:
+    """Check that every tensor is stored completely, its checksums, and that its replicas are equal.
+
+    A note says where there are no checksums: flipped bits in such a file are not found.
+    """
+    problems = [text for _, text in _incomplete(catalog)]
+    verdict = differing_replicas(catalog, budget=budget, progress=progress)
+    found, notes = _checksums(catalog, budget)
+    return replace(
+        verdict,
+        num_tensors=len(catalog.tensors),
+        problems=(*problems, *found, *verdict.problems),
+        notes=(*verdict.notes, *notes),
+        unchecked=tuple(f"{name} ({what})" for name, what in catalog.left_out.items()),
+    )
+
+
+def differing_replicas(
+    catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
+) -> Verdict:
+    """Check that what is stored in several files, whole or in part, is the same in all of them.
+
+    Of a mapped catalog, the tensors that it is made of.
+    """
+    catalog = _stored(catalog)
+    seen = _Differences()
+    moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
+    files = open_source(catalog)
+
+    def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        pieces = catalog.tensors[move.name].pieces
+        numbers = move.targets[target].ranks
+        for piece in (pieces[number] for number in numbers):
+            different = _first_difference(files, piece, piece.offset + offset, buffer)
+            if different is not None:
+                at = _element(move, target, offset + different)
+                both = (catalog.files[p.file].path for p in (_read_at(move, at), piece))
+                seen.add(move.name, f"{move.name} differs between {' and '.join(both)}. {_ONE}")
+        seen.count(len(buffer) * len(numbers))
+        return 1
+
+    try:
+        files.check_checksums()
+        run(moves, files.read, compare, budget=budget, progress=progress)
+        files.check_unchanged()
+    finally:
+        files.close()
+    told = tuple(seen.found[n] for n in sorted(seen.found))
+    return Verdict(len(catalog.tensors), seen.bytes_compared, told, catalog.notes)
+
+
+def verify_against(
+    catalog: Catalog,
+    other: Catalog,
+    *,
+    budget: Budget,
+    progress: Callable[[int], None] | None = None,
+) -> Verdict:
+    """Check that two checkpoints hold the same tensors, bit for bit, whatever their layouts.
+
+    Raises:
+        LayoutError: both are mapped.
+    """
+    if _is_mapped(other):
+        if _is_mapped(catalog):
+            raise LayoutError(
+                f"{catalog.root} and {other.root} are both mapped. Write one of them, and compare "
+                "the other with that."
+            )
+        catalog, other = other, catalog  # the one that is carried may be; the other is read as is
+    found = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
+    problems, broken = [text for _, text in found], {name for name, _ in found}
+    seen = _Differences()
+    here, there = open_source(catalog), open_source(other)
+    in_other: dict[str, tuple[Piece, ...]] = {}
+
+    def moves() -> Iterator[Move]:
+        for tensor in _in_both(catalog, other):
+            if tensor.name not in broken:
+                pieces = in_other[tensor.name] = other.tensors[tensor.name].pieces
+                boxes: dict[Box, tuple[int, ...]] = {}
+                for i, piece in enumerate(pieces):  # replicas too: each is compared
+                    boxes[piece.box] = (*boxes.get(piece.box, ()), i)
+                yield move_into(tensor, boxes)
+
+    def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        for number in move.targets[target].ranks:
+            piece = in_other[move.name][number]
+            different = _first_difference(there, piece, piece.offset + offset, buffer)
+            if different is not None:
+                at = _element(move, target, offset + different)
+                path = other.files[piece.file].path
+                seen.add(
+                    move.name,
+                    f"{move.name}: the values differ, first at element {at} "
+                    f"({path} of {other.root}).",
+                )
+            seen.count(len(buffer))
+        return 1
+
+    try:
+        here.check_checksums()
+        there.check_checksums()
+        run(moves(), here.read, compare, budget=budget, progress=progress)
+        here.check_unchanged()
+        there.check_unchanged()
+    finally:
+        here.close()
+        there.close()
+    told = (*problems, *(seen.found[n] for n in sorted(seen.found)))
+    return Verdict(len(catalog.tensors), seen.bytes_compared, told, (*catalog.notes, *other.notes))
+
+
+def _is_mapped(catalog: Catalog) -> bool:
+    return any(p.view for t in catalog.tensors.values() for p in t.pieces)
+
+
+def _incomplete(catalog: Catalog) -> list[tuple[str, str]]:
+    """The names of tensors that are not all there, and what is missing."""
+    problems = []
+    for tensor in catalog.tensors.values():
+        try:
+            check_covered(tensor)
+        except CoverageError as error:
+            problems.append((tensor.name, f"{error} {remedy(catalog, (tensor.name,))}"))
+    return problems
+
+
+def _stored(catalog: Catalog) -> Catalog:
+    """``catalog`` before any mapping, and its tensors before any step on their values.
+
+    Where steps are all that happens (an adapter is added), they lie as any others do.
+    """
+    catalog = _origin(catalog)
+    return replace(catalog, tensors={n: _as_it_lies(t) for n, t in catalog.tensors.items()})
+
+
+def _origin(catalog: Catalog) -> Catalog:
+    """``catalog`` before any mapping."""
+    while catalog.origin is not None:
+        catalog = catalog.origin.catalog
+    return catalog
+
+
+def _checksums(catalog: Catalog, budget: Budget) -> tuple[list[str], list[str]]:
+    """What is damaged by ``checksums.json``; without one, a note on files without checksums."""
+    from ..storage.checksum_file import check_folder  # noqa: PLC0415 - verify alone reads them
+
+    stored = _origin(catalog)
+    if stored.format == "orbax":  # its library compares its own whenever it reads
+        return [], []
+    try:
+        if check_folder(stored.root, (f.path for f in stored.files), workers=budget.workers):
+            return [], []
+    except (FormatError, NotFoundError) as error:
+        return [str(error)], []
+    files = open_source(stored)
+    try:
+        without = files.check_checksums()
+    finally:
+        files.close()
+    if not without:
+        return [], []
+    return [], [
+        f"{len(without)} of {len(stored.files)} files have no checksums ({some(without, 3)}): a "
+        "flipped bit in them is found only where replicas differ. Write with checksums=True "
+        "(--checksums) to have them."
+    ]
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    if not any(p.view for p in tensor.pieces):
+        return tensor
+    kinds = {p.view.dtype if p.view else tensor.dtype for p in tensor.pieces}
+    if len(kinds) > 1 or any(p.view and _is_turned(p.box, p.view) for p in tensor.pieces):
+        raise LayoutError(f"{tensor.name} is mapped; compare what it is made of.")
+    pieces = tuple(replace(p, view=None) for p in tensor.pieces)
+    return replace(tensor, dtype=kinds.pop(), pieces=pieces)
+
+
+def _is_turned(box: Box, view: View) -> bool:
+    """Whether the elements of ``box`` do not lie in its own order, one after the other."""
+    inner = view.dtype.unit_bytes
+    for n, stride in zip(reversed(box.shape), reversed(view.strides), strict=True):
+        if n != 1 and stride != inner:
+            return True
+        inner *= n
+    return False
+
+
+def _replicas(tensor: Tensor) -> Move | None:
+    """The journey that reads once what several pieces store; None if none do.
+
+    A box goes to all its pieces but the one that it is read from; one that overlaps others is
+    read from any of them, and so goes to all of its own.
+    """
+    stored: dict[Box, list[int]] = {}
+    for number, piece in enumerate(tensor.pieces):
+        stored.setdefault(piece.box, []).append(number)
+    boxes = [box for box in stored if box.size]
+    overlap = set[Box]()
+    if len(boxes) > 1 and not are_disjoint(boxes):
+        overlap = {a for a in boxes if any(a != b and a.intersect(b) for b in boxes)}
+    wanted = {
+        box: tuple(numbers if box in overlap else numbers[1:])
+        for box, numbers in stored.items()
+        if box in overlap or len(numbers) > 1
+    }
+    return move_into(tensor, wanted) if wanted else None
+
+
+def _read_at(move: Move, at: tuple[int, ...]) -> Piece:
+    """The piece that the element ``at`` is read from: of those that hold it, the first."""
+    point = Box(at, tuple(i + 1 for i in at))
+    return next(
+        pieces[0]
+        for box, pieces in zip(move.sources, move.pieces, strict=True)
+        if box.contains(point)
+    )
+
+
+def _headers_differ(a: Catalog, b: Catalog) -> Iterator[tuple[str, str]]:
+    """The names of tensors that are not in both alike, and how they differ."""
+    for here, there in ((a, b), (b, a)):
+        for name in here.tensors:
+            if name not in there.tensors:
+                yield name, f"{name}: only in {here.root}."
+    for name in dict.fromkeys((*a.left_out, *b.left_out)):
+        what = " and ".join(
+            f"{there.left_out[name]} in {there.root}" for there in (a, b) if name in there.left_out
+        )
+        yield name, f"{name}: {what}, and only tensors are compared."
+    for tensor in _in_both(a, b):
+        twin = b.tensors[tensor.name]
+        if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):
+            yield (
+                tensor.name,
+                f"{tensor.name}: {tensor.dtype} {tensor.shape} in {a.root}, but {twin.dtype} "
+                f"{twin.shape} in {b.root}.",
+            )
+
+
+def _in_both(a: Catalog, b: Catalog) -> Iterable[Tensor]:
+    return (t for name, t in a.tensors.items() if name in b.tensors)
+
+
+def _first_difference(
+    files: OpenSource, piece: Piece, offset: int, buffer: memoryview
+) -> int | None:
+    theirs = np.empty(len(buffer), np.uint8)
+    files.read(piece, offset, theirs.data)
+    if theirs.data == buffer:
+        return None
+    return int(np.flatnonzero(theirs != np.frombuffer(buffer, np.uint8))[0])
+
+
+def _element(move: Move, target: int, offset: int) -> tuple[int, ...]:
+    """Where in the tensor the byte at ``offset`` of a target box is."""
+    box = move.targets[target].box
+    index, left = [], offset // move.unit_bytes
+    for n in reversed(box.shape):
+        index.append(left % n)
+        left //= n
+    return tuple(a + i for a, i in zip(box.start, reversed(index), strict=True))

@@ -1,0 +1,288 @@
+"""Layouts: which box of each tensor every rank holds.
+
+A *placement* is ``jax.sharding.NamedSharding`` in plain integers, plus the ranks it
+lives on, so that a layout of 16,384 ranks can be made, printed and tested on a
+machine with no accelerator. MindSpore's ``dev_matrix`` and ``tensor_map`` say the
+same with other numbering.
+
+    axes (dp 2, mp 2), spec (("mp",), ())      rank  0  1  2  3
+                                               rows  ▀  ▄  ▀  ▄     0 and 2 are replicas
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+from ..errors import LayoutError
+from .box import Box
+from .cache import Recent
+from .strategy import Axes
+
+Spec = tuple[tuple[str, ...], ...]  # per dim, the mesh axes that split it, outer to inner
+
+_MOST_RANKS = 1 << 20  # 64 shapes on 16,384 ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How one tensor lies on the ranks ``first_rank … first_rank + num_ranks - 1``.
+
+    Attributes:
+        axes: the mesh axes over those ranks in row-major order, last fastest.
+        spec: per tensor dim the axes that split it; missing trailing dims are whole.
+        first_rank: the first rank of the pipeline stage (or part of one) it lives in.
+    """
+
+    axes: Axes
+    spec: Spec = ()
+    first_rank: int = 0
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that hold some box of the tensor."""
+        return prod(n for _, n in self.axes)
+
+    @property
+    def ranks(self) -> range:
+        """Those ranks, in order."""
+        return range(self.first_rank, self.first_rank + self.num_ranks)
+
+    def ways(self, dim: int) -> int:
+        """Into how many parts ``dim`` is split."""
+        size = dict(self.axes)
+        return prod(size[a] for a in self.spec[dim]) if dim < len(self.spec) else 1
+
+    def boxes(self, shape: tuple[int, ...]) -> tuple[Box, ...]:
+        """The box each rank holds of a tensor of ``shape``, in rank order.
+
+        Raises:
+            LayoutError: a dim does not divide, or the spec has more dims than the tensor.
+
+        >>> Placement((("dp", 2), ("mp", 2)), ((), ("mp",))).boxes((4, 8))[1]
+        Box(start=(0, 4), stop=(4, 8))
+        """
+        return _boxes(self.axes, self.spec, shape)
+
+    def box(self, shape: tuple[int, ...], rank: int) -> Box:
+        """The box that ``rank``, one of ``ranks``, holds: without those of all others.
+
+        Raises:
+            LayoutError: as ``boxes``.
+
+        >>> Placement((("dp", 2), ("mp", 2)), ((), ("mp",))).box((4, 8), 1)
+        Box(start=(0, 4), stop=(4, 8))
+        """
+        return _box(self.axes, self.spec, shape, rank - self.first_rank)
+
+    def shards(self, shape: tuple[int, ...]) -> tuple[Shard, ...]:
+        """The distinct boxes and, for each, the ranks that hold it (relative to ``first_rank``).
+
+        Raises:
+            LayoutError: as ``boxes``.
+
+        >>> Placement((("dp", 2), ("mp", 2)), (("mp",),)).shards((4,))[0]
+        Shard(box=Box(start=(0,), stop=(2,)), holders=(0, 2))
+        """
+        return _shards(self.axes, self.spec, shape)
+
+    def local_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of every rank's box.
+
+        Raises:
+            LayoutError: as ``boxes``.
+        """
+        return _local_shape(self.axes, self.spec, shape)
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{a}{n}" for a, n in self.axes)
+        dims = ",".join("+".join(axes) or "-" for axes in self.spec) or "-"
+        return f"[{dims}] over {sizes or 'one rank'} from rank {self.first_rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A distinct box of one tensor, and the ranks that hold it, counted from its first rank."""
+
+    box: Box
+    holders: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """For a whole checkpoint, who holds which box.
+
+    A tensor may be placed in several disjoint sets of ranks (a tied embedding in the
+    first and the last stage). Names without a placement are held by no rank.
+
+    Attributes:
+        notes: what a person should know of it.
+        absent: names of the checkpoint's strategy that none of its files has. MindSpore counts
+            them where it decides which replica is kept.
+        unknown: ranks of which nothing is known, as the strategy of their stage is missing.
+    """
+
+    num_ranks: int
+    placements: Mapping[str, tuple[Placement, ...]] = field(repr=False)
+    stage_axes: Axes = ()
+    notes: tuple[str, ...] = ()
+    absent: Mapping[str, tuple[Placement, ...]] = field(default_factory=dict, repr=False)
+    unknown: tuple[int, ...] = field(default=(), repr=False)
+
+    def box_of(self, name: str, shape: tuple[int, ...], rank: int) -> Box | None:
+        """The box of tensor ``name`` that ``rank`` holds, or None."""
+        for placement in self.placements.get(name, ()):
+            if rank in placement.ranks:
+                return placement.box(shape, rank)
+        return None
+
+
+_Key = tuple[Axes, Spec, tuple[int, ...]]
+_RECENT_BOXES = Recent[_Key, tuple[Box, ...]](_MOST_RANKS)
+_RECENT_SHARDS = Recent[_Key, tuple[Shard, ...]](_MOST_RANKS)
+
+
+def check_divides(placement: Placement, shape: tuple[int, ...], name: str = "") -> None:
+    """Refuse a placement that does not cut ``shape`` into equal boxes.
+
+    Raises:
+        LayoutError: with the size to pad to, and the rule that leaves the dim whole.
+    """
+    where = f"{name}: " if name else ""
+    spec = placement.spec
+    if len(spec) > len(shape):
+        raise LayoutError(
+            f"{where}the spec {_text(spec)} has {len(spec)} dims, but the tensor has {len(shape)} "
+            f"(shape {shape})."
+        )
+    size = dict(placement.axes)
+    for dim, axes in enumerate(spec):
+        ways = prod(size[a] for a in axes)
+        if shape[dim] % ways:
+            named = ", ".join(f"{a}={size[a]}" for a in axes)
+            whole = tuple(() if d == dim else a for d, a in enumerate(spec))
+            raise LayoutError(
+                f"{where}dim {dim} of shape {shape} has {shape[dim]} elements, which {named} does "
+                f"not divide. Pad it to {-(-shape[dim] // ways) * ways}, or leave it whole: "
+                f'None in a PartitionSpec, the rule "{name or "NAME"}" = "{_text(whole)}".'
+            )
+
+
+def _text(spec: Spec) -> str:
+    return ",".join("+".join(axes) or "-" for axes in spec) or "-"
+
+
+@lru_cache(maxsize=4096)
+def _local_shape(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    placement = Placement(axes, spec)
+    check_divides(placement, shape)
+    return tuple(n // placement.ways(d) for d, n in enumerate(shape))
+
+
+def _boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...]:
+    key = (axes, spec, shape)
+    return _RECENT_BOXES.get(key, _num_ranks(axes), lambda: _all_boxes(*key))
+
+
+def _all_boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...]:
+    local, size = _local_shape(axes, spec, shape), dict(axes)
+    made: dict[tuple[int, ...], Box] = {}  # replicas share theirs
+    boxes = []
+    for coordinates in product(*(range(n) for _, n in axes)):
+        index = _index(spec, size, dict(zip(size, coordinates, strict=True)))
+        if index not in made:
+            made[index] = _part(index, local)
+        boxes.append(made[index])
+    return tuple(boxes)
+
+
+@lru_cache(maxsize=1 << 14)
+def _box(axes: Axes, spec: Spec, shape: tuple[int, ...], number: int) -> Box:
+    """The box of rank ``number`` of those of a placement."""
+    at: dict[str, int] = {}
+    for name, size in reversed(axes):
+        number, at[name] = divmod(number, size)
+    return _part(_index(spec, dict(axes), at), _local_shape(axes, spec, shape))
+
+
+def _index(spec: Spec, size: Mapping[str, int], at: Mapping[str, int]) -> tuple[int, ...]:
+    """Which part of each dim the rank at the coordinates ``at`` holds."""
+    index = []
+    for split in spec:
+        part = 0
+        for a in split:  # the first axis named is the slowest, as in PartitionSpec
+            part = part * size[a] + at[a]
+        index.append(part)
+    return tuple(index)
+
+
+def _part(index: tuple[int, ...], local: tuple[int, ...]) -> Box:
+    """The part with number ``index`` along each dim, all of them of shape ``local``."""
+    index += (0,) * (len(local) - len(index))
+    start = tuple(i * n for i, n in zip(index, local, strict=True))
+    return Box(start, tuple(a + n for a, n in zip(start, local, strict=True)))
+
+
+def _shards(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Shard, ...]:
+    key = (axes, spec, shape)
+    return _RECENT_SHARDS.get(key, _num_ranks(axes), lambda: _all_shards(*key))
+
+
+def _all_shards(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Shard, ...]:
+    holders: dict[Box, list[int]] = {}
+    for rank, box in enumerate(_boxes(axes, spec, shape)):
+        holders.setdefault(box, []).append(rank)
+    return tuple(Shard(box, tuple(ranks)) for box, ranks in holders.items())
+
+
+def _num_ranks(axes: Axes) -> int:
+    return prod(n for _, n in axes)
+
+
+def shard_dim_over_replicas(placement: Placement, ways: int, dim: int = 0) -> Placement:
+    """``placement`` with ``dim`` split ``ways`` more over axes that only hold replicas.
+
+    This is the optimizer shard (ZeRO; MindSpore's ``opt_weight_shard_size``): the
+    replica axes are used from the innermost outward, and where only part of one is
+    needed it is factored and its fast part used. ``ways=-1`` uses them all.
+
+    Raises:
+        LayoutError: there are not that many replicas, or ``ways`` does not factor over them.
+
+    >>> shard_dim_over_replicas(Placement((("dp", 4), ("mp", 2)), (("mp",),)), 2)
+    Placement(axes=(('dp_outer', 2), ('dp', 2), ('mp', 2)), spec=(('mp', 'dp'),), first_rank=0)
+    """
+    used = {a for axes in placement.spec for a in axes}
+    free = [(a, n) for a, n in placement.axes if a not in used and n > 1]
+    replicas = prod(n for _, n in free)
+    left = replicas if ways == -1 else ways
+    axes, chosen = list(placement.axes), list[str]()
+    for name, size in reversed(free):
+        if left == 1:
+            break
+        if left % size and size % left:
+            left = 0
+            break
+        if size > left:
+            axes = _factor(axes, name, left)
+        chosen.insert(0, name)
+        left //= min(size, left)
+    if left != 1:
+        raise LayoutError(
+            f"optimizer shard: {ways} ways do not fit the {replicas} replicas of "
+            f"{placement} (axes {free})."
+        )
+    spec = list(placement.spec) + [()] * (dim + 1 - len(placement.spec))
+    spec[dim] = (*spec[dim], *chosen)
+    return replace(placement, axes=tuple(axes), spec=tuple(spec))
+
+
+def _factor(axes: list[tuple[str, int]], name: str, fast: int) -> list[tuple[str, int]]:
+    """``axes`` with ``name`` cut in two; the fast part keeps the name."""
+    out = list[tuple[str, int]]()
+    for a, n in axes:
+        out += [(f"{a}_outer", n // fast), (a, fast)] if a == name else [(a, n)]
+    return out

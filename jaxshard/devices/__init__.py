@@ -1,0 +1,1 @@
+"""Devices: meshes, shardings by rules, trees of arrays, and the host memory that feeds them."""

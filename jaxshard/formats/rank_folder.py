@@ -1,0 +1,277 @@
+"""Rank folders: one weight file for each rank, cut by a strategy.
+
+    model/rank_0/net_rank_0-1_10.safetensors      or .ckpt; several steps may lie here
+    model/rank_1/net_rank_1-1_10.safetensors
+    model/strategy/ckpt_strategy_rank_0.ckpt …    what says who holds which box
+
+A file alone does not say which part of a tensor it holds: the layout does. Replicas
+may be stored by every holder or by some: which, is seen from the headers. This
+module decides nothing about targets; the strategy files' own format is another's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import prod
+
+from ..core.box import Box
+from ..core.catalog import Catalog, Piece, Tensor
+from ..core.dtypes import DType
+from ..core.layout import Layout, Placement
+from ..errors import CoverageError, FormatError, LayoutError, some
+from ..rules.match import weight_name
+from . import huggingface, rank_names, remote_tensors
+from .reader import Folder
+from .strategy_layouts import for_dims
+from .training_scalars import job_numbers
+from .weight_files import Stored, read_weight_file
+
+_OWN = re.compile(  # not the model's
+    r"rank_\d+/|(merged_)?strategy/|merged_strategy\.ckpt|elsewhere\.json$"
+)
+_ALL_STRATEGIES = "Give the folder with the strategy files of all ranks."
+_LARGE_ELEMENTS = 1024  # of a tensor that no strategy tells of: more is no number of a job
+
+
+def recognise(files: Iterable[str]) -> bool:
+    """Whether these are the files of a rank folder."""
+    return any(map(rank_names.is_rank_file, files))
+
+
+def read(
+    folder: Folder,
+    layout: Layout | None,
+    *,
+    suffix: str | None = None,
+) -> Catalog:
+    """The catalog of the rank files below ``folder``.
+
+    Args:
+        folder: has ``rank_0/`` … below it. Ranks may be missing if replicas have their bytes.
+        layout: who holds which box, from the strategy files. A single rank needs none.
+        suffix: which of several files a rank to take: the end of its name, ``1_10``. By
+            default the newest that every rank has, by the numbers in the name.
+
+    Raises:
+        LayoutError: there are several ranks but no layout.
+        FormatError: a file is damaged, or a shard's shape contradicts the layout.
+        CoverageError: ranks disagree about a tensor, or about which files there are.
+    """
+    listed = folder.files()
+    chosen = rank_names.choose(listed, suffix)
+    by_rank = chosen.paths
+    notes = [*(layout.notes if layout else ()), *chosen.notes]
+    if layout is None:
+        notes.append(_check_alone(by_rank, folder.root))
+    else:
+        _check_ranks(by_rank, layout, folder.root)
+    gathered = _Gathered(layout)
+    files = tuple(listed[by_rank[rank]] for rank in sorted(by_rank))
+    for number, rank in enumerate(sorted(by_rank)):
+        file = read_weight_file(folder, by_rank[rank])
+        for entry in file.entries:
+            gathered.add(rank, number, entry, by_rank[rank])
+        gathered.metadata |= file.metadata
+        notes += file.notes
+    gathered.check_names(folder.root)
+    gathered.add_elsewhere(remote_tensors.read(folder) if layout else {})
+    lost = gathered.lost(by_rank.keys())
+    notes += gathered.notes(lost)
+    missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
+    if layout is not None and layout.unknown:
+        unknown = some(map(str, layout.unknown), 8)
+        notes.append(
+            f"there are no strategy files of rank {unknown}, so what these hold is not known, and "
+            f"what needs it is refused. {_ALL_STRATEGIES}"
+        )
+    if missing:
+        notes.append(f"no files of rank {some(map(str, missing))}; replicas serve where they can.")
+    model, _ = huggingface.read_model(folder, listed)
+    others = [p for p in listed if not _OWN.match(p)]
+    extras, _ = huggingface.carried(others, [f.path for f in files])
+    gathered.metadata.pop("remove_redundancy", None)  # what the files hold decides
+    return Catalog(
+        root=folder.root,
+        format="ranks",
+        files=files,
+        tensors=(tensors := gathered.tensors()),
+        layout=gathered.layout(layout) if layout else None,
+        model=model,
+        metadata=gathered.metadata,
+        extras=extras,
+        hyper=frozenset(gathered.hyper) if layout else job_numbers(tensors.values()),
+        notes=tuple(notes),
+        lost=lost,
+    )
+
+
+def _check_alone(by_rank: Mapping[int, str], root: str) -> str:
+    """What to say of ranks without a strategy: fine if there is only one."""
+    if len(by_rank) > 1:
+        raise LayoutError(
+            f"{root} has {len(by_rank)} ranks but no strategy files, so nothing says which part "
+            "of a tensor each holds. Name them: open(path, strategy=…), or src_strategy= of a "
+            "conversion (--src-strategy PATH)."
+        )
+    return f"no strategy files: the tensors in {next(iter(by_rank.values()))} are taken as whole."
+
+
+def _check_ranks(by_rank: Mapping[int, str], layout: Layout, root: str) -> None:
+    beyond = sorted(r for r in by_rank if r >= layout.num_ranks)
+    if beyond:
+        raise CoverageError(
+            f"{root} has rank {some(map(str, beyond))}, but its strategy is one of "
+            f"{layout.num_ranks} ranks. Give the strategy files it was written with."
+        )
+    unknown = sorted(set(by_rank).intersection(layout.unknown))
+    if unknown:
+        stage = min(p.first_rank // p.num_ranks for ps in layout.placements.values() for p in ps)
+        raise CoverageError(
+            f"{root} has rank {some(map(str, unknown))}, but only the strategy of stage {stage} is "
+            f"given, and theirs is another. {_ALL_STRATEGIES}"
+        )
+
+
+# --- what the files hold ---------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Found:
+    """One tensor as seen so far."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    where: str
+    pieces: list[Piece] = field(default_factory=list)
+
+
+class _Gathered:
+    """Tensors gathered from the ranks' headers."""
+
+    def __init__(self, layout: Layout | None) -> None:
+        self.metadata: dict[str, str] = {}
+        self.hyper: dict[str, None] = {}
+        self._placed = dict(layout.placements) if layout else {}
+        self._found: dict[str, _Found] = {}
+
+    def add(self, rank: int, file: int, entry: Stored, path: str) -> None:
+        placements = self._placed.get(entry.name)
+        if placements is None:
+            self.hyper[entry.name] = None
+            shape, box = entry.shape, Box.whole(entry.shape)
+        else:
+            if len(entry.shape) == 1 and len(placements[0].spec) > 1:
+                placements = tuple(for_dims(p, 1) for p in placements)
+                self._placed[entry.name] = placements
+            shape, box = _place(entry, placements, rank, path)
+        found = self._found.get(entry.name)
+        if found is None:
+            found = self._found[entry.name] = _Found(entry.dtype, shape, path)
+        if (found.shape, found.dtype) != (shape, entry.dtype):
+            raise CoverageError(
+                f"{entry.name} is {found.dtype} {found.shape} by {found.where}, but "
+                f"{entry.dtype} {shape} by {path}. Give the strategy files these were written with."
+            )
+        found.pieces += [
+            Piece(file, at, _moved(part, entry.shape, box)) for at, part in entry.pieces
+        ]
+
+    def add_elsewhere(self, tensors: Mapping[str, Tensor]) -> None:
+        """Know of ``tensors`` that are in no file here, but in another host's."""
+        for name, tensor in tensors.items():
+            if name in self._placed and name not in self._found:
+                self._found[name] = _Found(tensor.dtype, tensor.shape, remote_tensors.NAME)
+
+    def check_names(self, root: str) -> None:
+        """Refuse a strategy that knows none of the tensors: every one would pass for whole."""
+        if self._placed and self._found and not self._found.keys() & self._placed.keys():
+            raise CoverageError(
+                f"none of the {len(self._found)} tensors of the files is in the strategy: {root} "
+                f"has {some(self._found, 3)}, the strategy {some(self._placed, 3)}. Give the "
+                "strategy files these were written with."
+            )
+
+    def lost(self, present: Collection[int]) -> dict[str, tuple[int, ...]]:
+        """Weights of which no rank has a file here, with their ranks."""
+        return {
+            name: tuple(sorted(ranks))
+            for name, placed in self._placed.items()
+            if name not in self._found
+            and weight_name(name) == name
+            and not (ranks := {r for p in placed for r in p.ranks}).intersection(present)
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            name: Tensor(name, f.dtype, f.shape, tuple(f.pieces)) for name, f in self._found.items()
+        }
+
+    def layout(self, layout: Layout) -> Layout:
+        """``layout`` of what the files hold, and apart from it what they do not."""
+        everywhere = (Placement((("all", layout.num_ranks),)),)
+        held = {name: self._placed.get(name, everywhere) for name in self._found}
+        absent = {name: placed for name, placed in self._placed.items() if name not in held}
+        return replace(layout, placements=held, absent=absent)
+
+    def notes(self, lost: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What a strategy tells of and files lack, and the other way round."""
+        absent = [n for n in self._placed if n not in self._found and weight_name(n) not in lost]
+        states = [n for n in absent if weight_name(n) != n]
+        weights = [n for n in absent if weight_name(n) == n]
+        large = [n for n in self.hyper if prod(self._found[n].shape) > _LARGE_ELEMENTS]
+        told = (
+            (
+                list(lost),
+                f"weights lie on ranks without files here (rank {_ranks_of(lost)}): {{}}. What "
+                "needs them is refused.",
+            ),
+            (weights, "weights of the strategy are in no file: {}. Is the checkpoint whole?"),
+            (states, "optimizer states of the strategy are in no file: {}."),
+            (
+                large if self._placed else [],
+                "tensors are not in the strategy and taken to be whole on every rank: {}. "
+                "jaxshard verify compares them.",
+            ),
+        )
+        return [f"{len(names)} {text.format(some(names))}" for names, text in told if names]
+
+
+def _ranks_of(lost: Mapping[str, tuple[int, ...]]) -> str:
+    return some(map(str, sorted({rank for ranks in lost.values() for rank in ranks})), 8)
+
+
+def _moved(part: Box, held: tuple[int, ...], box: Box) -> Box:
+    """``part`` of what a rank holds, of the shape ``held``, in coordinates of the whole tensor."""
+    if part.stop == held and not any(part.start):
+        return box  # shared by thousands of tensors
+    start = tuple(a + o for a, o in zip(part.start, box.start, strict=True))
+    return Box(start, tuple(b + o for b, o in zip(part.stop, box.start, strict=True)))
+
+
+def _place(
+    entry: Stored, placements: tuple[Placement, ...], rank: int, path: str
+) -> tuple[tuple[int, ...], Box]:
+    """The full shape of a rank's tensor, and the box of it that the rank holds."""
+    placement = next((p for p in placements if rank in p.ranks), None)
+    if placement is None:
+        held = ", ".join(f"{p.ranks.start} to {p.ranks.stop - 1}" for p in placements)
+        raise CoverageError(
+            f"{path} holds {entry.name}, which by the strategy lies on ranks {held} only. Give the "
+            "strategy files it was written with."
+        )
+    if len(placement.spec) > len(entry.shape):
+        raise FormatError(
+            f"{path}: {entry.name} has shape {entry.shape}, but its strategy cuts "
+            f"{len(placement.spec)} dims. Give the strategy files it was written with."
+        )
+    return _whole(placement, entry.shape, rank)
+
+
+@lru_cache(maxsize=4096)
+def _whole(placement: Placement, held: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], Box]:
+    """The shape of which ``rank`` holds a box of the shape ``held``, and that box."""
+    shape = tuple(n * placement.ways(dim) for dim, n in enumerate(held))
+    return shape, placement.box(shape, rank)

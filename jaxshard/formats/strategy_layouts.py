@@ -1,0 +1,218 @@
+"""Device matrices and tensor maps as placements, and back.
+
+    dev_matrix [4, 2]      axes   (d1, 4), (d0, 2)      an axis is called by its number in
+    tensor_map [0, -1]     spec   (d0,), ()             the tensor map, counted from the right
+    opt step 2, size 2     axes   (d1_outer, 2), (d1, 2), (d0, 2)     spec  (d0, d1), ()
+
+The optimizer shard splits dim 0 once more over ranks that would hold replicas, from the
+innermost axis outward. So every parameter of a strategy file becomes a placement, and
+nothing further on knows of MindSpore. The way back is not unique; what is written means
+the same boxes, in the form in which MindSpore's own tools make the fewest mistakes.
+
+This module reads no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
+
+from ..core.layout import Placement, shard_dim_over_replicas
+from ..errors import FormatError, LayoutError
+from .strategy_protobuf import ParamLayout
+
+
+@lru_cache(maxsize=4096)
+def placement(param: ParamLayout, stage: int = 0) -> Placement:
+    """The boxes that ``param`` gives the ranks of ``stage``.
+
+    Raises:
+        LayoutError: the parts are uneven, or the optimizer shard does not fit the replicas.
+
+    >>> print(placement(ParamLayout((4, 2), ((0, -1),), 2, 2), stage=1))
+    [d0+d1,-] over d1_outer2 d12 d02 from rank 8
+    """
+    if any(param.param_split_shape) or any(param.indices_offset):
+        raise LayoutError(
+            f"it is cut into uneven parts (param_split_shape {param.param_split_shape}), which is "
+            "supported by no operation here. Save it from MindSpore with an even split."
+        )
+    last = len(param.dev_matrix) - 1
+    axes = tuple((f"d{last - i}", size) for i, size in enumerate(param.dev_matrix))
+    maps = param.tensor_maps
+    dims = maps if len(maps) > 1 else tuple((v,) for v in maps[0])
+    spec = tuple(tuple(f"d{v}" for v in dim if v != -1) for dim in dims)
+    plain = Placement(axes, spec, stage * prod(param.dev_matrix))
+    if not param.opt_weight_shard_step or not param.opt_weight_shard_size:
+        return plain
+    return _optimizer_sharded(plain, param)
+
+
+def _optimizer_sharded(plain: Placement, param: ParamLayout) -> Placement:
+    ways = param.opt_weight_shard_size
+    try:
+        out = shard_dim_over_replicas(plain, ways)
+    except LayoutError:  # 3 ways of the 6 replicas of [3, 2]: neighbouring axes are one
+        out = shard_dim_over_replicas(_joined_replicas(plain), ways)
+    step = _step(plain, out)
+    if step and step != param.opt_weight_shard_step:
+        raise LayoutError(
+            f"its optimizer shard has step {param.opt_weight_shard_step}, but neighbours among the "
+            f"replicas of {plain} are {step} ranks apart. Save it again without optimizer "
+            "parallelism, or report how it was written."
+        )
+    return out
+
+
+def _step(plain: Placement, sharded: Placement) -> int:
+    """Ranks between neighbours of the optimizer shard; 0 if there is only one part."""
+    chosen = [a for a in sharded.spec[0] if not plain.spec or a not in plain.spec[0]]
+    if not chosen:
+        return 0
+    names = [a for a, _ in sharded.axes]
+    return prod(n for _, n in sharded.axes[names.index(chosen[-1]) + 1 :])
+
+
+def _joined_replicas(plain: Placement) -> Placement:
+    """``plain`` with neighbouring axes that split nothing made one."""
+    used = {a for axes in plain.spec for a in axes}
+    axes = list[tuple[str, int]]()
+    for name, size in plain.axes:
+        if axes and name not in used and axes[-1][0] not in used:
+            axes[-1] = (name, axes[-1][1] * size)
+        else:
+            axes.append((name, size))
+    return replace(plain, axes=tuple(axes))
+
+
+def full_shape(placement: Placement, local_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the whole tensor of which every rank has a box of ``local_shape``.
+
+    Raises:
+        FormatError: the strategy tells of more dims than the tensor has.
+
+    >>> full_shape(Placement((("mp", 2),), (("mp",),)), (16, 32))
+    (32, 32)
+    """
+    if len(placement.spec) > len(local_shape):
+        raise FormatError(
+            f"the strategy tells of {len(placement.spec)} dims, but the stored tensor has shape "
+            f"{local_shape}. Is the strategy of another model?"
+        )
+    return tuple(n * placement.ways(d) for d, n in enumerate(local_shape))
+
+
+def for_dims(placement: Placement, ndim: int) -> Placement:
+    """``placement`` as what it means for a tensor of ``ndim`` dims.
+
+    A tensor map is a list for each dim, or one list with a number for each dim. So one dim that
+    two axes split looks like two dims with an axis each, and only the tensor's shape tells.
+
+    >>> two = Placement((("d1", 2), ("d0", 2)), (("d1",), ("d0",)))
+    >>> print(for_dims(two, 1))
+    [d1+d0] over d12 d02 from rank 0
+    """
+    if ndim != 1 or len(placement.spec) < 2 or any(len(axes) != 1 for axes in placement.spec):
+        return placement
+    return replace(placement, spec=(tuple(axes[0] for axes in placement.spec),))
+
+
+# ---------------------------------------------------------------------------- the way back
+
+
+@lru_cache(maxsize=4096)
+def param_layout(placement: Placement, ndim: int, *, optimizer_shard: bool = False) -> ParamLayout:
+    """``placement`` of a tensor of ``ndim`` dims in MindSpore's numbers.
+
+    A dim split over several axes is said, where possible, with the axes joined: MindSpore
+    loses data when it removes replicas of tensors with nested maps.
+
+    Raises:
+        LayoutError: a strategy file has no way to say it.
+    """
+    size = dict(placement.axes)
+    spec = tuple(tuple(a for a in axes if size[a] > 1) for axes in placement.spec)
+    spec += ((),) * (ndim - len(spec))
+    placement = replace(placement, spec=spec)
+    if optimizer_shard and (found := _as_optimizer_shard(placement)):
+        return found
+    flat = _joined_splits(placement)
+    if all(len(axes) <= 1 for axes in flat.spec):
+        return _said(flat)
+    if found := _as_optimizer_shard(placement):
+        return found
+    if ndim == 1:
+        raise LayoutError(
+            f"{placement}: a strategy file cannot say that the only dim of a tensor is split over "
+            "axes that are not neighbours. Reorder the mesh axes."
+        )
+    return _said(placement)
+
+
+def _said(placement: Placement, step: int = 0, ways: int = 0) -> ParamLayout:
+    names = [a for a, _ in placement.axes]
+    number = {a: len(names) - 1 - i for i, a in enumerate(names)}
+    maps = tuple(tuple(number[a] for a in axes) or (-1,) for axes in placement.spec)
+    if all(len(dim) == 1 for dim in maps):
+        maps = (tuple(v for dim in maps for v in dim),)
+    return ParamLayout(tuple(n for _, n in placement.axes), maps, step, ways)
+
+
+def _joined_splits(placement: Placement) -> Placement:
+    """``placement`` with axes that are neighbours in the mesh and in a dim made one."""
+    follows = {b: a for axes in placement.spec for a, b in pairwise(axes)}
+    axes, alias = list[tuple[str, int]](), dict[str, str]()
+    for name, size in placement.axes:
+        if axes and name in follows and alias.get(follows[name], follows[name]) == axes[-1][0]:
+            alias[name] = axes[-1][0]
+            axes[-1] = (axes[-1][0], axes[-1][1] * size)
+        else:
+            axes.append((name, size))
+    spec = tuple(tuple(a for a in dim if a not in alias) for dim in placement.spec)
+    return replace(placement, axes=tuple(axes), spec=spec)
+
+
+def _as_optimizer_shard(placement: Placement) -> ParamLayout | None:
+    """``placement`` with as much of dim 0 as can be said as an optimizer shard, or None.
+
+    MindSpore's offline tools get such a tensor right only if its other splits use the
+    innermost axes in the order of the dims; others are left to be said as tensor maps.
+    """
+    first = placement.spec[0] if placement.spec else ()
+    size = dict(placement.axes)
+    for kept in range(len(first)):
+        ways = prod(size[a] for a in first[kept:])
+        plain = replace(placement, spec=(first[:kept], *placement.spec[1:]))
+        for base in (_unfactored(plain, first[kept:]), plain):
+            try:
+                same = shard_dim_over_replicas(base, ways) == placement
+            except LayoutError:
+                same = False
+            step, parts = _step(plain, placement), prod(map(base.ways, range(len(base.spec))))
+            if same and step == parts and _in_order(base):
+                whole = base.num_ranks // parts == ways
+                return _said(base, step, -1 if whole else ways)
+    return None
+
+
+def _unfactored(plain: Placement, chosen: Sequence[str]) -> Placement:
+    """``plain`` with the factors of axes in ``chosen`` made one again."""
+    used = {a for axes in plain.spec for a in axes}
+    axes = list[tuple[str, int]]()
+    for name, size in plain.axes:
+        outer = f"{name}_outer"
+        if axes and axes[-1][0] == outer and name in chosen and outer not in used:
+            axes[-1] = (name, axes[-1][1] * size)
+        else:
+            axes.append((name, size))
+    return replace(plain, axes=tuple(axes))
+
+
+def _in_order(placement: Placement) -> bool:
+    """Whether no dim is split over several axes, and earlier dims over slower ones."""
+    names = [a for a, _ in placement.axes]
+    used = [names.index(a) for axes in placement.spec for a in axes]
+    return used == sorted(used) and all(len(axes) <= 1 for axes in placement.spec)

@@ -1,0 +1,381 @@
+"""MindSpore strategy files as protobuf messages.
+
+A strategy file says, for every parameter of one pipeline stage, by which device matrix
+and tensor map it is cut. It has no full shapes and no dtypes, and it never says which
+rank it is of: all ranks of a stage have the same one. A *merged* file is several stages
+in one, with ``{stage}-`` before every name.
+
+    ParallelStrategyMap    current_stage=1 (times saved: no stage!)  operators=2  layouts=3
+      operator             node_name=1   { stage=1   { dim=1 }=2 * }=2
+      layout               param_name=1  { dev_matrix=1 tensor_map=2 param_split_shape=3
+                                           indices_offset=4 field=5 opt step=6 opt size=7 }=2
+
+This module turns bytes into these and back. What a device matrix *means* is the
+business of ``strategy_files``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from ..errors import FormatError, LayoutError, some
+from . import protobuf
+from .protobuf import BYTES, VARINT, Reader
+from .reader import Folder
+
+MAX_FILE_BYTES = 1 << 28  # a million parameters are about 150 MB
+_MAX_NAME_BYTES = 4096
+_SHORT_BYTES = 512  # of a layout that is worth remembering: usual ones have 30 to 60
+MAX_NUMBERS = 64  # of one list: mesh axes or tensor dims
+MAX_LISTS = 4096  # one per input of an operator, and a concatenation may have hundreds
+MAX_STAGE = (1 << 16) - 1
+INT32 = 1 << 31
+
+Lists = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamLayout:
+    """How one parameter is cut, in MindSpore's numbers.
+
+    Attributes:
+        dev_matrix: the ranks of a stage in row-major order, last axis fastest.
+        tensor_maps: one list: per tensor dim the axis that splits it, counted from the
+            *right*, or -1. Several lists: per tensor dim the axes, outer to inner.
+        opt_weight_shard_step: ranks between neighbours of the optimizer shard; 0 for none.
+        opt_weight_shard_size: parts dim 0 is cut into once more; -1 for all replicas.
+        param_split_shape: uneven parts, of old embeddings only.
+        indices_offset: the same.
+        field: the same.
+    """
+
+    dev_matrix: tuple[int, ...]
+    tensor_maps: Lists
+    opt_weight_shard_step: int = 0
+    opt_weight_shard_size: int = 0
+    param_split_shape: Lists = ((),)
+    indices_offset: Lists = ((),)
+    field: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """An operator's strategy. All that matters is that it names the stage."""
+
+    name: str
+    stage: int
+    strategies: Lists = ()
+
+
+@dataclass(frozen=True)
+class StrategyFile:
+    """The contents of one strategy file, with the ``{stage}-`` of merged ones taken off.
+
+    Attributes:
+        path: where it was read, for messages.
+        stages: per pipeline stage its parameters.
+        operators: the operators' strategies, of all stages.
+        merged: whether names have ``{stage}-`` before them in the file.
+        current_stage: a count of savings; not the pipeline stage.
+    """
+
+    path: str
+    stages: Mapping[int, Mapping[str, ParamLayout]] = field(repr=False)
+    operators: tuple[Operator, ...] = field(repr=False)
+    merged: bool
+    current_stage: int
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage of a raw file; the first of a merged one."""
+        return next(iter(self.stages))
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def parse(folder: Folder, path: str) -> StrategyFile:
+    """The binary strategy file at ``path``.
+
+    Raises:
+        FormatError: it is damaged, or no strategy file.
+    """
+    reader = Reader(folder, path, block_bytes=1 << 16)
+    check_size(path, reader.num_bytes)
+    return _parse(reader)
+
+
+def first_stage(folder: Folder, path: str) -> int | None:
+    """The pipeline stage that the file's first operator names, without reading the rest.
+
+    Raises:
+        FormatError: the file is damaged before that.
+    """
+    reader = Reader(folder, path)
+    for number, kind, start, stop in reader.fields(0, reader.num_bytes):
+        if number == 2 and kind == BYTES:
+            return _operator(reader, start, stop).stage
+    return None
+
+
+def items(folder: Folder, path: str) -> frozenset[bytes]:
+    """The file's operators and layouts as bytes, in no order: equal sets mean equal files.
+
+    MindSpore writes the files of a stage in different orders, and comparing these costs
+    a tenth of parsing them.
+
+    Raises:
+        FormatError: the file is damaged.
+    """
+    check_size(path, Reader(folder, path).num_bytes)
+    reader = Reader(folder, path, block_bytes=MAX_FILE_BYTES)
+    return frozenset(
+        reader.take(start, stop, MAX_FILE_BYTES, "an item")
+        for number, kind, start, stop in reader.fields(0, reader.num_bytes)
+        if kind == BYTES
+    )
+
+
+def _parse(reader: Reader) -> StrategyFile:
+    current_stage, operators = -1, list[Operator]()
+    layouts = dict[str, ParamLayout]()
+    known = dict[bytes, ParamLayout]()  # most parameters of a model lie as others do
+    for number, kind, start, stop in reader.fields(0, reader.num_bytes):
+        if number == 1 and kind == VARINT:
+            current_stage = start
+        elif number == 2 and kind == BYTES:
+            operators.append(_operator(reader, start, stop))
+        elif number == 3 and kind == BYTES:
+            name, layout = _layout_item(reader, start, stop, known)
+            if layouts.setdefault(name, layout) != layout:
+                raise reader.damaged(start, f"parameter {name} is there twice and differs")
+        elif number <= 3:
+            raise reader.damaged(start, f"field {number} is not what a strategy file has there")
+    if not 0 <= current_stage < 2 * INT32:
+        raise reader.damaged(reader.num_bytes, "no current_stage, which strategy files have")
+    return by_stage(reader.path, layouts, tuple(operators), current_stage)
+
+
+def _operator(reader: Reader, start: int, stop: int) -> Operator:
+    name: str | None = None
+    stage, strategies = -1, list[tuple[int, ...]]()
+    for number, kind, a, b in reader.fields(start, stop):
+        if number == 1 and kind == BYTES:
+            name = reader.text(a, b, _MAX_NAME_BYTES, "an operator's name")
+        elif number == 2 and kind == BYTES and stage < 0:
+            for inner, inner_kind, c, d in reader.fields(a, b):
+                if inner == 1 and inner_kind == VARINT:
+                    stage = c
+                elif inner == 2 and inner_kind == BYTES:
+                    _append(reader, strategies, c, d)
+        elif number <= 2:
+            raise reader.damaged(a, f"field {number} is not what an operator's strategy has there")
+    if name is None or not 0 <= stage <= MAX_STAGE:
+        raise reader.damaged(start, "an operator without a name or a sensible pipeline stage")
+    return Operator(name, stage, tuple(strategies))
+
+
+def _layout_item(
+    reader: Reader, start: int, stop: int, known: dict[bytes, ParamLayout]
+) -> tuple[str, ParamLayout]:
+    name, layout = None, None
+    for number, kind, a, b in reader.fields(start, stop):
+        if number == 1 and kind == BYTES:
+            name = reader.text(a, b, _MAX_NAME_BYTES, "a parameter's name")
+        elif number == 2 and kind == BYTES and layout is None:
+            layout = _known_layout(reader, a, b, known)
+        elif number <= 2:
+            raise reader.damaged(a, f"field {number} is not what a parameter's layout has there")
+    if name is None or layout is None:
+        raise reader.damaged(start, "a parameter without a name or without a layout")
+    return name, layout
+
+
+def _known_layout(
+    reader: Reader, start: int, stop: int, known: dict[bytes, ParamLayout]
+) -> ParamLayout:
+    """The layout in bytes ``start`` to ``stop``; equal bytes are parsed once."""
+    if stop - start > _SHORT_BYTES:
+        return _param_layout(reader, start, stop)
+    data = reader.take(start, stop, _SHORT_BYTES, "a layout")
+    layout = known.get(data)
+    if layout is None:
+        layout = known[data] = _param_layout(reader, start, stop)
+    return layout
+
+
+def _param_layout(reader: Reader, start: int, stop: int) -> ParamLayout:
+    lists: dict[int, list[tuple[int, ...]]] = {1: [], 2: [], 3: [], 4: []}
+    values = dict[int, int]()
+    for number, kind, a, b in reader.fields(start, stop):
+        if number in lists and kind == BYTES:
+            _append(reader, lists[number], a, b)
+        elif 5 <= number <= 7 and kind == VARINT:
+            values[number] = protobuf.signed(a)
+        elif number <= 7:
+            raise reader.damaged(a, f"field {number} is not what a parameter's layout has there")
+    if len(values) != 3 or len(lists[1]) != 1 or not lists[2]:
+        raise reader.damaged(  # MindSpore writes one matrix for every parameter
+            start, "a layout needs one device matrix, a tensor map and three numbers; some lack"
+        )
+    return checked(
+        f"{reader.path}, byte {start}",
+        ParamLayout(
+            dev_matrix=lists[1][0],
+            tensor_maps=tuple(lists[2]),
+            opt_weight_shard_step=values[6],
+            opt_weight_shard_size=values[7],
+            param_split_shape=tuple(lists[3]),
+            indices_offset=tuple(lists[4]),
+            field=values[5],
+        ),
+    )
+
+
+def _append(reader: Reader, lists: list[tuple[int, ...]], start: int, stop: int) -> None:
+    """Add to ``lists`` the message in bytes ``start`` to ``stop``: a repeated integer, field 1."""
+    out = tuple[int, ...]()
+    for one in reader.fields(start, stop):
+        if one[0] == 1:
+            out += reader.numbers(one, MAX_NUMBERS)
+        if len(out) > MAX_NUMBERS:
+            raise reader.damaged(start, f"a list of more than {MAX_NUMBERS} numbers")
+    if len(lists) == MAX_LISTS:
+        raise reader.damaged(start, f"more than {MAX_LISTS} lists of numbers")
+    lists.append(out)
+
+
+def checked(where: str, layout: ParamLayout) -> ParamLayout:
+    """``layout``, unless a number in it cannot be what it says."""
+    if not _plausible(layout):
+        raise FormatError(
+            f"{where}: {layout} cannot be a parameter's layout. The file is damaged; fetch it "
+            "again."
+        )
+    return layout
+
+
+@lru_cache(maxsize=4096)
+def _plausible(layout: ParamLayout) -> bool:
+    """Whether every axis has ranks, and every axis of the tensor map exists and is used once."""
+    nested = len(layout.tensor_maps) > 1
+    used = [v for dims in layout.tensor_maps for v in dims if v != -1]
+    return (
+        all(0 < n < INT32 for n in layout.dev_matrix)
+        and all(0 <= v < len(layout.dev_matrix) for v in used)
+        and len(used) == len(set(used))
+        and not any(nested and len(dims) > 1 and -1 in dims for dims in layout.tensor_maps)
+        and 0 <= layout.opt_weight_shard_step < INT32
+        and -1 <= layout.opt_weight_shard_size < INT32
+        and -INT32 <= layout.field < INT32
+    )
+
+
+_PREFIXED = re.compile(r"(0|[1-9][0-9]{0,4})-(.+)", re.DOTALL)
+
+
+def by_stage(
+    path: str,
+    layouts: Mapping[str, ParamLayout],
+    operators: tuple[Operator, ...],
+    current_stage: int,
+) -> StrategyFile:
+    """``layouts`` sorted into stages, by their prefixes if the file is a merged one.
+
+    A parameter's own name may begin with digits and a dash, so it is a merged file only
+    if all names do and the stages they say are those of the operators.
+    """
+    named = {o.stage for o in operators}
+    if not layouts:
+        raise FormatError(
+            f"{path}: a strategy file without a single parameter. It was cut short; fetch it again."
+        )
+    stages = dict[int, dict[str, ParamLayout]]()
+    for name, layout in layouts.items():
+        match = _PREFIXED.fullmatch(name)
+        if not match or int(match[1]) not in (named or {int(match[1])}):
+            break
+        stages.setdefault(int(match[1]), {})[match[2]] = layout
+    else:
+        if all(stage <= MAX_STAGE for stage in stages):
+            return StrategyFile(path, stages, operators, True, current_stage)
+    if len(named) != 1:
+        raise FormatError(
+            f"{path}: a strategy file of one stage names its stage in its operators; this one "
+            f"names {some(map(str, sorted(named))) or 'none'}. It is damaged; fetch it again."
+        )
+    return StrategyFile(path, {named.pop(): dict(layouts)}, operators, False, current_stage)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def to_bytes(file: StrategyFile) -> bytes:
+    """``file`` as MindSpore writes it: proto2, integers unpacked, required fields there.
+
+    Raises:
+        LayoutError: it has no parameter or no operator, which MindSpore takes for empty.
+    """
+    check_full(file)
+    out = [protobuf.number_field(1, file.current_stage)]
+    for o in file.operators:
+        dims = b"".join(protobuf.bytes_field(2, protobuf.number_fields(1, d)) for d in o.strategies)
+        body = protobuf.bytes_field(1, o.name.encode())
+        body += protobuf.bytes_field(2, protobuf.number_field(1, o.stage) + dims)
+        out.append(protobuf.bytes_field(2, body))
+    for name, layout in named(file):
+        body = protobuf.bytes_field(1, name.encode()) + protobuf.bytes_field(
+            2, _layout_bytes(layout)
+        )
+        out.append(protobuf.bytes_field(3, body))
+    return b"".join(out)
+
+
+@lru_cache(maxsize=4096)
+def _layout_bytes(layout: ParamLayout) -> bytes:
+    out = protobuf.bytes_field(1, protobuf.number_fields(1, layout.dev_matrix))
+    for number, lists in (
+        (2, layout.tensor_maps),
+        (3, layout.param_split_shape),
+        (4, layout.indices_offset),
+    ):
+        out += b"".join(
+            protobuf.bytes_field(number, protobuf.number_fields(1, one)) for one in lists
+        )
+    return out + b"".join(
+        protobuf.number_field(number, value)
+        for number, value in (
+            (5, layout.field),
+            (6, layout.opt_weight_shard_step),
+            (7, layout.opt_weight_shard_size),
+        )
+    )
+
+
+def named(file: StrategyFile) -> Iterable[tuple[str, ParamLayout]]:
+    """Every layout by the name it has in the file."""
+    for stage, params in file.stages.items():
+        for name, layout in params.items():
+            yield (f"{stage}-{name}" if file.merged else name), layout
+
+
+def check_full(file: StrategyFile) -> None:
+    """Refuse to write a file that MindSpore takes for empty (LayoutError)."""
+    empty = [s for s, params in file.stages.items() if not params]
+    if empty or not file.stages or not file.operators:
+        raise LayoutError(
+            f"strategy file {file.path}: stage {some(map(str, empty)) or 0} holds no parameter or "
+            "no operator, and MindSpore refuses such a file as empty. Use fewer pipeline stages."
+        )
+
+
+def check_size(path: str, num_bytes: int) -> None:
+    """Refuse a file too large to be a strategy file (FormatError)."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise FormatError(
+            f"{path} has {num_bytes} bytes; no strategy file has more than {MAX_FILE_BYTES}. "
+            "Is it a weight checkpoint?"
+        )

@@ -1,0 +1,342 @@
+"""Loading: from a checkpoint to arrays on devices.
+
+    what is wanted  →  its distinct shards  →  the engine fills their memory  →  arrays
+     targeting             wanted                  carrying, memory              placing
+
+Each process reads exactly the bytes of its own devices' distinct shards, once. What can
+be said from headers is said before the first of them is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import jax
+
+from ..conversion.open import PathLike, opened
+from ..conversion.select import chooser, missed, refuse_lost, select, takes_whole, texts
+from ..core.catalog import Catalog
+from ..core.notes import log_notes
+from ..devices.pinned_memory import Pin, Staging, pin_for
+from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
+from ..errors import CoverageError, LayoutError, NotFoundError, some
+from ..formats.huggingface import CHECKSUMS
+from ..mapping import Mapping, find_mapping
+from ..rules import Rules
+from ..storage.identity import check_same, identity
+from ..storage.readers import open_source
+from ..storage.resources import Counts, default_workers
+from .balanced import gathered, kept_bytes, spread
+from .memory_budget import check_dtypes, check_memory, need_of, share_out
+from .orbax_arrays import restore, restored_by_orbax
+from .participants import of_shardings, sharers
+from .read import carry, file_source
+from .requests import Job, Want, files_of, jobs
+from .small_arrays import load_small, small_of
+from .target_shardings import Devices, asked_dtype, resolve
+
+__all__ = ["load", "load_opened"]
+
+_RANK = re.compile(r"(?:^|/)rank_(\d+)/")
+
+
+def load(
+    source: Catalog | PathLike,
+    target: Any,
+    *,
+    devices: Devices = None,
+    rules: Rules | None = None,
+    dtype: Any = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    host_bytes: int | None = None,
+    strict: bool = True,
+    name_of: Callable[[str], str] | None = None,
+    names: Mapping | str | None = None,
+    mmap: bool = False,
+    owned: bool = False,
+    strategy: PathLike | None = None,
+    suffix: str | None = None,
+    workers: int | None = None,
+    balanced: bool = False,
+    verify: bool = False,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    counted: Callable[[Counts], None] | None = None,
+) -> Any:
+    """The tensors of a checkpoint as arrays: ``{name: jax.Array}``, or the tree given as target.
+
+    Arrays can be donated, and do not depend on the files (but see ``mmap``). On CPU devices
+    they are the memory that was read into, which replicas share (but see ``owned``); small ones
+    that lie together are copied, so that none keeps the memory of thousands.
+
+    Args:
+        source: a checkpoint, or its path.
+        target: where everything goes. A strategy (``"dp2mp4"``), a ``Layout``, strategy
+            files, or a ``Mesh``: by the rules of the model's family. ``"same"``: as the source's
+            ranks have it. A ``Sharding`` or a
+            device: all tensors alike. A function of the name. Or a tree whose leaves are
+            shardings, ``PartitionSpec``s, or arrays and ``jax.ShapeDtypeStruct``s with a
+            sharding: the result is that tree, and the name of a leaf is its path, joined by
+            dots; other leaves stay as they are. Random keys are loaded where the tree has keys,
+            otherwise as their data.
+        devices: the devices of the ranks, in order; or the mesh that specs are about.
+        rules: layout rules that go before the family's own.
+        dtype: what tensors of 16- to 64-bit floats become; other tensors keep their dtype.
+        include: regular expressions; only tensors that one of them is found in are taken.
+        exclude: regular expressions; tensors that one of them is found in are left out.
+        host_bytes: the most host memory for what is in flight, the arrays of CPU devices
+            not counted; by default 256 MiB, and for other devices at least two tensors.
+        strict: refuse a tree that the checkpoint does not fill, or whose leaves leave tensors
+            out. If not, leaves without a tensor stay as they are.
+        name_of: the tensor's name for a leaf's path. Two leaves may name one tensor (tied
+            weights): it is read once, and each gets an array.
+        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
+            fused, stacked and transposed tensors are read only where they are needed.
+        mmap: use tensors where they lie in the files, if they are aligned as files written by
+            jaxshard are. Nobody may change those files in place while the arrays live: what
+            is written there shows through, and truncating one kills the process.
+        owned: have arrays on CPU devices in memory of XLA's own, each replica in its own. XLA
+            writes to no other: the first step to which other arrays are donated makes new
+            ones, and memory is twice the arrays until it is done. Slower, by a copy.
+        strategy: the strategy files of a source cut into ranks.
+        suffix: which of several files a rank the source has.
+        workers: threads; by default one a core, at most 8.
+        balanced: of several processes, none reads what another does; what they hold in common
+            goes from device to device. All of them must call this alike.
+        verify: compare the files that are read with their checksums first, which reads them
+            whole: those of ``checksums.json`` (written by ``save(checksums=True)``, ``convert``
+            …), of ``.ckpt`` files, or Orbax's own. Files without any are refused.
+        timeout_s: of several processes whose devices the target has, how long they wait for each
+            other to have opened the source; they compare what they see, and refuse two
+            checkpoints. With ``balanced``, also how long they wait for each other to have read.
+        counted: is told the counts of what was read.
+
+    Raises:
+        NotFoundError: no checkpoint there, or names are missing on either side.
+        FormatError: a file is not what it claims to be, or changed while being read.
+        CoverageError: the source lacks part of a tensor, or weights that strategy files tell of;
+            or processes opened different checkpoints.
+        LayoutError: the target does not fit the tensors, the devices or the memory.
+        StorageError: the disk refused, or another process failed or did not come in time.
+    """
+    if mmap and owned:
+        raise LayoutError(
+            "mmap=True uses tensors where they lie in the files, owned=True copies them to memory "
+            "of their own. Choose one."
+        )
+    everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
+    is_asked = everyone.are_several and not balanced
+    together = everyone.of(sharers(target, devices)) if is_asked else everyone
+    catalog = _opened_alike(source, strategy, suffix, together)
+
+    def compare(wants: Sequence[Want]) -> None:
+        if is_asked and not together.are_several:
+            known = everyone.of(of_shardings(want.sharding for want in wants))
+            _check_same(catalog, known)  # a function of the name said only now where they go
+
+    return load_opened(
+        catalog,
+        target,
+        devices=devices,
+        rules=rules,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        host_bytes=host_bytes,
+        strict=strict,
+        name_of=name_of,
+        names=names,
+        mmap=mmap,
+        owned=owned,
+        workers=workers,
+        balanced=together if balanced else None,
+        verify=verify,
+        decided=compare,
+        counted=counted,
+    )
+
+
+def _opened_alike(
+    source: Catalog | PathLike,
+    strategy: PathLike | None,
+    suffix: str | None,
+    processes: Processes,
+) -> Catalog:
+    """``source``, opened by all ``processes``, which see one checkpoint (errors as ``load``)."""
+    processes = processes.about(str(getattr(source, "root", source)))
+    with processes.together("loading: opening") as meeting:
+        catalog = opened(source, strategy=strategy, suffix=suffix)
+        if processes.are_several:
+            meeting.says = identity(catalog)
+    if processes.are_several:
+        check_same(meeting.heard, catalog.root, processes.members)
+    return catalog
+
+
+def _check_same(catalog: Catalog, processes: Processes) -> None:
+    if processes.are_several:
+        others = processes.about(catalog.root)
+        said = others.hear("loading: which checkpoint", identity(catalog))
+        check_same(said, catalog.root, processes.members)
+
+
+def load_opened(
+    catalog: Catalog,
+    target: Any,
+    *,
+    devices: Devices = None,
+    rules: Rules | None = None,
+    dtype: Any = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    host_bytes: int | None = None,
+    strict: bool = True,
+    name_of: Callable[[str], str] | None = None,
+    names: Mapping | str | None = None,
+    mmap: bool = False,
+    owned: bool = False,
+    workers: int | None = None,
+    balanced: Processes | None = None,
+    verify: bool = False,
+    decided: Callable[[Sequence[Want]], None] | None = None,
+    counted: Callable[[Counts], None] | None = None,
+) -> Any:
+    """``load`` of what is open, without a meeting to compare it with what others opened.
+
+    ``balanced`` are the processes that share out the reading, None if each reads all.
+    ``decided`` is called with what will be loaded, before anything is read.
+
+    Raises:
+        JaxshardError: as ``load``.
+    """
+    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, owned, verify)
+    processes = (balanced or Processes()).about(catalog.root)
+    with processes.together("loading"):
+        include, exclude = texts(include), texts(exclude)
+        tensors, notes = select(catalog, include, exclude, may_lack=not strict)
+        if balanced is not None:  # others cannot read what only they know of
+            refuse_lost(catalog, chooser(include, exclude))
+        chosen = replace(catalog, tensors={t.name: t for t in tensors})
+        if names is not None:
+            chosen = find_mapping(names, chosen, asked_dtype(target, dtype)).apply(chosen)
+        wanted = resolve(
+            chosen,
+            target,
+            devices=devices,
+            rules=rules,
+            dtype=dtype,
+            strict=strict,
+            name_of=name_of,
+            missed=missed(names, include, exclude),
+            taken=chooser(include, exclude),
+            is_whole=takes_whole(catalog, include, exclude),
+        )
+        if decided is not None:
+            decided(wanted.wants)
+        notes = (*chosen.notes, *notes, *wanted.notes)
+        log_notes(catalog.root, notes, catalog.logged)
+        by_orbax = restored_by_orbax(catalog, wanted.wants) and not owned
+        if by_orbax:
+            arrays, counts = restore(catalog, wanted.wants, host_bytes)
+        else:
+            first = list(wanted.wants) if balanced is None else spread(wanted.wants)
+            extra = kept_bytes(first, wanted.wants)
+            with _told_of_hosts(catalog):
+                arrays, counts = _read(catalog, first, how, extra)
+    if balanced is not None and not by_orbax:
+        arrays = gathered(arrays, wanted.wants)
+    if counted is not None:
+        counted(counts)
+    return wanted.build(arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How bytes are read, as the caller of ``load`` says."""
+
+    host_bytes: int | None
+    workers: int
+    mmap: bool
+    owned: bool
+    verify: bool
+
+
+def _read(
+    catalog: Catalog, wants: Sequence[Want], how: _How, extra_bytes: int
+) -> tuple[list[jax.Array], Counts]:
+    """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
+    small, rest = small_of(wants, mmap=how.mmap)
+    found = jobs([wants[place] for place in rest])
+    todo = [job for job, _ in found]
+    need = need_of(todo, extra_bytes + small.num_bytes, adopted=not how.owned)
+    budget, in_flight = share_out(need, how.host_bytes, how.workers)
+    check_memory(need, budget.host_bytes, in_flight or 0)
+    check_dtypes(todo, small.samples())
+    files = open_source(catalog)
+    try:
+        without = files.check_checksums(chain(files_of(todo), small.files()))
+        if how.verify:
+            used = sorted({*files_of(todo), *small.files()})
+            _check_sums(catalog, used, without, how.workers)
+        source = file_source(catalog, files, mmap=how.mmap)
+        staging = Staging(in_flight or 0, _pin_for(todo))
+        arrays: dict[int, jax.Array] = {}
+        counts = load_small(small, source, arrays, workers=budget.workers)
+        made, more = carry(todo, source, budget=budget, staging=staging, adopted=not how.owned)
+        files.check_unchanged()
+    finally:
+        files.close()
+    places = [rest[number] for _, numbers in found for number in numbers]
+    arrays |= zip(places, chain.from_iterable(made), strict=True)
+    return [arrays[place] for place in range(len(wants))], counts + more
+
+
+def _check_sums(
+    catalog: Catalog, used: Sequence[int], without: Sequence[str], workers: int
+) -> None:
+    """Compare the files number ``used`` with the checksums beside them.
+
+    Raises:
+        FormatError: a file is not what was saved.
+        NotFoundError: there are no checksums beside the files, and some have none in them.
+    """
+    from ..storage.checksum_file import check_folder  # noqa: PLC0415 - on request only
+
+    paths = [catalog.files[number].path for number in used]
+    if catalog.format == "orbax" or check_folder(catalog.root, paths, workers=workers):
+        return
+    lacking = [path for path in paths if path in without]
+    if lacking:
+        raise NotFoundError(
+            f"verify=True: {catalog.root} has no {CHECKSUMS}, and {len(lacking)} of its files have "
+            f"no checksum of their own ({some(lacking, 3)}). Leave verify out, or write the "
+            "checkpoint with checksums=True (--checksums)."
+        )
+
+
+def _pin_for(todo: Sequence[Job]) -> Pin | None:
+    """How memory is pinned that passes to the devices of these jobs."""
+    devices = (device for job in todo for use in job.uses for device, _ in use[:1])
+    return next((pin for device in devices if (pin := pin_for(device))), None)
+
+
+@contextmanager
+def _told_of_hosts(catalog: Catalog) -> Iterator[None]:
+    """What is missing may lie on another host, where ranks are missing altogether."""
+    try:
+        yield
+    except CoverageError as error:
+        have = {int(n) for f in catalog.files for n in _RANK.findall(f.path)}
+        if catalog.layout is None or not have or len(have) == catalog.layout.num_ranks:
+            raise
+        raise CoverageError(
+            f"{error} Of {catalog.layout.num_ranks} ranks, {catalog.root} has {len(have)}: "
+            f"{some(map(str, sorted(have)))}. Where hosts share no disk, each process loads what "
+            "was saved by it, onto the same devices; for another layout, copy the other ranks' "
+            "folders here."
+        ) from None

@@ -1,0 +1,231 @@
+"""Reading a load's shards into their buffers through the engine.
+
+Reading and placing overlap: the thread that fills the last byte of a tensor places it,
+while the others read on. Where placing copies to a device, tensors pass through memory that
+is bounded and used again: a thread that needs more of it waits for one to be placed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+
+from ..core.catalog import Catalog, Piece
+from ..core.ranges import byte_runs
+from ..devices.pinned_memory import Staging
+from ..errors import LayoutError
+from ..planning.copies import Move
+from ..storage.engine import ReadPlaces, run
+from ..storage.mapped_files import MappedFiles
+from ..storage.readers import OpenSource, SourceFiles
+from ..storage.resources import Budget, Counts
+from ..storage.vectored_io import ReadRows
+from .make_arrays import adopts, is_kept, place
+from .prefetch_thread import Disk, ReadingAhead
+from .requests import Job
+from .shard_memory import Bytes, JobMemory, is_aligned, staged_bytes
+
+Read = Callable[[Piece, int, memoryview], None]
+Lend = Callable[[Piece, int, int], memoryview | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where bytes come from.
+
+    Attributes:
+        read: fills memory from a file.
+        lend: gives bytes where they already lie in memory.
+        rows: fills memory from many places in a file.
+        scatter: fills many places in memory from one in a file.
+        disk: is told what will be read; None where nothing would come of it.
+        given: shards of a job that need not be filled, by number.
+    """
+
+    read: Read
+    lend: Lend | None = None
+    rows: ReadRows | None = None
+    scatter: ReadPlaces | None = None
+    disk: Disk | None = None
+    given: Callable[[Job], dict[int, Bytes]] = field(default=lambda job: {})
+
+
+def carry(
+    jobs: Sequence[Job],
+    source: Source,
+    *,
+    budget: Budget,
+    staging: Staging | None = None,
+    adopted: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[list[jax.Array]], Counts]:
+    """The arrays of every job, and the counts of what was read.
+
+    Args:
+        jobs: what is wanted, in the order of the files.
+        source: where bytes come from.
+        budget: threads and the size of their blocks.
+        staging: memory for what is copied to devices; closed with the load.
+        adopted: whether CPU devices use the memory that was read into.
+        progress: told of bytes as they are read.
+    """
+    carried = _Carried(jobs, source, staging or Staging(0), adopted=adopted)
+    try:
+        counts = run(
+            carried.moves(),
+            source.read,
+            carried.write,
+            budget=budget,
+            progress=progress,
+            place=carried.place,
+            lend=source.lend,
+            rows=source.rows,
+            scatter=source.scatter,
+            stopped=carried.stop,
+        )
+    finally:
+        carried.close()
+    return carried.arrays(), counts
+
+
+class _Carried:
+    """The jobs of one load: those not begun, in flight, and done.
+
+    Raises:
+        CoverageError: the source lacks part of a shard.
+        LayoutError: a shard would cut through a byte of a packed dtype.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], source: Source, staging: Staging, *, adopted: bool
+    ) -> None:
+        self._jobs, self._staging, self._adopted = jobs, staging, adopted
+        given = [source.given(job) for job in jobs]
+        self._todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
+        self._memory: dict[str, JobMemory] = {}
+        self._done: dict[str, list[jax.Array]] = {}
+        self._lock = threading.Lock()
+        self._ahead = ReadingAhead([move for *_, move in self._todo if move], source.disk)
+        self.stop = staging.stop
+
+    def moves(self) -> Iterator[Move]:
+        """The journeys, each once there is memory for it."""
+        self._ahead.start()
+        for job, given, move in self._todo:
+            memory = self._memory_for(job, given)
+            if memory is None:
+                return
+            if move is None:
+                self._finish(memory)
+                continue
+            memory.left_bytes = sum(
+                target.box.size * move.unit_bytes * len(target.ranks) for target in move.targets
+            )
+            self._memory[job.tensor.name] = memory
+            self._ahead.reached(move)
+            yield move
+
+    def close(self) -> None:
+        """Let go of what is only needed on the way."""
+        self._ahead.close()
+        self._staging.close()
+
+    def place(self, move: Move, target: int, offset: int, num_bytes: int) -> memoryview | None:
+        return self._memory[move.name].place(move.targets[target].ranks, offset, num_bytes)
+
+    def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        memory = self._memory[move.name]
+        shards = move.targets[target].ranks
+        memory.fill(shards, offset, buffer)
+        with self._lock:
+            memory.left_bytes -= len(buffer) * len(shards)
+            full = not memory.left_bytes
+        if full:
+            self._finish(self._memory.pop(move.name))
+        return len(shards)
+
+    def arrays(self) -> list[list[jax.Array]]:
+        return [self._done[job.tensor.name] for job in self._jobs]
+
+    def _finish(self, memory: JobMemory) -> None:
+        job = memory.job
+        self._done[job.tensor.name] = place(job, memory.shards, adopted=self._adopted)
+        memory.shards.clear()
+        if memory.staged is not None:
+            self._staging.give(memory.staged)
+
+    def _memory_for(self, job: Job, given: dict[int, Bytes]) -> JobMemory | None:
+        """Where ``job`` is read to; waits for room, and is None if the load has stopped."""
+        if is_kept(job, adopted=self._adopted):
+            return JobMemory(job, given)
+        staged = self._staging.take(staged_bytes(job))
+        return None if staged is None else JobMemory(job, given, staged)
+
+
+# --- Sources: how the bytes of a load are got at, decided before the first is read
+
+IO_VARIABLE = "JAXSHARD_IO"
+
+
+def file_source(catalog: Catalog, files: OpenSource, *, mmap: bool) -> Source:
+    """The source that reads ``files``, the open files of ``catalog``.
+
+    Raises:
+        LayoutError: the environment asks for a way of reading that there is not.
+    """
+    asked = os.environ.get(IO_VARIABLE, "pread")
+    if asked not in ("pread", "mmap"):
+        raise LayoutError(f"{IO_VARIABLE}={asked!r}: set it to pread or mmap, or not at all.")
+    disk = files if isinstance(files, SourceFiles) else None
+    if disk is None:
+        return Source(files.read, rows=files.read_rows)
+    if not mmap and asked == "pread":
+        return Source(files.read, rows=files.read_rows, scatter=disk.read_places, disk=disk)
+    mapped = MappedFiles(catalog, disk.opened)
+    if not mmap:
+        return Source(files.read, mapped.lend, disk=disk)
+    return Source(
+        files.read,
+        mapped.lend,  # a column alone; what several shards share is quicker scattered
+        scatter=disk.read_places,
+        disk=disk,
+        given=lambda job: in_place(job, mapped),
+    )
+
+
+def in_place(job: Job, mapped: MappedFiles) -> dict[int, Bytes]:
+    """The shards of ``job`` that lie in a file as the CPU backend would have them in memory."""
+    devices: dict[int, list[jax.Device]] = {number: [] for number in range(len(job.shards))}
+    for use in job.uses:
+        for device, number in use:
+            devices[number].append(device)
+    found = {}
+    for number, shard in enumerate(job.shards):
+        if shard.conversion.is_copy and shard.box.size and adopts(devices[number]):
+            memory = _stored(job, number, mapped)
+            if memory is not None and is_aligned(memory):
+                found[number] = memory
+    return found
+
+
+def _stored(job: Job, number: int, mapped: MappedFiles) -> Bytes | None:
+    """The shard's bytes in a file, if they are one run of one piece."""
+    shard, tensor = job.shards[number], job.tensor
+    if tensor.factors is not None:
+        return None
+    for piece in tensor.pieces:
+        if piece.view is None and piece.box.contains(shard.box):
+            runs = byte_runs(
+                shard.box.within(piece.box),
+                piece.box.shape,
+                tensor.dtype.unit_bytes,
+                piece.offset,
+            )
+            if not runs.outer:
+                memory = mapped.part(piece.file, runs.offset, runs.length)
+                return memory if memory.size == runs.length else None
+    return None

@@ -1,0 +1,137 @@
+"""Requested arrays, and the distinct shards that this process must make.
+
+    wants        w: rows over 2 devices        shards      w[0:2] → device 0
+                 w: whole on devices 0 and 1               w[2:4] → device 1
+                                                           w[0:4] → devices 0 and 1
+
+Each shard is read once, however many devices and wants it serves. This module knows no
+files and makes no array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+from ..core.box import Box
+from ..core.catalog import Tensor
+from ..core.numpy_dtypes import Conversion, NumpyDType
+from ..errors import JaxshardError
+from ..planning.copies import Move, move_into
+from ..resharding.geometry import device_boxes
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A tensor of the source, as an array of ``dtype`` with ``sharding``."""
+
+    tensor: Tensor
+    dtype: NumpyDType
+    sharding: Sharding
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Everything asked for, and how the arrays become what the caller gets."""
+
+    wants: tuple[Want, ...]
+    build: Callable[[Sequence[jax.Array]], Any] = field(repr=False)
+    notes: tuple[str, ...] = ()  # of the layout, where one was made
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A distinct box of a tensor in one dtype: memory that is filled once."""
+
+    box: Box
+    conversion: Conversion
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes in memory."""
+        return self.conversion.num_bytes(self.box.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that is wanted of one tensor.
+
+    Attributes:
+        shards: what must be filled; ``Target.ranks`` of a move are indices into them.
+        uses: for each want, the shard each of its devices gets, in JAX's order of devices.
+    """
+
+    tensor: Tensor
+    wants: tuple[Want, ...]
+    shards: tuple[Shard, ...]
+    uses: tuple[tuple[tuple[jax.Device, int], ...], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its distinct shards in memory."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def move(self, but: Iterable[int] = ()) -> Move | None:
+        """The journey of the bytes into the shards, apart from those of ``but``.
+
+        Raises:
+            CoverageError: the source lacks part of a shard.
+            LayoutError: a shard would cut through a byte of a packed dtype.
+        """
+        targets: dict[Box, tuple[int, ...]] = {}
+        there = set(but)
+        for number, shard in enumerate(self.shards):
+            if number not in there and shard.box.size:
+                targets[shard.box] = (*targets.get(shard.box, ()), number)
+        try:
+            if not targets:
+                return None
+            move = move_into(self.tensor, targets)
+            move.cells  # noqa: B018 - what is not covered is found before anything is read
+            return move
+        except JaxshardError as error:
+            raise type(error)(f"{self.tensor.name}: {error}") from None
+
+
+def jobs(wants: Sequence[Want]) -> tuple[tuple[Job, tuple[int, ...]], ...]:
+    """A job for each tensor, and the places of its wants in ``wants``, in the files' order."""
+    by_tensor: dict[str, list[int]] = {}
+    for number, want in enumerate(wants):
+        by_tensor.setdefault(want.tensor.name, []).append(number)
+    found = [(_job([wants[n] for n in numbers]), tuple(numbers)) for numbers in by_tensor.values()]
+    return tuple(sorted(found, key=lambda item: _first_byte(item[0].tensor)))
+
+
+def files_of(jobs: Iterable[Job]) -> Iterator[int]:
+    """The numbers of the files that ``jobs`` are read from, some of them several times."""
+    for job in jobs:
+        move = job.move()
+        if move is None:
+            continue
+        for cell in move.cells:
+            yield from (move.pieces[i][0].file for i, _ in cell.sources)
+        for operand in move.operands:
+            yield from (piece.file for piece in operand.pieces)
+
+
+def _job(wants: Sequence[Want]) -> Job:
+    tensor = wants[0].tensor
+    numbers: dict[Shard, int] = {}
+    uses = []
+    for want in wants:
+        conversion = Conversion(tensor.dtype, want.dtype)
+        uses.append(
+            tuple(
+                (device, numbers.setdefault(Shard(box, conversion), len(numbers)))
+                for device, box in device_boxes(want.sharding, tensor.shape).items()
+            )
+        )
+    return Job(tensor, tuple(wants), tuple(numbers), tuple(uses))
+
+
+def _first_byte(tensor: Tensor) -> tuple[int, int]:
+    return min(((p.file, p.offset) for p in tensor.pieces), default=(0, 0))

@@ -1,0 +1,454 @@
+"""From a load's target (strategy, mesh, shardings, pytree) to requested arrays.
+
+"dp2mp4", a Strategy, a Layout,      every tensor, by the rules of its family
+strategy files, a Mesh
+a Sharding, a Device                 every tensor alike
+a function of the name               every tensor as it says
+a tree of shardings, of specs, or    the tree itself, with arrays for leaves; the name of
+of jax.ShapeDtypeStruct              a leaf is its path
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from ..conversion.open import open_strategy
+from ..conversion.select import (
+    refuse_absent,
+    refuse_half,
+    refuse_lost,
+    without_merged,
+    without_unplaced_states,
+)
+from ..conversion.targets import SAME, check_factors, lay_out_for, same_layout
+from ..core.catalog import Catalog, Tensor
+from ..core.layout import Layout, Placement, check_divides
+from ..core.numpy_dtypes import NumpyDType, can_become, is_plain_float, numpy_dtype
+from ..core.strategy import Strategy
+from ..devices.mesh import named_sharding, placement_of, rank_devices, shardings
+from ..devices.pytree import (
+    Keys,
+    is_array_like,
+    is_key,
+    keys_of,
+    named_leaves,
+    spelled,
+    whole_paths,
+)
+from ..devices.rule_shardings import mesh_shardings
+from ..errors import JaxshardError, LayoutError, NotFoundError, nearest, some
+from ..formats.strategy_files import for_tensors
+from ..rules import Rules
+from .requests import Want, Wanted
+
+_SUGGESTED = 3  # looking for near names costs time in a catalog of 100,000
+
+
+@dataclass
+class Findings:
+    """What was found wrong, by kind."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+
+    def refuse(self, catalog: Catalog, names: Iterable[str]) -> None:
+        """Raise if anything was found; ``names`` are those of the target.
+
+        Raises:
+            NotFoundError: names are missing on either side.
+            LayoutError: only shapes, dtypes or shardings do not fit.
+        """
+        parts = []
+        if self.missing:
+            parts.append(
+                f"{len(self.missing)} names of the target are not among the "
+                f"{len(catalog.tensors)} tensors of {catalog.root}: {some(self.missing)}."
+                + self._suggestions(self.missing, catalog.tensors)
+                + self._tied(catalog)
+                + " Map names with name_of=, or leave them as they are with strict=False."
+            )
+        if self.unexpected:
+            parts.append(
+                f"{len(self.unexpected)} tensors of {catalog.root} are not in the target: "
+                f"{some(self.unexpected)}."
+                + self._suggestions(self.unexpected, names)
+                + " Leave them out with exclude= or strict=False."
+            )
+        if self.misfits:
+            listed = "\n  ".join(self.misfits[:20])
+            more = len(self.misfits) - 20
+            parts.append(
+                f"{len(self.misfits)} tensors do not fit the target:\n  {listed}"
+                + (f"\n  and {more} more" if more > 0 else "")
+            )
+        if parts:
+            kind = NotFoundError if self.missing or self.unexpected else LayoutError
+            raise kind("\n".join(parts))
+
+    @staticmethod
+    def _suggestions(names: list[str], known: Iterable[str]) -> str:
+        listed = list(known)
+        return "".join(
+            f" For {name}:{hint}" for name in names[:_SUGGESTED] if (hint := nearest(name, listed))
+        )
+
+    def _tied(self, catalog: Catalog) -> str:
+        if not catalog.model.tied_embeddings or not any("head" in n for n in self.missing):
+            return ""
+        return (
+            " The config ties the head to the embedding, which is stored once: let name_of map "
+            "both names to it."
+        )
+
+
+# --- Targets: from what a person asks for to one want for each array
+
+Devices = Sequence[jax.Device] | Mesh | None
+
+_HALVES = ("bfloat16", "float16")
+
+
+def resolve(
+    catalog: Catalog,
+    target: Any,
+    *,
+    devices: Devices = None,
+    rules: Rules | None = None,
+    dtype: Any = None,
+    strict: bool = True,
+    name_of: Callable[[str], str] | None = None,
+    missed: Callable[[str], bool] = lambda name: True,
+    taken: Callable[[str], bool] = lambda name: True,
+    is_whole: bool = False,
+) -> Wanted:
+    """What ``target`` asks of the tensors of ``catalog``; see ``load`` for the arguments.
+
+    ``missed`` tells whether a weight that only the target knows is missed, ``taken`` whether one
+    of the source is asked for; ``is_whole`` that all of them are.
+
+    Raises:
+        NotFoundError: names are missing on either side.
+        CoverageError: strategy files tell of weights that the catalog lacks, or these lie on
+            ranks without files and this process's devices need them.
+        LayoutError: the target does not fit the tensors.
+    """
+    cast = None if dtype is None else np.dtype(dtype)
+    target = _read_target(catalog, target)
+    if isinstance(target, Layout):
+        target = without_merged(catalog, target)
+        if strict:
+            refuse_absent(catalog, target, missed)
+        refuse_lost(catalog, taken, target, _own_ranks(_listed(devices) or jax.devices()))
+        kept = without_unplaced_states(catalog, target)
+        left_out = kept.notes[len(catalog.notes) :]
+        made = _all_tensors(kept, _of_layout(kept, target, devices), devices, cast)
+        return replace(made, notes=(*left_out, *target.notes, *made.notes))
+    if is_whole and not _is_tree(target):
+        refuse_half(catalog)
+    if isinstance(target, Mesh | Strategy):
+        layout, ranks, found = _by_rules(catalog, target, devices, rules)
+        refuse_lost(catalog, taken, layout, _own_ranks(ranks))
+        made = _all_tensors(catalog, found, devices, cast)
+        return replace(made, notes=(*layout.notes, *made.notes))
+    place_of = _by_name(target)
+    if place_of is not None:
+        refuse_lost(catalog, taken)
+        return _all_tensors(catalog, place_of, devices, cast)
+    return _tree(catalog, target, devices, cast, strict=strict, name_of=name_of)
+
+
+def _is_tree(target: Any) -> bool:
+    return not isinstance(target, Mesh | Strategy) and _by_name(target) is None
+
+
+def _own_ranks(ranks: Sequence[jax.Device]) -> frozenset[int]:
+    """The ranks whose devices are this process's."""
+    here = jax.process_index()
+    return frozenset(r for r, device in enumerate(ranks) if device.process_index == here)
+
+
+def _read_target(catalog: Catalog, target: Any) -> Any:
+    """``target``, read if it is a path or a word.
+
+    Raises:
+        LayoutError: as the source is cut, and it is complete; or a word that is no strategy.
+    """
+    if not isinstance(target, str | os.PathLike):
+        return target
+    if target == SAME:
+        layout = same_layout(catalog)
+        if layout is None:
+            raise LayoutError(
+                f"{SAME} is as the ranks of a checkpoint are cut, and {catalog.root} is complete. "
+                "Give a strategy, a device or shardings."
+            )
+        return layout
+    where = os.fspath(target)
+    return open_strategy(where) if os.path.exists(where) else Strategy.parse(where)
+
+
+def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[str], Any]:
+    """The sharding of each name, as strategy files place it."""
+    shapes = {t.name: t.shape for t in catalog.tensors.values()}
+    layout = _with_hyper(for_tensors(target, shapes), catalog)
+    unplaced = sorted(n for n in catalog.tensors if not layout.placements.get(n))
+    if unplaced:
+        raise NotFoundError(
+            f"{len(unplaced)} tensors of {catalog.root} are not in the target's strategy: "
+            f"{some(unplaced)}. Leave them out with exclude= (optimizer states: "
+            'exclude="^adam_"), or give a strategy that has them.'
+        )
+    check_factors(catalog, layout)
+    return shardings(layout, _listed(devices), catalog.tensors).__getitem__
+
+
+def asked_dtype(target: Any, dtype: Any) -> str | None:
+    """NumPy's name of the float that values computed on their way should have; None if unsaid.
+
+    Of several that the leaves of a tree ask for it is one that holds the values of each, so
+    that every leaf is rounded once.
+    """
+    if dtype is not None:
+        return str(np.dtype(dtype).name)
+    leaves = [leaf for leaf in jax.tree_util.tree_leaves(target) if is_array_like(leaf)]
+    asked = {str(leaf.dtype) for leaf in leaves} & {*_HALVES, "float32", "float64"}
+    if len(asked) < 2:
+        return next(iter(asked), None)
+    return "float64" if "float64" in asked else "float32"
+
+
+def _by_rules(
+    catalog: Catalog, target: Mesh | Strategy, devices: Devices, rules: Rules | None
+) -> tuple[Layout, Sequence[jax.Device], Callable[[str], Any]]:
+    """The layout that the rules make, the device of each rank, and the sharding of each name."""
+    if isinstance(target, Mesh):
+        layout, ranks, found = mesh_shardings(catalog, target, rules)
+        return layout, ranks, found.__getitem__
+    ranks = rank_devices(target, _listed(devices))
+    layout = lay_out_for(catalog, target, rules)
+    return layout, ranks, shardings(layout, ranks).__getitem__
+
+
+def _by_name(target: Any) -> Callable[[str], Any] | None:
+    """A sharding for each name, where the target is no tree."""
+    if isinstance(target, jax.Device):
+        target = SingleDeviceSharding(target)
+    if isinstance(target, Sharding | PartitionSpec):
+        return lambda name: target
+    if callable(target) and jax.tree_util.all_leaves([target]):
+        return target  # type: ignore[no-any-return]  # a module that can be called is a tree
+    return None
+
+
+def _with_hyper(layout: Layout, catalog: Catalog) -> Layout:
+    """``layout`` with the tensors that are no weights on every rank."""
+    everywhere = (Placement((("all", layout.num_ranks),)),)
+    added = {n: everywhere for n in catalog.hyper if n not in layout.placements}
+    return replace(layout, placements={**layout.placements, **added})
+
+
+def _all_tensors(
+    catalog: Catalog, place_of: Callable[[str], Any], devices: Devices, cast: NumpyDType | None
+) -> Wanted:
+    findings = Findings()
+    wants = []
+    for name, tensor in catalog.tensors.items():
+        try:
+            wants.append(_want(name, tensor, place_of(name), devices, None, cast))
+        except JaxshardError as error:
+            findings.misfits.append(str(error))
+    findings.refuse(catalog, catalog.tensors)
+    names = [want.tensor.name for want in wants]
+    notes = _of_keys(catalog, names)
+    return Wanted(tuple(wants), lambda arrays: dict(zip(names, arrays, strict=True)), notes)
+
+
+def _tree(
+    catalog: Catalog,
+    target: Any,
+    devices: Devices,
+    cast: NumpyDType | None,
+    *,
+    strict: bool,
+    name_of: Callable[[str], str] | None,
+) -> Wanted:
+    leaves, structure = named_leaves(target)
+    findings = Findings()
+    wants: dict[int, Want] = {}
+    generators: dict[int, Any] = {}
+    wanted = _names(target, leaves, name_of)
+    exact = {name for name, _ in wanted.values()}
+    names = []
+    for number, (name, whole) in wanted.items():
+        path, leaf = leaves[number]
+        stored = spelled(name, whole, catalog.tensors, exact)
+        names.append(stored or name)
+        if stored is None:
+            findings.missing.append(name if name == path else f"{name} (for {path})")
+            continue
+        try:
+            shape_dtype = leaf if is_array_like(leaf) else None
+            if is_key(leaf):
+                keys = _keys(stored, leaf, catalog)
+                shape_dtype, generators[number] = keys.data, keys.generator
+            place = leaf if shape_dtype is None else getattr(shape_dtype, "sharding", None)
+            wants[number] = _want(
+                stored, catalog.tensors[stored], place, devices, shape_dtype, cast
+            )
+        except JaxshardError as error:
+            findings.misfits.append(str(error))
+    known = set(names)
+    findings.unexpected += [name for name in catalog.tensors if name not in known]
+    if not names:
+        raise LayoutError(
+            f"a target of type {type(target).__name__} without shardings is none. Give a strategy "
+            "such as dp2mp4, a Mesh, a Sharding, a function of the name, or a tree of "
+            "jax.ShapeDtypeStruct or shardings."
+        )
+    if not strict:
+        findings.missing, findings.unexpected = [], []
+    gone = {name.partition(" (for ")[0] for name in findings.missing} & catalog.lost.keys()
+    refuse_lost(catalog, gone.__contains__)
+    findings.refuse(catalog, names)
+
+    def build(arrays: Sequence[jax.Array]) -> Any:
+        made = dict(zip(wants, arrays, strict=True))
+        for number, generator in generators.items():
+            if number in made:
+                made[number] = jax.random.wrap_key_data(made[number], impl=generator)
+        return structure.unflatten([made.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
+
+    data = [w.tensor.name for number, w in wants.items() if number not in generators]
+    return Wanted(tuple(wants.values()), build, _of_keys(catalog, data))
+
+
+def _names(
+    target: Any, leaves: Sequence[tuple[str, Any]], name_of: Callable[[str], str] | None
+) -> dict[int, tuple[str, str]]:
+    """For each leaf that is about a tensor, its name, and that with all keys of its path."""
+    found = {}
+    for number, ((path, leaf), whole) in enumerate(zip(leaves, whole_paths(target), strict=True)):
+        # others, functions and numbers, are parts of the model that are no weights
+        if isinstance(leaf, Sharding | PartitionSpec | jax.Device) or is_array_like(leaf):
+            name = name_of(path) if name_of else path
+            found[number] = name, name if name_of else whole
+    return found
+
+
+def _keys(name: str, leaf: Any, catalog: Catalog) -> Keys:
+    """The keys that a leaf asks for.
+
+    Raises:
+        LayoutError: those of the checkpoint are of another generator.
+    """
+    keys = keys_of(leaf)
+    stored = catalog.keys.get(name)
+    if stored is not None and str(keys.generator) != stored:
+        raise LayoutError(
+            f"{name}: the target has keys of {keys.generator}, the checkpoint of {stored}."
+        )
+    return keys
+
+
+def _of_keys(catalog: Catalog, names: Iterable[str]) -> tuple[str, ...]:
+    """A note on those of ``names`` that are keys, and are loaded as their data."""
+    found = [f"{name} ({catalog.keys[name]})" for name in names if name in catalog.keys]
+    if not found:
+        return ()
+    return (
+        f"{len(found)} random keys are loaded as their data, integers: {some(found)}. A target "
+        "whose leaves are keys, or jax.random.wrap_key_data, makes keys of them.",
+    )
+
+
+def _want(
+    name: str,
+    tensor: Tensor,
+    place: Any,
+    devices: Devices,
+    like: Any,
+    cast: NumpyDType | None,
+) -> Want:
+    """The want of one tensor, checked.
+
+    Raises:
+        LayoutError: it cannot be; the name and the numbers are said.
+    """
+    if like is not None and tuple(like.shape) != tensor.shape:
+        raise LayoutError(
+            f"{name}: the target has shape {tuple(like.shape)}, the checkpoint {tensor.shape}."
+        )
+    named = _sharding(name, place, devices)
+    _check_fits(name, named, tensor.shape)
+    return Want(tensor, _dtype(name, tensor, like, cast), named)
+
+
+def _dtype(name: str, tensor: Tensor, like: Any, cast: NumpyDType | None) -> NumpyDType:
+    """The dtype of the array: as asked for, or as stored."""
+    try:
+        wanted = numpy_dtype(tensor.dtype)
+    except LayoutError as error:
+        raise LayoutError(f"{name}: {error}") from None
+    if cast is not None:
+        wanted = cast if is_plain_float(tensor.dtype) else wanted
+    elif like is not None:
+        wanted = np.dtype(like.dtype)
+    if not can_become(tensor.dtype, wanted):
+        raise LayoutError(
+            f"{name}: stored as {tensor.dtype}, asked for as {wanted.name}. Only floats of 16 to "
+            "64 bits become each other here; ask for what is stored, and cast on the device."
+        )
+    return wanted
+
+
+def _sharding(name: str, place: Any, devices: Devices) -> Sharding:
+    if isinstance(place, jax.Device):
+        return SingleDeviceSharding(place)
+    if isinstance(place, PartitionSpec):
+        return named_sharding(name, _mesh(name, devices), place)
+    if isinstance(place, NamedSharding) and not isinstance(place.mesh, Mesh):
+        return named_sharding(name, _mesh(name, devices), place.spec)  # its mesh is abstract
+    if isinstance(place, Sharding):
+        return place
+    only = _listed(devices) or jax.devices()
+    if place is None and len(only) == 1:
+        return SingleDeviceSharding(only[0])
+    raise LayoutError(
+        f"{name}: the target gives no sharding ({type(place).__name__}) and there are {len(only)} "
+        "devices. Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+    )
+
+
+def _mesh(name: str, devices: Devices) -> Mesh:
+    """The mesh that specs are about: the one given, or the one in use."""
+    if isinstance(devices, Mesh):
+        return devices
+    current = jax.sharding.get_mesh()
+    if isinstance(current, Mesh) and current.size > 1:
+        return current
+    raise LayoutError(
+        f"{name}: a PartitionSpec needs a mesh with devices. Give devices=mesh, load inside "
+        "jax.set_mesh(mesh), or give a NamedSharding."
+    )
+
+
+def _check_fits(name: str, named: Sharding, shape: tuple[int, ...]) -> None:
+    if isinstance(named, NamedSharding):
+        check_divides(placement_of(named), shape, name)
+        return
+    try:
+        named.shard_shape(shape)
+    except ValueError as error:
+        raise LayoutError(f"{name}: shape {shape} does not fit {named}: {error}") from None
+
+
+def _listed(devices: Devices) -> Sequence[jax.Device] | None:
+    return tuple(devices.devices.flat) if isinstance(devices, Mesh) else devices

@@ -1,0 +1,222 @@
+"""Mappings applied to arrays in memory, by NumPy or JAX.
+
+Layers of a model have one expression between them, with other leaves, so it is compiled
+once. This module imports JAX only where it evaluates with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..core.dtypes import DType
+from ..core.numpy_dtypes import numpy_dtype, stored_as
+from ..errors import LayoutError, some
+from .patterns import (
+    check_cast,
+    check_cut,
+    check_join,
+    check_order,
+    check_repeat,
+    check_reshape,
+    check_scales,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A value made from others: ``kind`` says how. A leaf has none, and a name or a number.
+
+    Attributes:
+        dtype: NumPy's name of it.
+        name: of the tensor that it is made of, for messages.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    inputs: tuple[Expression, ...] = ()
+    how: tuple[Any, ...] = ()
+    name: str = field(default="", compare=False)
+
+
+def leaf(name: str | int, shape: tuple[int, ...], dtype: str) -> Expression:
+    """A value that is given."""
+    return Expression("leaf", shape, dtype, (), (name,), str(name))
+
+
+class Expressions:
+    """The algebra of values in memory: what to compute is written down, and nothing is."""
+
+    @staticmethod
+    def shape(x: Expression) -> tuple[int, ...]:
+        """Elements along each dim."""
+        return x.shape
+
+    @staticmethod
+    def transpose(x: Expression, order: Sequence[int]) -> Expression:
+        """Dim ``i`` of the result is dim ``order[i]`` of ``x``."""
+        check_order(x.name, order, x.shape)
+        return _of(x, "transpose", tuple(x.shape[d] for d in order), tuple(order))
+
+    @staticmethod
+    def reshape(x: Expression, shape: tuple[int, ...]) -> Expression:
+        """The same elements in the same row-major order."""
+        check_reshape(x.name, x.shape, shape)
+        return _of(x, "reshape", shape)
+
+    @staticmethod
+    def cut(x: Expression, dim: int, start: int, stop: int) -> Expression:
+        """The elements ``start:stop`` along ``dim``."""
+        check_cut(x.name, x.shape, dim, start, stop)
+        return _of(x, "cut", _with_length(x.shape, dim, stop - start), dim, start, stop)
+
+    @staticmethod
+    def join(xs: Sequence[Expression], dim: int, name: str) -> Expression:
+        """``xs`` one after the other along ``dim``."""
+        check_join(name, dim, [(x.name, x.shape, x.dtype) for x in xs])
+        shape = _with_length(xs[0].shape, dim, sum(x.shape[dim] for x in xs))
+        return Expression("join", shape, xs[0].dtype, tuple(xs), (dim,), name)
+
+    @staticmethod
+    def repeat(x: Expression, dim: int, times: int) -> Expression:
+        """``x`` with ``dim``, of length 1, repeated."""
+        check_repeat(x.name, x.shape, dim)
+        return _of(x, "repeat", _with_length(x.shape, dim, times))
+
+    @staticmethod
+    def pad(x: Expression, dim: int, length: int) -> Expression:
+        """``x`` with zeros after it along ``dim``, up to ``length``."""
+        return _of(x, "pad", _with_length(x.shape, dim, length), dim)
+
+    @staticmethod
+    def cast(x: Expression, dtype: DType) -> Expression:
+        """The values of ``x`` rounded to ``dtype``."""
+        check_cast(stored_as(np.dtype(x.dtype)), dtype)
+        name = numpy_dtype(dtype).name
+        return Expression("cast", x.shape, name, (x,), (dtype,), x.name)
+
+    @staticmethod
+    def scaled(
+        x: Expression, scale: Expression, block: tuple[int, int], dtype: DType
+    ) -> Expression:
+        """The true values of a matrix whose blocks each have a factor in ``scale``."""
+        check_scales(x.name, x.shape, scale.name, scale.shape, block)
+        name = numpy_dtype(dtype).name
+        return Expression("scaled", x.shape, name, (x, scale), (block, dtype), x.name)
+
+
+def _of(x: Expression, kind: str, shape: tuple[int, ...], *how: Any) -> Expression:
+    return Expression(kind, shape, x.dtype, (x,), how, x.name)
+
+
+def _with_length(shape: tuple[int, ...], dim: int, length: int) -> tuple[int, ...]:
+    return (*shape[:dim], length, *shape[dim + 1 :])
+
+
+def evaluate(made: Mapping[str, Expression], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``made``: on the devices if ``arrays`` are JAX's, else with NumPy.
+
+    Raises:
+        LayoutError: a value would be made of arrays on different devices.
+    """
+    import numpy as np  # noqa: PLC0415 - descriptions do without it
+
+    numbered = {name: _numbered(expression) for name, expression in made.items()}
+    for name, (_, leaves) in numbered.items():
+        _check_together(name, leaves, arrays)
+    result: dict[str, Any] = {}
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, (general, leaves) in numbered.items():
+        inputs = [arrays[x] for x in leaves]
+        if general.kind == "leaf":
+            result[name] = inputs[0]
+        elif all(isinstance(x, np.ndarray) for x in inputs):
+            # ascontiguousarray would give a scalar a dim
+            result[name] = np.asarray(value(general, inputs, np), order="C")
+        else:
+            together.setdefault(leaves, []).append(name)
+    for leaves, names in together.items():  # layers of one stack are one program, not one each
+        program = _compiled(tuple(numbered[name][0] for name in names))
+        result |= zip(names, program(*(arrays[x] for x in leaves)), strict=True)
+    return {name: result[name] for name in made}
+
+
+def _check_together(name: str, leaves: Sequence[str], arrays: Mapping[str, Any]) -> None:
+    """Refuse what no one program can compute: its inputs are on different devices."""
+    sets: dict[frozenset[Any], str] = {}
+    for x in leaves:
+        sharding = getattr(arrays[x], "sharding", None)
+        if sharding is not None and len(leaves) > 1:
+            sets.setdefault(frozenset(sharding.device_set), x)
+    if len(sets) > 1:
+        said = (
+            f"{x} on {some((str(n) for n in sorted(d.id for d in devices)), 8)}"
+            for devices, x in sets.items()
+        )
+        raise LayoutError(
+            f"{name} is made of arrays that lie on different devices ({some(said, 2)}), as those "
+            "of several pipeline stages do. Bring them onto one mesh first: "
+            'jaxshard.reshard(arrays, "dp1mp8"), with as many ranks as there are devices.'
+        )
+
+
+def _numbered(expression: Expression) -> tuple[Expression, tuple[str, ...]]:
+    """``expression`` with numbers for its leaves' names, the same for every layer; the names."""
+    numbers: dict[str, int] = {}
+
+    def general(x: Expression) -> Expression:
+        if x.kind == "leaf":
+            return leaf(numbers.setdefault(x.how[0], len(numbers)), x.shape, x.dtype)
+        return Expression(x.kind, x.shape, x.dtype, tuple(map(general, x.inputs)), x.how)
+
+    return general(expression), tuple(numbers)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(expressions: tuple[Expression, ...]) -> Any:
+    import jax  # noqa: PLC0415 - only who has arrays on devices has JAX
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    def program(*inputs: Any) -> tuple[Any, ...]:
+        return tuple(value(x, inputs, jnp) for x in expressions)
+
+    return jax.jit(program)
+
+
+def value(expression: Expression, inputs: Sequence[Any], xp: Any) -> Any:
+    """The value of an expression whose leaves are numbers of ``inputs``, with NumPy or jnp."""
+    kind, how, shape = expression.kind, expression.how, expression.shape
+    if kind == "leaf":
+        return inputs[how[0]]
+    xs = [value(x, inputs, xp) for x in expression.inputs]
+    return _KINDS[kind](xs, shape, how, xp)
+
+
+def _pad(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: Any) -> Any:
+    x, dim = xs[0], how[0]
+    rest = (*shape[:dim], shape[dim] - x.shape[dim], *shape[dim + 1 :])
+    return xp.concatenate([x, xp.zeros(rest, x.dtype)], axis=dim)
+
+
+def _scaled(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: Any) -> Any:
+    block, dtype = how
+    row, column = (xp.arange(n) // b for n, b in zip(shape, block, strict=True))
+    factors = xs[1].astype("float32")[row][:, column]
+    return (xs[0].astype("float32") * factors).astype(numpy_dtype(dtype))
+
+
+_KINDS: dict[str, Callable[[Sequence[Any], tuple[int, ...], tuple[Any, ...], Any], Any]] = {
+    "transpose": lambda xs, shape, how, xp: xp.transpose(xs[0], how[0]),
+    "reshape": lambda xs, shape, how, xp: xp.reshape(xs[0], shape),
+    "cut": lambda xs, shape, how, xp: xs[0][(slice(None),) * how[0] + (slice(*how[1:]),)],
+    "join": lambda xs, shape, how, xp: xp.concatenate(xs, axis=how[0]),
+    "repeat": lambda xs, shape, how, xp: xp.broadcast_to(xs[0], shape),
+    "pad": _pad,
+    "cast": lambda xs, shape, how, xp: xs[0].astype(numpy_dtype(how[0])),
+    "scaled": _scaled,
+}

@@ -1,0 +1,449 @@
+"""Operations that join several tensors or split one: fuse, stack, tie, dequantize.
+
+Fuse, 2 groups, parts (2, 1, 1)     q0 q1 k0 v0  q2 q3 k1 v1     each kv head with its q heads
+Fuse, 1 group                       q0 q1 q2 q3  k0 k1  v0 v1    in blocks
+Fuse, row by row                    g0 u0 g1 u1 g2 u2 …
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+from ..core.dtypes import DType
+from ..errors import LayoutError, NotFoundError, some
+from .algebra import Algebra, T
+from .ops import Op, put
+from .patterns import (
+    Found,
+    check_numbers,
+    check_same_holes,
+    dtype_of,
+    fill,
+    holes,
+    length_of,
+    match,
+)
+
+WITHOUT_BLOCKS = (0, 0)  # a factor is for all of a tensor, or for a row
+ROWS = -1  # as many groups as rows: what is fused alternates row by row
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse(Op):
+    """Several tensors as one: in each of ``groups`` equal parts of ``dim``, one after the other.
+
+    Attributes:
+        sources: their names, in order.
+        target: the fused name.
+        parts: how many rows of each go together, in any common measure (heads, say).
+        groups: 1 for blocks, kv heads for grouped attention, -1 for row by row.
+        dim: the dim that becomes longer.
+    """
+
+    word: ClassVar[str] = "fuse"
+    sources: tuple[str, ...]
+    target: str
+    parts: tuple[int, ...]
+    groups: int = 1
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        check_same_holes(self.word, (*self.sources, self.target))
+        _check_parts(self.word, self.sources, self.parts, self.groups, self.dim)
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors, those of each set as one."""
+        result: dict[str, T] = {}
+        for name, tensor in tensors.items():
+            which, found = _which(self.sources, name)
+            if found is None:
+                put(result, name, tensor)
+                continue
+            names = [fill(s, found) for s in self.sources]
+            missing = [n for n in names if n not in tensors]
+            if missing:
+                raise NotFoundError(
+                    f"{self.word} {fill(self.target, found)}: {name} is there, but {some(missing)} "
+                    f"{'is' if len(missing) == 1 else 'are'} missing."
+                )
+            if which == 0:
+                target = fill(self.target, found)
+                put(result, target, self._fused([tensors[n] for n in names], target, algebra))
+        return result
+
+    def _fused(self, xs: Sequence[T], name: str, algebra: Algebra[T]) -> T:
+        shapes = [algebra.shape(x) for x in xs]
+        lengths = [length_of(s, self.dim, f"{self.word} {name}") for s in shapes]
+        groups = self.groups if self.groups != ROWS else max(1, lengths[0] // self.parts[0])
+        unit, rest = divmod(sum(lengths), groups * sum(self.parts))
+        if rest or lengths != [groups * p * unit for p in self.parts]:
+            raise LayoutError(
+                f"{self.word} {name}: the sources have {lengths} rows along dim {self.dim}; in "
+                f"{groups} groups of parts {self.parts} that does not go."
+            )
+        if groups == 1:
+            return algebra.join(xs, self.dim, name)
+        d = self.dim
+        grouped = [
+            algebra.reshape(x, (*s[:d], groups, n // groups, *s[d + 1 :]))
+            for x, s, n in zip(xs, shapes, lengths, strict=True)
+        ]
+        joined = algebra.join(grouped, d + 1, name)
+        return algebra.reshape(joined, (*shapes[0][:d], sum(lengths), *shapes[0][d + 1 :]))
+
+    def inverse(self) -> Unfuse:
+        """Take them apart."""
+        return Unfuse(self.target, self.sources, self.parts, self.groups, self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Unfuse(Op):
+    """One tensor as the several that ``Fuse`` made it of."""
+
+    word: ClassVar[str] = "unfuse"
+    source: str
+    targets: tuple[str, ...]
+    parts: tuple[int, ...]
+    groups: int = 1
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        check_same_holes(self.word, (self.source, *self.targets))
+        _check_parts(self.word, self.targets, self.parts, self.groups, self.dim)
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors, the fused ones taken apart."""
+        result: dict[str, T] = {}
+        for name, tensor in tensors.items():
+            found = match(self.source, name)
+            if found is None:
+                put(result, name, tensor)
+                continue
+            for target, part in zip(self.targets, self._apart(tensor, name, algebra), strict=True):
+                put(result, fill(target, found), part)
+        return result
+
+    def _apart(self, x: T, name: str, algebra: Algebra[T]) -> list[T]:
+        shape, d, total = algebra.shape(x), self.dim, sum(self.parts)
+        length = length_of(shape, d, f"{self.word} {name}")
+        groups = self.groups if self.groups != ROWS else max(1, length // total)
+        unit, rest = divmod(length, groups * total)
+        if rest:
+            raise LayoutError(
+                f"{self.word} {name}: dim {d} of shape {shape} is not {groups} groups of parts "
+                f"{self.parts}."
+            )
+        grouped = algebra.reshape(x, (*shape[:d], groups, total * unit, *shape[d + 1 :]))
+        parts, at = [], 0
+        for part in self.parts:
+            piece = algebra.cut(grouped, d + 1, at, at + part * unit)
+            rows = groups * part * unit
+            parts.append(algebra.reshape(piece, (*shape[:d], rows, *shape[d + 1 :])))
+            at += part * unit
+        return parts
+
+    def inverse(self) -> Fuse:
+        """Fuse them again."""
+        return Fuse(self.targets, self.source, self.parts, self.groups, self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantize(Op):
+    """Matrices stored in blocks with a factor each (FP8), as their true values.
+
+    Attributes:
+        weight: their name; one without a scale stays as it is.
+        scale: the name of the factors, which are then gone.
+        block: rows and columns that share a factor; (0, 0) for one factor of the tensor, or
+            one of each row, as the shape of the factors is.
+        dtype: of the values.
+    """
+
+    word: ClassVar[str] = "dequantize"
+    weight: str = "{name*}.weight"
+    scale: str = "{name*}.weight_scale_inv"
+    block: tuple[int, int] = (128, 128)
+    dtype: str = "BF16"
+
+    def __post_init__(self) -> None:
+        if len(self.block) != 2 or (min(self.block) < 1 and self.block != WITHOUT_BLOCKS):
+            raise LayoutError(
+                f"dequantize: block {self.block} must be two numbers of 1 or more (rows, columns), "
+                "or [0, 0] for a factor of the tensor or of each row."
+            )
+        dtype_of(self.word, self.dtype)
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors with true values, less the factors."""
+        kind = dtype_of(self.word, self.dtype)
+        result: dict[str, T] = {}
+        for name, tensor in tensors.items():
+            if (found := match(self.scale, name)) is not None:
+                weight = fill(self.weight, found)
+                if weight not in tensors:
+                    raise NotFoundError(f"{self.word}: {name} scales {weight}, which is missing.")
+                continue
+            found = match(self.weight, name)
+            factors = tensors.get(fill(self.scale, found)) if found is not None else None
+            if factors is None:
+                result[name] = tensor
+            else:
+                result[name] = self._scaled(tensor, factors, algebra, kind)
+        return result
+
+    def _scaled(self, tensor: T, factors: T, algebra: Algebra[T], kind: DType) -> T:
+        if self.block != WITHOUT_BLOCKS:
+            return algebra.scaled(tensor, factors, self.block, kind)
+        shape, own = algebra.shape(tensor), algebra.shape(factors)
+        if len(shape) != 2 or own not in ((), (1,), (1, 1), shape[:1], (*shape[:1], 1)):
+            raise LayoutError(
+                f"{self.word}: factors of shape {own} are neither one for a weight of shape "
+                f"{shape} nor one for each of its rows. Give the rows and columns that share a "
+                "factor as block."
+            )
+        rows = prod(own)
+        factors = algebra.reshape(factors, (rows, 1))
+        return algebra.scaled(tensor, factors, (max(1, shape[0] // rows), max(1, shape[1])), kind)
+
+    def inverse(self) -> Op:
+        """There is none.
+
+        Raises:
+            LayoutError: always.
+        """
+        raise LayoutError(
+            "dequantize has no inverse: the factors would have to be chosen anew. Save the values "
+            f"as {self.dtype}."
+        )
+
+
+def _which(patterns: Sequence[str], name: str) -> tuple[int, Found | None]:
+    for i, pattern in enumerate(patterns):
+        if (found := match(pattern, name)) is not None:
+            return i, found
+    return 0, None
+
+
+def _check_parts(
+    word: str, names: Sequence[str], parts: Sequence[int], groups: int, dim: int
+) -> None:
+    if not names or len(names) != len(parts) or min(parts) < 1:
+        raise LayoutError(
+            f"{word}: {len(names)} names need as many parts of 1 or more, not {parts}."
+        )
+    check_numbers(word, dim=dim)
+    if groups != ROWS:
+        check_numbers(word, 1, groups=groups)
+
+
+# --- Operations on layers and experts: many tensors of one kind as one, and tensors that are copies
+
+_MOST = 1_000_000  # of what is stacked: no model has more, and a loop over more would not end
+
+
+@dataclass(frozen=True, slots=True)
+class Stack(Op):
+    """The tensors that differ in ``index`` as one, along a new ``dim``.
+
+    Attributes:
+        source: their name; ``target`` has the same placeholders but ``index``.
+        first: the number of the first (of layers of a second kind, say).
+        count: how many there are; others stay as they are. By default all that there are.
+    """
+
+    word: ClassVar[str] = "stack"
+    source: str
+    target: str
+    index: str = "layer"
+    dim: int = 0
+    first: int = 0
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_index(self.word, self.source, self.target, self.index)
+        _check_stack(self.word, self.dim, self.first, self.count)
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors, those of each set as one."""
+        sets: dict[str, dict[int, str]] = {}
+        targets: dict[str, str] = {}
+        for name in tensors:
+            found = match(self.source, name)
+            if found is None or not self._is_counted(number := _number(name, found[self.index])):
+                continue
+            targets[name] = target = fill(self.target, found)
+            other = sets.setdefault(target, {}).setdefault(number, name)
+            if other != name:
+                raise LayoutError(
+                    f"two sources for one target: {other} and {name} would both be {self.index} "
+                    f"{number} of {target}."
+                )
+        result: dict[str, T] = {}
+        for name, tensor in tensors.items():
+            if name not in targets:
+                put(result, name, tensor)
+            elif (members := sets.pop(targets[name], None)) is not None:
+                names = self._in_order(members, targets[name])
+                xs = [tensors[n] for n in names]
+                put(result, targets[name], self._stacked(xs, targets[name], algebra))
+        return result
+
+    def _is_counted(self, number: int) -> bool:
+        return self.count is None or self.first <= number < self.first + self.count
+
+    def _in_order(self, members: Mapping[int, str], target: str) -> list[str]:
+        last = max(members) if self.count is None else self.first + self.count - 1
+        if min(members) < self.first:
+            raise NotFoundError(
+                f"{self.word} {target}: {members[min(members)]} comes before the first, "
+                f"{self.index} {self.first}."
+            )
+        num_missing = last + 1 - self.first - len(members)
+        if num_missing:
+            missing = (i for i in itertools.count(self.first) if i not in members)
+            said = ", ".join(str(i) for i in itertools.islice(missing, min(num_missing, 5)))
+            more = f" and {num_missing - 5} more" if num_missing > 5 else ""
+            raise NotFoundError(
+                f"{self.word} {target}: {self.index} {said}{more} of {self.first} to {last} "
+                f"{'is' if num_missing == 1 else 'are'} missing."
+            )
+        return [members[i] for i in sorted(members)]
+
+    def _stacked(self, xs: Sequence[T], target: str, algebra: Algebra[T]) -> T:
+        d = self.dim
+        if d > len(algebra.shape(xs[0])):
+            raise LayoutError(f"{self.word} {target}: there is no dim {d} to stack along.")
+        thick = [algebra.reshape(x, (*(s := algebra.shape(x))[:d], 1, *s[d:])) for x in xs]
+        return algebra.join(thick, d, target)
+
+    def inverse(self) -> Unstack:
+        """Take them apart."""
+        return Unstack(self.target, self.source, self.index, self.dim, self.first, self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Unstack(Op):
+    """One tensor as many, one for each element of ``dim``: what ``Stack`` made one of."""
+
+    word: ClassVar[str] = "unstack"
+    source: str
+    target: str
+    index: str = "layer"
+    dim: int = 0
+    first: int = 0
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_index(self.word, self.target, self.source, self.index)
+        _check_stack(self.word, self.dim, self.first, self.count)
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors, the stacked ones taken apart."""
+        result: dict[str, T] = {}
+        for name, tensor in tensors.items():
+            found = match(self.source, name)
+            if found is None:
+                put(result, name, tensor)
+                continue
+            shape, d = algebra.shape(tensor), self.dim
+            length = length_of(shape, d, f"{self.word} {name}")
+            if length > _MOST or self.count not in (None, length):
+                raise LayoutError(
+                    f"{self.word} {name}: dim {d} of shape {shape} has {length} elements; there "
+                    f"can be {self.count or f'{_MOST} at most'}."
+                )
+            for i in range(length):
+                one = algebra.cut(tensor, d, i, i + 1)
+                filled = {**found, self.index: str(i + self.first)}
+                target = fill(self.target, filled)
+                put(result, target, algebra.reshape(one, (*shape[:d], *shape[d + 1 :])))
+        return result
+
+    def inverse(self) -> Stack:
+        """Stack them again."""
+        return Stack(self.target, self.source, self.index, self.dim, self.first, self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Tie(Op):
+    """Leave out tensors that are copies of others (of the embedding, say).
+
+    Attributes:
+        copies: (copy, original), by name.
+        beside: a name; a model that has it gets its copies again on the way back.
+    """
+
+    word: ClassVar[str] = "tie"
+    copies: tuple[tuple[str, str], ...]
+    beside: str
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors less the copies."""
+        result = dict(tensors)
+        for copy, original in self.copies:
+            if copy in result and original not in result:
+                raise NotFoundError(
+                    f"{self.word}: {copy} is a copy of {original}, which is missing. Add that, or "
+                    "leave the copy out (exclude=, --exclude)."
+                )
+            result.pop(copy, None)
+        return result
+
+    def inverse(self) -> Untie:
+        """Copy again."""
+        return Untie(self.copies, self.beside)
+
+
+@dataclass(frozen=True, slots=True)
+class Untie(Op):
+    """Tensors twice, where a model that has ``beside`` wants copies of them."""
+
+    word: ClassVar[str] = "untie"
+    copies: tuple[tuple[str, str], ...]
+    beside: str
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors and their copies, as far as the originals are there."""
+        result = dict(tensors)
+        if self.beside in tensors:
+            for copy, original in self.copies:
+                if original in tensors:
+                    put(result, copy, tensors[original])
+        return result
+
+    def inverse(self) -> Tie:
+        """Leave the copies out."""
+        return Tie(self.copies, self.beside)
+
+
+def _number(name: str, digits: str) -> int:
+    """The number of a layer or an expert.
+
+    Raises:
+        LayoutError: it is none.
+    """
+    if not digits.isdecimal() or len(digits) > 9:
+        raise LayoutError(
+            f"{name[:80]}: {digits[:20]!r} is no number of a layer or an expert. Placeholders "
+            "called {layer}, {expert} or {index} stand for numbers only."
+        )
+    return int(digits)
+
+
+def _check_stack(word: str, dim: int, first: int, count: int | None) -> None:
+    check_numbers(word, dim=dim, first=first)
+    if count is not None:
+        check_numbers(word, 1, count=count)
+
+
+def _check_index(word: str, many: str, one: str, index: str) -> None:
+    if index not in holes(many) or index in holes(one):
+        raise LayoutError(
+            f"{word}: {{{index}}} must be in the name of the many ({many}) and not in that of "
+            f"the one ({one})."
+        )
+    check_same_holes(word, (many, one), but=(index,))

@@ -1,0 +1,268 @@
+"""Text tables and drawings of layouts."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from ..core.catalog import Catalog, Tensor
+from ..core.layout import Layout, Placement
+from ..errors import printable, shown, some
+from .outputs import Outputs
+
+_MOST_CELLS = 8
+_MOST_RANKS = 16
+_OF_RANK = re.compile(r"^rank_(\d+)/|-(\d{7})-\d{7}\.safetensors$")
+_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in decimal units.
+
+    >>> size(1_705_119_744), size(12)
+    ('1.71 GB', '12 B')
+    """
+    step = 1000.0
+    for unit in _UNITS:
+        if num_bytes < step or unit == _UNITS[-1]:
+            break
+        num_bytes /= step
+    return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{int(num_bytes)} B"
+
+
+def count(number: int, what: str) -> str:
+    """How many of ``what`` there are.
+
+    >>> count(1, "file"), count(2048, "file")
+    ('1 file', '2,048 files')
+    """
+    return f"{number:,} {what}" + ("s" if number != 1 else "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns under ``head``; numbers to the right, words to the left.
+
+    >>> print(table(["rank", "file"], [[0, "a"], [10, "b"]]))
+    rank  file
+       0  a
+      10  b
+    """
+    cells = [[_cell(c) for c in row] for row in rows]
+    numeric = [all(c[i][:1].isdigit() for c in cells if c[i]) for i in range(len(head))]
+    widths = [max(len(c[i]) for c in [list(head), *cells]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            c.rjust(w) if right else c.ljust(w)
+            for c, w, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in [list(head), *cells]
+    )
+
+
+def _cell(value: object) -> str:
+    """``value`` on one line; names may come from an untrusted file."""
+    text = str(value)
+    return shown(text) if text else text
+
+
+def elided(rows: Sequence[Sequence[object]], most: int = _MOST_RANKS) -> list[Sequence[object]]:
+    """``rows`` with the middle left out, and said to be, where there are more than ``most``."""
+    if len(rows) <= most:
+        return list(rows)
+    gap = ["…", *("" for _ in rows[0][1:])]
+    return [*rows[: most // 2], gap, *rows[len(rows) - most // 2 :]]
+
+
+def holders(tensor: Tensor, placement: Placement) -> str:
+    """The tensor as a rectangle cut into its shards, the ranks that hold it in each.
+
+    >>> from ..core.dtypes import dtype
+    >>> spec = Placement((("dp", 2), ("mp", 2)), (("mp",),))
+    >>> print(holders(Tensor("w", dtype("F32"), (4, 8), ()), spec))
+    w  F32 (4, 8)
+    ┌──────┐
+    │ 0, 2 │
+    ├──────┤
+    │ 1, 3 │
+    └──────┘
+    """
+    title = f"{shown(tensor.name)}  {tensor.dtype} {tensor.shape}"
+    return held_by(title, placement, tensor.shape)
+
+
+def held_by(title: str, placement: Placement, shape: tuple[int, ...]) -> str:
+    """``title``, and below it ``shape`` as a rectangle cut as ``placement`` says.
+
+    >>> print(held_by("any", Placement((("mp", 2),), ((), ("mp",))), (1, 2)))
+    any
+    ┌───┬───┐
+    │ 0 │ 1 │
+    └───┴───┘
+    """
+    shards = placement.shards(shape)
+    split = [d for d in range(len(shape)) if placement.ways(d) > 1]
+    row_dim = next((d for d in split if d < len(shape) - 1), None)
+    column_dim = next((d for d in reversed(split) if d != row_dim), None)
+    if len(split) > 2:
+        title += f"  (dims {split[1:-1]} are split too)"
+    grid: dict[tuple[int, int], str] = {}
+    for shard in shards:
+        at = (_start(shard.box.start, row_dim), _start(shard.box.start, column_dim))
+        grid.setdefault(at, _ranks([placement.first_rank + r for r in shard.holders]))
+    return title + "\n" + _grid(grid)
+
+
+def _start(start: tuple[int, ...], dim: int | None) -> int:
+    return 0 if dim is None else start[dim]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """A set of ranks in few words.
+
+    >>> _ranks([0, 4]), _ranks(range(8)), _ranks([0, 4, 8, 12, 16])
+    ('0, 4', '0 to 7', '0, 4, 8 … 16')
+    """
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]} to {ranks[-1]}"
+    if len(ranks) > 4:
+        return ", ".join(map(str, ranks[:3])) + f" … {ranks[-1]}"
+    return ", ".join(map(str, ranks))
+
+
+def _grid(cells: dict[tuple[int, int], str]) -> str:
+    rows, columns = (sorted({at[i] for at in cells}) for i in (0, 1))
+    shown_rows, shown_columns = _few(rows), _few(columns)
+    width = max(len(cells.get((r, c), "")) for r in rows for c in columns) + 2
+
+    def line(left: str, middle: str, right: str) -> str:
+        return left + middle.join("─" * width for _ in shown_columns) + right
+
+    lines = [line("┌", "┬", "┐")]
+    for i, r in enumerate(shown_rows):
+        if i:
+            lines.append(line("├", "┼", "┤"))
+        texts = ["…" if r is None or c is None else cells.get((r, c), "") for c in shown_columns]
+        lines.append("│" + "│".join(t.center(width) for t in texts) + "│")
+    lines.append(line("└", "┴", "┘"))
+    return "\n".join(lines)
+
+
+def _few(values: list[int]) -> list[int | None]:
+    if len(values) <= _MOST_CELLS:
+        return list(values)
+    return [*values[: _MOST_CELLS - 2], None, values[-1]]
+
+
+def layout_pictures(tensors: Iterable[Tensor], layout: Layout, most: int = 3) -> list[str]:
+    """One picture for each of the commonest ways in which tensors are cut."""
+    first: dict[object, tuple[int, Tensor, Placement]] = {}
+    for tensor in tensors:
+        for placement in layout.placements.get(tensor.name, ())[:1]:
+            key = (placement.axes, placement.spec)
+            seen = first.get(key)
+            first[key] = (
+                (seen[0] + tensor.num_bytes, *seen[1:])
+                if seen
+                else (tensor.num_bytes, tensor, placement)
+            )
+    ranked = sorted(first.values(), key=lambda f: -f[0])
+    return [holders(tensor, placement) for _, tensor, placement in ranked[:most]]
+
+
+def catalog_text(catalog: Catalog) -> str:
+    """What ``inspect`` prints."""
+    tensors = list(catalog.tensors.values())
+    kinds: dict[str, tuple[int, int]] = {}
+    for t in tensors:
+        n, total = kinds.get(t.dtype.name, (0, 0))
+        kinds[t.dtype.name] = (n + 1, total + t.num_bytes)
+    stored = sum(f.num_bytes for f in catalog.files)
+    lines = [
+        f"{catalog.root}: {format_title(catalog)}",
+        f"{count(len(tensors), 'tensor')} of {size(catalog.num_bytes)} in "
+        + count(len(catalog.files), "file")
+        + f" of {size(stored)}",
+        "",
+        table(
+            ["dtype", "tensors", "bytes"],
+            [[k, f"{n:,}", size(b)] for k, (n, b) in sorted(kinds.items(), key=lambda i: -i[1][1])],
+        ),
+    ]
+    if catalog.layout:
+        lines += ["", _rank_table(catalog)]
+        for drawn in layout_pictures(tensors, catalog.layout):
+            lines += ["", drawn]
+    if catalog.left_out:
+        found = (f"{name} ({what})" for name, what in catalog.left_out.items())
+        lines += ["", f"beside tensors: {some(found, 20)}"]
+    return "\n".join([*lines, *note_lines(catalog.notes)])
+
+
+def tensor_table(tensors: Iterable[Tensor]) -> str:
+    """A line for each tensor: its name, dtype, shape and bytes."""
+    rows = [
+        [t.name, t.dtype, "×".join(map(str, t.shape)) or "()", size(t.num_bytes)] for t in tensors
+    ]
+    return table(["tensor", "dtype", "shape", "bytes"], rows)
+
+
+def note_lines(notes: Sequence[str]) -> list[str]:
+    """Return ``notes`` as lines of text, after an empty one."""
+    return ["", *(f"note: {printable(note)}" for note in notes)] if notes else []
+
+
+def format_title(catalog: Catalog) -> str:
+    """Return what kind of checkpoint ``catalog`` is, in words."""
+    what = {
+        "huggingface": "a Hugging Face checkpoint",
+        "ranks": "rank files",
+        "ckpt": "a MindSpore .ckpt",
+        "iteration": "a Checkpoint 2.0 folder",
+    }
+    text = what.get(catalog.format, catalog.format)
+    if catalog.model.type:
+        text += f" of a {catalog.model.type} model"
+        text += f" with {catalog.model.num_layers} layers" if catalog.model.num_layers else ""
+    if catalog.layout:
+        axes = " × ".join(f"{a}{n}" for a, n in catalog.layout.stage_axes if n > 1)
+        text += f", {catalog.layout.num_ranks} ranks" + (f" ({axes} a stage)" if axes else "")
+    return text
+
+
+def _rank_table(catalog: Catalog) -> str:
+    """A line for each file, with the rank whose it is."""
+    held = Counter(f for t in catalog.tensors.values() for f in {p.file for p in t.pieces})
+    rows = [
+        [_rank_of(file.path), f"{held[number]:,}", size(file.num_bytes), file.path]
+        for number, file in enumerate(catalog.files)
+    ]
+    return table(["rank", "tensors", "bytes", "path"], elided(rows))
+
+
+def _rank_of(path: str) -> str:
+    """The rank that the name of a file tells.
+
+    >>> _rank_of("rank_3/net_rank_3-1_10.ckpt"), _rank_of("llama-opt-0000003-0000008.safetensors")
+    ('3', '3')
+    """
+    match = _OF_RANK.search(path)
+    return str(int(match[1] or match[2])) if match else ""
+
+
+def output_table(outputs: Outputs, only: frozenset[int] | None) -> str:
+    """Return a row for each of the files numbered ``only``: its path, tensors and bytes."""
+    sizes = outputs.rank_bytes()
+    chosen = range(len(outputs.paths)) if only is None else sorted(only)
+    of_ranks = bool(_rank_of(outputs.paths[0]))
+    rows = [
+        [
+            _rank_of(outputs.paths[r]) if of_ranks else r,
+            f"{len(outputs.contents[outputs.content_of[r]]):,}",
+            size(sizes[r]),
+            outputs.paths[r],
+        ]
+        for r in chosen
+    ]
+    head = ["rank" if of_ranks else "file", "tensors", "bytes", "path"]
+    return table(head, elided(rows))

@@ -1,0 +1,433 @@
+"""The piecewise route: slice, copy device to device, assemble."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from itertools import product
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ..core.box import Box
+from .geometry import Move, Piece, as_bits, from_bits, is_carried, pieces
+from .programs import Executable, compile_program
+from .shards import data_of, gathered_from
+
+WHOLE = -1  # in place of a cut: the shard as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Source devices that cut a box of ``shape`` out of their shards, each from its own start."""
+
+    shape: tuple[int, ...]
+    devices: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a piece comes from: a source device (by number), and its cut or `WHOLE`."""
+
+    source: int
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Target devices that put together their shard from pieces of the same shapes.
+
+    Attributes:
+        devices: numbers of the target devices.
+        segments: per dim, the lengths of the pieces along it; the pieces are their product.
+        slots: for every piece of that product in row-major order, its origin for each device.
+    """
+
+    devices: tuple[int, ...]
+    segments: tuple[tuple[int, ...], ...]
+    slots: tuple[tuple[Origin, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Cuts and joins that are in flight together, and their bytes on the fullest device."""
+
+    cuts: tuple[Cut, ...]
+    joins: tuple[Join, ...]
+    peak_bytes: int
+
+
+@lru_cache(maxsize=4096)
+def waves(move: Move, limit_bytes: int) -> tuple[Wave, ...]:
+    """The whole move, in as few waves as keep each within ``limit_bytes`` on every device.
+
+    A wave never has less than one target shard (with its replicas), so a limit below that is
+    exceeded: look at ``peak_bytes``.
+    """
+    by_box: dict[Box, list[int]] = defaultdict(list)
+    for ordinal, box in enumerate(move.target_boxes):
+        by_box[box].append(ordinal)
+    groups = list(by_box.values())
+    whole = _wave(move, [t for group in groups for t in group])
+    if whole.peak_bytes <= limit_bytes:
+        return (whole,)
+    done: list[Wave] = []
+    open_targets: list[int] = []
+    open_wave: Wave | None = None
+    for group in groups:
+        wider = _wave(move, [*open_targets, *group])
+        if open_wave is not None and wider.peak_bytes > limit_bytes:
+            done.append(open_wave)
+            open_targets, wider = [], _wave(move, group)
+        open_targets, open_wave = [*open_targets, *group], wider
+    return (*done, open_wave) if open_wave is not None else tuple(done)
+
+
+def _wave(move: Move, targets: Sequence[int]) -> Wave:
+    """One wave that fills the shards of ``targets``."""
+    wanted = set(targets)
+    chosen = [
+        Piece(p.source, kept, p.box)
+        for p in pieces(move)
+        if (kept := tuple(t for t in p.targets if t in wanted))
+    ]
+    cuts, origins = _cuts(move, chosen)
+    arrivals: dict[int, list[tuple[Box, Origin]]] = defaultdict(list)
+    for piece, origin in zip(chosen, origins, strict=True):
+        for target in piece.targets:
+            arrivals[target].append((piece.box, origin))
+    return Wave(cuts, _joins(arrivals), _peak(move, cuts, chosen))
+
+
+def _cuts(move: Move, chosen: Sequence[Piece]) -> tuple[tuple[Cut, ...], list[Origin]]:
+    """The cuts that yield the chosen pieces; pieces of one shape share a cut across devices."""
+    starts: list[dict[int, tuple[int, ...]]] = []  # per cut, by source device
+    shapes: list[tuple[int, ...]] = []
+    of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    origins = []
+    for piece in chosen:
+        held = move.source_boxes[piece.source]
+        if piece.box == held:
+            origins.append(Origin(piece.source, WHOLE))
+            continue
+        shape = piece.box.shape
+        cut = next((c for c in of_shape[shape] if piece.source not in starts[c]), len(shapes))
+        if cut == len(shapes):
+            of_shape[shape].append(cut)
+            shapes.append(shape)
+            starts.append({})
+        starts[cut][piece.source] = piece.box.within(held).start
+        origins.append(Origin(piece.source, cut))
+    cuts = (
+        Cut(shape, tuple(sorted(by_device)), tuple(by_device[d] for d in sorted(by_device)))
+        for shape, by_device in zip(shapes, starts, strict=True)
+    )
+    return tuple(cuts), origins
+
+
+def _joins(arrivals: dict[int, list[tuple[Box, Origin]]]) -> tuple[Join, ...]:
+    alike: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
+    for target, received in sorted(arrivals.items()):
+        received.sort(key=lambda item: item[0].start)
+        alike[_segments([box for box, _ in received])].append(target)
+    return tuple(
+        Join(
+            tuple(targets),
+            segments,
+            tuple(
+                tuple(arrivals[t][slot][1] for t in targets)
+                for slot in range(prod(map(len, segments)))
+            ),
+        )
+        for segments, targets in alike.items()
+    )
+
+
+def _segments(boxes: Sequence[Box]) -> tuple[tuple[int, ...], ...]:
+    """The lengths along each dim of boxes that tile a box as a grid, as shards always do."""
+    spans = [sorted({(b.start[d], b.stop[d]) for b in boxes}) for d in range(len(boxes[0].start))]
+    assert prod(map(len, spans)) == len(boxes), "shards of one array form a grid"
+    return tuple(tuple(stop - start for start, stop in spans_d) for spans_d in spans)
+
+
+def positions(segments: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
+    """Where each piece of the grid begins, in row-major order.
+
+    >>> positions(((2, 1), (4,)))
+    [(0, 0), (2, 0)]
+    """
+    starts = [[sum(lengths[:k]) for k in range(len(lengths))] for lengths in segments]
+    return list(product(*starts))
+
+
+def _peak(move: Move, cuts: Sequence[Cut], chosen: Sequence[Piece]) -> int:
+    """Bytes of cuts and arrivals on the fullest device.
+
+    A piece that arrives as a whole target shard is not an intermediate: it is the result.
+    """
+    held: dict[jax.Device, int] = defaultdict(int)
+    for cut in cuts:
+        for source in cut.devices:
+            held[move.source_devices[source]] += prod(cut.shape)
+    for piece in chosen:
+        for target in piece.targets:
+            device = move.target_devices[target]
+            is_result = piece.box == move.target_boxes[target]
+            if device != move.source_devices[piece.source] and not is_result:
+                held[device] += piece.box.size
+    return max(held.values(), default=0) * move.dtype.itemsize
+
+
+# --- The piecewise route: cut, copy device to device, join. Carries out what `pieces` decides
+
+_AXIS = "device"
+_Numbers = tuple[int, ...]  # devices, counted along the source or the target sharding
+
+
+@dataclass(frozen=True)
+class Program:
+    """The cuts and joins of several moves between the same devices, compiled."""
+
+    moves: tuple[Move, ...]
+    rounds: tuple[_Round, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of cuts, arrivals and temporaries on the fullest device, at the worst moment."""
+        return max((r.peak_bytes for r in self.rounds), default=0)
+
+    @property
+    def num_compiled(self) -> int:
+        """How many programs were compiled."""
+        return sum(len(r.cuts) + len(r.joins) for r in self.rounds)
+
+    def __call__(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """The arrays, each at its move's target. They must be at its source."""
+        sources = [data_of(x) for x in arrays]
+        shards: list[list[jax.Array | None]] = [[None] * len(m.target_boxes) for m in self.moves]
+        for n, part in enumerate(self.rounds):
+            part.run(self.moves, sources, shards)
+            if n + 1 < len(self.rounds):  # the bound holds only if this wave's pieces are gone
+                jax.block_until_ready(shards)
+        return [
+            jax.make_array_from_single_device_arrays(m.shape, m.target, list(_complete(s)))
+            for m, s in zip(self.moves, shards, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One wave of each move: for each set of devices one program that cuts, or one that joins."""
+
+    waves: tuple[Wave | None, ...]
+    cuts: dict[_Numbers, Executable]
+    joins: dict[_Numbers, Executable]
+    peak_bytes: int
+
+    def run(
+        self,
+        moves: Sequence[Move],
+        sources: Sequence[Sequence[jax.Array]],
+        shards: Sequence[list[jax.Array | None]],
+    ) -> None:
+        """Fill in the shards of this wave's targets."""
+        made = self._cut(moves, sources)
+        waiting: dict[_Numbers, list[tuple[int, list[jax.Array]]]] = defaultdict(list)
+        for m, wave in enumerate(self.waves):
+            for join in wave.joins if wave else ():
+                devices = tuple(moves[m].target_devices[d] for d in join.devices)
+                slots = [_send([made[m][o] for o in slot], devices) for slot in join.slots]
+                if len(slots) == 1:
+                    _place(shards[m], join.devices, slots[0])
+                else:
+                    waiting[join.devices].append((m, slots))
+        for numbers, parts in waiting.items():
+            joined = self.joins[numbers].call(*(slots for _, slots in parts))
+            for (m, _), array in zip(parts, joined, strict=True):
+                _place(shards[m], numbers, array)
+
+    def _cut(
+        self, moves: Sequence[Move], sources: Sequence[Sequence[jax.Array]]
+    ) -> list[dict[Origin, jax.Array]]:
+        """For each move its pieces, the whole shards among them."""
+        made = [{Origin(n, WHOLE): x for n, x in enumerate(data)} for data in sources]
+        for numbers, cut in self.cuts.items():
+            parts = _cuts_by(numbers, self.waves)
+            stacked = [
+                _stack([sources[m][n] for n in numbers], _at(moves[m].source_devices, numbers))
+                for m, _ in parts
+            ]
+            for (m, cuts), outputs in zip(parts, cut.call(*stacked), strict=True):
+                for (c, _), array in zip(cuts, outputs, strict=True):
+                    for n, piece in zip(numbers, data_of(array), strict=True):
+                        made[m][Origin(n, c)] = piece
+        return made
+
+
+@lru_cache(maxsize=4096)
+def program(moves: tuple[Move, ...], limit_bytes: tuple[int, ...]) -> Program:
+    """The program for moves between the same devices, each held to its own limit if possible."""
+    planned = [waves(m, limit) for m, limit in zip(moves, limit_bytes, strict=True)]
+    rounds = []
+    for n in range(max(map(len, planned))):
+        now = tuple(p[n] if n < len(p) else None for p in planned)
+        rounds.append(_round(moves, now))
+    return Program(moves, tuple(rounds))
+
+
+def _round(moves: tuple[Move, ...], now: tuple[Wave | None, ...]) -> _Round:
+    cutters = dict.fromkeys(c.devices for w in now if w for c in w.cuts)
+    cuts = {
+        numbers: _compile_cuts(
+            _at(moves[0].source_devices, numbers),
+            [(moves[m], [c for _, c in cuts]) for m, cuts in _cuts_by(numbers, now)],
+        )
+        for numbers in cutters
+    }
+    joining: dict[_Numbers, list[tuple[Move, Join]]] = defaultdict(list)
+    for m, wave in zip(moves, now, strict=True):
+        for join in wave.joins if wave else ():
+            if len(join.slots) > 1:
+                joining[join.devices].append((m, join))
+    joins = {
+        numbers: _compile_joins(_at(moves[0].target_devices, numbers), parts)
+        for numbers, parts in joining.items()
+    }
+    temporary = [p.temporary_bytes for p in (*cuts.values(), *joins.values())]
+    peak = sum(w.peak_bytes for w in now if w)
+    return _Round(now, cuts, joins, peak + max(temporary, default=0))
+
+
+def _cuts_by(
+    numbers: _Numbers, now: Sequence[Wave | None]
+) -> list[tuple[int, list[tuple[int, Cut]]]]:
+    """For each move that has some: its cuts (with their numbers) by exactly these devices."""
+    found = [
+        (m, [(c, cut) for c, cut in enumerate(wave.cuts) if cut.devices == numbers])
+        for m, wave in enumerate(now)
+        if wave
+    ]
+    return [(m, cuts) for m, cuts in found if cuts]
+
+
+def _compile_cuts(
+    devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Sequence[Cut]]]
+) -> Executable:
+    mesh = _line(tuple(devices))
+
+    def cut(*shards: jax.Array) -> list[list[jax.Array]]:
+        me = jax.lax.axis_index(_AXIS)
+        return [
+            [from_bits(_slice(as_bits(shard), c, me), m.dtype) for c in cuts]
+            for shard, (m, cuts) in zip(shards, parts, strict=True)
+        ]
+
+    inputs = [
+        jax.ShapeDtypeStruct(_stacked_shape(m.source_boxes[0].shape, mesh), m.dtype)
+        for m, _ in parts
+    ]
+    return _compile(cut, mesh, inputs)
+
+
+def _slice(shard: jax.Array, cut: Cut, me: jax.Array) -> jax.Array:
+    if len(set(cut.starts)) == 1:
+        limits = tuple(a + n for a, n in zip(cut.starts[0], cut.shape, strict=True))
+        return jax.lax.slice(shard, cut.starts[0], limits)
+    start = jnp.asarray(np.array(cut.starts, np.int32))[me]
+    return jax.lax.dynamic_slice(shard, list(start), cut.shape)
+
+
+def _compile_joins(devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Join]]) -> Executable:
+    mesh = _line(tuple(devices))
+
+    def joined(*slots: list[jax.Array]) -> list[jax.Array]:
+        return [_assemble(pieces, j, m.dtype) for pieces, (m, j) in zip(slots, parts, strict=True)]
+
+    inputs = [
+        [
+            jax.ShapeDtypeStruct(_stacked_shape(shape, mesh), m.dtype)
+            for shape in product(*j.segments)
+        ]
+        for m, j in parts
+    ]
+    return _compile(joined, mesh, inputs)
+
+
+def _assemble(slots: Sequence[jax.Array], join: Join, dtype: np.dtype[np.generic]) -> jax.Array:
+    """The shard, written straight to the result: each form here was seen to need no temporary."""
+    cut_dims = [d for d, lengths in enumerate(join.segments) if len(lengths) > 1]
+    if len(cut_dims) == 1:
+        return from_bits(jnp.concatenate([as_bits(s) for s in slots], axis=cut_dims[0]), dtype)
+    shape = [sum(lengths) for lengths in join.segments]
+    starts = positions(join.segments)
+    if not is_carried(dtype):
+        whole = jnp.zeros(shape, dtype)
+        for start, slot in zip(starts, slots, strict=True):
+            whole = jax.lax.dynamic_update_slice(whole, slot, start)
+        return whole
+    # updates as bits would be made beside the result and copied; disjoint bits can be or-ed into it
+    padded = (_padded(as_bits(s), start, shape) for start, s in zip(starts, slots, strict=True))
+    return from_bits(reduce(jnp.bitwise_or, padded), dtype)
+
+
+def _padded(piece: jax.Array, start: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    margins = [(a, n - a - size, 0) for a, n, size in zip(start, shape, piece.shape, strict=True)]
+    return jax.lax.pad(piece, jnp.zeros((), piece.dtype), margins)
+
+
+def _compile(function: Callable[..., Any], mesh: Mesh, inputs: Sequence[Any]) -> Executable:
+    spread = PartitionSpec(_AXIS)
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=spread,
+        out_specs=spread,
+        check_vma=False,
+    )
+    sharding = NamedSharding(mesh, spread)
+    return compile_program(mapped, inputs, in_shardings=sharding, out_shardings=sharding)
+
+
+@lru_cache(maxsize=1024)
+def _line(devices: tuple[jax.Device, ...]) -> Mesh:
+    return Mesh(np.array(devices, dtype=object), (_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _stacked_shape(shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
+    return (mesh.devices.size * shape[0], *shape[1:])
+
+
+def _stack(shards: Sequence[jax.Array], devices: tuple[jax.Device, ...]) -> jax.Array:
+    """The shards seen as one array, cut along dim 0 by device; nothing is copied."""
+    mesh = _line(devices)
+    shape = _stacked_shape(shards[0].shape, mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+    return jax.make_array_from_single_device_arrays(shape, sharding, list(shards))
+
+
+def _send(pieces: Sequence[jax.Array], devices: tuple[jax.Device, ...]) -> jax.Array:
+    """The pieces, each copied to its device, as one array cut along dim 0."""
+    mesh = _line(devices)
+    shape = _stacked_shape(pieces[0].shape, mesh)
+    return gathered_from(pieces, NamedSharding(mesh, PartitionSpec(_AXIS)), shape)
+
+
+def _place(shards: list[jax.Array | None], numbers: _Numbers, found: jax.Array) -> None:
+    for n, shard in zip(numbers, data_of(found), strict=True):
+        shards[n] = shard
+
+
+def _at(devices: Sequence[jax.Device], numbers: _Numbers) -> tuple[jax.Device, ...]:
+    return tuple(devices[n] for n in numbers)
+
+
+def _complete(shards: Sequence[jax.Array | None]) -> list[jax.Array]:
+    assert all(s is not None for s in shards), "every target device has its shard"
+    return [s for s in shards if s is not None]

@@ -1,0 +1,460 @@
+"""Placement of tensors by rules: specs, stages and ranks.
+
+Everything that does not fit is collected first and said in one report, before a byte
+moves. What is asked to be replicated instead is said in the layout's notes.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+from ..core.layout import Layout, Placement, shard_dim_over_replicas
+from ..core.layout import Spec as AxisSpec
+from ..core.strategy import Axes, Strategy
+from ..errors import LayoutError, some
+from .match import Findings, Matcher, Patterns, Policy, check_policy, template, weight_name
+from .modalities import text_config
+from .quantization import Factors, Granule
+from .table import Dims, ModelFacts, Rules, Spec, check_rules, numbered
+from .tensor_dims import EXPERT_COUNTS, Heads, Orientations
+
+
+class Home(NamedTuple):  # a tuple, because one is made for each of 90,000 names
+    """Where a tensor lives: its stages (none: in all of them), and its expert parallel slot.
+
+    ``apart`` is the pattern of the tower that it is of, if it is not the text model's.
+    """
+
+    stages: tuple[int, ...]
+    slot: int | None = None
+    apart: str = ""
+
+
+def split_layers(num_layers: int, pp: int) -> tuple[int, ...]:
+    """Layers of each stage, as even as possible, the earlier stages getting the extra ones.
+
+    >>> split_layers(9, 2)
+    (5, 4)
+    """
+    each, extra = divmod(num_layers, pp)
+    return tuple(each + (stage < extra) for stage in range(pp))
+
+
+class Stages:
+    """Finds the home of each name for one strategy.
+
+    Raises:
+        LayoutError: the layers do not fit the stages, or the experts the expert ranks.
+    """
+
+    def __init__(
+        self, rules: Rules, strategy: Strategy, model: ModelFacts | None, names: Iterable[str]
+    ) -> None:
+        self._rules, self._strategy = rules, strategy
+        self._layer = numbered(rules.layers, "layer")
+        self._expert = numbered(rules.experts, "expert")
+        self._first, self._last = Patterns(rules.first), Patterns(rules.last)
+        self._embedding = Patterns(rules.embedding)
+        self._apart = Patterns(rules.apart)
+        weights = [weight_name(n) for n in names]
+        if rules.apart:
+            weights = [w for w in weights if not self._tower(w, template(w))]
+        self._tied = bool(model and model.tied_embeddings) and not _any(rules.head, weights)
+        self._layer_ends = self._cut_layers(model, weights) if strategy.pp > 1 else ()
+        self._num_experts = self._count_experts(model, weights) if strategy.ep > 1 else 0
+
+    def _tower(self, name: str, kind: str) -> str:
+        """The pattern of the tower that ``name`` is of, or nothing."""
+        at = self._apart.find(name, kind) if self._rules.apart else None
+        return "" if at is None else self._rules.apart[at]
+
+    def home(self, name: str, kind: str) -> Home:
+        """Where the weight ``name`` lives, whose template is ``kind``."""
+        if tower := self._tower(name, kind):
+            return Home((0,), apart=tower)
+        return Home(self._stages(name, kind), self._slot(name))
+
+    def _stages(self, name: str, kind: str) -> tuple[int, ...]:
+        last = self._strategy.pp - 1
+        if last == 0:
+            return (0,)
+        layer = _number(self._layer, name)
+        if layer is not None:
+            return (min(bisect_right(self._layer_ends, layer), last),)
+        if self._tied and self._embedding.find(name, kind) is not None:
+            return (0, last)
+        if self._first.find(name, kind) is not None:
+            return (0,)
+        return (last,) if self._last.find(name, kind) is not None else ()
+
+    def _slot(self, name: str) -> int | None:
+        if self._strategy.ep == 1:
+            return None
+        expert = _number(self._expert, name)
+        if expert is None:
+            return None
+        if expert >= self._num_experts:
+            raise LayoutError(
+                f"{name}: there are {self._num_experts} experts by the model's config, "
+                "numbered from 0. Correct the config, or the name."
+            )
+        return expert // (self._num_experts // self._strategy.ep)
+
+    def _cut_layers(self, model: ModelFacts | None, weights: list[str]) -> tuple[int, ...]:
+        """One past the last layer of each stage."""
+        pp, rules = self._strategy.pp, self._rules
+        if not rules.layers:
+            raise LayoutError(
+                f"{self._strategy}: the rules {rules.name} do not say which names have a layer "
+                f'number, so they give no stages. Add [stages] with layers = "…layers.{{layer}}.".'
+            )
+        seen = _count(self._layer, weights)
+        num = ((model and model.num_layers) or seen) if seen else 0
+        if pp > num:
+            raise LayoutError(
+                f"{self._strategy}: {pp} pipeline stages, but {num} layers by the names "
+                f"({' or '.join(rules.layers)}). Take pp={max(num, 1)} or less, "
+                "or correct [stages] layers in the rules."
+            )
+        each = rules.layers_per_stage or split_layers(num, pp)
+        if len(each) != pp or sum(each) != num:
+            raise LayoutError(
+                f"rules {rules.name}: layers_per_stage = {list(each)} has {len(each)} stages with "
+                f"{sum(each)} layers, but {self._strategy} has {pp} stages and the model {num} "
+                f"layers. Give {pp} numbers that add up to {num}."
+            )
+        return tuple(accumulate(each))
+
+    def _count_experts(self, model: ModelFacts | None, weights: list[str]) -> int:
+        seen = _count(self._expert, weights)
+        if not seen:
+            return 0  # no expert has a name of its own; stacked ones are cut by their spec
+        num = _experts_by_config(model.config if model else {}) or seen
+        if num % self._strategy.ep:
+            raise LayoutError(
+                f"{self._strategy}: ep={self._strategy.ep} does not divide the {num} experts. "
+                f"Take an ep that does, such as {_largest_divisor(num, self._strategy.ep)}."
+            )
+        return num
+
+
+def _experts_by_config(config: Mapping[str, Any]) -> int:
+    """The number of experts that ``config.json`` gives, or 0."""
+    for source in (config, text_config(config)):
+        for key in EXPERT_COUNTS:
+            if isinstance(source.get(key), int):
+                return int(source[key])
+    return 0
+
+
+def _largest_divisor(number: int, below: int) -> int:
+    return next(d for d in range(below, 0, -1) if number % d == 0)
+
+
+def _number(pattern: re.Pattern[str] | None, name: str) -> int | None:
+    match = pattern.match(name) if pattern else None
+    return int(match[match.lastindex or 0]) if match else None
+
+
+def _count(pattern: re.Pattern[str] | None, weights: list[str]) -> int:
+    """How many numbers there are, by the largest seen."""
+    return max((n + 1 for w in weights if (n := _number(pattern, w)) is not None), default=0)
+
+
+def _any(patterns: tuple[str, ...], weights: list[str]) -> bool:
+    asked = Patterns(patterns)
+    return any(asked.find(w, template(w)) is not None for w in weights)
+
+
+# --- Placing: from names, shapes, rules and a strategy to a layout
+
+_WHOLE = Spec()
+
+
+def layout(
+    shapes: Mapping[str, tuple[int, ...]],
+    strategy: Strategy,
+    rules: Rules,
+    model: ModelFacts | None = None,
+    hyper: frozenset[str] = frozenset(),
+    unmatched: Policy = "error",
+    uneven: Policy = "error",
+    unseen: Iterable[str] = (),
+) -> Layout:
+    """Who holds which box of each tensor of ``shapes``.
+
+    Tensors of ``hyper``, and those of no stage (rotary tables), are whole on every rank.
+
+    Args:
+        shapes: the shape of each tensor.
+        strategy: the ways the job is parallel.
+        rules: how names are cut; see ``rules_for`` and ``read_rules``.
+        model: number of layers and experts, tied embeddings; else counted from the names.
+        hyper: names that are no weights (``global_step``).
+        unmatched: what to do with names that no rule matches.
+        uneven: what to do with dims that do not divide.
+        unseen: names of the model whose shapes are not known: their layers count, and the
+            layout has them among its ``absent``.
+
+    Raises:
+        LayoutError: names without a rule, dims that do not divide, stages without layers;
+            all of a kind in one report.
+
+    >>> from .table import Rules
+    >>> made = layout({"w": (4, 8)}, Strategy(mp=2), Rules("mine", specs=(("w", "-,mp"),)))
+    >>> str(made.placements["w"][0])
+    '[-,mp] over dp1 mp2 from rank 0'
+    """
+    check_rules(rules)
+    check_policy("unmatched", unmatched)
+    check_policy("uneven", uneven)
+    others = tuple(unseen)
+    weights = {name: shape for name, shape in shapes.items() if name not in hyper}
+    stages = Stages(rules, strategy, model, (*weights, *others))
+    decided = _Decisions(rules, strategy, weights, model)
+    factors = decided.factors
+    following = {n for n in factors.weights if not decided.is_direct(n)}
+    everywhere = (Placement((("all", strategy.num_ranks),)),)
+    placements: dict[str, tuple[Placement, ...]] = dict.fromkeys(hyper & shapes.keys(), everywhere)
+    for name in weights:
+        if name not in following:
+            placements[name] = decided.place(name, stages)
+    for name in sorted(following, key=len):  # after its weight, which may have factors itself
+        placements[name] = factors.follow(name, placements[factors.weights[name]])
+    absent = {name: decided.place_unseen(name, stages) for name in others}
+    decided.findings.refuse(rules, strategy, unmatched, uneven)
+    factors.check(placements, [n for n in factors.weights if n not in following])
+    return Layout(
+        num_ranks=strategy.num_ranks,
+        placements={name: placements[name] for name in shapes},
+        stage_axes=strategy.stage_axes,
+        notes=(*decided.findings.notes(), *_idle(rules, decided.matcher)),
+        absent=absent,
+    )
+
+
+class _Decisions:
+    """The spec and the placement of one name after another, and what was found on the way."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        strategy: Strategy,
+        shapes: Mapping[str, tuple[int, ...]],
+        model: ModelFacts | None,
+    ) -> None:
+        self._strategy, self._shapes = strategy, shapes
+        config = _config(model)
+        self.matcher = Matcher(rules)
+        self.factors = Factors(shapes, config)
+        self._placer = _Placer(strategy)
+        self.findings = self._placer.findings
+        self._orientations = Orientations(rules, self.matcher, shapes, config)
+        self._heads = Heads(rules, config)
+        self._alike: dict[str, tuple[int, ...]] | None = None
+
+    def is_direct(self, name: str) -> bool:
+        """Whether a rule names ``name`` itself, rather than what it follows."""
+        weight = weight_name(name)
+        return self.matcher.direct(weight, template(weight)) is not None
+
+    def place(self, name: str, stages: Stages) -> tuple[Placement, ...]:
+        """The placements of ``name``."""
+        shape, weight = tuple(self._shapes[name]), weight_name(name)
+        kind = template(weight)
+        spec, home = self._spec(name, weight, kind), stages.home(weight, kind)
+        if home.apart and spec.buffer:
+            self.findings.add("apart", home.apart, "")
+        placed = self._placer.place(name, shape, spec, home, self.factors.granules(name))
+        if name == weight and (parts := self._heads.cut(weight, kind, shape, placed[0])):
+            self.findings.add("heads", name, parts)
+        return placed
+
+    def place_unseen(self, name: str, stages: Stages) -> tuple[Placement, ...]:
+        """The placements of a name whose shape is not known: that of a name like it, or any."""
+        if self._alike is None:
+            self._alike = {template(weight_name(n)): tuple(s) for n, s in self._shapes.items()}
+        kind = template(name)
+        spec = (self.matcher.find(name, kind) or _WHOLE).straight()
+        any_divides = (self._strategy.num_ranks,) * len(spec.dims)
+        home = stages.home(name, kind)
+        return self._placer.place(name, self._alike.get(kind, any_divides), spec, home)
+
+    def _spec(self, name: str, weight: str, kind: str) -> Spec:
+        spec = self.matcher.find(weight, kind)
+        if spec is None:
+            self.findings.add("unmatched", name, str(tuple(self._shapes[name])))
+            return _WHOLE
+        if not spec.other:
+            return spec
+        if self._strategy.mp == 1:  # no rank shares inputs or outputs
+            return spec.straight()
+        chosen = self._orientations.choose(name, spec)
+        if isinstance(chosen, str):
+            self.findings.add("order", name, f"{chosen}, {spec}")
+            return _WHOLE
+        return chosen
+
+
+def _config(model: ModelFacts | None) -> Mapping[str, Any]:
+    return model.config if model else {}
+
+
+def _idle(rules: Rules, matcher: Matcher) -> tuple[str, ...]:
+    """A note of the user's rules that decided nothing: a slip in one must not go unseen."""
+    used = {rules.specs[i][0] for i in matcher.used}
+    idle = [f'"{p}"' for p in rules.written if p not in used]
+    return (f"no tensor follows the rules for {some(idle)}.",) if idle else ()
+
+
+_Event = tuple[str, str]  # what was found, and its numbers
+
+
+class _Placer:
+    """Makes each distinct placement once; a big model has a few hundred."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._made: dict[tuple[object, ...], tuple[tuple[Placement, ...], list[_Event]]] = {}
+        self._shared: dict[tuple[Placement, ...], tuple[Placement, ...]] = {}
+        self.findings = Findings()
+
+    def place(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        spec: Spec,
+        home: Home,
+        granules: tuple[Granule, ...] = (),
+    ) -> tuple[Placement, ...]:
+        """The placements of a tensor: one for each stage that holds it."""
+        key = (shape, spec, home, granules)
+        known = self._made.get(key)
+        if known is None:
+            events: list[_Event] = []
+            placed = self._make(shape, spec, home, granules, events)
+            known = self._made[key] = (self._shared.setdefault(placed, placed), events)
+        placed, events = known
+        for what, numbers in events:
+            self.findings.add(what, name, numbers)
+        return placed
+
+    def _make(
+        self,
+        shape: tuple[int, ...],
+        spec: Spec,
+        home: Home,
+        granules: tuple[Granule, ...],
+        events: list[_Event],
+    ) -> tuple[Placement, ...]:
+        s = self._strategy
+        axes = s.stage_axes if home.slot is None else s.stage_axes[1:]  # ep is the slowest
+        cut = _resolve(spec.dims, s, axes)
+        if spec.dims and len(spec.dims) != len(shape):
+            events.append(("misfit", f'has shape {shape}, its rule is "{spec}"'))
+            cut = ()
+        cut = _evened(cut, shape, axes, granules, events)
+        placement = Placement(axes, cut)
+        if not home.stages and not spec.buffer:
+            events.append(("no stage", ""))
+        if home.stages and not spec.buffer and shape and s.optimizer_shard != 1:
+            sharded = _optimizer_sharded(placement, shape, s.optimizer_shard, granules, events)
+            self.findings.sharded |= sharded is not placement
+            placement = sharded
+        if not home.stages and not cut and home.slot is None:
+            return (Placement((("all", s.num_ranks),)),)
+        offset = (home.slot or 0) * (s.stage_ranks // s.ep)
+        return tuple(
+            replace(placement, first_rank=stage * s.stage_ranks + offset)
+            for stage in home.stages or range(s.pp)
+        )
+
+
+def _resolve(dims: Dims, strategy: Strategy, axes: Axes) -> AxisSpec:
+    """The rule's dims in the axes of this strategy; an axis it does not have is dropped."""
+    stands_for = {
+        "vocab": () if strategy.vocab_emb_dp else ("mp",),
+        "dp": ("dp",) if strategy.ep == 1 else ("ep", "edp"),
+        "edp": ("dp",) if strategy.ep == 1 else ("edp",),
+    }
+    there = {a for a, n in axes if n > 1}
+    cut = [
+        tuple(a for named in split for a in stands_for.get(named, (named,)) if a in there)
+        for split in dims
+    ]
+    used = [a for split in cut for a in split]
+    if len(used) != len(set(used)):
+        raise LayoutError(
+            f'the rule "{Spec(dims)}" uses an axis twice for {strategy}: {", ".join(used)}. '
+            "(vocab is mp; with experts dp is ep and edp.)"
+        )
+    while cut and not cut[-1]:
+        cut.pop()
+    return tuple(cut)
+
+
+def _evened(
+    cut: AxisSpec,
+    shape: tuple[int, ...],
+    axes: Axes,
+    granules: tuple[Granule, ...],
+    events: list[_Event],
+) -> AxisSpec:
+    """``cut`` without the dims that do not divide, or not between blocks."""
+    size = dict(axes)
+    out = []
+    for dim, split in enumerate(cut):
+        ways = prod(size[a] for a in split)
+        if shape[dim] % ways:
+            by = " ".join(f"{a}={size[a]}" for a in split)
+            padded = -(-shape[dim] // ways) * ways
+            said = f"dim {dim} of {shape} has {shape[dim]}, not divided by {by} (pad to {padded})"
+            events.append(("uneven", said))
+        elif (misfit := _misfit(granules, shape, dim, ways)) is not None:
+            events.append(("uneven", misfit))
+        else:
+            out.append(split)
+            continue
+        out.append(())
+    while out and not out[-1]:
+        out.pop()
+    return tuple(out)
+
+
+def _misfit(
+    granules: tuple[Granule, ...], shape: tuple[int, ...], dim: int, ways: int
+) -> str | None:
+    """The numbers of the blocks that ``ways`` parts of ``dim`` would cut, or None."""
+    for granule in granules:
+        if granule.dim == dim and not granule.divides(shape[dim], ways):
+            return granule.misfit(shape, ways)
+    return None
+
+
+def _optimizer_sharded(
+    placement: Placement,
+    shape: tuple[int, ...],
+    ways: int,
+    granules: tuple[Granule, ...],
+    events: list[_Event],
+) -> Placement:
+    """``placement`` with dim 0 cut further over its replicas, or as it is where that is uneven."""
+    try:
+        sharded = shard_dim_over_replicas(placement, ways)
+    except LayoutError:
+        replicas = placement.num_ranks // prod(placement.ways(d) for d in range(len(shape)))
+        events.append(("no shard", f"has {replicas} replicas"))
+        return placement
+    if shape[0] % sharded.ways(0):
+        events.append(("no shard", f"dim 0 has {shape[0]}, not divided by {sharded.ways(0)}"))
+        return placement
+    if (misfit := _misfit(granules, shape, 0, sharded.ways(0))) is not None:
+        events.append(("no shard", misfit))
+        return placement
+    return sharded

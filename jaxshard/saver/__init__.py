@@ -1,0 +1,341 @@
+"""Saving: from arrays on devices to files, without gathering.
+
+    arrays  →  a catalog of shards  →  the same plan as from files  →  each at its final offset
+
+Files are laid out from shapes first. Every distinct shard is written once, straight from
+where the host sees it; the result appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..conversion import single_file
+from ..conversion.complete_results import check_config
+from ..conversion.execute import Report
+from ..conversion.open import PathLike, open_strategy, opened
+from ..conversion.results import Request, Result
+from ..conversion.targets import (
+    SAME,
+    check_factors,
+    check_request,
+    lay_out_for,
+    make_result,
+    step_of_numbers,
+)
+from ..core.catalog import Catalog, Model
+from ..core.garbage import paused
+from ..core.layout import Layout
+from ..core.notes import log_notes
+from ..core.strategy import Strategy
+from ..devices.mesh import layout_of
+from ..devices.pytree import is_array_like, named_leaves
+from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
+from ..errors import LayoutError, nearest, some
+from ..formats import huggingface, rank_names
+from ..formats.registry import FORMATS
+from ..mapping import Mapping as NamesAndShapes
+from ..mapping import find_mapping
+from ..rules import Rules
+from ..storage import side_files as carrying
+from ..storage.resources import Counts, default_budget, default_workers
+from ..storage.strategy_folder import put_beside
+from . import publish
+from .chunked_fetch import share_out
+from .host_shards import Array, ArraySource, num_fetched
+from .multiprocess import Work, check_across, check_alone, commit_across, commit_own
+from .publish import commit
+
+__all__ = ["FORMATS", "save"]
+
+_AS_ARRAYS_LIE = ("ranks", "iteration")  # a .ckpt is complete unless a strategy is given
+_OF_MINDSPORE = ("ranks", "ckpt", "unified", "iteration")  # which tell a job's numbers apart
+
+
+def save(
+    tree: Any,
+    path: PathLike,
+    *,
+    format: str = "huggingface",
+    strategy: str | PathLike | Strategy | Layout | None = None,
+    rules: Rules | None = None,
+    max_shard_size: int | str | None = None,
+    prefix: str = Request.prefix,
+    step: str | None = None,
+    remove_redundancy: bool = False,
+    name_of: Callable[[str], str] | None = None,
+    names: NamesAndShapes | str | None = None,
+    config: Mapping[str, Any] | None = None,
+    extras: Catalog | PathLike | None = None,
+    metadata: Mapping[str, str] | None = None,
+    host_bytes: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    durable: bool = True,
+    checksums: bool = False,
+    shared: bool = True,
+    alone: bool = False,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Report:
+    """Write the arrays of ``tree`` as a checkpoint at ``path``; what was done.
+
+    Where there are several processes of JAX, all of them call this alike, each writes its
+    share, and they meet before the result appears. What is on the host process 0 writes.
+
+    Args:
+        tree: a pytree of arrays with any sharding, NumPy's among them. The name of a tensor
+            is its leaf's path, joined by dots; leaves that are no arrays are left out.
+        path: a folder; it appears whole or not at all.
+        format: ``huggingface`` (safetensors, an index where there are several files),
+            ``ranks`` (one file a rank and strategy files), ``ckpt`` (one file; with
+            ``strategy`` one a rank), ``unified`` or ``iteration`` (Checkpoint 2.0) as
+            MindSpore has them, or ``orbax``.
+        strategy: for files by rank, who holds what: a strategy, strategy files, a
+            ``Layout``, or ``"same"``: as the arrays lie, rank r being the mesh's r-th device.
+            That is the default of ``ranks`` and ``iteration``.
+        rules: layout rules that go before the family's own, for a strategy.
+        max_shard_size: the most tensor bytes in one file, such as ``"5GB"``.
+        prefix: rank files are called ``rank_{r}/{prefix}_rank_{r}-{epoch}_{step}.safetensors``.
+        step: the epoch and the step in these names, ``"1_10"``: by default by the arrays that
+            are a job's numbers (``global_step``), or ``1_1``; ``"none"``: the prefix alone.
+        remove_redundancy: store each shard on one rank only.
+        name_of: the tensor's name for a leaf's path.
+        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes
+            (``"llama-nnx-scan:llama-hf"``; the numbers of the model come from ``config`` or
+            ``extras``): what was fused, stacked or transposed is written apart, from the shards
+            where they lie.
+        config: what the model is, for ``config.json``.
+        extras: a checkpoint whose other files (config, tokenizer) are carried along.
+        metadata: text for the files' headers.
+        host_bytes: the most memory for what is in flight; by default 256 MiB.
+        workers: threads; by default one a core, at most 8.
+        overwrite: replace what is at ``path``.
+        durable: have every file on the disk before the result appears.
+        checksums: write ``checksums.json`` beside the files, for ``verify`` and
+            ``load(verify=True)``; other readers pass over it.
+        shared: of several processes, all see one disk at ``path``. If not, each writes there,
+            on its own disk, the files of the ranks whose devices it has, and ``load`` in the
+            same process finds what its devices need; only for files by rank.
+        alone: of several processes, this one alone calls, and saves what it has to itself.
+        timeout_s: how long several processes wait for each other.
+
+    Raises:
+        LayoutError: an array or the target cannot be written so, or ``path`` exists.
+        NotFoundError: no rules for the names, or no ``extras`` there.
+        FormatError: ``config`` has numbers that ``names`` cannot be about.
+        StorageError: the disk is full or refuses, or another process fails or does not come.
+    """
+    processes = Processes() if alone else processes_of_jax(timeout_s)
+    where, keep = Path(path), {"overwrite": overwrite, "durable": durable}
+    with processes.about(str(where)).together("saving: preparing"), paused():
+        _check_format(format)
+        single_file.refuse(where)
+        arrays, notes = arrays_of(tree, name_of)
+        if processes.are_several:
+            check_across(format, shared=shared)
+        elif alone:
+            check_alone(arrays, format)
+        carried, more = _carried(extras)
+        notes = (*notes, *more)
+        check_config(config)
+        model = _model(config, carried)
+        ready = None
+        _check_uncut(format, strategy)
+        max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
+        request = Request(
+            None,
+            max_bytes,
+            prefix,
+            remove_redundancy=remove_redundancy,
+            format=format,
+            checksums=checksums,
+        )
+        if format == "orbax":
+            check_request(request, step)
+        else:
+            limit = default_budget() if host_bytes is None else host_bytes
+            threads = default_workers() if workers is None else workers
+            budget, room = share_out(limit, threads, num_fetched(arrays))
+            source = ArraySource(
+                arrays,
+                model=model,
+                metadata=metadata,
+                room=room,
+                has_numbers=format in _OF_MINDSPORE,
+            )
+            if names is not None:
+                source.map(find_mapping(names, source.catalog))
+            layout = _layout(format, strategy, rules, source.catalog, arrays)
+            request = _with_step(replace(request, to=layout), step, source.catalog, arrays)
+            result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
+            ready = source, result if config is None else _with_config(result, config), budget
+    if ready is None:
+        if names is not None:
+            arrays = _mapped(arrays, names, model)
+        own = tree if name_of is None and names is None else arrays
+        counts = publish.save(own, arrays, where, carried, **keep)
+        return _report(path, counts, 0, notes, carried)
+    source, result, budget = ready
+    try:
+        if processes.are_several:
+            work = Work(source, result, where, carried, budget, processes, **keep)
+            counts = (commit_across if shared else commit_own)(work, arrays)
+        else:
+            counts = commit(source, result, where, carried, budget, **keep)
+    finally:
+        source.close()
+    side_files = result.side_files if processes.index == 0 or not shared else {}
+    notes = (*notes, *result.outputs.layout.notes, *put_beside(where, side_files, **keep))
+    return _report(path, counts, len(result.outputs.paths), notes, carried)
+
+
+def _report(
+    path: PathLike,
+    counts: Counts,
+    num_files: int,
+    notes: tuple[str, ...],
+    carried: Catalog | None,
+) -> Report:
+    """What was saved, with its notes logged."""
+    log_notes(str(path), notes, carried.logged if carried else ())
+    return Report(str(path), counts, num_files, 0, notes)
+
+
+def _with_config(result: Result, config: Mapping[str, Any]) -> Result:
+    told = (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
+    place = f"{result.extras_to}/{huggingface.CONFIG}".lstrip("/")
+    return replace(result, side_files={**result.side_files, place: told})
+
+
+def arrays_of(
+    tree: Any, name_of: Callable[[str], str] | None = None
+) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The arrays of ``tree`` by the names they are saved under, and notes.
+
+    Raises:
+        LayoutError: two have one name, or none is an array.
+    """
+    found: dict[str, Array] = {}
+    others = []
+    kinds = jax.Array, np.ndarray
+    for path, given in named_leaves(tree)[0]:
+        leaf = np.asarray(given) if isinstance(given, np.generic) else given
+        if not isinstance(leaf, kinds):
+            if is_array_like(leaf):
+                raise LayoutError(f"{path}: a {type(leaf).__name__} holds nothing to save.")
+            others.append(path)
+            continue
+        name = name_of(path) if name_of else path
+        if not isinstance(name, str):
+            raise LayoutError(f"{path}: name_of gives {name!r}; a tensor's name is a text.")
+        if name in found:
+            raise LayoutError(f"two leaves are to be saved as {name}: {path} is the second.")
+        if not isinstance(leaf, np.ndarray) and leaf.is_deleted():
+            raise LayoutError(
+                f"{name}: the array was donated or deleted and holds nothing any more. Save what "
+                "the step returned."
+            )
+        found[name] = leaf
+    if not found:
+        raise LayoutError("nothing to save: the tree has no arrays.")
+    note = f"{len(others)} leaves that are no arrays are not saved: {some(others)}."
+    return found, (note,) if others else ()
+
+
+def _carried(extras: Catalog | PathLike | None) -> tuple[Catalog | None, tuple[str, ...]]:
+    """The checkpoint whose other files are carried along, with those that may be; and notes."""
+    if extras is None:
+        return None, ()
+    catalog = opened(extras)
+    kept, notes = carrying.carried(catalog)
+    return replace(catalog, extras=kept), (*catalog.notes, *notes)
+
+
+def _mapped(
+    arrays: dict[str, Array], names: NamesAndShapes | str, model: Model
+) -> dict[str, Array]:
+    """``arrays`` with other names and shapes, computed where they are."""
+    source = ArraySource(arrays, model=model)
+    mapping = find_mapping(names, source.catalog)
+    source.close()
+    return mapping.apply_arrays(arrays)
+
+
+def _check_uncut(format: str, strategy: object) -> None:
+    """Refuse a strategy where no files are cut."""
+    if strategy is not None and not FORMATS[format].is_cut:
+        raise LayoutError(
+            f"strategy={strategy} says how files by rank are cut, and {format} has none. Leave it "
+            'out, or save with format="ranks".'
+        )
+
+
+def _with_step(
+    request: Request, step: str | None, catalog: Catalog, arrays: Mapping[str, Array]
+) -> Request:
+    """``request`` with the job's numbers, and the step that these or the caller give names."""
+    check_request(request, step)
+    numbers = _numbers(arrays, catalog.hyper)
+    asked = step_of_numbers(numbers) if step is None else rank_names.read_step(step)
+    return replace(request, step=asked, numbers=numbers)
+
+
+def _numbers(arrays: Mapping[str, Array], hyper: frozenset[str]) -> dict[str, Any]:
+    """The values of the job's numbers among ``arrays``, as far as this process has them."""
+    found = {}
+    for name in sorted(hyper & arrays.keys()):
+        array = arrays[name]
+        if isinstance(array, jax.Array):
+            devices: set[jax.Device] = array.sharding.device_set
+            holders = {device.process_index for device in devices}
+            if not array.is_fully_addressable and len(holders) < jax.process_count():
+                continue  # all processes must find the same
+            array = array.addressable_data(0)
+        found[name] = np.asarray(array).reshape(-1)[0].item()
+    return found
+
+
+def _layout(
+    format: str,
+    strategy: str | PathLike | Strategy | Layout | None,
+    rules: Rules | None,
+    catalog: Catalog,
+    arrays: Mapping[str, Array],
+) -> Layout | None:
+    """Who holds what in files by rank; None where files are complete."""
+    if strategy == SAME or (strategy is None and format in _AS_ARRAYS_LIE):
+        own = layout_of(arrays)
+        return catalog.origin.place(own) if catalog.origin else own
+    if strategy is None:
+        return None
+    if not isinstance(strategy, Strategy | Layout):
+        text = os.fspath(strategy)
+        strategy = open_strategy(text) if os.path.exists(text) else text
+    if isinstance(strategy, Layout):
+        check_factors(catalog, strategy)
+        return strategy
+    if isinstance(strategy, str):
+        strategy = Strategy.parse(strategy)
+    return lay_out_for(catalog, strategy, rules)
+
+
+def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:
+    if config is not None:
+        return huggingface.model_of(config)
+    return carried.model if carried else Model()
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise LayoutError(
+            f"there is no format {format!r}.{nearest(format, FORMATS)} Known are "
+            f"{', '.join(FORMATS)}."
+        )

@@ -1,0 +1,114 @@
+"""Resources of a run: threads, memory and counters.
+
+Apart from the engine, so that a command that moves nothing needs no NumPy.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import astuple, dataclass
+
+from ..errors import LayoutError
+from ..planning.copies import BLOCK_BYTES, TILE_BYTES
+
+_BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
+_TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
+_LEAST_BLOCK = 64 << 10
+_DEFAULT_BYTES = 256 << 20
+
+LENT_BLOCK_BYTES = 4 << 20
+"""A block of what lies in memory already, and only passes through a core's cache to be summed or
+put in order: fewer, longer calls are then worth more than that cache."""
+
+LEAST_BYTES = _LEAST_BLOCK * _BLOCKS_PER_WORKER  # of host memory, with which one thread works
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run did; equals the plan's totals of the same names."""
+
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    num_reads: int = 0
+    bytes_written: int = 0
+    num_writes: int = 0
+    num_copies: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many threads, and how large their blocks: what ``host_bytes`` allows."""
+
+    workers: int
+    block_bytes: int
+    tile_bytes: int = BLOCK_BYTES  # a block of what is read transposed
+
+    @property
+    def host_bytes(self) -> int:
+        """The most memory the threads hold at once.
+
+        Tiles as small as a block take the room of blocks: both are never carried at once.
+        """
+        tiles = _TILES_PER_WORKER if self.tile_bytes > self.block_bytes else 0
+        return self.workers * (self.block_bytes * _BLOCKS_PER_WORKER + self.tile_bytes * tiles)
+
+
+def fit_budget(host_bytes: int, workers: int, block_bytes: int = BLOCK_BYTES) -> Budget:
+    """The most threads, up to ``workers``, and block size that ``host_bytes`` allows.
+
+    Args:
+        host_bytes: what there is.
+        workers: the most threads.
+        block_bytes: the largest block that is of use.
+
+    Raises:
+        LayoutError: not even one thread with the smallest block fits.
+
+    >>> fit_budget(64 << 20, workers=2)
+    Budget(workers=2, block_bytes=1048576, tile_bytes=8388608)
+    """
+    if workers < 1:
+        raise LayoutError(f"{workers} workers; at least 1 is needed.")
+    if host_bytes < LEAST_BYTES:
+        raise LayoutError(
+            f"{host_bytes} bytes of host memory are too few: one thread needs {LEAST_BYTES}. "
+            f"Give host_bytes= or --host-bytes {LEAST_BYTES} or more."
+        )
+    workers = min(workers, host_bytes // LEAST_BYTES)
+    block = _power_of_two(min(block_bytes, host_bytes // workers // _BLOCKS_PER_WORKER))
+    left = host_bytes // workers - block * _BLOCKS_PER_WORKER
+    tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
+    return Budget(workers, block, tile)
+
+
+def budget_for(
+    host_bytes: int | None, workers: int | None, block_bytes: int = BLOCK_BYTES
+) -> Budget:
+    """The budget for what a caller gave: None is the default, and 0 is an error.
+
+    Raises:
+        LayoutError: as ``fit_budget``.
+    """
+    return fit_budget(
+        default_budget() if host_bytes is None else host_bytes,
+        default_workers() if workers is None else workers,
+        block_bytes,
+    )
+
+
+def default_budget() -> int:
+    """The default of ``host_bytes``: 256 MiB, or a sixteenth of a smaller machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_DEFAULT_BYTES, memory // 16)
+
+
+def default_workers() -> int:
+    """The default of ``workers``: a thread for each core that is ours, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << (limit.bit_length() - 1)

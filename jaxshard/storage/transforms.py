@@ -1,0 +1,411 @@
+"""View transforms during reads: transpose, cast, dequantize, add adapters.
+
+A part of a source is read in the order of its file; the values are then converted where
+they lie, and last copied to the order wanted. The steps are said in ``views``; here they
+are computed, with NumPy, in float32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from math import frexp
+from operator import mul
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import native
+from ..core.box import Box
+from ..core.catalog import AddProduct, Affine, Round, Step, Tensor, View
+from ..core.numpy_dtypes import cast_into, numpy_dtype
+from ..core.ranges import Runs
+from ..planning.copies import Move
+from .vectored_io import Bytes, Read, read_runs
+
+Tile = NDArray[Any]
+
+_TILE = 512  # elements a side: fits a core's cache, and few calls, between which threads wait
+_APART = 32  # elements between the rows of a tile: no power of two, or they share cache lines
+_SMALL = 1 << 11  # a plane of fewer elements is quick in any order
+
+
+def copy_into(out: Tile, values: Tile, *, is_final: bool = False) -> None:
+    """``out[...] = values``, quick where the two lie in memory in different orders.
+
+    ``is_final`` says that nobody reads ``out`` soon.
+    """
+    to, come = _fastest(out), _fastest(values)
+    if to == come or out.shape[to] * out.shape[come] < _SMALL:
+        out[...] = values
+    else:
+        planes = _planes(out, values, to, come)
+        left = [plane for plane in planes if not native.turn(*plane, is_final=is_final)]
+        if left:
+            _copy_tiles(left)
+
+
+def _planes(out: Tile, values: Tile, to: int, come: int) -> Iterator[tuple[Tile, Tile]]:
+    """What is to be turned, plane by plane: along the first dim ``out`` is dense, along the
+    second ``values``.
+    """
+    others = [range(1 if d in (to, come) else n) for d, n in enumerate(out.shape)]
+    for corner in product(*others):
+        plane = tuple(slice(None) if d in (to, come) else i for d, i in enumerate(corner))
+        there, here = (x[plane] if to < come else x[plane].T for x in (out, values))
+        yield there, here
+
+
+def _copy_tiles(planes: Sequence[tuple[Tile, Tile]]) -> None:
+    """Planes of one shape by NumPy, in tiles."""
+    out = planes[0][0]
+    rows, columns = (min(_TILE, n) for n in out.shape)
+    spare = np.empty((rows, columns + _APART), out.dtype)
+    for out, values in planes:
+        for i in range(0, out.shape[0], rows):
+            for j in range(0, out.shape[1], columns):
+                tile = (slice(i, i + rows), slice(j, j + columns))
+                there = out[tile]
+                here = spare[: there.shape[0], : there.shape[1]]
+                here[...] = values[tile]
+                there[...] = here
+
+
+def _fastest(array: Tile) -> int:
+    """The dim whose neighbours are nearest in memory."""
+    some = [d for d, n in enumerate(array.shape) if n > 1 and array.strides[d]]
+    return min(some, key=lambda d: array.strides[d], default=0)
+
+
+# --- Viewing: what lies transposed, repeated, in another dtype or quantised becomes what is meant
+
+Array = NDArray[Any]
+Values = Mapping[Tensor, NDArray[np.float32]]
+Indices = slice | NDArray[np.intp]
+
+_ALONE = 1 << 17  # multiplications that OpenBLAS does in the calling thread
+_PRODUCT_ROWS = 64
+_IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
+_AT_A_TIME = 1 << 19  # elements: a call for fewer ends before it lets another thread work
+
+
+class Operands:
+    """The small tensors that the steps of one move need whole, read once."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
+        self._lock = threading.Lock()
+        self.values: dict[Tensor, NDArray[np.float32]] = {}
+
+    def load(self, read: Callable[[Tensor], Bytes]) -> None:
+        """Have ``values``; the first thread that comes reads them, the others wait."""
+        with self._lock:
+            if not self.values:
+                self.values = {t: _as_float32(t, read(t)) for t in self._tensors}
+
+
+def _as_float32(tensor: Tensor, data: Bytes) -> NDArray[np.float32]:
+    return data.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape).astype(np.float32)
+
+
+class Viewer:
+    """One thread's reader of sources that have a form.
+
+    Attributes:
+        values: the operands of the steps of the move at hand.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self.values: Values = {}
+        self._read = read
+        self._buffer = np.empty(0, np.uint8)
+        self._spare = Spare()
+
+    def fetch(self, move: Move, index: int, part: Box, out: Array) -> Runs | None:
+        """Fill ``out`` with ``part`` of source ``index``; the runs that were read, if any."""
+        form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
+        assert form is not None
+        view = piece.view
+        if out.flags.c_contiguous and view and not view.steps and view.dtype == move.dtype:
+            runs, order = form.runs(part, stored, piece.offset)
+            if form.item_bytes and runs.num_bytes == out.nbytes and list(order) == sorted(order):
+                read_runs(self._read, piece, runs, out.reshape(-1).view(np.uint8))
+                return runs
+        into = None if form.is_permuted(part) else out.view(numpy_dtype(move.dtype))
+        values, read = self.values_of(move, index, part, into)
+        if values is not into:
+            copy_into(out, values.view(out.dtype))
+        return read
+
+    def values_of(
+        self, move: Move, index: int, part: Box, into: Array | None = None
+    ) -> tuple[Array, Runs | None]:
+        """``part`` of source ``index``, valid until the next, and the runs that were read.
+
+        Where there are steps, and nothing is repeated, they are put ``into`` the memory given.
+        """
+        form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
+        assert form is not None
+        assert piece.view is not None
+        dtype = numpy_dtype(move.dtype)
+        if not form.item_bytes:
+            return np.broadcast_to(np.zeros((), dtype), part.shape), None
+        runs, order = form.runs(part, stored, piece.offset)
+        compact = self._room(piece.view, runs, order, into, dtype)
+        read_runs(self._read, piece, runs, compact)
+        values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
+        start = part.within(stored).start
+        if piece.view.steps:
+            if into is not None and into.shape == values.shape:
+                _converted(values, piece.view, start, self.values, into, self._spare)
+                return into, runs
+            done = np.empty_like(values, dtype)
+            _converted(values, piece.view, start, self.values, done, self._spare)
+        else:
+            done = values
+            if values.dtype != dtype:
+                done = np.empty_like(values, dtype)
+                cast_into(done, values)
+        return np.broadcast_to(done, part.shape), runs
+
+    def _room(
+        self,
+        view: View,
+        runs: Runs,
+        order: tuple[int, ...],
+        into: Array | None,
+        dtype: np.dtype[Any],
+    ) -> Bytes:
+        """Memory to read ``runs`` to: where the values will be, if steps leave them there."""
+        if view.steps and into is not None and numpy_dtype(view.dtype) == dtype:
+            in_place = into.flags.c_contiguous and list(order) == sorted(order)
+            if in_place and runs.num_bytes == into.nbytes:
+                return into.reshape(-1).view(np.uint8)
+        if runs.num_bytes > len(self._buffer):
+            self._buffer = np.empty(runs.num_bytes, np.uint8)
+        return self._buffer[: runs.num_bytes]
+
+
+def _in_order(compact: Array, lengths: tuple[int, ...], order: tuple[int, ...]) -> Array:
+    """The elements, stored with dims ``order``, with all dims in theirs; length 1 if repeated."""
+    stored = compact.reshape([lengths[d] for d in order])
+    ascending = sorted(range(len(order)), key=order.__getitem__)
+    index = tuple(slice(None) if d in order else None for d in range(len(lengths)))
+    return stored.transpose(ascending)[index]
+
+
+def _converted(
+    values: Array, view: View, start: tuple[int, ...], known: Values, done: Array, spare: Spare
+) -> None:
+    """Put ``values``, whose first element is at ``start``, in ``done`` after the view's steps."""
+    work = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf, as in JAX
+        if _added_at_once(values, view, start, known, done):
+            return
+        wide_memory, table_memory = spare.of(work, _most(values))
+        for part, at in _portions(values, start):
+            wide = _like(wide_memory, values[part])
+            cast_into(wide, values[part])
+            for step in view.steps:
+                wide = _stepped(wide, step, at, known, table_memory)
+            cast_into(done[part], wide)
+
+
+def _added_at_once(
+    values: Array, view: View, start: tuple[int, ...], known: Values, done: Array
+) -> bool:
+    """Add an adapter to a matrix of bfloat16 in one pass, if that is all there is to do."""
+    step = view.steps[0]
+    if len(view.steps) > 1 or not isinstance(step, AddProduct) or step.reproducible:
+        return False
+    (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
+    matrix = (*row_dims, *column_dims)
+    if len(row_dims) != 1 or len(column_dims) != 1:
+        return False
+    if any(n > 1 for d, n in enumerate(values.shape) if d not in matrix):
+        return False
+    plane = tuple(slice(None) if d in matrix else 0 for d in range(values.ndim))
+    to, come = (x[plane] if row_dims < column_dims else x[plane].T for x in (done, values))
+    b, a = _factors(step, known, rows, columns)
+    b, scaling = _scaled_early(b, step.scaling)
+    return native.add_product(to, come, b, a, scaling)
+
+
+class Spare:
+    """A thread's memory for what is under way, made once."""
+
+    def __init__(self) -> None:
+        self._held = np.empty((2, 0), np.float32)
+
+    def of(self, dtype: np.dtype[Any], size: int) -> Array:
+        """Two times ``size`` elements of ``dtype``, of any content."""
+        if self._held.dtype != dtype or self._held.shape[1] < size:
+            self._held = np.empty((2, size), dtype)
+        return self._held
+
+
+def _most(values: Array) -> int:
+    """The most elements of a portion."""
+    if not values.ndim or not values.size:
+        return 1
+    one = int(values.size // values.shape[_slowest(values)])
+    return min(int(values.size), max(_AT_A_TIME, one))
+
+
+def _slowest(values: Array) -> int:
+    """The dim whose neighbours are farthest in memory."""
+    return max(range(values.ndim), key=lambda d: values.strides[d] if values.shape[d] > 1 else 0)
+
+
+def _portions(
+    values: Array, start: tuple[int, ...]
+) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
+    """Parts of ``values`` that are one piece of memory each, and where each begins."""
+    if not values.ndim or not values.size:
+        yield (), start
+        return
+    slowest = _slowest(values)
+    rows, one = values.shape[slowest], values.size // values.shape[slowest]
+    step = max(1, _AT_A_TIME // one)
+    for first in range(0, rows, step):
+        part = [slice(None)] * values.ndim
+        part[slowest] = slice(first, first + step)
+        at = tuple(a + first if d == slowest else a for d, a in enumerate(start))
+        yield tuple(part), at
+
+
+def _like(spare: Array, values: Array) -> Array:
+    """Memory of ``spare`` in the shape of ``values``, in the same order."""
+    order = sorted(range(values.ndim), key=lambda d: -values.strides[d])
+    made = spare[: values.size].reshape([values.shape[d] for d in order])
+    return made.transpose([order.index(d) for d in range(values.ndim)])
+
+
+def _stepped(
+    values: Array, step: Step, start: tuple[int, ...], known: Values, spare: Array
+) -> Array:
+    if isinstance(step, Round):
+        return values.astype(numpy_dtype(step.dtype)).astype(values.dtype)
+    (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
+    if isinstance(step, AddProduct):
+        b, a = _factors(step, known, rows, columns)
+        scaling = np.float32(step.scaling)
+        if step.reproducible:
+            table = _fused_product(b, a)
+        else:
+            b, scaling = _scaled_early(b, step.scaling)
+            size, same = len(b) * a.shape[1], spare.dtype == b.dtype
+            made = spare[:size] if same else np.empty(size, b.dtype)
+            table = _product(b, a, made.reshape(len(b), a.shape[1]))
+        if scaling != 1:
+            table *= scaling
+        values += _in_order(table, values.shape, (*row_dims, *column_dims))
+    else:
+        high, wide = step.block
+        table = known[step.scale][_numbers(rows) // high][:, _numbers(columns) // wide]
+        values *= _in_order(table, values.shape, (*row_dims, *column_dims))
+    return values
+
+
+def _factors(
+    step: AddProduct, known: Values, rows: Indices, columns: Indices
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What of ``b`` and ``a`` the product of ``rows`` and ``columns`` is made of."""
+    b, a = _take(known[step.b], rows, 0), _take(known[step.a], columns, 1)
+    first, apart = step.columns
+    return (b if apart == 1 else np.ascontiguousarray(b[:, first::apart])), a
+
+
+def _scaled_early(b: NDArray[np.float32], scaling: float) -> tuple[NDArray[np.float32], np.float32]:
+    """A power of two goes into the small ``b``, with the same bits; and what scaling is left."""
+    if abs(frexp(scaling)[0]) == 0.5:
+        return b * np.float32(scaling), np.float32(1)
+    return b, np.float32(scaling)
+
+
+def _product(
+    b: NDArray[np.float32], a: NDArray[np.float32], out: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """``b @ a`` in ``out``, in products so small that the BLAS starts no threads for them.
+
+    Its threads would fight with ours, and wait for each other when the machine is busy. All
+    the small products are one call: with a call for each, ours would wait for the interpreter.
+    """
+    (rows, rank), columns = b.shape, a.shape[1]
+    high = min(rows, _PRODUCT_ROWS)
+    wide = min(columns, max(16, _ALONE // (_PRODUCT_ROWS * max(1, rank))))
+    down, across = rows // high, columns // wide
+    whole_rows, whole_columns = down * high, across * wide
+    tiled = out[:whole_rows, :whole_columns]
+    np.matmul(
+        b[:whole_rows].reshape(down, 1, high, rank),
+        a[:, :whole_columns].reshape(rank, across, wide).transpose(1, 0, 2),
+        out=_tiled(tiled, down, across),
+    )
+    if whole_columns < columns:
+        _product(b[:whole_rows], a[:, whole_columns:], out[:whole_rows, whole_columns:])
+    if whole_rows < rows:
+        _product(b[whole_rows:], a, out[whole_rows:])
+    return out
+
+
+def _tiled(array: NDArray[np.float32], down: int, across: int) -> NDArray[np.float32]:
+    """A matrix as (down, across, rows, columns), in its own memory."""
+    high, wide = array.shape[0] // down, array.shape[1] // across
+    row, item = array.strides
+    shape, strides = (down, across, high, wide), (high * row, wide * item, row, item)
+    return np.lib.stride_tricks.as_strided(array, shape, strides)
+
+
+def _fused_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``b @ a``, each sum in order of the rank and rounded at every step, whatever the BLAS.
+
+    A fused multiply-add in float32: the product of two is exact in float64.
+    """
+    made = np.zeros((b.shape[0], a.shape[1]), np.float32)
+    step = max(1, _IN_CACHE // max(1, a.shape[1]))
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    for first in range(0, len(made), step):
+        rows = slice(first, first + step)
+        total = np.zeros(made[rows].shape, np.float64)
+        for k in range(a.shape[0]):
+            total += wide_b[rows, k, None] * wide_a[k]
+            made[rows] = total
+            total[...] = made[rows]
+    return made
+
+
+def _indices(
+    at: Affine, start: tuple[int, ...], lengths: tuple[int, ...]
+) -> tuple[tuple[int, ...], Indices]:
+    """The dims that ``at`` grows along, largest step first, and its numbers in that order."""
+    dims = [d for d, n in enumerate(lengths) if n > 1 and at.steps[d]]
+    first = at.start + sum(map(mul, start, at.steps))
+    if not dims:
+        return (), slice(first, first + 1)
+    if len(dims) == 1 and at.steps[dims[0]] == 1:
+        return tuple(dims), slice(first, first + lengths[dims[0]])
+    dims.sort(key=_by(at.steps))
+    numbers = np.array([first])
+    for d in dims:
+        numbers = (numbers[:, None] + np.arange(lengths[d]) * at.steps[d]).reshape(-1)
+    return tuple(dims), numbers
+
+
+def _numbers(indices: Indices) -> NDArray[np.intp]:
+    return np.arange(indices.start, indices.stop) if isinstance(indices, slice) else indices
+
+
+def _by(steps: tuple[int, ...]) -> Callable[[int], int]:
+    return lambda d: -steps[d]
+
+
+def _take(array: NDArray[np.float32], index: Indices, axis: int) -> NDArray[np.float32]:
+    if not isinstance(index, slice):
+        first, last = int(index[0]), int(index[-1])
+        if last - first + 1 != len(index):
+            return array.take(index, axis)
+        index = slice(first, last + 1)  # indices grow, so these are all between
+    return array[index] if axis == 0 else array[:, index]

@@ -1,0 +1,222 @@
+"""Vectored I/O: one system call for many memory ranges.
+
+``os.preadv`` takes a list, and asks each of its objects for its memory while no other thread
+may run Python. Rows of a few kilobytes take as long that way as copying them once more. So
+the addresses are laid out beforehand, as ``struct iovec`` has them, and the C library's own
+call takes them as they are. Where it is not offered, ``os.preadv`` does the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.box import Box
+from ..core.catalog import Piece
+from ..core.ranges import Runs, byte_runs
+from ..planning.copies import Move, Steps
+
+_MOST = 1024  # IOV_MAX of Linux
+
+Table = NDArray[np.uint64]
+
+
+class Places:
+    """Places in memory, in the order in which a file has their bytes.
+
+    Args:
+        table: for each place its address and its bytes, any shape of ``(..., 2)``.
+        held: what keeps the memory alive.
+    """
+
+    __slots__ = ("_held", "_table", "num_bytes")
+
+    def __init__(self, table: Table, held: object) -> None:
+        self._table, self._held = np.ascontiguousarray(table, np.uint64).reshape(-1, 2), held
+        self.num_bytes = int(self._table[:, 1].sum())
+
+    def fill(self, descriptor: int, offset: int) -> int:
+        """Fill them from byte ``offset`` of a file; how many bytes came, fewer if it ends there.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        total = 0
+        for some in self._requests():
+            want, done = int(some[:, 1].sum()), _read(descriptor, some, offset + total)
+            if done < want:
+                done += _read_rest(descriptor, some, offset + total, done)
+            total += done
+            if done < want:
+                break
+        return total
+
+    def _requests(self) -> Iterator[Table]:
+        for first in range(0, len(self._table), _MOST):
+            yield self._table[first : first + _MOST]
+
+
+def _read(descriptor: int, places: Table, offset: int) -> int:
+    """One request; the bytes that came."""
+    call = _preadv()
+    if call is None:
+        return os.preadv(descriptor, [_memory(*place) for place in places.tolist()], offset)
+    while (done := call(descriptor, places.ctypes.data, len(places), offset)) < 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return int(done)
+
+
+def _read_rest(descriptor: int, places: Table, offset: int, done: int) -> int:
+    """What a request of which ``done`` bytes came has left, place by place."""
+    more, before = 0, 0
+    for address, length in places.tolist():
+        skip = max(0, min(length, done - before))
+        while skip < length:
+            memory = _memory(address + skip, length - skip)
+            came = os.preadv(descriptor, [memory], offset + before + skip)
+            if not came:
+                return more
+            skip += came
+            more += came
+        before += length
+    return more
+
+
+def _memory(address: int, num_bytes: int) -> memoryview:
+    return memoryview((ctypes.c_uint8 * num_bytes).from_address(address)).cast("B")
+
+
+@cache
+def _preadv() -> Callable[..., Any] | None:
+    """The C library's ``preadv`` with offsets of 64 bits; None where its words have fewer."""
+    if ctypes.sizeof(ctypes.c_void_p) != np.dtype(np.uint64).itemsize:
+        return None
+    try:
+        call = ctypes.CDLL(None, use_errno=True).preadv64
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
+    call.restype = ctypes.c_ssize_t
+    return call
+
+
+# --- Requests: the runs of a box, read from its file with as few requests as their gaps allow
+
+Bytes = NDArray[np.uint8]
+Read = Callable[[Piece, int, memoryview], None]
+"""``read(piece, offset, buffer)`` fills the buffer from byte ``offset`` of the piece's file."""
+ReadRows = Callable[[Piece, Iterable[int], memoryview], None]
+"""``rows(piece, offsets, buffer)``: as ``read``, of as many equal parts of the buffer as there are
+offsets. A request for each row of a column, so what a request costs besides is what matters."""
+
+
+def read_runs(
+    read: Read, piece: Piece, runs: Runs, out: Bytes, rows: ReadRows | None = None
+) -> None:
+    """Fill ``out`` with ``runs`` of the file that stores ``piece``, one after the other."""
+    requests = runs.coalesced()
+    share = len(out) // max(1, len(requests))
+    if rows is not None and requests.length == share and len(requests) > 1:
+        rows(piece, requests.offsets(), out.data)
+        return
+    for i, (offset, length) in enumerate(requests):
+        chunk = out[i * share : (i + 1) * share]
+        if length == share:
+            read(piece, offset, chunk.data)
+        else:
+            span = np.empty(length, np.uint8)
+            read(piece, offset, span.data)
+            _pick(span, runs, len(runs.outer) - len(requests.outer), chunk)
+
+
+def _pick(span: Bytes, runs: Runs, inner: int, out: Bytes) -> None:
+    """Copy the runs of the last ``inner`` dims out of the span that was read over them."""
+    dims = runs.outer[len(runs.outer) - inner :]
+    shape = (*(n for n, _ in dims), runs.length)
+    strides = (*(s for _, s in dims), 1)
+    view = np.lib.stride_tricks.as_strided(span, shape, strides, writeable=False)
+    out.reshape(shape)[...] = view
+
+
+# --- Scattering: a block that several targets share by columns, read straight into their memory
+
+_LEAST_BYTES = 1 << 10  # of a row: below, a copy by NumPy is as quick as the kernel's
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Where the bytes of a block lie and go.
+
+    Attributes:
+        source: which source of the move.
+        runs: its bytes in the source's file: one run.
+        num_rows: rows of the block, each cut alike.
+        parts: for each target in the order of a row: its number, where its bytes begin in
+            the target, and how many of a row it gets.
+    """
+
+    source: int
+    runs: Runs
+    num_rows: int
+    parts: tuple[tuple[int, int, int], ...]
+
+
+def scatter_of(move: Move, steps: Steps) -> Scatter | None:
+    """How a block can be scattered; None if it is not one run that is cut by columns."""
+    if len(steps.reads) != 1 or len(steps.writes) < 2 or steps.reads[0][1] != steps.block:
+        return None
+    source = steps.reads[0][0]
+    dim = _cut(steps.block, [part for _, part in steps.writes])
+    if move.forms[source] is not None or dim is None:
+        return None
+    stored, unit, shape = move.sources[source], move.unit_bytes, steps.block.shape
+    runs = byte_runs(
+        steps.block.within(stored), stored.shape, unit, move.pieces[source][0].offset
+    ).coalesced()
+    parts = []
+    for index, part in sorted(steps.writes, key=lambda write: write[1].start[dim]):
+        target = move.targets[index].box
+        there = byte_runs(part.within(target), target.shape, unit)
+        width = unit * prod(part.shape[dim:])
+        if there.outer or width < _LEAST_BYTES:
+            return None
+        parts.append((index, there.offset, width))
+    if runs.outer or runs.num_bytes != steps.block.size * unit:
+        return None
+    return Scatter(source, runs, prod(shape[:dim]), tuple(parts))
+
+
+def _cut(block: Box, parts: Sequence[Box]) -> int | None:
+    """The one dim along which ``parts``, side by side, are ``block``."""
+    one = parts[0]
+    cut = [d for d in range(len(block.start)) if one.shape[d] != block.shape[d]]
+    if len(cut) != 1:
+        return None
+    dim, at = cut[0], block.start[cut[0]]
+    for part in sorted(parts, key=lambda part: part.start[dim]):
+        wide = [d for d in range(len(block.start)) if d != dim and part.shape[d] != block.shape[d]]
+        if wide or part.start[dim] != at:
+            return None
+        at = part.stop[dim]
+    return dim if at == block.stop[dim] else None
+
+
+def places_of(scatter: Scatter, memory: Sequence[Bytes]) -> Places:
+    """The places to fill, where ``memory`` is what each target gets of the block."""
+    table = np.empty((scatter.num_rows, len(memory), 2), np.uint64)
+    rows = np.arange(scatter.num_rows, dtype=np.uint64)
+    for k, (data, (_, _, width)) in enumerate(zip(memory, scatter.parts, strict=True)):
+        table[:, k, 0] = data.ctypes.data + rows * np.uint64(width)
+        table[:, k, 1] = width
+    return Places(table, memory)

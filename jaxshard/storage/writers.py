@@ -1,0 +1,305 @@
+"""Writers of output files at their final offsets, from many threads.
+
+Every file's header is known from shapes, so files are laid out first and each shard
+goes straight to its place. The header itself is written when all else is there, so that
+no reader takes an unfinished file for a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ..core.garbage import paused
+from ..errors import LayoutError, NotFoundError, StorageError
+from ..formats.mindspore_ckpt import CRC_BYTES
+from ..formats.mindspore_ckpt_writer import crc_trailer
+from ..planning.bundles import Bundle
+from ..planning.copies import Move
+from ..planning.outputs import Entry, Outputs
+from ..planning.plan import Plan
+from .bundle_io import placed
+from .linux import reserve
+from .local import Handles
+from .shared_transaction import PartStaging
+from .transaction import FILES, Staging, staging_folder, told
+
+
+class FileLayout(Protocol):
+    """What a format says of one file: its bytes that are no tensor's, and each tensor's place."""
+
+    @property
+    def segments(self) -> Sequence[tuple[int, bytes]]:
+        """(offset, bytes) of everything that is not tensor data."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """The file's size."""
+        ...
+
+    def spans(self, name: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """(file offset, length) of bytes ``offset … offset + length`` of a tensor's data."""
+        ...
+
+
+LayFile = Callable[[Sequence[Entry]], FileLayout]
+Seal = Callable[[Path], None]
+
+_HELD_BYTES = 8 << 20  # the disk works while files are filled, and the fsync at the end is short
+
+
+class OutputFiles:
+    """The files of a plan, open for writing."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Staging | PartStaging,
+        lay_file: LayFile,
+        seal: Seal | None = None,
+    ) -> None:
+        outputs = plan.outputs
+        wanted = range(len(outputs.paths)) if plan.only is None else sorted(plan.only)
+        self._paths, self._staging = outputs.paths, staging
+        self._content_of = outputs.content_of
+        with paused():
+            self._layouts: Mapping[int, FileLayout] = {
+                c: lay_file(outputs.contents[c]) for c in {outputs.content_of[r] for r in wanted}
+            }
+        self._handles, self._seal = Handles(staging.files, os.O_WRONLY), seal
+        self._lock = threading.Lock()
+        sizes = outputs.rank_bytes()
+        self._left = {rank: sizes[rank] for rank in wanted}
+        self._held = dict.fromkeys(wanted, 0)  # written since the disk was last told to begin
+        for rank in wanted:
+            self._create(rank)
+        for rank in [r for r, left in self._left.items() if not left]:
+            self._finish(rank)
+
+    def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        """Store part of a target box in the file of every rank that wants it."""
+        return self.write_views(move, target, offset, (buffer,), len(buffer))
+
+    def write_views(
+        self, move: Move, target: int, offset: int, views: Sequence[memoryview], num_bytes: int
+    ) -> int:
+        """Store ``views``, which one after the other are part of a target box, likewise."""
+        ranks = move.targets[target].ranks
+        for rank in ranks:
+            path = self._paths[rank]
+            spans = self._layouts[self._content_of[rank]].spans(move.name, offset, num_bytes)
+            if len(spans) == 1:
+                self._handles.write_views(path, spans[0][0], views)
+            else:
+                joined = views[0] if len(views) == 1 else memoryview(b"".join(views))
+                done = 0
+                for at, length in spans:
+                    self._handles.write(path, at, joined[done : done + length])
+                    done += length
+            self._count(rank, num_bytes)
+        return len(ranks)
+
+    def write_bundle(self, bundle: Bundle, buffer: memoryview) -> int:
+        """Store small tensors in the file of every rank that wants them."""
+        known: dict[int, list[tuple[int, list[memoryview]]]] = {}  # ranks share contents
+        for rank in bundle.ranks:
+            content = self._content_of[rank]
+            if content not in known:
+                known[content] = placed(bundle, self._layouts[content].spans, buffer)
+            for offset, views in known[content]:
+                self._handles.write_views(self._paths[rank], offset, views)
+            self._count(rank, bundle.data_bytes)
+        return len(bundle.ranks)
+
+    def _count(self, rank: int, num_bytes: int) -> None:
+        """Note that ``num_bytes`` more of the file of ``rank`` are written."""
+        with self._lock:
+            self._left[rank] -= num_bytes
+            self._held[rank] += num_bytes
+            is_finished = not self._left[rank]
+            is_due = self._staging.durable and self._held[rank] >= _HELD_BYTES
+            if is_due:
+                self._held[rank] = 0
+        if is_finished:
+            self._finish(rank)
+        elif is_due:
+            self._handles.start_writing_back(self._paths[rank])
+
+    def close(self) -> None:
+        """Close all handles."""
+        self._handles.close()
+
+    def _create(self, rank: int) -> None:
+        layout = self._layouts[self._content_of[rank]]
+        path = self._staging.files / self._paths[rank]
+        with told(f"{path} cannot be made"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                reserve(file.fileno(), layout.num_bytes)
+
+    def _finish(self, rank: int) -> None:
+        path, layout = self._paths[rank], self._layouts[self._content_of[rank]]
+        for offset, data in layout.segments:
+            self._handles.write(path, offset, memoryview(data))
+        if self._seal:
+            self._seal(self._staging.files / path)
+        self._staging.finish(path, layout.num_bytes)
+
+
+# --- Sealing: what can be written only when all else of a file is there
+
+_BLOCK_BYTES = 8 << 20
+
+
+def append_crc(path: Path) -> None:
+    """Fill the room at the end of the ``.ckpt`` at ``path`` with the checksum of what precedes.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with told(f"{path} cannot be sealed"), open(path, "r+b") as file:
+        end = file.seek(0, 2) - CRC_BYTES
+        file.seek(0)
+        crc, left = 0, end
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            crc = zlib.crc32(block, crc)
+            left -= len(block)
+        file.seek(end)
+        file.write(crc_trailer(crc))
+
+
+# --- Shared writing: files that several processes fill together, each with bytes of its own
+
+SEEN_WITHIN_S = 60.0  # what a network file system may take to show a new folder to others
+
+
+def shared_folder(destination: Path, token: str) -> Path:
+    """Where the processes that share ``token`` write what becomes ``destination``."""
+    return staging_folder(destination) / f"{FILES}-{token}"
+
+
+def token_of(outputs: Iterable[Outputs]) -> str:
+    """A word for one attempt, in which others see whether they would lay out the same files."""
+    return f"{secrets.token_hex(8)}-{_digest(outputs)}"
+
+
+def check_alike(token: str, outputs: Iterable[Outputs], process: int) -> None:
+    """Refuse to write into files that process 0 has laid out otherwise.
+
+    Raises:
+        LayoutError: they lie otherwise.
+    """
+    if token.rpartition("-")[2] != _digest(outputs):
+        raise LayoutError(
+            f"process {process} would lay out other files than process 0 has. Give all processes "
+            "arrays of the same names, shapes and dtypes in the same order, and the same options."
+        )
+
+
+def _digest(outputs: Iterable[Outputs]) -> str:
+    digest = hashlib.sha256()
+    for files in outputs:
+        for content in files.contents:
+            told = [(e.tensor.name, e.tensor.dtype.name, e.shape) for e in content]
+            digest.update(repr(told).encode())
+        digest.update(repr((files.paths, files.content_of)).encode())
+    return digest.hexdigest()[:16]
+
+
+def wait_for(folder: Path, within_s: float, process: int) -> None:
+    """Wait until the folder that process 0 has made is seen here.
+
+    Raises:
+        StorageError: it is not: the hosts do not share that disk.
+    """
+    until = time.monotonic() + min(SEEN_WITHIN_S, within_s)
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            raise StorageError(
+                f"process {process} does not see {folder}, which process 0 has made. Save to a "
+                "disk that all hosts share, or give shared=False: each process then writes the "
+                "files of its own devices to its own disk."
+            )
+        time.sleep(0.05)
+
+
+def bring_in(staging: Staging, folder: Path) -> None:
+    """Make what all wrote into ``folder`` what ``staging`` publishes."""
+    with told(f"{folder} cannot be moved"):
+        os.rmdir(staging.files)
+        os.rename(folder, staging.files)
+
+
+class SharedFiles:
+    """The files of ``outputs`` below ``folder``."""
+
+    def __init__(self, outputs: Outputs, folder: Path, lay_file: LayFile) -> None:
+        self._outputs, self._folder = outputs, folder
+        self._layouts: list[FileLayout] = [lay_file(content) for content in outputs.contents]
+        self._handles = Handles(folder, os.O_WRONLY)
+        self._written: set[int] = set()
+        self._lock = threading.Lock()
+
+    def lay_out(self) -> None:
+        """Make all files, with all that is no tensor's; one process does, before the others write.
+
+        Raises:
+            StorageError: the disk is full or refuses.
+        """
+        for rank, path in enumerate(self._outputs.paths):
+            layout = self._layouts[self._outputs.content_of[rank]]
+            place = self._folder / path
+            with told(f"{place} cannot be made"):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with open(place, "wb") as file:
+                    file.truncate(layout.num_bytes)
+            for offset, data in layout.segments:
+                self._handles.write(path, offset, memoryview(data))
+            self._written.add(rank)
+
+    def write(self, rank: int, name: str, offset: int, data: memoryview) -> None:
+        """Store ``data`` from byte ``offset`` of what the file of ``rank`` holds of a tensor.
+
+        Raises:
+            StorageError: the disk is full or refuses.
+        """
+        layout, done = self._layouts[self._outputs.content_of[rank]], 0
+        for at, length in layout.spans(name, offset, len(data)):
+            try:
+                self._handles.write(self._outputs.paths[rank], at, data[done : done + length])
+            except NotFoundError:
+                raise StorageError(
+                    f"{self._folder} is gone: the others gave this save up before this process "
+                    "had written. Save again, with a longer timeout_s if this one is slower."
+                ) from None
+            done += length
+        if rank not in self._written:
+            with self._lock:
+                self._written.add(rank)
+
+    def sync(self) -> None:
+        """Wait until all that this process wrote is on the disk.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        for rank in sorted(self._written):
+            self._handles.sync(self._outputs.paths[rank])
+
+    def seal(self, seal: Callable[[Path], None]) -> None:
+        """Finish every file; one process does, when all have written."""
+        for rank, path in enumerate(self._outputs.paths):
+            seal(self._folder / path)
+            self._written.add(rank)
+
+    def close(self) -> None:
+        """Close all handles."""
+        self._handles.close()

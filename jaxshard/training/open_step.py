@@ -1,0 +1,263 @@
+"""Opening and examination of a step.
+
+A rank's folder holds many steps, and what a directory's strategy files say holds for the
+newest only; so a step is opened with its own files and its own strategy. The formats do
+the reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..conversion.open import open_checkpoint, open_strategy, strategy_of
+from ..conversion.select import refuse_lost
+from ..core.catalog import Catalog, File
+from ..core.layout import Layout
+from ..errors import CoverageError, FormatError, NotFoundError, StorageError
+from ..formats import huggingface, rank_folder
+from ..formats.reader import Folder, MemoryFolder
+from ..storage.checksum_file import Checksums, check_files
+from ..storage.local import LocalFolder
+from . import naming
+from .records import Record, is_strategy_file, kept_strategy
+from .run_directory import Places
+from .steps import Step, find_steps, of_one_job
+
+STATE_FOLDER = "training_state"  # in a complete checkpoint: all that is no weight
+
+
+class Chosen:
+    """Some of the files of a folder, as a format sees them."""
+
+    def __init__(self, folder: Folder, paths: Iterable[str]) -> None:
+        listed = folder.files()
+        self._folder = folder
+        self._files = {path: listed[path] for path in sorted(paths) if path in listed}
+
+    @property
+    def root(self) -> str:
+        """The folder they are in."""
+        return self._folder.root
+
+    def files(self) -> Mapping[str, File]:
+        """Those files."""
+        return self._files
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """As the folder does."""
+        return self._folder.read(path, offset, length)
+
+
+def open_step(
+    places: Places, record: Record | None, kind: str, paths: tuple[str, ...] = ()
+) -> Catalog:
+    """The catalog of a step, from headers only.
+
+    Args:
+        places: where it is.
+        record: what is known of it; None if somebody else saved it.
+        kind: its format.
+        paths: without a record: its files, or its folder, below ``places.steps``.
+
+    Raises:
+        FormatError: a file is not what it claims to be.
+        CoverageError: files contradict each other, or the strategy is missing.
+        NotFoundError: a file is missing.
+        StorageError: the disk refused.
+    """
+    if record:
+        head = f"{places.main}/" if places.main else ""
+        paths = tuple(u.removeprefix(head) for u in record.units if u.startswith(head))
+    if not paths:
+        raise FormatError(f"a step of {places.root} has no files.")
+    if kind == "ranks":
+        return _open_ranks(places, record, paths)
+    where = places.steps / paths[0]
+    if kind != "huggingface":
+        return open_checkpoint(where)
+    folder = LocalFolder(where)
+    try:
+        return _open_complete(folder)
+    finally:
+        folder.close()
+
+
+def _open_ranks(places: Places, record: Record | None, paths: tuple[str, ...]) -> Catalog:
+    layout = _layout(places, record, len(paths))
+    if record and layout.num_ranks != len(paths):
+        raise CoverageError(
+            f"step {record.step} has {len(paths)} rank files, but its strategy is one of "
+            f"{layout.num_ranks} ranks."
+        )
+    folder = LocalFolder(places.steps, paths)  # other steps' files may be on their way
+    try:
+        catalog = rank_folder.read(folder, layout)
+    finally:
+        folder.close()
+    refuse_lost(catalog)  # a step that lacks a stage is incomplete
+    return catalog
+
+
+def _layout(places: Places, record: Record | None, num_ranks: int) -> Layout:
+    if record and record.strategy:
+        return strategy_of(_kept_strategy(places, record.strategy, num_ranks))
+    for place in places.strategies:
+        if place.is_dir():
+            return open_strategy(place)
+    raise CoverageError(
+        f"{places.root} has no {naming.STRATEGY}/ folder, so nothing says which part of a tensor "
+        "each rank holds. Put the strategy files there."
+    )
+
+
+def _kept_strategy(places: Places, kept: str, num_ranks: int) -> Folder:
+    """The strategy files that a step was saved with, as they were.
+
+    They are kept by content, so what is damaged is known; and the newest layout's files lie
+    in the open as well. Foreign files in both folders are ignored.
+    """
+    for place in (places.root / kept, places.root / naming.STRATEGY):
+        try:
+            names = [p for p in place.iterdir() if is_strategy_file(p.name) and p.is_file()]
+            held = {path.name: path.read_bytes() for path in names}
+        except OSError:
+            continue
+        files = kept_strategy(held, kept, num_ranks)
+        if files is not None:
+            return MemoryFolder(files, str(place))
+    raise FormatError(
+        f"the strategy files of {kept} are missing or damaged, so nothing says for certain which "
+        "part of a tensor each rank holds."
+    )
+
+
+def _open_complete(folder: LocalFolder) -> Catalog:
+    """The weights of a Hugging Face folder, and the rest of the state beside them."""
+    listed = folder.files()
+    below = [p for p in listed if p.startswith(f"{STATE_FOLDER}/")]
+    found: Catalog | None = None
+    if any("/" not in p and p.endswith(".safetensors") for p in listed):
+        found = huggingface.read(Chosen(folder, [p for p in listed if "/" not in p]))
+    if not below:
+        if found is None:
+            raise NotFoundError(f"{folder.root} has no weight files.")
+        return found
+    inner = LocalFolder(Path(folder.root) / STATE_FOLDER)
+    try:
+        rest = huggingface.read(inner)
+    finally:
+        inner.close()
+    rest = replace(
+        rest, files=tuple(replace(f, path=f"{STATE_FOLDER}/{f.path}") for f in rest.files)
+    )
+    if found is None:
+        return replace(rest, root=folder.root)
+    return _together(found, rest)
+
+
+def _together(a: Catalog, b: Catalog) -> Catalog:
+    """One catalog of two, below one root."""
+    twice = a.tensors.keys() & b.tensors.keys()
+    if twice:
+        raise CoverageError(f"{min(twice)} of {a.root} is stored both as weight and as state.")
+    shift = len(a.files)
+    moved = {
+        t.name: replace(t, pieces=tuple(replace(p, file=p.file + shift) for p in t.pieces))
+        for t in b.tensors.values()
+    }
+    return replace(
+        a, files=(*a.files, *b.files), tensors={**a.tensors, **moved}, hyper=a.hyper | b.hyper
+    )
+
+
+# --- Examining: a closer look at a step: its headers, and every byte if asked
+
+
+def examine(
+    places: Places,
+    step: Step,
+    *,
+    deep: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Step:
+    """``step`` with the state that its headers tell, and with ``deep`` its bytes.
+
+    Raises:
+        LayoutError: no package here computes its checksums.
+    """
+    if step.state != "complete":
+        return step
+    try:
+        if deep and step.record:
+            check_sums(places, step.record, workers=workers, progress=progress)
+        open_step(places, step.record, step.format, step.paths)
+    except (CoverageError, NotFoundError) as error:
+        return replace(step, state="incomplete", reason=str(error))
+    except (FormatError, StorageError) as error:
+        return replace(step, state="corrupt", reason=str(error))
+    return step
+
+
+def examine_all(
+    places: Places,
+    steps: Iterable[Step],
+    *,
+    deep: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Step]:
+    """``steps``, each as ``examine`` finds it, but for those that went meanwhile.
+
+    Raises:
+        LayoutError: no package here computes the checksums.
+        StorageError: the directory cannot be listed.
+    """
+    before = list(steps)
+    after = [
+        examine(places, step, deep=deep, workers=workers, progress=progress) for step in before
+    ]
+    if all(a.state == b.state for a, b in zip(after, before, strict=True)):
+        return after
+    there = {step.identity for step in find_steps(places)}
+    pairs = zip(after, before, strict=True)
+    return [a for a, b in pairs if a.state == b.state or b.identity in there]
+
+
+def newest_good(places: Places, prefix: str = "") -> Step | None:
+    """The step that the job of ``prefix`` goes on from, by headers; None if there is none.
+
+    The directory is listed again after a step that is not good: retention may have removed it.
+
+    Raises:
+        LayoutError: there are steps of several other jobs.
+        StorageError: the directory cannot be listed.
+    """
+    tried: set[object] = set()
+    while True:
+        steps = of_one_job(find_steps(places), prefix)
+        step = next((s for s in reversed(steps) if s.identity not in tried), None)
+        if step is None or (found := examine(places, step)).state == "complete":
+            return found if step else None
+        tried.add(step.identity)
+
+
+def check_sums(
+    places: Places,
+    record: Record,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Read every byte of a step and compare the checksums.
+
+    Raises:
+        FormatError: a file is not what was saved.
+        StorageError: the disk refused.
+        NotFoundError: a file is missing.
+        LayoutError: no package here computes the checksums.
+    """
+    checksums = Checksums(record.algorithm, record.files)
+    check_files(places.root, checksums, workers=workers, progress=progress)

@@ -1,0 +1,294 @@
+"""Policies: when to save, which steps to keep, and the data position.
+
+    maybe_save(40)   began      saved     40 is on the disk: not due again
+    maybe_save(40)   began      failed    40 counts as never begun: due again
+    restore → 30                          30 is on the disk, and the steps after it are due again
+
+This module reads no clock: the time is given to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import LayoutError
+from .naming import StepName
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """When to save.
+
+    Attributes:
+        every_steps: save steps that this divides; 0 for never.
+        every_seconds: save once this time has passed since the last save; 0 for never.
+
+    >>> Cadence(every_steps=10).is_due(20, now=0.0, last_step=10, last_time=0.0)
+    True
+    >>> Cadence(every_seconds=60).is_due(21, now=59.0, last_step=20, last_time=0.0)
+    False
+    """
+
+    every_steps: int = 0
+    every_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or not self.every_seconds >= 0:
+            raise LayoutError(
+                f"save every {self.every_steps} steps or {self.every_seconds} seconds: neither "
+                "may be negative. Give 0 for never."
+            )
+
+    def is_due(self, step: int, *, now: float, last_step: int | None, last_time: float) -> bool:
+        """Whether ``step`` should be saved, given when the last one was (or saving began)."""
+        if step == last_step:
+            return False  # the last step of an epoch and of the run are often the same
+        by_steps = self.every_steps > 0 and step % self.every_steps == 0
+        by_seconds = self.every_seconds > 0 and now - last_time >= self.every_seconds
+        return by_steps or by_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A save: its step, and when it began; None for a state that no step holds."""
+
+    step: int | None
+    time: float
+
+
+class Schedule:
+    """Decides when a run saves, from what is saved and good, not from what was last tried.
+
+    ``ended`` may be called by the thread that saves in the background. All processes of a job
+    make the same calls in the same order, but see a background save end at different times:
+    only where ``step == tried`` can that change the answer of ``is_due``.
+
+    Attributes:
+        tried: the step that was last begun or restored.
+    """
+
+    def __init__(self, cadence: Cadence, now: float) -> None:
+        self._cadence = cadence
+        self._saved = Mark(None, now)
+        self._begun: Mark | None = None  # on its way to the disk
+        self.tried: int | None = None
+
+    @property
+    def never_saves(self) -> bool:
+        """Whether no step is ever due."""
+        return self._cadence == Cadence()
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the clock counts, which differs between processes."""
+        return self._cadence.every_seconds > 0
+
+    def is_due(self, step: int, now: float) -> bool:
+        """Whether ``step`` should be saved now."""
+        self._reach(step)
+        last = self._begun or self._saved
+        return self._cadence.is_due(step, now=now, last_step=last.step, last_time=last.time)
+
+    def began(self, step: int, now: float) -> None:
+        """Count ``step`` as saved until ``ended`` reports otherwise."""
+        self._reach(step)
+        self._begun, self.tried = Mark(step, now), step
+
+    def ended(self, *, saved: bool) -> None:
+        """Record how the save that began last has ended."""
+        begun = self._begun
+        if saved and begun is not None:
+            self._saved = begun
+        self._begun = None
+
+    def restored(self, step: int | None, now: float) -> None:
+        """Record that the run goes on from ``step``; None if no step holds all of its state.
+
+        Then what is not saved yet is as old as before.
+        """
+        time = now if step is not None else self._saved.time
+        self._saved, self._begun, self.tried = Mark(step, time), None, step
+
+    def _reach(self, step: int) -> None:
+        """Forget steps beyond ``step``: the loop went back without ``restore``."""
+        if self.tried is None or step >= self.tried:
+            return
+        self._saved, self.tried = replace(self._saved, step=None), None
+        if self._begun is not None:
+            self._begun = replace(self._begun, step=None)
+
+
+# --- Retention: which steps may go
+
+
+def expired(
+    past: Mapping[StepName, int],
+    left: Mapping[StepName, int],
+    *,
+    keep_max: int = 0,
+    keep_every: int = 0,
+) -> tuple[StepName, ...]:
+    """The steps that may be removed now that the last of ``past`` is whole.
+
+    Steps of a run that was left behind by going back to an earlier one neither count nor go
+    until the new run has come further than they; then they are the oldest. The step just saved
+    never goes.
+
+    Args:
+        past: the step just saved, last, and before it those that it grew from, oldest first;
+            all whole, with their numbers in the whole run.
+        left: the other whole steps, oldest first.
+        keep_max: how many of the newest to keep; 0 for all.
+        keep_every: keep steps that this divides for good; 0 for none.
+
+    >>> steps = {StepName(1, n): n for n in (10, 20, 30, 40)}
+    >>> expired(steps, {}, keep_max=2, keep_every=20)
+    (StepName(epoch=1, step=10, task=0),)
+    """
+    if not keep_max or not past:
+        return ()
+    reached = list(past.values())[-1]
+    numbers = {**left, **past}
+    counted = [*(step for step in left if left[step] <= reached), *past]
+    return tuple(s for s in counted[:-keep_max] if not keep_every or numbers[s] % keep_every)
+
+
+# --- Lineage: which steps the newest one grew from, and which were left behind
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Where a save stands among all those of a directory.
+
+    Attributes:
+        order: 1 for the first; 0 where nobody counted.
+        left: first and last of the orders that it did not grow from.
+    """
+
+    order: int = 0
+    left: tuple[tuple[int, int], ...] = ()
+
+    def grew_from(self, order: int) -> bool:
+        """Whether the save of that order is this one's past, or itself.
+
+        >>> [Line(4, ((3, 3),)).grew_from(n) for n in (1, 2, 3, 4, 5)]
+        [True, True, False, True, False]
+        """
+        return order <= self.order and not any(a <= order <= b for a, b in self.left)
+
+
+def following(after: Line | None, newest: int) -> Line:
+    """The line of a save that grows from ``after``, where ``newest`` is the largest order so far.
+
+    >>> following(Line(2), newest=3)
+    Line(order=4, left=((3, 3),))
+    >>> following(Line(4, ((3, 3),)), newest=4)
+    Line(order=5, left=((3, 3),))
+    >>> following(None, newest=4)
+    Line(order=5, left=((1, 4),))
+    """
+    before = after or Line()
+    newest = max(newest, before.order)
+    skipped = ((before.order + 1, newest),) if before.order < newest else ()
+    return Line(newest + 1, before.left + skipped)
+
+
+# --- Progress: where a run resumes when the batch size or the data has changed
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run had come, as its checkpoint says.
+
+    Attributes:
+        epoch_num: the epoch it was in, from 1.
+        step_num: steps of the whole run.
+        global_step: the optimizer's own count of them.
+        global_batch_size: samples in each step; None if it was not recorded.
+    """
+
+    epoch_num: int
+    step_num: int
+    global_step: int
+    global_batch_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """Where to go on.
+
+    Attributes:
+        initial_epoch: epochs that are done, so the number to begin counting from.
+        initial_step: steps that are done, in steps of the new batch size.
+        global_step: the same for the optimizer's own count.
+        data_skip_steps: batches of the data to pass over.
+    """
+
+    initial_epoch: int
+    initial_step: int
+    global_step: int
+    data_skip_steps: int
+
+
+def resume_point(
+    saved: Progress,
+    *,
+    global_batch_size: int | None = None,
+    steps_per_epoch: int | None = None,
+    sink_mode: bool = False,
+    ignore_data_skip: bool = False,
+    data_skip_steps: int | None = None,
+) -> ResumePoint:
+    """Where a run that had come to ``saved`` goes on.
+
+    Args:
+        saved: what the checkpoint says.
+        global_batch_size: of the run that resumes; by default as before.
+        steps_per_epoch: of the run that resumes; without it no epoch is broken off.
+        sink_mode: epochs count as MindFormers does when it feeds data in sinks: scaled like
+            steps, and not set back by an epoch that was broken off.
+        ignore_data_skip: read the data from its start.
+        data_skip_steps: pass over so many batches, instead of those of ``saved``. They are
+            batches of the new size.
+
+    Raises:
+        LayoutError: a number is negative, or a batch has no samples.
+
+    >>> resume_point(Progress(4, 40, 40, 16), global_batch_size=32, sink_mode=True)
+    ResumePoint(initial_epoch=2, initial_step=20, global_step=20, data_skip_steps=20)
+    """
+    before = saved.global_batch_size
+    now = global_batch_size if global_batch_size is not None else before
+    _check(saved, now, steps_per_epoch, data_skip_steps)
+
+    def scaled(steps: int) -> int:
+        # whole numbers: 49 * (1 / 49) is less than 1 in floating point, and would lose a step
+        return steps * before // now if before and now else steps
+
+    initial_step = scaled(saved.step_num)
+    if sink_mode:
+        initial_epoch = scaled(saved.epoch_num)
+    else:
+        broken_off = bool(steps_per_epoch and initial_step % steps_per_epoch)
+        initial_epoch = saved.epoch_num - broken_off
+    skip = initial_step if data_skip_steps is None else data_skip_steps
+    return ResumePoint(
+        initial_epoch, initial_step, scaled(saved.global_step), 0 if ignore_data_skip else skip
+    )
+
+
+def _check(
+    saved: Progress, batch: int | None, steps_per_epoch: int | None, skip: int | None
+) -> None:
+    for name, value, least in (
+        ("epoch_num", saved.epoch_num, 0),
+        ("step_num", saved.step_num, 0),
+        ("global_step", saved.global_step, 0),
+        ("the saved global_batch_size", saved.global_batch_size, 1),
+        ("global_batch_size", batch, 1),
+        ("steps_per_epoch", steps_per_epoch, 1),
+        ("data_skip_steps", skip, 0),
+    ):
+        if value is not None and value < least:
+            raise LayoutError(f"{name} is {value}; it must be {least} or more.")

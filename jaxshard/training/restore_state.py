@@ -1,0 +1,453 @@
+"""Filling a target state from a checkpoint's tensors.
+
+Leaves that are arrays on devices, or describe them, are loaded where they are to lie (see
+``laying``); NumPy's and Python's numbers are read on the host. Every complaint about names,
+shapes and dtypes is made at once, before a byte is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from numpy.typing import NDArray
+
+from .. import rules as family_rules
+from ..conversion.targets import lay_out_for
+from ..core.box import Box
+from ..core.catalog import Catalog, Tensor, groups
+from ..core.layout import Layout
+from ..core.notes import log_notes
+from ..core.numpy_dtypes import numpy_dtype
+from ..core.strategy import Strategy
+from ..devices.mesh import rank_devices, shardings
+from ..devices.pytree import is_key, keys_of
+from ..errors import LayoutError, NotFoundError, nearest, some
+from ..formats.training_scalars import NAMES
+from ..loader import load_opened
+from ..loader.make_arrays import keeping_64_bits
+from ..loader.shard_memory import Bytes, aligned_empty
+from ..planning.copies import Move, move_into
+from ..storage.engine import run
+from ..storage.readers import open_source
+from ..storage.resources import budget_for, default_budget
+from .state import (
+    LARGE_ELEMENTS,
+    Leaf,
+    Role,
+    Roles,
+    State,
+    as_array,
+    ending,
+    is_optimizer_name,
+    one_of,
+    take_apart,
+)
+
+_log = logging.getLogger("jaxshard.training")
+
+
+def is_on_devices(leaf: Leaf) -> bool:
+    """Whether a leaf is an array of JAX's, or describes one."""
+    return isinstance(leaf.value, jax.Array | jax.ShapeDtypeStruct)
+
+
+def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    """What is stored for a leaf, and where it is to lie if the leaf says."""
+    value = leaf.value
+    if not is_on_devices(leaf):
+        array = as_array(value)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+    sharding = getattr(value, "sharding", None)
+    if is_key(value):
+        return keys_of(value).data
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+
+def placed(
+    catalog: Catalog,
+    leaves: Sequence[Leaf],
+    strategy: str | Strategy | None,
+    rules: family_rules.Rules | None,
+    devices: Sequence[jax.Device] | None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is to lie where, by name; leaves that are not in it are loose.
+
+    Raises:
+        LayoutError: a leaf does not say where, or the strategy does not fit.
+    """
+    structs = {leaf.name: struct_of(leaf) for leaf in leaves if not _is_loose(leaf, strategy)}
+    if not structs:
+        return {}  # and a state of NumPy's arrays wakes no device
+    if strategy is None:
+        return _as_they_say(structs, devices)
+    like = {leaf.name: leaf.like for leaf in leaves if leaf.like}
+    names = structs.keys() | {w for n, w in like.items() if n in structs and w in catalog.tensors}
+    chosen = replace(catalog, tensors={n: catalog.tensors[n] for n in names})
+    found = by_strategy(chosen, like, strategy, rules, devices)
+    return {
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=found[name])
+        for name, s in structs.items()
+    }
+
+
+def by_strategy(
+    catalog: Catalog,
+    like: Mapping[str, str],
+    strategy: str | Strategy,
+    rules: family_rules.Rules | None,
+    devices: Sequence[jax.Device] | None,
+) -> dict[str, NamedSharding]:
+    """The sharding of every tensor of ``catalog``; see ``lay_out``.
+
+    Raises:
+        LayoutError: the strategy does not fit.
+    """
+    strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    rest = _untold(catalog) - _alike(catalog, like).keys()
+    large = sorted(n for n in rest if prod(catalog.tensors[n].shape) > LARGE_ELEMENTS)
+    if large:
+        _log.warning(
+            "%d tensors follow no rule and no weight, and are whole on every device: %s. Give the "
+            "target's leaves shardings to have them cut.",
+            len(large),
+            some(large),
+        )
+    told = replace(catalog, hyper=catalog.hyper | rest)
+    layout = lay_out(told, like, strategy, rules)
+    log_notes(str(strategy), layout.notes)
+    return dict(shardings(layout, rank_devices(strategy, devices), catalog.tensors))
+
+
+def lay_out(
+    catalog: Catalog,
+    like: Mapping[str, str],
+    strategy: Strategy,
+    rules: family_rules.Rules | None,
+) -> Layout:
+    """The layout of a state under ``strategy``; a tensor that is ``like`` a weight lies as it.
+
+    Raises:
+        LayoutError: names without a rule, or dims that do not divide.
+    """
+    alike = _alike(catalog, like)
+    told = {n: t for n, t in catalog.tensors.items() if n not in alike}
+    layout = lay_out_for(
+        replace(catalog, tensors=told, hyper=catalog.hyper & told.keys()), strategy, rules
+    )
+    more = {name: layout.placements[weight] for name, weight in alike.items()}
+    return replace(layout, placements={**layout.placements, **more})
+
+
+def roles_by_name(catalog: Catalog) -> dict[str, Role]:
+    """What each tensor is for, as far as names and shapes tell."""
+
+    def role(tensor: Tensor) -> Role:
+        if is_optimizer_name(tensor.name):
+            return "optimizer"
+        is_small = prod(tensor.shape) <= LARGE_ELEMENTS and tensor.dtype.name[0] not in "FB"
+        is_rest = tensor.name in catalog.hyper or tensor.name in NAMES or is_small
+        return "rest" if is_rest or tensor.shape == () else "weights"
+
+    return {name: role(tensor) for name, tensor in catalog.tensors.items()}
+
+
+def likes_by_name(catalog: Catalog) -> dict[str, str]:
+    """For what is kept for a weight, the weight, as far as names tell."""
+    roles = roles_by_name(catalog)
+    weights = {name for name, role in roles.items() if role == "weights"}
+    found = {name: ending(name, weights) for name, role in roles.items() if role != "weights"}
+    return {name: weight for name, weight in found.items() if weight}
+
+
+def _alike(catalog: Catalog, like: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``like`` whose weight is there and has their shape: Adafactor's factors have not."""
+    tensors = catalog.tensors
+    return {
+        name: weight
+        for name, weight in like.items()
+        if name in tensors and weight in tensors and tensors[name].shape == tensors[weight].shape
+    }
+
+
+def _untold(catalog: Catalog) -> frozenset[str]:
+    """The rest of a state, which no rule speaks of, told from weights."""
+    return (catalog.hyper & catalog.tensors.keys()) | {
+        t.name
+        for t in catalog.tensors.values()
+        if t.shape == () or t.name.startswith("opt_state.") or t.dtype.name[0] not in "FB"
+    }
+
+
+def _is_loose(leaf: Leaf, strategy: object) -> bool:
+    value = leaf.value
+    if isinstance(value, jax.Array):
+        if value.committed or len(value.sharding.device_set) > 1:
+            return False
+    elif getattr(value, "sharding", None) is not None:
+        return False
+    return _is_number(leaf) or (strategy is None and isinstance(value, jax.Array))
+
+
+def _is_number(leaf: Leaf) -> bool:
+    size = prod(struct_of(leaf).shape)
+    return size == 1 or (leaf.role != "weights" and not leaf.like and size <= LARGE_ELEMENTS)
+
+
+def _as_they_say(
+    structs: Mapping[str, jax.ShapeDtypeStruct], devices: Sequence[jax.Device] | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    unsaid = [name for name, s in structs.items() if s.sharding is None]
+    there = devices or jax.devices()
+    if unsaid and len(there) > 1:
+        raise LayoutError(
+            f"{len(unsaid)} leaves of the target say nothing of where they are to lie, and there "
+            f"are {len(there)} devices: {some(unsaid)}. Give strategy=, or arrays or "
+            "jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+        )
+    lone = SingleDeviceSharding(there[0])
+    return {
+        name: s if s.sharding is not None else jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=lone)
+        for name, s in structs.items()
+    }
+
+
+# --- Filling: the leaves of a target from the tensors of a catalog
+
+Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
+
+_ROLES: Mapping[str, tuple[Role, ...]] = {
+    "all": ("weights", "optimizer", "rest"),
+    "weights": ("weights",),
+    "optimizer": ("optimizer",),
+    "no_optimizer": ("weights", "rest"),
+}
+_LARGE_BYTES = 1 << 20  # below it, starting threads costs more than reading
+
+
+@dataclass(frozen=True)
+class Where:
+    """How a state is laid out and called, where its own leaves do not say.
+
+    Attributes:
+        strategy: by which leaves without a sharding are laid out.
+        rules: layout rules that go before the family's.
+        devices: the device of each rank.
+        roles: where a state's weights and its optimizer's state are.
+        rename: the names of weights in files.
+        strict: refuse leaves that the step has not, and tensors that the target has not.
+    """
+
+    strategy: str | Strategy | None = None
+    rules: family_rules.Rules | None = None
+    devices: Sequence[jax.Device] | None = None
+    roles: Roles = Roles()  # noqa: RUF009 - frozen
+    rename: Callable[[str], str] | None = None
+    strict: bool = True
+    workers: int | None = None
+    host_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What is to be read into a target, whose request is known to be right.
+
+    Attributes:
+        structs: what is loaded onto devices, and where it lies.
+        state: the target taken apart; None for arrays by name.
+        found: the leaves that the step has.
+    """
+
+    catalog: Catalog
+    where: Where
+    structs: Mapping[str, jax.ShapeDtypeStruct]
+    state: State | None = None
+    found: Sequence[Leaf] = ()
+
+    def read(self) -> Any:
+        """The target with its leaves as they are in the catalog, or arrays by name.
+
+        Raises:
+            LayoutError: the target does not fit the devices.
+            NotFoundError: a file is missing.
+            FormatError, CoverageError, StorageError: as ``load``.
+        """
+        catalog, where = self.catalog, self.where
+        if self.state is None:
+            return dict(_on_devices(catalog, self.structs, where))
+        ours = [leaf.name for leaf in self.found if is_on_devices(leaf)]
+        arrays = {
+            **_on_devices(catalog, self.structs, where),
+            **_loose(catalog, [name for name in ours if name not in self.structs], where),
+        }
+        others = [leaf.name for leaf in self.found if not is_on_devices(leaf)]
+        values = _on_host(catalog, others, where)
+        names = {leaf.name for leaf in self.found}
+        return self.state.build(
+            [
+                _as_was(leaf, arrays.get(leaf.name), values.get(leaf.name))
+                if leaf.name in names
+                else leaf.value
+                for leaf in self.state.leaves
+            ]
+        )
+
+
+def filling(catalog: Catalog, target: Any, where: Where, parts: Parts = "all") -> Filling:
+    """How the leaves of ``target`` are filled from ``catalog``; nothing is read yet.
+
+    Raises:
+        NotFoundError: names are missing on either side.
+        LayoutError: shapes or dtypes differ, or the target does not fit the devices.
+    """
+    one_of("parts", parts, get_args(Parts))
+    if isinstance(target, str | Strategy):
+        return Filling(catalog, where, _by_name(catalog, target, where, parts))
+    state = take_apart(target, where.roles, where.rename)
+    wanted = [leaf for leaf in state.leaves if leaf.role in _ROLES[parts]]
+    found = _check(catalog, wanted, where.strict, parts)
+    ours = [leaf for leaf in found if is_on_devices(leaf)]
+    structs = placed(catalog, ours, where.strategy, where.rules, where.devices)
+    return Filling(catalog, where, structs, state, found)
+
+
+def _by_name(
+    catalog: Catalog, strategy: str | Strategy, where: Where, parts: Parts
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The tensors of ``parts`` by name, and where they lie."""
+    roles = roles_by_name(catalog)
+    like = likes_by_name(catalog)
+    lies = by_strategy(catalog, like, strategy, where.rules, where.devices)
+    return {
+        name: jax.ShapeDtypeStruct(t.shape, numpy_dtype(t.dtype), sharding=lies[name])
+        for name, t in catalog.tensors.items()
+        if roles[name] in _ROLES[parts]
+    }
+
+
+def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> list[Leaf]:
+    """The leaves that the step has; everything that does not fit is told at once."""
+    missing = [leaf for leaf in wanted if leaf.name not in catalog.tensors]
+    if missing and (strict or any(isinstance(m.value, jax.ShapeDtypeStruct) for m in missing)):
+        names = [leaf.name for leaf in missing]
+        raise NotFoundError(
+            f"{len(names)} leaves of the target are not in the step: {some(names)}."
+            f"{nearest(names[0], catalog.tensors)} Restore weights only with parts='weights', or "
+            "what is there with strict=False."
+        )
+    over = _left_over(catalog, {leaf.name for leaf in wanted}, parts)
+    if over and strict:
+        raise NotFoundError(
+            f"{len(over)} tensors of the step are not in the target: {some(over)}. They would be "
+            "lost; give a target that has them, or strict=False."
+        )
+    found = [leaf for leaf in wanted if leaf.name in catalog.tensors]
+    wrong = [why for leaf in found if (why := _misfit(leaf, catalog.tensors[leaf.name]))]
+    if wrong:
+        raise LayoutError(f"{len(wrong)} leaves do not fit the step: {some(wrong)}.")
+    return found
+
+
+def _left_over(catalog: Catalog, wanted: set[str], parts: str) -> list[str]:
+    """Tensors that nobody asked for and somebody would miss."""
+    over = [n for n in catalog.tensors if n not in wanted and n not in NAMES]
+    if parts == "all":
+        return over
+    if parts == "optimizer":
+        return [n for n in over if is_optimizer_name(n)]
+    lost = [n for n in over if not is_optimizer_name(n)]
+    return [n for n in lost if n not in catalog.hyper and catalog.tensors[n].shape]
+
+
+def _misfit(leaf: Leaf, tensor: Tensor) -> str:
+    struct = struct_of(leaf)
+    stored = numpy_dtype(tensor.dtype)
+    if tuple(struct.shape) != tensor.shape:
+        return f"{leaf.path} has shape {tuple(struct.shape)}, saved was {tensor.shape}"
+    plain = isinstance(leaf.value, bool | int | float)
+    if not plain and struct.dtype != stored:
+        return f"{leaf.path} is {struct.dtype}, saved was {stored}"
+    return ""
+
+
+def _on_devices(
+    catalog: Catalog, structs: Mapping[str, jax.ShapeDtypeStruct], where: Where
+) -> Mapping[str, jax.Array]:
+    if not structs:
+        return {}
+    tensors = {n: catalog.tensors[n] for n in structs}
+    chosen = replace(catalog, tensors=tensors, notes=())  # the manager logs them, with the step
+    found: Mapping[str, jax.Array] = load_opened(
+        chosen, dict(structs), workers=where.workers, host_bytes=where.host_bytes
+    )
+    return found
+
+
+def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, jax.Array]:
+    """Arrays that lie on JAX's default device and may go to any other.
+
+    ``load`` makes arrays that stay where they are; only ``device_put`` without a device does not.
+    """
+    found = {}
+    sizes = {name: catalog.tensors[name].num_bytes for name in names}
+    in_flight = default_budget() if where.host_bytes is None else where.host_bytes
+    for batch in groups(sizes, in_flight):
+        values = _on_host(catalog, batch, where, allocate=aligned_empty)
+        for name, value in values.items():
+            with keeping_64_bits(value.itemsize):
+                found[name] = jax.device_put(value)
+        jax.block_until_ready([found[name] for name in batch])  # their host memory is free now
+    return found
+
+
+def _empty(num_bytes: int) -> Bytes:
+    return np.empty(num_bytes, np.uint8)
+
+
+def _on_host(
+    catalog: Catalog,
+    names: Sequence[str],
+    where: Where,
+    allocate: Callable[[int], Bytes] = _empty,
+) -> dict[str, NDArray[np.generic]]:
+    """Whole tensors in memory of their own."""
+    if not names:
+        return {}
+    tensors = [catalog.tensors[name] for name in names]
+    out = {tensor.name: allocate(tensor.num_bytes) for tensor in tensors}
+
+    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        out[move.name][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
+        return 1
+
+    moves = [move_into(t, {Box.whole(t.shape): (0,)}) for t in tensors if t.num_bytes]
+    large = sum(t.num_bytes for t in tensors) > _LARGE_BYTES
+    budget = budget_for(where.host_bytes, where.workers if large else 1)
+    files = open_source(catalog)
+    try:
+        files.check_checksums(piece.file for tensor in tensors for piece in tensor.pieces)
+        run(moves, files.read, write, budget=budget)
+        files.check_unchanged()
+    finally:
+        files.close()
+    return {t.name: out[t.name].view(numpy_dtype(t.dtype)).reshape(t.shape) for t in tensors}
+
+
+def _as_was(leaf: Leaf, array: jax.Array | None, value: NDArray[np.generic] | None) -> Any:
+    """What was stored for a leaf as the kind of leaf it was."""
+    if array is not None:
+        if not is_key(leaf.value):
+            return array
+        return jax.random.wrap_key_data(array, impl=keys_of(leaf.value).generator)
+    assert value is not None
+    if isinstance(leaf.value, bool | int | float):
+        return type(leaf.value)(value[()])
+    if isinstance(leaf.value, np.generic):
+        return value[()]
+    return value

@@ -1,0 +1,281 @@
+"""The run directory: paths, locks and small files.
+
+    output/checkpoint …, output/strategy      what others read: see ``naming``
+    output/.jaxshard/1_10.json                the record of a step: see ``records``
+    output/.jaxshard/1_10.saving/             a step on its way, as it will lie in ``output``
+    output/.jaxshard/strategy-5e1f…/          who held what, one folder for each layout
+    output/.jaxshard/removed/                 what is being deleted
+
+The folder of our own is hidden, and every reader passes it by. What else lies in it is not ours:
+it is neither read nor removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FormatError, StorageError
+from ..storage.fs import fsync_dir, write_file_atomic
+from . import naming, records
+from .naming import StepName
+from .records import Record
+
+_OURS = re.compile(r"rank_\d+|iteration_\d+")
+WAIT_S = 10.0  # for another writer: the job before may be about to end
+_POLL_S = 0.02
+_READER = b"a reader that tidies up"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """A run's directory.
+
+    Attributes:
+        root: what paths in records are relative to.
+        main: the folder with the steps, below ``root``; empty where a folder of steps that
+            somebody else wrote was named itself.
+    """
+
+    root: Path
+    main: str = naming.CHECKPOINT
+
+    @classmethod
+    def of(cls, directory: str | os.PathLike[str]) -> Places:
+        """The places of ``directory``: the run's, or its ``checkpoint`` folder."""
+        root = Path(os.path.abspath(directory))
+        if (root / naming.CHECKPOINT).is_dir() or (root / records.FOLDER).is_dir():
+            return cls(root)
+        if root.name == naming.CHECKPOINT and (root.parent / records.FOLDER).is_dir():
+            return cls(root.parent)
+        with suppress(OSError):
+            if any(map(_OURS.fullmatch, os.listdir(root))):
+                return cls(root, "")
+        return cls(root)
+
+    @property
+    def steps(self) -> Path:
+        """The folder that holds the steps."""
+        return self.root / self.main
+
+    @property
+    def own(self) -> Path:
+        """Our own folder."""
+        return self.root / records.FOLDER
+
+    def record(self, step: StepName, state: str = records.WHOLE) -> Path:
+        """The record of ``step`` in a state."""
+        return self.own / f"{step}{state}"
+
+    def staging(self, step: StepName) -> Path:
+        """Where ``step`` lies before it is put in place."""
+        return self.own / f"{step}.saving"
+
+    @property
+    def strategies(self) -> tuple[Path, ...]:
+        """Where the strategy files of a run without records may lie."""
+        return (self.root / naming.STRATEGY, self.steps / naming.STRATEGY) + (
+            () if self.main else (self.root.parent / naming.STRATEGY,)
+        )
+
+
+def names_in(places: Places, ending: str) -> list[StepName]:
+    """The steps of the entries of our own folder that end in ``ending``; foreign ones are ignored.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    try:
+        entries = os.listdir(places.own)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    stems = (entry.removesuffix(ending) for entry in entries if entry.endswith(ending))
+    found = ((stem, naming.parse_step(stem)) for stem in stems)
+    return sorted(step for stem, step in found if step and str(step) == stem)
+
+
+def read_record(places: Places, step: StepName, state: str = records.WHOLE) -> Record:
+    """The record of ``step`` in a state.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FormatError: it is damaged, or another step's.
+        Unreadable: the disk refuses to read it.
+    """
+    path = places.record(step, state)
+    name = f"{records.FOLDER}/{path.name}"
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+            raise Unreadable(f"{name} is not a file. Move it away.")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unreadable(f"{name} cannot be read: {error.strerror}.") from error
+    record = records.from_bytes(data, name)
+    if record.step != step:
+        raise FormatError(f"{name} is the record of step {record.step}.")
+    return record
+
+
+class Unreadable(FormatError):
+    """A record that may be whole, but cannot be read now: nothing may be deleted for it."""
+
+
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go_in_child() -> None:
+    """A forked process is no writer: were its copy of the lock to stay open, so would the lock."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+@contextmanager
+def only_writer(
+    places: Places, *, durable: bool = False, is_reader: bool = False
+) -> Iterator[None]:
+    """Hold the directory, so that there is one writer of it at most.
+
+    Args:
+        places: the run's.
+        durable: have the folder for the lock on the disk.
+        is_reader: the caller only tidies up before it reads. It does not wait for a writer, and
+            writers wait for it as long as it takes. They wait ``WAIT_S`` for another writer.
+
+    Raises:
+        StorageError: another process holds it, or it cannot be made or locked.
+    """
+    descriptor = _opened_lock(places, durable=durable)
+    _held.add(descriptor)
+    try:
+        _lock(places, descriptor, 0 if is_reader else WAIT_S)
+        _sign(descriptor, _READER if is_reader else b"")
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, while a copy is open
+    finally:
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _opened_lock(places: Places, *, durable: bool) -> int:
+    try:
+        if places.own.is_symlink():
+            raise StorageError(
+                f"{places.own} is a link. Everything in it is written and deleted as jaxshard's "
+                "own: put a folder there, or name the directory that it leads to."
+            )
+        make_folder(places.own, durable=durable)
+        return os.open(places.own / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        at = error.filename or places.own
+        raise StorageError(f"{at} cannot be made or opened: {error.strerror}.") from error
+
+
+def _sign(descriptor: int, text: bytes) -> None:
+    """Leave ``text`` in the lock: what kind of process holds it."""
+    with suppress(OSError):  # on a full disk a writer waits for a reader as for a writer
+        if os.fstat(descriptor).st_size != len(text):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text, 0)
+
+
+def _lock(places: Places, descriptor: int, wait_s: float) -> None:
+    try:
+        has_it = _locked(descriptor, wait_s)
+    except OSError as error:
+        raise StorageError(
+            f"{places.own} cannot be locked: {error.strerror}. Its file system has no locks, so "
+            "two writers could not be told from one; save on one that has."
+        ) from error
+    if not has_it:
+        raise StorageError(
+            f"another writer is at work in {places.root}. Wait for it, or save elsewhere."
+        )
+
+
+def _locked(descriptor: int, wait_s: float) -> bool:
+    """Whether the lock could be had within ``wait_s`` seconds of other writers at work."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_reader = wait_s and os.pread(descriptor, len(_READER), 0) == _READER
+            if time.monotonic() >= until and not is_reader:
+                return False
+            time.sleep(_POLL_S)
+        else:
+            return True
+
+
+def check_units(places: Places, units: Iterable[str], below: Path | None = None) -> None:
+    """Refuse units that lie outside of the directory, through a link, or on another disk.
+
+    Args:
+        places: the run's.
+        units: relative to the directory.
+        below: what they are relative to instead.
+
+    Raises:
+        StorageError: such units.
+    """
+    root = Path(os.path.realpath(places.root))
+    for parent in sorted({os.path.dirname(unit) for unit in units}):
+        at = (below or places.root) / parent
+        while not os.path.lexists(at):
+            at = at.parent
+        real = Path(os.path.realpath(at))
+        if not real.is_relative_to(root):
+            raise StorageError(
+                f"{at} leads to {real}, outside of {root}. Name the directory that holds it "
+                "instead of a link to it."
+            )
+        if not real.is_dir():
+            raise StorageError(f"{at} is no folder. Move it away.")
+        if places.own.is_dir() and real.stat().st_dev != places.own.stat().st_dev:
+            raise StorageError(
+                f"{at} is on another disk than {places.own}, and a step is put in place by "
+                "renaming it. Save in a directory that is on one disk."
+            )
+
+
+def make_folder(path: Path, *, durable: bool) -> None:
+    """Have a folder at ``path``, and those above it.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    if durable:
+        for place in missing:
+            sync_folder(place.parent)
+
+
+def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
+    """Make ``path`` hold ``data``; at any instant it holds that, or what it held before.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    make_folder(path.parent, durable=durable)
+    write_file_atomic(path, data, durable=durable)
+
+
+sync_folder = fsync_dir

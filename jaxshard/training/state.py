@@ -1,0 +1,255 @@
+"""Training states as named leaves.
+
+    params.layers.0.wq           layers.0.wq             a weight is called what the model calls it
+    opt_state.0.mu.layers.0.wq   adam_m.layers.0.wq      as MindSpore calls Adam's moments
+    opt_state.0.nu.layers.0.wq   adam_v.layers.0.wq
+    opt_state.0.count            opt_state.0.count       everything else keeps its path
+    key                          key                     a PRNG key as the integers it is
+    step                         step                    a number as a tensor without dims
+
+A state without a ``params`` at its top is all weights. This module moves no bytes.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import PyTreeDef
+from numpy.typing import NDArray
+
+from ..devices.pytree import named_leaves
+from ..errors import LayoutError, nearest, some
+
+Role = Literal["weights", "optimizer", "rest"]
+Array = jax.Array | NDArray[np.generic]
+
+LARGE_ELEMENTS = 1024  # readers of rank files take a larger tensor for a forgotten weight
+_MOMENTS = {"mu": "adam_m", "nu": "adam_v"}
+_OPTIMIZER = re.compile(r"adam_[mv]\.|opt_state\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The keys at a state's top under which its weights and its optimizer's state are."""
+
+    weights: str = "params"
+    optimizer: str = "opt_state"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One leaf.
+
+    Attributes:
+        path: where it is in the state.
+        name: what it is called in files.
+        role: what it is for.
+        value: itself.
+        like: the name of the weight that it is kept for: a strategy lays the two out alike.
+    """
+
+    path: str
+    name: str
+    role: Role
+    value: Any
+    like: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A state taken apart; ``build`` puts one with other leaves together."""
+
+    leaves: tuple[Leaf, ...]
+    structure: PyTreeDef
+
+    def build(self, values: Sequence[Any]) -> Any:
+        """The state whose leaves are ``values``, in the order of ``leaves``."""
+        return jax.tree_util.tree_unflatten(self.structure, values)
+
+
+def take_apart(
+    tree: Any,
+    roles: Roles = Roles(),
+    rename: Callable[[str], str] | None = None,
+) -> State:
+    """``tree`` as named leaves.
+
+    ``rename`` is applied to the names of weights, and within the names of their moments.
+
+    Raises:
+        LayoutError: two leaves would have one name, or a leaf cannot be in a file.
+
+    >>> state = {"params": {"w": np.ones(2)}, "opt_state": [{"mu": {"w": np.ones(2)}}], "step": 3}
+    >>> [(leaf.name, leaf.role) for leaf in take_apart(state).leaves]
+    [('adam_m.w', 'optimizer'), ('w', 'weights'), ('step', 'rest')]
+    """
+    named, structure = named_leaves(tree)
+    has_weights = any(path.split(".")[0] == roles.weights for path, _ in named)
+    called = rename or (lambda name: name)
+    inside = f"{roles.weights}."
+    weights = {
+        path.removeprefix(inside) if has_weights else path
+        for path, _ in named
+        if path.startswith(inside) or not has_weights
+    }
+    leaves = []
+    for path, value in named:
+        role = _role(path, roles, has_weights)
+        name, like = path, None
+        if role == "weights":
+            name = called(path.removeprefix(inside) if has_weights else path)
+        elif role == "optimizer" and (moment := _moment(path, weights)):
+            like = called(moment[1])
+            name = f"{moment[0]}.{like}"
+        elif weight := ending(path, weights):
+            like = called(weight)
+        leaves.append(Leaf(path, name, role, value, like))
+    leaves = _apart(leaves)
+    for leaf in leaves:
+        _check(leaf)
+    return State(tuple(leaves), structure)
+
+
+def as_array(value: Any) -> Array:
+    """A leaf as the array that is stored for it."""
+    if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return jax.random.key_data(value)
+        return value
+    if isinstance(value, bool | int | float):
+        return np.array(value)  # int64, float64 and bool: as wide as Python's own
+    return np.asarray(value)
+
+
+def is_number(array: Array) -> bool:
+    """Whether a tensor that is no weight is small and whole: then no strategy tells of it."""
+    cut = isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
+    return array.size <= LARGE_ELEMENTS and not cut
+
+
+def is_optimizer_name(name: str) -> bool:
+    """Whether a name in a file is one of an optimizer's state."""
+    return _OPTIMIZER.match(name) is not None
+
+
+def _role(path: str, roles: Roles, has_weights: bool) -> Role:
+    top = path.split(".", maxsplit=1)[0]
+    if not has_weights or top == roles.weights:
+        return "weights"
+    return "optimizer" if top == roles.optimizer else "rest"
+
+
+def ending(path: str, weights: Container[str]) -> str | None:
+    """The weight whose name ``path`` ends in, after something else; None if there is none.
+
+    >>> ending("opt_state.0.trace.layers.0.wq", {"layers.0.wq", "wq"})
+    'layers.0.wq'
+    """
+    tail = path
+    while "." in tail:
+        tail = tail.split(".", maxsplit=1)[1]
+        if tail in weights:
+            return tail
+    return None
+
+
+def _moment(path: str, weights: Container[str]) -> tuple[str, str] | None:
+    """What MindSpore calls the moment at ``path``, and the weight it is of; None if it is none."""
+    keys = path.split(".")
+    for at, key in enumerate(keys):
+        weight = ".".join(keys[at + 1 :])
+        if key in _MOMENTS and weight in weights:
+            return _MOMENTS[key], weight
+    return None
+
+
+def _apart(leaves: list[Leaf]) -> list[Leaf]:
+    """Moments of two optimizers would share names: they keep their paths instead."""
+    count: dict[str, int] = {}
+    for leaf in leaves:
+        count[leaf.name] = count.get(leaf.name, 0) + 1
+    found = [
+        replace(leaf, name=leaf.path) if count[leaf.name] > 1 and leaf.role == "optimizer" else leaf
+        for leaf in leaves
+    ]
+    names = [leaf.name for leaf in found]
+    if len(set(names)) < len(names):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise LayoutError(
+            f"{some(twice)}: several leaves of the state would have this name in files. Rename "
+            "one of them."
+        )
+    return found
+
+
+def _check(leaf: Leaf) -> None:
+    value = leaf.value
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return
+    if isinstance(value, bool | int | float):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise LayoutError(f"{leaf.path} = {value} does not fit 64 bits. Put it into extras.")
+        return
+    raise LayoutError(
+        f"{leaf.path} is a {type(value).__name__}, which no tensor holds. Give arrays and numbers "
+        "in the state, and put text and the like into extras."
+    )
+
+
+# --- Checks: what a caller gives, as a plain value; NumPy's and JAX's numbers among it
+
+_T = TypeVar("_T")
+
+
+def whole(name: str, value: Any) -> int:
+    """``value`` as a whole number.
+
+    Raises:
+        LayoutError: it is none.
+
+    >>> whole("step", 7)
+    7
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise LayoutError(
+            f"{name} is {value!r:.80}, a {type(value).__name__}; give a whole number."
+        ) from None
+
+
+def real(name: str, value: Any) -> float:
+    """``value`` as a number.
+
+    Raises:
+        LayoutError: it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise LayoutError(
+            f"{name} is {value!r:.80}, a {type(value).__name__}; give a number."
+        ) from None
+
+
+def optional(check: Callable[[str, Any], _T], name: str, value: Any) -> _T | None:
+    """``value`` as ``check`` has it; None if there is none."""
+    return None if value is None else check(name, value)
+
+
+def one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    """Refuse a choice that there is not.
+
+    Raises:
+        LayoutError: such a choice.
+    """
+    choices = tuple(known)
+    if value not in choices:
+        raise LayoutError(f"{name}={value!r} is none of {choices}.{nearest(str(value), choices)}")

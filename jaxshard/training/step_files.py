@@ -1,0 +1,290 @@
+"""Files of a step, with their checksums.
+
+The engine hands over blocks while they are in the cache of the core that carries them; the
+checksum is taken there, so that it costs no second look at memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..conversion.rank_results import STRATEGY_FOLDER
+from ..conversion.results import Request, Result
+from ..conversion.targets import make_result
+from ..core.catalog import Catalog, Piece, Tensor
+from ..core.layout import Layout
+from ..errors import StorageError
+from ..planning.copies import Move
+from ..planning.plan import Plan, make_plan
+from ..storage.checksums import FileSums, Gathered
+from ..storage.engine import run
+from ..storage.resources import LENT_BLOCK_BYTES, budget_for
+from ..storage.transaction import Staging
+from ..storage.writers import FileLayout, OutputFiles
+from . import naming
+from .naming import StepName
+from .open_step import STATE_FOLDER
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is to be saved, apart from the arrays.
+
+    Attributes:
+        layout: who holds what, for formats that are cut into ranks.
+        numbers: the job's numbers, for formats that keep them in JSON.
+        config: what the model is, for ``config.json``.
+    """
+
+    prefix: str
+    step: StepName
+    global_step: int
+    layout: Layout
+    remove_redundancy: bool = False
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    config: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files made at one go, from some of the tensors.
+
+    Attributes:
+        result: the files, with paths relative to the run's directory.
+        catalog: the tensors.
+        units: what of it is put in place at once.
+        strategy: the strategy files by name, if it has any: they are kept by content.
+    """
+
+    result: Result
+    catalog: Catalog
+    units: tuple[str, ...]
+    strategy: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def parts_of(kind: str, catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
+    """The files of a step in format ``kind``.
+
+    Raises:
+        LayoutError: the layout does not fit the tensors.
+    """
+    return {"ranks": _ranks, "iteration": _iteration, "huggingface": _complete}[kind](
+        catalog, weights, wish
+    )
+
+
+def copies_of(
+    kind: str, catalog: Catalog, names: Iterable[str], wish: Wish, folder: str
+) -> list[Part]:
+    """The tensors ``names`` again in ``folder``: by rank where the step is, else complete.
+
+    Raises:
+        LayoutError: the layout does not fit the tensors.
+    """
+    chosen = _only(catalog, names)
+    if kind in ("ranks", "iteration"):
+        # the job's numbers are no weights here either, though the layout has them
+        return [_rank_part(replace(chosen, hyper=catalog.hyper), wish, folder)]
+    suffix = folder.removeprefix(f"{naming.CHECKPOINT}_")
+    return [_complete_part(chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
+
+
+def _ranks(catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
+    return [_rank_part(catalog, wish, naming.CHECKPOINT)]
+
+
+def _rank_part(catalog: Catalog, wish: Wish, folder: str) -> Part:
+    request = Request(wish.layout, remove_redundancy=wish.remove_redundancy, format="ranks")
+    result = make_result(catalog, list(catalog.tensors.values()), request)
+    paths = [
+        f"{folder}/{naming.rank_file(wish.prefix, rank, wish.step, folder)}"
+        for rank in range(wish.layout.num_ranks)
+    ]
+    head = f"{STRATEGY_FOLDER}/"
+    strategy = {
+        path.removeprefix(head): data
+        for path, data in result.side_files.items()
+        if path.startswith(head)
+    }
+    outputs = replace(result.outputs, paths=tuple(paths))
+    return Part(replace(result, outputs=outputs, side_files={}), catalog, tuple(paths), strategy)
+
+
+def _iteration(catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
+    request = Request(
+        wish.layout,
+        prefix=wish.prefix,
+        remove_redundancy=wish.remove_redundancy,
+        format="iteration",
+        numbers=wish.numbers,
+    )
+    result = make_result(catalog, list(catalog.tensors.values()), request)
+    result = _below(result, naming.CHECKPOINT, but=naming.TRACKER)
+    return [
+        Part(result, catalog, (f"{naming.CHECKPOINT}/{naming.iteration_folder(wish.global_step)}",))
+    ]
+
+
+def _complete(catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
+    folder = f"{naming.CHECKPOINT}/{naming.step_folder(wish.prefix, wish.step)}"
+    found = []
+    if weights:
+        found.append(_complete_part(_only(catalog, weights), wish, folder))
+    rest = _only(catalog, [n for n in catalog.tensors if n not in weights])
+    if rest.tensors:
+        inner = replace(wish, config=None)
+        found.append(_complete_part(rest, inner, f"{folder}/{STATE_FOLDER}"))
+    return [replace(part, units=(folder,)) for part in found]
+
+
+def _complete_part(catalog: Catalog, wish: Wish, folder: str) -> Part:
+    every = replace(catalog, hyper=frozenset())  # one kind of file, whatever is in it
+    result = make_result(every, list(catalog.tensors.values()), Request(format="huggingface"))
+    if wish.config is not None:
+        result = replace(result, side_files={**result.side_files, "config.json": wish.config})
+    return Part(_below(result, folder), every, (folder,))
+
+
+def _below(result: Result, folder: str, but: str = "") -> Result:
+    """``result`` with its paths below ``folder``, and without the side file ``but``."""
+    outputs = replace(result.outputs, paths=tuple(f"{folder}/{p}" for p in result.outputs.paths))
+    side = {f"{folder}/{p}": data for p, data in result.side_files.items() if p != but}
+    return replace(result, outputs=outputs, side_files=side)
+
+
+def _only(catalog: Catalog, names: Iterable[str]) -> Catalog:
+    wanted = set(names)
+    # in the catalog's order: that of a set differs between processes, and so would the files
+    tensors: dict[str, Tensor] = {n: t for n, t in catalog.tensors.items() if n in wanted}
+    return replace(catalog, tensors=tensors, hyper=catalog.hyper & tensors.keys())
+
+
+# --- Writing: a snapshot becomes the files of a step, and each byte is summed on its way
+
+Read = Callable[[Piece, int, memoryview], None]
+Lend = Callable[[Piece, int, int], memoryview | None]
+
+
+def write_parts(
+    parts: Sequence[Part],
+    staging: Staging,
+    read: Read,
+    lend: Lend,
+    *,
+    workers: int | None = None,
+    host_bytes: int | None = None,
+) -> tuple[dict[str, FileSums], str]:
+    """Write the files of ``parts`` into ``staging``; their checksums, and of which kind.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    plans = [make_plan(part.catalog, part.result.outputs) for part in parts]
+    check_room(staging.files, sum(plan.totals.bytes_written for plan in plans))
+    gathered = Gathered()
+    budget = budget_for(host_bytes, workers, LENT_BLOCK_BYTES)
+    found: dict[str, FileSums] = {}
+    for part, plan in zip(parts, plans, strict=True):
+        observer = _Observer(plan, part, gathered)
+        files = OutputFiles(plan, staging, part.result.lay_file, part.result.seal)
+        try:
+            run(plan.moves(), read, observer.around(files.write), budget=budget, lend=lend)
+        finally:
+            files.close()
+        found |= observer.sums()
+        for path, data in part.result.side_files.items():
+            write_file(staging, path, data)
+            gathered.add(path, 0, data)
+            found[path] = gathered.of(path, len(data))
+    return found, gathered.algorithm
+
+
+def write_file(staging: Staging, path: str, data: bytes) -> None:
+    """Write one whole file into ``staging``.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    place = staging.files / path
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+        staging.sync(place)
+    except OSError as error:
+        raise StorageError(f"{place} cannot be written: {error.strerror}.") from error
+
+
+def sums_of(root: Path, paths: Iterable[str]) -> tuple[dict[str, FileSums], str]:
+    """The checksums of files that somebody else wrote, by reading them again.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    gathered = Gathered()
+    found = {}
+    for path in paths:
+        at = 0
+        try:
+            with open(root / path, "rb", buffering=0) as file:
+                while data := file.read(4 << 20):
+                    gathered.add(path, at, data)
+                    at += len(data)
+        except OSError as error:
+            raise StorageError(f"{root / path} cannot be read: {error.strerror}.") from error
+        found[path] = gathered.of(path, at)
+    return found, gathered.algorithm
+
+
+def check_room(place: Path, num_bytes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StorageError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise StorageError(
+            f"{place} has {free} bytes free, and the step needs {num_bytes}. Make room, keep fewer "
+            "steps, or save elsewhere."
+        )
+
+
+class _Observer:
+    """Stands between the engine and the files, and sums what passes."""
+
+    def __init__(self, plan: Plan, part: Part, gathered: Gathered) -> None:
+        outputs = plan.outputs
+        self._paths, self._content_of, self._gathered = outputs.paths, outputs.content_of, gathered
+        self._layouts: list[FileLayout] = [part.result.lay_file(c) for c in outputs.contents]
+        for path, content in zip(self._paths, self._content_of, strict=True):
+            for offset, data in self._layouts[content].segments:
+                gathered.add(path, offset, data)
+
+    def around(
+        self, write: Callable[[Move, int, int, memoryview], int]
+    ) -> Callable[[Move, int, int, memoryview], int]:
+        def observed(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+            ranks = move.targets[target].ranks
+            total = self._gathered.compute(buffer)  # replicas share it
+            for rank in ranks:
+                spans = self._layouts[self._content_of[rank]].spans(move.name, offset, len(buffer))
+                done = 0
+                for at, length in spans:
+                    whole = length == len(buffer)
+                    value = total if whole else self._gathered.compute(buffer[done : done + length])
+                    self._gathered.add_sum(self._paths[rank], at, length, value)
+                    done += length
+            return write(move, target, offset, buffer)
+
+        return observed
+
+    def sums(self) -> dict[str, FileSums]:
+        """The checksums of every file."""
+        return {
+            path: self._gathered.of(path, self._layouts[content].num_bytes)
+            for path, content in zip(self._paths, self._content_of, strict=True)
+        }

@@ -1,0 +1,337 @@
+"""The command line: answers on standard output, errors beside it, a status that says who acts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+import jaxshard as js
+from jaxshard import cli
+from jaxshard.cli import commands, parsing
+from jaxshard.conversion import results
+from jaxshard.formats.huggingface import parse_size
+from jaxshard.storage.resources import fit_budget
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def llama(tmp_path):
+    checkpoints.write_llama(tmp_path / "llama", num_files=2)
+    return tmp_path / "llama"
+
+
+def answer(capsys, *arguments: object) -> str:
+    assert checkpoints.run(*arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_what_convert_does_is_what_plan_said(llama, capsys, tmp_path):
+    how = ("--to", "dp2mp2", "--remove-redundancy", "--rank", 0, "--rank", 3, "--rank", 0)
+    planned = json.loads(answer(capsys, "plan", llama, *how, "--json"))
+    dry = json.loads(answer(capsys, "convert", llama, tmp_path / "x", *how, "--json", "--dry-run"))
+    assert dry == planned
+    assert not (tmp_path / "x").exists()
+    done = json.loads(answer(capsys, "convert", llama, tmp_path / "x", *how, "--json"))
+    assert done["num_files"] == planned["num_files"] == 2
+    assert {k: planned[k] for k in done["counts"]} == done["counts"]
+    assert sorted(p.name for p in (tmp_path / "x").glob("rank_*")) == ["rank_0", "rank_3"]
+
+
+def test_answers_in_json_are_complete(llama, capsys, tmp_path):
+    facts = json.loads(answer(capsys, "inspect", llama, "--json"))
+    assert (facts["format"], facts["model_type"], facts["num_tensors"]) == (
+        "huggingface",
+        "llama",
+        21,
+    )
+    assert facts["tensors"]["model.norm.weight"] == {
+        "dtype": "BF16",
+        "shape": [16],
+        "num_pieces": 1,
+    }
+    assert [f["path"] for f in facts["files"]] == [
+        f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    ]
+    verdict = json.loads(answer(capsys, "verify", llama, "--against", llama, "--json"))
+    assert (verdict["problems"], verdict["num_tensors"]) == ([], 21)
+
+
+def test_an_error_in_json_is_one_object_and_still_a_line_beside(capsys, tmp_path):
+    assert checkpoints.run("inspect", tmp_path / "absent", "--json") == 2
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["error"] == "NotFoundError"
+    assert err == f"jaxshard: NotFoundError: {told['message']}\n"
+
+
+def test_quiet_is_silent(llama, capsys, tmp_path):
+    for command in (
+        ("inspect", llama),
+        ("plan", llama, "--to", "mp2"),
+        ("slice", llama, tmp_path / "cut", "--to", "mp2"),
+        ("verify", tmp_path / "cut", "--against", llama),
+    ):
+        assert answer(capsys, *command, "--quiet") == ""
+
+
+def test_reports_count_in_words(llama, capsys, tmp_path):
+    out = answer(capsys, "merge", llama, tmp_path / "one")
+    assert f"{tmp_path / 'one'}: 1 file with 11.4 KB written, 11.4 KB read" in out
+    out = answer(capsys, "slice", llama, tmp_path / "cut", "--to", "mp2")
+    assert ": 2 files with" in out
+    out = answer(capsys, "verify", tmp_path / "cut")
+    assert out.splitlines()[-1] == "21 tensors, 160 B compared: all is well"
+
+
+def test_a_strategy_is_meant_even_if_a_folder_is_called_so(llama, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        answer(capsys, "slice", llama, "mp2", "--to", "mp2", "--overwrite")
+    answer(capsys, "slice", llama, "again", "--to", "./mp2/strategy")
+    assert checkpoints.stored(Path("again/rank_1")) == checkpoints.stored(Path("mp2/rank_1"))
+
+
+def test_strategy_options_that_mean_nothing_are_refused(llama, capsys):
+    for flag in (("--src-strategy", llama), ("--suffix", "1_10")):
+        assert checkpoints.run("inspect", llama, *flag) == 2
+        assert "Leave them out" in capsys.readouterr().err
+
+
+def test_notes_of_the_rules_are_told(llama, capsys, tmp_path):
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[specs]\n"absent.*" = "mp,-"\n')
+    how = ("--to", "mp2", "--rules", rules)
+    assert 'note: no tensor follows the rules for "absent.*".' in answer(
+        capsys, "plan", llama, *how
+    )
+    assert "note: no tensor follows" in answer(capsys, "slice", llama, tmp_path / "out", *how)
+
+
+def run_it(*arguments: object, **how: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jaxshard", *map(str, arguments)]
+    return subprocess.run(command, text=True, check=False, cwd=ROOT, stderr=subprocess.PIPE, **how)
+
+
+def test_a_reader_that_goes_away_is_no_error(llama):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = run_it("inspect", llama, "--tensors", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [([], 2), (["--version"], 0), (["--help"], 0), (["convert"], 2), (["dance"], 2)],
+)
+def test_the_grammar_has_its_own_status(arguments, status):
+    assert run_it(*arguments, stdout=subprocess.DEVNULL).returncode == status
+
+
+def test_a_plan_in_python_is_that_of_the_command_line(llama, capsys):
+    how = {"remove_redundancy": True}
+    text = answer(capsys, "plan", llama, "--to", "dp2mp2", "--remove-redundancy")
+    assert f"{js.plan(llama, 'dp2mp2', **how)}\n" == text
+    assert "reads   11.4 KB in 33 requests to 2 files, at most 17 to one\n" in text
+    assert "holds   " in text
+    assert "of data in memory at most" in text
+
+
+def test_a_plan_says_the_requests_of_each_file_and_the_memory(llama, capsys):
+    how = ("--to", "mp2", "--workers", 3, "--host-bytes", "3MiB")
+    told = json.loads(answer(capsys, "plan", llama, *how, "--json"))
+    assert list(told["reads_of_files"]) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert sum(told["reads_of_files"].values()) == told["num_reads"] > 21
+    assert told["peak_host_bytes"] == fit_budget(3 << 20, 3).host_bytes <= 3 << 20
+
+
+@pytest.mark.parametrize("host_bytes", ["512KiB", "4MiB", None])
+@pytest.mark.parametrize("form", ["linen", "mcore-fused"])
+def test_a_dry_run_of_a_mapping_counts_in_the_tiles_of_the_budget(
+    tmp_path, capsys, host_bytes, form
+):
+    """Transposed weights larger than a tile: the smaller the budget, the more requests."""
+    folder, options = tmp_path / "llama", js.Options(durable=False, workers=2)
+    if host_bytes:
+        options = replace(options, host_bytes=parse_size(host_bytes))
+    write_heads(folder)
+    how = {"to": "mp2", "names": f"hf:{form}"}
+    totals = js.plan(folder, options=options, **how).totals
+    report = js.convert(folder, tmp_path / "out", options=options, **how)
+    assert {n: getattr(totals, n) for n in asdict(report.counts)} == asdict(report.counts)
+
+
+def write_heads(folder: Path) -> None:
+    """A Llama whose config says its heads, which fusing asks for."""
+    checkpoints.write_llama(folder, layers=1, hidden=384)
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"hidden_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps({**config, **heads}))
+
+
+# --- one file ------------------------------------------------------------------------
+
+
+def test_a_destination_that_names_a_file_gets_a_file(llama, capsys, tmp_path):
+    answer(capsys, "slice", llama, tmp_path / "cut", "--to", "mp2")
+    for name in ("out.safetensors", "out.ckpt"):
+        for flag in ((), ("--overwrite",)):
+            out = answer(capsys, "merge", tmp_path / "cut", tmp_path / name, *flag)
+        assert "1 file with" in out
+        assert "config.json, tokenizer.json not carried along: the result is one file" in out
+        assert (tmp_path / name).is_file()
+        answer(capsys, "verify", tmp_path / name, "--against", llama)
+        assert checkpoints.run("merge", tmp_path / "cut", tmp_path / name) == 2
+        assert "exists" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] == ".") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--to", "mp2"),
+            "names one file, but the result is rank_0/checkpoint_rank_0-1_1.safetensors, ",
+        ),
+        (("--max-shard-size", "2KB"), "names one file, but the result is model-00001-of-"),
+        (("--format", "ckpt"), "ends in .safetensors, but the result is model.ckpt"),
+        (("--format", "iteration"), "names one file"),
+        (("--process-index", 0, "--process-count", 2), "one process's work"),
+    ],
+)
+def test_what_is_no_one_file_is_refused_where_one_is_named(llama, capsys, tmp_path, flags, message):
+    assert checkpoints.run("convert", llama, tmp_path / "out.safetensors", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+# --- going on, and watching ------------------------------------------------------------
+
+
+def test_an_interrupted_run_is_gone_on_with(llama, capsys, tmp_path, monkeypatch):
+    out, real, left = tmp_path / "out", os.fsync, [5]  # the journal takes two
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    command = ("slice", llama, out, "--to", "mp4", "--workers", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert checkpoints.run(*command) == 4
+    assert "goes on with resume=True (--resume)" in capsys.readouterr().err
+    assert not out.exists()
+    assert checkpoints.run(*command) == 2
+    assert "Go on with resume=True (--resume)" in capsys.readouterr().err
+    text = answer(capsys, *command, "--resume")
+    assert text.startswith(f"{out}: 2 files with ")
+    assert "finished before: 2 files\n" in text
+    answer(capsys, "verify", out, "--against", llama)
+    assert json.loads(answer(capsys, *command, "--overwrite", "--json"))["skipped_files"] == 0
+
+
+def test_progress_is_shown_on_a_terminal_beside_the_answer(llama, tmp_path):
+    ours, theirs = pty.openpty()
+    how = ("slice", llama, tmp_path / "out", "--to", "mp2")
+    command = [sys.executable, "-m", "jaxshard", *map(str, how)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with open(ours, "rb", buffering=0) as screen:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            check=True,
+            cwd=ROOT,
+            text=True,
+            env=environment,
+        )
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # what a terminal says when its other end is closed
+            while more := screen.read(4096):
+                shown += more
+    assert b"writing" in shown
+    assert b"11.6/11.6 kB" in shown
+    assert "writing" not in done.stdout
+
+
+# --- replicas --------------------------------------------------------------------------
+
+
+def test_replicas_that_differ_are_refused_where_that_is_asked(llama, capsys, tmp_path):
+    cut = tmp_path / "cut"
+    answer(capsys, "slice", llama, cut, "--to", "dp2")
+    merge = ("merge", cut, tmp_path / "out")
+    answer(capsys, *merge, "--check-replicas")
+    path = cut / "rank_1" / "checkpoint_rank_1-1_1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert checkpoints.run(*merge, "--check-replicas", "--overwrite") == 3
+    err = capsys.readouterr().err
+    assert (
+        "differs between rank_0/checkpoint_rank_0-1_1.safetensors and rank_1/checkpoint_rank_1-1_1"
+        in err
+    )
+    assert "one replica is enough" in err
+    answer(capsys, *merge, "--overwrite")
+    answer(capsys, "verify", tmp_path / "out", "--against", llama)  # the first is taken
+
+
+def test_deep_is_refused_where_there_are_no_steps(llama, capsys):
+    for more in ((), ("--against", llama)):
+        assert checkpoints.run("verify", llama, "--deep", *more) == 2
+        assert "--deep reads every step of a training run" in capsys.readouterr().err
+
+
+def test_a_bug_shows_its_traceback(llama, monkeypatch):
+    """It is not dressed up as the user's mistake."""
+
+    def broken(a):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(commands, "inspect", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["inspect", str(llama)])
+
+
+def test_the_machine_refusing_is_not_a_bug(llama, capsys, monkeypatch):
+    def broken(a):
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+    monkeypatch.setattr(commands, "inspect", broken)
+    assert cli.main(["inspect", str(llama)]) == 4
+    assert capsys.readouterr().err == "jaxshard: StorageError: /somewhere: Permission denied.\n"
+
+
+def test_every_option_is_explained():
+    for action in _actions(cli.parser()):
+        assert action.help, action.option_strings
+
+
+def test_the_formats_to_choose_from_are_those_there_are():
+    assert parsing.FORMATS == results.FORMATS
+
+
+def _actions(parser):
+    for action in parser._actions:
+        if hasattr(action, "choices") and isinstance(action.choices, dict):
+            for sub in action.choices.values():
+                yield from _actions(sub)
+        else:
+            yield action

@@ -1,0 +1,211 @@
+"""Where tensors live: stages, experts, and laws that hold for every strategy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from rules_models import LLAMA, F, H, V, llama, mine, moe, stages_of
+
+from jaxshard.core.catalog import Model
+from jaxshard.core.layout import Placement
+from jaxshard.core.strategy import Strategy
+from jaxshard.errors import LayoutError
+from jaxshard.rules import Rules, layout, read_rules, split_layers
+from jaxshard.rules.families import FAMILIES
+
+# ---------------------------------------------------------------------------- stages
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_layers_are_split_as_evenly_as_possible(num_layers: int, pp: int) -> None:
+    each = split_layers(num_layers, pp)
+    assert sum(each) == num_layers
+    assert list(each) == sorted(each, reverse=True)
+    assert max(each) - min(each) <= 1
+
+
+def test_names_go_to_the_stage_of_their_layer() -> None:
+    strategy = Strategy.parse("dp2mp2pp2")
+    made = layout(llama(5), strategy, LLAMA)
+    stages = {n: stages_of(made, n, strategy) for n in made.placements}
+    assert stages["model.embed_tokens.weight"] == [0]
+    assert [stages[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(5)] == [
+        [0], [0], [0], [1], [1],
+    ]  # fmt: skip
+    assert stages["model.norm.weight"] == stages["lm_head.weight"] == [1]
+    assert made.notes == ()
+
+
+def test_a_user_says_how_many_layers_each_stage_has() -> None:
+    rules = LLAMA.override(read_rules("[stages]\nlayers_per_stage = [1, 4]"))
+    strategy = Strategy.parse("pp2")
+    made = layout(llama(5), strategy, rules)
+    assert stages_of(made, "model.layers.1.mlp.up_proj.weight", strategy) == [1]
+    with pytest.raises(LayoutError, match=r"layers_per_stage = \[1, 4\] .* add up to 6"):
+        layout(llama(6), strategy, rules)
+    assert layout(llama(6), Strategy(mp=2), rules).num_ranks == 2  # one stage needs no split
+
+
+def test_layers_past_the_models_own_go_to_the_last_stage() -> None:
+    strategy = Strategy.parse("pp2")
+    made = layout(llama(5), strategy, LLAMA, Model("deepseek_v3", num_layers=4))
+    homes = [stages_of(made, f"model.layers.{i}.mlp.up_proj.weight", strategy) for i in range(5)]
+    assert homes == [[0], [0], [1], [1], [1]]
+
+
+def test_a_tied_embedding_lives_in_the_first_and_the_last_stage() -> None:
+    strategy = Strategy.parse("mp2pp3")
+    tied = Model("llama", num_layers=6, tied_embeddings=True)
+    name = "model.embed_tokens.weight"
+    states = {f"adam_m.{name}": (V, H)}
+    made = layout(llama(6, head=False) | states, strategy, LLAMA, tied)
+    assert stages_of(made, name, strategy) == [0, 2]
+    assert stages_of(made, f"adam_m.{name}", strategy) == [0, 2]
+    assert stages_of(layout(llama(6), strategy, LLAMA, tied), name, strategy) == [0]
+    one = layout(llama(6, head=False), Strategy(mp=2), LLAMA, tied)
+    assert len(one.placements[name]) == 1
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(LayoutError, match="4 pipeline stages, but 3 layers"):
+        layout(llama(3), Strategy(pp=4), LLAMA)
+    with pytest.raises(LayoutError, match="do not say which names have a layer"):
+        layout({"w": (4,)}, Strategy(pp=2), mine(w="-"))
+    wrong = Rules("wrong", specs=LLAMA.specs, layers=("blocks.{layer}.",))
+    with pytest.raises(LayoutError, match=r"but 0 layers by the names \(blocks"):
+        layout(llama(3), Strategy(pp=2), wrong, Model("llama", num_layers=3))
+
+
+def test_a_hostile_layer_number_costs_nothing() -> None:
+    shapes = llama(2) | {f"model.layers.{'9' * n}.mlp.up_proj.weight": (F, H) for n in (9, 5000)}
+    made = layout(shapes, Strategy(pp=2), LLAMA, unmatched="replicate")
+    assert set(made.placements) == set(shapes)
+
+
+def test_tables_that_are_no_weights_are_on_every_rank() -> None:
+    strategy = Strategy.parse("dp2mp2pp2optall")
+    shapes = llama(2) | {"model.rotary_emb.inv_freq": (8,), "global_step": (1,)}
+    made = layout(shapes, strategy, LLAMA, hyper=frozenset({"global_step"}))
+    everywhere = (Placement((("all", 8),)),)
+    assert made.placements["model.rotary_emb.inv_freq"] == everywhere
+    assert made.placements["global_step"] == everywhere
+    assert made.notes == ()
+
+
+def test_a_table_that_is_no_weight_is_not_cut_by_the_optimizer_shard() -> None:
+    shapes = llama(2) | {"model.rotary_emb.inv_freq": (8,)}
+    made = layout(shapes, Strategy.parse("dp2mp2optall"), LLAMA)
+    assert made.placements["model.rotary_emb.inv_freq"][0].spec == ()
+    assert made.placements["model.norm.weight"][0].spec == (("dp", "mp"),)
+
+
+def test_a_weight_of_no_stage_is_held_by_every_stage_and_said() -> None:
+    rules = LLAMA.override(mine(novel="mp,-", other="-"))
+    made = layout(llama(2) | {"novel": (4, 4), "other": (3,)}, Strategy.parse("mp2pp2"), rules)
+    assert [str(p) for p in made.placements["novel"]] == [
+        "[mp] over dp1 mp2 from rank 0",
+        "[mp] over dp1 mp2 from rank 2",
+    ]
+    assert made.placements["other"] == (Placement((("all", 4),)),)
+    assert made.notes == ("of no stage, so held by every stage: 2 tensors: novel, other.",)
+
+
+# ---------------------------------------------------------------------------- experts
+
+
+def test_an_expert_lives_on_the_ranks_of_its_slot() -> None:
+    strategy = Strategy.parse("dp4mp2ep2pp2")
+    made = layout(moe(), strategy, FAMILIES["mixtral"])
+    name = "model.layers.{}.mlp.experts.{}.down_proj.weight"
+    assert [str(made.placements[name.format(1, e)][0]) for e in (0, 1, 2, 3)] == [
+        "[-,mp] over edp2 mp2 from rank 8",
+        "[-,mp] over edp2 mp2 from rank 8",
+        "[-,mp] over edp2 mp2 from rank 12",
+        "[-,mp] over edp2 mp2 from rank 12",
+    ]
+    held = Counter(
+        rank
+        for n, placed in made.placements.items()
+        if ".experts." in n
+        for p in placed
+        for rank in p.ranks
+    )
+    assert held == dict.fromkeys(range(16), 2 * 3)  # two experts of one layer each
+
+
+def test_the_number_of_experts_is_the_configs() -> None:
+    config = {"num_experts": 8}
+    made = layout(moe(), Strategy.parse("dp4ep4"), FAMILIES["mixtral"], Model(config=config))
+    names = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(4)]
+    assert [made.placements[n][0].first_rank for n in names] == [0, 0, 1, 1]
+    with pytest.raises(LayoutError, match="there are 2 experts by the model's config"):
+        layout(
+            moe(), Strategy.parse("dp2ep2"), FAMILIES["mixtral"], Model(config={"num_experts": 2})
+        )
+
+
+def test_experts_must_divide() -> None:
+    with pytest.raises(LayoutError, match=r"ep=4 does not divide the 6 experts.*such as 3"):
+        layout(moe(num_experts=6), Strategy.parse("dp4ep4"), FAMILIES["mixtral"])
+
+
+def test_stacked_experts_are_cut_by_their_spec() -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    model = Model(config={"hidden_size": H})
+    made = layout({name: (4, 2 * F, H)}, Strategy.parse("dp4mp2ep2"), FAMILIES["mixtral"], model)
+    assert made.placements[name][0].spec == (("ep",), ("mp",))
+
+
+# ---------------------------------------------------------------------------- laws
+
+
+@st.composite
+def _strategies(draw: st.DrawFn) -> Strategy:
+    ep = draw(st.sampled_from([1, 2, 4]))
+    return Strategy(
+        dp=ep * draw(st.sampled_from([1, 2])),
+        mp=draw(st.sampled_from([1, 2, 4])),
+        pp=draw(st.integers(1, 3)),
+        ep=ep,
+        cp=draw(st.sampled_from([1, 2])),
+        optimizer_shard=draw(st.sampled_from([1, 2, -1])),
+        vocab_emb_dp=draw(st.booleans()),
+    )
+
+
+@given(_strategies())
+def test_every_rank_of_a_tensors_stage_holds_a_box_and_the_boxes_tile(strategy: Strategy) -> None:
+    assume(strategy.stage_ranks > 1 or strategy.optimizer_shard != 2)  # no replica to cut
+    shapes = moe(3)
+    made = layout(shapes, strategy, FAMILIES["mixtral"])
+    assert set(made.placements) == set(shapes)
+    for name, shape in shapes.items():
+        (placement,) = made.placements[name]
+        shards = placement.shards(shape)
+        assert sum(s.box.size for s in shards) == prod(shape)
+        assert len({s.box for s in shards}) == len(shards)
+        assert sorted(h for s in shards for h in s.holders) == list(range(placement.num_ranks))
+        ep = strategy.ep if ".experts." in name else 1
+        assert placement.num_ranks == strategy.stage_ranks // ep
+
+
+@given(_strategies())
+def test_no_layout_replicates_silently(strategy: Strategy) -> None:
+    assume(strategy.stage_ranks > 1 or strategy.optimizer_shard != 2)
+    shapes = moe(3)
+    made = layout(shapes, strategy, FAMILIES["mixtral"])
+    for name, shape in shapes.items():
+        (placement,) = made.placements[name]
+        whole = len(shape) == 1 or ".mlp.gate." in name
+        whole |= "embed_tokens" in name and strategy.vocab_emb_dp
+        by_columns = "o_proj" in name or "down_proj" in name
+        ways = 1 if whole else strategy.mp
+        replicas = placement.num_ranks // ways
+        more = replicas if strategy.optimizer_shard == -1 else strategy.optimizer_shard
+        fits = replicas % more == 0 and shape[0] % (more if by_columns else ways * more) == 0
+        assert fits or made.notes
+        assert len(placement.shards(shape)) == (ways * more if fits else ways)

@@ -1,0 +1,105 @@
+"""Rules that a user wrote: what they say, and where they are wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxshard.errors import LayoutError
+from jaxshard.rules import FAMILIES, MODEL_TYPES, Rules, read_rules
+from jaxshard.rules.table import AXES
+
+FULL = """
+name = "my model"
+
+[specs]
+"*.q_proj.weight" = "mp,-"
+"*.experts" = "ep, -, cp+mp"
+"lm_head.weight" = "-,-"
+
+[stages]
+layers = "model.layers.{layer}."
+first = ["model.embed_tokens.*"]
+last = ["model.norm.*", "lm_head.*"]
+layers_per_stage = [7, 9]
+embedding = "model.embed_tokens.weight"
+head = "lm_head.weight"
+
+[experts]
+names = "*.experts.{expert}."
+"""
+
+
+def test_a_full_table_is_read() -> None:
+    assert read_rules(FULL, "mine.toml") == Rules(
+        name="my model",
+        specs=(
+            ("*.q_proj.weight", "mp,-"),
+            ("*.experts", "ep, -, cp+mp"),
+            ("lm_head.weight", "-,-"),
+        ),
+        layers=("model.layers.{layer}.",),
+        first=("model.embed_tokens.*",),
+        last=("model.norm.*", "lm_head.*"),
+        layers_per_stage=(7, 9),
+        experts=("*.experts.{expert}.",),
+        embedding=("model.embed_tokens.weight",),
+        head=("lm_head.weight",),
+        written=("*.q_proj.weight", "*.experts", "lm_head.weight"),
+    )
+
+
+def test_rules_without_a_name_are_called_after_their_place() -> None:
+    assert read_rules("", "mine.toml").name == "mine.toml"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[specs]\n*.weight = 1", "mine.toml: not TOML: .*line 2.*in quotes"),
+        ('[specs]\n"a" = "mp"\n"b" = "mq,-"', r"line 3: \"b\" = \"mq,-\": 'mq' is no axis.*mp"),
+        ('[specs]\n"a" = "mp,mp"', "line 2: .*names the axis mp twice"),
+        ('[specs]\n"a" = ["mp"]', "line 2: a = .'mp'.; write a text in quotes"),
+        ("[specs]\n# why\nlm_head.weight = '-'", "line 3: lm_head is read as a table"),
+        ('"*.weight" = "mp,-"', r"line 1: rules have no '\*.weight'.*under \[specs\]"),
+        ("\n[stage]\nfirst = []", r"line 2: rules have no 'stage'. Did you mean stages\?"),
+        ("[stages]\nlayer = 'x.{layer}.'", r"line 2: \[stages\] have no 'layer'.*layers"),
+        ("[stages]\nlayers = 'x.#.'", "line 2: layers = .*Write {layer} once"),
+        ("[stages]\nfirst = 3", "line 2: first = 3; write a pattern"),
+        ("[stages]\nfirst = [3]", "line 2: first = .3.; write a pattern"),
+        ("[stages]\nlayers_per_stage = [1, true]", "line 2: layers_per_stage"),
+        ("[stages]\nlayers_per_stage = []", "line 2: layers_per_stage"),
+        ("[stages]\nlayers_per_stage = [-1, 3]", "line 2: layers_per_stage"),
+        ("[experts]\nnames = 'experts.*.'", "line 2: names = .*Write {expert} once"),
+        ("specs = 3", "line 1: specs is a table"),
+        ("name = 3", "line 1: name = 3"),
+    ],
+)
+def test_a_slip_is_told_with_its_line_and_what_to_write(text: str, said: str) -> None:
+    with pytest.raises(LayoutError, match=said) as caught:
+        read_rules(text, "mine.toml")
+    assert str(caught.value).startswith("mine.toml")
+
+
+def test_users_rules_are_asked_first_and_complete_the_others() -> None:
+    base = Rules("base", specs=(("*", "-"),), layers=("h.{layer}.",), first=("wte.*",))
+    both = base.override(read_rules('[specs]\n"a" = "mp"\n[stages]\nlast = "a"', "mine.toml"))
+    assert both.specs == (("a", "mp"), ("*", "-"))
+    assert (both.layers, both.first, both.last) == (("h.{layer}.",), ("wte.*",), ("a",))
+    assert both.name == "mine.toml + base"
+
+
+def test_the_example_of_the_documentation_is_right() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    rules = read_rules(example)
+    assert rules.layers_per_stage == (7, 9)
+    assert [str(spec) for spec in rules.parsed] == ["mp,-", "ep,-,mp", "whole", "-,-"]
+
+
+def test_the_documentation_names_every_family_and_axis() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    missing = [n for n in (*FAMILIES, *MODEL_TYPES, *AXES) if not re.search(rf"\b{n}\b", text)]
+    assert missing == ["gemma3_text"]  # said there as "gemma3 (text)"

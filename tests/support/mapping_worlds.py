@@ -1,0 +1,90 @@
+"""Random tensors in files and in memory, and what a mapping makes of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxshard.core.box import Box
+from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.dtypes import BY_NUMPY
+from jaxshard.planning.copies import Move, move_into
+from jaxshard.storage.engine import Budget, Counts, run
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+SMALL = Budget(1, 64, 64)
+
+
+class Memory:
+    """Tensors laid out in one buffer as files would be, each possibly cut in boxes."""
+
+    def __init__(self, arrays: Arrays, cuts: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self.read_bytes = 0
+        self.touched: list[tuple[int, int]] = []
+        data, tensors = bytearray(), {}
+        for name, array in arrays.items():
+            ways = (cuts or {}).get(name, (1,) * array.ndim)
+            pieces = []
+            for box in grid(array.shape, ways):
+                pieces.append(Piece(0, len(data), box))
+                data += np.ascontiguousarray(array[box.slices]).tobytes()
+            kind = BY_NUMPY[array.dtype.name]
+            tensors[name] = Tensor(name, kind, array.shape, tuple(pieces))
+        self.data = bytes(data)
+        self.catalog = Catalog("memory", "test", (File("all", len(data)),), tensors)
+
+    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+        assert piece.file == 0
+        assert 0 <= offset <= offset + len(buffer) <= len(self.data)
+        self.touched.append((offset, offset + len(buffer)))
+        self.read_bytes += len(buffer)
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+
+def grid(shape: tuple[int, ...], ways: tuple[int, ...]) -> list[Box]:
+    boxes = [Box((), ())]
+    for n, w in zip(shape, ways, strict=True):
+        step = n // w
+        boxes = [
+            Box((*b.start, i * step), (*b.stop, (i + 1) * step)) for b in boxes for i in range(w)
+        ]
+    return boxes
+
+
+def read_box(
+    memory: Memory, tensor: Tensor, box: Box, budget: Budget = SMALL
+) -> tuple[np.ndarray[Any, Any], Counts]:
+    """The values of ``box`` of ``tensor``, as the engine carries them."""
+    dtype = np.dtype(getattr(ml_dtypes, tensor.dtype.numpy or "", tensor.dtype.numpy))
+    out = np.full(box.size * dtype.itemsize, 0xEE, np.uint8)
+
+    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        out[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
+        return 1
+
+    counts = run([move_into(tensor, {box: (0,)})], memory.read, write, budget=budget)
+    return out.view(dtype).reshape(box.shape), counts
+
+
+def read_all(memory: Memory, catalog: Catalog, budget: Budget = SMALL) -> dict[str, Any]:
+    return {
+        n: read_box(memory, t, Box.whole(t.shape), budget)[0] for n, t in catalog.tensors.items()
+    }
+
+
+def same(a: Arrays, b: Arrays) -> bool:
+    """Whether two trees hold the same bits under the same names."""
+    return a.keys() == b.keys() and all(
+        x.dtype == b[n].dtype and x.shape == b[n].shape and x.tobytes() == b[n].tobytes()
+        for n, x in a.items()
+    )
+
+
+def rank_catalog(memory: Memory, mapped: Catalog, ways: Callable[[Tensor], tuple[int, ...]]) -> Any:
+    """``mapped`` written as files cut by ``ways``, and opened again."""
+    arrays = read_all(memory, mapped)
+    return Memory(arrays, {n: ways(replace(mapped.tensors[n])) for n in arrays})
