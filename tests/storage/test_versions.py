@@ -176,9 +176,9 @@ def test_a_file_that_was_written_a_moment_ago_is_given_a_time_that_a_change_will
     assert np.all([p.read_bytes() == b"b" for p in tmp_path.iterdir()])
 
 
-@pytest.mark.parametrize("how", ["publish", "in place"])
-def test_reads_beside_a_writer_see_one_version_or_an_error(how):
-    ended = readers_beside_writers.run("ranks", how, reads=60, max_seconds=30)
+@pytest.mark.parametrize(("fmt", "how"), [("ranks", "publish"), ("huggingface", "in place")])
+def test_reads_beside_a_writer_see_one_version_or_an_error(fmt, how):
+    ended = readers_beside_writers.run(fmt, how, reads=60, max_seconds=30)
     assert ended["MIXED"] == 0
     assert ended.total() >= 60
     assert ended["all 1"] + ended["all 2"] > 0

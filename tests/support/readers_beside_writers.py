@@ -3,7 +3,9 @@
     python tests/support/readers_beside_writers.py [--reads 5000] [--format NAME]
 
 The writer publishes checkpoints whose elements are all 1, or all 2: by jaxshard with
-``overwrite=True``, or as a program that writes into the files in place.
+``overwrite=True``, or as a program that writes into one file in place. Of several files written
+in place the first are new and the others old for a while, and no file changes: nothing tells
+such a state from a checkpoint, so it is not tried.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ FORMATS = {
     "iteration": ("dp1mp2", {"format": "iteration"}),
     "orbax": ("full", {"format": "orbax"}),
 }
+
+IN_ONE_FILE = ("huggingface", "ckpt", "unified")
 
 
 def _write(folder: Path, fmt: str, how: str, seconds: float) -> None:
@@ -100,7 +104,7 @@ def main() -> int:
     given = parser.parse_args()
     mixed = 0
     for fmt in [given.format] if given.format else FORMATS:
-        for how in ("publish", "in place") if fmt != "orbax" else ("publish",):
+        for how in ("publish", "in place") if fmt in IN_ONE_FILE else ("publish",):
             ended = run(fmt, how, given.reads, given.seconds)
             mixed += ended["MIXED"]
             print(f"{fmt}, {how}: {sum(ended.values())} reads: {dict(ended)}", flush=True)
