@@ -8,6 +8,8 @@ from mindspore_ranks import ranks, training
 
 __all__ = ["ranks", "training"]  # fixtures
 
+collect_ignore_glob = ["support/*"]  # programs and helpers, without tests or doctests
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 

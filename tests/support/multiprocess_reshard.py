@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -53,6 +55,7 @@ def is_right(array, truth, sharding):
 
 def grid(index, count, first, step):
     """Random pairs of layouts over all devices, and over some: what was wrong, and by which way."""
+    sys.path.append(str(Path(__file__).parents[1] / "resharding"))
     from test_transfer_grid import PARTS, HostTraffic, pairs  # noqa: PLC0415 - needs devices
 
     traffic = HostTraffic(pytest.MonkeyPatch())

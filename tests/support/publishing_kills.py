@@ -46,9 +46,6 @@ from jaxshard.distributed.partition import Part
 from jaxshard.errors import JaxshardError
 from jaxshard.storage import fs, linux, transaction
 
-logging.disable()
-warnings.simplefilter("ignore")  # a fork beside JAX is warned of; no device is awake here
-
 CALLS = (
     *("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir"),
     *("fsync", "ftruncate", "truncate", "pwrite", "pwritev", "sendfile", "setxattr"),
@@ -450,6 +447,8 @@ def break_it() -> None:
 
 
 def main() -> int:
+    logging.disable()
+    warnings.simplefilter("ignore")  # a fork beside JAX is warned of; no device is awake here
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--only", nargs="*", choices=scenarios(), metavar="SCENARIO")
