@@ -43,8 +43,8 @@ from models import SMOKE, Llama, write_llama
 
 import jaxshard as js
 from jaxshard.loader import load
-from jaxshard.storage.resources import default_budget
 from jaxshard.storage import checksums
+from jaxshard.storage.resources import default_budget
 from jaxshard.training import CheckpointManager
 from jaxshard.training.open_step import check_sums, open_step
 from jaxshard.training.run_directory import Places
