@@ -255,17 +255,19 @@ def _beyond_the_load(manager: CheckpointManager, target: object) -> float:
     """Seconds that a restore takes for anything but the load: found by leaving the load out."""
     from jaxshard.training import restore_state  # noqa: PLC0415
 
-    kept = restore_state.load
+    kept = restore_state.load_opened
     given = {
         leaf.name: leaf.value
         for leaf in take_apart(target).leaves
         if isinstance(leaf.value, jax.ShapeDtypeStruct)
     }
-    restore_state.load = lambda catalog, structs, **how: {name: given[name] for name in structs}
+    restore_state.load_opened = lambda catalog, structs, **how: {
+        name: given[name] for name in structs
+    }
     try:
         samples = [timed(lambda: manager.restore(target)) for _ in range(5)]
     finally:
-        restore_state.load = kept
+        restore_state.load_opened = kept
     return round(median(s.wall_s for s in samples), 4)
 
 
