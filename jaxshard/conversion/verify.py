@@ -8,7 +8,7 @@ one another, tensor by tensor, in the memory of a few blocks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -67,8 +67,8 @@ def verify(
     A note says where there are no checksums: flipped bits in such a file are not found.
     """
     problems = [text for _, text in _incomplete(catalog)]
-    verdict = differing_replicas(catalog, budget=budget, progress=progress)
-    found, notes = _checksums(catalog, budget)
+    verdict, without = _compare_replicas(catalog, budget, progress)
+    found, notes = _checksums(catalog, without, budget)
     return replace(
         verdict,
         num_tensors=len(catalog.tensors),
@@ -85,6 +85,13 @@ def differing_replicas(
 
     Of a mapped catalog, the tensors that it is made of.
     """
+    return _compare_replicas(catalog, budget, progress)[0]
+
+
+def _compare_replicas(
+    catalog: Catalog, budget: Budget, progress: Callable[[int], None] | None
+) -> tuple[Verdict, tuple[str, ...]]:
+    """What differs, and the files that have no checksum of their own: their bytes are read once."""
     catalog = _stored(catalog)
     seen = _Differences()
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
@@ -103,13 +110,14 @@ def differing_replicas(
         return 1
 
     try:
-        files.check_checksums()
+        without = files.check_checksums()
         run(moves, files.read, compare, budget=budget, progress=progress)
         files.check_unchanged()
     finally:
         files.close()
     told = tuple(seen.found[n] for n in sorted(seen.found))
-    return Verdict(len(catalog.tensors), seen.bytes_compared, told, catalog.notes)
+    verdict = Verdict(len(catalog.tensors), seen.bytes_compared, told, catalog.notes)
+    return verdict, without
 
 
 def verify_against(
@@ -205,8 +213,10 @@ def _origin(catalog: Catalog) -> Catalog:
     return catalog
 
 
-def _checksums(catalog: Catalog, budget: Budget) -> tuple[list[str], list[str]]:
-    """What is damaged by ``checksums.json``; without one, a note on files without checksums."""
+def _checksums(
+    catalog: Catalog, without: Sequence[str], budget: Budget
+) -> tuple[list[str], list[str]]:
+    """What is damaged by ``checksums.json``; without one, a note on files ``without`` checksums."""
     from ..storage.checksum_file import check_folder  # noqa: PLC0415 - verify alone reads them
 
     stored = _origin(catalog)
@@ -217,11 +227,6 @@ def _checksums(catalog: Catalog, budget: Budget) -> tuple[list[str], list[str]]:
             return [], []
     except (FormatError, NotFoundError) as error:
         return [str(error)], []
-    files = open_source(stored)
-    try:
-        without = files.check_checksums()
-    finally:
-        files.close()
     if not without:
         return [], []
     return [], [

@@ -13,6 +13,7 @@ import pytest
 import jaxshard as js
 from jaxshard.core.layout import Placement
 from jaxshard.errors import CoverageError, LayoutError
+from jaxshard.formats import weight_files
 from jaxshard.lora import merge_lora
 from jaxshard.mapping import find_mapping
 
@@ -159,3 +160,19 @@ def test_a_mapped_checkpoint_can_be_either_side_and_not_both(tmp_path):
     assert len(js.verify(tmp_path / "linen", mapped).problems) == 1
     with pytest.raises(LayoutError, match="are both mapped"):
         js.verify(mapped, mapped)
+
+
+def test_the_checksum_of_each_file_is_compared_once(cut, tmp_path, monkeypatch):
+    js.convert(cut[1], tmp_path / "ckpt", "dp1mp2", format="ckpt", crc=True, durable=False)
+    real, compared = weight_files.check_crc, []
+
+    def counted(folder, path):
+        compared.append(path)
+        return real(folder, path)
+
+    monkeypatch.setattr(weight_files, "check_crc", counted)
+    verdict = js.verify(tmp_path / "ckpt")
+    assert not verdict.problems
+    assert not any("no checksums" in note for note in verdict.notes)
+    assert sorted(compared) == sorted(set(compared))
+    assert len(compared) == 2
