@@ -14,7 +14,7 @@ first used.
 
 from __future__ import annotations
 
-from .core.lazy_imports import fetching
+from .core.lazy_imports import lazy_getattr
 
 _HOME = {
     "Catalog": "core.catalog",
@@ -52,7 +52,7 @@ _HOME = {
 __all__ = list(_HOME)
 __version__ = "0.1.0"
 
-__getattr__ = fetching(__name__, _HOME)
+__getattr__ = lazy_getattr(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -90,10 +90,10 @@ def _printable_line(line: str) -> str:
     return _shortened(line, _MAX_LINE)
 
 
-def shown(text: str) -> str:
+def quote_name(text: str) -> str:
     r"""Return ``text``, a name from an untrusted file, on one line of bounded length.
 
-    >>> print(shown("wte.weight"), shown("a" + chr(10)))
+    >>> print(quote_name("wte.weight"), quote_name("a" + chr(10)))
     wte.weight 'a\n'
     """
     safe = text if text.isprintable() and text else ascii(text)
@@ -106,10 +106,10 @@ def _shortened(text: str, most: int) -> str:
     return f"{text[: most // 2]}…{text[-most // 4 :]} ({len(text)} characters)"
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
+def format_list(names: Iterable[str], limit: int = 5) -> str:
     """The first few of ``names`` in a sentence, and how many more there are.
 
-    >>> some(["a", "b", "c"], limit=2)
+    >>> format_list(["a", "b", "c"], limit=2)
     'a, b and 1 more'
     """
     all_names = list(names)
@@ -120,16 +120,16 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 def _inline(name: str) -> str:
     """``name`` as part of a sentence; callers may pass phrases and empty strings, too."""
-    return shown(name) if name else name
+    return quote_name(name) if name else name
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence offering the known name closest to ``name``, or nothing.
 
-    >>> nearest("lm_head.wieght", ["lm_head.weight", "norm.weight"])
+    >>> did_you_mean("lm_head.wieght", ["lm_head.weight", "norm.weight"])
     ' Did you mean lm_head.weight?'
     """
     from difflib import get_close_matches  # noqa: PLC0415 - only when something is wrong
 
     close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {shown(close[0])}?" if close else ""
+    return f" Did you mean {quote_name(close[0])}?" if close else ""

@@ -17,7 +17,7 @@ from ..conversion.prepare import Prepared, fitted, part_plan, prepare
 from ..core.catalog import Catalog
 from ..core.decoders import MAX_TOML_BYTES
 from ..distributed.environment import part_of
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from ..formats.huggingface import parse_size
 from ..planning import pictures
 from ..rules import Rules, read_rules
@@ -287,7 +287,7 @@ def _show_verdict(verdict: Verdict, a: Namespace) -> int:
         if verdict.problems:
             outcome = pictures.count(len(verdict.problems), "problem")
         elif verdict.unchecked:
-            outcome = f"no problem; not checked: {some(verdict.unchecked)}"
+            outcome = f"no problem; not checked: {format_list(verdict.unchecked)}"
         write(f"{pictures.count(verdict.num_tensors, 'tensor')}{compared}: {outcome}")
     return _PROBLEM if verdict.problems else 0
 

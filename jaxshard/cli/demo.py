@@ -23,7 +23,7 @@ from ..conversion.open import open_checkpoint
 from ..conversion.options import Options
 from ..core.catalog import Catalog
 from ..core.dtypes import dtype
-from ..errors import CoverageError, LayoutError, StorageError, some
+from ..errors import CoverageError, LayoutError, StorageError, format_list
 from ..formats.safetensors import layout_file
 from ..planning import pictures
 from .output import write_json
@@ -110,7 +110,7 @@ def _compare_arrays(params: dict[str, Any], catalog: Catalog) -> None:
     """Compare arrays with what lies in the files, read by the engine into NumPy's."""
     original = load_rank(catalog, "full", keep_accu_grads=True)
     if params.keys() != original.keys():
-        raise CoverageError(f"{some(sorted(params.keys() ^ original.keys()))}: not in both.")
+        raise CoverageError(f"{format_list(sorted(params.keys() ^ original.keys()))}: not in both.")
     for name, array in params.items():
         if np.asarray(array).tobytes() != original[name].tobytes():
             raise CoverageError(f"{name} differs from the original.")
@@ -138,8 +138,8 @@ def _workplace(keep: str | None) -> Iterator[Path]:
         raise StorageError(f"--keep {keep}: {error.strerror}. Choose another folder.") from error
     if found:
         raise LayoutError(
-            f"--keep {keep} holds {some(found, 3)}, and nothing of it may be lost. Choose a new or "
-            "an empty folder."
+            f"--keep {keep} holds {format_list(found, 3)}, and nothing of it may be lost. Choose a "
+            "new or an empty folder."
         )
     yield Path(keep)
 

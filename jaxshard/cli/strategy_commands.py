@@ -15,7 +15,7 @@ from ..conversion.targets import lay_out_for
 from ..core.catalog import Catalog
 from ..core.layout import Layout
 from ..core.strategy import Strategy
-from ..errors import LayoutError, NotFoundError, some
+from ..errors import LayoutError, NotFoundError, format_list
 from ..formats import layout_file, model_shapes, strategy_files
 from ..formats.sniff import WEIGHTS, kind_of
 from ..formats.strategy_files import Strategies
@@ -249,8 +249,8 @@ def _refuse_weights(place: Path) -> None:
         folder.close()
     if weights:
         raise LayoutError(
-            f"{place} holds weights ({some(weights, 2)}), which no strategy file replaces. Choose "
-            "another name."
+            f"{place} holds weights ({format_list(weights, 2)}), which no strategy file replaces. "
+            "Choose another name."
         )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from ..formats import huggingface as huggingface_files
 from ..formats import weight_files
 from ..formats.huggingface import MINDSPORE_HYPER, MINDSPORE_INDEX
@@ -87,8 +87,8 @@ def refuse_empty(shapes: Mapping[str, tuple[int, ...]]) -> None:
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty:
         raise LayoutError(
-            f"{some(empty)} of shape {shapes[empty[0]]}: Orbax stores no arrays without elements. "
-            "Leave them out, or write another format."
+            f"{format_list(empty)} of shape {shapes[empty[0]]}: Orbax stores no arrays without "
+            "elements. Leave them out, or write another format."
         )
 
 

@@ -16,7 +16,7 @@ from ..core.notes import log_notes
 from ..core.numpy_dtypes import Conversion, numpy_dtype
 from ..core.strategy import Strategy
 from ..errors import LayoutError
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 from ..planning.outputs import Entry
 from ..storage.engine import run
 from ..storage.readers import open_source
@@ -58,7 +58,7 @@ def load_rank(
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
     share = {e.tensor.name: _Memory(e) for e in entries}
 
-    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         share[move.name].fill(offset, buffer)
         return 1
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.catalog import Catalog, File
 from ..core.garbage import paused
 from ..core.layout import Layout
-from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, some
+from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from ..formats import iteration_names, orbax_names, rank_names
 from ..formats.reader import Folder
 from ..storage.local import LocalFolder
@@ -104,7 +104,7 @@ def open_some(path: PathLike, names: Iterable[str], *, strategy: PathLike | None
     finally:
         folder.close()
     if catalog is None:
-        raise NotFoundError(f"{path}: {some(folder.files())} are no checkpoint.")
+        raise NotFoundError(f"{path}: {format_list(folder.files())} are no checkpoint.")
     return catalog
 
 
@@ -123,7 +123,10 @@ def _links(folder: LocalFolder) -> tuple[str, ...]:
     if not names:
         return ()
     what = "is a link" if len(names) == 1 else "are links"
-    return (f"{some(names)} {what} to a folder elsewhere, not followed: copy what it holds here.",)
+    return (
+        f"{format_list(names)} {what} to a folder elsewhere, not followed: copy what it holds "
+        "here.",
+    )
 
 
 def _refuse_other_weights(where: Path) -> None:

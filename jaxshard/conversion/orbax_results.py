@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.numpy_dtypes import Conversion, numpy_dtype
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 from ..planning.plan import Plan
 from ..storage.engine import run
 from ..storage.readers import OpenSource
@@ -57,10 +57,12 @@ class _Reader:
     progress: Callable[[int], None] | None
     counts: Counts = field(default_factory=Counts)
 
-    def read(self, move: Move, conversion: Conversion, shape: tuple[int, ...]) -> NDArray[Any]:
+    def read(
+        self, move: TensorCopy, conversion: Conversion, shape: tuple[int, ...]
+    ) -> NDArray[Any]:
         out = np.empty(conversion.num_bytes(shape), np.uint8)
 
-        def fill(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        def fill(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
             conversion.fill(out, offset, np.frombuffer(buffer, np.uint8))
             return 1
 

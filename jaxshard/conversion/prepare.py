@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import rules as family_rules
 from ..core.box import Box
-from ..core.catalog import Catalog, Piece
+from ..core.catalog import Catalog, StoredShard
 from ..core.garbage import paused
 from ..core.layout import Layout
 from ..core.strategy import Strategy
 from ..distributed.partition import Part, split_outputs
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from ..formats import rank_names
 from ..planning.copies import firsts
 from ..planning.plan import Plan, block_bytes_for, make_plan
@@ -97,11 +97,11 @@ class _Pieces:
     def __init__(self) -> None:
         self._boxes: dict[Box, int] = {}
 
-    def told(self, pieces: tuple[Piece, ...]) -> str:
+    def told(self, pieces: tuple[StoredShard, ...]) -> str:
         """Where ``pieces`` lie, and how."""
         return ";".join(map(self._told, pieces))
 
-    def _told(self, piece: Piece) -> str:
+    def _told(self, piece: StoredShard) -> str:
         box = self._boxes.setdefault(piece.box, len(self._boxes))
         view = "" if piece.view is None else repr(piece.view)
         return f"{piece.file} {piece.offset} {box} {view}"
@@ -271,7 +271,7 @@ def _of_keys(catalog: Catalog) -> tuple[str, ...]:
         return ()
     return (
         f"{len(found)} random keys are written as their data, integers, without their generator: "
-        f"{some(found)}.",
+        f"{format_list(found)}.",
     )
 
 
@@ -325,7 +325,7 @@ def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozense
     wrong = sorted(r for r in only if not 0 <= r < num_ranks)
     if wrong or not only or layout is None:
         raise LayoutError(
-            f"rank (--rank) {some(map(str, wrong or only))}: the target has "
+            f"rank (--rank) {format_list(map(str, wrong or only))}: the target has "
             + (
                 f"ranks 0 to {num_ranks - 1}."
                 if layout

@@ -12,7 +12,7 @@ from math import lcm, prod
 
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement, check_divides
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from ..formats import layout_file, rank_names, strategy_files
 from ..planning.outputs import arrange
 from ..rules.match import weight_name
@@ -146,7 +146,7 @@ def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> 
     unplaced = sorted(weights - set(layout.placements))
     if unplaced:
         raise LayoutError(
-            f"{len(unplaced)} tensors are not in the target's strategy: {some(unplaced)}. Leave "
-            "them out (of a conversion with exclude=, --exclude; optimizer states with "
+            f"{len(unplaced)} tensors are not in the target's strategy: {format_list(unplaced)}. "
+            "Leave them out (of a conversion with exclude=, --exclude; optimizer states with "
             "drop_prefixes=, --drop-prefix adam_), or give a strategy that has them."
         )

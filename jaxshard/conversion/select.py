@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout
-from ..errors import CoverageError, LayoutError, NotFoundError, nearest, some
+from ..errors import CoverageError, LayoutError, NotFoundError, did_you_mean, format_list
 from ..rules import missing_parts
 from ..rules.match import is_part_of_adapter, weight_name
 
@@ -46,7 +46,7 @@ def select(
         if not any(map(pattern.search, names)):
             raise NotFoundError(
                 f"include= (--include) {pattern.pattern} matches none of the {len(names)} tensors "
-                f"of {catalog.root}.{nearest(pattern.pattern, names)}"
+                f"of {catalog.root}.{did_you_mean(pattern.pattern, names)}"
             )
     if not may_lack:
         _refuse_left_out(catalog, taken)
@@ -60,8 +60,8 @@ def select(
     if gradients and not keep_accu_grads and not wanted:
         left = [t for t in left if not t.name.startswith(ACCUMULATED)]
         notes.append(
-            f"{len(gradients)} accumulated gradients ({some(gradients, 2)}) are left out; they are "
-            "kept with keep_accu_grads=True (--keep-accu-grads)."
+            f"{len(gradients)} accumulated gradients ({format_list(gradients, 2)}) are left out; "
+            "they are kept with keep_accu_grads=True (--keep-accu-grads)."
         )
     if not left:
         why = "all of them are excluded." if names else "it holds none."
@@ -74,7 +74,7 @@ def _refuse_left_out(catalog: Catalog, taken: Callable[[str], bool]) -> None:
     if lost:
         raise LayoutError(
             f"{len(lost)} of what {catalog.root} holds cannot be a tensor: "
-            f"{some(f'{name} ({what})' for name, what in lost.items())}. Leave "
+            f"{format_list(f'{name} ({what})' for name, what in lost.items())}. Leave "
             f"{'it' if len(lost) == 1 else 'them'} out with exclude= (--exclude)."
         )
 
@@ -144,7 +144,7 @@ def without_unplaced_states(catalog: Catalog, target: Layout) -> Catalog:
     kept = {name: tensor for name, tensor in catalog.tensors.items() if name not in gone}
     note = (
         f"{len(left)} optimizer states are left out, for the target's strategy has only their "
-        f"weights: {some(left, 3)}."
+        f"weights: {format_list(left, 3)}."
     )
     return replace(catalog, tensors=kept, notes=(*catalog.notes, note))
 
@@ -166,9 +166,9 @@ def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]
     if absent:
         raise CoverageError(
             f"{len(absent)} weights of the target's strategy are not in {catalog.root}: "
-            f"{some(sorted(absent))}.{nearest(absent[0], catalog.tensors)} Give the strategy of "
-            "this model, map the names with names= (--names), or leave them out with exclude= "
-            "(--exclude)."
+            f"{format_list(sorted(absent))}.{did_you_mean(absent[0], catalog.tensors)} Give the "
+            "strategy of this model, map the names with names= (--names), or leave them out with "
+            "exclude= (--exclude)."
         )
 
 
@@ -194,8 +194,8 @@ def refuse_lost(
     if unknown and (not is_own or ranks is None or not set(unknown).isdisjoint(ranks)):
         raise CoverageError(
             f"{catalog.root} has neither files nor strategy files of rank "
-            f"{some(map(str, unknown), 8)}, so nothing says what these hold. Give the folder with "
-            "the strategy files of all ranks."
+            f"{format_list(map(str, unknown), 8)}, so nothing says what these hold. Give the "
+            "folder with the strategy files of all ranks."
         )
     needed = {}
     for name, holders in catalog.lost.items():
@@ -207,7 +207,8 @@ def refuse_lost(
         gone = sorted({rank for holders in needed.values() for rank in holders})
         raise CoverageError(
             f"{len(needed)} weights lie on ranks of which {catalog.root} has no files (rank "
-            f"{some(map(str, gone), 8)}): {some(sorted(needed))}. Fetch one replica of each."
+            f"{format_list(map(str, gone), 8)}): {format_list(sorted(needed))}. Fetch one replica "
+            "of each."
         )
 
 

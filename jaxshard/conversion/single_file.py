@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.catalog import Catalog
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from .open import PathLike
 from .results import Request, Result
 
@@ -60,7 +60,8 @@ def name_of(result: Result, destination: PathLike | None) -> str | None:
     paths, kind = result.outputs.paths, _kind(destination)
     if len(paths) > 1 or "/" in paths[0]:
         raise LayoutError(
-            f"{destination} names one file, but the result is {some(paths, 3)}. Name a folder."
+            f"{destination} names one file, but the result is {format_list(paths, 3)}. Name a "
+            "folder."
         )
     if not paths[0].endswith(kind):
         raise LayoutError(
@@ -75,7 +76,10 @@ def notes(source: Catalog, result: Result, only: str | None) -> tuple[str, ...]:
     left = [*source.extras, *result.side_files] if only else []
     if not left:
         return ()
-    return (f"{some(left)} not carried along: the result is one file. Name a folder to have all.",)
+    return (
+        f"{format_list(left)} not carried along: the result is one file. Name a folder to have "
+        "all.",
+    )
 
 
 def _kind(destination: PathLike) -> str:

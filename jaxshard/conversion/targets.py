@@ -18,7 +18,7 @@ from typing import Any
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
 from ..core.strategy import Strategy
-from ..errors import LayoutError, NotFoundError, some
+from ..errors import LayoutError, NotFoundError, format_list
 from ..formats.registry import FORMATS
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
@@ -177,8 +177,9 @@ def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
     unknown = [f"{t.name} ({t.dtype})" for t in tensors if not t.dtype.is_in_files]
     if unknown:
         raise LayoutError(
-            f"{len(unknown)} tensors have dtypes that weight files do not have: {some(unknown)}. "
-            "Leave them out with exclude= (--exclude), or write format= (--format) orbax."
+            f"{len(unknown)} tensors have dtypes that weight files do not have: "
+            f"{format_list(unknown)}. Leave them out with exclude= (--exclude), or write format= "
+            "(--format) orbax."
         )
 
 

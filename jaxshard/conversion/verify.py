@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..core.box import Box
-from ..core.catalog import Catalog, Piece, Tensor, View
-from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, some
+from ..core.catalog import Catalog, StoredShard, Tensor, View
+from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from ..planning.cells import are_disjoint
-from ..planning.copies import Move, check_covered, move_into
+from ..planning.copies import TensorCopy, check_covered, move_into
 from ..planning.plan import remedy
 from ..storage.engine import run
 from ..storage.readers import OpenSource, open_source
@@ -97,7 +97,7 @@ def _compare_replicas(
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
     files = open_source(catalog)
 
-    def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def compare(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         pieces = catalog.tensors[move.name].pieces
         numbers = move.targets[target].ranks
         for piece in (pieces[number] for number in numbers):
@@ -143,9 +143,9 @@ def verify_against(
     problems, broken = [text for _, text in found], {name for name, _ in found}
     seen = _Differences()
     here, there = open_source(catalog), open_source(other)
-    in_other: dict[str, tuple[Piece, ...]] = {}
+    in_other: dict[str, tuple[StoredShard, ...]] = {}
 
-    def moves() -> Iterator[Move]:
+    def moves() -> Iterator[TensorCopy]:
         for tensor in _in_both(catalog, other):
             if tensor.name not in broken:
                 pieces = in_other[tensor.name] = other.tensors[tensor.name].pieces
@@ -154,7 +154,7 @@ def verify_against(
                     boxes[piece.box] = (*boxes.get(piece.box, ()), i)
                 yield move_into(tensor, boxes)
 
-    def compare(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def compare(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         for number in move.targets[target].ranks:
             piece = in_other[move.name][number]
             different = _first_difference(there, piece, piece.offset + offset, buffer)
@@ -230,9 +230,9 @@ def _checksums(
     if not without:
         return [], []
     return [], [
-        f"{len(without)} of {len(stored.files)} files have no checksums ({some(without, 3)}): a "
-        "flipped bit in them is found only where replicas differ. Write with checksums=True "
-        "(--checksums) to have them."
+        f"{len(without)} of {len(stored.files)} files have no checksums "
+        f"({format_list(without, 3)}): a flipped bit in them is found only where replicas differ. "
+        "Write with checksums=True (--checksums) to have them."
     ]
 
 
@@ -256,7 +256,7 @@ def _is_turned(box: Box, view: View) -> bool:
     return False
 
 
-def _replicas(tensor: Tensor) -> Move | None:
+def _replicas(tensor: Tensor) -> TensorCopy | None:
     """The journey that reads once what several pieces store; None if none do.
 
     A box goes to all its pieces but the one that it is read from; one that overlaps others is
@@ -277,7 +277,7 @@ def _replicas(tensor: Tensor) -> Move | None:
     return move_into(tensor, wanted) if wanted else None
 
 
-def _read_at(move: Move, at: tuple[int, ...]) -> Piece:
+def _read_at(move: TensorCopy, at: tuple[int, ...]) -> StoredShard:
     """The piece that the element ``at`` is read from: of those that hold it, the first."""
     point = Box(at, tuple(i + 1 for i in at))
     return next(
@@ -313,7 +313,7 @@ def _in_both(a: Catalog, b: Catalog) -> Iterable[Tensor]:
 
 
 def _first_difference(
-    files: OpenSource, piece: Piece, offset: int, buffer: memoryview
+    files: OpenSource, piece: StoredShard, offset: int, buffer: memoryview
 ) -> int | None:
     theirs = np.empty(len(buffer), np.uint8)
     files.read(piece, offset, theirs.data)
@@ -322,7 +322,7 @@ def _first_difference(
     return int(np.flatnonzero(theirs != np.frombuffer(buffer, np.uint8))[0])
 
 
-def _element(move: Move, target: int, offset: int) -> tuple[int, ...]:
+def _element(move: TensorCopy, target: int, offset: int) -> tuple[int, ...]:
     """Where in the tensor the byte at ``offset`` of a target box is."""
     box = move.targets[target].box
     index, left = [], offset // move.unit_bytes

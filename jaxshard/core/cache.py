@@ -1,8 +1,8 @@
 """LRU cache bounded by the total weight of its entries.
 
-A model has few shapes, and asks where their boxes lie again and again. But a strategy file
-from a stranger may tell of thousands of ways to cut, each over a hundred thousand ranks:
-a cache that counts entries would hold all of their boxes.
+The boxes of one strategy are computed for each of a model's few shapes and looked up often. But
+an untrusted strategy file may specify thousands of placements, each over a hundred thousand
+ranks, so a cache that counts entries would be unbounded in memory.
 """
 
 from __future__ import annotations
@@ -15,36 +15,41 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Recent(Generic[K, V]):
-    """Values by key, the least lately asked for dropped when they weigh more than ``most``."""
+class LRUCache(Generic[K, V]):
+    """Thread-safe cache that evicts the least recently used entries above ``max_weight``.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._weight = most, 0
-        self._kept: dict[K, tuple[V, int]] = {}  # in the order of asking
+    The newest entry is kept even if it is heavier than that.
+    """
+
+    def __init__(self, max_weight: int) -> None:
+        self._max_weight, self._weight = max_weight, 0
+        self._entries: dict[K, tuple[V, int]] = {}  # least recently used first
         self._lock = threading.Lock()
 
     @property
     def weight(self) -> int:
-        """What all that is kept weighs together."""
+        """Total weight of the entries."""
         return self._weight
 
     def get(self, key: K, weight: int, make: Callable[[], V]) -> V:
-        """What is kept for ``key``, or what ``make`` makes; that is kept, and weighs ``weight``.
+        """Return the value of ``key``; on a miss, insert what ``make`` returns, of ``weight``.
 
-        >>> recent = Recent[str, int](10)
-        >>> [recent.get(key, 6, lambda: len(key)) for key in ("a", "bc")], recent.weight
+        ``make`` runs without the lock, so threads that miss together may each compute the value.
+
+        >>> cache = LRUCache[str, int](10)
+        >>> [cache.get(key, 6, lambda: len(key)) for key in ("a", "bc")], cache.weight
         ([1, 2], 6)
         """
         with self._lock:
-            found = self._kept.pop(key, None)
-            if found is not None:
-                self._kept[key] = found
-                return found[0]
-        made = make()
+            hit = self._entries.pop(key, None)
+            if hit is not None:
+                self._entries[key] = hit
+                return hit[0]
+        value = make()
         with self._lock:
-            if key not in self._kept:
+            if key not in self._entries:
                 self._weight += weight
-            self._kept[key] = made, weight
-            while self._weight > self._most and len(self._kept) > 1:
-                self._weight -= self._kept.pop(next(iter(self._kept)))[1]
-        return made
+            self._entries[key] = value, weight
+            while self._weight > self._max_weight and len(self._entries) > 1:
+                self._weight -= self._entries.pop(next(iter(self._entries)))[1]
+        return value

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import LayoutError, NotFoundError, nearest
+from ..errors import LayoutError, NotFoundError, did_you_mean
 from .box import Box
 from .dtypes import DType, num_bytes
 from .layout import Layout, Placement
@@ -39,7 +39,7 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StoredShard:
     """A stored box, whose first element is at byte ``offset`` of file number ``file``.
 
     It is contiguous and row-major, or lies as ``view`` says.
@@ -63,7 +63,7 @@ class Tensor:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredShard, ...]
     factors: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -229,7 +229,7 @@ class Catalog:
         except KeyError:
             raise NotFoundError(
                 f"no tensor {name} among the {len(self.tensors)} of {self.root}."
-                + nearest(name, self.tensors)
+                + did_you_mean(name, self.tensors)
             ) from None
 
     @property
@@ -261,7 +261,7 @@ class Affine:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class RoundTo:
     """Round the values to ``dtype`` on the way: what a cast there and back does."""
 
     dtype: DType
@@ -303,7 +303,7 @@ class AddProduct:
     reproducible: bool = False
 
 
-Step = Round | Scale | AddProduct
+Step = RoundTo | Scale | AddProduct
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,23 +334,23 @@ class View:
 
 def with_places(step: Step, at: tuple[Affine, ...]) -> Step:
     """``step`` for elements that are elsewhere in the box."""
-    return step if isinstance(step, Round) else replace(step, at=(at[0], at[1]))
+    return step if isinstance(step, RoundTo) else replace(step, at=(at[0], at[1]))
 
 
 def places(step: Step) -> tuple[Affine, ...]:
     """The numbers that ``step`` knows its elements by."""
-    return () if isinstance(step, Round) else step.at
+    return () if isinstance(step, RoundTo) else step.at
 
 
-def groups(sizes: Mapping[str, int], most_bytes: int) -> Iterator[list[str]]:
-    """Names, in their order, in groups of at most ``most_bytes``, and at least one each.
+def group_by_bytes(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Names, in their order, in groups of at most ``max_bytes``, and at least one each.
 
-    >>> list(groups({"a": 3, "b": 2, "c": 9, "d": 1}, most_bytes=5))
+    >>> list(group_by_bytes({"a": 3, "b": 2, "c": 9, "d": 1}, max_bytes=5))
     [['a', 'b'], ['c'], ['d']]
     """
     group, total = list[str](), 0
     for name, size in sizes.items():
-        if group and total + size > most_bytes:
+        if group and total + size > max_bytes:
             yield group
             group, total = [], 0
         group.append(name)

@@ -12,7 +12,7 @@ import re
 from functools import cache
 from typing import Any, Final
 
-from ..errors import FormatError, JaxshardError, LayoutError, shown
+from ..errors import FormatError, JaxshardError, LayoutError, quote_name
 
 MAX_TOML_BYTES: Final = 16 << 20
 MAX_YAML_BYTES: Final = 256 << 10  # PyYAML reads about 100 KB a second; a job's file has 10 KB
@@ -51,7 +51,7 @@ def parse_toml(text: str, where: str, remedy: str = "Check the file.") -> dict[s
     except RecursionError:
         raise LayoutError(f"{where}: not TOML: values are nested too deep. {remedy}") from None
     except ValueError as error:  # TOMLDecodeError, or a date or number that Python refuses
-        raise LayoutError(f"{where}: not TOML: {shown(_one_line(error))}. {remedy}") from None
+        raise LayoutError(f"{where}: not TOML: {quote_name(_one_line(error))}. {remedy}") from None
     return values
 
 
@@ -84,7 +84,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise FormatError(f"{where}: {error} Check the file.") from None
     except Exception as error:  # YAMLError, and what Python raises of dates, numbers and keys
         raise FormatError(
-            f"{where}: not YAML: {shown(_one_line(error))}. Check the file."
+            f"{where}: not YAML: {quote_name(_one_line(error))}. Check the file."
         ) from None
 
 

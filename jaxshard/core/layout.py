@@ -19,7 +19,7 @@ from math import prod
 
 from ..errors import LayoutError
 from .box import Box
-from .cache import Recent
+from .cache import LRUCache
 from .strategy import Axes
 
 Spec = tuple[tuple[str, ...], ...]  # per dim, the mesh axes that split it, outer to inner
@@ -141,8 +141,8 @@ class Layout:
 
 
 _Key = tuple[Axes, Spec, tuple[int, ...]]
-_RECENT_BOXES = Recent[_Key, tuple[Box, ...]](_MOST_RANKS)
-_RECENT_SHARDS = Recent[_Key, tuple[Shard, ...]](_MOST_RANKS)
+_RECENT_BOXES = LRUCache[_Key, tuple[Box, ...]](_MOST_RANKS)
+_RECENT_SHARDS = LRUCache[_Key, tuple[Shard, ...]](_MOST_RANKS)
 
 
 def check_divides(placement: Placement, shape: tuple[int, ...], name: str = "") -> None:

@@ -1,7 +1,7 @@
 """Lazy imports of a package's public names (PEP 562).
 
 _HOME = {"Mapping": "mapping", …}                # name -> module of the package
-__getattr__ = fetching(__name__, _HOME)          # PEP 562
+__getattr__ = lazy_getattr(__name__, _HOME)
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from importlib import import_module
 from typing import Any
 
 
-def fetching(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: what is fetched once is found there from then on."""
+def lazy_getattr(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module ``__getattr__`` that imports each name of ``home`` on first access."""
 
-    def fetch(name: str) -> Any:
+    def getattr_once(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f".{home[name]}", package), name)
-        setattr(sys.modules[package], name, value)
+        setattr(sys.modules[package], name, value)  # later accesses do not come here
         return value
 
-    return fetch
+    return getattr_once

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..core.layout import Layout, Placement
 from ..core.strategy import Axes, Strategy
-from ..errors import LayoutError, NotFoundError, nearest, some
+from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 
 #: The axis that is added for a tensor held by several stages; its copies are replicas over it.
 STAGE_AXIS = "stage"
@@ -146,7 +146,8 @@ def sharding(
     if any((p.axes, p.spec) != (first.axes, first.spec) for p in several):
         raise LayoutError(
             "a tensor is held in different ways by several stages: "
-            f"{some(map(str, several))}. One array has one spec; give it the same in each stage."
+            f"{format_list(map(str, several))}. One array has one spec; give it the same in each "
+            "stage."
         )
     stages = () if len(several) == 1 else ((STAGE_AXIS, len(several)),)
     ranks = tuple(found[r] for p in several for r in p.ranks)
@@ -168,8 +169,8 @@ def shardings(
     missing = [name for name in chosen if not layout.placements.get(name)]
     if missing:
         raise NotFoundError(
-            f"the layout places no tensor {some(missing)}."
-            f"{nearest(missing[0], layout.placements)} Add a rule for each."
+            f"the layout places no tensor {format_list(missing)}."
+            f"{did_you_mean(missing[0], layout.placements)} Add a rule for each."
         )
     ranks = layout_devices(layout) if devices is None else devices
     return {name: sharding(layout.placements[name], ranks) for name in chosen}

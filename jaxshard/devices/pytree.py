@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import PartitionSpec, Sharding
 from jax.tree_util import DictKey, PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 
 #: Flax's classes that hold one value, by name: it need not be installed to be recognised.
 _BOXES = {"Variable", "VariableState", "AxisMetadata"}
@@ -46,8 +46,8 @@ def named_leaves(tree: Any, *, unique: bool = True) -> tuple[list[tuple[str, Any
     if unique and len(set(names)) < len(names):
         twice = sorted(name for name, times in Counter(names).items() if times > 1)
         raise LayoutError(
-            f"{len(twice)} names stand for several leaves of the tree: {some(twice)}. A key with a "
-            "dot in it can look like two keys; rename one."
+            f"{len(twice)} names stand for several leaves of the tree: {format_list(twice)}. A key "
+            "with a dot in it can look like two keys; rename one."
         )
     return found, tree_structure(tree, is_leaf=_is_spec)
 

@@ -19,7 +19,7 @@ from ..core.catalog import Catalog, Model
 from ..core.layout import Layout, Placement
 from ..core.notes import log_notes
 from ..core.strategy import Strategy
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from ..rules import Rules, layout, rules_for
 from ..rules.quantization import Factors, Granule
 from .mesh import rank_devices, sharding, shardings
@@ -189,7 +189,7 @@ def _over_fsdp(catalog: Catalog, layout: Layout, ways: int) -> Layout:
         placements[name] = made
         if not any("fsdp" in axes for p in made for axes in p.spec):
             whole.append(f"{name} {shapes[name]}")
-    left = f"not split over fsdp={ways}, which does not divide dim 0: {some(whole)}."
+    left = f"not split over fsdp={ways}, which does not divide dim 0: {format_list(whole)}."
     return replace(layout, placements=placements, notes=(*layout.notes, *([left] if whole else [])))
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from ..errors import JaxshardError, StorageError, some
+from ..errors import JaxshardError, StorageError, format_list
 
 #: Processes may be apart by as much as their disks are. It is longer than JAX's own heartbeat
 #: (100 s unless ``jax.distributed.initialize`` is told otherwise): of a process that died, JAX
@@ -248,7 +248,7 @@ class Processes:
         missing = sorted(set(self.members) - set(statuses))
         return StorageError(
             f"{self._about}{what}: {len(missing)} of {self.count} processes did not come within "
-            f"{self.timeout_s:g} s: {some(map(str, missing), 8)}."
+            f"{self.timeout_s:g} s: {format_list(map(str, missing), 8)}."
             + "".join(f" Process {i} failed: {why}." for i, why in failed[:3])
             + " They ended, or need longer; what was being made is not visible, and what was there "
             "before still is."

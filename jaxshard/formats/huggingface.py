@@ -20,8 +20,8 @@ from posixpath import basename, normpath
 from typing import Any
 
 from ..core.box import Box
-from ..core.catalog import Catalog, File, Model, Piece, Tensor
-from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, shown, some
+from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
+from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list, quote_name
 from ..rules.modalities import text_config
 from .reader import Folder
 from .safetensors import Entry, Header, read_header
@@ -159,9 +159,14 @@ def read(folder: Folder) -> Catalog:
     not_used = [path for path in unread if path not in choice.left_out]
     notes = [*choice.notes, *config_notes]
     if left_out:
-        notes.append(f"{choice.index} does not name {some(map(shown, left_out))}: left out.")
+        notes.append(
+            f"{choice.index} does not name {format_list(map(quote_name, left_out))}: left out."
+        )
     if not_used:
-        notes.append(f"Weight files neither read nor carried along: {some(map(shown, not_used))}.")
+        notes.append(
+            "Weight files neither read nor carried along: "
+            f"{format_list(map(quote_name, not_used))}."
+        )
     return Catalog(
         root=folder.root,
         format="huggingface",
@@ -184,7 +189,9 @@ def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
         return _choose_without_index(folder, found, alone=len(files) == 1)
     index, *others = indexes
     serves = _read_index(folder, files[index])
-    notes = [f"{index} decides which file serves a name, not {some(others)}."] if others else []
+    notes = (
+        [f"{index} decides which file serves a name, not {format_list(others)}."] if others else []
+    )
     if index == INDEX and SINGLE in found and SINGLE not in serves.values():
         # what transformers does with both: a save in one file beside the index of an older one
         return _Choice((SINGLE,), notes=(f"{SINGLE} is read, not the files of {INDEX}.",))
@@ -206,14 +213,14 @@ def _choose_without_index(folder: Folder, found: Sequence[str], *, alone: bool) 
     others = tuple(path for path in found if path not in parts)
     if others:
         notes.append(
-            f"{some(map(shown, others))} is not read: it holds the same model in another form, or "
-            "an adapter. Name the file itself to read it."
+            f"{format_list(map(quote_name, others))} is not read: it holds the same model in "
+            "another form, or an adapter. Name the file itself to read it."
         )
     stems = {_SHARD.sub(r"\g<stem>-of-\g<total>", path) for path in parts} - set(beside)
     if len(stems) > 1:
         notes.append(
             f"There is no {INDEX}, so all {len(parts)} weight files are read as one model "
-            f"({some(map(shown, parts))}). Name one file to read it alone."
+            f"({format_list(map(quote_name, parts))}). Name one file to read it alone."
         )
     return _Choice(parts, notes=tuple(notes), left_out=others)
 
@@ -233,8 +240,8 @@ def _read_index(folder: Folder, file: File) -> dict[str, str]:
     for name, target in weight_map.items():
         if not isinstance(target, str):
             raise FormatError(
-                f"{path}: {shown(name)} is in the file {shown(repr(target))}, which is not a name. "
-                + FETCH
+                f"{path}: {quote_name(name)} is in the file {quote_name(repr(target))}, which is "
+                "not a name. " + FETCH
             )
     where = {target: _inside(path, target) for target in set(weight_map.values())}
     return {name: where[target] for name, target in weight_map.items()}
@@ -250,9 +257,10 @@ def _check_present(
     whole = _complete_set(set(_top(files, ".safetensors")) - named)
     raise CoverageError(
         f"{index} names {len(named)} files, {len(missing)} of which {folder.root} does not have "
-        f"({some(map(shown, missing))}). "
+        f"({format_list(map(quote_name, missing))}). "
         + (
-            f"{shown(whole)} is complete here, so the index is that of an older save: remove it."
+            f"{quote_name(whole)} is complete here, so the index is that of an older save: remove "
+            "it."
             if whole
             else "Fetch what is missing."
         )
@@ -275,8 +283,8 @@ def _inside(index: str, target: str) -> str:
     parts = target.split("/")
     if not parts[-1] or not parts[0] or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", target):
         raise FormatError(
-            f"{index} names the file {shown(repr(target))}, which is not a path inside the folder. "
-            "Fetch the checkpoint from a place you trust."
+            f"{index} names the file {quote_name(repr(target))}, which is not a path inside the "
+            "folder. Fetch the checkpoint from a place you trust."
         )
     return normpath(target)
 
@@ -299,8 +307,8 @@ def _tensors(
             if entry.name in tensors:
                 first = choice.paths[tensors[entry.name].pieces[0].file]
                 raise FormatError(
-                    f"{shown(entry.name)} is in both {first} and {path}, and no index says which "
-                    "counts. Remove the stale file."
+                    f"{quote_name(entry.name)} is in both {first} and {path}, and no index says "
+                    "which counts. Remove the stale file."
                 )
             tensors[entry.name] = _tensor(entry, number, boxes)
     lacking = [name for name in choice.serves or () if name not in tensors]
@@ -308,7 +316,7 @@ def _tensors(
         name = lacking[0]
         raise FormatError(
             f"{choice.index} says that {(choice.serves or {})[name]} holds "
-            f"{some(map(shown, lacking))}, but it does not. Fetch both again."
+            f"{format_list(map(quote_name, lacking))}, but it does not. Fetch both again."
         )
     return tensors, tuple(left_out)
 
@@ -318,7 +326,7 @@ def _tensor(entry: Entry, file: int, boxes: dict[tuple[int, ...], Box]) -> Tenso
     box = boxes.get(shape)
     if box is None:  # thousands of tensors share a shape, and so its box
         box = boxes[shape] = Box.whole(shape)
-    return Tensor(name, kind, shape, (Piece(file, start, box),))
+    return Tensor(name, kind, shape, (StoredShard(file, start, box),))
 
 
 def read_model(
@@ -433,11 +441,12 @@ def _nothing(folder: Folder, files: Mapping[str, File]) -> str:
     if any(p.endswith(".safetensors") for p in weights):
         return (
             f"{folder.root} has no safetensors weights itself, but below it "
-            f"{some(p for p in weights if p.endswith('.safetensors'))}. Name that folder."
+            f"{format_list(p for p in weights if p.endswith('.safetensors'))}. Name that folder."
         )
     if weights:
         return (
-            f"{folder.root} has {some(weights)}, but of Hugging Face folders only safetensors is "
-            "read. Save it with save_pretrained(…, safe_serialization=True), or fetch those files."
+            f"{folder.root} has {format_list(weights)}, but of Hugging Face folders only "
+            "safetensors is read. Save it with save_pretrained(…, safe_serialization=True), or "
+            "fetch those files."
         )
     return f"{folder.root} has no safetensors weights ({len(files)} other files). Check the path."

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..core.catalog import Catalog, File, Piece, Tensor
+from ..core.catalog import Catalog, File, StoredShard, Tensor
 from ..core.layout import Layout, Placement
-from ..errors import FormatError, NotFoundError, shown, some
+from ..errors import FormatError, NotFoundError, format_list, quote_name
 from ..rules.match import weight_name
 from . import huggingface
 from .iteration_metadata import Described, parse
@@ -91,15 +91,15 @@ class _Found:
         """The tensor with every piece that is there; None for a state of which none is."""
         numbers = {path: i for i, path in enumerate(self.paths)}
         pieces = [
-            Piece(numbers[path], self._entry(one, path).start, one.box(number))
+            StoredShard(numbers[path], self._entry(one, path).start, one.box(number))
             for number, path, _ in one.stored
             if path in numbers
         ]
         if not pieces:
             if weight_name(one.name) == one.name:
-                lost = some(sorted({path for _, path, _ in one.stored}))
+                lost = format_list(sorted({path for _, path, _ in one.stored}))
                 raise NotFoundError(
-                    f"{shown(one.name)} is in {lost or 'no file'} by {METADATA}, which "
+                    f"{quote_name(one.name)} is in {lost or 'no file'} by {METADATA}, which "
                     f"{self.folder.root} does not have. Fetch what is missing."
                 )
             self._left_out.append(one.name)
@@ -110,22 +110,26 @@ class _Found:
         entry = self._headers[path].get(one.name)
         if entry is None:
             raise FormatError(
-                f"{METADATA} says that {path} holds {shown(one.name)}, but it does not. {FETCH}"
+                f"{METADATA} says that {path} holds {quote_name(one.name)}, but it does not. "
+                f"{FETCH}"
             )
         if (entry.dtype, entry.shape) != (one.dtype, one.local_shape):
             raise FormatError(
-                f"{path}: {shown(one.name)} is {entry.dtype} {entry.shape}, but {METADATA} says "
-                f"{one.dtype} {one.local_shape}. {FETCH}"
+                f"{path}: {quote_name(one.name)} is {entry.dtype} {entry.shape}, but {METADATA} "
+                f"says {one.dtype} {one.local_shape}. {FETCH}"
             )
         return entry
 
     def notes(self) -> list[str]:
         notes = []
         if self.missing:
-            notes.append(f"{some(self.missing)} is not there; replicas serve where they can.")
+            notes.append(
+                f"{format_list(self.missing)} is not there; replicas serve where they can."
+            )
         if self._left_out:
             notes.append(
-                f"{len(self._left_out)} optimizer states are in no file: {some(self._left_out)}."
+                f"{len(self._left_out)} optimizer states are in no file: "
+                f"{format_list(self._left_out)}."
             )
         return notes
 

@@ -21,7 +21,7 @@ from ..core.box import Box
 from ..core.catalog import Tensor
 from ..core.dtypes import DType
 from ..core.layout import Placement, Shard
-from ..errors import FormatError, LayoutError, shown
+from ..errors import FormatError, LayoutError, quote_name
 from .mindspore_ckpt import TENSOR_TYPES
 from .strict_json import FETCH
 
@@ -94,9 +94,9 @@ def parse(told: Mapping[str, Any], where: str) -> tuple[Described, ...]:
     stored = _stored(_object(told.get("storage_data"), f"{where}: storage_data"), where)
     unknown = sorted(stored.keys() - described.keys())
     if unknown:
-        _refuse(f"{where}: storage_data has {shown(unknown[0])}, which is not described")
+        _refuse(f"{where}: storage_data has {quote_name(unknown[0])}, which is not described")
     return tuple(
-        _described(name, one, tuple(stored.get(name, ())), f"{where}: {shown(name)}")
+        _described(name, one, tuple(stored.get(name, ())), f"{where}: {quote_name(name)}")
         for name, one in described.items()
     )
 
@@ -109,28 +109,28 @@ def _stored(data: Mapping[str, Any], where: str) -> dict[str, list[Stored]]:
             path = entry.get("file_name") if isinstance(entry, dict) else None
             rank = entry.get("storage_rank") if isinstance(entry, dict) else None
             if not isinstance(path, str) or "/" in path or "\\" in path or path.startswith("."):
-                _refuse(f"{where}: {shown(key)} is in no file of this folder")
+                _refuse(f"{where}: {quote_name(key)} is in no file of this folder")
             if type(rank) is not int or not 0 <= rank < _MAX_PARTS:
-                _refuse(f"{where}: {shown(key)} has no storage_rank")
+                _refuse(f"{where}: {quote_name(key)} has no storage_rank")
             found.setdefault(name, []).append(Stored(number, path, rank))
     for name, all_of_it in found.items():
         shards = {(stored.path, stored.number) for stored in all_of_it}
         if len({path for path, _ in shards}) != len(shards):
-            _refuse(f"{where}: one file is to hold several shards of {shown(name)}")
+            _refuse(f"{where}: one file is to hold several shards of {quote_name(name)}")
     return found
 
 
 def _name_and_number(key: str, where: str) -> tuple[str, int]:
     match = _KEY.fullmatch(key)
     if match is None:
-        _refuse(f"{where}: {shown(key)} is not like ('name', (0,))")
+        _refuse(f"{where}: {quote_name(key)} is not like ('name', (0,))")
     quoted = match["name"]
     if "\\" not in quoted:
         return quoted[1:-1], int(match["number"])
     try:
         name = literal_eval(quoted)
     except (ValueError, SyntaxError):
-        _refuse(f"{where}: {shown(key)} has no name")
+        _refuse(f"{where}: {quote_name(key)} has no name")
     return str(name), int(match["number"])
 
 
@@ -150,7 +150,7 @@ def _described(name: str, told: object, stored: tuple[Stored, ...], where: str) 
     properties = _object(one.get("properties"), f"{where}: properties")
     kind = TENSOR_TYPES.get(str(properties.get("dtype")))
     if kind is None:
-        _refuse(f"{where}: dtype {shown(str(properties.get('dtype')))} is not known")
+        _refuse(f"{where}: dtype {quote_name(str(properties.get('dtype')))} is not known")
     placement, ranks = _placement(one.get("layout"), len(shape), where)
     described = Described(name, kind, shape, parts, placement and placement[1], stored)
     if placement is not None:
@@ -209,7 +209,7 @@ def _numbers(value: object, what: str, least: int, most: int) -> tuple[int, ...]
     if not isinstance(value, list) or len(value) > max(_MAX_DIMS, _MAX_PARTS):
         _refuse(f"{what} is not a list of numbers")
     if any(type(n) is not int or not least <= n <= most for n in value):
-        _refuse(f"{what} {shown(str(value))} has what is not a number from {least} to {most}")
+        _refuse(f"{what} {quote_name(str(value))} has what is not a number from {least} to {most}")
     return tuple(value)
 
 
@@ -251,8 +251,8 @@ def _to_describe(
     dtype = _TYPE_OF.get(tensor.dtype)
     if dtype is None:
         raise LayoutError(
-            f"{shown(tensor.name)}: MindSpore has no dtype {tensor.dtype}. Leave it out (exclude= "
-            "of a conversion, --exclude), or write another format."
+            f"{quote_name(tensor.name)}: MindSpore has no dtype {tensor.dtype}. Leave it out "
+            "(exclude= of a conversion, --exclude), or write another format."
         )
     layout = placement or Placement(())
     replica = {rank: i for shard in shards for i, rank in enumerate(shard.holders)}

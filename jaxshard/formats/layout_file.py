@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from ..core.layout import Layout, Placement
 from ..core.strategy import Axes
-from ..errors import FormatError, shown
+from ..errors import FormatError, quote_name
 from .reader import Folder
 from .strict_json import FETCH, parse_object
 
@@ -74,8 +74,8 @@ def read(folder: Folder, path: str) -> Layout:
     told = parse_object(folder.read(path, 0, size), path)
     if told.get(_MARK) != _VERSION:
         raise FormatError(
-            f"{path} is a layout of version {shown(repr(told.get(_MARK)))}; this jaxshard reads "
-            f"version {_VERSION}."
+            f"{path} is a layout of version {quote_name(repr(told.get(_MARK)))}; this jaxshard "
+            f"reads version {_VERSION}."
         )
     num_ranks = _number(told.get("num_ranks"), 1, _MAX_RANKS, path, "num_ranks")
     placements = [
@@ -98,16 +98,16 @@ def _tensors(
     found = {}
     for name, numbers in value.items():
         key = tuple(
-            _number(n, 0, len(placements) - 1, path, f"the placement of {shown(name)}")
-            for n in _list(numbers, path, shown(name))
+            _number(n, 0, len(placements) - 1, path, f"the placement of {quote_name(name)}")
+            for n in _list(numbers, path, quote_name(name))
         )
         if key not in shared:
             chosen = sorted((placements[n] for n in key), key=lambda p: p.first_rank)
             for before, after in pairwise(chosen):
                 if after.first_rank < before.ranks.stop:
-                    _refuse(path, f"the placements of {shown(name)} (they overlap)", numbers)
+                    _refuse(path, f"the placements of {quote_name(name)} (they overlap)", numbers)
             if not chosen:
-                _refuse(path, f"the placements of {shown(name)}", numbers)
+                _refuse(path, f"the placements of {quote_name(name)}", numbers)
             shared[key] = tuple(chosen)
         found[name] = shared[key]
     return found
@@ -137,7 +137,7 @@ def _axes(value: object, num_ranks: int, path: str) -> Axes:
     for one in _list(value, path, "axes"):
         if not isinstance(one, list) or len(one) != 2 or not isinstance(one[0], str):
             _refuse(path, "an axis", one)
-        axes.append((one[0], _number(one[1], 1, num_ranks, path, f"axis {shown(one[0])}")))
+        axes.append((one[0], _number(one[1], 1, num_ranks, path, f"axis {quote_name(one[0])}")))
     if len(dict(axes)) != len(axes) or prod(n for _, n in axes) > num_ranks:
         _refuse(path, "axes", value)
     return tuple(axes)
@@ -156,4 +156,4 @@ def _number(value: object, least: int, most: int, path: str, what: str) -> int:
 
 
 def _refuse(path: str, what: str, value: object) -> NoReturn:
-    raise FormatError(f"{path}: {what} cannot be {shown(repr(value))}. {FETCH}")
+    raise FormatError(f"{path}: {what} cannot be {quote_name(repr(value))}. {FETCH}")

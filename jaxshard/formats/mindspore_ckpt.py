@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from ..core.box import Box
 from ..core.dtypes import BY_NAME, DType, num_bytes
-from ..errors import FormatError, shown
+from ..errors import FormatError, quote_name
 from .protobuf import BYTES, Reader
 from .reader import Folder
 from .sniff import kind_of, told
@@ -253,8 +253,9 @@ def _value(reader: Reader, start: int, stop: int) -> _Value:
             tensor = _tensor(reader, a, b)
         elif number == 3 and kind == BYTES:
             raise FormatError(
-                f"{reader.path}: {shown(tag or 'a value')} is a hash-map embedding (MapTensor), "
-                "which is not a tensor. Export it as one from MindSpore, or leave it out there."
+                f"{reader.path}: {quote_name(tag or 'a value')} is a hash-map embedding "
+                "(MapTensor), which is not a tensor. Export it as one from MindSpore, or leave it "
+                "out there."
             )
         else:
             raise reader.damaged(a, f"field {number} is not what a value has there")
@@ -272,7 +273,7 @@ def _tensor(reader: Reader, start: int, stop: int) -> tuple[tuple[int, ...], str
         if number == 1:
             dims += reader.numbers(one, MAX_DIMS)
             if len(dims) > MAX_DIMS or min(dims, default=0) < 0:
-                raise reader.damaged(a, f"a tensor of dims {shown(str(dims))}")
+                raise reader.damaged(a, f"a tensor of dims {quote_name(str(dims))}")
         elif number == 2 and kind == BYTES:
             tensor_type = reader.text(a, b, 64, "a dtype")
         elif number == 3 and kind == BYTES and content is None:
@@ -320,7 +321,7 @@ class _Found:
         if kind is None:
             raise self._wrong(
                 run[0],
-                f"has dtype {shown(tensor_type)}, which is none of MindSpore's "
+                f"has dtype {quote_name(tensor_type)}, which is none of MindSpore's "
                 f"({', '.join(TENSOR_TYPES)})",
             )
         stored = sum(v.stop - v.start for v in run)
@@ -330,14 +331,16 @@ class _Found:
         if num_bytes(shape, kind) != stored:
             raise self._wrong(
                 run[0],
-                f"has dims {shown(str(dims))} of {tensor_type}, which are "
+                f"has dims {quote_name(str(dims))} of {tensor_type}, which are "
                 f"{prod(shape) * kind.bits // 8} bytes, but {stored} are stored",
             )
         return Entry(tag, kind, shape, self._pieces(run, shape, kind), tensor_type)
 
     def _packed(self, value: _Value, shape: tuple[int, ...], stored: int) -> tuple[int, ...]:
         """The shape in bytes of a packed Int4 tensor, whose dims may count halves or bytes."""
-        self.notes.append(f"{shown(value.tag)} is Int4, two in a byte; it is kept as those bytes.")
+        self.notes.append(
+            f"{quote_name(value.tag)} is Int4, two in a byte; it is kept as those bytes."
+        )
         if shape and shape[-1] % 2 == 0 and prod(shape) == 2 * stored:
             return (*shape[:-1], shape[-1] // 2)
         return shape
@@ -368,4 +371,4 @@ class _Found:
             raise self._wrong(run[0], "is text, but not in UTF-32") from None
 
     def _wrong(self, value: _Value, what: str) -> FormatError:
-        return self._reader.damaged(value.start, f"{shown(value.tag)} {what}")
+        return self._reader.damaged(value.start, f"{quote_name(value.tag)} {what}")

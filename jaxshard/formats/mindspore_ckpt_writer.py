@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..core.dtypes import DType, num_bytes
-from ..errors import FormatError, LayoutError, shown
+from ..errors import FormatError, LayoutError, quote_name
 from . import protobuf
 from .mindspore_ckpt import (
     CRC_BYTES,
@@ -85,9 +85,13 @@ def layout_file(
     texts = dict(strings or {})
     for name, kind, shape in entries:
         if name in seen or name in texts:
-            raise LayoutError(f"a file cannot hold two values called {shown(name)}. Rename one.")
+            raise LayoutError(
+                f"a file cannot hold two values called {quote_name(name)}. Rename one."
+            )
         if len(shape) > MAX_DIMS:
-            raise LayoutError(f"{shown(name)} has {len(shape)} dims; more than {MAX_DIMS} fail.")
+            raise LayoutError(
+                f"{quote_name(name)} has {len(shape)} dims; more than {MAX_DIMS} fail."
+            )
         seen.add(name)
         tensor_type = "Int4" if name in packed and kind.name == "U8" else _tensor_type(name, kind)
         build.tensor(name, shape, tensor_type, _bytes_of(name, kind, shape))
@@ -136,7 +140,7 @@ class _Building:
         data = _encoded(text or "\0", "utf-32-le", MAX_STRING_BYTES)  # NumPy's '' is one character
         if text.endswith("\0"):
             raise LayoutError(
-                f"{shown(name)}: NumPy, and so MindSpore, drops the zeros at its end."
+                f"{quote_name(name)}: NumPy, and so MindSpore, drops the zeros at its end."
             )
         self._put(_value_head(name, (0,), STRING, len(data)) + data)
 
@@ -160,9 +164,9 @@ def _encoded(text: str, encoding: str, max_bytes: int) -> bytes:
     try:
         data = text.encode(encoding)
     except UnicodeEncodeError:
-        raise LayoutError(f"{shown(text)} is not Unicode text (a lone surrogate).") from None
+        raise LayoutError(f"{quote_name(text)} is not Unicode text (a lone surrogate).") from None
     if len(data) > max_bytes:
-        raise LayoutError(f"{shown(text)} takes {len(data)} bytes; {max_bytes} are the most.")
+        raise LayoutError(f"{quote_name(text)} takes {len(data)} bytes; {max_bytes} are the most.")
     return data
 
 
@@ -170,8 +174,8 @@ def _tensor_type(name: str, kind: DType) -> str:
     found = _TYPE_OF.get(kind)
     if found is None:
         raise LayoutError(
-            f"{shown(name)}: MindSpore's .ckpt has no dtype {kind}. Write safetensors, or cast it "
-            "(BF16 holds every F8)."
+            f"{quote_name(name)}: MindSpore's .ckpt has no dtype {kind}. Write safetensors, or "
+            "cast it (BF16 holds every F8)."
         )
     return found
 
@@ -180,10 +184,11 @@ def _bytes_of(name: str, kind: DType, shape: tuple[int, ...]) -> int:
     try:
         size = num_bytes(shape, kind)
     except FormatError as error:
-        raise LayoutError(f"{shown(name)}: {error} Cast it.") from None
+        raise LayoutError(f"{quote_name(name)}: {error} Cast it.") from None
     if shape == (0,):
         raise LayoutError(
-            f"{shown(name)} has shape (0,), which MindSpore's .ckpt takes for a number without "
-            "dims. Write safetensors, or leave it out (exclude= of a conversion, --exclude)."
+            f"{quote_name(name)} has shape (0,), which MindSpore's .ckpt takes for a number "
+            "without dims. Write safetensors, or leave it out (exclude= of a conversion, "
+            "--exclude)."
         )
     return size

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.box import Box
-from ..core.catalog import Catalog, File, Model, Piece, Tensor
+from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
 from ..core.dtypes import dtype
-from ..errors import FormatError, NotFoundError, nearest, shown
+from ..errors import FormatError, NotFoundError, did_you_mean, quote_name
 from .huggingface import CONFIG, read_model
 from .reader import Folder
 
@@ -88,7 +88,7 @@ def catalog_of(model: Model, root: str, file: File) -> Catalog:
     """
     kind = dtype("BF16")
     tensors = {
-        name: Tensor(name, kind, shape, (Piece(0, 0, Box.whole(shape)),))
+        name: Tensor(name, kind, shape, (StoredShard(0, 0, Box.whole(shape)),))
         for name, shape in shapes_of(model).items()
     }
     note = f"there are no weights: names and shapes follow from {file.path} ({model.type})."
@@ -104,9 +104,9 @@ def shapes_of(model: Model) -> Shapes:
     kind = _KINDS.get(model.type or "")
     if kind is None:
         raise NotFoundError(
-            f"{CONFIG} is of the model_type {shown(repr(model.type))}, whose tensors do not follow "
-            f"from it here.{nearest(model.type or '', _KINDS)} Known are {', '.join(_KINDS)}; for "
-            "others name a checkpoint, whose names and shapes are taken."
+            f"{CONFIG} is of the model_type {quote_name(repr(model.type))}, whose tensors do not "
+            f"follow from it here.{did_you_mean(model.type or '', _KINDS)} Known are "
+            f"{', '.join(_KINDS)}; for others name a checkpoint, whose names and shapes are taken."
         )
     numbers = _Numbers(model.config)
     vocab, hidden, layers = (
@@ -143,8 +143,8 @@ class _Numbers:
                 continue
             if type(value) is not int or not 0 < value < _MOST:
                 raise FormatError(
-                    f"{CONFIG}: {key} is {shown(repr(value))}, not a number of 1 or more. Fetch it "
-                    "again."
+                    f"{CONFIG}: {key} is {quote_name(repr(value))}, not a number of 1 or more. "
+                    "Fetch it again."
                 )
             return value
         if default is None:

@@ -26,10 +26,10 @@ from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
 from numpy.typing import NDArray
 
 from ..core.box import Box
-from ..core.catalog import Catalog, File, Model, Piece, Tensor, groups
+from ..core.catalog import Catalog, File, Model, StoredShard, Tensor, group_by_bytes
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import held_as
-from ..errors import FormatError, JaxshardError, LayoutError, StorageError, some
+from ..errors import FormatError, JaxshardError, LayoutError, StorageError, format_list
 from . import huggingface
 from .orbax_names import ITEM_FILES, item_folder, leaf_names
 from .orbax_quiet import quiet
@@ -68,7 +68,7 @@ def read(folder: Folder, files: Mapping[str, File]) -> Catalog:
             left_out[name] = kind
             continue
         shape = tuple(leaf.shape)
-        tensors[name] = Tensor(name, kind, shape, (Piece(len(tensors), 0, Box.whole(shape)),))
+        tensors[name] = Tensor(name, kind, shape, (StoredShard(len(tensors), 0, Box.whole(shape)),))
     listed = tuple(File(name, t.num_bytes) for name, t in tensors.items())
     extras = (
         tuple(f for f in files if "/" not in f and f not in (*ITEM_FILES, huggingface.CHECKSUMS))
@@ -115,7 +115,7 @@ def load(
         FormatError: Orbax cannot read them.
     """
     item, found = Item(catalog.root), dict[str, jax.Array]()
-    for names in groups({n: catalog.tensors[n].num_bytes for n in asked}, group_bytes):
+    for names in group_by_bytes({n: catalog.tensors[n].num_bytes for n in asked}, group_bytes):
         arguments = {
             name: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
             if name not in catalog.keys
@@ -156,8 +156,8 @@ class Item:
         if len(self.leaves) < len(paths):
             twice = [name for name, times in Counter(self._names).items() if times > 1]
             raise LayoutError(
-                f"{where} has two leaves called {some(twice)}, because a key has a dot in it. "
-                "Rename one."
+                f"{where} has two leaves called {format_list(twice)}, because a key has a dot in "
+                "it. Rename one."
             )
 
     def keys(self, folder: Folder, described: Sequence[File]) -> dict[str, str]:
@@ -203,7 +203,7 @@ class Item:
                 )
             except Exception as error:  # Orbax raises a bare Exception of damaged data
                 raise FormatError(
-                    f"{self._where}: Orbax cannot read {some(arguments)}: {said(error)}."
+                    f"{self._where}: Orbax cannot read {format_list(arguments)}: {said(error)}."
                 ) from error
             finally:
                 reader.close()

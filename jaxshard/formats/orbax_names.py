@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from ..errors import FormatError, some
+from ..errors import FormatError, format_list
 
 _METADATA = "_METADATA"
 
@@ -55,8 +55,8 @@ def item_folder(files: Iterable[str]) -> str:
         return ""
     if len(items) != 1:
         raise FormatError(
-            f"this Orbax checkpoint has {len(items)} items or steps ({some(items)}). Name the "
-            "folder of one of them."
+            f"this Orbax checkpoint has {len(items)} items or steps ({format_list(items)}). Name "
+            "the folder of one of them."
         )
     return items[0]
 

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
-from ..core.catalog import Catalog, Piece
+from ..core.catalog import Catalog, StoredShard
 from ..core.numpy_dtypes import held_as, pack
 from .orbax import Item, check
 
@@ -52,7 +52,7 @@ class Restored:
         self._gone: set[int] = set()
         self._lock = threading.Lock()
 
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the tensor that is ``piece``.
 
         Raises:
@@ -61,13 +61,13 @@ class Restored:
         data = self._data(piece.file, len(buffer))
         np.frombuffer(buffer, np.uint8)[...] = data[offset : offset + len(buffer)]
 
-    def read_views(self, piece: Piece, offset: int, views: Sequence[memoryview]) -> None:
+    def read_views(self, piece: StoredShard, offset: int, views: Sequence[memoryview]) -> None:
         """Fill ``views`` one after the other, from byte ``offset`` of the tensor."""
         for view in views:
             self.read(piece, offset, view)
             offset += len(view)
 
-    def read_rows(self, piece: Piece, offsets: Iterable[int], buffer: memoryview) -> None:
+    def read_rows(self, piece: StoredShard, offsets: Iterable[int], buffer: memoryview) -> None:
         """Fill equal parts of ``buffer``, each from one of ``offsets`` of the tensor."""
         starts = list(offsets)
         share = len(buffer) // max(1, len(starts))

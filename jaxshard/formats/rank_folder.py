@@ -18,10 +18,10 @@ from functools import lru_cache
 from math import prod
 
 from ..core.box import Box
-from ..core.catalog import Catalog, Piece, Tensor
+from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import DType
 from ..core.layout import Layout, Placement
-from ..errors import CoverageError, FormatError, LayoutError, some
+from ..errors import CoverageError, FormatError, LayoutError, format_list
 from ..rules.match import weight_name
 from . import huggingface, rank_names, remote_tensors
 from .reader import Folder
@@ -82,13 +82,15 @@ def read(
     notes += gathered.notes(lost)
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
     if layout is not None and layout.unknown:
-        unknown = some(map(str, layout.unknown), 8)
+        unknown = format_list(map(str, layout.unknown), 8)
         notes.append(
             f"there are no strategy files of rank {unknown}, so what these hold is not known, and "
             f"what needs it is refused. {_ALL_STRATEGIES}"
         )
     if missing:
-        notes.append(f"no files of rank {some(map(str, missing))}; replicas serve where they can.")
+        notes.append(
+            f"no files of rank {format_list(map(str, missing))}; replicas serve where they can."
+        )
     model, _ = huggingface.read_model(folder, listed)
     others = [p for p in listed if not _OWN.match(p)]
     extras, _ = huggingface.carried(others, [f.path for f in files])
@@ -123,15 +125,15 @@ def _check_ranks(by_rank: Mapping[int, str], layout: Layout, root: str) -> None:
     beyond = sorted(r for r in by_rank if r >= layout.num_ranks)
     if beyond:
         raise CoverageError(
-            f"{root} has rank {some(map(str, beyond))}, but its strategy is one of "
+            f"{root} has rank {format_list(map(str, beyond))}, but its strategy is one of "
             f"{layout.num_ranks} ranks. Give the strategy files it was written with."
         )
     unknown = sorted(set(by_rank).intersection(layout.unknown))
     if unknown:
         stage = min(p.first_rank // p.num_ranks for ps in layout.placements.values() for p in ps)
         raise CoverageError(
-            f"{root} has rank {some(map(str, unknown))}, but only the strategy of stage {stage} is "
-            f"given, and theirs is another. {_ALL_STRATEGIES}"
+            f"{root} has rank {format_list(map(str, unknown))}, but only the strategy of stage "
+            f"{stage} is given, and theirs is another. {_ALL_STRATEGIES}"
         )
 
 
@@ -145,7 +147,7 @@ class _Found:
     dtype: DType
     shape: tuple[int, ...]
     where: str
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[StoredShard] = field(default_factory=list)
 
 
 class _Gathered:
@@ -176,7 +178,7 @@ class _Gathered:
                 f"{entry.dtype} {shape} by {path}. Give the strategy files these were written with."
             )
         found.pieces += [
-            Piece(file, at, _moved(part, entry.shape, box)) for at, part in entry.pieces
+            StoredShard(file, at, _moved(part, entry.shape, box)) for at, part in entry.pieces
         ]
 
     def add_elsewhere(self, tensors: Mapping[str, Tensor]) -> None:
@@ -190,8 +192,8 @@ class _Gathered:
         if self._placed and self._found and not self._found.keys() & self._placed.keys():
             raise CoverageError(
                 f"none of the {len(self._found)} tensors of the files is in the strategy: {root} "
-                f"has {some(self._found, 3)}, the strategy {some(self._placed, 3)}. Give the "
-                "strategy files these were written with."
+                f"has {format_list(self._found, 3)}, the strategy {format_list(self._placed, 3)}. "
+                "Give the strategy files these were written with."
             )
 
     def lost(self, present: Collection[int]) -> dict[str, tuple[int, ...]]:
@@ -236,11 +238,11 @@ class _Gathered:
                 "jaxshard verify compares them.",
             ),
         )
-        return [f"{len(names)} {text.format(some(names))}" for names, text in told if names]
+        return [f"{len(names)} {text.format(format_list(names))}" for names, text in told if names]
 
 
 def _ranks_of(lost: Mapping[str, tuple[int, ...]]) -> str:
-    return some(map(str, sorted({rank for ranks in lost.values() for rank in ranks})), 8)
+    return format_list(map(str, sorted({rank for ranks in lost.values() for rank in ranks})), 8)
 
 
 def _moved(part: Box, held: tuple[int, ...], box: Box) -> Box:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ..core.layout import Layout, Placement, Spec
 from ..core.strategy import Axes
-from ..errors import CoverageError, LayoutError, some
+from ..errors import CoverageError, LayoutError, format_list
 
 _RANK_FILE = re.compile(r"rank_(\d{1,7})/([^/]+)\.(safetensors|ckpt)")
 _KIND = re.compile(r"(?:^|\.)(ckpt|safetensors)$")
@@ -179,8 +179,8 @@ def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
     newer = sorted({rank for save in found if save.step > newest for rank in save.paths})
     if newer:
         notes.append(
-            f"rank {some(map(str, newer))} has newer files; the newest step that every rank has is "
-            "taken."
+            f"rank {format_list(map(str, newer))} has newer files; the newest step that every rank "
+            "has is taken."
         )
     return Choice(chosen.paths, tuple(notes), newest)
 
@@ -197,7 +197,7 @@ def _copies(save: _Save, candidates: Collection[int]) -> list[str]:
 
 
 def _incomplete(candidates: Mapping[int, Sequence[str]], suffix: str | None) -> CoverageError:
-    found = some(f"rank {r}: {some(candidates[r], 2)}" for r in sorted(candidates))
+    found = format_list(f"rank {r}: {format_list(candidates[r], 2)}" for r in sorted(candidates))
     wanted = f" ending in {suffix}" if suffix else ""
     return CoverageError(
         f"no step{wanted} has a file in every one of the {len(candidates)} rank folders ({found}). "
@@ -300,7 +300,7 @@ def _without_strange(
     for rank, paths in strange.items():
         left = len(paths) < len(candidates[rank])
         notes.append(
-            f"{some(paths, 3)}: by its name the file of rank {_other_rank(paths[0], rank)}; "
+            f"{format_list(paths, 3)}: by its name the file of rank {_other_rank(paths[0], rank)}; "
             + ("it is passed over." if left else f"it is taken for that of rank {rank}.")
         )
         for save in saves if left else ():

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..core.catalog import Tensor
 from ..core.dtypes import dtype
-from ..errors import FormatError, JaxshardError, shown
+from ..errors import FormatError, JaxshardError, quote_name
 from .reader import Folder
 from .strict_json import FETCH, parse_object
 
@@ -53,7 +53,7 @@ def save_of(folder: Folder) -> str:
     """
     save = _told(folder).get("save", "")
     if not isinstance(save, str):
-        raise FormatError(f"{NAME}: save is {shown(repr(save))}, expected a text. {FETCH}")
+        raise FormatError(f"{NAME}: save is {quote_name(repr(save))}, expected a text. {FETCH}")
     return save
 
 
@@ -67,7 +67,7 @@ def _told(folder: Folder) -> dict[str, Any]:
     version = told[_MARK]
     if type(version) is not int or version != _VERSION or not isinstance(told.get("tensors"), dict):
         raise FormatError(
-            f"{NAME}: version {shown(repr(version))}; this jaxshard reads version {_VERSION}. "
+            f"{NAME}: version {quote_name(repr(version))}; this jaxshard reads version {_VERSION}. "
             "Upgrade jaxshard, or save again."
         )
     return dict(told)

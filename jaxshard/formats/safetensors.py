@@ -17,7 +17,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 from ..core.dtypes import BY_NAME, DType, num_bytes
-from ..errors import FormatError, LayoutError, NotFoundError, shown
+from ..errors import FormatError, LayoutError, NotFoundError, quote_name
 from .reader import Folder
 from .strict_json import FETCH, parse_object
 
@@ -92,7 +92,7 @@ def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> 
     if file_bytes is None:
         listed = folder.files().get(path)
         if listed is None:
-            raise NotFoundError(f"{folder.root} has no file {shown(path)}.")
+            raise NotFoundError(f"{folder.root} has no file {quote_name(path)}.")
         file_bytes = listed.num_bytes
     json_bytes = _header_bytes(folder, path, file_bytes)
     text = folder.read(path, 8, json_bytes)
@@ -114,7 +114,7 @@ def mentions(folder: Folder, path: str, text: bytes) -> bool:
     """
     listed = folder.files().get(path)
     if listed is None:
-        raise NotFoundError(f"{folder.root} has no file {shown(path)}.")
+        raise NotFoundError(f"{folder.root} has no file {quote_name(path)}.")
     return text in folder.read(path, 8, _header_bytes(folder, path, listed.num_bytes))
 
 
@@ -189,8 +189,8 @@ def _metadata(value: object, path: str) -> dict[str, str]:
     for key, text in value.items():
         if not isinstance(text, str):
             raise FormatError(
-                f"{path}: {_METADATA} has {shown(key)} = {shown(repr(text))}, which is not text. "
-                + FETCH
+                f"{path}: {_METADATA} has {quote_name(key)} = {quote_name(repr(text))}, which is "
+                "not text. " + FETCH
             )
     return value
 
@@ -202,16 +202,16 @@ def _entry(name: str, value: object, data_start: int, path: str) -> Entry:
     dims, offsets = value["shape"], value["data_offsets"]
     kind = BY_NAME.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if kind is None:
-        _refuse(path, name, f"has the dtype {shown(repr(value['dtype']))}, which is not known")
+        _refuse(path, name, f"has the dtype {quote_name(repr(value['dtype']))}, which is not known")
     if not isinstance(dims, list) or len(dims) > _MAX_DIMS:
         _refuse(path, name, f"has no shape that is a list of at most {_MAX_DIMS} dims")
     size = 1
     for dim in dims:
         if type(dim) is not int or not 0 <= dim < _LIMIT:  # a bool is an int to isinstance
-            _refuse(path, name, f"has the shape {shown(repr(dims))}; dims are 0 to 2**64 - 1")
+            _refuse(path, name, f"has the shape {quote_name(repr(dims))}; dims are 0 to 2**64 - 1")
         size *= dim
         if size >= _LIMIT:  # checked at every step, so that no product grows without bound
-            _refuse(path, name, f"has the shape {shown(repr(dims))}, 2**64 elements or more")
+            _refuse(path, name, f"has the shape {quote_name(repr(dims))}, 2**64 elements or more")
     if not isinstance(offsets, list) or [type(o) for o in offsets] != _TWO_INTS:
         _refuse(path, name, "has data_offsets that are not two integers")
     start, stop = offsets
@@ -219,14 +219,14 @@ def _entry(name: str, value: object, data_start: int, path: str) -> Entry:
         _refuse(
             path,
             name,
-            f"has bytes {start} to {stop} of the data, but {kind} of shape {shown(repr(dims))} "
-            f"takes {size * kind.bits / 8:.12g}",
+            f"has bytes {start} to {stop} of the data, but {kind} of shape "
+            f"{quote_name(repr(dims))} takes {size * kind.bits / 8:.12g}",
         )
     return Entry(name, kind, tuple(dims), data_start + start, data_start + stop)
 
 
 def _refuse(path: str, name: str, what: str) -> NoReturn:
-    raise FormatError(f"{path}: tensor {shown(name)} {what}. {FETCH}")
+    raise FormatError(f"{path}: tensor {quote_name(name)} {what}. {FETCH}")
 
 
 def _check_cover(entries: list[Entry], data_start: int, file_bytes: int, path: str) -> None:
@@ -285,7 +285,7 @@ def _ordered(entries: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[tupl
         if name in seen or name == _METADATA:
             raise LayoutError(
                 f"a file cannot hold {'two tensors' if name in seen else 'a tensor'} called "
-                f"{shown(name)}. Rename it."
+                f"{quote_name(name)}. Rename it."
             )
         seen.add(name)
     found.sort(key=_rank)  # stable: equals stay as given
@@ -304,7 +304,7 @@ def _writable_bytes(name: str, kind: DType, shape: tuple[int, ...]) -> int:
     try:
         return num_bytes(shape, kind)
     except FormatError as error:
-        raise LayoutError(f"{shown(name)}: {error} Leave it whole, or cast it.") from None
+        raise LayoutError(f"{quote_name(name)}: {error} Leave it whole, or cast it.") from None
 
 
 def _writable_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..core.layout import Layout, Placement, check_divides
-from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, some
+from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from . import protobuf, strategy_json
 from . import strategy_protobuf as messages
 from .reader import Folder
@@ -176,7 +176,7 @@ def _expand(folder: Folder, paths: Sequence[str]) -> list[str]:
             others = [p for p in files if p.startswith(prefix)]
             raise NotFoundError(
                 f"no strategy file at {path or folder.root}"
-                + (f" (there are {some(others, 3)})" if others else "")
+                + (f" (there are {format_list(others, 3)})" if others else "")
                 + ". MindSpore writes them as strategy/ckpt_strategy_rank_0.ckpt; give that folder "
                 "or one merged file."
             )
@@ -210,9 +210,9 @@ def _add_merged(stages: dict[int, Stage], merged: Sequence[StrategyFile]) -> tup
         against = [s.number for s in found if s.number in raw and raw[s.number].params != s.params]
         if against:
             notes.append(
-                f"{file.path} is not used: in stage {some(map(str, against))} it contradicts the "
-                f"ranks' own files beside it ({raw[against[0]].path}), which a job writes each "
-                "time. Delete it if it is older."
+                f"{file.path} is not used: in stage {format_list(map(str, against))} it "
+                f"contradicts the ranks' own files beside it ({raw[against[0]].path}), which a job "
+                "writes each time. Delete it if it is older."
             )
             continue
         for stage in found:
@@ -228,7 +228,7 @@ def _agree(first: Stage, other: Stage) -> None:
     )
     raise FormatError(
         f"{first.path} and {other.path} both tell of stage {first.number} and contradict each "
-        f"other in {some(names)}. They are of different jobs; keep the files of one."
+        f"other in {format_list(names)}. They are of different jobs; keep the files of one."
     )
 
 
@@ -286,10 +286,10 @@ def layout(
     if len(given) < wanted and not partial:
         missing = [str(s) for s in range(min(wanted, 10_000)) if s not in strategies.stages]
         raise CoverageError(
-            f"{strategies.stages[given[0]].path}: the strategy of stage {some(map(str, given))} is "
-            f"given ({per_stage} ranks each), but the job has {wanted} stages; missing: "
-            f"{some(missing)}. Give the folder with the strategy files of all ranks, or a merged "
-            "one."
+            f"{strategies.stages[given[0]].path}: the strategy of stage "
+            f"{format_list(map(str, given))} is given ({per_stage} ranks each), but the job has "
+            f"{wanted} stages; missing: {format_list(missing)}. Give the folder with the strategy "
+            "files of all ranks, or a merged one."
         )
     placements = dict[str, tuple[Placement, ...]]()
     for number, stage in strategies.stages.items():
@@ -343,8 +343,8 @@ def from_layout(
     if len(sizes) != 1 or layout.num_ranks % max(sizes):
         raise LayoutError(
             f"strategy files need stages of equally many ranks; these tensors lie on "
-            f"{some(map(str, sorted(sizes))) or 'no'} of {layout.num_ranks}. Place every tensor on "
-            "whole stages."
+            f"{format_list(map(str, sorted(sizes))) or 'no'} of {layout.num_ranks}. Place every "
+            "tensor on whole stages."
         )
     ranks = sizes.pop()
     params: list[dict[str, ParamLayout]] = [{} for _ in range(layout.num_ranks // ranks)]
@@ -362,8 +362,8 @@ def from_layout(
     empty = [str(number) for number, of_stage in enumerate(params) if not of_stage]
     if empty:
         raise LayoutError(
-            f"stage {some(empty)} would hold no tensor, and a strategy file cannot say that. Take "
-            "fewer stages."
+            f"stage {format_list(empty)} would hold no tensor, and a strategy file cannot say "
+            "that. Take fewer stages."
         )
     return Strategies(
         {

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import FormatError, LayoutError, shown
+from ..errors import FormatError, LayoutError, quote_name
 from .strategy_protobuf import (
     INT32,
     MAX_LISTS,
@@ -75,14 +75,14 @@ def from_json(data: bytes, path: str) -> StrategyFile:
             for name, one in tree["parallel_strategy_item"].items()
         )
         layouts = {
-            name: checked(f"{path}, parameter {shown(name)}", _json_layout(one))
+            name: checked(f"{path}, parameter {quote_name(name)}", _json_layout(one))
             for name, one in tree["parallel_layout_item"].items()
         }
         current_stage = _number(tree["current_stage"], 0, 2 * INT32)
     except (TypeError, KeyError, AttributeError, RecursionError) as e:
         raise FormatError(
-            f"{path} is not a JSON strategy file ({type(e).__name__}: {shown(str(e))}). It needs "
-            "current_stage, parallel_strategy_item and parallel_layout_item."
+            f"{path} is not a JSON strategy file ({type(e).__name__}: {quote_name(str(e))}). It "
+            "needs current_stage, parallel_strategy_item and parallel_layout_item."
         ) from None
     return by_stage(path, layouts, operators, current_stage)
 
@@ -101,17 +101,17 @@ def _json_layout(one: Mapping[str, Any]) -> ParamLayout:
 
 def _number(value: object, low: int = -INT32, high: int = INT32) -> int:
     if type(value) is not int or not low <= value <= high:  # bool is an int: not here
-        raise TypeError(f"{shown(repr(value))} is not a sensible whole number")
+        raise TypeError(f"{quote_name(repr(value))} is not a sensible whole number")
     return value
 
 
 def _list(values: object) -> tuple[int, ...]:
     if not isinstance(values, list) or len(values) > MAX_NUMBERS:
-        raise TypeError(f"{shown(repr(values))} is not a short list of numbers")
+        raise TypeError(f"{quote_name(repr(values))} is not a short list of numbers")
     return tuple(map(_number, values))
 
 
 def _lists(values: object) -> Lists:
     if not isinstance(values, list) or len(values) > MAX_LISTS:
-        raise TypeError(f"{shown(repr(values))} is not a short list of lists")
+        raise TypeError(f"{quote_name(repr(values))} is not a short list of lists")
     return tuple(map(_list, values))

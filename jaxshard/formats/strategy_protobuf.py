@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from ..errors import FormatError, LayoutError, some
+from ..errors import FormatError, LayoutError, format_list
 from . import protobuf
 from .protobuf import BYTES, VARINT, Reader
 from .reader import Folder
@@ -305,7 +305,8 @@ def by_stage(
     if len(named) != 1:
         raise FormatError(
             f"{path}: a strategy file of one stage names its stage in its operators; this one "
-            f"names {some(map(str, sorted(named))) or 'none'}. It is damaged; fetch it again."
+            f"names {format_list(map(str, sorted(named))) or 'none'}. It is damaged; fetch it "
+            "again."
         )
     return StrategyFile(path, {named.pop(): dict(layouts)}, operators, False, current_stage)
 
@@ -367,8 +368,9 @@ def check_full(file: StrategyFile) -> None:
     empty = [s for s, params in file.stages.items() if not params]
     if empty or not file.stages or not file.operators:
         raise LayoutError(
-            f"strategy file {file.path}: stage {some(map(str, empty)) or 0} holds no parameter or "
-            "no operator, and MindSpore refuses such a file as empty. Use fewer pipeline stages."
+            f"strategy file {file.path}: stage {format_list(map(str, empty)) or 0} holds no "
+            "parameter or no operator, and MindSpore refuses such a file as empty. Use fewer "
+            "pipeline stages."
         )
 
 

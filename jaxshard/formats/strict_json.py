@@ -14,7 +14,7 @@ from collections.abc import Callable
 from math import isinf
 from typing import Any, NoReturn
 
-from ..errors import FormatError, shown
+from ..errors import FormatError, quote_name
 
 FETCH = "Fetch the file again."
 
@@ -102,7 +102,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _RefusedError(f"the key {shown(key)} stands twice in one object")
+                raise _RefusedError(f"the key {quote_name(key)} stands twice in one object")
             seen.add(key)
     return found
 
@@ -115,7 +115,7 @@ def _finite(digits: str) -> float:
     """Refuse ``1e999``, which Python reads as infinity and writes as no JSON."""
     value = float(digits)
     if isinf(value):
-        raise _RefusedError(f"{shown(digits)} is larger than any 64-bit float")
+        raise _RefusedError(f"{quote_name(digits)} is larger than any 64-bit float")
     return value
 
 

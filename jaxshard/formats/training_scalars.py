@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import isfinite, prod
 
 from ..core.catalog import Tensor
-from ..errors import FormatError, shown
+from ..errors import FormatError, quote_name
 from .strict_json import FETCH
 
 NAMES = frozenset(
@@ -46,4 +46,4 @@ def checked(name: str, value: object, where: str) -> int | float:
         if isfinite(value) and int(value) == value and abs(value) < _LIMIT:
             return int(value)
     expected = "a number" if name in _FRACTIONS else "a whole number of 64 bits"
-    raise FormatError(f"{where}: {name} is {shown(repr(value))}, expected {expected}. {FETCH}")
+    raise FormatError(f"{where}: {name} is {quote_name(repr(value))}, expected {expected}. {FETCH}")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..core.box import Box
-from ..core.catalog import Catalog, File, Piece, Tensor
+from ..core.catalog import Catalog, File, StoredShard, Tensor
 from ..core.dtypes import DType
-from ..errors import FormatError, shown
+from ..errors import FormatError, quote_name
 from . import huggingface, safetensors
 from .reader import Folder
 from .sniff import kind_of
@@ -103,8 +103,8 @@ def check_crc(folder: Folder, path: str) -> bool:
             crc = zlib.crc32(folder.read(path, at, min(_BLOCK_BYTES, stop - at)), crc)
     if told != str(crc):
         raise FormatError(
-            f"{path}: its checksum says crc32 {shown(told)}, but its tensors have {crc}. The file "
-            "is damaged; fetch it again."
+            f"{path}: its checksum says crc32 {quote_name(told)}, but its tensors have {crc}. The "
+            "file is damaged; fetch it again."
         )
     return True
 
@@ -147,10 +147,10 @@ def read(folder: Folder) -> Catalog:
             if name in tensors:
                 first = paths[tensors[name].pieces[0].file]
                 raise FormatError(
-                    f"{shown(name)} is in both {first} and {path}. Name the file that counts, not "
-                    "the folder."
+                    f"{quote_name(name)} is in both {first} and {path}. Name the file that counts, "
+                    "not the folder."
                 )
-            stored = tuple(Piece(number, at, box) for at, box in pieces)
+            stored = tuple(StoredShard(number, at, box) for at, box in pieces)
             tensors[name] = Tensor(name, kind, shape, stored)
         metadata |= file.metadata
         notes += file.notes

@@ -24,7 +24,7 @@ from ..core.catalog import Catalog
 from ..core.notes import log_notes
 from ..devices.pinned_memory import Pin, Staging, pin_for
 from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
-from ..errors import CoverageError, LayoutError, NotFoundError, some
+from ..errors import CoverageError, LayoutError, NotFoundError, format_list
 from ..formats.huggingface import CHECKSUMS
 from ..mapping import Mapping, find_mapping
 from ..rules import Rules
@@ -314,7 +314,7 @@ def _check_sums(
     if lacking:
         raise NotFoundError(
             f"verify=True: {catalog.root} has no {CHECKSUMS}, and {len(lacking)} of its files have "
-            f"no checksum of their own ({some(lacking, 3)}). Leave verify out, or write the "
+            f"no checksum of their own ({format_list(lacking, 3)}). Leave verify out, or write the "
             "checkpoint with checksums=True (--checksums)."
         )
 
@@ -336,7 +336,7 @@ def _told_of_hosts(catalog: Catalog) -> Iterator[None]:
             raise
         raise CoverageError(
             f"{error} Of {catalog.layout.num_ranks} ranks, {catalog.root} has {len(have)}: "
-            f"{some(map(str, sorted(have)))}. Where hosts share no disk, each process loads what "
-            "was saved by it, onto the same devices; for another layout, copy the other ranks' "
-            "folders here."
+            f"{format_list(map(str, sorted(have)))}. Where hosts share no disk, each process loads "
+            "what was saved by it, onto the same devices; for another layout, copy the other "
+            "ranks' folders here."
         ) from None

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.catalog import Piece
+from ..core.catalog import StoredShard
 from ..core.ranges import byte_runs
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 
 WINDOW_BYTES = 256 << 20  # how far ahead: little beside the page cache, much for any disk
 _PORTIONS = 8  # in a window: what is told at once of a run of bytes that is wanted without a gap
@@ -27,12 +27,12 @@ _SPARSE = 2  # a span of which less than one part in so many is wanted is left t
 class Disk(Protocol):
     """The files of a load, as their disk sees them."""
 
-    def is_cached(self, piece: Piece, offset: int) -> bool:
+    def is_cached(self, piece: StoredShard, offset: int) -> bool:
         """Whether byte ``offset`` of the file that stores ``piece`` can be read without waiting."""
         ...
 
     def begin_reading(
-        self, piece: Piece, offset: int, num_bytes: int, *, before: int, ends: bool
+        self, piece: StoredShard, offset: int, num_bytes: int, *, before: int, ends: bool
     ) -> None:
         """Have the disk fetch these bytes of that file; nobody waits for them.
 
@@ -55,7 +55,7 @@ class Portion:
         told_bytes: of all moves that begin before the end, what they are about.
     """
 
-    piece: Piece
+    piece: StoredShard
     offset: int
     num_bytes: int
     before: int = 0
@@ -67,7 +67,7 @@ class ReadingAhead:
     """A thread that stays up to ``window_bytes`` ahead of the move that was begun last."""
 
     def __init__(
-        self, moves: Sequence[Move], disk: Disk | None, *, window_bytes: int = WINDOW_BYTES
+        self, moves: Sequence[TensorCopy], disk: Disk | None, *, window_bytes: int = WINDOW_BYTES
     ) -> None:
         self._moves, self._disk, self._window = moves, disk, window_bytes
         self._changed = threading.Condition()
@@ -83,7 +83,7 @@ class ReadingAhead:
         )
         self._thread.start()
 
-    def reached(self, move: Move) -> None:
+    def reached(self, move: TensorCopy) -> None:
         """The load has come to ``move``; all moves are told, in their order."""
         if self._thread is not None:
             with self._changed:
@@ -112,7 +112,7 @@ class ReadingAhead:
             told_bytes = part.told_bytes
 
 
-def portions(moves: Iterable[Move], portion_bytes: int) -> Iterator[Portion]:
+def portions(moves: Iterable[TensorCopy], portion_bytes: int) -> Iterator[Portion]:
     """What ``moves`` read, in their order; spans that follow each other in a file are joined.
 
     Those of a long run are joined until there are ``portion_bytes``.
@@ -137,13 +137,13 @@ def portions(moves: Iterable[Move], portion_bytes: int) -> Iterator[Portion]:
         yield last
 
 
-def _goes_on(last: Portion, piece: Piece, offset: int) -> bool:
+def _goes_on(last: Portion, piece: StoredShard, offset: int) -> bool:
     """Whether ``offset`` comes after ``last`` at once, padding between tensors not counted."""
     gap = offset - last.offset - last.num_bytes
     return piece.file == last.piece.file and 0 <= gap < _GAP_BYTES
 
 
-def spans(move: Move) -> Iterator[tuple[Piece, int, int]]:
+def spans(move: TensorCopy) -> Iterator[tuple[StoredShard, int, int]]:
     """(piece, file offset, bytes) of what ``move`` reads of each source, from first to last.
 
     What lies scattered is left out: most of what is between would be fetched for nothing.
@@ -166,11 +166,11 @@ def spans(move: Move) -> Iterator[tuple[Piece, int, int]]:
             yield move.pieces[index][0], start, stop - start
 
 
-def _num_bytes(move: Move) -> int:
+def _num_bytes(move: TensorCopy) -> int:
     return sum(target.box.size for target in move.targets) * move.unit_bytes
 
 
-def _is_all_cached(moves: Sequence[Move], disk: Disk) -> bool:
+def _is_all_cached(moves: Sequence[TensorCopy], disk: Disk) -> bool:
     """By a look at a few places in all the files."""
     some = moves[:: max(1, len(moves) // _PROBES)]
     places = (span for move in some for span in spans(move))

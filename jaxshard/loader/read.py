@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import jax
 
-from ..core.catalog import Catalog, Piece
+from ..core.catalog import Catalog, StoredShard
 from ..core.ranges import byte_runs
 from ..devices.pinned_memory import Staging
 from ..errors import LayoutError
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 from ..storage.engine import ReadPlaces, run
 from ..storage.mapped_files import MappedFiles
 from ..storage.readers import OpenSource, SourceFiles
@@ -29,8 +29,8 @@ from .prefetch_thread import Disk, ReadingAhead
 from .requests import Job
 from .shard_memory import Bytes, JobMemory, is_aligned, staged_bytes
 
-Read = Callable[[Piece, int, memoryview], None]
-Lend = Callable[[Piece, int, int], memoryview | None]
+Read = Callable[[StoredShard, int, memoryview], None]
+Lend = Callable[[StoredShard, int, int], memoryview | None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _Carried:
         self._ahead = ReadingAhead([move for *_, move in self._todo if move], source.disk)
         self.stop = staging.stop
 
-    def moves(self) -> Iterator[Move]:
+    def moves(self) -> Iterator[TensorCopy]:
         """The journeys, each once there is memory for it."""
         self._ahead.start()
         for job, given, move in self._todo:
@@ -134,10 +134,12 @@ class _Carried:
         self._ahead.close()
         self._staging.close()
 
-    def place(self, move: Move, target: int, offset: int, num_bytes: int) -> memoryview | None:
+    def place(
+        self, move: TensorCopy, target: int, offset: int, num_bytes: int
+    ) -> memoryview | None:
         return self._memory[move.name].place(move.targets[target].ranks, offset, num_bytes)
 
-    def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         memory = self._memory[move.name]
         shards = move.targets[target].ranks
         memory.fill(shards, offset, buffer)

@@ -21,7 +21,7 @@ from ..core.box import Box
 from ..core.catalog import Tensor
 from ..core.numpy_dtypes import Conversion, NumpyDType
 from ..errors import JaxshardError
-from ..planning.copies import Move, move_into
+from ..planning.copies import TensorCopy, move_into
 from ..resharding.geometry import device_boxes
 
 
@@ -75,7 +75,7 @@ class Job:
         """Bytes of its distinct shards in memory."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    def move(self, but: Iterable[int] = ()) -> Move | None:
+    def move(self, but: Iterable[int] = ()) -> TensorCopy | None:
         """The journey of the bytes into the shards, apart from those of ``but``.
 
         Raises:

@@ -43,7 +43,7 @@ from ..devices.pytree import (
     whole_paths,
 )
 from ..devices.rule_shardings import mesh_shardings
-from ..errors import JaxshardError, LayoutError, NotFoundError, nearest, some
+from ..errors import JaxshardError, LayoutError, NotFoundError, did_you_mean, format_list
 from ..formats.strategy_files import for_tensors
 from ..rules import Rules
 from .requests import Want, Wanted
@@ -70,7 +70,7 @@ class Findings:
         if self.missing:
             parts.append(
                 f"{len(self.missing)} names of the target are not among the "
-                f"{len(catalog.tensors)} tensors of {catalog.root}: {some(self.missing)}."
+                f"{len(catalog.tensors)} tensors of {catalog.root}: {format_list(self.missing)}."
                 + self._suggestions(self.missing, catalog.tensors)
                 + self._tied(catalog)
                 + " Map names with name_of=, or leave them as they are with strict=False."
@@ -78,7 +78,7 @@ class Findings:
         if self.unexpected:
             parts.append(
                 f"{len(self.unexpected)} tensors of {catalog.root} are not in the target: "
-                f"{some(self.unexpected)}."
+                f"{format_list(self.unexpected)}."
                 + self._suggestions(self.unexpected, names)
                 + " Leave them out with exclude= or strict=False."
             )
@@ -97,7 +97,9 @@ class Findings:
     def _suggestions(names: list[str], known: Iterable[str]) -> str:
         listed = list(known)
         return "".join(
-            f" For {name}:{hint}" for name in names[:_SUGGESTED] if (hint := nearest(name, listed))
+            f" For {name}:{hint}"
+            for name in names[:_SUGGESTED]
+            if (hint := did_you_mean(name, listed))
         )
 
     def _tied(self, catalog: Catalog) -> str:
@@ -203,7 +205,7 @@ def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[
     if unplaced:
         raise NotFoundError(
             f"{len(unplaced)} tensors of {catalog.root} are not in the target's strategy: "
-            f"{some(unplaced)}. Leave them out with exclude= (optimizer states: "
+            f"{format_list(unplaced)}. Leave them out with exclude= (optimizer states: "
             'exclude="^adam_"), or give a strategy that has them.'
         )
     check_factors(catalog, layout)
@@ -364,8 +366,8 @@ def _of_keys(catalog: Catalog, names: Iterable[str]) -> tuple[str, ...]:
     if not found:
         return ()
     return (
-        f"{len(found)} random keys are loaded as their data, integers: {some(found)}. A target "
-        "whose leaves are keys, or jax.random.wrap_key_data, makes keys of them.",
+        f"{len(found)} random keys are loaded as their data, integers: {format_list(found)}. A "
+        "target whose leaves are keys, or jax.random.wrap_key_data, makes keys of them.",
     )
 
 

@@ -17,7 +17,7 @@ from ..core.catalog import Catalog
 from ..core.layout import Layout
 from ..core.notes import log_notes
 from ..core.strategy import Strategy
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from .adapters import find_adapters, is_adapter
 from .base_names import AdapterNames
 from .config import Settings, find_settings
@@ -90,8 +90,8 @@ def with_adapter(
     )
     if unmerge and done.replaced:
         raise LayoutError(
-            f"unmerge= (--unmerge): the adapter replaced {some(done.replaced, 2)} and did not add "
-            "to it, so what was there cannot be had back. Take the base model."
+            f"unmerge= (--unmerge): the adapter replaced {format_list(done.replaced, 2)} and did "
+            "not add to it, so what was there cannot be had back. Take the base model."
         )
     return done.catalog
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from ..core.catalog import Tensor
 from ..core.numpy_dtypes import is_plain_float
-from ..errors import LayoutError, NotFoundError, some
+from ..errors import LayoutError, NotFoundError, format_list
 from ..rules import weight_name
 
 _HALF = re.compile(
@@ -121,8 +121,8 @@ def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
                 embeddings.add(module)
     if len(labels - {""}) > 1:
         raise LayoutError(
-            f"{where} holds several adapters ({some(sorted(labels - {''}))}). Save the one to "
-            "merge alone: save_pretrained(DIR, selected_adapters=[NAME])."
+            f"{where} holds several adapters ({format_list(sorted(labels - {''}))}). Save the one "
+            "to merge alone: save_pretrained(DIR, selected_adapters=[NAME])."
         )
     if twice:
         raise LayoutError(

@@ -20,7 +20,7 @@ from itertools import islice, product, takewhile
 
 from .. import mapping as mappings
 from ..core.catalog import Catalog, Tensor
-from ..errors import LayoutError, NotFoundError, some
+from ..errors import LayoutError, NotFoundError, format_list
 from ..rules.match import template
 
 AdapterNames = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]
@@ -86,8 +86,8 @@ class BaseNames:
         found = list(dict.fromkeys((*plain, *others)))
         if len(found) > 1:
             raise LayoutError(
-                f"{name} of the adapter may be any of {some(found)} of {self.root}. Give the "
-                f"right one with {argument(name, found[0])}."
+                f"{name} of the adapter may be any of {format_list(found)} of {self.root}. Give "
+                f"the right one with {argument(name, found[0])}."
             )
         if found and not plain:
             self.renamed[name] = found[0]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..core.catalog import AddProduct, Affine, Catalog, File, Piece, Tensor
+from ..core.catalog import AddProduct, Affine, Catalog, File, StoredShard, Tensor
 from ..core.numpy_dtypes import is_plain_float
 from ..errors import LayoutError, NotFoundError
 from ..formats.huggingface import NO_CONFIG
@@ -372,7 +372,7 @@ def _with_files(base: Catalog, adapter: Catalog | None) -> tuple[tuple[File, ...
 
 
 def _shifted(tensor: Tensor, by: int) -> Tensor:
-    def piece(p: Piece) -> Piece:
+    def piece(p: StoredShard) -> StoredShard:
         if p.view is not None and (p.view.operands or p.file < 0):
             raise LayoutError(f"{tensor.name}: an adapter is merged as it is stored, not mapped.")
         return replace(p, file=p.file + by)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..core.lazy_imports import fetching
+from ..core.lazy_imports import lazy_getattr
 
 if TYPE_CHECKING:
     from .group_ops import ROWS, Dequantize, Fuse, Stack, Tie, Unfuse, Unstack, Untie
@@ -105,7 +105,7 @@ __all__ = [
     "write_mapping",
 ]
 
-__getattr__ = fetching(__name__, _HOME)
+__getattr__ = lazy_getattr(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

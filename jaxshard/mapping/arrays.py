@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import numpy_dtype, stored_as
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from .patterns import (
     check_cast,
     check_cut,
@@ -155,12 +155,12 @@ def _check_together(name: str, leaves: Sequence[str], arrays: Mapping[str, Any])
             sets.setdefault(frozenset(sharding.device_set), x)
     if len(sets) > 1:
         said = (
-            f"{x} on {some((str(n) for n in sorted(d.id for d in devices)), 8)}"
+            f"{x} on {format_list((str(n) for n in sorted(d.id for d in devices)), 8)}"
             for devices, x in sets.items()
         )
         raise LayoutError(
-            f"{name} is made of arrays that lie on different devices ({some(said, 2)}), as those "
-            "of several pipeline stages do. Bring them onto one mesh first: "
+            f"{name} is made of arrays that lie on different devices ({format_list(said, 2)}), as "
+            "those of several pipeline stages do. Bring them onto one mesh first: "
             'jaxshard.reshard(arrays, "dp1mp8"), with as many ranks as there are devices.'
         )
 

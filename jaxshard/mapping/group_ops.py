@@ -14,7 +14,7 @@ from math import prod
 from typing import ClassVar
 
 from ..core.dtypes import DType
-from ..errors import LayoutError, NotFoundError, some
+from ..errors import LayoutError, NotFoundError, format_list
 from .algebra import Algebra, T
 from .ops import Op, put
 from .patterns import (
@@ -67,8 +67,8 @@ class Fuse(Op):
             missing = [n for n in names if n not in tensors]
             if missing:
                 raise NotFoundError(
-                    f"{self.word} {fill(self.target, found)}: {name} is there, but {some(missing)} "
-                    f"{'is' if len(missing) == 1 else 'are'} missing."
+                    f"{self.word} {fill(self.target, found)}: {name} is there, but "
+                    f"{format_list(missing)} {'is' if len(missing) == 1 else 'are'} missing."
                 )
             if which == 0:
                 target = fill(self.target, found)

@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ..core.decoders import parse_toml
-from ..errors import LayoutError, nearest
+from ..errors import LayoutError, did_you_mean
 from . import group_ops, ops, substitute
 from .mapping import Mapping
 from .ops import Op
@@ -86,7 +86,7 @@ def from_dict(data: dict[str, Any], where: str = "operation") -> Op:
     if kind is None:
         raise LayoutError(
             f"{where}: op = {word!r} is not known; there are {', '.join(_KINDS)}."
-            f"{nearest(str(word), _KINDS)}"
+            f"{did_you_mean(str(word), _KINDS)}"
         )
     known = {f.name: f for f in fields(kind)}
     given = {k: v for k, v in data.items() if k != "op"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
-from ..errors import LayoutError, NotFoundError, nearest, some
+from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 from ..rules.match import template
 from .algebra import Algebra, T
 from .patterns import (
@@ -120,8 +120,8 @@ class Expect(Op):
         if strange:
             raise NotFoundError(
                 f"{self.what} has no rule for {len(strange)} of {len(tensors)} names: "
-                f"{some(strange)}.{nearest(template(strange[0]), self.names)} Add a rule for each, "
-                "or leave them out (exclude=, --exclude)."
+                f"{format_list(strange)}.{did_you_mean(template(strange[0]), self.names)} Add a "
+                "rule for each, or leave them out (exclude=, --exclude)."
             )
         return dict(tensors)
 

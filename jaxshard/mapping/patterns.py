@@ -13,7 +13,7 @@ from math import prod
 
 from ..core import dtypes
 from ..core.dtypes import BY_NAME, DType, is_float
-from ..errors import FormatError, LayoutError, nearest
+from ..errors import FormatError, LayoutError, did_you_mean
 
 _HOLE = re.compile(r"\{([^\W\d]\w*)(\*?)\}")
 _NUMBERS = frozenset({"layer", "expert", "index"})
@@ -233,4 +233,4 @@ def dtype_of(word: str, name: str) -> DType:
     try:
         return dtypes.dtype(name)
     except FormatError as error:
-        raise LayoutError(f"{word}: {error}{nearest(name.upper(), BY_NAME)}") from None
+        raise LayoutError(f"{word}: {error}{did_you_mean(name.upper(), BY_NAME)}") from None

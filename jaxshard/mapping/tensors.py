@@ -18,10 +18,10 @@ from ..core.box import Box
 from ..core.catalog import (
     ZEROS,
     Affine,
-    Piece,
-    Round,
+    RoundTo,
     Scale,
     Step,
+    StoredShard,
     Tensor,
     View,
     places,
@@ -42,7 +42,7 @@ from .patterns import (
 _Turn = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
-def with_steps(piece: Piece, turn: _Turn) -> Piece:
+def with_steps(piece: StoredShard, turn: _Turn) -> StoredShard:
     """``piece`` with every tuple of steps (strides in bytes, places) changed alike."""
     view = piece.view
     assert view is not None
@@ -52,7 +52,7 @@ def with_steps(piece: Piece, turn: _Turn) -> Piece:
     return replace(piece, view=View(turn(view.strides), view.dtype, steps))
 
 
-def moved(piece: Piece, dim: int, by: int) -> Piece:
+def moved(piece: StoredShard, dim: int, by: int) -> StoredShard:
     """``piece`` with its first element ``by`` later along ``dim``; its box stays."""
     view = piece.view
     assert view is not None
@@ -60,10 +60,10 @@ def moved(piece: Piece, dim: int, by: int) -> Piece:
         return piece
     steps = tuple(with_places(s, tuple(a.moved(dim, by) for a in places(s))) for s in view.steps)
     offset = piece.offset + by * view.strides[dim]
-    return Piece(piece.file, offset, piece.box, View(view.strides, view.dtype, steps))
+    return StoredShard(piece.file, offset, piece.box, View(view.strides, view.dtype, steps))
 
 
-def permuted(piece: Piece, order: Sequence[int]) -> Piece:
+def permuted(piece: StoredShard, order: Sequence[int]) -> StoredShard:
     """``piece`` with its dims in another order."""
 
     def turn(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -72,21 +72,21 @@ def permuted(piece: Piece, order: Sequence[int]) -> Piece:
     return with_steps(replace(piece, box=Box(turn(piece.box.start), turn(piece.box.stop))), turn)
 
 
-def with_dim(piece: Piece, at: int) -> Piece:
+def with_dim(piece: StoredShard, at: int) -> StoredShard:
     """``piece`` with one more dim, of length 1."""
     start, stop = piece.box.start, piece.box.stop
     box = Box((*start[:at], 0, *start[at:]), (*stop[:at], 1, *stop[at:]))
     return with_steps(replace(piece, box=box), lambda s: (*s[:at], 0, *s[at:]))
 
 
-def without_dim(piece: Piece, at: int) -> Piece:
+def without_dim(piece: StoredShard, at: int) -> StoredShard:
     """``piece`` less a dim of length 1."""
     start, stop = piece.box.start, piece.box.stop
     box = Box((*start[:at], *start[at + 1 :]), (*stop[:at], *stop[at + 1 :]))
     return with_steps(replace(piece, box=box), lambda s: (*s[:at], *s[at + 1 :]))
 
 
-def shifted(piece: Piece, dim: int, by: int) -> Piece:
+def shifted(piece: StoredShard, dim: int, by: int) -> StoredShard:
     """``piece`` with its box ``by`` later along ``dim``."""
     start, stop = list(piece.box.start), list(piece.box.stop)
     start[dim] += by
@@ -94,7 +94,7 @@ def shifted(piece: Piece, dim: int, by: int) -> Piece:
     return replace(piece, box=Box(tuple(start), tuple(stop)))
 
 
-def part_of(piece: Piece, inside: Box) -> Piece | None:
+def part_of(piece: StoredShard, inside: Box) -> StoredShard | None:
     """What of ``piece`` lies in ``inside``, in coordinates local to it."""
     shared = piece.box.intersect(inside)
     if shared is None:
@@ -104,7 +104,7 @@ def part_of(piece: Piece, inside: Box) -> Piece | None:
     return replace(piece, box=shared.within(inside))
 
 
-def split(piece: Piece, dim: int, inner: int) -> list[Piece]:
+def split(piece: StoredShard, dim: int, inner: int) -> list[StoredShard]:
     """``piece`` with a fine dim seen as (outer, ``inner``): one box, or up to three."""
     start, stop = piece.box.start[dim], piece.box.stop[dim]
     first, last = start // inner, (stop - 1) // inner
@@ -131,7 +131,7 @@ def split(piece: Piece, dim: int, inner: int) -> list[Piece]:
     return found
 
 
-def merged(piece: Piece, dim: int, inner: int) -> Piece | None:
+def merged(piece: StoredShard, dim: int, inner: int) -> StoredShard | None:
     """``piece`` with fine dims ``dim`` and ``dim + 1`` (of length ``inner``) as one."""
     start, stop, view = piece.box.start, piece.box.stop, piece.view
     assert view is not None
@@ -149,7 +149,7 @@ def merged(piece: Piece, dim: int, inner: int) -> Piece | None:
     return with_steps(replace(piece, box=box), lambda s: (*s[:dim], s[keep], *s[dim + 2 :]))
 
 
-def rows_of(piece: Piece, dim: int) -> list[Piece]:
+def rows_of(piece: StoredShard, dim: int) -> list[StoredShard]:
     """``piece`` as one piece for each index along a fine dim."""
     start, stop = piece.box.start, piece.box.stop
     return [
@@ -289,7 +289,7 @@ def repeat(tensor: Tensor, dim: int, times: int) -> Tensor:
 def zeros(shape: tuple[int, ...], dtype: DType) -> Tensor:
     """A tensor that no file stores."""
     view = View((0,) * len(shape), dtype)
-    piece = Piece(ZEROS, 0, Box.whole(shape), view)
+    piece = StoredShard(ZEROS, 0, Box.whole(shape), view)
     return Tensor("zeros", dtype, shape, (piece,), tuple((n,) for n in shape))
 
 
@@ -305,7 +305,7 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
         view = p.view
         assert view is not None
         if view.dtype != tensor.dtype or view.steps:
-            view = replace(view, steps=(*view.steps, Round(tensor.dtype)))
+            view = replace(view, steps=(*view.steps, RoundTo(tensor.dtype)))
         pieces.append(replace(p, view=view))
     return replace(tensor, dtype=dtype, pieces=tuple(pieces))
 
@@ -350,7 +350,7 @@ def viewed(tensor: Tensor) -> Tensor:
     return replace(tensor, pieces=pieces, factors=tuple((n,) for n in tensor.shape))
 
 
-def _viewed_piece(piece: Piece, dtype: DType) -> Piece:
+def _viewed_piece(piece: StoredShard, dtype: DType) -> StoredShard:
     if piece.view is not None:
         return piece
     shape, size = piece.box.shape, dtype.unit_bytes
@@ -400,7 +400,7 @@ def _merge(tensor: Tensor, dim: int, at: int, *, force: bool = False) -> Tensor 
     """
     factors = _factors(tensor)
     fine, inner = _offsets(factors)[dim] + at, factors[dim][at + 1]
-    pieces: list[Piece] = []
+    pieces: list[StoredShard] = []
     for p in tensor.pieces:
         one = merged(p, fine, inner)
         if one is not None:

@@ -32,8 +32,8 @@ from ..errors import (
     LayoutError,
     NotFoundError,
     StorageError,
-    nearest,
-    some,
+    did_you_mean,
+    format_list,
 )
 from ..formats import model_shapes
 from ..mapping import find_mapping
@@ -146,7 +146,7 @@ class Loading:
         ]
         if gradients := [name for name in catalog.tensors if re.match(_GRADIENTS, name)]:
             found.append(
-                f"{len(gradients)} accumulated gradients are not loaded: {some(gradients)}."
+                f"{len(gradients)} accumulated gradients are not loaded: {format_list(gradients)}."
             )
         if part := maybe_part(self.strategy, catalog):
             found.append(f"{part}: it may be a part of the model.")
@@ -415,7 +415,7 @@ def _names_checkpoint(told: Config) -> bool:
 def _misspelt(told: Config) -> str:
     """A sentence on a key that may be a slip of one that names a checkpoint."""
     near = (k for k in map(str, told) if nearest_key(k, _CHECKPOINT) and k not in TOP.known)
-    return "".join(nearest(key, _CHECKPOINT) for key in list(near)[:1])
+    return "".join(did_you_mean(key, _CHECKPOINT) for key in list(near)[:1])
 
 
 def _strategy(told: Config) -> tuple[Strategy, list[str]]:

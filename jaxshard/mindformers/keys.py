@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from ..errors import FormatError, shown
+from ..errors import FormatError, quote_name
 
 Config = Mapping[str, Any]
 Verb = Literal["load", "save", "resume"]
@@ -231,7 +231,9 @@ def _note(path: str, key: str, value: Any, verb: Verb) -> str | None:
     if idle is not None:
         unused = idle.verb == verb and not any(_is(value, usual) for usual in idle.usual)
         return (
-            f"{name} is {shown(repr(value))}, which has no effect: {idle.why}." if unused else None
+            f"{name} is {quote_name(repr(value))}, which has no effect: {idle.why}."
+            if unused
+            else None
         )
     if key in section.known:
         return None
@@ -267,7 +269,9 @@ def section(told: Config, path: str) -> Config:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            raise FormatError(f"{path}: {shown(repr(value))} is not a mapping of keys to values.")
+            raise FormatError(
+                f"{path}: {quote_name(repr(value))} is not a mapping of keys to values."
+            )
         told = value
     return told
 

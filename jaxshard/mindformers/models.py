@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.catalog import Model
-from ..errors import FormatError, NotFoundError, shown
+from ..errors import FormatError, NotFoundError, quote_name
 from ..formats.huggingface import model_of
 from .keys import Config, section
 
@@ -43,7 +43,7 @@ def hf_model_of(model: Config) -> tuple[Model, str]:
     told = section(model, "model_config")
     kind = told.get("type")
     if kind not in _TYPES:
-        what = f"the type {shown(repr(kind))}" if told else "nothing"
+        what = f"the type {quote_name(repr(kind))}" if told else "nothing"
         raise NotFoundError(
             f"no checkpoint is named, and {_WHERE} says {what}, from which the names of tensors do "
             f"not follow (known are {', '.join(_TYPES)}). Name a checkpoint, or the folder of a "

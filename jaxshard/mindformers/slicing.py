@@ -19,7 +19,7 @@ from ..core.box import Box
 from ..core.catalog import Catalog
 from ..core.layout import Layout
 from ..core.strategy import Strategy
-from ..errors import CoverageError, JaxshardError, LayoutError, NotFoundError, some
+from ..errors import CoverageError, JaxshardError, LayoutError, NotFoundError, format_list
 from ..formats import rank_names
 from ..rules import missing_layers, rules_for
 from ..rules.match import is_part_of_adapter, weight_name
@@ -61,7 +61,7 @@ def other_slicing(switch: bool | None, strategy: Strategy, catalog: Catalog) -> 
     )
     return [
         f"{len(differ)} of {len(names)} weights lie otherwise by the strategy files of the "
-        f"checkpoint than by parallel_config ({strategy}): {some(differ, 3)}; {instead}."
+        f"checkpoint than by parallel_config ({strategy}): {format_list(differ, 3)}; {instead}."
     ]
 
 

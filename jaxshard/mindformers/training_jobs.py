@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, shown, some
+from ..errors import FormatError, format_list, quote_name
 from .keys import Config, Verb, either, nearest_key, notes_of, section
 
 _CALLBACK = "CheckpointMonitor"
@@ -187,7 +187,9 @@ def _folder(value: Any) -> Path | str:
         FormatError: it is none.
     """
     if not isinstance(value, str | Path) or "\0" in str(value):
-        raise FormatError(f"{shown(repr(value))} is not the path of a folder to save in. Name one.")
+        raise FormatError(
+            f"{quote_name(repr(value))} is not the path of a folder to save in. Name one."
+        )
     return value
 
 
@@ -219,7 +221,7 @@ def _beside(monitor: Config) -> list[str]:
         return []
     return [
         f"callbacks.{_CALLBACK} has no effect beside the section checkpoint, which decides: "
-        f"{some(keys)}."
+        f"{format_list(keys)}."
     ]
 
 

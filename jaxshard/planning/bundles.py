@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import NamedTuple
 
-from ..core.catalog import Piece, Tensor
+from ..core.catalog import StoredShard, Tensor
 from .outputs import Outputs
 
 SMALL_BYTES = 16 << 10  # of a tensor: above, its bytes cost more than its steps
@@ -34,7 +34,7 @@ class Span(NamedTuple):
     They fill the buffer from byte ``start``.
     """
 
-    piece: Piece
+    piece: StoredShard
     offset: int
     start: int
     num_bytes: int
@@ -157,7 +157,7 @@ class _Run:
         self.tensors: list[Tensor] = []
         self.starts: list[int] = []
         self.lengths: list[int] = []
-        self.reads: list[tuple[Piece, int]] = []  # each with where it begins in the buffer
+        self.reads: list[tuple[StoredShard, int]] = []  # each with where it begins in the buffer
         self.num_bytes = 0
         self._file, self._end = -1, 0  # of what is read last
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ..core.box import Box
-from ..core.catalog import ZEROS, Piece, Tensor
+from ..core.catalog import ZEROS, StoredShard, Tensor
 from ..core.dtypes import DType, in_units
 from ..core.ranges import Grid, Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
 from ..errors import CoverageError
@@ -47,7 +47,7 @@ class Form:
 Forms = tuple[Form | None, ...]
 
 
-def form_of(piece: Piece) -> Form | None:
+def form_of(piece: StoredShard) -> Form | None:
     """How ``piece`` lies in its file; None for contiguous and row-major."""
     view = piece.view
     if view is None:
@@ -84,7 +84,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class TensorCopy:
     """The journey of one tensor. Boxes are counted in units of ``unit_bytes``.
 
     Attributes:
@@ -98,7 +98,7 @@ class Move:
     name: str
     unit_bytes: int
     sources: tuple[Box, ...]
-    pieces: tuple[tuple[Piece, ...], ...]
+    pieces: tuple[tuple[StoredShard, ...], ...]
     targets: tuple[Target, ...]
     forms: Forms
     dtype: DType
@@ -115,7 +115,7 @@ class Move:
         return tuple(dict.fromkeys(t for view in views if view for t in view.operands))
 
 
-def make_move(tensor: Tensor, outputs: Outputs, only: frozenset[int] | None) -> Move | None:
+def make_move(tensor: Tensor, outputs: Outputs, only: frozenset[int] | None) -> TensorCopy | None:
     """The journey of ``tensor`` into the files of ``only``, or None if they hold none of it."""
     wanted: dict[Box, tuple[int, ...]] = {}
     for placement in outputs.layout.placements[tensor.name]:
@@ -128,14 +128,14 @@ def make_move(tensor: Tensor, outputs: Outputs, only: frozenset[int] | None) -> 
     return move_into(tensor, wanted) if wanted else None
 
 
-def move_into(tensor: Tensor, wanted: Mapping[Box, tuple[int, ...]]) -> Move:
+def move_into(tensor: Tensor, wanted: Mapping[Box, tuple[int, ...]]) -> TensorCopy:
     """The journey of ``tensor`` into the boxes ``wanted``, each with whoever wants it."""
-    stored: dict[Box, list[Piece]] = {}
+    stored: dict[Box, list[StoredShard]] = {}
     for piece in tensor.pieces:
         stored.setdefault(piece.box, []).append(piece)
     fine = tuple(map(tensor.fine, wanted))
     sources, targets, unit = unit_boxes(tensor.fine_shape, tensor.dtype, tuple(stored), fine)
-    return Move(
+    return TensorCopy(
         tensor.name,
         unit,
         sources,
@@ -146,11 +146,11 @@ def move_into(tensor: Tensor, wanted: Mapping[Box, tuple[int, ...]]) -> Move:
     )
 
 
-def firsts(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+def firsts(pieces: tuple[StoredShard, ...]) -> tuple[StoredShard, ...]:
     """The first piece of each distinct box: the one that is read."""
     if len(pieces) == 1:
         return pieces
-    found: dict[Box, Piece] = {}
+    found: dict[Box, StoredShard] = {}
     for piece in pieces:
         found.setdefault(piece.box, piece)
     return tuple(found.values())

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
-from ..errors import printable, shown, some
+from ..errors import format_list, printable, quote_name
 from .outputs import Outputs
 
 _MOST_CELLS = 8
@@ -63,7 +63,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _cell(value: object) -> str:
     """``value`` on one line; names may come from an untrusted file."""
     text = str(value)
-    return shown(text) if text else text
+    return quote_name(text) if text else text
 
 
 def elided(rows: Sequence[Sequence[object]], most: int = _MOST_RANKS) -> list[Sequence[object]]:
@@ -87,7 +87,7 @@ def holders(tensor: Tensor, placement: Placement) -> str:
     │ 1, 3 │
     └──────┘
     """
-    title = f"{shown(tensor.name)}  {tensor.dtype} {tensor.shape}"
+    title = f"{quote_name(tensor.name)}  {tensor.dtype} {tensor.shape}"
     return held_by(title, placement, tensor.shape)
 
 
@@ -195,7 +195,7 @@ def catalog_text(catalog: Catalog) -> str:
             lines += ["", drawn]
     if catalog.left_out:
         found = (f"{name} ({what})" for name, what in catalog.left_out.items())
-        lines += ["", f"beside tensors: {some(found, 20)}"]
+        lines += ["", f"beside tensors: {format_list(found, 20)}"]
     return "\n".join([*lines, *note_lines(catalog.notes)])
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ..core.box import Box
-from ..core.catalog import Catalog, Piece, Tensor
+from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import DType
 from ..core.garbage import paused
 from ..core.layout import Layout, Placement
 from ..core.ranges import byte_runs
-from ..errors import CoverageError, JaxshardError, some
+from ..errors import CoverageError, JaxshardError, format_list
 from .bundles import Bundle, bundled, ranks_of
 from .cells import cells
 from .copies import (
@@ -24,8 +24,8 @@ from .copies import (
     STEPPED_BLOCK_BYTES,
     TILE_BYTES,
     Forms,
-    Move,
     Steps,
+    TensorCopy,
     block_steps,
     cell_blocks,
     firsts,
@@ -87,11 +87,11 @@ def tensor_cost(
         raise type(error)(f"{tensor.name}: {error}") from None
 
 
-def _by_file(pieces: Iterable[Piece], reads: Iterable[int]) -> tuple[tuple[int, int], ...]:
+def _by_file(pieces: Iterable[StoredShard], reads: Iterable[int]) -> tuple[tuple[int, int], ...]:
     return tuple((p.file, n) for p, n in zip(pieces, reads, strict=True) if n)
 
 
-def _with_operands(cost: TensorCost, pieces: Iterable[Piece], limits: Limits) -> TensorCost:
+def _with_operands(cost: TensorCost, pieces: Iterable[StoredShard], limits: Limits) -> TensorCost:
     """``cost`` and the reads of the small tensors that steps need, once each."""
     views = dict.fromkeys(p.view for p in pieces if p.view and p.view.steps)
     for operand in dict.fromkeys(t for view in views for t in view.operands):
@@ -192,7 +192,7 @@ def gaps_error(source: Catalog, gaps: Mapping[str, CoverageError]) -> CoverageEr
     first, *others = gaps
     text = str(gaps[first])
     if others:
-        text += f" {len(others)} more tensors lack some: {some(others, 3)}."
+        text += f" {len(others)} more tensors lack some: {format_list(others, 3)}."
     return CoverageError(f"{text} {remedy(source, gaps)}")
 
 
@@ -288,13 +288,13 @@ class Plan:
         """What a user should know of the source and of the target's layout."""
         return tuple(dict.fromkeys((*self.source.notes, *self.outputs.layout.notes)))
 
-    def moves(self) -> Iterator[Move]:
+    def moves(self) -> Iterator[TensorCopy]:
         """The journey of each tensor, those that finish the first files first."""
         for tensor in _in_order(self.source, self.outputs):
             if move := make_move(tensor, self.outputs, self.only):
                 yield move
 
-    def journeys(self) -> Iterator[Move | Bundle]:
+    def journeys(self) -> Iterator[TensorCopy | Bundle]:
         """The same, with bundles for the tensors that are carried together."""
         for item in self.items:
             if isinstance(item, Bundle):

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from ..core.layout import Layout, check_divides
 from ..devices.mesh import named_sharding, placement_of, shardings
 from ..devices.pytree import is_key, keys_of, named_leaves
-from ..errors import LayoutError, NotFoundError, nearest, some
+from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 from .geometry import Move
 
 #: What a tree can be taken to; see `reshard`.
@@ -93,8 +93,8 @@ def _per_leaf(names: list[str], structure: Any, target: Target) -> list[Any]:
         missing = [n for n in names if n not in target]
         if missing:
             raise NotFoundError(
-                f"the target has no sharding for {some(missing)}."
-                f"{nearest(missing[0], map(str, target))}"
+                f"the target has no sharding for {format_list(missing)}."
+                f"{did_you_mean(missing[0], map(str, target))}"
             )
         return [target[n] for n in names]
     if isinstance(target, Mesh):
@@ -140,7 +140,7 @@ def _check_devices(name: str, sharding: Sharding) -> None:
     if absent:
         raise LayoutError(
             f"{name}: {len(absent)} of {len(sharding.device_set)} devices are not here: "
-            f"{some(sorted(map(str, absent)))}. jax.devices() lists those that are."
+            f"{format_list(sorted(map(str, absent)))}. jax.devices() lists those that are."
         )
 
 

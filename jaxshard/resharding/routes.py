@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import jax
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from . import compiled
 from .exchange import exchange_traffic
 from .geometry import Move, Traffic, bits_of, is_relabelling, stays, traffic
@@ -136,11 +136,11 @@ def _refuse_between(move: Move, route: Route) -> None:
     ends = {memory_kind_of(move.source), memory_kind_of(move.target)}
     if not several or (len(ends) == 1 and stays(move)):
         return  # another label on the same memory, whatever it holds
-    between = f"between processes {some(map(str, sorted(move.processes)))}"
+    between = f"between processes {format_list(map(str, sorted(move.processes)))}"
     if ends != {default_memory_kind(next(iter(move.source.device_set)))}:
         raise LayoutError(
-            f"{between}: arrays in {some(sorted(ends))} memory are not moved. Move them to device "
-            "memory first."
+            f"{between}: arrays in {format_list(sorted(ends))} memory are not moved. Move them to "
+            "device memory first."
         )
     if bits_of(move.dtype) < 8:
         raise LayoutError(

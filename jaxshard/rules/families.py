@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ..errors import NotFoundError, some
+from ..errors import NotFoundError, format_list
 from .match import Matcher, Patterns, template, weight_name
 from .modalities import text_type, towers
 from .table import BUFFER, ModelFacts, Rules, numbered
@@ -311,7 +311,8 @@ def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
     kind = types[0] if types else None
     said = f"model_type {kind!r} is" if kind else "no model_type is given, and the names are"
     raise NotFoundError(
-        f"{said} not known{', nor are the names' if kind else ''} ({some(kinds.values(), 3)}). "
+        f"{said} not known{', nor are the names' if kind else ''} "
+        f"({format_list(kinds.values(), 3)}). "
         'Give rules for the names, as TOML: [specs] "*.q_proj.weight" = "mp,-" … and [stages]; '
         f"known are {', '.join(FAMILIES)}."
     )

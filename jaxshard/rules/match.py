@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from ..core.strategy import Strategy
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from .quantization import is_setting
 from .table import Glob, Rules, Spec
 
@@ -255,7 +255,7 @@ class Findings:
 
     def _lines(self, what: str, limit: int = 5) -> str:
         """For each kind the first name, its numbers, and how many more there are."""
-        return some(
+        return format_list(
             (
                 f"{names[0]} {numbers}".rstrip()
                 + (f" (and {len(names) - 1} like it)" if len(names) > 1 else "")

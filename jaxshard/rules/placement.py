@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ..core.layout import Layout, Placement, shard_dim_over_replicas
 from ..core.layout import Spec as AxisSpec
 from ..core.strategy import Axes, Strategy
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from .match import Findings, Matcher, Patterns, Policy, check_policy, template, weight_name
 from .modalities import text_config
 from .quantization import Factors, Granule
@@ -310,7 +310,7 @@ def _idle(rules: Rules, matcher: Matcher) -> tuple[str, ...]:
     """A note of the user's rules that decided nothing: a slip in one must not go unseen."""
     used = {rules.specs[i][0] for i in matcher.used}
     idle = [f'"{p}"' for p in rules.written if p not in used]
-    return (f"no tensor follows the rules for {some(idle)}.",) if idle else ()
+    return (f"no tensor follows the rules for {format_list(idle)}.",) if idle else ()
 
 
 _Event = tuple[str, str]  # what was found, and its numbers

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ..core.box import Box
 from ..core.layout import Placement
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 
 Shape = tuple[int, ...]
 Placements = tuple[Placement, ...]
@@ -186,9 +186,9 @@ class Factors:
                 wrong[name] = found
         if wrong:
             raise LayoutError(
-                f"{some((f'{n}: {what}' for n, what in wrong.items()), 3)}. Cut a weight and its "
-                "factors alike and between blocks, leave both whole, or dequantize the weights "
-                "first."
+                f"{format_list((f'{n}: {what}' for n, what in wrong.items()), 3)}. Cut a weight "
+                "and its factors alike and between blocks, leave both whole, or dequantize the "
+                "weights first."
             )
 
     def _misfit(self, name: str, weight: str, placements: Mapping[str, Placements]) -> str | None:

@@ -24,7 +24,7 @@ import re
 from typing import Any
 
 from ..core.decoders import parse_toml
-from ..errors import LayoutError, nearest
+from ..errors import LayoutError, did_you_mean
 from .table import Rules, parse_spec
 
 _TABLES = {
@@ -82,7 +82,7 @@ class _Reader:
         for key in data:
             if key not in known:
                 inside = f"[{table}]" if table else "rules"
-                hint = nearest(key, known) or f" There are: {', '.join(known)}."
+                hint = did_you_mean(key, known) or f" There are: {', '.join(known)}."
                 if not table:
                     hint += ' A rule goes under [specs]: "PATTERN" = "mp,-".'
                 raise LayoutError(f"{self.at(key)}: {inside} have no {key!r}.{hint}")

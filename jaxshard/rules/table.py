@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import LayoutError, nearest
+from ..errors import LayoutError, did_you_mean
 
 Dims = tuple[tuple[str, ...], ...]  # per dim the axes as the rule names them; () for any ndim
 
@@ -192,8 +192,9 @@ def _axes(part: str, text: str, where: str) -> tuple[str, ...]:
     for axis in axes:
         if axis not in AXES:
             raise LayoutError(
-                f'{where} = "{text}": {axis!r} is no axis.{nearest(axis, AXES)} Write for each '
-                f"dim, with commas between, - for whole or axes joined by + ({', '.join(AXES)})."
+                f'{where} = "{text}": unknown axis {axis!r}.{did_you_mean(axis, AXES)} '
+                "Write for each dim, with commas between, - for whole or axes joined by + "
+                f"({', '.join(AXES)})."
             )
     return axes
 

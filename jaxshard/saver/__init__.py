@@ -39,7 +39,7 @@ from ..core.strategy import Strategy
 from ..devices.mesh import layout_of
 from ..devices.pytree import is_array_like, named_leaves
 from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
-from ..errors import LayoutError, nearest, some
+from ..errors import LayoutError, did_you_mean, format_list
 from ..formats import huggingface, rank_names
 from ..formats.registry import FORMATS
 from ..mapping import Mapping as NamesAndShapes
@@ -246,7 +246,7 @@ def arrays_of(
         found[name] = leaf
     if not found:
         raise LayoutError("nothing to save: the tree has no arrays.")
-    note = f"{len(others)} leaves that are no arrays are not saved: {some(others)}."
+    note = f"{len(others)} leaves that are no arrays are not saved: {format_list(others)}."
     return found, (note,) if others else ()
 
 
@@ -336,6 +336,6 @@ def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:
 def _check_format(format: str) -> None:
     if format not in FORMATS:
         raise LayoutError(
-            f"there is no format {format!r}.{nearest(format, FORMATS)} Known are "
+            f"there is no format {format!r}.{did_you_mean(format, FORMATS)} Known are "
             f"{', '.join(FORMATS)}."
         )

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from numpy.typing import NDArray
 
 from ..core.box import Box
-from ..core.catalog import ZEROS, Catalog, File, Model, Piece, Tensor
+from ..core.catalog import ZEROS, Catalog, File, Model, StoredShard, Tensor
 from ..core.dtypes import DType, num_bytes
 from ..core.numpy_dtypes import pack, stored_as
 from ..devices.host_transfer import is_on_host
@@ -85,11 +85,11 @@ class ArraySource:
         """
         self.catalog = mapping.apply(self.catalog)
 
-    def shard_of(self, piece: Piece) -> tuple[str, Box] | None:
+    def shard_of(self, piece: StoredShard) -> tuple[str, Box] | None:
         """The array and the box of it that ``piece`` lies in; None for zeros that none holds."""
         return None if piece.file == ZEROS else self._whose[piece.file]
 
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the shard that is ``piece``."""
         out = np.frombuffer(buffer, np.uint8)
         view = self._view(piece)
@@ -103,7 +103,7 @@ class ArraySource:
             out[done : done + part.size] = part
             done += part.size
 
-    def lend(self, piece: Piece, offset: int, num_bytes: int) -> memoryview | None:
+    def lend(self, piece: StoredShard, offset: int, num_bytes: int) -> memoryview | None:
         """The shard's own memory, or that of a part of it that has come to the host."""
         whole = self._small(piece, num_bytes)
         if whole is not None:
@@ -115,7 +115,7 @@ class ArraySource:
                 return None
         return held[offset - start :][:num_bytes].data
 
-    def _small(self, piece: Piece, num_bytes: int) -> memoryview | None:
+    def _small(self, piece: StoredShard, num_bytes: int) -> memoryview | None:
         """A copy of a small shard that is wanted whole, which costs less than a look at it."""
         if self._lent_whole.get(piece.file) != num_bytes:
             return None
@@ -127,13 +127,13 @@ class ArraySource:
         self._shards.clear()
         self._fetched.clear()
 
-    def _part(self, piece: Piece, offset: int) -> tuple[int, Bytes]:
+    def _part(self, piece: StoredShard, offset: int) -> tuple[int, Bytes]:
         """The part of the shard that holds byte ``offset``, on the host, and where it starts."""
         shard = self._shards[piece.file]
         assert isinstance(shard, jax.Array)
         return self._fetched.holding(piece.file, shard, stored_as(shard.dtype), offset)
 
-    def _view(self, piece: Piece) -> Bytes | None:
+    def _view(self, piece: StoredShard) -> Bytes | None:
         view = self._views.get(piece.file)
         if view is None:
             shard = self._shards[piece.file]
@@ -157,14 +157,14 @@ class ArraySource:
         ]
         return Tensor(name, form.kind, shape, tuple(pieces))
 
-    def _piece(self, name: str, box: Box, shard: Array, size: int) -> Piece:
+    def _piece(self, name: str, box: Box, shard: Array, size: int) -> StoredShard:
         number = len(self._shards)
         self._shards.append(shard)
         self._whose.append((name, box))
         self._files.append(File(f"shard {number}", size))
         if size <= SMALL_BYTES and self._hosted.is_seen:
             self._lent_whole[number] = size
-        return Piece(number, 0, box)
+        return StoredShard(number, 0, box)
 
 
 class _Form(NamedTuple):

@@ -18,12 +18,12 @@ from pathlib import Path
 import jax
 
 from ..conversion.results import Result
-from ..core.catalog import Catalog, Piece
+from ..core.catalog import Catalog, StoredShard
 from ..devices.mesh import rank_devices_of
 from ..distributed.barriers import Processes
 from ..errors import LayoutError
 from ..formats import remote_tensors
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 from ..storage.engine import run
 from ..storage.resources import Budget, Counts
 from ..storage.transaction import Staging, real_place
@@ -32,8 +32,8 @@ from .host_shards import Array, ArraySource
 from .publish import add_files, begin, check_room, write_files
 from .shard_owners import Place, check_shares, owners, share, shared_moves
 
-Read = Callable[[Piece, int, memoryview], None]
-Lend = Callable[[Piece, int, int], memoryview | None]
+Read = Callable[[StoredShard, int, memoryview], None]
+Lend = Callable[[StoredShard, int, int], memoryview | None]
 
 
 def lay_out(result: Result, folder: Path, *, durable: bool) -> None:
@@ -58,7 +58,7 @@ def write_share(
     read: Read,
     lend: Lend,
     *,
-    owner_of: Callable[[Piece], int],
+    owner_of: Callable[[StoredShard], int],
     here: int,
     budget: Budget,
     durable: bool,
@@ -71,12 +71,12 @@ def write_share(
     files = SharedFiles(result.outputs, folder, result.lay_file)
     places: dict[str, tuple[Place, ...]] = {}
 
-    def moves() -> Iterator[Move]:
+    def moves() -> Iterator[TensorCopy]:
         for shared in shared_moves(catalog, result.outputs, owner_of, here):
             places[shared.move.name] = shared.places
             yield shared.move
 
-    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         ranks = move.targets[target].ranks
         for number in ranks:
             place, done = places[move.name][number], 0
@@ -147,7 +147,7 @@ def commit_across(work: Work, arrays: Mapping[str, Array]) -> Counts:
             wait_for(folder, processes.timeout_s / 2, processes.index)
             owner = owners(arrays)
 
-            def owner_of(piece: Piece) -> int:
+            def owner_of(piece: StoredShard) -> int:
                 shard = work.source.shard_of(piece)
                 return 0 if shard is None else owner.of_box[shard]
 

@@ -22,12 +22,12 @@ from functools import lru_cache
 import jax
 
 from ..core.box import Box
-from ..core.catalog import Catalog, Piece, Tensor
+from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import in_units
 from ..core.ranges import Runs, byte_runs
 from ..distributed.partition import assign
 from ..errors import LayoutError, StorageError
-from ..planning.copies import Move, move_into
+from ..planning.copies import TensorCopy, move_into
 from ..planning.outputs import Outputs
 from ..resharding.geometry import all_device_boxes
 from ..storage.resources import Counts
@@ -67,7 +67,7 @@ class Place:
 class SharedMove:
     """The journey of one tensor's shards; ``Target.ranks`` are indices into ``places``."""
 
-    move: Move
+    move: TensorCopy
     places: tuple[Place, ...]
 
 
@@ -157,7 +157,7 @@ def _holders(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> _Holder
 
 
 def shared_moves(
-    catalog: Catalog, outputs: Outputs, owner: Callable[[Piece], int], here: int
+    catalog: Catalog, outputs: Outputs, owner: Callable[[StoredShard], int], here: int
 ) -> Iterator[SharedMove]:
     """The journeys of the shards whose ``owner`` is process ``here``."""
     for tensor in catalog.tensors.values():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..core.catalog import Piece
+from ..core.catalog import StoredShard
 from ..core.garbage import paused
 from ..planning.bundles import Bundle
 from .resources import Counts
 
-Read = Callable[[Piece, int, memoryview], None]
-Lend = Callable[[Piece, int, int], memoryview | None]
+Read = Callable[[StoredShard, int, memoryview], None]
+Lend = Callable[[StoredShard, int, int], memoryview | None]
 WriteBundle = Callable[[Bundle, memoryview], int]
 """``write(bundle, buffer)`` stores all of it; returns how many writes that took."""
 

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, JaxshardError, NotFoundError, StorageError, shown, some
+from ..errors import (
+    FormatError,
+    JaxshardError,
+    NotFoundError,
+    StorageError,
+    format_list,
+    quote_name,
+)
 from ..formats.huggingface import CHECKSUMS
 from ..formats.strict_json import FETCH, parse_object
 from .checksums import BEST, FileSums, Sum, algorithm, first_difference
@@ -157,7 +164,9 @@ def read_checksums(root: Path) -> Checksums | None:
     raw = parse_object(read_bytes(place, _MAX_BYTES), str(place))
     version, kind, files = (raw.get(k) for k in ("version", "algorithm", "files"))
     if version != _VERSION or not isinstance(kind, str) or not isinstance(files, dict):
-        raise FormatError(f"{place}: version {shown(repr(version))} (expected {_VERSION}). {FETCH}")
+        raise FormatError(
+            f"{place}: version {quote_name(repr(version))} (expected {_VERSION}). {FETCH}"
+        )
     return Checksums(kind, {path: _file_sums(place, path, one) for path, one in files.items()})
 
 
@@ -166,9 +175,11 @@ def _file_sums(place: Path, path: str, one: Any) -> FileSums:
         chunks = tuple((int(at), int(n), int(value, 16)) for at, n, value in one["chunks"])
         sums = FileSums(int(one["num_bytes"]), chunks)
     except (KeyError, TypeError, ValueError):
-        raise FormatError(f"{place}: {shown(path)} has no readable checksums. {FETCH}") from None
+        raise FormatError(
+            f"{place}: {quote_name(path)} has no readable checksums. {FETCH}"
+        ) from None
     if path.startswith("/") or ".." in path.split("/"):
-        raise FormatError(f"{place}: {shown(path)} is not a path inside the folder. {FETCH}")
+        raise FormatError(f"{place}: {quote_name(path)} is not a path inside the folder. {FETCH}")
     sums.check_whole(path)
     return sums
 
@@ -205,8 +216,8 @@ def check_covered(checksums: Checksums, paths: Iterable[str], root: str) -> None
     lacking = [path for path in paths if path not in checksums.files]
     if lacking:
         raise FormatError(
-            f"{CHECKSUMS} of {root} has no checksum of {some(map(shown, lacking))}: the files are "
-            f"of different saves. {FETCH}"
+            f"{CHECKSUMS} of {root} has no checksum of {format_list(map(quote_name, lacking))}: "
+            f"the files are of different saves. {FETCH}"
         )
 
 

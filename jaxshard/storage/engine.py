@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.box import Box
-from ..core.catalog import Piece, Tensor
+from ..core.catalog import StoredShard, Tensor
 from ..core.ranges import Runs, byte_runs
 from ..planning.bundles import Bundle
 from ..planning.cells import Cell
-from ..planning.copies import Move, Steps, block_steps, cell_blocks, move_into, permuted_form
+from ..planning.copies import Steps, TensorCopy, block_steps, cell_blocks, move_into, permuted_form
 from .bundle_io import WriteBundle, carry
 from .resources import Budget, Counts, fit_budget
 from .transforms import Operands, Viewer, copy_into
@@ -36,14 +36,14 @@ from .work_queue import BATCH_BLOCKS, Batch, Shared, in_threads
 
 __all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
 
-Write = Callable[[Move, int, int, memoryview], int]
+Write = Callable[[TensorCopy, int, int, memoryview], int]
 """``write(move, target, offset, buffer)`` stores it there; returns how many writes that took."""
-Place = Callable[[Move, int, int, int], memoryview | None]
+Place = Callable[[TensorCopy, int, int, int], memoryview | None]
 """``place(move, target, offset, num_bytes)``: memory to fill instead, or None. ``write`` is then
 still told how many bytes are in place, and has nothing to copy."""
-Lend = Callable[[Piece, int, int], memoryview | None]
+Lend = Callable[[StoredShard, int, int], memoryview | None]
 """``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
-ReadPlaces = Callable[[Piece, int, Places], None]
+ReadPlaces = Callable[[StoredShard, int, Places], None]
 """``scatter(piece, offset, places)`` fills places in memory, one after the other, as ``read``."""
 _Given = tuple[Batch, Operands | None] | Bundle
 
@@ -51,7 +51,7 @@ _STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps
 
 
 def run(
-    moves: Iterable[Move | Bundle],
+    moves: Iterable[TensorCopy | Bundle],
     read: Read,
     write: Write,
     *,
@@ -76,7 +76,7 @@ def run(
     return sum((w.counts for w in workers), Counts())
 
 
-def _batches(moves: Iterable[Move | Bundle], budget: Budget, ends: Ends) -> Iterator[_Given]:
+def _batches(moves: Iterable[TensorCopy | Bundle], budget: Budget, ends: Ends) -> Iterator[_Given]:
     for move in moves:
         if isinstance(move, Bundle):
             yield move
@@ -101,12 +101,12 @@ def _batches(moves: Iterable[Move | Bundle], budget: Budget, ends: Ends) -> Iter
                 yield Batch(move, cell, batch), operands
 
 
-def operands_of(move: Move) -> Operands | None:
+def operands_of(move: TensorCopy) -> Operands | None:
     """The small tensors that steps of ``move`` need, to be read once for all its batches."""
     return Operands(move.operands) if any(move.forms) and move.operands else None
 
 
-def _needs_no_block(move: Move, cell: Cell, ends: Ends) -> bool:
+def _needs_no_block(move: TensorCopy, cell: Cell, ends: Ends) -> bool:
     """Whether a run of one source is a run of one target's own memory, or scattered to several."""
     place = ends.place
     if place is None or len(cell.sources) != 1:
@@ -177,7 +177,7 @@ class Worker:
         if self._progress:
             self._progress(done.bytes_written)
 
-    def _carry(self, move: Move, cell: Cell, block: Box) -> None:
+    def _carry(self, move: TensorCopy, cell: Cell, block: Box) -> None:
         steps = block_steps(cell, block, move.sources, move.forms)
         unit = move.unit_bytes
         if self._scattered(move, steps):
@@ -215,7 +215,7 @@ class Worker:
             self.counts.bytes_written += writes * num_bytes
         self.counts.num_copies += steps.num_copies
 
-    def _scattered(self, move: Move, steps: Steps) -> bool:
+    def _scattered(self, move: TensorCopy, steps: Steps) -> bool:
         """Carry out a block without one, if its targets' memory can be filled as it is read."""
         scatter = scatter_of(move, steps) if self._ends.scatter and self._ends.place else None
         if scatter is None:
@@ -237,7 +237,7 @@ class Worker:
         self.counts.num_copies += steps.num_copies
         return True
 
-    def _carry_permuted(self, move: Move, cell: Cell, block: Box) -> None:
+    def _carry_permuted(self, move: TensorCopy, cell: Cell, block: Box) -> None:
         """As ``_carry``, from sources in another order straight into memory, with no block."""
         steps = block_steps(cell, block, move.sources, move.forms)
         for index, part in steps.reads:
@@ -251,7 +251,7 @@ class Worker:
                     self._put(move, target, shared.within(move.targets[target].box), inside)
         self.counts.num_copies += steps.num_copies
 
-    def _put(self, move: Move, target: int, part: Box, values: NDArray[np.generic]) -> None:
+    def _put(self, move: TensorCopy, target: int, part: Box, values: NDArray[np.generic]) -> None:
         """Store ``part`` of a target, wherever its elements come from."""
         shape = move.targets[target].box.shape
         runs = byte_runs(part, shape, move.unit_bytes)
@@ -269,7 +269,9 @@ class Worker:
         self.counts.num_writes += writes
         self.counts.bytes_written += writes * runs.num_bytes
 
-    def _write_runs(self, move: Move, index: int, runs: Runs, inside: NDArray[np.generic]) -> None:
+    def _write_runs(
+        self, move: TensorCopy, index: int, runs: Runs, inside: NDArray[np.generic]
+    ) -> None:
         """Write a part of a tile that is not one run of its target."""
         flat = _flat(np.ascontiguousarray(inside))
         last = sum((n - 1) * stride for n, stride in runs.outer)
@@ -296,7 +298,7 @@ class Worker:
             self.counts += Counts(len(out), len(out), 1)
             return out
 
-        def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
             out[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
             return 1
 
@@ -305,7 +307,7 @@ class Worker:
         self.counts += Counts(done.bytes_needed, done.bytes_read, done.num_reads)
         return out
 
-    def _gather(self, move: Move, steps: Steps, buffer: NDArray[np.generic]) -> None:
+    def _gather(self, move: TensorCopy, steps: Steps, buffer: NDArray[np.generic]) -> None:
         """Fill ``buffer``, which is the block, from all that stores parts of it."""
         for index, part in steps.reads:
             inside = _inside(buffer, part.within(steps.block))
@@ -319,7 +321,7 @@ class Worker:
                 self._fetch(move, index, part, spare)
                 inside[...] = spare.view(buffer.dtype).reshape(inside.shape)
 
-    def _final_place(self, move: Move, steps: Steps) -> Bytes | None:
+    def _final_place(self, move: TensorCopy, steps: Steps) -> Bytes | None:
         """The memory that the whole block is for, if it is for one target alone."""
         if len(steps.writes) != 1 or steps.writes[0][1] != steps.block:
             return None
@@ -330,13 +332,13 @@ class Worker:
             return None
         return self._place(move, index, runs.offset, part.size * move.unit_bytes)
 
-    def _place(self, move: Move, index: int, at: int, num_bytes: int) -> Bytes | None:
+    def _place(self, move: TensorCopy, index: int, at: int, num_bytes: int) -> Bytes | None:
         if self._ends.place is None:
             return None
         memory = self._ends.place(move, index, at, num_bytes)
         return None if memory is None else np.frombuffer(memory, np.uint8)
 
-    def _lent(self, move: Move, steps: Steps) -> Bytes | None:
+    def _lent(self, move: TensorCopy, steps: Steps) -> Bytes | None:
         """The memory where the whole block lies in its source, if it does."""
         if self._ends.lend is None or len(steps.reads) != 1 or steps.reads[0][1] != steps.block:
             return None
@@ -358,7 +360,7 @@ class Worker:
         self.counts.num_reads += 1
         return np.frombuffer(memory, np.uint8)
 
-    def _fetch(self, move: Move, index: int, part: Box, out: Bytes) -> None:
+    def _fetch(self, move: TensorCopy, index: int, part: Box, out: Bytes) -> None:
         """Fill ``out`` with ``part`` of source ``index``, in row-major order."""
         stored = move.sources[index]
         piece = move.pieces[index][0]
@@ -367,7 +369,7 @@ class Worker:
             read_runs(self._ends.read, piece, runs, out, self._ends.rows)
         self._count_reads(runs)
 
-    def _copied_from_lent(self, piece: Piece, runs: Runs, out: Bytes) -> bool:
+    def _copied_from_lent(self, piece: StoredShard, runs: Runs, out: Bytes) -> bool:
         """Whether runs that lie in memory already were copied from there, all in one copy."""
         if self._ends.lend is None:
             return False

@@ -26,7 +26,7 @@ from ..core.box import Box
 from ..core.ranges import Runs, block_dim, blocks, byte_runs
 from ..planning.bundles import Bundle
 from ..planning.cells import Cell, cells
-from ..planning.copies import Move, cell_blocks
+from ..planning.copies import TensorCopy, cell_blocks
 from .bundle_io import carry
 from .readers import OpenSource
 from .resources import Budget, Counts
@@ -42,7 +42,7 @@ _MOST_REQUESTS = 1024  # of a geometry, to be kept for the next tensor that has 
 
 
 def run(
-    moves: Iterable[Move | Bundle],
+    moves: Iterable[TensorCopy | Bundle],
     source: OpenSource,
     target: OutputFiles,
     *,
@@ -229,7 +229,7 @@ def _legs(
 class _Rounds(NamedTuple):
     """Neighbouring blocks of one cell, as requests."""
 
-    move: Move
+    move: TensorCopy
     rounds: tuple[Round, ...]
 
 
@@ -243,7 +243,7 @@ class _Work(NamedTuple):
 _Given = _Rounds | _Work | Bundle
 
 
-def _batches(moves: Iterable[Move | Bundle], budget: Budget) -> Iterator[_Given]:
+def _batches(moves: Iterable[TensorCopy | Bundle], budget: Budget) -> Iterator[_Given]:
     limit = budget.block_bytes
     for move in moves:
         if isinstance(move, Bundle):
@@ -264,7 +264,7 @@ def _batches(moves: Iterable[Move | Bundle], budget: Budget) -> Iterator[_Given]
                 yield _Rounds(move, some)
 
 
-def _for_engine(move: Move, cell: Cell, budget: Budget, operands: Any) -> Iterator[_Work]:
+def _for_engine(move: TensorCopy, cell: Cell, budget: Budget, operands: Any) -> Iterator[_Work]:
     limit, tile = budget.block_bytes, budget.tile_bytes
     all_blocks = iter(cell_blocks(cell, move.forms, move.unit_bytes, limit, tile))
     while batch := tuple(islice(all_blocks, BATCH_BLOCKS)):
@@ -319,7 +319,7 @@ class _Stream:
             self._engine = Worker(ends, self._budget, self._progress)
         return self._engine
 
-    def _carry(self, move: Move, one: Round) -> None:
+    def _carry(self, move: TensorCopy, one: Round) -> None:
         counts = self._counts
         if one.num_bytes > len(self._block):  # one element may exceed the limit
             self._block = memoryview(bytearray(one.num_bytes))

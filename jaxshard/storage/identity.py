@@ -21,8 +21,8 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..core.box import Box
-from ..core.catalog import Catalog, File, Piece
-from ..errors import CoverageError, some
+from ..core.catalog import Catalog, File, StoredShard
+from ..errors import CoverageError, format_list
 from ..formats import rank_names, remote_tensors
 from ..formats.huggingface import CHECKSUMS
 from ..formats.iteration_names import METADATA
@@ -99,7 +99,7 @@ def _check(
             groups.setdefault(repr(value), []).append(process)
     if len(groups) < 2:
         return
-    who = "; ".join(f"processes {some(map(str, group), 4)}" for group in groups.values())
+    who = "; ".join(f"processes {format_list(map(str, group), 4)}" for group in groups.values())
     remedy = "Copy one checkpoint to all hosts, or give a path where all see the same."
     if field == "save":
         remedy = (
@@ -205,7 +205,9 @@ def _samples(catalog: Catalog, chosen: Sequence[File]) -> Mapping[str, bytes]:
             digest = hashlib.sha256(str(file.num_bytes).encode())
             for offset in _offsets(file, places[numbers[file.path]], each):
                 data = bytearray(min(_SAMPLE_BYTES, file.num_bytes - offset))
-                files.read(Piece(numbers[file.path], offset, _NO_BOX), offset, memoryview(data))
+                files.read(
+                    StoredShard(numbers[file.path], offset, _NO_BOX), offset, memoryview(data)
+                )
                 digest.update(data)
             found[_path(file)] = digest.digest()
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.catalog import Catalog, Piece
+from ..core.catalog import Catalog, StoredShard
 from ..errors import NotFoundError, StorageError
 
 Bytes = NDArray[np.uint8]
@@ -37,7 +37,7 @@ class MappedFiles:
         self._maps: dict[int, Bytes] = {}
         self._lock = threading.Lock()
 
-    def lend(self, piece: Piece, offset: int, num_bytes: int) -> memoryview | None:
+    def lend(self, piece: StoredShard, offset: int, num_bytes: int) -> memoryview | None:
         """``num_bytes`` from byte ``offset`` of the file that stores ``piece``."""
         part = self.part(piece.file, offset, num_bytes)
         return part.data if part.size == num_bytes else None

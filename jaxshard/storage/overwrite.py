@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from ..errors import FormatError, JaxshardError, LayoutError, some
+from ..errors import FormatError, JaxshardError, LayoutError, format_list
 from ..formats import (
     iteration_names,
     layout_file,
@@ -88,7 +88,7 @@ def refuse_changed(before: Mapping[str, list[int]], found: Path, destination: Pa
     """
     new = sorted(p for p, identity in files_of(found).items() if before.get(p) != identity)
     if new:
-        what = f": {some(new, 3)}" if any(new) else ""
+        what = f": {format_list(new, 3)}" if any(new) else ""
         raise LayoutError(
             f"{destination} is not replaced: it was written to while the result was being made"
             f"{what}. Run again to replace it as it is now, or choose another destination."
@@ -107,16 +107,16 @@ def _strange(place: Path) -> str | None:
     names = sorted(os.listdir(place))
     hidden = [n for n in names if n.startswith(".") and n not in _HARMLESS]
     if hidden:
-        return f"it holds {some(hidden, 3)}, which no checkpoint does"
+        return f"it holds {format_list(hidden, 3)}, which no checkpoint does"
     if not (all(map(_STRATEGY.fullmatch, names)) or _is_checkpoint(place)):
-        return f"it holds {some(names, 3)}, and no checkpoint"
+        return f"it holds {format_list(names, 3)}, and no checkpoint"
     weights = sorted(filter(is_weights, _files(place)))
     other = [f for f in weights if "/" in f and not _OURS.match(f)]
     if other:
-        return f"below it lies {some(other, 3)}, which is of another checkpoint"
+        return f"below it lies {format_list(other, 3)}, which is of another checkpoint"
     strange = [f for f in weights if not f.endswith(_KINDS)]
     if strange:
-        return f"beside the checkpoint lies {some(strange, 3)}, which none of ours has"
+        return f"beside the checkpoint lies {format_list(strange, 3)}, which none of ours has"
     return None
 
 
@@ -126,7 +126,11 @@ def _strange_strategies(place: Path) -> str | None:
         return "it is not a folder"
     names = sorted(os.listdir(place))
     other = [n for n in names if not _STRATEGY.fullmatch(n) or _strange_weights(place / n) is None]
-    return f"it holds {some(other, 3)}, which no folder of strategy files does" if other else None
+    return (
+        f"it holds {format_list(other, 3)}, which no folder of strategy files does"
+        if other
+        else None
+    )
 
 
 def _strange_weights(place: Path) -> str | None:

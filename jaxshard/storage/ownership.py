@@ -18,7 +18,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import LayoutError, some
+from ..errors import LayoutError, format_list
 from .fs import delete, scratch_of, write_file_atomic
 
 JOURNAL, LOCK, TURN, PLACING = "journal.json", "lock", "turn.lock", "placing"
@@ -70,7 +70,7 @@ def _why_not_ours(base: Path) -> str | None:
     if JOURNAL in names:
         return None if read_journal(base) else f"its {JOURNAL} is not jaxshard's"
     other = [n for n in names if not _is_first(base / n, base)]
-    return f"it holds {some(other, 3)} and no {JOURNAL} of jaxshard's" if other else None
+    return f"it holds {format_list(other, 3)} and no {JOURNAL} of jaxshard's" if other else None
 
 
 def _owner_of_new(folder: Path) -> int:

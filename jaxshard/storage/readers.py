@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..core.catalog import Catalog, Piece
+from ..core.catalog import Catalog, StoredShard
 from ..errors import NotFoundError, StorageError
 from .local import Handles, LocalFolder
 from .versions import Versions, changed_while_read
@@ -51,19 +51,19 @@ class SourceFiles:
         # a file's readahead is each descriptor's own; one file is fetched ahead at a time
         self._ahead = Handles(Path(catalog.root), most=_AHEAD_HANDLES)
 
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
         self._handles.read_into(self._files[piece.file].path, offset, buffer)
 
-    def read_views(self, piece: Piece, offset: int, views: Sequence[memoryview]) -> None:
+    def read_views(self, piece: StoredShard, offset: int, views: Sequence[memoryview]) -> None:
         """Fill ``views`` one after the other, from byte ``offset`` of that file."""
         self._handles.read_views(self._files[piece.file].path, offset, views)
 
-    def read_rows(self, piece: Piece, offsets: Iterable[int], buffer: memoryview) -> None:
+    def read_rows(self, piece: StoredShard, offsets: Iterable[int], buffer: memoryview) -> None:
         """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
         self._handles.read_rows(self._files[piece.file].path, list(offsets), buffer)
 
-    def read_places(self, piece: Piece, offset: int, places: Places) -> None:
+    def read_places(self, piece: StoredShard, offset: int, places: Places) -> None:
         """Fill ``places`` one after the other, from byte ``offset`` of that file."""
         self._handles.read_places(self._files[piece.file].path, offset, places)
 
@@ -71,12 +71,12 @@ class SourceFiles:
         """Note a descriptor of ``path`` that was opened elsewhere (errors as ``Versions``)."""
         self._versions.opened(path, descriptor)
 
-    def is_cached(self, piece: Piece, offset: int) -> bool:
+    def is_cached(self, piece: StoredShard, offset: int) -> bool:
         """Whether byte ``offset`` of that file can be read without waiting for a disk."""
         return self._handles.is_cached(self._files[piece.file].path, offset)
 
     def begin_reading(
-        self, piece: Piece, offset: int, num_bytes: int, *, before: int = 0, ends: bool = True
+        self, piece: StoredShard, offset: int, num_bytes: int, *, before: int = 0, ends: bool = True
     ) -> None:
         """Have the disk fetch these bytes of that file; nobody waits for them.
 
@@ -146,15 +146,15 @@ class SourceFiles:
 class OpenSource(Protocol):
     """A catalog's bytes, open for reading."""
 
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
         ...
 
-    def read_views(self, piece: Piece, offset: int, views: Sequence[memoryview]) -> None:
+    def read_views(self, piece: StoredShard, offset: int, views: Sequence[memoryview]) -> None:
         """Fill ``views`` one after the other, from byte ``offset`` of that file."""
         ...
 
-    def read_rows(self, piece: Piece, offsets: Iterable[int], buffer: memoryview) -> None:
+    def read_rows(self, piece: StoredShard, offsets: Iterable[int], buffer: memoryview) -> None:
         """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
         ...
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..core.catalog import Catalog
-from ..errors import some
+from ..errors import format_list
 from .transaction import told
 
 
@@ -27,7 +27,10 @@ def carried(catalog: Catalog) -> tuple[tuple[str, ...], tuple[str, ...]]:
         is_own = os.path.dirname(real) in homes or real.startswith(os.path.join(root, ""))
         (kept if is_own else left).append(path)
     notes = (
-        [f"{some(left)}: links to files that are not the checkpoint's own, so not carried along."]
+        [
+            f"{format_list(left)}: links to files that are not the checkpoint's own, so not "
+            "carried along."
+        ]
         if left
         else []
     )

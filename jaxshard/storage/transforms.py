@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from .. import native
 from ..core.box import Box
-from ..core.catalog import AddProduct, Affine, Round, Step, Tensor, View
+from ..core.catalog import AddProduct, Affine, RoundTo, Step, Tensor, View
 from ..core.numpy_dtypes import cast_into, numpy_dtype
 from ..core.ranges import Runs
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 from .vectored_io import Bytes, Read, read_runs
 
 Tile = NDArray[Any]
@@ -123,7 +123,7 @@ class Viewer:
         self._buffer = np.empty(0, np.uint8)
         self._spare = Spare()
 
-    def fetch(self, move: Move, index: int, part: Box, out: Array) -> Runs | None:
+    def fetch(self, move: TensorCopy, index: int, part: Box, out: Array) -> Runs | None:
         """Fill ``out`` with ``part`` of source ``index``; the runs that were read, if any."""
         form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
         assert form is not None
@@ -140,7 +140,7 @@ class Viewer:
         return read
 
     def values_of(
-        self, move: Move, index: int, part: Box, into: Array | None = None
+        self, move: TensorCopy, index: int, part: Box, into: Array | None = None
     ) -> tuple[Array, Runs | None]:
         """``part`` of source ``index``, valid until the next, and the runs that were read.
 
@@ -286,7 +286,7 @@ def _like(spare: Array, values: Array) -> Array:
 def _stepped(
     values: Array, step: Step, start: tuple[int, ...], known: Values, spare: Array
 ) -> Array:
-    if isinstance(step, Round):
+    if isinstance(step, RoundTo):
         return values.astype(numpy_dtype(step.dtype)).astype(values.dtype)
     (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
     if isinstance(step, AddProduct):

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.box import Box
-from ..core.catalog import Piece
+from ..core.catalog import StoredShard
 from ..core.ranges import Runs, byte_runs
-from ..planning.copies import Move, Steps
+from ..planning.copies import Steps, TensorCopy
 
 _MOST = 1024  # IOV_MAX of Linux
 
@@ -114,15 +114,15 @@ def _preadv() -> Callable[..., Any] | None:
 # --- Requests: the runs of a box, read from its file with as few requests as their gaps allow
 
 Bytes = NDArray[np.uint8]
-Read = Callable[[Piece, int, memoryview], None]
+Read = Callable[[StoredShard, int, memoryview], None]
 """``read(piece, offset, buffer)`` fills the buffer from byte ``offset`` of the piece's file."""
-ReadRows = Callable[[Piece, Iterable[int], memoryview], None]
+ReadRows = Callable[[StoredShard, Iterable[int], memoryview], None]
 """``rows(piece, offsets, buffer)``: as ``read``, of as many equal parts of the buffer as there are
 offsets. A request for each row of a column, so what a request costs besides is what matters."""
 
 
 def read_runs(
-    read: Read, piece: Piece, runs: Runs, out: Bytes, rows: ReadRows | None = None
+    read: Read, piece: StoredShard, runs: Runs, out: Bytes, rows: ReadRows | None = None
 ) -> None:
     """Fill ``out`` with ``runs`` of the file that stores ``piece``, one after the other."""
     requests = runs.coalesced()
@@ -172,7 +172,7 @@ class Scatter:
     parts: tuple[tuple[int, int, int], ...]
 
 
-def scatter_of(move: Move, steps: Steps) -> Scatter | None:
+def scatter_of(move: TensorCopy, steps: Steps) -> Scatter | None:
     """How a block can be scattered; None if it is not one run that is cut by columns."""
     if len(steps.reads) != 1 or len(steps.writes) < 2 or steps.reads[0][1] != steps.block:
         return None

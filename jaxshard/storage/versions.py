@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.catalog import File
-from ..errors import FormatError, some
+from ..errors import FormatError, format_list
 from .linux import is_fuse
 
 
@@ -77,5 +77,6 @@ class Versions:
 def changed_while_read(root: str | Path, paths: Iterable[str]) -> FormatError:
     """Return the error that names ``paths`` below ``root``."""
     return FormatError(
-        f"{some(paths)} of {root} changed while being read. Try again when nothing writes there."
+        f"{format_list(paths)} of {root} changed while being read. Try again when nothing writes "
+        "there."
     )

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from ..core.box import Box
 from ..planning.cells import Cell
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 
 BATCH_BLOCKS = 16  # blocks handed to a thread at a time: enough to read ahead, little to wait for
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Batch(NamedTuple):
     """Neighbouring blocks of one cell."""
 
-    move: Move
+    move: TensorCopy
     cell: Cell
     blocks: tuple[Box, ...]
 

@@ -22,7 +22,7 @@ from ..errors import LayoutError, NotFoundError, StorageError
 from ..formats.mindspore_ckpt import CRC_BYTES
 from ..formats.mindspore_ckpt_writer import crc_trailer
 from ..planning.bundles import Bundle
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 from ..planning.outputs import Entry, Outputs
 from ..planning.plan import Plan
 from .bundle_io import placed
@@ -84,12 +84,17 @@ class OutputFiles:
         for rank in [r for r, left in self._left.items() if not left]:
             self._finish(rank)
 
-    def write(self, move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         """Store part of a target box in the file of every rank that wants it."""
         return self.write_views(move, target, offset, (buffer,), len(buffer))
 
     def write_views(
-        self, move: Move, target: int, offset: int, views: Sequence[memoryview], num_bytes: int
+        self,
+        move: TensorCopy,
+        target: int,
+        offset: int,
+        views: Sequence[memoryview],
+        num_bytes: int,
     ) -> int:
         """Store ``views``, which one after the other are part of a target box, likewise."""
         ranks = move.targets[target].ranks

@@ -17,7 +17,7 @@ Only the last row, and ``manager`` above it, import JAX; names are fetched when 
 
 from __future__ import annotations
 
-from ..core.lazy_imports import fetching
+from ..core.lazy_imports import lazy_getattr
 
 _HOME = {
     "CheckpointManager": "manager",
@@ -31,4 +31,4 @@ _HOME = {
 
 __all__ = list(_HOME)
 
-__getattr__ = fetching(__name__, _HOME)
+__getattr__ = lazy_getattr(__name__, _HOME)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import FormatError, LayoutError, some
+from ..errors import FormatError, LayoutError, format_list
 from . import naming
 from .naming import StepName
 from .records import MOVING, REMOVED, WHOLE
@@ -118,9 +118,9 @@ def replaceable(
     strange = [unit for unit in there if unit not in known]
     if strange:
         raise LayoutError(
-            f"{places.root} has {some(strange)} already, and no record of a step {step} that it "
-            "belongs to. Give another prefix or directory, move it away, or replace it with "
-            "overwrite=True."
+            f"{places.root} has {format_list(strange)} already, and no record of a step {step} "
+            "that it belongs to. Give another prefix or directory, move it away, or replace it "
+            "with overwrite=True."
         )
     if not claim.owns(step):
         _log.warning(

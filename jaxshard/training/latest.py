@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import StorageError, some
+from ..errors import StorageError, format_list
 from . import naming
 from .records import Record, is_strategy_file
 from .run_directory import Places, replace_file
@@ -34,7 +34,7 @@ def point_at(places: Places, record: Record) -> None:
         except OSError as error:
             failed.append(f"{path}: {error.strerror}")
     if failed:
-        raise StorageError(f"step {record.step} of {places.root}: {some(failed)}.")
+        raise StorageError(f"step {record.step} of {places.root}: {format_list(failed)}.")
 
 
 def _pointers(places: Places, record: Record, failed: list[str]) -> Iterator[tuple[Path, bytes]]:

@@ -29,7 +29,7 @@ from ..errors import (
     LayoutError,
     NotFoundError,
     StorageError,
-    some,
+    format_list,
 )
 from ..formats.training_scalars import NAMES
 from ..storage.identity import check_same, identity
@@ -308,7 +308,9 @@ def _say(places: Places, steps: list[Step], step: Step, catalog: Catalog) -> Non
         )
     left = [str(s.name) for s in steps if s.left and s.name > step.name]
     if left and not step.left:
-        _log.warning("step %s is restored, and not %s, which is left behind", step.name, some(left))
+        _log.warning(
+            "step %s is restored, and not %s, which is left behind", step.name, format_list(left)
+        )
 
 
 def _unseen(label: str, process: int) -> Step:
@@ -386,7 +388,7 @@ def _number(numbers: dict[str, Any], step: Step) -> int:
 def _none(places: Places, wish: object, passed: list[tuple[str, str]]) -> str:
     there = [str(s.name) for s in find_steps(places)]
     if wish is not None:
-        held = f"there are {some(reversed(there))}" if there else "there are none"
+        held = f"there are {format_list(reversed(there))}" if there else "there are none"
         return f"{places.root} has no step {wish}; {held}."
     if not passed:
         return f"{places.root} has no steps. Save one, or give another directory."

@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 from .. import rules as family_rules
 from ..conversion.targets import lay_out_for
 from ..core.box import Box
-from ..core.catalog import Catalog, Tensor, groups
+from ..core.catalog import Catalog, Tensor, group_by_bytes
 from ..core.layout import Layout
 from ..core.notes import log_notes
 from ..core.numpy_dtypes import numpy_dtype
 from ..core.strategy import Strategy
 from ..devices.mesh import rank_devices, shardings
 from ..devices.pytree import is_key, keys_of
-from ..errors import LayoutError, NotFoundError, nearest, some
+from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 from ..formats.training_scalars import NAMES
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
 from ..loader.shard_memory import Bytes, aligned_empty
-from ..planning.copies import Move, move_into
+from ..planning.copies import TensorCopy, move_into
 from ..storage.engine import run
 from ..storage.readers import open_source
 from ..storage.resources import budget_for, default_budget
@@ -117,7 +117,7 @@ def by_strategy(
             "%d tensors follow no rule and no weight, and are whole on every device: %s. Give the "
             "target's leaves shardings to have them cut.",
             len(large),
-            some(large),
+            format_list(large),
         )
     told = replace(catalog, hyper=catalog.hyper | rest)
     layout = lay_out(told, like, strategy, rules)
@@ -208,7 +208,7 @@ def _as_they_say(
     if unsaid and len(there) > 1:
         raise LayoutError(
             f"{len(unsaid)} leaves of the target say nothing of where they are to lie, and there "
-            f"are {len(there)} devices: {some(unsaid)}. Give strategy=, or arrays or "
+            f"are {len(there)} devices: {format_list(unsaid)}. Give strategy=, or arrays or "
             "jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
         )
     lone = SingleDeviceSharding(there[0])
@@ -337,20 +337,20 @@ def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> li
     if missing and (strict or any(isinstance(m.value, jax.ShapeDtypeStruct) for m in missing)):
         names = [leaf.name for leaf in missing]
         raise NotFoundError(
-            f"{len(names)} leaves of the target are not in the step: {some(names)}."
-            f"{nearest(names[0], catalog.tensors)} Restore weights only with parts='weights', or "
-            "what is there with strict=False."
+            f"{len(names)} leaves of the target are not in the step: {format_list(names)}."
+            f"{did_you_mean(names[0], catalog.tensors)} Restore weights only with parts='weights', "
+            "or what is there with strict=False."
         )
     over = _left_over(catalog, {leaf.name for leaf in wanted}, parts)
     if over and strict:
         raise NotFoundError(
-            f"{len(over)} tensors of the step are not in the target: {some(over)}. They would be "
-            "lost; give a target that has them, or strict=False."
+            f"{len(over)} tensors of the step are not in the target: {format_list(over)}. They "
+            "would be lost; give a target that has them, or strict=False."
         )
     found = [leaf for leaf in wanted if leaf.name in catalog.tensors]
     wrong = [why for leaf in found if (why := _misfit(leaf, catalog.tensors[leaf.name]))]
     if wrong:
-        raise LayoutError(f"{len(wrong)} leaves do not fit the step: {some(wrong)}.")
+        raise LayoutError(f"{len(wrong)} leaves do not fit the step: {format_list(wrong)}.")
     return found
 
 
@@ -397,7 +397,7 @@ def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, ja
     found = {}
     sizes = {name: catalog.tensors[name].num_bytes for name in names}
     in_flight = default_budget() if where.host_bytes is None else where.host_bytes
-    for batch in groups(sizes, in_flight):
+    for batch in group_by_bytes(sizes, in_flight):
         values = _on_host(catalog, batch, where, allocate=aligned_empty)
         for name, value in values.items():
             with keeping_64_bits(value.itemsize):
@@ -422,7 +422,7 @@ def _on_host(
     tensors = [catalog.tensors[name] for name in names]
     out = {tensor.name: allocate(tensor.num_bytes) for tensor in tensors}
 
-    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         out[move.name][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
         return 1
 

@@ -26,7 +26,7 @@ from ..core.notes import log_once
 from ..core.numpy_dtypes import stored_as
 from ..core.strategy import Strategy
 from ..devices.mesh import layout_of
-from ..errors import FormatError, LayoutError, StorageError, some
+from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..storage.checksums import FileSums
 from ..storage.transaction import Staging
 from . import naming
@@ -174,7 +174,7 @@ def _say_what_is_left(name: StepName, steps: Iterable[Step], line: Line, after: 
             "step %s does not go on from %s, which is left behind: restored only where nothing "
             "else is good, and removed once the run has come further",
             name,
-            some(left),
+            format_list(left),
         )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.box import Box
-from ..core.catalog import Catalog, File, Piece, Tensor
+from ..core.catalog import Catalog, File, StoredShard, Tensor
 from ..core.numpy_dtypes import stored_as
 from ..devices.host_transfer import is_on_host, to_host
 from ..errors import JaxshardError, LayoutError, StorageError
@@ -64,12 +64,12 @@ class Snapshot:
         """Bytes of all distinct shards."""
         return sum(shard.nbytes for shard in self._shards)
 
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of the shard that is ``piece``."""
         shard = self._shards[piece.file]
         np.frombuffer(buffer, np.uint8)[:] = shard[offset : offset + len(buffer)]
 
-    def lend(self, piece: Piece, offset: int, num_bytes: int) -> memoryview | None:
+    def lend(self, piece: StoredShard, offset: int, num_bytes: int) -> memoryview | None:
         """The shard's own memory."""
         return self._shards[piece.file][offset : offset + num_bytes].data
 
@@ -112,7 +112,7 @@ class Snapshot:
             raise type(error)(f"{name}: {error}") from None
         if kind.bits < 8:
             raise LayoutError(f"{name}: {kind} is packed in files. Cast it to save it.")
-        pieces = tuple(Piece(self._count + n, 0, box) for n, box in enumerate(shards))
+        pieces = tuple(StoredShard(self._count + n, 0, box) for n, box in enumerate(shards))
         self._count += len(pieces)
         return Tensor(name, kind, array.shape, pieces)
 

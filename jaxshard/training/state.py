@@ -25,7 +25,7 @@ from jax.tree_util import PyTreeDef
 from numpy.typing import NDArray
 
 from ..devices.pytree import named_leaves
-from ..errors import LayoutError, nearest, some
+from ..errors import LayoutError, did_you_mean, format_list
 
 Role = Literal["weights", "optimizer", "rest"]
 Array = jax.Array | NDArray[np.generic]
@@ -183,8 +183,8 @@ def _apart(leaves: list[Leaf]) -> list[Leaf]:
     if len(set(names)) < len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
         raise LayoutError(
-            f"{some(twice)}: several leaves of the state would have this name in files. Rename "
-            "one of them."
+            f"{format_list(twice)}: several leaves of the state would have this name in files. "
+            "Rename one of them."
         )
     return found
 
@@ -252,4 +252,6 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> None:
     """
     choices = tuple(known)
     if value not in choices:
-        raise LayoutError(f"{name}={value!r} is none of {choices}.{nearest(str(value), choices)}")
+        raise LayoutError(
+            f"{name}={value!r} is none of {choices}.{did_you_mean(str(value), choices)}"
+        )

@@ -15,10 +15,10 @@ from typing import Any
 from ..conversion.rank_results import STRATEGY_FOLDER
 from ..conversion.results import Request, Result
 from ..conversion.targets import make_result
-from ..core.catalog import Catalog, Piece, Tensor
+from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.layout import Layout
 from ..errors import StorageError
-from ..planning.copies import Move
+from ..planning.copies import TensorCopy
 from ..planning.plan import Plan, make_plan
 from ..storage.checksums import FileSums, Gathered
 from ..storage.engine import run
@@ -165,8 +165,8 @@ def _only(catalog: Catalog, names: Iterable[str]) -> Catalog:
 
 # --- Writing: a snapshot becomes the files of a step, and each byte is summed on its way
 
-Read = Callable[[Piece, int, memoryview], None]
-Lend = Callable[[Piece, int, int], memoryview | None]
+Read = Callable[[StoredShard, int, memoryview], None]
+Lend = Callable[[StoredShard, int, int], memoryview | None]
 
 
 def write_parts(
@@ -265,9 +265,9 @@ class _Observer:
                 gathered.add(path, offset, data)
 
     def around(
-        self, write: Callable[[Move, int, int, memoryview], int]
-    ) -> Callable[[Move, int, int, memoryview], int]:
-        def observed(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+        self, write: Callable[[TensorCopy, int, int, memoryview], int]
+    ) -> Callable[[TensorCopy, int, int, memoryview], int]:
+        def observed(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
             ranks = move.targets[target].ranks
             total = self._gathered.compute(buffer)  # replicas share it
             for rank in ranks:

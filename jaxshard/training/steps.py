@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import FormatError, LayoutError, StorageError, some
+from ..errors import FormatError, LayoutError, StorageError, format_list
 from . import naming
 from .naming import StepName
 from .policy import Line
@@ -122,8 +122,8 @@ def of_one_job(steps: Iterable[Step], prefix: str) -> list[Step]:
         return of_prefix(steps, prefix)
     if len(jobs) > 1:
         raise LayoutError(
-            f"there are steps of {len(jobs)} jobs, {some(sorted(jobs))}, and none of {prefix!r}. "
-            "Give the manager the prefix of the one that goes on."
+            f"there are steps of {len(jobs)} jobs, {format_list(sorted(jobs))}, and none of "
+            f"{prefix!r}. Give the manager the prefix of the one that goes on."
         )
     return steps
 
@@ -246,7 +246,7 @@ def _sizes(places: Places, record: Record) -> tuple[State, str]:
         if num_bytes != sums.num_bytes:
             return "corrupt", f"{path} has {num_bytes} bytes; {sums.num_bytes} were saved"
     if missing:
-        return "incomplete", f"{some(missing)} is missing"
+        return "incomplete", f"{format_list(missing)} is missing"
     return "complete", ""
 
 
@@ -354,7 +354,7 @@ def _rank_steps(
             step.step,
             "ranks",
             "incomplete" if lacking else "complete",
-            f"rank {some(map(str, lacking))} has no file of it" if lacking else "",
+            f"rank {format_list(map(str, lacking))} has no file of it" if lacking else "",
             sum(s.st_size for s in stats),
             max(s.st_mtime for s in stats),
             paths=tuple(by_rank[r] for r in sorted(by_rank)),

@@ -9,7 +9,7 @@ import pytest
 from jaxshard.conversion.results import Request
 from jaxshard.conversion.targets import lay_out_for, make_result
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Model, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, Model, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.core.strategy import Strategy
@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 
 def catalog(*names: str, hyper: tuple[str, ...] = (), **how: object) -> Catalog:
     tensors = {
-        name: Tensor(name, BY_NAME["BF16"], shape, (Piece(0, 0, Box.whole(shape)),))
+        name: Tensor(name, BY_NAME["BF16"], shape, (StoredShard(0, 0, Box.whole(shape)),))
         for name, shape in {**dict.fromkeys(names, (8, 8)), **dict.fromkeys(hyper, ())}.items()
     }
     files = (File("f", 10**6),)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.errors import NotFoundError
 
 
 def catalog() -> Catalog:
-    pieces = (Piece(0, 64, Box((0, 0), (4, 8))), Piece(1, 64, Box((0, 0), (4, 8))))
+    pieces = (StoredShard(0, 64, Box((0, 0), (4, 8))), StoredShard(1, 64, Box((0, 0), (4, 8))))
     tensors = {"norm.weight": Tensor("norm.weight", BY_NAME["BF16"], (4, 8), pieces)}
     return Catalog("llama", "ranks", (File("a", 128), File("b", 128)), tensors)
 

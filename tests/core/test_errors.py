@@ -38,12 +38,12 @@ def test_each_error_is_also_a_builtin(kind, builtin, status):
     ],
 )
 def test_some_names_are_a_few_and_the_number_of_the_rest(names, text):
-    assert errors.some(names) == text
-    assert errors.some(iter(names)) == text
+    assert errors.format_list(names) == text
+    assert errors.format_list(iter(names)) == text
 
 
 def test_the_nearest_name_is_offered_if_it_is_near():
-    assert errors.nearest("model.nrom.weight", ["model.norm.weight", "lm_head"]) == (
+    assert errors.did_you_mean("model.nrom.weight", ["model.norm.weight", "lm_head"]) == (
         " Did you mean model.norm.weight?"
     )
-    assert errors.nearest("xyz", ["model.norm.weight"]) == ""
+    assert errors.did_you_mean("xyz", ["model.norm.weight"]) == ""

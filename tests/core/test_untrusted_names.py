@@ -32,8 +32,8 @@ def _is_safe(text: str) -> bool:
 def test_every_text_is_printable_after_escaping(text):
     for kind in (errors.FormatError, errors.NotFoundError):
         assert _is_safe(str(kind(text)))
-    assert _is_safe(errors.shown(text))
-    assert _is_safe(errors.some([text, text]))
+    assert _is_safe(errors.quote_name(text))
+    assert _is_safe(errors.format_list([text, text]))
 
 
 @given(st.text(st.characters(whitelist_categories=("L", "N", "P", "S")), max_size=200))
@@ -44,7 +44,7 @@ def test_printable_text_stays_as_it_is(text):
 def test_tables_and_pictures_escape_the_names_of_tensors():
     tensor = Tensor(_HOSTILE, dtype("F32"), (2,), ())
     assert _is_safe(pictures.tensor_table([tensor]))
-    assert _is_safe(pictures.held_by(errors.shown(_HOSTILE), Placement((("dp", 1),)), (2,)))
+    assert _is_safe(pictures.held_by(errors.quote_name(_HOSTILE), Placement((("dp", 1),)), (2,)))
 
 
 @pytest.fixture

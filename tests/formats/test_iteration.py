@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import jaxshard as js
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Piece, Tensor
+from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 from jaxshard.core.layout import Placement
 from jaxshard.errors import FormatError, JaxshardError, LayoutError, NotFoundError
@@ -127,7 +127,7 @@ def test_the_files_of_one_rank_may_be_written_alone(training: Path, tmp_path: Pa
 
 
 def test_a_tied_embedding_of_two_stages_is_told_of_once_and_stored_twice() -> None:
-    tied = Tensor("e", dtype("F32"), (4, 2), (Piece(0, 0, Box((0, 0), (4, 2))),))
+    tied = Tensor("e", dtype("F32"), (4, 2), (StoredShard(0, 0, Box((0, 0), (4, 2))),))
     placement = Placement((("mp", 2),), (("mp",),), 2)
     stores: Callable = lambda name, placement, shard: [(2 + shard.holders[0], "f")]  # noqa: E731
     made = json.loads(iteration_metadata.to_bytes([(tied, placement)], stores))

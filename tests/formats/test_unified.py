@@ -15,7 +15,7 @@ from jaxshard.cli import main
 from jaxshard.conversion.results import Request
 from jaxshard.conversion.targets import make_result
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 
 
@@ -64,7 +64,8 @@ def test_it_is_sliced_for_any_strategy(training: Path, tmp_path: Path) -> None:
 def test_three_gibibytes_are_in_a_part_unless_said_otherwise() -> None:
     shape = (1 << 29,)  # 2 GiB of F32
     tensors = {
-        n: Tensor(n, dtype("F32"), shape, (Piece(0, 0, Box.whole(shape)),)) for n in ("a", "b", "c")
+        n: Tensor(n, dtype("F32"), shape, (StoredShard(0, 0, Box.whole(shape)),))
+        for n in ("a", "b", "c")
     }
     catalog = Catalog("nowhere", "ckpt", (File("f", 3 << 31),), tensors)
     for size, parts in ((None, 3), (4 << 30, 2), (1, 3)):

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from jaxshard.api import open_checkpoint
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Piece, Tensor
+from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 from jaxshard.errors import NotFoundError
 from jaxshard.loader import load
@@ -47,7 +47,7 @@ def moves(count: int, shape: tuple[int, ...] = (4, 8)):
     for number in range(count):
         whole = Box.whole(shape)
         size = 2 * whole.size
-        tensor = Tensor(f"t{number}", BF16, shape, (Piece(0, number * size, whole),))
+        tensor = Tensor(f"t{number}", BF16, shape, (StoredShard(0, number * size, whole),))
         found.append(move_into(tensor, {whole: (0,)}))
     return found
 
@@ -117,7 +117,7 @@ def test_where_nothing_must_be_fetched_no_thread_begins(disk):
 
 
 def test_a_share_is_fetched_from_its_first_byte_to_its_last_unless_it_is_scattered():
-    tensor = Tensor("t", BF16, (8, 100), (Piece(3, 1000, Box.whole((8, 100))),))
+    tensor = Tensor("t", BF16, (8, 100), (StoredShard(3, 1000, Box.whole((8, 100))),))
     rows = move_into(tensor, {Box((2, 0), (4, 100)): (0,)})
     assert list(spans(rows)) == [(tensor.pieces[0], 1000 + 400, 400)]
     most = move_into(tensor, {Box((0, 0), (8, 60)): (0,)})

@@ -14,7 +14,7 @@ from tiny_arrays import array, same, write
 
 import jaxshard as js
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Piece, Tensor
+from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 from jaxshard.planning.bundles import Bundle, bundled
 from jaxshard.storage.local import Handles
@@ -126,7 +126,7 @@ def test_bundles_hold_every_small_tensor_once_and_read_no_more_than_small_gaps(i
     for i, (file, size, gap, goes_to) in enumerate(items):
         at[file] += gap
         box = Box.whole((size,))
-        piece = Piece(file, at[file], box)
+        piece = StoredShard(file, at[file], box)
         tensors.append(Tensor(f"t{i}", dtype("U8"), (size,), (piece,)))
         ranks[f"t{i}"] = (goes_to,) if goes_to else None
         at[file] += size

@@ -12,7 +12,7 @@ from random_layouts import models
 from test_laws import outputs_of, planned
 
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.core.ranges import Grid
@@ -26,7 +26,7 @@ BF16 = BY_NAME["BF16"]
 
 
 def whole(name: str, shape: tuple[int, ...], kind: str = "BF16") -> Tensor:
-    return Tensor(name, BY_NAME[kind], shape, (Piece(0, 64, Box.whole(shape)),))
+    return Tensor(name, BY_NAME[kind], shape, (StoredShard(0, 64, Box.whole(shape)),))
 
 
 def catalog_of(*tensors: Tensor) -> Catalog:
@@ -68,7 +68,7 @@ def test_replicas_are_written_to_all_and_read_once():
 
 
 def test_a_piece_that_is_missing_is_told_with_its_tensor():
-    half = replace(whole("w", (8, 8)), pieces=(Piece(0, 64, Box((0, 0), (4, 8))),))
+    half = replace(whole("w", (8, 8)), pieces=(StoredShard(0, 64, Box((0, 0), (4, 8))),))
     source = catalog_of(half)
     layout = Layout(1, {"w": (Placement(()),)})
     with pytest.raises(CoverageError, match=r"^w: .*64 elements, of which the source holds 32"):
@@ -108,8 +108,8 @@ def test_tensors_of_one_geometry_are_costed_once():
 
 def test_the_source_of_a_plan_may_hold_replicas_of_another_cut():
     """A tensor stored whole by one file and in halves by others is read once."""
-    halves = tuple(Piece(i, 0, Box((4 * i,), (4 * i + 4,))) for i in range(2))
-    tensor = Tensor("w", BF16, (8,), (*halves, Piece(2, 0, Box((0,), (8,)))))
+    halves = tuple(StoredShard(i, 0, Box((4 * i,), (4 * i + 4,))) for i in range(2))
+    tensor = Tensor("w", BF16, (8,), (*halves, StoredShard(2, 0, Box((0,), (8,)))))
     source = catalog_of(tensor)
     layout = Layout(1, {"w": (Placement(()),)})
     assert make_plan(source, outputs_of(source, layout)).totals.bytes_read == 16

@@ -11,7 +11,7 @@ from random_layouts import in_memory, models
 from test_laws import outputs_of
 
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import CoverageError
@@ -25,7 +25,7 @@ MP, DP_MP = Placement((("mp", 4),), (("mp",),)), Placement((("dp", 2), ("mp", 4)
 def stored(placement: Placement, *ranks: int, num: int = 2) -> Catalog:
     """``num`` tensors of eight rows on ``ranks`` of those that ``placement`` has."""
     boxes = placement.boxes((8, 4))
-    pieces = tuple(Piece(r, 0, boxes[r - placement.first_rank]) for r in ranks)
+    pieces = tuple(StoredShard(r, 0, boxes[r - placement.first_rank]) for r in ranks)
     tensors = {f"t{i}": Tensor(f"t{i}", F32, (8, 4), pieces) for i in range(num)}
     layout = Layout(placement.ranks.stop, dict.fromkeys(tensors, (placement,)))
     files = tuple(File(f"rank_{r}/f.safetensors", 64) for r in range(layout.num_ranks))
@@ -55,7 +55,7 @@ def test_many_lost_shards_are_counted():
 
 def test_a_shard_that_files_of_another_cut_hold_is_not_lost():
     catalog = stored(MP, 0)
-    whole = Piece(0, 0, Box.whole((8, 4)))
+    whole = StoredShard(0, 0, Box.whole((8, 4)))
     tensors = {n: replace(t, pieces=(whole,)) for n, t in catalog.tensors.items()}
     assert remedy(replace(catalog, tensors=tensors)) == "Fetch the missing files."
 

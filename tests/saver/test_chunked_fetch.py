@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.core.catalog import Piece
+from jaxshard.core.catalog import StoredShard
 from jaxshard.core.numpy_dtypes import stored_as
 from jaxshard.errors import LayoutError
 from jaxshard.saver import chunked_fetch, save
@@ -196,7 +196,7 @@ def test_a_fetch_that_fails_fails_for_all_who_wait_and_is_tried_again(monkeypatc
 def test_no_more_parts_are_kept_than_there_is_room_for():
     shard = jax.device_put(np.arange(256, dtype=np.float32), jax.devices()[0])
     source = ArraySource({"a": shard}, room=Room(parts=3, part_bytes=64))
-    piece, out = Piece(0, 0, source.catalog["a"].pieces[0].box), bytearray(1024)
+    piece, out = StoredShard(0, 0, source.catalog["a"].pieces[0].box), bytearray(1024)
     source.read(piece, 0, memoryview(out))
     assert bytes(out) == np.asarray(shard).tobytes()
     assert len(source._fetched._parts) == 3

@@ -13,7 +13,7 @@ import pytest
 
 import jaxshard as js
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Piece, Tensor
+from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.planning.copies import move_into
@@ -25,7 +25,7 @@ from jaxshard.storage.work_queue import Shared, in_threads
 def moves(number: int, rows: int = 64) -> list:
     """Journeys of one block each, from a file to a target of the same shape."""
     whole = Box((0, 0), (rows, 64))
-    tensor = Tensor("t", BY_NAME["U8"], (rows, 64), (Piece(0, 0, whole),))
+    tensor = Tensor("t", BY_NAME["U8"], (rows, 64), (StoredShard(0, 0, whole),))
     return [move_into(tensor, {whole: (0,)}) for _ in range(number)]
 
 

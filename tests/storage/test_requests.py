@@ -12,7 +12,7 @@ import pytest
 
 import jaxshard as js
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Piece, Tensor
+from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.errors import FormatError, StorageError
 from jaxshard.planning.copies import move_into
@@ -78,14 +78,14 @@ def test_a_kernel_that_does_half_is_asked_again_and_one_that_refuses_is_told(tmp
 def test_what_is_lent_is_copied_at_once_and_counted_as_if_it_were_read():
     values = np.arange(64 * 8192, dtype=np.uint8).reshape(64, 8192)
     whole, part = Box((0, 0), (64, 8192)), Box((0, 100), (64, 2100))
-    tensor = Tensor("t", BY_NAME["U8"], (64, 8192), (Piece(0, 0, whole),))
+    tensor = Tensor("t", BY_NAME["U8"], (64, 8192), (StoredShard(0, 0, whole),))
     out, lent = np.zeros((64, 2000), np.uint8), []
 
-    def lend(piece: Piece, offset: int, num_bytes: int) -> memoryview:
+    def lend(piece: StoredShard, offset: int, num_bytes: int) -> memoryview:
         lent.append(num_bytes)
         return values.reshape(-1)[offset : offset + num_bytes].data
 
-    def read(piece: Piece, offset: int, buffer: memoryview) -> None:
+    def read(piece: StoredShard, offset: int, buffer: memoryview) -> None:
         np.frombuffer(buffer, np.uint8)[...] = values.reshape(-1)[offset : offset + len(buffer)]
 
     def write(move: Any, target: int, offset: int, buffer: memoryview) -> int:

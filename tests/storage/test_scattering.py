@@ -13,7 +13,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Piece, Tensor
+from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 from jaxshard.errors import FormatError
 from jaxshard.loader import load
@@ -26,7 +26,7 @@ from jaxshard.storage.vectored_io import scatter_of
 
 def move(shape: tuple[int, ...], targets: list[Box], offset: int = 0):
     """A tensor of a file, and the boxes that are wanted of it."""
-    tensor = Tensor("t", dtype("U8"), shape, (Piece(0, offset, Box.whole(shape)),))
+    tensor = Tensor("t", dtype("U8"), shape, (StoredShard(0, offset, Box.whole(shape)),))
     return move_into(tensor, {box: (number,) for number, box in enumerate(targets)})
 
 

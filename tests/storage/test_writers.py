@@ -9,7 +9,7 @@ import safetensors
 from random_layouts import read_by_hand
 
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.formats import safetensors as format_of
@@ -28,7 +28,7 @@ def opened(tmp_path):
     """Two ranks that hold half of ``w`` each and all of ``n``; their staging and their files."""
     shapes = {"w": (8,), "n": (4,)}
     tensors = {
-        name: Tensor(name, BY_NAME["U8"], shape, (Piece(0, 0, Box.whole(shape)),))
+        name: Tensor(name, BY_NAME["U8"], shape, (StoredShard(0, 0, Box.whole(shape)),))
         for name, shape in shapes.items()
     }
     mp2 = (("mp", 2),)
@@ -72,7 +72,7 @@ def test_views_are_one_after_the_other(opened):
 
 
 def test_a_file_without_tensor_bytes_is_finished_at_once(tmp_path):
-    tensor = Tensor("e", BY_NAME["F32"], (0, 4), (Piece(0, 0, Box.whole((0, 4))),))
+    tensor = Tensor("e", BY_NAME["F32"], (0, 4), (StoredShard(0, 0, Box.whole((0, 4))),))
     layout = Layout(1, {"e": (Placement(()),)})
     plan = make_plan(
         Catalog("m", "x", (File("f", 0),), {"e": tensor}), arrange([tensor], layout, ["x"])

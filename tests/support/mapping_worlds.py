@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NUMPY
-from jaxshard.planning.copies import Move, move_into
+from jaxshard.planning.copies import TensorCopy, move_into
 from jaxshard.storage.engine import Budget, Counts, run
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -30,14 +30,14 @@ class Memory:
             ways = (cuts or {}).get(name, (1,) * array.ndim)
             pieces = []
             for box in grid(array.shape, ways):
-                pieces.append(Piece(0, len(data), box))
+                pieces.append(StoredShard(0, len(data), box))
                 data += np.ascontiguousarray(array[box.slices]).tobytes()
             kind = BY_NUMPY[array.dtype.name]
             tensors[name] = Tensor(name, kind, array.shape, tuple(pieces))
         self.data = bytes(data)
         self.catalog = Catalog("memory", "test", (File("all", len(data)),), tensors)
 
-    def read(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
         assert piece.file == 0
         assert 0 <= offset <= offset + len(buffer) <= len(self.data)
         self.touched.append((offset, offset + len(buffer)))
@@ -62,7 +62,7 @@ def read_box(
     dtype = np.dtype(getattr(ml_dtypes, tensor.dtype.numpy or "", tensor.dtype.numpy))
     out = np.full(box.size * dtype.itemsize, 0xEE, np.uint8)
 
-    def write(move: Move, target: int, offset: int, buffer: memoryview) -> int:
+    def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         out[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
         return 1
 

@@ -17,7 +17,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxshard.core.box import Box
-from jaxshard.core.catalog import Catalog, File, Piece, Tensor
+from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME, DType, in_units, num_bytes
 from jaxshard.core.layout import Layout, Placement
 
@@ -131,7 +131,7 @@ def in_memory(model: Model, layout: Layout, drop: float = 0.0) -> tuple[Catalog,
                 ranks = [placement.first_rank + r for r in shard.holders]
                 kept = [r for r in ranks if rng.random() >= drop] or ranks[-1:]
                 for rank in kept:
-                    pieces.append(Piece(rank, len(files[rank]), shard.box))
+                    pieces.append(StoredShard(rank, len(files[rank]), shard.box))
                     files[rank] += model.shard(tensor, shard.box)
         tensors[tensor.name] = Tensor(tensor.name, tensor.dtype, tensor.shape, tuple(pieces))
     listed = tuple(File(f"f{i}", len(b)) for i, b in enumerate(files))

@@ -15,7 +15,14 @@ from functools import partial
 
 from ...core.catalog import Catalog, Tensor
 from ...core.dtypes import BY_NUMPY, DType
-from ...errors import FormatError, LayoutError, NotFoundError, StorageError, nearest, some
+from ...errors import (
+    FormatError,
+    LayoutError,
+    NotFoundError,
+    StorageError,
+    did_you_mean,
+    format_list,
+)
 from ...rules import ModelFacts, weight_name
 from ...rules.match import Patterns as Globs
 from ...rules.match import template
@@ -254,8 +261,8 @@ def _text_alone(catalog: Catalog) -> Mapping | None:
         patterns = Globs(apart)
         count = sum(patterns.find(n, template(n)) is not None for n in names)
         raise LayoutError(
-            f"{count} of {len(names)} tensors are not of the text model ({some(apart)}), and "
-            f"tables are for text models. Leave them out: exclude=, --exclude "
+            f"{count} of {len(names)} tensors are not of the text model ({format_list(apart)}), "
+            f"and tables are for text models. Leave them out: exclude=, --exclude "
             f"'^({'|'.join(p.removesuffix('*').replace('.', '[.]') for p in apart)})'."
         )
     if root is None or not TEXT_MODEL.search(root):
@@ -294,13 +301,13 @@ def form_of(
     strange = unknown.get(near, weights)
     if len(strange) == len(weights):
         raise NotFoundError(
-            f"the names are of no form of {facts.family.name} that is known ({some(weights, 3)}); "
-            f"forms are {', '.join(FORMS)}. Say it: FROM:TO."
+            f"the names are of no form of {facts.family.name} that is known "
+            f"({format_list(weights, 3)}); forms are {', '.join(FORMS)}. Say it: FROM:TO."
         )
     raise NotFoundError(
         f"{facts.family.name}-{near} has no rule for {len(strange)} of {len(weights)} names: "
-        f"{some(strange)}. Leave them out (exclude=, --exclude), or give the form (FROM:TO; forms "
-        f"are {', '.join(FORMS)})."
+        f"{format_list(strange)}. Leave them out (exclude=, --exclude), or give the form (FROM:TO; "
+        f"forms are {', '.join(FORMS)})."
     )
 
 
@@ -337,7 +344,7 @@ def _parsed(text: str) -> tuple[str | None, str]:
             return family, form
     every = [*FORMS, *(f"{family}-{form}" for family in FAMILIES for form in FORMS)]
     raise NotFoundError(
-        f"there is no table {text!r}.{nearest(text, every)} Write FAMILY-FORM; families are "
+        f"there is no table {text!r}.{did_you_mean(text, every)} Write FAMILY-FORM; families are "
         f"{', '.join(FAMILIES)}, forms {', '.join(FORMS)}."
     )
 
