@@ -3,13 +3,14 @@
 A file is covered by chunks, each the bytes of one write, in any order and of any size. So
 they are computed while the bytes are on their way, in the cache of the core that writes.
 
-CRC-32C, for which the processor has an instruction and ``crc32c`` is the package; where it
-cannot be had, the CRC-32 of the standard library: both find every single flipped bit and every
-burst of 32. Which it was is recorded. This module opens no file.
+CRC-32C by the package ``google-crc32c``, or by ``crc32c`` if it is installed: processors have an
+instruction for it. Without either, the CRC-32 of the standard library. Both find every single
+flipped bit and every burst of up to 32 bits. The algorithm is recorded. This module opens no file.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Mapping
@@ -31,9 +32,17 @@ def _find_crc32c() -> Sum | None:
     try:
         from google_crc32c import value  # type: ignore[import-not-found]  # noqa: PLC0415
 
-        return lambda data: int(value(bytes(data)))  # it takes bytes only: one more copy
     except ImportError:
         return None
+
+    def compute(data: bytes | memoryview) -> int:
+        if not isinstance(data, bytes):
+            # It refuses a memoryview and takes an array. NumPy is not imported for this alone.
+            numpy = sys.modules.get("numpy")
+            data = bytes(data) if numpy is None else numpy.frombuffer(data, "u1")
+        return int(value(data))
+
+    return compute
 
 
 _CRC32C = _find_crc32c()
@@ -61,7 +70,7 @@ def algorithm(name: str) -> Sum:
     if name == "crc32c":
         raise LayoutError(
             "the checksums are CRC-32C, and no package here computes them. "
-            "Install one: pip install crc32c."
+            "Install one: pip install google-crc32c."
         )
     raise FormatError(f"checksums of an unknown kind, {name!r}. A newer jaxshard wrote them.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import zlib
 
 import pytest
@@ -342,7 +343,7 @@ def test_a_file_that_was_not_covered_is_not_called_whole():
 
 def test_checksums_of_a_kind_that_nothing_here_computes_are_refused(monkeypatch):
     monkeypatch.setattr(checksums, "ALGORITHMS", {"crc32": zlib.crc32})
-    with pytest.raises(LayoutError, match="pip install crc32c"):
+    with pytest.raises(LayoutError, match="pip install google-crc32c"):
         checksums.algorithm("crc32c")
     with pytest.raises(FormatError, match="md5"):
         checksums.algorithm("md5")
@@ -351,3 +352,17 @@ def test_checksums_of_a_kind_that_nothing_here_computes_are_refused(monkeypatch)
 def test_crc32c_is_the_one_with_the_published_check_value():
     assert checksums.BEST == "crc32c"
     assert checksums.algorithm("crc32c")(b"123456789") == 0xE3069283
+
+
+@pytest.mark.parametrize("with_numpy", [True, False])
+def test_google_crc32c_sums_bytes_and_writable_views_alike(with_numpy, monkeypatch):
+    pytest.importorskip("google_crc32c")
+    monkeypatch.setitem(sys.modules, "crc32c", None)  # as where it is not installed
+    if not with_numpy:
+        monkeypatch.delitem(sys.modules, "numpy")
+    compute = checksums._find_crc32c()
+    writable = memoryview(bytearray(b"123456789"))
+    assert [compute(b"123456789"), compute(writable), compute(writable[:0])] == [0xE3069283] * 2 + [
+        0
+    ]
+    assert compute(memoryview(bytearray(8)).cast("d")) == compute(bytes(8))
