@@ -30,7 +30,7 @@ def _find_crc32c() -> Sum | None:
     except ImportError:
         pass
     try:
-        from google_crc32c import value  # type: ignore[import-not-found]  # noqa: PLC0415
+        from google_crc32c import value  # type: ignore[import-not-found, unused-ignore]  # noqa: PLC0415
 
     except ImportError:
         return None
