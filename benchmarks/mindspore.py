@@ -32,7 +32,7 @@ from models import _base, _data
 import jaxshard
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.strategy import Strategy
-from jaxshard.formats import mindspore_ckpt_writer, strategy_files
+from jaxshard.formats import mindspore_ckpt, strategy_files
 from jaxshard.rules import FAMILIES
 from jaxshard.rules import layout as lay_out
 
@@ -280,7 +280,7 @@ def time_opening(bench: Bench, num_tensors: int, rounds: int = 7) -> dict[str, o
     """Opening one large ``.ckpt``: headers only, so a sparse file will do."""
     shape, path = (1024, 1024), bench.place("large.ckpt")
     names = [f"model.layers.{i}.weight" for i in range(num_tensors)]
-    layout = mindspore_ckpt_writer.layout_file((n, BY_NAME["BF16"], shape) for n in names)
+    layout = mindspore_ckpt.layout_file((n, BY_NAME["BF16"], shape) for n in names)
     with open(path, "wb") as file:
         for at, data in layout.segments:
             file.seek(at)

@@ -16,8 +16,8 @@ from ..core.catalog import Catalog
 from ..core.layout import Layout
 from ..core.strategy import Strategy
 from ..errors import LayoutError, NotFoundError, format_list
-from ..formats import layout_file, model_shapes, strategy_files
-from ..formats.sniff import WEIGHTS, kind_of
+from ..formats import model_shapes, strategy_files, strategy_layouts
+from ..formats.folder import WEIGHTS, kind_of
 from ..formats.strategy_files import Strategies
 from ..rules.match import weight_name
 from ..storage.local import LocalFolder
@@ -151,8 +151,8 @@ def _own_layout(path: str) -> Layout | None:
     """What our own layout file at ``path`` says, if there is one."""
     folder = LocalFolder(path)
     try:
-        own = layout_file.find(folder)
-        return None if own is None else layout_file.read(folder, own)
+        own = strategy_layouts.find_layout_file(folder)
+        return None if own is None else strategy_layouts.read_layout_file(folder, own)
     finally:
         folder.close()
 

@@ -16,8 +16,8 @@ from typing import Any
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement, Shard
 from ..errors import LayoutError
-from ..formats import iteration_metadata
-from ..formats.iteration_names import COMMON, METADATA, TRACKER
+from ..formats.folder import COMMON, ITERATION_METADATA, TRACKER
+from ..formats.iteration import Stores, metadata_json
 from ..planning.outputs import Outputs, arrange
 from ..rules.match import weight_name
 from .rank_results import placed
@@ -52,7 +52,7 @@ def iteration(source: Catalog, tensors: Sequence[Tensor], request: Request) -> R
     )
     told = [(t, None if t.name in source.hyper else _cut(layout, t)) for t in tensors]
     side = {
-        f"{folder}/{METADATA}": iteration_metadata.to_bytes(told, files.stores(outputs)),
+        f"{folder}/{ITERATION_METADATA}": metadata_json(told, files.stores(outputs)),
         f"{folder}/{COMMON}": _common(request.numbers),
         TRACKER: str(step).encode(),
     }
@@ -118,7 +118,7 @@ class _Files:
             return (Placement((), (), shift),)
         return tuple(replace(p, first_rank=p.first_rank + shift) for p in layout.placements[name])
 
-    def stores(self, outputs: Outputs) -> iteration_metadata.Stores:
+    def stores(self, outputs: Outputs) -> Stores:
         """Which files store a shard, as the metadata is to say it."""
 
         def stores(name: str, placement: Placement, shard: Shard) -> list[tuple[int, str]]:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..core.catalog import Catalog, Tensor
+from ..core.decoders import FETCH, parse_object
 from ..core.numpy_dtypes import numpy_dtype
 from ..errors import FormatError
-from ..formats.iteration_names import COMMON
-from ..formats.strict_json import FETCH, parse_object
-from ..formats.training_scalars import NAMES, checked
+from ..formats.folder import COMMON
+from ..formats.huggingface import TRAINING_SCALARS, scalar_value
 from ..storage.local import LocalFolder
 from ..storage.readers import SourceFiles
 
@@ -43,7 +43,7 @@ def job_values(catalog: Catalog) -> dict[str, Any]:
 
 
 def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {n: checked(n, v, where) if n in NAMES else v for n, v in values.items()}
+    return {n: scalar_value(n, v, where) if n in TRAINING_SCALARS else v for n, v in values.items()}
 
 
 def _is_number(tensor: Tensor) -> bool:
@@ -74,4 +74,6 @@ def _common(catalog: Catalog) -> dict[str, Any]:
         said = parse_object(folder.read(found[0], 0, size), where)
     finally:
         folder.close()
-    return _typed({n: v for n, v in said.items() if n not in NAMES or v is not None}, where)
+    return _typed(
+        {n: v for n, v in said.items() if n not in TRAINING_SCALARS or v is not None}, where
+    )

@@ -16,8 +16,8 @@ from ..core.catalog import Catalog, File
 from ..core.garbage import paused
 from ..core.layout import Layout
 from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
-from ..formats import iteration_names, orbax_names, rank_names
-from ..formats.reader import Folder
+from ..formats import rank_names
+from ..formats.folder import Folder, is_iteration, is_orbax, is_orbax_item, latest_iteration
 from ..storage.local import LocalFolder
 from ..storage.transaction import is_unfinished
 
@@ -147,7 +147,7 @@ def _places(where: Path) -> Iterator[Path]:
     yield where
     for place in (where, where / "checkpoint"):
         if place.is_dir():
-            newest = iteration_names.latest(LocalFolder(place))
+            newest = latest_iteration(LocalFolder(place))
             yield place / newest if newest else place
 
 
@@ -176,12 +176,11 @@ def _read(
 
 def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | None:
     """What ``folder`` holds, which has no files of ranks."""
-    if iteration_names.recognise(files):
+    if is_iteration(files):
         from ..formats import iteration  # noqa: PLC0415
 
         return iteration.read(folder)
-    is_orbax = orbax_names.recognise(files)
-    if is_orbax and orbax_names.is_item(files):
+    if is_orbax_item(files):
         return _read_orbax(folder, files)
     from ..formats import huggingface  # noqa: PLC0415
 
@@ -191,7 +190,9 @@ def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | 
 
     if weight_files.recognise(folder, files):
         return weight_files.read(folder)
-    return _read_orbax(folder, files) if is_orbax else None  # last: the item lies in a folder here
+    return (
+        _read_orbax(folder, files) if is_orbax(files) else None
+    )  # last: the item lies in a folder here
 
 
 def _read_orbax(folder: LocalFolder, files: Mapping[str, File]) -> Catalog:
@@ -220,11 +221,11 @@ def strategy_of(folder: Folder, *, partial: bool = False) -> Layout:
 
     With ``partial``, stages may be missing.
     """
-    from ..formats import layout_file, strategy_files  # noqa: PLC0415
+    from ..formats import strategy_files, strategy_layouts  # noqa: PLC0415 - seldom needed
 
-    own = layout_file.find(folder)
+    own = strategy_layouts.find_layout_file(folder)
     if own is not None:
-        return layout_file.read(folder, own)
+        return strategy_layouts.read_layout_file(folder, own)
     return strategy_files.layout(strategy_files.read(folder), partial=partial)
 
 

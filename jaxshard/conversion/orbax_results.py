@@ -35,7 +35,10 @@ def write_orbax(
         LayoutError: a tensor's dtype is none that arrays have.
         StorageError: Orbax cannot write it.
     """
-    from ..formats.orbax import Later, write_streaming  # noqa: PLC0415 - JAX and a second to import
+    from ..formats.orbax_items import (  # noqa: PLC0415 - JAX and a second to import
+        LazyArray,
+        write_streaming,
+    )
 
     reader = _Reader(source, budget, progress)
     later = {}
@@ -43,7 +46,7 @@ def write_orbax(
         tensor = plan.source.tensors[move.name]
         conversion = Conversion(tensor.dtype, numpy_dtype(tensor.dtype))
         read = partial(reader.read, move, conversion, tensor.shape)
-        later[move.name] = Later(tensor.shape, conversion.dtype, read)
+        later[move.name] = LazyArray(tensor.shape, conversion.dtype, read)
     write_streaming(place, later)
     return reader.counts
 

@@ -13,7 +13,7 @@ from math import lcm, prod
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement, check_divides
 from ..errors import LayoutError, format_list
-from ..formats import layout_file, rank_names, strategy_files
+from ..formats import rank_names, strategy_files, strategy_layouts
 from ..planning.outputs import arrange
 from ..rules.match import weight_name
 from .results import Request, Result, as_ckpt, as_safetensors
@@ -77,10 +77,12 @@ def _strategy(
         return strategy_files.raw_files(strategy_files.from_layout(every, shapes)), ()
     except LayoutError as error:
         note = (
-            f"{STRATEGY_FOLDER}/{layout_file.NAME} says who holds what; MindSpore's own format "
-            f"cannot: {str(error).split('. ')[0]}."
+            f"{STRATEGY_FOLDER}/{strategy_layouts.LAYOUT_FILE} says who holds what; MindSpore's "
+            f"own format cannot: {str(error).split('. ')[0]}."
         )
-        return {layout_file.NAME: layout_file.to_bytes(every, shapes)}, (note,)
+        return {strategy_layouts.LAYOUT_FILE: strategy_layouts.layout_file_bytes(every, shapes)}, (
+            note,
+        )
 
 
 def _absent_shapes(

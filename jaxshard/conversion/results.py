@@ -91,12 +91,12 @@ def as_safetensors(metadata: Mapping[str, str]) -> LayFile:
 
 def as_ckpt(metadata: Mapping[str, str], *, crc: bool = False) -> tuple[LayFile, Seal | None]:
     """Lays entries out as MindSpore's ``.ckpt``; and what finishes the file, if anything."""
-    from ..formats import mindspore_ckpt_writer  # noqa: PLC0415 - seldom needed, and not small
+    from ..formats import mindspore_ckpt  # noqa: PLC0415 - seldom needed, and not small
     from ..storage.writers import append_crc  # noqa: PLC0415
 
     def lay_file(entries: Sequence[Entry]) -> FileLayout:
         described = [(e.tensor.name, e.tensor.dtype, e.shape) for e in entries]
-        return mindspore_ckpt_writer.layout_file(
+        return mindspore_ckpt.layout_file(
             described, strings=texts(metadata), int4=int4_names(metadata), crc=crc
         )
 

@@ -16,17 +16,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, prod
 from posixpath import basename, normpath
 from typing import Any
 
 from ..core.box import Box
 from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
+from ..core.decoders import FETCH, parse_object
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list, quote_name
 from ..rules.modalities import text_config
-from .reader import Folder
+from .folder import Folder
 from .safetensors import Entry, Header, read_header
-from .strict_json import FETCH, parse_object
-from .training_scalars import job_numbers
 
 _UNITS = {
     **{"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
@@ -390,7 +390,7 @@ def is_weights(path: str) -> bool:
 
 def _hyper(used: Sequence[File], tensors: Mapping[str, Tensor]) -> frozenset[str]:
     numbers = {n for n, file in enumerate(used) if basename(file.path) == MINDSPORE_HYPER}
-    named = job_numbers(tensors.values())
+    named = scalar_names(tensors.values())
     if not numbers:
         return named
     return named | {t.name for t in tensors.values() if t.pieces[0].file in numbers}
@@ -450,3 +450,40 @@ def _nothing(folder: Folder, files: Mapping[str, File]) -> str:
             "fetch those files."
         )
     return f"{folder.root} has no safetensors weights ({len(files)} other files). Check the path."
+
+
+# --- Training scalars among the weights: ``global_step``, ``loss_scale`` and others
+
+TRAINING_SCALARS = frozenset(
+    {
+        *("epoch_num", "step_num", "global_step", "global_batch_size", "consumed_samples"),
+        *("learning_rate", "loss_scale", "scale_sense", "current_iterator_step"),
+        *("last_overflow_iterator_step", "batch_num"),
+    }
+)
+
+_FRACTIONS = frozenset({"learning_rate", "loss_scale", "scale_sense"})
+_SCALAR_LIMIT = 1 << 63  # MindSpore keeps them as signed integers of 64 bits
+
+
+def scalar_names(tensors: Iterable[Tensor]) -> frozenset[str]:
+    """The names of those that are numbers of a job and no weights."""
+    return frozenset(t.name for t in tensors if t.name in TRAINING_SCALARS and prod(t.shape) == 1)
+
+
+def scalar_value(name: str, value: object, where: str) -> int | float:
+    """Return the number of a job called ``name``, read from ``where``, in its own type.
+
+    Raises:
+        FormatError: the value is not such a number.
+
+    >>> [scalar_value(name, 10.0, "") for name in ("global_step", "loss_scale")]
+    [10, 10.0]
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if name in _FRACTIONS:
+            return value
+        if isfinite(value) and int(value) == value and abs(value) < _SCALAR_LIMIT:
+            return int(value)
+    expected = "a number" if name in _FRACTIONS else "a whole number of 64 bits"
+    raise FormatError(f"{where}: {name} is {quote_name(repr(value))}, expected {expected}. {FETCH}")

@@ -16,8 +16,8 @@ from ..core.box import Box
 from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
 from ..core.dtypes import dtype
 from ..errors import FormatError, NotFoundError, did_you_mean, quote_name
+from .folder import Folder
 from .huggingface import CONFIG, read_model
-from .reader import Folder
 
 Shapes = dict[str, tuple[int, ...]]
 

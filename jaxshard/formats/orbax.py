@@ -9,12 +9,10 @@ whose "file" is the tensor's number; whoever reads it asks ``orbax_restored`` fo
 
 from __future__ import annotations
 
-import asyncio
 import posixpath
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +20,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
-from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
 from numpy.typing import NDArray
 
 from ..core.box import Box
 from ..core.catalog import Catalog, File, Model, StoredShard, Tensor, group_by_bytes
 from ..core.dtypes import DType
-from ..core.numpy_dtypes import held_as
-from ..errors import FormatError, JaxshardError, LayoutError, StorageError, format_list
+from ..core.numpy_dtypes import held_as, pack
+from ..errors import LayoutError
 from . import huggingface
-from .orbax_names import ITEM_FILES, item_folder, leaf_names
-from .orbax_quiet import quiet
-from .reader import Folder
-from .strict_json import FETCH, parse_object
+from .folder import ORBAX_FILES, Folder, orbax_item_folder
+from .orbax_items import OrbaxItem, check
 
-Tree = Any
 Asked = tuple[np.dtype[np.generic], Sharding]
 
 _GROUP_BYTES = 256 << 20
 _OF_ARRAYS = "array_metadatas/"  # a file for each process that saved
-_GENERATOR = "random_key_impl"
 
 
 def read(folder: Folder, files: Mapping[str, File]) -> Catalog:
@@ -53,9 +46,9 @@ def read(folder: Folder, files: Mapping[str, File]) -> Catalog:
     Raises:
         FormatError: Orbax cannot read the metadata.
     """
-    inside = item_folder(list(files))
+    inside = orbax_item_folder(list(files))
     where = str(Path(folder.root, inside))
-    item = Item(where)
+    item = OrbaxItem(where)
     config = posixpath.join(inside, huggingface.CONFIG)
     model, notes = Model(), list[str]()
     if config in files:
@@ -71,7 +64,7 @@ def read(folder: Folder, files: Mapping[str, File]) -> Catalog:
         tensors[name] = Tensor(name, kind, shape, (StoredShard(len(tensors), 0, Box.whole(shape)),))
     listed = tuple(File(name, t.num_bytes) for name, t in tensors.items())
     extras = (
-        tuple(f for f in files if "/" not in f and f not in (*ITEM_FILES, huggingface.CHECKSUMS))
+        tuple(f for f in files if "/" not in f and f not in (*ORBAX_FILES, huggingface.CHECKSUMS))
         if not inside
         else ()
     )
@@ -114,7 +107,7 @@ def load(
     Raises:
         FormatError: Orbax cannot read them.
     """
-    item, found = Item(catalog.root), dict[str, jax.Array]()
+    item, found = OrbaxItem(catalog.root), dict[str, jax.Array]()
     for names in group_by_bytes({n: catalog.tensors[n].num_bytes for n in asked}, group_bytes):
         arguments = {
             name: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
@@ -134,222 +127,124 @@ def _placed(data: NDArray[np.uint32], sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
 
 
-class Item:
-    """An Orbax item, whose metadata is read once for all that is restored from it.
+# --- Reading a tensor like a file
+
+Bytes = NDArray[np.uint8]
+
+_HELD_BYTES = 256 << 20
+
+
+class OrbaxSource:
+    """Reads from an Orbax checkpoint as from files. Safe to use from several threads.
 
     Attributes:
-        leaves: what the metadata says of each leaf, by name.
+        held_bytes: the most that is held at a time, if no tensor alone has more. It grows
+            where a tensor is wanted again that had to go: one made of several reads them in
+            turns, and restoring each of them again for every block would never end.
     """
 
-    def __init__(self, where: str) -> None:
-        """Find its leaves.
+    def __init__(
+        self,
+        catalog: Catalog,
+        held_bytes: int = _HELD_BYTES,
+        unchanged: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Read the metadata; ``unchanged`` raises if the files are not those of now any more.
 
         Raises:
-            FormatError: Orbax cannot read the metadata.
+            FormatError: Orbax cannot read it.
         """
-        self._where = Path(where).absolute()
-        with quiet():
-            paths, self._structure = tree_flatten_with_path(_metadata(where))
-        self._paths = [tuple(_name((key,)) for key in path) for path, _ in paths]
-        self._names = leaf_names(self._paths)
-        self.leaves = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
-        if len(self.leaves) < len(paths):
-            twice = [name for name, times in Counter(self._names).items() if times > 1]
-            raise LayoutError(
-                f"{where} has two leaves called {format_list(twice)}, because a key has a dot in "
-                "it. Rename one."
-            )
+        self.held_bytes, self._unchanged = held_bytes, unchanged
+        self._item, self._files = OrbaxItem(catalog.root), catalog.files
+        self._locks = [threading.Lock() for _ in self._files]
+        self._held: OrderedDict[int, Bytes | None] = OrderedDict()  # None: it is on its way
+        self._left = [file.num_bytes for file in self._files]
+        self._gone: set[int] = set()
+        self._lock = threading.Lock()
 
-    def keys(self, folder: Folder, described: Sequence[File]) -> dict[str, str]:
-        """The leaves that are random keys, and JAX's names of their generators.
-
-        The tree's metadata describes the data of keys; which arrays they are is in the files
-        ``described`` of ``folder``, one for each process that saved.
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` of the tensor that is ``piece``.
 
         Raises:
-            FormatError: such a file is damaged.
+            FormatError: Orbax cannot read it.
         """
-        unsure = {
-            ".".join(path): name
-            for path, name in zip(self._paths, self._names, strict=True)
-            if getattr(self.leaves[name], "dtype", None) == np.uint32 and self.leaves[name].shape
-        }
-        found = {}
-        for file in described if unsure else ():
-            for stored, generator in _generators(folder, file):
-                if (name := unsure.pop(stored, None)) and generator:
-                    found[name] = generator
-            if not unsure:
-                break
-        return found
+        data = self._data(piece.file, len(buffer))
+        np.frombuffer(buffer, np.uint8)[...] = data[offset : offset + len(buffer)]
 
-    def restore(self, arguments: Mapping[str, ocp.RestoreArgs], *, wide: bool) -> dict[str, Any]:
-        """The leaves that ``arguments`` names; the others are not read.
+    def read_views(self, piece: StoredShard, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill ``views`` one after the other, from byte ``offset`` of the tensor."""
+        for view in views:
+            self.read(piece, offset, view)
+            offset += len(view)
 
-        Raises:
-            FormatError: Orbax cannot read them.
-        """
-        wanted = [0 if n in arguments else ocp.PLACEHOLDER for n in self._names]
-        how = [arguments.get(n, ocp.RestoreArgs()) for n in self._names]
-        with quiet(), _wide(wide):
-            reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-            try:
-                found = reader.restore(
-                    self._where,
-                    args=ocp.args.PyTreeRestore(
-                        tree_unflatten(self._structure, wanted),
-                        restore_args=tree_unflatten(self._structure, how),
-                    ),
-                )
-            except Exception as error:  # Orbax raises a bare Exception of damaged data
-                raise FormatError(
-                    f"{self._where}: Orbax cannot read {format_list(arguments)}: {said(error)}."
-                ) from error
-            finally:
-                reader.close()
-        leaves = tree_leaves(found, is_leaf=lambda x: x is ocp.PLACEHOLDER)
-        return {n: leaf for n, leaf in zip(self._names, leaves, strict=True) if n in arguments}
+    def read_rows(self, piece: StoredShard, offsets: Iterable[int], buffer: memoryview) -> None:
+        """Fill equal parts of ``buffer``, each from one of ``offsets`` of the tensor."""
+        starts = list(offsets)
+        share = len(buffer) // max(1, len(starts))
+        for number, offset in enumerate(starts):
+            self.read(piece, offset, buffer[number * share : (number + 1) * share])
 
+    def check_unchanged(self) -> None:
+        """Refuse a result made of files that changed meanwhile (``FormatError``)."""
+        self._unchanged()
 
-def write(place: Path, tree: Tree) -> None:
-    """Write ``tree`` as an Orbax item at ``place``, which is replaced.
+    def check_checksums(self, only: Iterable[int] | None = None) -> tuple[str, ...]:
+        """Return no paths: Orbax's files check themselves when they are read."""
+        return ()
 
-    Raises:
-        StorageError: Orbax cannot write it.
-    """
-    leaves = tree_leaves(tree)
-    with quiet(), _wide(any(leaf.dtype.itemsize >= 8 for leaf in leaves)):
-        saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    def close(self) -> None:
+        """Let go of what is held."""
+        with self._lock:
+            self._held.clear()
+
+    def _data(self, number: int, num_bytes: int) -> Bytes:
+        """All bytes of a tensor, of which ``num_bytes`` are about to be read."""
+        with self._locks[number]:
+            with self._lock:
+                data = self._held.get(number)
+                if data is not None:
+                    self._held.move_to_end(number)
+            if data is None:
+                data = self._restore(number)
+            with self._lock:
+                self._left[number] -= num_bytes
+                if self._left[number] <= 0:
+                    self._let_go(number)
+        return data
+
+    def _restore(self, number: int) -> Bytes:
+        with self._lock:
+            self._make_room(number)
+            self._held[number] = None
         try:
-            saver.save(place.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
-        except Exception as error:  # Orbax raises a bare Exception, among others
-            raise StorageError(f"{place}: Orbax could not write it: {said(error)}.") from error
-        finally:
-            saver.close()
+            data = self._restored(number)
+        except BaseException:
+            with self._lock:
+                self._held.pop(number, None)
+            raise
+        with self._lock:
+            self._held[number] = data
+        return data
 
+    def _make_room(self, number: int) -> None:
+        """Let those go that were not used for longest, until there is room for one more."""
+        if number in self._gone:
+            self.held_bytes *= 2
+        for other in [n for n, data in self._held.items() if data is not None]:
+            total = sum(self._files[n].num_bytes for n in (*self._held, number))
+            if total > self.held_bytes:
+                self._let_go(other)
 
-def _generators(folder: Folder, file: File) -> Iterator[tuple[str, str | None]]:
-    """For each array that ``file`` describes, whose random keys it is, if any.
+    def _let_go(self, number: int) -> None:
+        self._held.pop(number, None)
+        self._gone.add(number)
 
-    Raises:
-        FormatError: it is damaged.
-    """
-    try:
-        said = parse_object(folder.read(file.path, 0, file.num_bytes), file.path)
-        for entry in said["array_metadatas"]:
-            one = entry["array_metadata"]
-            generator = (one.get("ext_metadata") or {}).get(_GENERATOR)
-            yield str(one["param_name"]), None if generator is None else str(generator)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(
-            f"{file.path} does not describe Orbax's arrays ({type(error).__name__}). {FETCH}"
-        ) from None
-
-
-def _metadata(where: str) -> Tree:
-    """The tree of the item, with descriptions for leaves.
-
-    Raises:
-        FormatError: Orbax cannot read it.
-    """
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    try:
-        item = reader.metadata(Path(where).absolute()).item_metadata
-    except Exception as error:  # Orbax raises a bare Exception, among others
-        raise FormatError(
-            f"{where}: Orbax cannot read its metadata: {said(error)}. Fetch it again."
-        ) from error
-    finally:
-        reader.close()
-    if item is None:
-        raise FormatError(
-            f"{where}: Orbax finds no arrays for its metadata. Fetch the checkpoint again."
-        )
-    return item.tree
-
-
-def check(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
-    """Refuse an array that is not what the metadata says.
-
-    Raises:
-        FormatError: with what it is.
-    """
-    if tuple(array.shape) != shape or np.dtype(array.dtype) != dtype:
-        raise FormatError(
-            f"{name}: Orbax returned {array.dtype} {tuple(array.shape)}, its metadata says "
-            f"{dtype} {shape}."
-        )
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def said(error: Exception) -> str:
-    """The first line of what Orbax says of an error; it says a lot."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _wide(wide: bool) -> AbstractContextManager[object]:
-    """Where 64-bit elements are left as they are."""
-    return jax.enable_x64(True) if wide else nullcontext()
-
-
-# --- Writing for Orbax, one tensor at a time: for models that do not fit in memory
-
-
-@dataclass(frozen=True)
-class Later:
-    """An array that will be there when it is asked for.
-
-    Attributes:
-        shape: of the array.
-        dtype: of its elements.
-        read: gives the array; called once.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[np.generic]
-    read: Callable[[], NDArray[np.generic]]
-
-    @property
-    def size(self) -> int:
-        """How many elements it has."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-
-class _Handler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
-    """Writes arrays one after the other, each read just before and gone after."""
-
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-
-    async def serialize(
-        self, values: Sequence[Later], infos: Sequence[Any], args: Sequence[Any] | None = None
-    ) -> Sequence[Any]:
-        options = args or [ocp.SaveArgs()] * len(values)
-        for value, info, option in zip(values, infos, options, strict=True):
-            array = np.asarray(value.read())
-            for written in await super().serialize([array], [info], [option]):
-                await asyncio.to_thread(written.result)
-        return []
-
-
-def write_streaming(place: Path, tensors: Mapping[str, Later]) -> None:
-    """Write ``tensors`` as a flat Orbax item at ``place``, which is replaced.
-
-    Raises:
-        StorageError: Orbax cannot write it.
-        JaxshardError: what ``read`` raises.
-    """
-    registry = ocp.type_handlers.create_type_handler_registry((Later, _Handler()))
-    with quiet():
-        saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
-        try:
-            saver.save(place.absolute(), args=ocp.args.PyTreeSave(dict(tensors)), force=True)
-        except (OSError, ValueError) as error:
-            if isinstance(error, JaxshardError):
-                raise
-            raise StorageError(f"{place}: Orbax could not write it: {said(error)}.") from error
-        finally:
-            saver.close()
+    def _restored(self, number: int) -> Bytes:
+        name = self._files[number].path
+        leaf = self._item.leaves[name]
+        dtype = np.dtype(leaf.dtype)
+        arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)}
+        array = self._item.restore(arguments, wide=dtype.itemsize >= 8)[name]
+        check(name, array, tuple(leaf.shape), dtype)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return pack(data) if held_as(dtype, array.shape).bits == 4 else data

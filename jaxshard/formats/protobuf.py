@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..errors import FormatError, NotFoundError
-from .reader import Folder
+from .folder import Folder
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 

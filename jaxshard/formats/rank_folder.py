@@ -11,22 +11,25 @@ module decides nothing about targets; the strategy files' own format is another'
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor
-from ..core.dtypes import DType
+from ..core.decoders import FETCH, parse_object
+from ..core.dtypes import DType, dtype
 from ..core.layout import Layout, Placement
-from ..errors import CoverageError, FormatError, LayoutError, format_list
+from ..errors import CoverageError, FormatError, JaxshardError, LayoutError, format_list, quote_name
 from ..rules.match import weight_name
-from . import huggingface, rank_names, remote_tensors
-from .reader import Folder
+from . import huggingface, rank_names
+from .folder import Folder
+from .huggingface import scalar_names
 from .strategy_layouts import for_dims
-from .training_scalars import job_numbers
 from .weight_files import Stored, read_weight_file
 
 _OWN = re.compile(  # not the model's
@@ -77,7 +80,7 @@ def read(
         gathered.metadata |= file.metadata
         notes += file.notes
     gathered.check_names(folder.root)
-    gathered.add_elsewhere(remote_tensors.read(folder) if layout else {})
+    gathered.add_elsewhere(read_remote_tensors(folder) if layout else {})
     lost = gathered.lost(by_rank.keys())
     notes += gathered.notes(lost)
     missing = sorted(set(range(layout.num_ranks)) - set(by_rank)) if layout else []
@@ -104,7 +107,7 @@ def read(
         model=model,
         metadata=gathered.metadata,
         extras=extras,
-        hyper=frozenset(gathered.hyper) if layout else job_numbers(tensors.values()),
+        hyper=frozenset(gathered.hyper) if layout else scalar_names(tensors.values()),
         notes=tuple(notes),
         lost=lost,
     )
@@ -185,7 +188,7 @@ class _Gathered:
         """Know of ``tensors`` that are in no file here, but in another host's."""
         for name, tensor in tensors.items():
             if name in self._placed and name not in self._found:
-                self._found[name] = _Found(tensor.dtype, tensor.shape, remote_tensors.NAME)
+                self._found[name] = _Found(tensor.dtype, tensor.shape, REMOTE_TENSORS)
 
     def check_names(self, root: str) -> None:
         """Refuse a strategy that knows none of the tensors: every one would pass for whole."""
@@ -277,3 +280,75 @@ def _whole(placement: Placement, held: tuple[int, ...], rank: int) -> tuple[tupl
     """The shape of which ``rank`` holds a box of the shape ``held``, and that box."""
     shape = tuple(n * placement.ways(dim) for dim, n in enumerate(held))
     return shape, placement.box(shape, rank)
+
+
+# --- The manifest of tensors that are stored on other hosts
+
+REMOTE_TENSORS = "elsewhere.json"
+
+_MARK, _VERSION = "jaxshard_elsewhere", 1
+_MAX_BYTES = 100_000_000
+_MAX_DIMS = 64
+
+
+def remote_tensors_json(tensors: Iterable[Tensor], save: str = "") -> bytes:
+    """The file that tells of ``tensors``, and of which ``save`` this folder is."""
+    told = {t.name: [t.dtype.name, t.shape] for t in tensors}
+    return (json.dumps({_MARK: _VERSION, "save": save, "tensors": told}) + "\n").encode()
+
+
+def read_remote_tensors(folder: Folder) -> dict[str, Tensor]:
+    """The tensors that other folders hold, without pieces; none where nothing tells of any.
+
+    Raises:
+        FormatError: the file is not what it claims to be.
+    """
+    return {
+        name: _remote_tensor(name, entry)
+        for name, entry in _read_json(folder).get("tensors", {}).items()
+    }
+
+
+def save_of(folder: Folder) -> str:
+    """The word that the folders of one save share; empty where this is no such folder.
+
+    Raises:
+        FormatError: the file is not what it claims to be.
+    """
+    save = _read_json(folder).get("save", "")
+    if not isinstance(save, str):
+        raise FormatError(
+            f"{REMOTE_TENSORS}: save is {quote_name(repr(save))}, expected a text. {FETCH}"
+        )
+    return save
+
+
+def _read_json(folder: Folder) -> dict[str, Any]:
+    known = folder.files().get(REMOTE_TENSORS)
+    if known is None or known.num_bytes > _MAX_BYTES:
+        return {}
+    told = parse_object(folder.read(REMOTE_TENSORS, 0, known.num_bytes), REMOTE_TENSORS)
+    if _MARK not in told:
+        return {}  # somebody else's file of that name
+    version = told[_MARK]
+    if type(version) is not int or version != _VERSION or not isinstance(told.get("tensors"), dict):
+        raise FormatError(
+            f"{REMOTE_TENSORS}: version {quote_name(repr(version))}; this jaxshard reads version "
+            f"{_VERSION}. Upgrade jaxshard, or save again."
+        )
+    return dict(told)
+
+
+def _remote_tensor(name: str, entry: object) -> Tensor:
+    try:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise TypeError(f"it is {entry!r}")
+        kind, shape = entry
+        dims = tuple(shape)
+        if len(dims) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in dims):
+            raise FormatError(f"shape {dims}")
+        return Tensor(name, dtype(kind), dims, ())
+    except (TypeError, ValueError, JaxshardError) as error:
+        raise FormatError(
+            f"{REMOTE_TENSORS}: {name} is no dtype and shape ({error}). {FETCH}"
+        ) from None

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
+from ..core.decoders import FETCH, parse_object
 from ..core.dtypes import BY_NAME, DType, num_bytes
 from ..errors import FormatError, LayoutError, NotFoundError, quote_name
-from .reader import Folder
-from .strict_json import FETCH, parse_object
+from .folder import Folder
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ALIGNMENT = 64  # a cache line, and what JAX asks of memory that it uses in place

@@ -18,12 +18,11 @@ from math import prod
 
 from ..core.layout import Layout, Placement, check_divides
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list
-from . import protobuf, strategy_json
-from . import strategy_protobuf as messages
-from .reader import Folder
-from .sniff import kind_of, told
+from . import protobuf, strategy_codec
+from . import strategy_codec as messages
+from .folder import Folder, describe_kind, kind_of
+from .strategy_codec import Operator, ParamLayout, StrategyFile
 from .strategy_layouts import for_dims, full_shape, param_layout, placement
-from .strategy_protobuf import Operator, ParamLayout, StrategyFile
 
 __all__ = [
     "Operator",
@@ -162,7 +161,7 @@ def read_file(folder: Folder, path: str) -> StrategyFile:
     reader = protobuf.Reader(folder, path)
     messages.check_size(path, reader.num_bytes)
     data = reader.take(0, reader.num_bytes, reader.num_bytes, "a strategy")
-    return strategy_json.from_json(data, path)
+    return strategy_codec.from_json(data, path)
 
 
 def _expand(folder: Folder, paths: Sequence[str]) -> list[str]:
@@ -184,8 +183,9 @@ def _expand(folder: Folder, paths: Sequence[str]) -> list[str]:
             kind = kind_of(folder, one)
             if not kind.startswith("strategy"):
                 raise FormatError(
-                    f"{one} is {told(kind)}, not a strategy file. Strategy files are called "
-                    "ckpt_strategy_rank_0.ckpt and lie in the folder strategy beside the ranks."
+                    f"{one} is {describe_kind(kind)}, not a strategy file. Strategy files are "
+                    "called ckpt_strategy_rank_0.ckpt and lie in the folder strategy beside the "
+                    "ranks."
                 )
             out[one] = None
     return list(out)
@@ -414,7 +414,7 @@ def json_file(strategies: Strategies) -> bytes:
     Raises:
         LayoutError: a stage has no parameter, or a map does not fit in JSON.
     """
-    return strategy_json.to_json(_merged(strategies))
+    return strategy_codec.to_json(_merged(strategies))
 
 
 def _merged(strategies: Strategies) -> StrategyFile:

@@ -17,9 +17,8 @@ from ..core.catalog import Catalog, File, StoredShard, Tensor
 from ..core.dtypes import DType
 from ..errors import FormatError, quote_name
 from . import huggingface, safetensors
-from .reader import Folder
-from .sniff import kind_of
-from .training_scalars import job_numbers
+from .folder import Folder, kind_of
+from .huggingface import scalar_names
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
 _NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # said of the file, not kept in it
@@ -164,7 +163,7 @@ def read(folder: Folder) -> Catalog:
         model=model,
         metadata=metadata,
         extras=extras,
-        hyper=job_numbers(tensors.values()),
+        hyper=scalar_names(tensors.values()),
         notes=tuple(notes),
     )
 

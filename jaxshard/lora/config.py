@@ -15,8 +15,8 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
+from ..core.decoders import parse_object
 from ..errors import FormatError, LayoutError, NotFoundError
-from ..formats.strict_json import parse_object
 from ..storage.local import LocalFolder
 from .adapters import Adapter
 from .peft_patterns import ByPattern, check_patterns

@@ -25,7 +25,7 @@ from ..core.dtypes import DType, num_bytes
 from ..core.numpy_dtypes import pack, stored_as
 from ..devices.host_transfer import is_on_host
 from ..errors import JaxshardError, LayoutError
-from ..formats.training_scalars import job_numbers
+from ..formats.huggingface import scalar_names
 from ..mapping import Mapping as NamesAndShapes
 from ..planning.bundles import SMALL_BYTES
 from .chunked_fetch import Fetched, Room
@@ -74,7 +74,7 @@ class ArraySource:
             tensors,
             model=model,
             metadata=dict(metadata or {}),
-            hyper=job_numbers(tensors.values()) if has_numbers else frozenset(),
+            hyper=scalar_names(tensors.values()) if has_numbers else frozenset(),
         )
 
     def map(self, mapping: NamesAndShapes) -> None:

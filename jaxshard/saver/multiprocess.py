@@ -22,7 +22,7 @@ from ..core.catalog import Catalog, StoredShard
 from ..devices.mesh import rank_devices_of
 from ..distributed.barriers import Processes
 from ..errors import LayoutError
-from ..formats import remote_tensors
+from ..formats import rank_folder
 from ..planning.copies import TensorCopy
 from ..storage.engine import run
 from ..storage.resources import Budget, Counts
@@ -262,7 +262,7 @@ def _told_of_others(work: Work, only: frozenset[int], token: str) -> dict[str, b
         for name, tensor in work.source.catalog.tensors.items()
         if not any(only.intersection(p.ranks) for p in placements.get(name, ()))
     ]
-    return {remote_tensors.NAME: remote_tensors.to_bytes(others, token)}
+    return {rank_folder.REMOTE_TENSORS: rank_folder.remote_tensors_json(others, token)}
 
 
 def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:

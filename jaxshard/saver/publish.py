@@ -201,12 +201,12 @@ def save(
         StorageError: the disk is full or refuses.
     """
     refuse_empty({name: tuple(array.shape) for name, array in arrays.items()})
-    from ..formats import orbax  # noqa: PLC0415 - a second to import, and seldom wanted
+    from ..formats import orbax_items  # noqa: PLC0415 - a second to import, and seldom wanted
 
     as_it_is = _is_restorable(tree, len(arrays))
 
     def write(files: Path, staging: Staging) -> Counts:
-        orbax.write(files, tree if as_it_is else dict(arrays))
+        orbax_items.write(files, tree if as_it_is else dict(arrays))
         for path in sorted(files.rglob("*")):
             if path.is_file():
                 staging.sync(path)

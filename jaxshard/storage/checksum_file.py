@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.decoders import FETCH, parse_object
 from ..errors import (
     FormatError,
     JaxshardError,
@@ -27,7 +28,6 @@ from ..errors import (
     quote_name,
 )
 from ..formats.huggingface import CHECKSUMS
-from ..formats.strict_json import FETCH, parse_object
 from .checksums import BEST, FileSums, Sum, algorithm, first_difference
 from .resources import default_workers
 from .text_files import read_bytes

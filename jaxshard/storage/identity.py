@@ -23,10 +23,9 @@ from typing import Any, TypeVar
 from ..core.box import Box
 from ..core.catalog import Catalog, File, StoredShard
 from ..errors import CoverageError, format_list
-from ..formats import rank_names, remote_tensors
+from ..formats import rank_folder, rank_names
+from ..formats.folder import ITERATION_METADATA, ORBAX_FILES
 from ..formats.huggingface import CHECKSUMS
-from ..formats.iteration_names import METADATA
-from ..formats.orbax_names import ITEM_FILES
 from .local import LocalFolder
 from .readers import SourceFiles
 
@@ -119,7 +118,7 @@ def _save_of(catalog: Catalog) -> str:
         return ""
     folder = LocalFolder(catalog.root)
     try:
-        return remote_tensors.save_of(folder)
+        return rank_folder.save_of(folder)
     finally:
         folder.close()
 
@@ -161,12 +160,12 @@ def _metadata(catalog: Catalog) -> dict[str, bytes]:
         return {}
     folder = LocalFolder(catalog.root)
     try:
-        size = folder.files()[METADATA].num_bytes
+        size = folder.files()[ITERATION_METADATA].num_bytes
         ends = [(0, min(size, _SAMPLE_BYTES)), (max(0, size - _SAMPLE_BYTES), _SAMPLE_BYTES)]
-        read = [folder.read(METADATA, start, min(n, size - start)) for start, n in ends]
+        read = [folder.read(ITERATION_METADATA, start, min(n, size - start)) for start, n in ends]
     finally:
         folder.close()
-    return {METADATA: b"".join((str(size).encode(), *read))}
+    return {ITERATION_METADATA: b"".join((str(size).encode(), *read))}
 
 
 def _tensors(catalog: Catalog) -> str:
@@ -185,9 +184,9 @@ def _orbax(catalog: Catalog) -> str:
     folder = LocalFolder(catalog.root)
     try:
         files = folder.files()
-        own = sorted(path for path in files if "/" in path or path in ITEM_FILES)
+        own = sorted(path for path in files if "/" in path or path in ORBAX_FILES)
         digest = hashlib.sha256(repr([(p, files[p].num_bytes) for p in own]).encode())
-        for path in sorted(ITEM_FILES & files.keys()):
+        for path in sorted(ORBAX_FILES & files.keys()):
             digest.update(folder.read(path, 0, min(files[path].num_bytes, _SAMPLE_BYTES)))
     finally:
         folder.close()

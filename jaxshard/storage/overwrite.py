@@ -18,16 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FormatError, JaxshardError, LayoutError, format_list
-from ..formats import (
-    iteration_names,
-    layout_file,
-    orbax_names,
-    rank_names,
-    strategy_files,
-    weight_files,
-)
+from ..formats import rank_names, strategy_files, strategy_layouts, weight_files
+from ..formats.folder import WEIGHTS, is_iteration, is_orbax, kind_of, orbax_item_folder
 from ..formats.huggingface import INDEX, MINDSPORE_INDEX, SINGLE, is_weights
-from ..formats.sniff import WEIGHTS, kind_of
 from .local import LocalFolder
 
 #: What a result is, which decides what it may replace: a folder, a folder of strategy files, one
@@ -36,7 +29,9 @@ Kind = Literal["checkpoint", "strategies", "weight file", "strategy file", "own"
 
 _COMPLETE = {SINGLE, INDEX, MINDSPORE_INDEX, weight_files.NAME}  # one of them is at the top
 _OURS = re.compile(r"rank_\d+/|iteration_\d+/|(merged_)?strategy/")  # folders of weights
-_STRATEGY = re.compile(rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(layout_file.NAME)}")
+_STRATEGY = re.compile(
+    rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(strategy_layouts.LAYOUT_FILE)}"
+)
 _KINDS = (".safetensors", ".ckpt", ".json")  # what we write; an optimizer.pt is somebody's work
 _HARMLESS = {".gitattributes", ".gitignore", ".DS_Store", ".cache", ".ipynb_checkpoints"}
 
@@ -175,7 +170,7 @@ def _is_checkpoint(place: Path) -> bool:
     return (
         not _COMPLETE.isdisjoint(near)
         or set(of_ranks.values()) == {1}
-        or sum(iteration_names.recognise(names) for names in _by_folder(near).values()) == 1
+        or sum(is_iteration(names) for names in _by_folder(near).values()) == 1
         or _is_one_item(near)
     )
 
@@ -193,7 +188,7 @@ def _by_folder(paths: list[str]) -> dict[str, list[str]]:
 def _is_one_item(paths: list[str]) -> bool:
     """Whether these are the files of one Orbax item."""
     try:
-        return orbax_names.recognise(paths) and orbax_names.item_folder(paths) is not None
+        return is_orbax(paths) and orbax_item_folder(paths) is not None
     except FormatError:
         return False
 

@@ -180,7 +180,7 @@ class OpenSource(Protocol):
 def open_source(catalog: Catalog) -> OpenSource:
     """What reads the tensors of ``catalog``."""
     if catalog.format == "orbax":
-        from ..formats.orbax_source import Restored  # noqa: PLC0415 - a second to import
+        from ..formats.orbax import OrbaxSource  # noqa: PLC0415 - a second to import
 
-        return Restored(catalog, unchanged=FolderVersions(catalog.root).check)
+        return OrbaxSource(catalog, unchanged=FolderVersions(catalog.root).check)
     return SourceFiles(catalog)

@@ -19,8 +19,7 @@ from typing import Protocol
 
 from ..core.garbage import paused
 from ..errors import LayoutError, NotFoundError, StorageError
-from ..formats.mindspore_ckpt import CRC_BYTES
-from ..formats.mindspore_ckpt_writer import crc_trailer
+from ..formats.mindspore_ckpt import CRC_BYTES, crc_trailer
 from ..planning.bundles import Bundle
 from ..planning.copies import TensorCopy
 from ..planning.outputs import Entry, Outputs

@@ -17,7 +17,7 @@ from ..core.catalog import Catalog, File
 from ..core.layout import Layout
 from ..errors import CoverageError, FormatError, NotFoundError, StorageError
 from ..formats import huggingface, rank_folder
-from ..formats.reader import Folder, MemoryFolder
+from ..formats.folder import Folder, MemoryFolder
 from ..storage.checksum_file import Checksums, check_files
 from ..storage.local import LocalFolder
 from . import naming

@@ -21,8 +21,8 @@ from posixpath import normpath
 from typing import Any
 
 from ..errors import FormatError, LayoutError
-from ..formats import layout_file
-from ..formats.training_scalars import NAMES, checked
+from ..formats import strategy_layouts
+from ..formats.huggingface import TRAINING_SCALARS, scalar_value
 from ..storage.checksums import FileSums
 from .naming import CHECKPOINT, StepName, parse_folder, parse_rank_file
 from .policy import Line
@@ -31,7 +31,9 @@ FOLDER = ".jaxshard"
 WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"
 STRATEGY = re.compile(r"strategy-[0-9a-f]{16}")  # folders with strategy files
 VERSION = 1
-_STRATEGY_FILE = re.compile(rf"ckpt_strategy_rank_(\d{{1,7}})\.ckpt|{re.escape(layout_file.NAME)}")
+_STRATEGY_FILE = re.compile(
+    rf"ckpt_strategy_rank_(\d{{1,7}})\.ckpt|{re.escape(strategy_layouts.LAYOUT_FILE)}"
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def kept_strategy(
     """
     named = ((name, _STRATEGY_FILE.fullmatch(name)) for name in held)
     raw = {n: held[n] for n, match in named if match and match[1] and int(match[1]) < num_ranks}
-    own = {name: held[name] for name in held if name == layout_file.NAME}
+    own = {name: held[name] for name in held if name == strategy_layouts.LAYOUT_FILE}
     return next((f for f in (raw, own) if f and strategy_folder(f) == folder), None)
 
 
@@ -197,7 +199,7 @@ def _record(said: Any) -> Record:
         strategy=None if said["strategy"] is None else _inside(said["strategy"]),
         extras=dict(said["extras"]),
         numbers={
-            name: checked(name, value, "numbers") if name in NAMES else value
+            name: scalar_value(name, value, "numbers") if name in TRAINING_SCALARS else value
             for name, value in dict(said["numbers"]).items()
         },
         saved_at=float(said["saved_at"]),

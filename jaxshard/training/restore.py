@@ -31,7 +31,7 @@ from ..errors import (
     StorageError,
     format_list,
 )
-from ..formats.training_scalars import NAMES
+from ..formats.huggingface import TRAINING_SCALARS
 from ..storage.identity import check_same, identity
 from .commit_step import is_interrupted, is_on_disk, recover
 from .naming import StepName, parse_step, parse_wish
@@ -375,7 +375,7 @@ def _opened(
 
 
 def _numbers(catalog: Catalog) -> dict[str, Any]:
-    return {n: v for n, v in job_values(catalog).items() if n in NAMES and v is not None}
+    return {n: v for n, v in job_values(catalog).items() if n in TRAINING_SCALARS and v is not None}
 
 
 def _number(numbers: dict[str, Any], step: Step) -> int:

@@ -29,7 +29,7 @@ from ..core.strategy import Strategy
 from ..devices.mesh import rank_devices, shardings
 from ..devices.pytree import is_key, keys_of
 from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
-from ..formats.training_scalars import NAMES
+from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
 from ..loader.shard_memory import Bytes, aligned_empty
@@ -152,7 +152,7 @@ def roles_by_name(catalog: Catalog) -> dict[str, Role]:
         if is_optimizer_name(tensor.name):
             return "optimizer"
         is_small = prod(tensor.shape) <= LARGE_ELEMENTS and tensor.dtype.name[0] not in "FB"
-        is_rest = tensor.name in catalog.hyper or tensor.name in NAMES or is_small
+        is_rest = tensor.name in catalog.hyper or tensor.name in TRAINING_SCALARS or is_small
         return "rest" if is_rest or tensor.shape == () else "weights"
 
     return {name: role(tensor) for name, tensor in catalog.tensors.items()}
@@ -356,7 +356,7 @@ def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> li
 
 def _left_over(catalog: Catalog, wanted: set[str], parts: str) -> list[str]:
     """Tensors that nobody asked for and somebody would miss."""
-    over = [n for n in catalog.tensors if n not in wanted and n not in NAMES]
+    over = [n for n in catalog.tensors if n not in wanted and n not in TRAINING_SCALARS]
     if parts == "all":
         return over
     if parts == "optimizer":

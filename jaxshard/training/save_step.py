@@ -261,7 +261,7 @@ def record_of(
 
 
 def _write_orbax(job: Job, staging: Staging) -> tuple[dict[str, FileSums], str, tuple[str, ...]]:
-    from ..formats import orbax  # noqa: PLC0415 - slow to import, and not for everybody
+    from ..formats import orbax_items  # noqa: PLC0415 - slow to import, and not for everybody
 
     root = staging.files
     unit = f"{naming.CHECKPOINT}/{naming.step_folder(job.wish.prefix, job.wish.step)}"
@@ -270,7 +270,7 @@ def _write_orbax(job: Job, staging: Staging) -> tuple[dict[str, FileSums], str, 
     check_free(job, [unit])
     check_room(root, job.snapshot.num_bytes)  # Orbax packs, but not by much
     place.parent.mkdir(parents=True, exist_ok=True)
-    orbax.write(place, job.snapshot.whole())
+    orbax_items.write(place, job.snapshot.whole())
     paths = sorted(p.relative_to(root).as_posix() for p in place.rglob("*") if p.is_file())
     for path in paths:
         staging.sync(root / path)

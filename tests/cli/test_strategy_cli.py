@@ -18,7 +18,7 @@ from jaxshard.cli import main
 from jaxshard.conversion.open import open_strategy
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import FormatError, LayoutError
-from jaxshard.formats import layout_file, strategy_files
+from jaxshard.formats import strategy_files, strategy_layouts
 
 Capture = pytest.CaptureFixture[str]
 
@@ -309,7 +309,9 @@ def test_a_layout_that_mindspore_cannot_say_is_shown_too(tmp_path: Path, capsys:
     layout = Layout(
         4, {"experts.0.w": (split,), "experts.1.w": (split,), "norm": (Placement((("all", 4),)),)}
     )
-    (tmp_path / "layout.json").write_bytes(layout_file.to_bytes(layout, layout.placements))
+    (tmp_path / "layout.json").write_bytes(
+        strategy_layouts.layout_file_bytes(layout, layout.placements)
+    )
     for path in (tmp_path, tmp_path / "layout.json"):
         text = shown(capsys, "show", path)
         assert "2  experts.#.w  [mp,-] over mp2 from rank 2" in text

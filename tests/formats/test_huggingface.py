@@ -14,8 +14,8 @@ from jaxshard.core.catalog import Catalog, Model
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.errors import CoverageError, FormatError, JaxshardError, LayoutError, NotFoundError
 from jaxshard.formats import huggingface
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.huggingface import file_names, model_of, parse_size, plan_files, recognise
-from jaxshard.formats.reader import MemoryFolder
 from jaxshard.formats.safetensors import layout_file
 
 F32 = BY_NAME["F32"]

@@ -9,8 +9,8 @@ import pytest
 from jaxshard.core.catalog import Catalog, Model
 from jaxshard.core.dtypes import BY_NUMPY
 from jaxshard.formats import huggingface
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.huggingface import INDEX, file_names, index_json, plan_files
-from jaxshard.formats.reader import MemoryFolder
 from jaxshard.formats.safetensors import layout_file
 
 

@@ -23,9 +23,9 @@ from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 from jaxshard.core.layout import Placement
 from jaxshard.errors import FormatError, JaxshardError, LayoutError, NotFoundError
-from jaxshard.formats import iteration, iteration_metadata, remote_tensors
-from jaxshard.formats.reader import MemoryFolder
-from jaxshard.formats.training_scalars import NAMES
+from jaxshard.formats import iteration, rank_folder
+from jaxshard.formats.folder import MemoryFolder
+from jaxshard.formats.huggingface import TRAINING_SCALARS
 
 STEP = "iteration_00000010"
 KINDS = ("full_copies", "balanced")
@@ -130,7 +130,7 @@ def test_a_tied_embedding_of_two_stages_is_told_of_once_and_stored_twice() -> No
     tied = Tensor("e", dtype("F32"), (4, 2), (StoredShard(0, 0, Box((0, 0), (4, 2))),))
     placement = Placement((("mp", 2),), (("mp",),), 2)
     stores: Callable = lambda name, placement, shard: [(2 + shard.holders[0], "f")]  # noqa: E731
-    made = json.loads(iteration_metadata.to_bytes([(tied, placement)], stores))
+    made = json.loads(iteration.metadata_json([(tied, placement)], stores))
     assert made["state_dict_metadata"]["e"]["layout"]["rank_list"] == [2, 3]
     assert made["storage_data"]["('e', (1,))"][0]["storage_rank"] == 3
 
@@ -287,8 +287,8 @@ def test_names_are_quoted_as_python_does() -> None:
     kind, shape = dtype("F32"), (2,)
     names = ["w", "it's", 'a "b"', "both ' and \"", "back\\slash", "é", "new\nline"]
     tensors = [(Tensor(n, kind, shape, ()), None) for n in names]
-    made = iteration_metadata.to_bytes(tensors, lambda *_: [(0, "f.safetensors")])
-    found = iteration_metadata.parse(json.loads(made), "here")
+    made = iteration.metadata_json(tensors, lambda *_: [(0, "f.safetensors")])
+    found = iteration.parse(json.loads(made), "here")
     assert [(one.name, one.stored[0].path) for one in found] == [
         (n, "f.safetensors") for n in names
     ]
@@ -360,7 +360,7 @@ def test_a_checkpoint_2_folder_without_numbers_becomes_another(tmp_path: Path) -
     assert (tmp_path / "again" / "iteration_00000000").is_dir()
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", sorted(TRAINING_SCALARS))
 @pytest.mark.parametrize(
     "value", ["x", [1], {}, True, "1e999", "NaN", 0.5, 2**63, -(2**70)], ids=str
 )
@@ -407,9 +407,9 @@ def test_a_tensor_that_is_no_number_of_a_job_is_refused(
 @pytest.mark.parametrize("value", ["7c01", "", None, 3, ["a"], True])
 def test_the_save_of_a_hosts_folder_is_a_text(value: object) -> None:
     said = {"jaxshard_elsewhere": 1, "save": value, "tensors": {}}
-    where = MemoryFolder({remote_tensors.NAME: json.dumps(said).encode()})
+    where = MemoryFolder({rank_folder.REMOTE_TENSORS: json.dumps(said).encode()})
     if isinstance(value, str):
-        assert remote_tensors.save_of(where) == value
+        assert rank_folder.save_of(where) == value
         return
-    with pytest.raises(FormatError, match=remote_tensors.NAME):
-        remote_tensors.save_of(where)
+    with pytest.raises(FormatError, match=rank_folder.REMOTE_TENSORS):
+        rank_folder.save_of(where)

@@ -11,8 +11,8 @@ from random_layouts import models
 
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import FormatError
-from jaxshard.formats import layout_file
-from jaxshard.formats.reader import MemoryFolder
+from jaxshard.formats import strategy_layouts
+from jaxshard.formats.folder import MemoryFolder
 
 LAYOUT = Layout(
     8,
@@ -22,25 +22,28 @@ LAYOUT = Layout(
 
 
 def read(data: bytes) -> Layout:
-    return layout_file.read(MemoryFolder({"layout.json": data}), "layout.json")
+    return strategy_layouts.read_layout_file(MemoryFolder({"layout.json": data}), "layout.json")
 
 
 @given(models(num_layouts=1))
 def test_a_layout_is_read_as_it_was_written(model):
     (layout,) = model.layouts
-    assert read(layout_file.to_bytes(layout, layout.placements)) == layout
+    assert read(strategy_layouts.layout_file_bytes(layout, layout.placements)) == layout
 
 
 def test_it_is_found_in_a_folder_and_alone_and_not_by_its_name_only():
-    data = layout_file.to_bytes(LAYOUT, LAYOUT.placements)
-    assert layout_file.find(MemoryFolder({"layout.json": data, "other": b""})) == "layout.json"
-    assert layout_file.find(MemoryFolder({"mine.json": data})) == "mine.json"
-    assert layout_file.find(MemoryFolder({"layout.json": b"{}"})) is None
-    assert layout_file.find(MemoryFolder({"below/layout.json": data})) is None
+    data = strategy_layouts.layout_file_bytes(LAYOUT, LAYOUT.placements)
+    assert (
+        strategy_layouts.find_layout_file(MemoryFolder({"layout.json": data, "other": b""}))
+        == "layout.json"
+    )
+    assert strategy_layouts.find_layout_file(MemoryFolder({"mine.json": data})) == "mine.json"
+    assert strategy_layouts.find_layout_file(MemoryFolder({"layout.json": b"{}"})) is None
+    assert strategy_layouts.find_layout_file(MemoryFolder({"below/layout.json": data})) is None
 
 
 def changed(path: list, value: object) -> bytes:
-    told = json.loads(layout_file.to_bytes(LAYOUT, LAYOUT.placements))
+    told = json.loads(strategy_layouts.layout_file_bytes(LAYOUT, LAYOUT.placements))
     at = told
     for key in path[:-1]:
         at = at[key]
@@ -77,7 +80,7 @@ def test_what_is_no_layout_is_refused(path, value):
 
 
 def test_random_damage_is_refused_or_harmless():
-    rng, data = random.Random(0), layout_file.to_bytes(LAYOUT, LAYOUT.placements)
+    rng, data = random.Random(0), strategy_layouts.layout_file_bytes(LAYOUT, LAYOUT.placements)
     for _ in range(2000):
         spoiled = bytearray(data)
         for _ in range(rng.randint(1, 4)):

@@ -20,11 +20,10 @@ from jaxshard.core.box import Box
 from jaxshard.core.dtypes import BY_NAME, BY_NUMPY, dtype, num_bytes
 from jaxshard.errors import FormatError, LayoutError, NotFoundError
 from jaxshard.formats import mindspore_ckpt as ckpt
-from jaxshard.formats import mindspore_ckpt_writer as writing
+from jaxshard.formats import mindspore_ckpt as writing
 from jaxshard.formats import protobuf
+from jaxshard.formats.folder import MemoryFolder, kind_of
 from jaxshard.formats.protobuf import bytes_field as field
-from jaxshard.formats.reader import MemoryFolder
-from jaxshard.formats.sniff import kind_of
 
 READABLE = sorted(
     str(p.relative_to(HERE))

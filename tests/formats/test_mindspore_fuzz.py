@@ -17,10 +17,10 @@ from jaxshard.core.dtypes import dtype, num_bytes
 from jaxshard.core.layout import Layout
 from jaxshard.errors import CoverageError, FormatError, LayoutError
 from jaxshard.formats import mindspore_ckpt as ckpt
-from jaxshard.formats import mindspore_ckpt_writer as writing
+from jaxshard.formats import mindspore_ckpt as writing
+from jaxshard.formats import strategy_codec as messages
 from jaxshard.formats import strategy_files as sf
-from jaxshard.formats import strategy_protobuf as messages
-from jaxshard.formats.reader import MemoryFolder
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.strategy_files import ParamLayout
 
 W = ParamLayout((2,), ((0, -1),))

@@ -27,10 +27,9 @@ from jaxshard.conversion.open import open_checkpoint
 from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import fitted, prepare
 from jaxshard.errors import FormatError, LayoutError, StorageError
-from jaxshard.formats.orbax import Item
-from jaxshard.formats.orbax_names import item_folder, recognise
-from jaxshard.formats.orbax_quiet import quiet
-from jaxshard.formats.orbax_source import Restored
+from jaxshard.formats.folder import is_orbax, orbax_item_folder
+from jaxshard.formats.orbax import OrbaxSource
+from jaxshard.formats.orbax_items import OrbaxItem, quiet
 from jaxshard.loader import load
 from jaxshard.saver import save
 from jaxshard.storage.engine import COUNTED
@@ -168,13 +167,13 @@ def test_what_a_load_takes_is_checked_and_counted_as_for_files(tmp_path, monkeyp
     by_checkpointer(tmp_path / "there", tree)
     catalog = open_checkpoint(tmp_path / "there")
     here = SingleDeviceSharding(jax.devices()[0])
-    groups, real = [], Item.restore
+    groups, real = [], OrbaxItem.restore
 
     def restored(self: Any, arguments: Any, **how: Any) -> Any:
         groups.append(list(arguments))
         return real(self, arguments, **how)
 
-    monkeypatch.setattr(Item, "restore", restored)
+    monkeypatch.setattr(OrbaxItem, "restore", restored)
     counts: list[Counts] = []
     check(load(catalog, here, host_bytes=64, counted=counts.append), tree)
     assert counts[0].bytes_needed == sum(a.nbytes for a in tree.values())
@@ -189,7 +188,7 @@ def test_tensors_of_which_only_parts_are_wanted_go_when_others_need_the_room(tmp
     tree = {f"w{i}": np.full((64, 64), i, np.float32) for i in range(8)}
     by_checkpointer(tmp_path / "there", tree)
     catalog = open_checkpoint(tmp_path / "there")
-    source = Restored(catalog, held_bytes=2 * 64 * 64 * 4)
+    source = OrbaxSource(catalog, held_bytes=2 * 64 * 64 * 4)
     for name, tensor in catalog.tensors.items():
         out = bytearray(64)
         source.read(tensor.pieces[0], 128, memoryview(out))
@@ -204,7 +203,7 @@ def test_tensors_of_which_only_parts_are_wanted_go_when_others_need_the_room(tmp
 def test_a_tensor_goes_when_all_of_it_has_been_read(tmp_path):
     by_checkpointer(tmp_path / "there", {"w": np.arange(64, dtype=np.float32)})
     catalog = open_checkpoint(tmp_path / "there")
-    source, out = Restored(catalog), bytearray(256)
+    source, out = OrbaxSource(catalog), bytearray(256)
     for at in range(0, 256, 64):
         source.read(catalog["w"].pieces[0], at, memoryview(out)[at : at + 64])
     assert bytes(out) == np.arange(64, dtype=np.float32).tobytes()
@@ -308,10 +307,10 @@ def test_damaged_data_is_an_error_with_the_name(tmp_path):
 
 def test_several_steps_are_not_one_checkpoint():
     steps = ["1/default/_METADATA", "2/default/_METADATA"]
-    assert recognise(steps)
+    assert is_orbax(steps)
     with pytest.raises(FormatError, match="2 items or steps"):
-        item_folder(steps)
-    assert not recognise(["model.safetensors", "a/b/c/_METADATA"])
+        orbax_item_folder(steps)
+    assert not is_orbax(["model.safetensors", "a/b/c/_METADATA"])
 
 
 def test_an_existing_checkpoint_is_refused_like_any_other(tmp_path):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from jaxshard.errors import FormatError, NotFoundError
 from jaxshard.formats import protobuf
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.protobuf import BYTES, FIXED32, FIXED64, Reader
-from jaxshard.formats.reader import MemoryFolder
 
 WORDS = st.integers(-(2**63), 2**64 - 1)
 NUMBERS = st.integers(1, 2**29 - 1)

@@ -26,7 +26,7 @@ from safetensors_oracle import (
 from jaxshard.core.dtypes import BY_NAME, num_bytes
 from jaxshard.errors import FormatError, LayoutError, NotFoundError
 from jaxshard.formats import safetensors as ours
-from jaxshard.formats.reader import MemoryFolder
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.safetensors import MAX_HEADER_BYTES, layout_file, read_header
 
 F32, U8, F4 = BY_NAME["F32"], BY_NAME["U8"], BY_NAME["F4"]

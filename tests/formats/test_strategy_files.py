@@ -10,9 +10,9 @@ from golden_files import HERE, LAYOUTS, golden, shapes
 
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
+from jaxshard.formats import strategy_codec as messages
 from jaxshard.formats import strategy_files as sf
-from jaxshard.formats import strategy_protobuf as messages
-from jaxshard.formats.reader import MemoryFolder
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.strategy_files import ParamLayout
 
 GOLDEN_FILES = sorted(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jaxshard.core.box import Box
 from jaxshard.core.layout import Placement, shard_dim_over_replicas
 from jaxshard.errors import LayoutError
+from jaxshard.formats import strategy_codec as messages
 from jaxshard.formats import strategy_files as sf
-from jaxshard.formats import strategy_protobuf as messages
-from jaxshard.formats.reader import MemoryFolder
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.strategy_files import ParamLayout
 
 

@@ -10,7 +10,7 @@ from jaxshard.core.layout import Layout
 from jaxshard.core.strategy import Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.formats import strategy_files
-from jaxshard.formats.reader import MemoryFolder
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.rules import FAMILIES, layout, read_rules, rules_for
 
 JOBS = {

@@ -12,7 +12,7 @@ import safetensors.numpy
 import jaxshard as js
 from jaxshard.core.dtypes import dtype
 from jaxshard.core.layout import Layout, Placement
-from jaxshard.formats import mindspore_ckpt_writer, strategy_files
+from jaxshard.formats import mindspore_ckpt, strategy_files
 
 QUICK = js.Options(durable=False, workers=1)
 DP, MP = ("dp", 2), ("mp", 2)
@@ -68,7 +68,7 @@ def write_ranks(
 def as_ckpt(held: Held, chunk_bytes: int = 512 << 20, **more: object) -> bytes:
     kinds = {"float32": "F32", "int32": "I32", "uint8": "U8"}
     entries = [(n, dtype(kinds[a.dtype.name]), a.shape) for n, a in held.items()]
-    layout = mindspore_ckpt_writer.layout_file(entries, chunk_bytes=chunk_bytes, **more)
+    layout = mindspore_ckpt.layout_file(entries, chunk_bytes=chunk_bytes, **more)
     out = bytearray(layout.num_bytes)
     for at, data in layout.segments:
         out[at : at + len(data)] = data

@@ -9,7 +9,7 @@ from typing import Any
 import safetensors
 
 from jaxshard.errors import FormatError
-from jaxshard.formats.reader import MemoryFolder
+from jaxshard.formats.folder import MemoryFolder
 from jaxshard.formats.safetensors import MAX_HEADER_BYTES, FileLayout, read_header
 
 ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
