@@ -13,11 +13,11 @@ from dataclasses import asdict
 from typing import Any
 
 from ..core.layout import Placement
+from ..core.patterns import template
 from ..errors import LayoutError
 from ..formats import strategy_files
 from ..formats.strategy_files import ParamLayout, Strategies
 from ..planning import pictures
-from ..rules.match import template
 
 Named = tuple[int, str, ParamLayout]
 """A stage, a name, and how it is cut there."""

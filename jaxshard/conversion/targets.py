@@ -22,7 +22,7 @@ from ..errors import LayoutError, NotFoundError, format_list
 from ..formats.registry import FORMATS
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
-from ..rules.quantization import Factors
+from ..rules.tensor_dims import Factors
 from .results import Request, Result
 
 __all__ = [

@@ -21,7 +21,10 @@ from ..core.notes import log_notes
 from ..core.strategy import Strategy
 from ..errors import LayoutError, format_list
 from ..rules import Rules, layout, rules_for
-from ..rules.quantization import Factors, Granule
+from ..rules.tensor_dims import (
+    Factors,
+    Granule,
+)
 from .mesh import rank_devices, sharding, shardings
 from .pytree import named_leaves
 

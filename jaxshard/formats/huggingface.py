@@ -24,7 +24,7 @@ from ..core.box import Box
 from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
 from ..core.decoders import FETCH, parse_object
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list, quote_name
-from ..rules.modalities import text_config
+from ..rules.match import text_config
 from .folder import Folder
 from .safetensors import Entry, Header, read_header
 

@@ -18,9 +18,8 @@ from ..core.layout import Layout
 from ..core.notes import log_notes
 from ..core.strategy import Strategy
 from ..errors import LayoutError, format_list
-from .adapters import find_adapters, is_adapter
-from .base_names import AdapterNames
-from .config import Settings, find_settings
+from .adapters import Settings, find_adapters, find_settings, is_adapter
+from .base_weights import AdapterNames
 from .merge import Merged, merged
 
 __all__ = [
@@ -91,7 +90,8 @@ def with_adapter(
     if unmerge and done.replaced:
         raise LayoutError(
             f"unmerge= (--unmerge): the adapter replaced {format_list(done.replaced, 2)} and did "
-            "not add to it, so what was there cannot be had back. Take the base model."
+            "not add "
+            "to it, so what was there cannot be had back. Take the base model."
         )
     return done.catalog
 

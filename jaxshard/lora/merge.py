@@ -20,10 +20,19 @@ from ..core.numpy_dtypes import is_plain_float
 from ..errors import LayoutError, NotFoundError
 from ..formats.huggingface import NO_CONFIG
 from ..mapping.tensors import cut, join, reshape, with_step
-from .adapters import Adapter, find_adapters, is_adapter
-from .base_names import AdapterNames, BaseNames, renaming
-from .config import OWN_CONFIG, PEFT_CONFIG, Settings
-from .parameters import Parameter, Part, Targets, assigned, find_parameter, grouped, spellings
+from .adapters import OWN_CONFIG, PEFT_CONFIG, Adapter, Settings, find_adapters, is_adapter
+from .base_weights import (
+    AdapterNames,
+    BaseNames,
+    Parameter,
+    Part,
+    Targets,
+    assigned,
+    find_parameter,
+    grouped,
+    renaming,
+    spellings,
+)
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")

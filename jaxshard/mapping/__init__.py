@@ -15,8 +15,7 @@ from ..core.lazy_imports import lazy_getattr
 
 if TYPE_CHECKING:
     from .group_ops import ROWS, Dequantize, Fuse, Stack, Tie, Unfuse, Unstack, Untie
-    from .mapping import Mapping, Origin
-    from .mapping_toml import read_mapping, write_mapping
+    from .mapping import Mapping, Origin, read_mapping, write_mapping
     from .ops import (
         Cast,
         Drop,
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
         Repeat,
         Slice,
         Split,
+        Substitute,
         Transpose,
         Unpad,
         Unrepeat,
     )
-    from .substitute import Substitute
     from .tables import FORMS, dequantized, find_mapping, form_of, table, true_config
 
 _HOME = {
@@ -53,7 +52,7 @@ _HOME = {
     "Slice": "ops",
     "Split": "ops",
     "Stack": "group_ops",
-    "Substitute": "substitute",
+    "Substitute": "ops",
     "Tie": "group_ops",
     "Transpose": "ops",
     "Unfuse": "group_ops",
@@ -64,10 +63,10 @@ _HOME = {
     "dequantized": "tables",
     "find_mapping": "tables",
     "form_of": "tables",
-    "read_mapping": "mapping_toml",
+    "read_mapping": "mapping",
     "table": "tables",
     "true_config": "tables",
-    "write_mapping": "mapping_toml",
+    "write_mapping": "mapping",
 }
 
 __all__ = [

@@ -7,11 +7,12 @@ memory (as expressions, see ``expressions``) and on placements (see ``placing``)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Protocol, TypeVar
 
-from ..core.catalog import Tensor
-from ..core.dtypes import DType
-from . import tensors
+from ..core import dtypes
+from ..core.dtypes import BY_NAME, DType, is_float
+from ..errors import FormatError, LayoutError, did_you_mean
 
 T = TypeVar("T")
 
@@ -56,20 +57,109 @@ class Algebra(Protocol[T]):
         ...
 
 
-class Geometry:
-    """The algebra of tensors in files: nothing is read, only where it lies is told anew."""
+# --- Checks: what every algebra refuses, said alike of tensors in files and of arrays in memory
 
-    shape = staticmethod(lambda x: x.shape)
-    transpose = staticmethod(tensors.transpose)
-    reshape = staticmethod(tensors.reshape)
-    cut = staticmethod(tensors.cut)
-    join = staticmethod(tensors.join)
-    repeat = staticmethod(tensors.repeat)
-    cast = staticmethod(tensors.cast)
-    scaled = staticmethod(tensors.scaled)
+Shape = tuple[int, ...]
 
-    @staticmethod
-    def pad(x: Tensor, dim: int, length: int) -> Tensor:
-        """``x`` with zeros after it along ``dim``, up to ``length``."""
-        rest = (*x.shape[:dim], length - x.shape[dim], *x.shape[dim + 1 :])
-        return tensors.join([x, tensors.zeros(rest, x.dtype)], dim, x.name)
+
+def check_numbers(word: str, least: int = 0, **numbers: int) -> None:
+    """Refuse fields of an operation that are less than ``least``."""
+    for name, n in numbers.items():
+        if n < least:
+            why = " Dims are counted from 0." if name == "dim" else ""
+            raise LayoutError(f"{word}: {name} = {n}; it must be {least} or more.{why}")
+
+
+def length_of(shape: Shape, dim: int, what: str = "") -> int:
+    """The elements along ``dim``; ``what`` goes before a message.
+
+    Raises:
+        LayoutError: there is no such dim.
+    """
+    if not 0 <= dim < len(shape):
+        raise LayoutError(
+            f"{what}{': ' if what else ''}shape {shape} has no dim {dim}; dims are counted from 0."
+        )
+    return shape[dim]
+
+
+def check_order(name: str, order: Sequence[int], shape: Shape) -> None:
+    """Refuse what is no order of the dims of ``shape``."""
+    if sorted(order) != list(range(len(shape))):
+        raise LayoutError(
+            f"{name}: {tuple(order)} is not an order of the {len(shape)} dims of shape {shape}."
+        )
+
+
+def check_reshape(name: str, old: Shape, new: Shape) -> None:
+    """Refuse another number of elements."""
+    if prod(new) != prod(old):
+        raise LayoutError(
+            f"{name}: shape {old} has {prod(old)} elements and cannot become {new}, which has "
+            f"{prod(new)}."
+        )
+
+
+def check_cut(name: str, shape: Shape, dim: int, start: int, stop: int) -> None:
+    """Refuse a part that is empty or outside."""
+    if not 0 <= start < stop <= length_of(shape, dim, name):
+        raise LayoutError(f"{name}: {start}:{stop} is no part of dim {dim} of shape {shape}.")
+
+
+def check_join(
+    target: str, dim: int, parts: Sequence[tuple[str, Shape, DType | str | None]]
+) -> None:
+    """Refuse tensors (name, shape, dtype) whose dtypes, or whose other dims, differ."""
+    first, shape, dtype = parts[0]
+    length_of(shape, dim, target)
+    for name, other, kind in parts[1:]:
+        same = len(other) == len(shape) and all(
+            a == b or d == dim for d, (a, b) in enumerate(zip(shape, other, strict=True))
+        )
+        if not same or kind != dtype:
+            raise LayoutError(
+                f"{target}: {first} ({dtype}, {shape}) and {name} ({kind}, {other}) do not join "
+                f"along dim {dim}. Cast or reshape one of them first."
+            )
+
+
+def check_repeat(name: str, shape: Shape, dim: int) -> None:
+    """Refuse a dim of several elements."""
+    if length_of(shape, dim, name) != 1:
+        raise LayoutError(
+            f"{name}: dim {dim} of shape {shape} has {shape[dim]} elements; only 1 can be repeated."
+        )
+
+
+def check_cast(old: DType, new: DType) -> None:
+    """Refuse to cut off what is behind the point."""
+    if old.name.startswith("C") and not new.name.startswith("C"):
+        raise LayoutError(f"{old} to {new} would lose the imaginary parts.")
+    if is_float(old) and not is_float(new):
+        raise LayoutError(
+            f"{old} to {new} would cut off fractions, and what is too large. Cast to a float."
+        )
+
+
+def check_scales(
+    name: str, shape: Shape, scale: str, scale_shape: Shape, block: tuple[int, int]
+) -> None:
+    """Refuse factors that are not one for each block of a matrix."""
+    expected = tuple(-(-n // b) for n, b in zip(shape, block, strict=False))
+    if len(shape) != 2 or scale_shape != expected:
+        raise LayoutError(
+            f"{name}: shape {shape} in blocks of {block[0]} x {block[1]} needs scales of shape "
+            f"{expected}, and {scale} has {scale_shape}."
+        )
+
+
+def dtype_of(word: str, name: str) -> DType:
+    """The dtype that an operation says.
+
+    Raises:
+        LayoutError: there is none of that name.
+    """
+    try:
+        return dtypes.dtype(name)
+    except FormatError as error:
+        raise LayoutError(f"{word}: {error}{did_you_mean(name.upper(), BY_NAME)}") from None

@@ -16,7 +16,7 @@ import numpy as np
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import numpy_dtype, stored_as
 from ..errors import LayoutError, format_list
-from .patterns import (
+from .algebra import (
     check_cast,
     check_cut,
     check_join,
@@ -159,8 +159,9 @@ def _check_together(name: str, leaves: Sequence[str], arrays: Mapping[str, Any])
             for devices, x in sets.items()
         )
         raise LayoutError(
-            f"{name} is made of arrays that lie on different devices ({format_list(said, 2)}), as "
-            "those of several pipeline stages do. Bring them onto one mesh first: "
+            f"{name} is made of arrays that lie on different devices ({format_list(said, 2)}), "
+            "as those "
+            "of several pipeline stages do. Bring them onto one mesh first: "
             'jaxshard.reshard(arrays, "dp1mp8"), with as many ranks as there are devices.'
         )
 

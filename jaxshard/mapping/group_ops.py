@@ -14,19 +14,10 @@ from math import prod
 from typing import ClassVar
 
 from ..core.dtypes import DType
+from ..core.patterns import Holes, fill, holes, match
 from ..errors import LayoutError, NotFoundError, format_list
-from .algebra import Algebra, T
-from .ops import Op, put
-from .patterns import (
-    Found,
-    check_numbers,
-    check_same_holes,
-    dtype_of,
-    fill,
-    holes,
-    length_of,
-    match,
-)
+from .algebra import Algebra, T, check_numbers, dtype_of, length_of
+from .ops import Op, check_same_holes, put
 
 WITHOUT_BLOCKS = (0, 0)  # a factor is for all of a tensor, or for a row
 ROWS = -1  # as many groups as rows: what is fused alternates row by row
@@ -68,7 +59,8 @@ class Fuse(Op):
             if missing:
                 raise NotFoundError(
                     f"{self.word} {fill(self.target, found)}: {name} is there, but "
-                    f"{format_list(missing)} {'is' if len(missing) == 1 else 'are'} missing."
+                    f"{format_list(missing)} "
+                    f"{'is' if len(missing) == 1 else 'are'} missing."
                 )
             if which == 0:
                 target = fill(self.target, found)
@@ -221,7 +213,7 @@ class Dequantize(Op):
         )
 
 
-def _which(patterns: Sequence[str], name: str) -> tuple[int, Found | None]:
+def _which(patterns: Sequence[str], name: str) -> tuple[int, Holes | None]:
     for i, pattern in enumerate(patterns):
         if (found := match(pattern, name)) is not None:
             return i, found

@@ -7,24 +7,15 @@ that make one tensor of several, or several of one, are in ``joins``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
+from ..core.patterns import Patterns, fill, holes, match, placeholders, template
 from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
-from ..rules.match import template
-from .algebra import Algebra, T
-from .patterns import (
-    Patterns,
-    check_cast,
-    check_numbers,
-    check_same_holes,
-    dtype_of,
-    fill,
-    length_of,
-    match,
-)
+from .algebra import Algebra, T, check_cast, check_numbers, dtype_of, length_of
 
 Names = tuple[str, ...]
 
@@ -65,7 +56,7 @@ class Rename(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """The tensors by their new names."""
-        patterns = Patterns(old for old, _ in self.rules)
+        patterns = Patterns((old for old, _ in self.rules), placeholders)
         return renamed(tensors, lambda name: self._new_name(name, patterns.find(name)))
 
     def _new_name(self, name: str, rule: int | None) -> str:
@@ -95,7 +86,7 @@ class Drop(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """The tensors but those."""
-        patterns = Patterns(self.names)
+        patterns = Patterns(self.names, placeholders)
         return {n: t for n, t in tensors.items() if patterns.find(n) is None}
 
     def inverse(self) -> Drop:
@@ -115,13 +106,14 @@ class Expect(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """The tensors as they are."""
-        patterns = Patterns(self.names)
+        patterns = Patterns(self.names, placeholders)
         strange = [name for name in tensors if patterns.find(name) is None]
         if strange:
             raise NotFoundError(
                 f"{self.what} has no rule for {len(strange)} of {len(tensors)} names: "
                 f"{format_list(strange)}.{did_you_mean(template(strange[0]), self.names)} Add a "
-                "rule for each, or leave them out (exclude=, --exclude)."
+                "rule for each, "
+                "or leave them out (exclude=, --exclude)."
             )
         return dict(tensors)
 
@@ -138,7 +130,7 @@ class _Each(Op):
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """All tensors, those changed."""
-        patterns = Patterns(self.names)
+        patterns = Patterns(self.names, placeholders)
         result = dict(tensors)
         for name, tensor in tensors.items():
             if patterns.find(name) is not None:
@@ -451,3 +443,84 @@ def _check_sizes(word: str, sizes: tuple[int, ...]) -> None:
 def _check_padding(word: str, dim: int, length: int, to: int) -> None:
     check_numbers(word, dim=dim, length=length)
     check_numbers(word, length, to=to)
+
+
+# --- Renaming by regular expressions
+
+Rules = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Substitute(Op):
+    r"""Replace what regular expressions match in each name, one rule after another.
+
+    Attributes:
+        rules: (expression, replacement), as for ``re.sub``: ``\1`` is the first group.
+        back: the rules of the inverse; an operation without them has no inverse.
+
+    >>> there = Substitute(((r"\.w(\d)\.", r".linear_\1."),), back=((r"linear_(\d)", r"w\1"),))
+    >>> there.apply({"h.w1.weight": 1}, None), there.inverse().rules
+    ({'h.linear_1.weight': 1}, (('linear_(\\d)', 'w\\1'),))
+    """
+
+    word: ClassVar[str] = "substitute"
+    rules: tuple[tuple[str, str], ...]
+    back: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for expression, replacement in (*self.rules, *self.back):
+            try:
+                re.compile(expression).sub(replacement, "")
+            except (re.error, IndexError) as error:
+                raise LayoutError(
+                    f"substitute: {expression!r} with {replacement!r} is no regular expression "
+                    f"with its replacement ({error})."
+                ) from None
+
+    def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
+        """The tensors by their new names.
+
+        Raises:
+            LayoutError: two get the same name, or one would not come back by ``back``.
+        """
+        return renamed(tensors, self._new_name)
+
+    def _new_name(self, name: str) -> str:
+        new = _substituted(self.rules, name)
+        if self.back and (again := _substituted(self.back, new)) != name:
+            raise LayoutError(
+                f"substitute: {name} becomes {new}, and the way back makes {again} of it. Give "
+                "back= rules that undo the rules, or expressions that find less."
+            )
+        return new
+
+    def inverse(self) -> Substitute:
+        """Return the operation with ``back`` as its rules; it checks each name with ``rules``.
+
+        Raises:
+            LayoutError: ``back`` is missing.
+        """
+        if not self.back:
+            raise LayoutError(
+                f"substitute has no inverse: back= is missing for {self.rules}. Set back= to rules "
+                "that undo them."
+            )
+        return Substitute(self.back, self.rules)
+
+
+def _substituted(rules: Rules, name: str) -> str:
+    for expression, replacement in rules:
+        name = re.sub(expression, replacement, name)
+    return name
+
+
+def check_same_holes(what: str, patterns: Iterable[str], but: Iterable[str] = ()) -> None:
+    """Refuse names of one operation that have different placeholders, ``but`` some.
+
+    Raises:
+        LayoutError: with the placeholders of each.
+    """
+    every = {p: holes(p) - set(but) for p in patterns}
+    if len(set(every.values())) > 1:
+        said = "; ".join(f"{p} has {', '.join(sorted(h)) or 'none'}" for p, h in every.items())
+        raise LayoutError(f"{what}: the placeholders differ ({said}). Use the same in each name.")

@@ -29,7 +29,7 @@ from ..core.catalog import (
 )
 from ..core.dtypes import DType
 from ..errors import LayoutError
-from .patterns import (
+from .algebra import (
     check_cast,
     check_cut,
     check_join,
@@ -469,3 +469,22 @@ def _refined(tensor: Tensor, dim: int, bounds: Sequence[int]) -> Tensor:
         every = _factors(tensor)
         tensor = replace(tensor, pieces=pieces, factors=(*every[:dim], now, *every[dim + 1 :]))
     return tensor
+
+
+class Geometry:
+    """The algebra of tensors in files: nothing is read, only where it lies is told anew."""
+
+    shape = staticmethod(lambda x: x.shape)
+    transpose = staticmethod(transpose)
+    reshape = staticmethod(reshape)
+    cut = staticmethod(cut)
+    join = staticmethod(join)
+    repeat = staticmethod(repeat)
+    cast = staticmethod(cast)
+    scaled = staticmethod(scaled)
+
+    @staticmethod
+    def pad(x: Tensor, dim: int, length: int) -> Tensor:
+        """``x`` with zeros after it along ``dim``, up to ``length``."""
+        rest = (*x.shape[:dim], length - x.shape[dim], *x.shape[dim + 1 :])
+        return join([x, zeros(rest, x.dtype)], dim, x.name)

@@ -39,9 +39,21 @@ from ..formats import model_shapes
 from ..mapping import find_mapping
 from ..storage.local import LocalFolder
 from ..storage.text_files import read_text
-from .keys import SECTIONS, TOP, Config, nearest_key, notes_of, section
-from .models import hf_model_of
-from .slicing import (
+from .config_keys import (
+    SECTIONS,
+    TOP,
+    Config,
+    data_keys,
+    nearest_key,
+    notes_of,
+    prefix_of,
+    resuming_of,
+    saving_of,
+    section,
+    unshared,
+)
+from .configured_checkpoint import (
+    hf_model_of,
     keeps_slicing,
     maybe_part,
     other_slicing,
@@ -50,7 +62,6 @@ from .slicing import (
     refuse_part,
     with_layers,
 )
-from .training_jobs import data_keys, prefix_of, resuming_of, saving_of, unshared
 
 if TYPE_CHECKING:
     import jax

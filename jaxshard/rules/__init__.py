@@ -9,12 +9,10 @@
 
 from __future__ import annotations
 
-from .families import FAMILIES, MODEL_TYPES, rules_for
+from .families import FAMILIES, MODEL_TYPES, missing_layers, missing_parts, rules_for
 from .match import OPTIMIZER_PREFIXES, Policy, weight_name
 from .placement import layout, split_layers
-from .rules_toml import read_rules
-from .table import ModelFacts, Rules, describe
-from .wholeness import missing_layers, missing_parts
+from .table import ModelFacts, Rules, describe, read_rules
 
 __all__ = [
     "FAMILIES",

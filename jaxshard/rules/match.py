@@ -12,13 +12,14 @@ and adapters (LoRA). This module knows no sizes and no ranks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
+from ..core.patterns import Patterns, template
 from ..core.strategy import Strategy
 from ..errors import LayoutError, format_list
-from .quantization import is_setting
-from .table import Glob, Rules, Spec
+from .table import Rules, Spec
 
 #: Optimizer states and gradients lie as the weight does whose name follows.
 OPTIMIZER_PREFIXES = (
@@ -31,14 +32,16 @@ OPTIMIZER_PREFIXES = (
     "exp_avg_sq.",
 )
 _STATE = re.compile("|".join(map(re.escape, OPTIMIZER_PREFIXES)))
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
-_SENSITIVE = re.compile(r"(?:^|[.*])\d+(?:$|[.*])")  # a pattern that could tell two numbers apart
 _ADAPTER = re.compile(  # as peft, MindFormers and mindpet call them, in files and in memory
     r"(?P<base>.+?)\."
     r"(?P<part>lora_embedding_[AB]|lora_magnitude_vector|lora_[AB]|(?:mindpet_delta_)?lora_[ab])"
     r"(?:\.[^.]+)?(?:\.weight)?"
 )
 _SCALE = re.compile(r"(?P<base>.+)_scale_inv")
+#: Numbers about a layer that no rank has a part of.
+_SETTING = re.compile(
+    r".+\.(?:weight_shape|(?:input|output|activation)(?:_global)?_scale|[qkv]_scale)"
+)
 
 
 def weight_name(name: str) -> str:
@@ -51,6 +54,11 @@ def weight_name(name: str) -> str:
     return name[state.end() :] if state else name
 
 
+def is_setting(name: str) -> bool:
+    """Whether ``name`` is a number about a quantized layer, which is whole on every rank."""
+    return _SETTING.fullmatch(name) is not None
+
+
 def is_part_of_adapter(name: str) -> bool:
     """Whether ``name`` is a matrix of a low-rank adapter, or an optimizer state of one.
 
@@ -58,50 +66,6 @@ def is_part_of_adapter(name: str) -> bool:
     (True, False)
     """
     return _ADAPTER.fullmatch(weight_name(name)) is not None
-
-
-def template(name: str) -> str:
-    """``name`` with ``#`` for its numbers; ``w1`` is a word, not a number.
-
-    >>> template("layers.3.feed_forward.w1.weight")
-    'layers.#.feed_forward.w1.weight'
-    """
-    return _NUMBER.sub("#", name)
-
-
-class Patterns:
-    """An ordered list of patterns, each asked once per template.
-
-    A pattern with a number in it (``layers.0.*``) can tell names of one template apart,
-    so those few are asked every time.
-
-    Attributes:
-        num_asked: how many times a pattern was compared with a name.
-    """
-
-    def __init__(self, patterns: Iterable[str]) -> None:
-        compiled = [(i, Glob(p), bool(_SENSITIVE.search(p))) for i, p in enumerate(patterns)]
-        self._plain = [(i, p) for i, p, sensitive in compiled if not sensitive]
-        self._sensitive = [(i, p) for i, p, sensitive in compiled if sensitive]
-        self._known: dict[str, int | None] = {}
-        self.num_asked = 0
-
-    def find(self, name: str, kind: str) -> int | None:
-        """The number of the first pattern that matches ``name``, whose template is ``kind``."""
-        if kind not in self._known:
-            self._known[kind] = self._ask(self._plain, name)
-        plain = self._known[kind]
-        if not self._sensitive:
-            return plain
-        special = self._ask(self._sensitive, name)
-        return min((i for i in (plain, special) if i is not None), default=None)
-
-    def _ask(self, patterns: list[tuple[int, Glob]], name: str) -> int | None:
-        for i, pattern in patterns:
-            self.num_asked += 1
-            if pattern.matches(name):
-                return i
-        return None
 
 
 class Matcher:
@@ -275,3 +239,103 @@ class Findings:
         nearly = f'The rule "{close[0]}" nearly fits. ' if close else ""
         pattern = template(name).replace("#", "*")
         return f'{nearly}Give rules, such as "{pattern}" = "{whole}" for whole'
+
+
+# --- Text models inside multimodal models, and their other parts
+
+_NESTED = (
+    ("text_config",),
+    ("llm_config",),
+    ("language_config",),
+    ("thinker_config", "text_config"),
+)
+_TOWER = re.compile(  # a word of a name's part
+    r"(?:^|_)(?:visual|vision|vit|vpm|image|img|video|audio|speech|apm|sound|projector|connector|"
+    r"resampler|perceiver|aligner|talker|token2wav|code2wav|tts)(?:_|$)|^mlp1$"
+)
+#: A prefix of names that only the text part of a larger model has.
+TEXT_MODEL = re.compile(r"(?:^|\.)(?:language_model|text_model|llm|thinker)\.")
+_LAYER = re.compile(r"(.*?)(?:layers|h)\.\d+\.")
+_ROOT = re.compile(r"(.*?)(?:(?:layers|h)\.\d+\.|(?:embed_tokens|wte|tok_embeddings)\.)")
+_EMBEDDING = re.compile(r"(.*?)(?:embed_tokens|wte|tok_embeddings)\.")
+_HEADS = frozenset({"lm_head", "mtp", "score", "classifier"})
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of ``config.json`` that is about the text model, or all of it.
+
+    >>> text_config({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
+    {'model_type': 'gemma3_text'}
+    """
+    for path in _NESTED:
+        found: Any = config
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            return found
+    return config
+
+
+def text_type(config: Mapping[str, Any]) -> str | None:
+    """Return the ``model_type`` of the text model that ``config.json`` names, if it is a text.
+
+    >>> text_type({"text_config": {"model_type": "gemma3_text"}}), text_type({"model_type": []})
+    ('gemma3_text', None)
+    """
+    kind = text_config(config).get("model_type")
+    return kind if isinstance(kind, str) and kind else None
+
+
+def text_root(names: Iterable[str]) -> str | None:
+    """What the names of a text model's layers and embedding begin with; None if unknown.
+
+    >>> text_root(["model.visual.layers.0.q.weight", "model.language_model.layers.0.q.weight"])
+    'model.language_model.'
+    """
+    text = [n for n in names if not _in_tower(n)]
+    roots = Counter(match[1] for n in text if (match := _ROOT.match(n)))
+    named = {root for root in roots if TEXT_MODEL.search(root)}
+    embeddings = {match[1] for n in text if (match := _EMBEDDING.match(n))}
+    for chosen in (named & embeddings, named, embeddings & roots.keys(), roots.keys()):
+        if chosen:
+            return max(chosen, key=lambda root: roots[root])
+    return None
+
+
+def towers(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Patterns of the names that are not the text model's; none if all of them are.
+
+    >>> towers(["visual.blocks.0.q.weight", "model.layers.0.q.weight"], {})
+    ('visual.*',)
+    """
+    names = list(names)
+    if text_config(config) is config and not any(map(_in_tower, names)):
+        return ()
+    root = text_root(names)
+    found: dict[str, None] = {}
+    for name in names:
+        if not _is_text(name, root):
+            found[_branch(name, root or "")] = None
+    return tuple(found)
+
+
+def _in_tower(name: str) -> bool:
+    """Whether a part of ``name`` says so; in a layer of the text model none does."""
+    layer = _LAYER.match(name)
+    return any(map(_TOWER.search, (layer[1] if layer else name).split(".")))
+
+
+def _is_text(name: str, root: str | None) -> bool:
+    if _in_tower(name):
+        return False
+    return root is None or name.startswith(root) or not _HEADS.isdisjoint(name.split("."))
+
+
+def _branch(name: str, root: str) -> str:
+    """The pattern of what hangs on the same branch as ``name``, off the path to ``root``."""
+    parts, path = name.split("."), root.split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(parts, path, strict=False)) if a != b), 0)
+    word = next((i for i, part in enumerate(parts) if _TOWER.search(part)), shared)
+    end = max(shared, word) + 1
+    branch = ("*" if part.isdigit() else part for part in parts[:end])  # layers alike
+    return ".".join(branch) + (".*" if end < len(parts) else "")

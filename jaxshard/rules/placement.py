@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 from ..core.layout import Layout, Placement, shard_dim_over_replicas
 from ..core.layout import Spec as AxisSpec
+from ..core.patterns import Patterns, numbered, template
 from ..core.strategy import Axes, Strategy
 from ..errors import LayoutError, format_list
-from .match import Findings, Matcher, Patterns, Policy, check_policy, template, weight_name
-from .modalities import text_config
-from .quantization import Factors, Granule
-from .table import Dims, ModelFacts, Rules, Spec, check_rules, numbered
-from .tensor_dims import EXPERT_COUNTS, Heads, Orientations
+from .match import Findings, Matcher, Policy, check_policy, text_config, weight_name
+from .table import Dims, ModelFacts, Rules, Spec, check_rules
+from .tensor_dims import EXPERT_COUNTS, Factors, Granule, Heads, Orientations
 
 
 class Home(NamedTuple):  # a tuple, because one is made for each of 90,000 names

@@ -8,13 +8,19 @@ they hold need whole heads. This module knows shapes and ``config.json``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..core.box import Box
 from ..core.layout import Placement
-from .match import Matcher, Patterns, template, weight_name
-from .modalities import text_config
+from ..core.patterns import Patterns, template
+from ..errors import LayoutError, format_list
+from .match import Matcher, text_config, weight_name
 from .table import Rules, Spec
 
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim")  # heads of which are of several lengths
@@ -58,7 +64,6 @@ def _head_length(config: Mapping[str, Any]) -> int:
 
 # --- Orientation: whether stacked experts are (expert, out, in) or (expert, in, out)
 
-Shape = tuple[int, ...]
 
 EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
@@ -148,3 +153,286 @@ class Orientations:
 
 def _numbers(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(config[key] for key in keys if type(config.get(key)) is int and config[key] > 0)
+
+
+# --- Quantized weights and their factors: which blocks share a factor
+
+Shape = tuple[int, ...]
+Placements = tuple[Placement, ...]
+
+
+class _Kind(NamedTuple):
+    """What the end of a factor's name says.
+
+    Attributes:
+        weights: the ends that its weight's name may have instead.
+        first: the weight's dim that the factor's first dim belongs to.
+        ratios: stored elements of the weight in one of its values, as ints pack several.
+        alone: lengths of blocks that ``config.json`` need not give.
+        packs: itself several values in an element, of which none is for all rows or columns.
+        order: it numbers the group of each input, over all of the weight.
+        whole: the weight cannot be cut at all.
+    """
+
+    weights: tuple[str, ...]
+    first: int = 0
+    ratios: tuple[Fraction, ...] = (Fraction(1),)
+    alone: tuple[int, ...] = ()
+    packs: bool = False
+    order: bool = False
+    whole: bool = False
+
+
+_PACKS = (2, 4, 8, 16)
+_PACKED = tuple(Fraction(2) ** n for n in range(-4, 5))
+_SCALE = _Kind(("", "_packed"), ratios=_PACKED)
+_KINDS = {
+    "_scale_inv": _Kind(("",), alone=(128,)),
+    **dict.fromkeys(("_scale", "_scale_2", "_global_scale"), _SCALE),
+    "_zero_point": _SCALE._replace(alone=_PACKS, packs=True),
+    "_scales": _Kind(("_blocks",), ratios=_PACKED),
+    ".scales": _Kind((".qweight",), ratios=_PACKED),
+    ".qzeros": _Kind((".qweight",), ratios=_PACKED, alone=_PACKS, packs=True),
+    ".g_idx": _Kind((".qweight",), order=True),
+    ".weight_g_idx": _Kind((".weight_packed",), first=1, order=True),
+    ".SCB": _Kind((".weight",)),
+    ".absmax": _Kind(("",), whole=True),
+}
+_ENDS = tuple(sorted(_KINDS, key=len, reverse=True))
+_ROWS_COLUMNS = ("weight_block_size", "block_structure")
+_GROUPS = ("group_size", "q_group_size")
+_MOST_SETTINGS = 10_000
+
+
+class _Stated(NamedTuple):
+    """The lengths of blocks that ``config.json`` gives: of rows, of columns, of either."""
+
+    rows: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # one for each kind: compared by identity
+class Granule:
+    """How many elements along a dim of a weight share a factor.
+
+    ``exact`` is false where the last of the blocks is cut short, or their length is not known.
+    """
+
+    dim: int
+    length: Fraction
+    factors: str
+    exact: bool = True
+
+    def divides(self, elements: int, ways: int) -> bool:
+        """Whether ``ways`` equal parts of ``elements`` all end where a block does."""
+        return ways == 1 or (self.exact and elements / (ways * self.length) % 1 == 0)
+
+    def misfit(self, shape: Shape, ways: int) -> str:
+        """The numbers of a cut inside a block, and those of one that fits."""
+        elements, unit = shape[self.dim], ways * self.length
+        pad = -(-elements // unit) * unit
+        fits = [f"a divisor of {elements / self.length} fits"] if self.exact else []
+        fits += [f"pad to {pad}"] if pad % 1 == 0 and pad != elements else []
+        return (
+            f"dim {self.dim} of {shape} in {ways} parts has "
+            f"{float(elements / unit):g} blocks of {float(self.length):g} in each, "
+            f"which share a factor of {self.factors} ({', or '.join(fits) or 'leave it whole'})"
+        )
+
+
+class Factors:
+    """The factors among the tensors of ``shapes``, and the weights that they are for."""
+
+    def __init__(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> None:
+        self._shapes = shapes
+        self._stated = _stated_by(config)
+        self._kinds: dict[str, _Kind] = {}
+        #: The weight of each factor.
+        self.weights: dict[str, str] = {}
+        self._of: dict[str, list[str]] = {}
+        for name in shapes:
+            end = _kind_end(name)
+            kind, stem = _KINDS.get(end), name.removesuffix(end)
+            weight = (
+                next((w for e in kind.weights if (w := stem + e) in shapes), "") if kind else ""
+            )
+            if kind and weight:
+                self._kinds[name], self.weights[name] = kind, weight
+                self._of.setdefault(weight, []).append(name)
+        self._ordered = {
+            self.weights[n]: frozenset((k.first,)) for n, k in self._kinds.items() if k.order
+        }
+        self._followed: dict[tuple[Any, ...], tuple[Placements, Placements]] = {}
+
+    def granules(self, weight: str) -> tuple[Granule, ...]:
+        """Where ``weight`` may be cut."""
+        shape = tuple(self._shapes[weight])
+        return tuple(
+            granule
+            for name in self._of.get(weight, ())
+            for granule in _granules(shape, tuple(self._shapes[name]), _end(name), self._stated)
+        )
+
+    def follow(self, name: str, placements: Placements) -> Placements:
+        """The placements of the factors ``name`` when their weight's are ``placements``."""
+        kind, shape = self._kinds[name], tuple(self._shapes[name])
+        ordered = self._order_of(name)
+        key = (id(placements), shape, kind.first, ordered)  # quicker than by what they say
+        if key not in self._followed:
+            made = _followed(placements, shape, kind.first, ordered)
+            self._followed[key] = (made, placements)  # which so keeps its number
+        return self._followed[key][0]
+
+    def _order_of(self, name: str) -> frozenset[int]:
+        """The dims of the weight along which another tensor numbers the groups of all."""
+        whole = frozenset[int]()
+        return whole if self._kinds[name].order else self._ordered.get(self.weights[name], whole)
+
+    def check(
+        self, placements: Mapping[str, Placements], only: Iterable[str] | None = None
+    ) -> None:
+        """Refuse placements that part a weight from its factors.
+
+        Raises:
+            LayoutError: the weights, with the numbers that fit.
+        """
+        wrong: dict[str, str] = {}
+        seen: set[tuple[Any, ...]] = set()
+        for name in self.weights if only is None else only:
+            weight = self.weights[name]
+            lying = (placements.get(weight), placements.get(name))
+            sizes = (self._shapes[weight], self._shapes[name])
+            key = (*map(id, lying), *sizes, _end(name), self._order_of(name))
+            if not all(lying) or key in seen:
+                continue
+            seen.add(key)
+            found = self._misfit(name, weight, placements)
+            if found:
+                wrong[name] = found
+        if wrong:
+            raise LayoutError(
+                f"{format_list((f'{n}: {what}' for n, what in wrong.items()), 3)}. Cut a weight "
+                "and its "
+                "factors alike and between blocks, leave both whole, or dequantize the weights "
+                "first."
+            )
+
+    def _misfit(self, name: str, weight: str, placements: Mapping[str, Placements]) -> str | None:
+        shape = tuple(self._shapes[weight])
+        for granule in self.granules(weight):
+            for placement in placements[weight]:
+                ways = placement.ways(granule.dim)
+                if not granule.divides(shape[granule.dim], ways):
+                    return f"{weight} {granule.misfit(shape, ways)}"
+        expected = self.follow(name, placements[weight])
+        own = tuple(self._shapes[name])
+        if placements[name] == expected:
+            return None
+        held, wanted = _held(placements[name], own), _held(expected, own)
+        rank = next((r for r, box in wanted.items() if held.get(r) != box), None)
+        if rank is None:
+            return None
+        return (
+            f"rank {rank} holds {held.get(rank, 'nothing')} of it, expected {wanted[rank]} for "
+            f"its part of {weight}"
+        )
+
+
+def _kind_end(name: str) -> str:
+    """The end of a factor's name that tells its kind, or nothing."""
+    return next(filter(name.endswith, _ENDS)) if name.endswith(_ENDS) else ""
+
+
+def _end(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+@lru_cache(maxsize=4096)
+def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Granule, ...]:
+    """What factors of the shape ``own``, whose name ends so, ask of a weight of ``shape``."""
+    kind = _KINDS[_kind_end(f".{end}")]
+    first = kind.first
+    strange = any(n > 1 for n in own[len(shape) - first :])  # dims that the weight does not have
+    if kind.whole or strange:
+        return tuple(Granule(d, Fraction(n), end, exact=False) for d, n in enumerate(shape))
+    found = []
+    for at, (elements, count) in enumerate(zip(shape[first:], own, strict=False)):
+        lengths = (*(stated.columns if at == len(own) - 1 else stated.rows), *stated.groups)
+        made = _block(elements, count, kind, lengths)
+        if made is not None:
+            found.append(Granule(first + at, made[0], end, made[1]))
+    return tuple(found)
+
+
+def _block(
+    elements: int, count: int, kind: _Kind, stated: tuple[int, ...]
+) -> tuple[Fraction, bool] | None:
+    """The length of the blocks of a dim, and whether all have it; None where any cut fits."""
+    if count in (0, 1, elements):
+        inside = kind.packs and count == 1 and elements in _PACKS
+        return (Fraction(elements), True) if inside else None
+    if count > elements:  # a stored element packs several values
+        return None if count % elements == 0 else (Fraction(elements), False)
+    lengths = {g * r for g in stated for r in kind.ratios} | set(map(Fraction, kind.alone))
+    found = {u for u in lengths if u > 1 and -(-elements // u) == count}
+    even = Fraction(elements, count)
+    if not found and not stated and even % 1 == 0 and int(even) & (int(even) - 1) == 0:
+        found = {even}  # of all powers of two, the only one that gives so many factors
+    if not found:
+        return even, False
+    return min(found), all(u == even for u in found)
+
+
+def _followed(
+    placements: Placements, shape: Shape, first: int, ordered: frozenset[int]
+) -> Placements:
+    made = []
+    for placement in placements:
+        cut = [
+            ()
+            if count == 1 or dim in ordered or dim >= len(placement.spec)
+            else placement.spec[dim]
+            for dim, count in enumerate(shape, start=first)
+        ]
+        while cut and not cut[-1]:
+            cut.pop()
+        made.append(replace(placement, spec=tuple(cut)))
+    return tuple(made)
+
+
+def _held(placements: Placements, shape: Shape) -> dict[int, Box]:
+    return {
+        rank: box
+        for placement in placements
+        for rank, box in zip(placement.ranks, placement.boxes(shape), strict=True)
+    }
+
+
+def _stated_by(config: Mapping[str, Any]) -> _Stated:
+    rows, columns, groups = dict[int, None](), dict[int, None](), dict[int, None]()
+    for key, value in islice(settings(config), _MOST_SETTINGS):
+        if key in _ROWS_COLUMNS and isinstance(value, list | tuple) and len(value) == 2:
+            rows |= dict.fromkeys(_lengths(value[0]))
+            columns |= dict.fromkeys(_lengths(value[1]))
+        elif key in _GROUPS:
+            groups |= dict.fromkeys(_lengths(value))
+    return _Stated(tuple(rows), tuple(columns), tuple(groups))
+
+
+def _lengths(value: object) -> tuple[int, ...]:
+    return (value,) if type(value) is int and value > 1 else ()
+
+
+def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All keys and values under the settings of a quantization, wherever those are."""
+    left: list[tuple[Any, bool]] = [(config, False)]
+    while left:
+        node, inside = left.pop()
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                if inside:
+                    yield str(key), value
+                left.append((value, inside or key in ("quantization_config", "compression_config")))
+        elif isinstance(node, list | tuple):
+            left += [(value, inside) for value in node]

@@ -24,7 +24,7 @@ from jaxshard.cli import main
 from jaxshard.core.catalog import Model
 from jaxshard.errors import CoverageError
 from jaxshard.loader import target_shardings
-from jaxshard.rules.wholeness import missing_layers
+from jaxshard.rules.families import missing_layers
 
 JOB = "dp2mp2pp2"
 STAGES = {0: range(4), 1: range(4, 8)}

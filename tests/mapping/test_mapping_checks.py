@@ -224,7 +224,7 @@ def test_every_operation_is_written_as_toml_and_read_back(op) -> None:
 
 
 def test_every_operation_is_among_those() -> None:
-    from jaxshard.mapping.mapping_toml import _KINDS  # noqa: PLC0415
+    from jaxshard.mapping.mapping import _KINDS  # noqa: PLC0415
 
     assert {op.word for op in EVERY} == set(_KINDS)
 

@@ -12,7 +12,7 @@ from mindspore_ranks import write_ranks, write_strategy
 
 from jaxshard import mindformers
 from jaxshard.errors import FormatError, NotFoundError
-from jaxshard.mindformers.keys import SECTIONS
+from jaxshard.mindformers.config_keys import SECTIONS
 from jaxshard.training import CheckpointManager, resume_point
 from jaxshard.training.naming import step_name
 from jaxshard.training.policy import Progress

@@ -9,10 +9,10 @@ import pytest
 
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Layout
+from jaxshard.core.patterns import template
 from jaxshard.core.strategy import Strategy
 from jaxshard.rules import MODEL_TYPES, layout, rules_for
 from jaxshard.rules.families import FAMILIES
-from jaxshard.rules.match import template
 
 # what these libraries warn of among themselves is not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore")

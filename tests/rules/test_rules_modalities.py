@@ -11,8 +11,8 @@ from jaxshard.core.catalog import Model
 from jaxshard.core.strategy import Strategy
 from jaxshard.formats.huggingface import model_of
 from jaxshard.rules import layout, rules_for
-from jaxshard.rules.modalities import text_config, text_root, towers
-from jaxshard.rules.wholeness import missing_parts
+from jaxshard.rules.families import missing_parts
+from jaxshard.rules.match import text_config, text_root, towers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the oracles, among themselves
 

@@ -28,7 +28,7 @@ from jaxshard.core.layout import Layout
 from jaxshard.core.strategy import Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.rules import FAMILIES, Rules, layout
-from jaxshard.rules.quantization import Factors
+from jaxshard.rules.tensor_dims import Factors
 
 QUICK = Options(workers=1, durable=False)
 FP8 = ml_dtypes.float8_e4m3fn

@@ -15,6 +15,7 @@ from functools import partial
 
 from ...core.catalog import Catalog, Tensor
 from ...core.dtypes import BY_NUMPY, DType
+from ...core.patterns import Patterns, placeholders, template
 from ...errors import (
     FormatError,
     LayoutError,
@@ -24,18 +25,13 @@ from ...errors import (
     format_list,
 )
 from ...rules import ModelFacts, weight_name
-from ...rules.match import Patterns as Globs
-from ...rules.match import template
-from ...rules.modalities import TEXT_MODEL, text_config, text_root, towers
-from ...rules.quantization import Factors, settings
+from ...rules.match import TEXT_MODEL, text_config, text_root, towers
+from ...rules.tensor_dims import Factors, settings
 from ..group_ops import WITHOUT_BLOCKS, Dequantize
-from ..mapping import Mapping
-from ..mapping_toml import read_mapping
+from ..mapping import Mapping, read_mapping
 from ..ops import Drop, Expect, Rename
-from ..patterns import Patterns
-from .families import FAMILIES, Facts, facts_of
-from .jax_forms import linen, linen_scan, maxtext, nnx, nnx_scan, tunix
-from .mindspore_forms import mcore, mindformers
+from .forms import linen, linen_scan, maxtext, mcore, mindformers, nnx, nnx_scan, tunix
+from .hf_weights import FAMILIES, Facts, facts_of
 
 __all__ = ["FORMS", "dequantized", "find_mapping", "form_of", "table", "true_config"]
 
@@ -258,11 +254,12 @@ def _text_alone(catalog: Catalog) -> Mapping | None:
     names = [weight_name(n) for n in catalog.tensors if n not in catalog.hyper]
     apart, root = towers(names, config), text_root(names)
     if apart and root is not None:
-        patterns = Globs(apart)
+        patterns = Patterns(apart)
         count = sum(patterns.find(n, template(n)) is not None for n in names)
         raise LayoutError(
             f"{count} of {len(names)} tensors are not of the text model ({format_list(apart)}), "
-            f"and tables are for text models. Leave them out: exclude=, --exclude "
+            "and "
+            f"tables are for text models. Leave them out: exclude=, --exclude "
             f"'^({'|'.join(p.removesuffix('*').replace('.', '[.]') for p in apart)})'."
         )
     if root is None or not TEXT_MODEL.search(root):
@@ -293,7 +290,7 @@ def form_of(
             continue  # a form that this family does not have
         last = next((op for op in reversed(ops) if isinstance(op, Expect)), None)
         if last is not None:
-            patterns = Patterns((*last.names, *facts.family.buffers))
+            patterns = Patterns((*last.names, *facts.family.buffers), placeholders)
             unknown[form] = [n for n in weights if patterns.find(n) is None]
             if not unknown[form]:
                 return facts, form
@@ -302,12 +299,14 @@ def form_of(
     if len(strange) == len(weights):
         raise NotFoundError(
             f"the names are of no form of {facts.family.name} that is known "
-            f"({format_list(weights, 3)}); forms are {', '.join(FORMS)}. Say it: FROM:TO."
+            f"({format_list(weights, 3)}); "
+            f"forms are {', '.join(FORMS)}. Say it: FROM:TO."
         )
     raise NotFoundError(
         f"{facts.family.name}-{near} has no rule for {len(strange)} of {len(weights)} names: "
-        f"{format_list(strange)}. Leave them out (exclude=, --exclude), or give the form (FROM:TO; "
-        f"forms are {', '.join(FORMS)})."
+        f"{format_list(strange)}. Leave them out (exclude=, --exclude), or give the form "
+        "(FROM:TO; forms "
+        f"are {', '.join(FORMS)})."
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import FormatError, NotFoundError
 from ...rules import ModelFacts
-from ...rules.modalities import text_config, text_type
+from ...rules.match import text_config, text_type
 
 LAYER = "model.layers.{layer}."
 
