@@ -1,8 +1,10 @@
 """Claims: which names a save may use, and what it may replace.
 
-    the run's own step, saved before          replaced
-    rank files of another job of the prefix   both are kept: llama_rank_0_1-1_10, as by MindSpore
-    a folder that no record is about          an error, unless overwriting was requested
+    the run's own step, saved before     replaced
+    a step of another job of the prefix  both are kept: llama_rank_0_1-1_10 (as MindSpore names it),
+                                         llama-_1-1_10; an error for iteration_00000010
+    a folder without a record            an error
+    any of these with overwrite=True     replaced
 
 A step is the run's own if this manager saved it, or if the run was restored here: then all recorded
 steps of its prefix are, also those that it went back from.
@@ -50,14 +52,14 @@ class Claim:
 def task_for(
     places: Places, prefix: str, step: StepName, folders: Iterable[str], ranks: int, claim: Claim
 ) -> int:
-    """Return the number that keeps the rank files of ``step`` apart from those of other jobs.
+    """Return the number that keeps ``step`` apart from the same step of other jobs.
 
     Args:
-        places: where they are to lie.
+        places: the run's directory.
         prefix: of the files.
         step: the epoch and the step in it.
-        folders: with files of the step: ``checkpoint``, and those of further copies.
-        ranks: how many there are.
+        folders: with rank files of the step: ``checkpoint``, and those of further copies.
+        ranks: number of rank files in each; 0 if the step is one folder.
         claim: the job's; it keeps its number as long as that is free.
 
     Raises:
@@ -71,6 +73,8 @@ def task_for(
         known = _prefix_of(places, name)
         if known is not None and (known not in ("", prefix) or claim.owns(name)):
             return True  # what it holds is refused, or replaced, when it is saved
+        if not ranks:
+            return known is None  # a folder without a record is refused when it is saved
         return not known and not any(os.path.lexists(places.root / unit) for unit in units)
 
     if claim.overwrite or is_free(claim.task):
@@ -79,13 +83,14 @@ def task_for(
     task = max([claim.task, *tasks]) + 1
     while not is_free(task):
         task += 1
+    name = replace(step, task=task)
     _log.warning(
-        "%s has rank files of step %s that another job of the prefix %r saved. Both are kept: "
-        "this job's are called %s. Restore a step first to go on with that job.",
+        "%s has a step %s of another job with the prefix %r. Both are kept: this job's is called "
+        "%s. Restore a step first to continue that job.",
         places.steps,
         replace(step, task=claim.task),
         prefix,
-        Path(naming.rank_file(prefix, 0, replace(step, task=task))).name,
+        Path(naming.rank_file(prefix, 0, name)).name if ranks else naming.step_folder(prefix, name),
     )
     return task
 
@@ -123,10 +128,10 @@ def replaceable(
             "with overwrite=True."
         )
     if not claim.owns(step):
-        _log.warning(
-            "step %s of %s, which this manager neither saved nor restored, is replaced",
-            step,
-            places.root,
+        raise LayoutError(
+            f"{places.root} has a step {step} ({format_list(there)}) that this manager neither saved "
+            "nor restored. Restore a step first to continue that job, give another directory, or "
+            "replace it with overwrite=True."
         )
     return there
 

@@ -207,8 +207,9 @@ class CheckpointManager:
     ) -> None:
         """Save ``state`` as step number ``step`` of the whole run.
 
-        A step of this run is replaced. Rank files of another job of the same prefix are kept, and
-        a number behind the rank keeps this job's apart, as MindSpore does.
+        A step of this run is replaced. A step that another job of the same prefix saved is kept:
+        a number in this job's names keeps the two apart, as MindSpore does. Names of Checkpoint-2.0
+        folders have no such number, so there it is an error.
 
         Args:
             step: counts from 1.
@@ -220,8 +221,8 @@ class CheckpointManager:
         Raises:
             StorageError: the disk is full or refuses (but see ``on_storage_error``), now or
                 in the background since the last call. The steps before are all there.
-            LayoutError: the state cannot be saved in this way, or a folder of the step's name is
-                there that is not this run's; now or in the background since the last call.
+            LayoutError: the state cannot be saved in this way, or a folder of the step's name
+                exists that is not this run's; now or in the background since the last call.
         """
         job = self._agreed(step, state, dict(extras or {}), loss_scale, overwrite)
         self._schedule.began(job.wish.global_step, self._clock())
@@ -426,11 +427,11 @@ class CheckpointManager:
 
 
 def _task(job: Job, claim: Claim) -> int:
-    """The number that keeps the files of ``job`` apart; only files of ranks have one."""
-    if job.kind != "ranks":
-        return 0
+    """The number that keeps the files of ``job`` apart from those of other jobs."""
+    if job.kind == "iteration":
+        return 0  # the names of its folders have no place for one
     folders = (naming.CHECKPOINT, *job.copies)
-    ranks = job.wish.layout.num_ranks
+    ranks = job.wish.layout.num_ranks if job.kind == "ranks" else 0
     return task_for(job.places, job.wish.prefix, job.wish.step, folders, ranks, claim)
 
 

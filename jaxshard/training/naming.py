@@ -8,6 +8,7 @@
     output/strategy/ckpt_strategy_rank_0.ckpt
     output/checkpoint/iteration_00000010/                       a Checkpoint-2.0 folder
     output/checkpoint/llama-1_10/                               a complete or an Orbax folder
+    output/checkpoint/llama-_1-1_10/                            the same of a second job
 
 Steps count from 1 within their epoch. MindFormers writes ``.ckpt`` unless told otherwise; such
 names are read, and not made. This module makes and reads names only.
@@ -39,7 +40,7 @@ _FILE = re.compile(
     r"\.(?P<extension>safetensors|ckpt)"
 )
 _ITERATION = re.compile(r"iteration_(\d{8,18})")
-_FOLDER = re.compile(r"(?P<prefix>.+?)-(?P<step>\d{1,18}_\d{1,18})")
+_FOLDER = re.compile(r"(?P<prefix>.+?)-(?P<step>(?:_\d{1,9}-)?\d{1,18}_\d{1,18})")
 _PREFIX = re.compile(r"[^/\0.][^/\0]*")
 
 
@@ -178,19 +179,19 @@ def parse_iteration(name: str) -> int | None:
 
 
 def step_folder(prefix: str, step: StepName) -> str:
-    """The folder of a step that is one folder.
+    """Return the name of the folder that holds a whole step.
 
-    >>> step_folder("llama", StepName(1, 10))
-    'llama-1_10'
+    >>> step_folder("llama", StepName(1, 10)), step_folder("llama", StepName(1, 10, task=2))
+    ('llama-1_10', 'llama-_2-1_10')
     """
     return f"{prefix}-{step}"
 
 
 def parse_folder(name: str) -> tuple[str, StepName] | None:
-    """The prefix and the step of such a folder, or None.
+    """Return the prefix and the step of such a folder, or None.
 
-    >>> parse_folder("llama-1_10")
-    ('llama', StepName(epoch=1, step=10, task=0))
+    >>> parse_folder("llama-_2-1_10")
+    ('llama', StepName(epoch=1, step=10, task=2))
     """
     match = _FOLDER.fullmatch(name)
     step = parse_step(match["step"]) if match else None

@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 from ..conversion.job_values import job_values
 from ..core.catalog import Catalog
+from ..core.notes import log_notes
 from ..distributed.barriers import Processes
 from ..errors import (
     CoverageError,
@@ -61,6 +62,7 @@ class Restored:
         numbers: the job's numbers that were saved: ``epoch_num``, ``loss_scale`` …
         passed_over: newer steps that were not good, each with the reason.
         line: what the next save of this run grows from; None if others saved it.
+        notes: findings on the step and on its layout that are not errors; they are logged too.
     """
 
     state: Any = field(repr=False)
@@ -70,6 +72,7 @@ class Restored:
     numbers: dict[str, Any] = field(default_factory=dict)
     passed_over: tuple[tuple[str, str], ...] = ()
     line: Line | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def progress(self) -> Progress:
@@ -114,7 +117,8 @@ def restore(
         with processes.together("restoring a step") as meeting:
             try:
                 catalog = _opened(places, found, verify, where.workers, processes)
-                state = _read(filling(catalog, target, where, parts))
+                wanted = filling(catalog, target, where, parts)
+                state = _read(wanted)
                 numbers = dict(found.record.numbers) if found.record else _numbers(catalog)
                 _check_still(places, found)
                 is_shown = found.record is None and processes.are_several
@@ -134,12 +138,13 @@ def restore(
         passed = _others(passed, found.name)  # it is whole by now
         if passed:
             _log.warning("step %s is restored instead of %s", found.name, passed[0][0])
-        _say(places, search.steps, found, catalog)
+        notes = (*catalog.notes, *wanted.notes, *_notes(places, search.steps, found))
+        log_notes(f"step {found.name}", notes)
         record = found.record
         number = record.global_step if record else _number(numbers, found)
         extras = dict(record.extras) if record else {}
         line = record.line if record else None
-        return Restored(state, number, found.name, extras, numbers, tuple(passed), line)
+        return Restored(state, number, found.name, extras, numbers, tuple(passed), line, notes)
     if failure and search.wish is not None:
         raise failure
     raise NotFoundError(_none(places, search.wish, passed))
@@ -292,25 +297,20 @@ def true_number(places: Places, step: Step) -> int | None:
     return int(found) if found else None
 
 
-def _say(places: Places, steps: list[Step], step: Step, catalog: Catalog) -> None:
-    """What a person should know of a step that is restored."""
-    level = logging.INFO if step.record else logging.WARNING  # ours is no news
-    for note in catalog.notes:
-        _log.log(level, "step %s: %s", step.name, note)
+def _notes(places: Places, steps: list[Step], step: Step) -> list[str]:
+    """Findings on the place of a restored step among all ``steps``."""
+    notes = []
     if step.left:
-        _log.warning("step %s is restored, which was %s", step.name, step.reason)
+        notes.append(f"it was {step.reason}")
     if step.record is None and places.own.is_dir():
-        _log.warning(
-            "step %s has no record in %s, so it comes without extras, and nothing tells whether "
-            "its bytes are as they were saved",
-            step.name,
-            places.own,
+        notes.append(
+            f"it has no record in {places.own}, so it is restored without extras, and its bytes "
+            "cannot be compared with what was saved."
         )
     left = [str(s.name) for s in steps if s.left and s.name > step.name]
     if left and not step.left:
-        _log.warning(
-            "step %s is restored, and not %s, which is left behind", step.name, format_list(left)
-        )
+        notes.append(f"it is restored instead of {format_list(left)}, which the run left behind.")
+    return notes
 
 
 def _unseen(label: str, process: int) -> Step:

@@ -7,7 +7,6 @@ shapes and dtypes is made at once, before a byte is read.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,7 +22,6 @@ from ..conversion.targets import lay_out_for
 from ..core.box import Box
 from ..core.catalog import Catalog, Tensor, group_by_bytes
 from ..core.layout import Layout
-from ..core.notes import log_notes
 from ..core.numpy_dtypes import numpy_dtype
 from ..core.strategy import Strategy
 from ..devices.mesh import rank_devices, shardings
@@ -50,8 +48,6 @@ from .state import (
     take_apart,
 )
 
-_log = logging.getLogger("jaxshard.training")
-
 
 def is_on_devices(leaf: Leaf) -> bool:
     """Whether a leaf is an array of JAX's, or describes one."""
@@ -76,25 +72,26 @@ def placed(
     strategy: str | Strategy | None,
     rules: family_rules.Rules | None,
     devices: Sequence[jax.Device] | None,
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """What is to lie where, by name; leaves that are not in it are loose.
+) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[str, ...]]:
+    """The target sharding of each leaf by name, and notes; leaves not listed stay uncommitted.
 
     Raises:
         LayoutError: a leaf does not say where, or the strategy does not fit.
     """
     structs = {leaf.name: struct_of(leaf) for leaf in leaves if not _is_loose(leaf, strategy)}
     if not structs:
-        return {}  # and a state of NumPy's arrays wakes no device
+        return {}, ()  # and a state of NumPy's arrays wakes no device
     if strategy is None:
-        return _as_they_say(structs, devices)
+        return _as_they_say(structs, devices), ()
     like = {leaf.name: leaf.like for leaf in leaves if leaf.like}
     names = structs.keys() | {w for n, w in like.items() if n in structs and w in catalog.tensors}
     chosen = replace(catalog, tensors={n: catalog.tensors[n] for n in names})
-    found = by_strategy(chosen, like, strategy, rules, devices)
-    return {
+    found, notes = by_strategy(chosen, like, strategy, rules, devices)
+    placed = {
         name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=found[name])
         for name, s in structs.items()
     }
+    return placed, notes
 
 
 def by_strategy(
@@ -103,8 +100,8 @@ def by_strategy(
     strategy: str | Strategy,
     rules: family_rules.Rules | None,
     devices: Sequence[jax.Device] | None,
-) -> dict[str, NamedSharding]:
-    """The sharding of every tensor of ``catalog``; see ``lay_out``.
+) -> tuple[dict[str, NamedSharding], tuple[str, ...]]:
+    """The sharding of every tensor of ``catalog``, and notes; see ``lay_out``.
 
     Raises:
         LayoutError: the strategy does not fit.
@@ -112,17 +109,16 @@ def by_strategy(
     strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     rest = _untold(catalog) - _alike(catalog, like).keys()
     large = sorted(n for n in rest if prod(catalog.tensors[n].shape) > LARGE_ELEMENTS)
+    notes = []
     if large:
-        _log.warning(
-            "%d tensors follow no rule and no weight, and are whole on every device: %s. Give the "
-            "target's leaves shardings to have them cut.",
-            len(large),
-            format_list(large),
+        notes.append(
+            f"{len(large)} tensors match no rule and no weight, so each device holds all of them: "
+            f"{format_list(large)}. Give the target's leaves shardings to split them."
         )
     told = replace(catalog, hyper=catalog.hyper | rest)
     layout = lay_out(told, like, strategy, rules)
-    log_notes(str(strategy), layout.notes)
-    return dict(shardings(layout, rank_devices(strategy, devices), catalog.tensors))
+    found = shardings(layout, rank_devices(strategy, devices), catalog.tensors)
+    return dict(found), (*layout.notes, *notes)
 
 
 def lay_out(
@@ -262,11 +258,13 @@ class Filling:
         structs: what is loaded onto devices, and where it lies.
         state: the target taken apart; None for arrays by name.
         found: the leaves that the step has.
+        notes: findings on the layout that are not errors.
     """
 
     catalog: Catalog
     where: Where
     structs: Mapping[str, jax.ShapeDtypeStruct]
+    notes: tuple[str, ...] = ()
     state: State | None = None
     found: Sequence[Leaf] = ()
 
@@ -308,27 +306,28 @@ def filling(catalog: Catalog, target: Any, where: Where, parts: Parts = "all") -
     """
     one_of("parts", parts, get_args(Parts))
     if isinstance(target, str | Strategy):
-        return Filling(catalog, where, _by_name(catalog, target, where, parts))
+        return Filling(catalog, where, *_by_name(catalog, target, where, parts))
     state = take_apart(target, where.roles, where.rename)
     wanted = [leaf for leaf in state.leaves if leaf.role in _ROLES[parts]]
     found = _check(catalog, wanted, where.strict, parts)
     ours = [leaf for leaf in found if is_on_devices(leaf)]
-    structs = placed(catalog, ours, where.strategy, where.rules, where.devices)
-    return Filling(catalog, where, structs, state, found)
+    structs, notes = placed(catalog, ours, where.strategy, where.rules, where.devices)
+    return Filling(catalog, where, structs, notes, state, found)
 
 
 def _by_name(
     catalog: Catalog, strategy: str | Strategy, where: Where, parts: Parts
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The tensors of ``parts`` by name, and where they lie."""
+) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[str, ...]]:
+    """The tensors of ``parts`` by name with their shardings, and notes."""
     roles = roles_by_name(catalog)
     like = likes_by_name(catalog)
-    lies = by_strategy(catalog, like, strategy, where.rules, where.devices)
-    return {
-        name: jax.ShapeDtypeStruct(t.shape, numpy_dtype(t.dtype), sharding=lies[name])
+    found, notes = by_strategy(catalog, like, strategy, where.rules, where.devices)
+    structs = {
+        name: jax.ShapeDtypeStruct(t.shape, numpy_dtype(t.dtype), sharding=found[name])
         for name, t in catalog.tensors.items()
         if roles[name] in _ROLES[parts]
     }
+    return structs, notes
 
 
 def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> list[Leaf]:

@@ -216,6 +216,20 @@ def test_a_restored_step_logs_its_notes_once(
     assert _logged(caplog, "are not in the strategy") == 1
 
 
+def test_a_restored_step_of_the_managers_own_returns_and_logs_its_notes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = CheckpointManager(
+        tmp_path, format="huggingface", prefix="net", rules=RULES, durable=False
+    )
+    manager.save(1, dict(WEIGHTS))
+    safetensors.numpy.save_file({}, tmp_path / "checkpoint/net-1_1/other.safetensors")
+    found = manager.restore("mp2", devices=jax.devices()[:2])
+    for text in ("other.safetensors", IDLE):
+        assert sum(text in note for note in found.notes) == 1
+        assert _logged(caplog, text) == 1
+
+
 def test_a_manager_logs_the_notes_of_its_layout_with_the_first_step_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

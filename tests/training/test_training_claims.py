@@ -210,17 +210,40 @@ def test_rank_files_are_replaced_where_that_was_requested(tmp_path):
     assert _value(tmp_path) == 1
 
 
-def test_a_recorded_folder_that_this_manager_did_not_save_is_not_replaced_silently(
-    tmp_path, caplog
-):
-    _manager(tmp_path, format="huggingface").save(10, _state(1))
-    _manager(tmp_path, format="huggingface").save(10, _state(2))
-    assert "neither saved nor restored, is replaced" in caplog.text
+@pytest.mark.parametrize("format", ["huggingface", "orbax"])
+def test_a_second_job_of_the_same_prefix_keeps_both_folders(tmp_path, format, caplog):
+    _manager(tmp_path, format=format).save(10, _state(1))
+    second = _manager(tmp_path, format=format, save_network_only=True)
+    second.save(10, _state(2))
+    assert "this job's is called net-_1-1_10" in caplog.text
+    second.save(10, _state(3))  # its own step is replaced
+    second.save(20, _state(4))
+    _manager(tmp_path, format=format).save(10, _state(5))
+    folders = sorted(p.name for p in (tmp_path / "checkpoint").iterdir())
+    assert folders == ["net-1_10", "net-_1-1_10", "net-_1-1_20", "net-_2-1_10"]
+    copies = sorted(p.name for p in (tmp_path / "checkpoint_network").iterdir())
+    if format == "huggingface":
+        assert copies == ["net-network-_1-1_10", "net-network-_1-1_20"]
+    named = {"1_10": 1, "net-_1-1_10": 3, "_1-1_20": 4, "_2-1_10": 5}
+    assert {step: _value(tmp_path, step, format=format) for step in named} == named
+    assert _value(tmp_path, format=format) == 5  # the last that was saved
     caplog.clear()
-    again = _manager(tmp_path, format="huggingface")
-    again.restore(_state(0))
-    again.save(10, _state(3))
-    assert not caplog.text
+    again = _manager(tmp_path, format=format)
+    assert again.restore(_state(0)).name == StepName(1, 10, task=2)
+    again.save(10, _state(6))  # the restored run's own step is replaced
+    assert "Both are kept" not in caplog.text
+    assert _value(tmp_path, format=format) == 6
+
+
+def test_a_checkpoint_2_0_folder_of_another_job_is_kept_by_an_error(tmp_path):
+    _manager(tmp_path, format="iteration").save(10, _state(1))
+    second = _manager(tmp_path, format="iteration")
+    with pytest.raises(LayoutError, match=r"neither saved nor restored\. Restore a step first"):
+        second.save(10, _state(2))
+    assert _value(tmp_path, format="iteration") == 1
+    second.restore(_state(0))
+    second.save(10, _state(3))
+    assert _value(tmp_path, format="iteration") == 3
 
 
 # --- what appears while a step is saved ----------------------------------------------------------

@@ -229,7 +229,7 @@ def test_a_run_goes_on_from_what_mindformers_saved(tmp_path, caplog):
     assert _manager(run, "a").restore(TARGET).step == 30
     with caplog.at_level(logging.WARNING):
         manager.restore(TARGET, step=20)
-    assert "step 1_20 has no record" in caplog.text
+    assert "step 1_20: it has no record" in caplog.text
 
 
 def test_a_step_whose_record_was_lost_is_restored_and_that_is_said(tmp_path, caplog):
@@ -239,8 +239,8 @@ def test_a_step_whose_record_was_lost_is_restored_and_that_is_said(tmp_path, cap
     with caplog.at_level(logging.WARNING):
         found = manager.restore({"params": TARGET}, strict=False)
     assert found.extras == {}
-    assert "step 1_1 has no record" in caplog.text
-    assert "without extras" in caplog.text
+    assert "step 1_1: it has no record" in caplog.text
+    assert "restored without extras" in caplog.text
 
 
 def test_a_lost_record_does_not_bring_back_what_was_left_behind(tmp_path):

@@ -161,7 +161,7 @@ def test_what_follows_no_weight_is_whole_everywhere_and_said(tmp_path, caplog):
     manager.save(1, before)
     with caplog.at_level(logging.WARNING):
         assert manager.restore("mp4").state["table"].sharding.is_fully_replicated
-    assert "1 tensors follow no rule and no weight" in caplog.text
+    assert "1 tensors match no rule and no weight" in caplog.text
     assert "table" in caplog.text
 
 
@@ -194,7 +194,7 @@ def test_a_run_that_went_back_is_resumed_from_what_it_saved_last(tmp_path, caplo
     assert _names(again) == ["1_30", "1_10", "1_20", "1_21"]
     with caplog.at_level(logging.WARNING):
         assert _restored(tmp_path) == 21
-    assert "step 1_21 is restored, and not 1_30, which is left behind" in caplog.text
+    assert "step 1_21: it is restored instead of 1_30, which the run left behind" in caplog.text
     assert again.latest_step() == 21
 
 
