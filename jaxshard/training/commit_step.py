@@ -36,7 +36,7 @@ from .run_directory import (
 
 REMOVED_FOLDER = "removed"
 _SCRATCH = re.compile(  # of files that were being written
-    rf"\.((_\d+-)?\d+_\d+({MOVING}|{WHOLE})|{records.STRATEGY.pattern})\.new"
+    rf"\.((_\d+-)?\d+_\d+({MOVING}|{WHOLE})|rollback-.*{WHOLE}|{records.STRATEGY.pattern})\.new"
 )
 
 

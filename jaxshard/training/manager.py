@@ -42,7 +42,7 @@ from .policy import Cadence, Line, Schedule
 from .restore import Restored, restore, tidied, true_number
 from .restore_state import Parts, Where
 from .run_directory import Places
-from .save_step import Job, Keeping, Recipe, save_step
+from .save_step import Job, Keeping, Recipe, record_rollback, save_step
 from .snapshot import How
 from .state import Roles, one_of, optional, real, whole
 from .steps import Step, find_steps
@@ -174,6 +174,7 @@ class CheckpointManager:
         self._claim = Claim()
         self._line: Line | None = None  # of what was restored or saved last
         self._line_step = 0
+        self._rollback: tuple[StepName, Line] | None = None  # that nothing on the disk shows yet
         self.last_failure: StorageError | None = None
 
     # --- saving --------------------------------------------------------------------------
@@ -187,6 +188,7 @@ class CheckpointManager:
         self._background.raise_failure()
         step, now = whole("step", step), self._clock()
         self._say_if_never()
+        self._record_rollback()
         may_differ = self._schedule.is_timed or step == self._schedule.tried
         is_due = self._schedule.is_due(step, now)
         if may_differ:  # no two clocks agree, and no two background saves end together
@@ -224,6 +226,7 @@ class CheckpointManager:
             LayoutError: the state cannot be saved in this way, or a folder of the step's name
                 exists that is not this run's; now or in the background since the last call.
         """
+        self._record_rollback()
         job = self._agreed(step, state, dict(extras or {}), loss_scale, overwrite)
         self._schedule.began(job.wish.global_step, self._clock())
         if not self._async:
@@ -378,6 +381,8 @@ class CheckpointManager:
         self._schedule.restored(found.step if whole_state else None, self._clock())
         if whole_state:
             self._line, self._line_step = found.line, 0  # the run goes on from here
+            named = step is not None
+            self._rollback = (found.name, found.line) if named and found.line else None
             self._claim = replace(self._claim, restored=True, task=found.name.task)
         return found
 
@@ -414,6 +419,21 @@ class CheckpointManager:
             if not saved and is_on_disk(job.places, job.wish.step):
                 self._line = None  # it is put in place later, and then the run grew from it
             self._schedule.ended(saved=saved)
+
+    def _record_rollback(self) -> None:
+        """Record a step that was restored by name, now that the loop goes on from it.
+
+        ``restore`` itself writes nothing: jobs that only evaluate a step restore it by name too.
+        """
+        rollback, self._rollback = self._rollback, None
+        if rollback is None or self._company.processes.index or not self._places.main:
+            return
+        name, line = rollback
+        recipe = self._recipe
+        try:
+            record_rollback(self._places, recipe.prefix, name, line, durable=recipe.durable)
+        except StorageError as error:
+            _log.warning("that the run went back to step %s is not recorded: %s", name, error)
 
     def _say_if_never(self) -> None:
         """A loop that asks and never saves should hear of it before its work is lost."""

@@ -3,6 +3,7 @@
     .jaxshard/1_10.json       the step is whole: its files with sizes and checksums, extras
     .jaxshard/1_10.moving     all its files are on the disk and are being put in place
     .jaxshard/1_10.removed    it is being removed, or was
+    .jaxshard/rollback-llama.json   the run of that prefix went back, and has saved nothing since
 
 A record is one line of JSON and one with the checksum of the first, so that a damaged
 record is known as such. It is the last thing written when a step is saved, and the first
@@ -31,6 +32,7 @@ FOLDER = ".jaxshard"
 WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"
 STRATEGY = re.compile(r"strategy-[0-9a-f]{16}")  # folders with strategy files
 VERSION = 1
+_ROLLBACK = "rollback-"
 _STRATEGY_FILE = re.compile(
     rf"ckpt_strategy_rank_(\d{{1,7}})\.ckpt|{re.escape(strategy_layouts.LAYOUT_FILE)}"
 )
@@ -159,8 +161,19 @@ def to_bytes(record: Record) -> bytes:
     }
     if record.step.task:
         said["task"] = record.step.task
+    return _sealed(said)
+
+
+def _sealed(said: Mapping[str, Any]) -> bytes:
     line = json.dumps(said, separators=(",", ":")).encode()
     return line + b"\n%08x\n" % zlib.crc32(line)
+
+
+def _unsealed(data: bytes, path: str) -> Any:
+    line, _, tail = data.partition(b"\n")
+    if tail != b"%08x\n" % zlib.crc32(line):
+        raise FormatError(f"{path} is damaged: it does not match its own checksum.")
+    return json.loads(line)
 
 
 def from_bytes(data: bytes, path: str) -> Record:
@@ -169,13 +182,62 @@ def from_bytes(data: bytes, path: str) -> Record:
     Raises:
         FormatError: it is damaged, or no record.
     """
-    line, _, tail = data.partition(b"\n")
-    if tail != b"%08x\n" % zlib.crc32(line):
-        raise FormatError(f"{path} is damaged: it does not match its own checksum.")
     try:
-        return _record(json.loads(line))
+        return _record(_unsealed(data, path))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} is no record of a step that this jaxshard reads.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Return of a run to an earlier step, recorded until the first save after it.
+
+    Attributes:
+        prefix: of the job.
+        to: the step that was restored.
+        line: the line of the next save.
+    """
+
+    prefix: str
+    to: StepName
+    line: Line
+
+    @property
+    def file_name(self) -> str:
+        """Its file in ``FOLDER``."""
+        return f"{_ROLLBACK}{self.prefix}{WHOLE}"
+
+    def to_bytes(self) -> bytes:
+        """Return the contents of its file."""
+        to, line = self.to, self.line
+        return _sealed(
+            {
+                "version": VERSION,
+                "prefix": self.prefix,
+                "to": [to.epoch, to.step, to.task],
+                "order": line.order,
+                "left": list(line.left),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str) -> Rollback:
+        """Return the rollback stored in ``data``.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        try:
+            said = _unsealed(data, path)
+            epoch, step, task = map(_whole, said["to"])
+            return cls(str(said["prefix"]), StepName(epoch, step, task), _line(said))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise FormatError(f"{path} is not a rollback that this jaxshard reads.") from error
+
+
+def is_rollback_file(name: str) -> bool:
+    """Return True if ``name`` is that of a rollback's file."""
+    return name.startswith(_ROLLBACK) and name.endswith(WHOLE)
 
 
 def _record(said: Any) -> Record:

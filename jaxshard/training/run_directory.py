@@ -3,6 +3,7 @@
     output/checkpoint …, output/strategy      what others read: see ``naming``
     output/.jaxshard/1_10.json                the record of a step: see ``records``
     output/.jaxshard/1_10.saving/             a step on its way, as it will lie in ``output``
+    output/.jaxshard/rollback-llama.json      a return to an earlier step, until the next save
     output/.jaxshard/strategy-5e1f…/          who held what, one folder for each layout
     output/.jaxshard/removed/                 what is being deleted
 
@@ -26,7 +27,7 @@ from ..errors import FormatError, StorageError
 from ..storage.fs import fsync_dir, write_file_atomic
 from . import naming, records
 from .naming import StepName
-from .records import Record
+from .records import Record, Rollback
 
 _OURS = re.compile(r"rank_\d+|iteration_\d+")
 WAIT_S = 10.0  # for another writer: the job before may be about to end
@@ -123,6 +124,20 @@ def read_record(places: Places, step: StepName, state: str = records.WHOLE) -> R
     if record.step != step:
         raise FormatError(f"{name} is the record of step {record.step}.")
     return record
+
+
+def rollbacks_in(places: Places) -> list[Rollback]:
+    """Return the rollbacks after which nothing has been saved; damaged files are ignored.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    found = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for name in filter(records.is_rollback_file, sorted(os.listdir(places.own))):
+            with suppress(OSError, FormatError):
+                found.append(Rollback.from_bytes((places.own / name).read_bytes(), name))
+    return found
 
 
 class Unreadable(FormatError):

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from .commit_step import commit, drop_unused_strategies, recover, remove
 from .latest import point_at
 from .naming import StepName
 from .policy import Line, expired, following
-from .records import MOVING, REMOVED, WHOLE, Record, strategy_folder
+from .records import MOVING, REMOVED, WHOLE, Record, Rollback, strategy_folder
 from .restore_state import lay_out
 from .run_directory import Places, check_units, only_writer, replace_file
 from .snapshot import How, Snapshot
@@ -102,6 +103,7 @@ def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
             record = replace(record, replaces=check_free(job, record.units))
             job.snapshot.check_still()
             commit(places, record, durable=job.durable)
+            _drop_rollback(places, job.wish.prefix)
         except BaseException:
             _clear(places, job.wish.step)
             raise
@@ -157,9 +159,46 @@ def _guessed(steps: list[Step], global_step: int) -> Line | None:
 
     The last one of the newest step's past that has a smaller number.
     """
-    newest = max((s.line for s in steps), key=lambda line: line.order, default=Line())
-    past, _ = past_of(steps, newest)
-    return next((s.line for s in reversed(past) if s.global_step < global_step), None)
+    past = (s for s in reversed(steps) if s.record and not s.left)
+    return next((s.line for s in past if s.global_step < global_step), None)
+
+
+def record_rollback(
+    places: Places, prefix: str, to: StepName, line: Line, *, durable: bool
+) -> None:
+    """Record that the run goes on from ``to``, until its next save records that itself.
+
+    Otherwise a run that crashes before that save would resume from a newer step, which it left.
+
+    Args:
+        places: the run's directory.
+        prefix: of the job.
+        to: the step that was restored.
+        line: the line of that step.
+        durable: fsync.
+
+    Raises:
+        StorageError: the disk refused, or another writer is at work.
+    """
+    with only_writer(places, durable=durable):
+        steps = [s for s in find_steps(places) if s.record]
+        newer = [s for s in of_prefix(steps, prefix) if s.line.order > line.order]
+        order = max((s.line.order for s in steps), default=0)
+        rollback = Rollback(prefix, to, following(line, order))
+        path = places.own / rollback.file_name
+        try:
+            if newer:
+                replace_file(path, rollback.to_bytes(), durable=durable)
+            else:
+                path.unlink(missing_ok=True)  # the run returned to what a rollback had left
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _drop_rollback(places: Places, prefix: str) -> None:
+    """Remove the record of a rollback, which a save by the run has replaced."""
+    with suppress(OSError):  # the order of the save is no smaller, so a rollback that stays is void
+        (places.own / Rollback(prefix, StepName(0, 0), Line()).file_name).unlink()
 
 
 def _say_what_is_left(name: StepName, steps: Iterable[Step], line: Line, after: Line) -> None:

@@ -29,8 +29,8 @@ from ..errors import FormatError, LayoutError, StorageError, format_list
 from . import naming
 from .naming import StepName
 from .policy import Line
-from .records import MOVING, REMOVED, WHOLE, Record
-from .run_directory import Places, names_in, read_record
+from .records import MOVING, REMOVED, WHOLE, Record, Rollback
+from .run_directory import Places, names_in, read_record, rollbacks_in
 
 State = Literal["complete", "incomplete", "corrupt", "partial"]
 
@@ -96,7 +96,7 @@ def find_steps(places: Places) -> list[Step]:
     for tries in range(_TRIES):
         try:
             before = _records_in(places)
-            found = _found(places)
+            found, rollbacks = _found(places), rollbacks_in(places)
             after = _records_in(places)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and tries < _TRIES - 1:
@@ -107,7 +107,7 @@ def find_steps(places: Places) -> list[Step]:
         if after == before:
             break
         time.sleep(0.0005 * tries)  # or a writer that saves all the time is always in between
-    return _in_order(found)
+    return _in_order(found, rollbacks)
 
 
 def of_one_job(steps: Iterable[Step], prefix: str) -> list[Step]:
@@ -143,8 +143,8 @@ def past_of(steps: Iterable[Step], line: Line) -> tuple[list[Step], list[Step]]:
 # --- in which order ------------------------------------------------------------------------
 
 
-def _in_order(found: list[Step]) -> list[Step]:
-    known = _by_line([step for step in found if step.record])
+def _in_order(found: list[Step], rollbacks: list[Rollback]) -> list[Step]:
+    known = _by_line([step for step in found if step.record], rollbacks)
     others = sorted((step for step in found if not step.record), key=lambda step: step.name)
     ordered = []
     while known and others:
@@ -152,18 +152,28 @@ def _in_order(found: list[Step]) -> list[Step]:
     return [*known, *others, *reversed(ordered)]
 
 
-def _by_line(recorded: list[Step]) -> list[Step]:
-    """What was left behind, and then what the newest step of each job grew from."""
-    several = len({step.prefix for step in recorded if step.prefix}) > 1
+def _by_line(recorded: list[Step], rollbacks: list[Rollback]) -> list[Step]:
+    """Sort by save order, with the steps that each job left behind first."""
+    prefixes = {step.prefix for step in recorded if step.prefix}
+    only = next(iter(prefixes), "") if len(prefixes) < 2 else ""
     jobs: dict[str, list[Step]] = {}
     for step in recorded:
-        jobs.setdefault(step.prefix if several else "", []).append(step)
+        jobs.setdefault(step.prefix if len(prefixes) > 1 else only, []).append(step)
     every_left: list[Step] = []
     every_past: list[Step] = []
-    for steps in jobs.values():
+    for prefix, steps in jobs.items():
         newest = max(steps, key=_when)
-        past, left = past_of(steps, newest.line)
-        every_left += [_left_behind(step, newest) for step in left]
+        line, reason = (
+            newest.line,
+            f"left behind: {newest.name} was saved later, from an earlier step",
+        )
+        for rollback in rollbacks:
+            # names of Checkpoint-2.0 folders have no prefix
+            is_ours = rollback.prefix == prefix or not prefixes
+            if is_ours and rollback.line.order > line.order:
+                line, reason = rollback.line, f"left behind: the run went back to {rollback.to}"
+        past, left = past_of(steps, line)
+        every_left += [replace(step, left=True, reason=step.reason or reason) for step in left]
         every_past += past
     every_past.sort(key=_when)
     return every_left + every_past
@@ -171,11 +181,6 @@ def _by_line(recorded: list[Step]) -> list[Step]:
 
 def _when(step: Step) -> tuple[int, StepName]:
     return step.line.order, step.name
-
-
-def _left_behind(step: Step, newest: Step) -> Step:
-    reason = f"left behind: {newest.name} was saved later, from an earlier step"
-    return replace(step, left=True, reason=step.reason or reason)
 
 
 def _is_newer(other: Step, ours: Step) -> bool:

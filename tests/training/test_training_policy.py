@@ -179,6 +179,7 @@ class Run:
         )
         self.values: dict[int, float] = {}  # of the steps on the disk
         self.newest: tuple[int, float] | None = None  # what a restart resumes from
+        self.went_back: tuple[int, float] | None = None  # to a step that was named
         self.good, self.since = None, 0.0  # the step that the loop's state is on the disk as
         self.step, self.version = 1, 0
         self.highest: int | None = None
@@ -197,18 +198,21 @@ class Run:
     def maybe_save(self) -> None:
         self.version += 1
         value, due = float(self.version), self.expected()
+        self._goes_on()
         assert self.manager.maybe_save(self.step, _state(value)) == due
         if due:
             self._saved(value)
 
     def save(self) -> None:
         self.version += 1
+        self._goes_on()
         self.manager.save(self.step, _state(float(self.version)))
         self._saved(float(self.version))
 
     def fail(self) -> None:
         due = self.expected()
         self.manager.wait()
+        self._goes_on()
         with _no_room():
             assert self.manager.maybe_save(self.step, _state(-1.0)) == due
             self.manager.wait()
@@ -216,6 +220,7 @@ class Run:
             self.highest = self.step
 
     def reject(self) -> None:
+        self._goes_on()
         with pytest.raises(LayoutError):
             self.manager.save(self.step, _state(-1.0), extras={"x": object()})
 
@@ -226,6 +231,7 @@ class Run:
         found = self.manager.restore(_state(0), step=step, verify=True)
         want = self.newest if step is None else (step, self.values[step])
         assert (found.step, float(found.state["params"]["w"][0])) == want
+        self.went_back = want if step is not None else None
         self.good, self.since = found.step, self.clock.now
         self.step = self.highest = found.step
 
@@ -236,6 +242,11 @@ class Run:
 
     def back(self) -> None:
         self.step = max(1, self.step - self.chance.randrange(3))
+
+    def _goes_on(self) -> None:
+        """The loop goes on from the step that it restored: a restart resumes from there."""
+        if self.went_back is not None:
+            self.newest, self.went_back = self.went_back, None
 
     def _saved(self, value: float) -> None:
         self.values[self.step] = value

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from training_states import OPTIMIZER, SHAPES, described, lies_as, mesh, same, state
 
 from jaxshard.errors import LayoutError, NotFoundError
-from jaxshard.training import CheckpointManager, policy
+from jaxshard.training import CheckpointManager, policy, run_directory
 from jaxshard.training.policy import Line
 
 FORMATS = ("ranks", "iteration", "huggingface", "orbax")
@@ -335,3 +335,81 @@ def test_a_single_device_is_no_guess(tmp_path):
     assert all(a.sharding.is_equivalent_to(lone, a.ndim) for a in found.values())
     on_mesh = NamedSharding(mesh(2, 4), P())
     assert not any(a.sharding.is_equivalent_to(on_mesh, a.ndim) for a in found.values())
+
+
+# --- a run that went back, and crashed before it saved again -------------------------------------
+
+
+@pytest.mark.parametrize("format", ["ranks", "iteration"])
+def test_a_run_that_went_back_and_crashed_before_a_save_resumes_from_where_it_went_back_to(
+    tmp_path, format, caplog
+):
+    _saved(tmp_path, 10, 20, 30, 40, format=format)
+    loop = _manager(tmp_path, format=format, save_every_steps=10)
+    loop.restore(_number(0), step=30)
+    assert not loop.maybe_save(31, _number(31))  # and now it crashes
+    again = _manager(tmp_path, format=format, save_every_steps=10)
+    assert _names(again) == ["1_40", "1_10", "1_20", "1_30"]
+    assert again.steps()[0].reason == "left behind: the run went back to 1_30"
+    assert (again.latest_step(), again.restore(_number(0)).step) == (30, 30)
+    assert "instead of 1_40, which the run left behind" in caplog.text
+    assert not again.maybe_save(31, _number(31))
+    again.save(32, _number(32))
+    assert _names(again) == ["1_40", "1_10", "1_20", "1_30", "1_32"]
+    assert not list((tmp_path / ".jaxshard").glob("*rollback*"))
+
+
+def test_a_step_that_is_restored_to_be_evaluated_changes_nothing_in_the_run(tmp_path):
+    _saved(tmp_path, 10, 20)
+    before = sorted(tmp_path.rglob("*"))
+    _manager(tmp_path, save_every_steps=10).restore(_number(0), step=10)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert _restored(tmp_path) == 20
+
+
+def test_a_run_that_returns_to_a_step_that_it_had_gone_back_from_resumes_from_that_step(tmp_path):
+    _saved(tmp_path, 10, 20)
+    for step in (10, 20):
+        loop = _manager(tmp_path, save_every_steps=10)
+        loop.restore(_number(0), step=step)
+        loop.maybe_save(step + 1, _number(step + 1))
+        assert _restored(tmp_path) == step
+
+
+def test_the_rollback_of_one_job_is_none_of_another(tmp_path):
+    _saved(tmp_path, 10, 20)
+    _saved(tmp_path, 11, 21, prefix="other")
+    loop = _manager(tmp_path, save_every_steps=10)
+    loop.restore(_number(0), step=10)
+    loop.maybe_save(11, _number(11))
+    assert (_restored(tmp_path), _restored(tmp_path, prefix="other")) == (10, 21)
+    _saved(tmp_path, 31, prefix="other")
+    assert _restored(tmp_path) == 10
+
+
+def test_a_loop_that_starts_without_its_manager_grows_from_the_step_it_went_back_to(tmp_path):
+    _saved(tmp_path, 10, 20)
+    loop = _manager(tmp_path, save_every_steps=10)
+    loop.restore(_number(0), step=10)
+    loop.maybe_save(11, _number(11))
+    again = _manager(tmp_path)
+    again.save(25, _number(25))
+    assert [str(s.name) for s in again.steps() if s.left] == ["1_20"]
+
+
+def test_a_rollback_that_cannot_be_recorded_is_logged_and_training_goes_on(
+    tmp_path, monkeypatch, caplog
+):
+    _saved(tmp_path, 10, 20)
+    loop = _manager(tmp_path, save_every_steps=10)
+    loop.restore(_number(0), step=10)
+    monkeypatch.setattr(run_directory, "WAIT_S", 0.1)
+    with run_directory.only_writer(run_directory.Places.of(tmp_path)):
+        assert not loop.maybe_save(11, _number(11))
+    assert "went back to step 1_10 is not recorded: another writer" in caplog.text
+
+
+def test_a_damaged_record_of_a_rollback_is_ignored(tmp_path):
+    _saved(tmp_path, 10, 20)
+    (tmp_path / ".jaxshard/rollback-llama.json").write_bytes(b"{}\n00000000\n")
+    assert _restored(tmp_path) == 20
