@@ -129,9 +129,9 @@ def replaceable(
         )
     if not claim.owns(step):
         raise LayoutError(
-            f"{places.root} has a step {step} ({format_list(there)}) that this manager neither saved "
-            "nor restored. Restore a step first to continue that job, give another directory, or "
-            "replace it with overwrite=True."
+            f"{places.root} has a step {step} ({format_list(there)}) that this manager neither "
+            "saved nor restored. Restore a step first to continue that job, give another "
+            "directory, or replace it with overwrite=True."
         )
     return there
 

@@ -30,7 +30,7 @@ from ..core.layout import Layout
 from ..core.strategy import Strategy
 from ..distributed.barriers import DEFAULT_TIMEOUT_S
 from ..errors import LayoutError, StorageError
-from ..formats.registry import STEP_FORMATS
+from ..formats.registry import FORMATS, STEP_FORMATS
 from ..storage.resources import budget_for
 from . import naming, records
 from .background import Background
@@ -451,7 +451,7 @@ def _task(job: Job, claim: Claim) -> int:
     if job.kind == "iteration":
         return 0  # the names of its folders have no place for one
     folders = (naming.CHECKPOINT, *job.copies)
-    ranks = job.wish.layout.num_ranks if job.kind == "ranks" else 0
+    ranks = job.wish.layout.num_ranks if FORMATS[job.kind].is_cut else 0
     return task_for(job.places, job.wish.prefix, job.wish.step, folders, ranks, claim)
 
 
