@@ -191,7 +191,6 @@ def sample(
     repeats: int = 1,
     check: bool = False,
     watch: bool = False,
-    io: str | None = None,
     gpu: bool = False,
     touch_bytes: int = 0,
 ) -> Result:
@@ -202,8 +201,6 @@ def sample(
     ours = _GPU if gpu else _ENVIRONMENT
     environment = {**os.environ, **ours, "PYTHONPATH": str(measure.ROOT)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled, too
-    if io:
-        environment["JAXSHARD_IO"] = io
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "no words").splitlines()[-1])
@@ -252,15 +249,11 @@ def check_ours(folder: Path, aligned: Path) -> None:
     """Every way that jaxshard reads gives what the file holds; AssertionError if not."""
     from loaders import IN_PLACE, OURS
 
-    for method, where, io in (
-        (OURS, folder, None),
-        (OURS, folder, "mmap"),
-        (IN_PLACE, aligned, None),
-    ):
+    for method, where in ((OURS, folder), (IN_PLACE, aligned)):
         try:
-            sample(method, where, check=True, io=io)
+            sample(method, where, check=True)
         except RuntimeError as error:
-            raise AssertionError(f"{method} (JAXSHARD_IO={io}): {error}") from None
+            raise AssertionError(f"{method}: {error}") from None
 
 
 def memory(methods: Sequence[str], folder: Path, model: Llama) -> Result:
@@ -407,7 +400,6 @@ def cpu_report(model: Llama, rounds: int, options: argparse.Namespace) -> Result
         timed = [BASELINE, OURS] if options.smoke else good  # the others have run once, too
         there = {"touch_bytes": touch_bytes}
         cases = {m: _case(m, folder, **there) for m in timed}
-        cases["jaxshard, JAXSHARD_IO=mmap"] = _case(OURS, folder, io="mmap", **there)
         cases["jaxshard, mmap=True, aligned files"] = _case(IN_PLACE, aligned, **there)
         taken_back = {m: _case(m, folder) for m in (BASELINE, OURS)}
         again = {m: _case(m, folder, repeats=5, **there) for m in (BASELINE, OURS)}

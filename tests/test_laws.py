@@ -26,6 +26,7 @@ from jaxshard.errors import CoverageError, LayoutError
 from jaxshard.planning.outputs import Outputs, arrange
 from jaxshard.planning.plan import Plan, make_plan
 from jaxshard.storage import engine, file_to_file
+from jaxshard.storage.io import Sink, Source
 from jaxshard.storage.resources import Budget, Counts
 
 COUNTED = tuple(f.name for f in fields(Counts))
@@ -35,7 +36,7 @@ ONE_THREAD = Budget(1, MB)
 QUICK = js.Options(durable=False, workers=2)
 
 
-class Carried:
+class Carried(Source, Sink):
     """A plan carried out in memory: what every rank got, and how often each byte was written."""
 
     def __init__(
@@ -57,11 +58,7 @@ class Carried:
                 self.times[rank, entry.tensor.name] = np.zeros(entry.num_bytes, int)
         moves = list(plan.journeys())
         order(moves)
-        if by is engine:
-            ends, more = (self.read, self.write), {"write_bundle": self.write_bundle}
-        else:
-            ends, more = (self, self), {}
-        self.counts: Counts = by.run(moves, *ends, budget=budget, **more)
+        self.counts: Counts = by.run(moves, self, self, budget=budget)
 
     def read(self, piece, offset, buffer):
         self.reads[piece.file] += 1

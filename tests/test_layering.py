@@ -34,8 +34,8 @@ APPS = 5
 #: May import JAX when called, and only then.
 INSIDE_FUNCTIONS = {"cli.demo", "mapping.arrays", "distributed.barriers"}
 #: Import JAX, and so are themselves imported only when such a checkpoint is met.
-DEVICE_FORMATS = {"formats.orbax", "formats.orbax_items"}
-WITH_ORBAX = ("formats.orbax",)
+DEVICE_FORMATS = {"formats.orbax", "formats.orbax_items", "storage.orbax_source"}
+WITH_ORBAX = ("formats.orbax", "storage.orbax_source")
 
 
 def modules() -> dict[str, Path]:

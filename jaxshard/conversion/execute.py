@@ -18,7 +18,8 @@ from ..distributed.partition import Part
 from ..errors import CoverageError, LayoutError, StorageError
 from ..planning.plan import Plan
 from ..storage import file_to_file, side_files
-from ..storage.readers import OpenSource, open_source
+from ..storage.io import Source
+from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
 from ..storage.shared_transaction import PartStaging
 from ..storage.strategy_folder import put_beside
@@ -108,7 +109,7 @@ def execute(
 def _write(
     plan: Plan,
     result: Result,
-    source: OpenSource,
+    source: Source,
     staging: Staging | PartStaging,
     budget: Budget,
     tell: Progress | None,

@@ -11,20 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from ..core.numpy_dtypes import Conversion, numpy_dtype
+from ..core.catalog import Tensor
+from ..core.numpy_dtypes import numpy_dtype
 from ..planning.copies import TensorCopy
 from ..planning.plan import Plan
-from ..storage.engine import run
-from ..storage.readers import OpenSource
+from ..storage.engine import HostArrays, run
+from ..storage.io import Source
 from ..storage.resources import Budget, Counts
 
 
 def write_orbax(
     plan: Plan,
-    source: OpenSource,
+    source: Source,
     place: Path,
     budget: Budget,
     progress: Callable[[int], None] | None = None,
@@ -44,32 +44,26 @@ def write_orbax(
     later = {}
     for move in plan.moves():
         tensor = plan.source.tensors[move.name]
-        conversion = Conversion(tensor.dtype, numpy_dtype(tensor.dtype))
-        read = partial(reader.read, move, conversion, tensor.shape)
-        later[move.name] = LazyArray(tensor.shape, conversion.dtype, read)
+        read = partial(reader.read, move, tensor)
+        later[move.name] = LazyArray(tensor.shape, numpy_dtype(tensor.dtype), read)
     write_streaming(place, later)
     return reader.counts
+
+
+class _Array(HostArrays):
+    is_memory = False  # the counts are those of the plan, which is of files
 
 
 @dataclass
 class _Reader:
     """Reads tensors whole, and counts."""
 
-    source: OpenSource
+    source: Source
     budget: Budget
     progress: Callable[[int], None] | None
     counts: Counts = field(default_factory=Counts)
 
-    def read(
-        self, move: TensorCopy, conversion: Conversion, shape: tuple[int, ...]
-    ) -> NDArray[Any]:
-        out = np.empty(conversion.num_bytes(shape), np.uint8)
-
-        def fill(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-            conversion.fill(out, offset, np.frombuffer(buffer, np.uint8))
-            return 1
-
-        self.counts += run(
-            [move], self.source.read, fill, budget=self.budget, progress=self.progress
-        )
-        return out.view(conversion.dtype).reshape(shape)
+    def read(self, move: TensorCopy, tensor: Tensor) -> NDArray[Any]:
+        into = _Array([(tensor.name, tensor.dtype, tensor.shape)])
+        self.counts += run([move], self.source, into, budget=self.budget, progress=self.progress)
+        return into.arrays()[tensor.name]

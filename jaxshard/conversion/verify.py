@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from ..planning.cells import are_disjoint
 from ..planning.copies import TensorCopy, check_covered, move_into
 from ..planning.plan import remedy
 from ..storage.engine import run
-from ..storage.readers import OpenSource, open_source
+from ..storage.io import Sink, Source
+from ..storage.readers import open_source
 from ..storage.resources import Budget
 
 _ONE = "Fetch both again, or move the wrong one away: one replica is enough."
@@ -42,21 +43,45 @@ class Verdict:
     unchecked: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _Differences:
-    """The first difference of each tensor, gathered from many threads."""
+class _Comparison(Sink):
+    """Compares blocks with the bytes of another source; keeps each tensor's first difference."""
 
-    found: dict[str, str] = field(default_factory=dict)
-    bytes_compared: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, catalog: Catalog, source: Source) -> None:
+        """Compare with the pieces of ``catalog``, which ``source`` reads."""
+        self._catalog, self._source = catalog, source
+        self._found: dict[str, str] = {}
+        self.bytes_compared = 0
+        self._lock = threading.Lock()
 
-    def add(self, name: str, what: str) -> None:
-        with self.lock:
-            self.found.setdefault(name, what)
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
+        """Compare ``buffer`` with every piece that stores the same box."""
+        pieces, numbers = self._catalog.tensors[move.name].pieces, move.targets[target].ranks
+        for piece in (pieces[number] for number in numbers):
+            different = _first_difference(self._source, piece, piece.offset + offset, buffer)
+            if different is not None:
+                what = self._describe(move, piece, _element(move, target, offset + different))
+                with self._lock:
+                    self._found.setdefault(move.name, what)
+        with self._lock:
+            self.bytes_compared += len(buffer) * len(numbers)
+        return 1
 
-    def count(self, num_bytes: int) -> None:
-        with self.lock:
-            self.bytes_compared += num_bytes
+    def problems(self) -> tuple[str, ...]:
+        """Return the first difference of each tensor, by name."""
+        return tuple(self._found[name] for name in sorted(self._found))
+
+    def _describe(self, move: TensorCopy, piece: StoredShard, at: tuple[int, ...]) -> str:
+        path = self._catalog.files[piece.file].path
+        return (
+            f"{move.name}: the values differ, first at element {at} ({path} of "
+            f"{self._catalog.root})."
+        )
+
+
+class _ReplicaComparison(_Comparison):
+    def _describe(self, move: TensorCopy, piece: StoredShard, at: tuple[int, ...]) -> str:
+        both = (self._catalog.files[p.file].path for p in (_read_at(move, at), piece))
+        return f"{move.name} differs between {' and '.join(both)}. {_ONE}"
 
 
 def verify(
@@ -93,30 +118,16 @@ def _compare_replicas(
 ) -> tuple[Verdict, tuple[str, ...]]:
     """What differs, and the files that have no checksum of their own: their bytes are read once."""
     catalog = _stored(catalog)
-    seen = _Differences()
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
     files = open_source(catalog)
-
-    def compare(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-        pieces = catalog.tensors[move.name].pieces
-        numbers = move.targets[target].ranks
-        for piece in (pieces[number] for number in numbers):
-            different = _first_difference(files, piece, piece.offset + offset, buffer)
-            if different is not None:
-                at = _element(move, target, offset + different)
-                both = (catalog.files[p.file].path for p in (_read_at(move, at), piece))
-                seen.add(move.name, f"{move.name} differs between {' and '.join(both)}. {_ONE}")
-        seen.count(len(buffer) * len(numbers))
-        return 1
-
+    seen = _ReplicaComparison(catalog, files)
     try:
         without = files.check_checksums()
-        run(moves, files.read, compare, budget=budget, progress=progress)
+        run(moves, files, seen, budget=budget, progress=progress)
         files.check_unchanged()
     finally:
         files.close()
-    told = tuple(seen.found[n] for n in sorted(seen.found))
-    verdict = Verdict(len(catalog.tensors), seen.bytes_compared, told, catalog.notes)
+    verdict = Verdict(len(catalog.tensors), seen.bytes_compared, seen.problems(), catalog.notes)
     return verdict, without
 
 
@@ -141,44 +152,27 @@ def verify_against(
         catalog, other = other, catalog  # the one that is carried may be; the other is read as is
     found = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
     problems, broken = [text for _, text in found], {name for name, _ in found}
-    seen = _Differences()
     here, there = open_source(catalog), open_source(other)
-    in_other: dict[str, tuple[StoredShard, ...]] = {}
+    seen = _Comparison(other, there)
 
     def moves() -> Iterator[TensorCopy]:
         for tensor in _in_both(catalog, other):
             if tensor.name not in broken:
-                pieces = in_other[tensor.name] = other.tensors[tensor.name].pieces
                 boxes: dict[Box, tuple[int, ...]] = {}
-                for i, piece in enumerate(pieces):  # replicas too: each is compared
+                for i, piece in enumerate(other.tensors[tensor.name].pieces):  # replicas too
                     boxes[piece.box] = (*boxes.get(piece.box, ()), i)
                 yield move_into(tensor, boxes)
-
-    def compare(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-        for number in move.targets[target].ranks:
-            piece = in_other[move.name][number]
-            different = _first_difference(there, piece, piece.offset + offset, buffer)
-            if different is not None:
-                at = _element(move, target, offset + different)
-                path = other.files[piece.file].path
-                seen.add(
-                    move.name,
-                    f"{move.name}: the values differ, first at element {at} "
-                    f"({path} of {other.root}).",
-                )
-            seen.count(len(buffer))
-        return 1
 
     try:
         here.check_checksums()
         there.check_checksums()
-        run(moves(), here.read, compare, budget=budget, progress=progress)
+        run(moves(), here, seen, budget=budget, progress=progress)
         here.check_unchanged()
         there.check_unchanged()
     finally:
         here.close()
         there.close()
-    told = (*problems, *(seen.found[n] for n in sorted(seen.found)))
+    told = (*problems, *seen.problems())
     return Verdict(len(catalog.tensors), seen.bytes_compared, told, (*catalog.notes, *other.notes))
 
 
@@ -313,7 +307,7 @@ def _in_both(a: Catalog, b: Catalog) -> Iterable[Tensor]:
 
 
 def _first_difference(
-    files: OpenSource, piece: StoredShard, offset: int, buffer: memoryview
+    files: Source, piece: StoredShard, offset: int, buffer: memoryview
 ) -> int | None:
     theirs = np.empty(len(buffer), np.uint8)
     files.read(piece, offset, theirs.data)

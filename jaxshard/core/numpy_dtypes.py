@@ -21,6 +21,7 @@ from ..errors import LayoutError
 from .dtypes import BY_NUMPY, OF_ARRAYS, DType
 
 NumpyDType = np.dtype[np.generic]
+Bytes = NDArray[np.uint8]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 

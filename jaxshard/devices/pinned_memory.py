@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
+from ..core.numpy_dtypes import Bytes
 from .host_memory import region
 
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: for all contexts, so for all devices
@@ -90,8 +89,6 @@ def _context(driver: ctypes.CDLL, ordinal: int) -> ctypes.c_void_p | None:
 
 
 # --- Staging: host memory that shards pass through on their way to a device, used again and again
-
-Bytes = NDArray[np.uint8]
 
 ARENA_BYTES = 64 << 20
 _ALIGNMENT = 64

@@ -4,15 +4,13 @@
     default/_METADATA …                a step of a CheckpointManager has its item in a folder
 
 Where an array's bytes lie in the files is Orbax's to know. So a tensor here is one piece,
-whose "file" is the tensor's number; whoever reads it asks ``orbax_restored`` for its elements.
+whose "file" is the tensor's number; ``storage.orbax_source`` reads it.
 """
 
 from __future__ import annotations
 
 import posixpath
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 from ..core.box import Box
 from ..core.catalog import Catalog, File, Model, StoredShard, Tensor, group_by_bytes
 from ..core.dtypes import DType
-from ..core.numpy_dtypes import held_as, pack
+from ..core.numpy_dtypes import held_as
 from ..errors import LayoutError
 from . import huggingface
 from .folder import ORBAX_FILES, Folder, orbax_item_folder
@@ -125,126 +123,3 @@ def load(
 def _placed(data: NDArray[np.uint32], sharding: Sharding) -> jax.Array:
     """The data of keys, which Orbax would make keys of if it put them on devices."""
     return jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
-
-
-# --- Reading a tensor like a file
-
-Bytes = NDArray[np.uint8]
-
-_HELD_BYTES = 256 << 20
-
-
-class OrbaxSource:
-    """Reads from an Orbax checkpoint as from files. Safe to use from several threads.
-
-    Attributes:
-        held_bytes: the most that is held at a time, if no tensor alone has more. It grows
-            where a tensor is wanted again that had to go: one made of several reads them in
-            turns, and restoring each of them again for every block would never end.
-    """
-
-    def __init__(
-        self,
-        catalog: Catalog,
-        held_bytes: int = _HELD_BYTES,
-        unchanged: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Read the metadata; ``unchanged`` raises if the files are not those of now any more.
-
-        Raises:
-            FormatError: Orbax cannot read it.
-        """
-        self.held_bytes, self._unchanged = held_bytes, unchanged
-        self._item, self._files = OrbaxItem(catalog.root), catalog.files
-        self._locks = [threading.Lock() for _ in self._files]
-        self._held: OrderedDict[int, Bytes | None] = OrderedDict()  # None: it is on its way
-        self._left = [file.num_bytes for file in self._files]
-        self._gone: set[int] = set()
-        self._lock = threading.Lock()
-
-    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from byte ``offset`` of the tensor that is ``piece``.
-
-        Raises:
-            FormatError: Orbax cannot read it.
-        """
-        data = self._data(piece.file, len(buffer))
-        np.frombuffer(buffer, np.uint8)[...] = data[offset : offset + len(buffer)]
-
-    def read_views(self, piece: StoredShard, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill ``views`` one after the other, from byte ``offset`` of the tensor."""
-        for view in views:
-            self.read(piece, offset, view)
-            offset += len(view)
-
-    def read_rows(self, piece: StoredShard, offsets: Iterable[int], buffer: memoryview) -> None:
-        """Fill equal parts of ``buffer``, each from one of ``offsets`` of the tensor."""
-        starts = list(offsets)
-        share = len(buffer) // max(1, len(starts))
-        for number, offset in enumerate(starts):
-            self.read(piece, offset, buffer[number * share : (number + 1) * share])
-
-    def check_unchanged(self) -> None:
-        """Refuse a result made of files that changed meanwhile (``FormatError``)."""
-        self._unchanged()
-
-    def check_checksums(self, only: Iterable[int] | None = None) -> tuple[str, ...]:
-        """Return no paths: Orbax's files check themselves when they are read."""
-        return ()
-
-    def close(self) -> None:
-        """Let go of what is held."""
-        with self._lock:
-            self._held.clear()
-
-    def _data(self, number: int, num_bytes: int) -> Bytes:
-        """All bytes of a tensor, of which ``num_bytes`` are about to be read."""
-        with self._locks[number]:
-            with self._lock:
-                data = self._held.get(number)
-                if data is not None:
-                    self._held.move_to_end(number)
-            if data is None:
-                data = self._restore(number)
-            with self._lock:
-                self._left[number] -= num_bytes
-                if self._left[number] <= 0:
-                    self._let_go(number)
-        return data
-
-    def _restore(self, number: int) -> Bytes:
-        with self._lock:
-            self._make_room(number)
-            self._held[number] = None
-        try:
-            data = self._restored(number)
-        except BaseException:
-            with self._lock:
-                self._held.pop(number, None)
-            raise
-        with self._lock:
-            self._held[number] = data
-        return data
-
-    def _make_room(self, number: int) -> None:
-        """Let those go that were not used for longest, until there is room for one more."""
-        if number in self._gone:
-            self.held_bytes *= 2
-        for other in [n for n, data in self._held.items() if data is not None]:
-            total = sum(self._files[n].num_bytes for n in (*self._held, number))
-            if total > self.held_bytes:
-                self._let_go(other)
-
-    def _let_go(self, number: int) -> None:
-        self._held.pop(number, None)
-        self._gone.add(number)
-
-    def _restored(self, number: int) -> Bytes:
-        name = self._files[number].path
-        leaf = self._item.leaves[name]
-        dtype = np.dtype(leaf.dtype)
-        arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)}
-        array = self._item.restore(arguments, wide=dtype.itemsize >= 8)[name]
-        check(name, array, tuple(leaf.shape), dtype)
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        return pack(data) if held_as(dtype, array.shape).bits == 4 else data

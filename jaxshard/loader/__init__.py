@@ -35,7 +35,7 @@ from .balanced import gathered, kept_bytes, spread
 from .memory_budget import check_dtypes, check_memory, need_of, share_out
 from .orbax_arrays import restore, restored_by_orbax
 from .participants import of_shardings, sharers
-from .read import carry, file_source
+from .read import carry
 from .requests import Job, Want, files_of, jobs
 from .small_arrays import load_small, small_of
 from .target_shardings import Devices, asked_dtype, resolve
@@ -277,17 +277,16 @@ def _read(
     budget, in_flight = share_out(need, how.host_bytes, how.workers)
     check_memory(need, budget.host_bytes, in_flight or 0)
     check_dtypes(todo, small.samples())
-    files = open_source(catalog)
+    files = open_source(catalog, mapped=how.mmap)
     try:
         without = files.check_checksums(chain(files_of(todo), small.files()))
         if how.verify:
             used = sorted({*files_of(todo), *small.files()})
             _check_sums(catalog, used, without, how.workers)
-        source = file_source(catalog, files, mmap=how.mmap)
         staging = Staging(in_flight or 0, _pin_for(todo))
         arrays: dict[int, jax.Array] = {}
-        counts = load_small(small, source, arrays, workers=budget.workers)
-        made, more = carry(todo, source, budget=budget, staging=staging, adopted=not how.owned)
+        counts = load_small(small, files, arrays, workers=budget.workers)
+        made, more = carry(todo, files, budget=budget, staging=staging, adopted=not how.owned)
         files.check_unchanged()
     finally:
         files.close()

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.numpy_dtypes import Bytes
 from .requests import Job, Want
-from .shard_memory import Bytes, as_array
+from .shard_memory import as_array
 
 Shaped = NDArray[np.generic]
 Use = Sequence[tuple[jax.Device, int]]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from ..core.catalog import Catalog
-from ..storage.readers import FolderVersions
+from ..storage.local import FolderVersions
 from ..storage.resources import Counts, default_budget
 from .memory_budget import check_dtypes, check_memory, need_of
 from .requests import Want, jobs

@@ -11,35 +11,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..core.catalog import StoredShard
 from ..core.ranges import byte_runs
 from ..planning.copies import TensorCopy
+from ..storage.io import Source
 
 WINDOW_BYTES = 256 << 20  # how far ahead: little beside the page cache, much for any disk
 _PORTIONS = 8  # in a window: what is told at once of a run of bytes that is wanted without a gap
 _GAP_BYTES = 4 << 10
 _PROBES = 32
 _SPARSE = 2  # a span of which less than one part in so many is wanted is left to the reads
-
-
-class Disk(Protocol):
-    """The files of a load, as their disk sees them."""
-
-    def is_cached(self, piece: StoredShard, offset: int) -> bool:
-        """Whether byte ``offset`` of the file that stores ``piece`` can be read without waiting."""
-        ...
-
-    def begin_reading(
-        self, piece: StoredShard, offset: int, num_bytes: int, *, before: int, ends: bool
-    ) -> None:
-        """Have the disk fetch these bytes of that file; nobody waits for them.
-
-        ``before`` bytes that lie just before were asked for as well; those that follow will
-        be unless it ``ends``.
-        """
-        ...
 
 
 @dataclass(slots=True)
@@ -67,20 +49,18 @@ class ReadingAhead:
     """A thread that stays up to ``window_bytes`` ahead of the move that was begun last."""
 
     def __init__(
-        self, moves: Sequence[TensorCopy], disk: Disk | None, *, window_bytes: int = WINDOW_BYTES
+        self, moves: Sequence[TensorCopy], source: Source, *, window_bytes: int = WINDOW_BYTES
     ) -> None:
-        self._moves, self._disk, self._window = moves, disk, window_bytes
+        self._moves, self._source, self._window = moves, source, window_bytes
         self._changed = threading.Condition()
         self._begun_bytes, self._ended = 0, False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, if there is something to wait for."""
-        if self._disk is None or _is_all_cached(self._moves, self._disk):
+        if _is_all_cached(self._moves, self._source):
             return
-        self._thread = threading.Thread(
-            target=self._work, args=(self._disk,), name="jaxshard ahead"
-        )
+        self._thread = threading.Thread(target=self._work, name="jaxshard prefetch")
         self._thread.start()
 
     def reached(self, move: TensorCopy) -> None:
@@ -98,7 +78,7 @@ class ReadingAhead:
                 self._changed.notify()
             self._thread.join()
 
-    def _work(self, disk: Disk) -> None:
+    def _work(self) -> None:
         told_bytes = 0
         for part in portions(self._moves, self._window // _PORTIONS):
             with self._changed:
@@ -106,7 +86,7 @@ class ReadingAhead:
                     self._changed.wait()
             if self._ended:
                 return
-            disk.begin_reading(
+            self._source.prefetch(
                 part.piece, part.offset, part.num_bytes, before=part.before, ends=part.ends
             )
             told_bytes = part.told_bytes
@@ -170,12 +150,12 @@ def _num_bytes(move: TensorCopy) -> int:
     return sum(target.box.size for target in move.targets) * move.unit_bytes
 
 
-def _is_all_cached(moves: Sequence[TensorCopy], disk: Disk) -> bool:
+def _is_all_cached(moves: Sequence[TensorCopy], source: Source) -> bool:
     """By a look at a few places in all the files."""
     some = moves[:: max(1, len(moves) // _PROBES)]
     places = (span for move in some for span in spans(move))
     return all(
-        disk.is_cached(piece, at)
+        source.is_cached(piece, at)
         for piece, offset, num_bytes in places
         for at in (offset, offset + num_bytes - 1)
     )

@@ -7,51 +7,24 @@ is bounded and used again: a thread that needs more of it waits for one to be pl
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 
-from ..core.catalog import Catalog, StoredShard
+from ..core.numpy_dtypes import Bytes
 from ..core.ranges import byte_runs
 from ..devices.pinned_memory import Staging
-from ..errors import LayoutError
 from ..planning.copies import TensorCopy
-from ..storage.engine import ReadPlaces, run
-from ..storage.mapped_files import MappedFiles
-from ..storage.readers import OpenSource, SourceFiles
+from ..storage.engine import run
+from ..storage.io import Sink, Source
+from ..storage.readers import MappedFiles
 from ..storage.resources import Budget, Counts
-from ..storage.vectored_io import ReadRows
 from .make_arrays import adopts, is_kept, place
-from .prefetch_thread import Disk, ReadingAhead
+from .prefetch_thread import ReadingAhead
 from .requests import Job
-from .shard_memory import Bytes, JobMemory, is_aligned, staged_bytes
-
-Read = Callable[[StoredShard, int, memoryview], None]
-Lend = Callable[[StoredShard, int, int], memoryview | None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where bytes come from.
-
-    Attributes:
-        read: fills memory from a file.
-        lend: gives bytes where they already lie in memory.
-        rows: fills memory from many places in a file.
-        scatter: fills many places in memory from one in a file.
-        disk: is told what will be read; None where nothing would come of it.
-        given: shards of a job that need not be filled, by number.
-    """
-
-    read: Read
-    lend: Lend | None = None
-    rows: ReadRows | None = None
-    scatter: ReadPlaces | None = None
-    disk: Disk | None = None
-    given: Callable[[Job], dict[int, Bytes]] = field(default=lambda job: {})
+from .shard_memory import JobMemory, is_aligned, staged_bytes
 
 
 def carry(
@@ -75,24 +48,13 @@ def carry(
     """
     carried = _Carried(jobs, source, staging or Staging(0), adopted=adopted)
     try:
-        counts = run(
-            carried.moves(),
-            source.read,
-            carried.write,
-            budget=budget,
-            progress=progress,
-            place=carried.place,
-            lend=source.lend,
-            rows=source.rows,
-            scatter=source.scatter,
-            stopped=carried.stop,
-        )
+        counts = run(carried.moves(), source, carried, budget=budget, progress=progress)
     finally:
         carried.close()
     return carried.arrays(), counts
 
 
-class _Carried:
+class _Carried(Sink):
     """The jobs of one load: those not begun, in flight, and done.
 
     Raises:
@@ -100,17 +62,23 @@ class _Carried:
         LayoutError: a shard would cut through a byte of a packed dtype.
     """
 
+    is_memory = True
+
     def __init__(
         self, jobs: Sequence[Job], source: Source, staging: Staging, *, adopted: bool
     ) -> None:
         self._jobs, self._staging, self._adopted = jobs, staging, adopted
-        given = [source.given(job) for job in jobs]
+        mapped = source if isinstance(source, MappedFiles) else None
+        given = [in_place(job, mapped) if mapped else {} for job in jobs]
         self._todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
         self._memory: dict[str, JobMemory] = {}
         self._done: dict[str, list[jax.Array]] = {}
         self._lock = threading.Lock()
-        self._ahead = ReadingAhead([move for *_, move in self._todo if move], source.disk)
-        self.stop = staging.stop
+        self._ahead = ReadingAhead([move for *_, move in self._todo if move], source)
+
+    def stop(self) -> None:
+        """Wake the threads that wait for memory."""
+        self._staging.stop()
 
     def moves(self) -> Iterator[TensorCopy]:
         """The journeys, each once there is memory for it."""
@@ -168,37 +136,6 @@ class _Carried:
         return None if staged is None else JobMemory(job, given, staged)
 
 
-# --- Sources: how the bytes of a load are got at, decided before the first is read
-
-IO_VARIABLE = "JAXSHARD_IO"
-
-
-def file_source(catalog: Catalog, files: OpenSource, *, mmap: bool) -> Source:
-    """The source that reads ``files``, the open files of ``catalog``.
-
-    Raises:
-        LayoutError: the environment asks for a way of reading that there is not.
-    """
-    asked = os.environ.get(IO_VARIABLE, "pread")
-    if asked not in ("pread", "mmap"):
-        raise LayoutError(f"{IO_VARIABLE}={asked!r}: set it to pread or mmap, or not at all.")
-    disk = files if isinstance(files, SourceFiles) else None
-    if disk is None:
-        return Source(files.read, rows=files.read_rows)
-    if not mmap and asked == "pread":
-        return Source(files.read, rows=files.read_rows, scatter=disk.read_places, disk=disk)
-    mapped = MappedFiles(catalog, disk.opened)
-    if not mmap:
-        return Source(files.read, mapped.lend, disk=disk)
-    return Source(
-        files.read,
-        mapped.lend,  # a column alone; what several shards share is quicker scattered
-        scatter=disk.read_places,
-        disk=disk,
-        given=lambda job: in_place(job, mapped),
-    )
-
-
 def in_place(job: Job, mapped: MappedFiles) -> dict[int, Bytes]:
     """The shards of ``job`` that lie in a file as the CPU backend would have them in memory."""
     devices: dict[int, list[jax.Device]] = {number: [] for number in range(len(job.shards))}
@@ -228,6 +165,6 @@ def _stored(job: Job, number: int, mapped: MappedFiles) -> Bytes | None:
                 piece.offset,
             )
             if not runs.outer:
-                memory = mapped.part(piece.file, runs.offset, runs.length)
-                return memory if memory.size == runs.length else None
+                memory = mapped.lend(piece, runs.offset, runs.length)
+                return None if memory is None else np.frombuffer(memory, np.uint8)
     return None

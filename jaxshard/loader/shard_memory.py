@@ -10,10 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.numpy_dtypes import Bytes
 from ..devices.host_memory import LEAST_BYTES, Prepare, region
 from .requests import Job, Shard
-
-Bytes = NDArray[np.uint8]
 
 ALIGNMENT = 64  # what XLA's CPU backend asks of memory that it uses in place
 _OFF = 16  # well enough for every element, and not as the backend asks

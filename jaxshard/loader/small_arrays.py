@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from ..core.catalog import Tensor
 from ..core.garbage import paused
-from ..core.numpy_dtypes import Conversion, NumpyDType, numpy_dtype
+from ..core.numpy_dtypes import Bytes, Conversion, NumpyDType, numpy_dtype
 from ..planning.bundles import SMALL_BYTES, Bundle, bundled, small_bytes
+from ..storage.io import Source
 from ..storage.resources import Counts
 from ..storage.work_queue import Shared, in_threads
 from .make_arrays import adopts, keeping_64_bits
-from .read import Source
 from .requests import Want
-from .shard_memory import ALIGNMENT, Bytes, off_line
+from .shard_memory import ALIGNMENT, off_line
 
 _BUNDLE_BYTES = 256 << 10
 _Kind = tuple[Sharding, NumpyDType]
@@ -142,7 +142,7 @@ def _carried(bundle: Bundle, small: Small, source: Source, arrays: dict[int, jax
     buffer = off_line(bundle.num_bytes)
     for span in bundle.reads:
         part = buffer[span.start : span.start + span.num_bytes]
-        lent = source.lend(span.piece, span.offset, span.num_bytes) if source.lend else None
+        lent = source.lend(span.piece, span.offset, span.num_bytes)
         if lent is None:
             source.read(span.piece, span.offset, part.data)
         else:

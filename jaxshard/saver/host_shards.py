@@ -22,24 +22,26 @@ from numpy.typing import NDArray
 from ..core.box import Box
 from ..core.catalog import ZEROS, Catalog, File, Model, StoredShard, Tensor
 from ..core.dtypes import DType, num_bytes
-from ..core.numpy_dtypes import pack, stored_as
+from ..core.numpy_dtypes import Bytes, pack, stored_as
 from ..devices.host_transfer import is_on_host
 from ..errors import JaxshardError, LayoutError
 from ..formats.huggingface import scalar_names
 from ..mapping import Mapping as NamesAndShapes
 from ..planning.bundles import SMALL_BYTES
+from ..storage.io import Source
 from .chunked_fetch import Fetched, Room
 
 Array = jax.Array | NDArray[np.generic]
-Bytes = NDArray[np.uint8]
 
 
-class ArraySource:
+class ArraySource(Source):
     """The shards of arrays, read as the engine reads files.
 
     Attributes:
         catalog: what there is.
     """
+
+    can_lend = True
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ raise; what was there before is still there, and the next save clears the leavin
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,15 +25,13 @@ from ..errors import LayoutError
 from ..formats import rank_folder
 from ..planning.copies import TensorCopy
 from ..storage.engine import run
+from ..storage.io import Sink, Source
 from ..storage.resources import Budget, Counts
 from ..storage.transaction import Staging, real_place
 from ..storage.writers import SharedFiles, bring_in, check_alike, shared_folder, token_of, wait_for
 from .host_shards import Array, ArraySource
 from .publish import add_files, begin, check_room, write_files
-from .shard_owners import Place, check_shares, owners, share, shared_moves
-
-Read = Callable[[StoredShard, int, memoryview], None]
-Lend = Callable[[StoredShard, int, int], memoryview | None]
+from .shard_owners import Place, SharedMove, check_shares, owners, share, shared_moves
 
 
 def lay_out(result: Result, folder: Path, *, durable: bool) -> None:
@@ -55,8 +53,7 @@ def write_share(
     catalog: Catalog,
     result: Result,
     folder: Path,
-    read: Read,
-    lend: Lend,
+    source: Source,
     *,
     owner_of: Callable[[StoredShard], int],
     here: int,
@@ -69,29 +66,43 @@ def write_share(
         StorageError: the disk is full or refuses.
     """
     files = SharedFiles(result.outputs, folder, result.lay_file)
-    places: dict[str, tuple[Place, ...]] = {}
-
-    def moves() -> Iterator[TensorCopy]:
-        for shared in shared_moves(catalog, result.outputs, owner_of, here):
-            places[shared.move.name] = shared.places
-            yield shared.move
-
-    def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-        ranks = move.targets[target].ranks
-        for number in ranks:
-            place, done = places[move.name][number], 0
-            for at, length in place.spans(offset, len(buffer)):
-                files.write(place.rank, move.name, at, buffer[done : done + length])
-                done += length
-        return len(ranks)
-
+    sink = _Shares(files)
     try:
-        counts = run(moves(), read, write, budget=budget, lend=lend)
+        counts = run(
+            sink.moves(shared_moves(catalog, result.outputs, owner_of, here)),
+            source,
+            sink,
+            budget=budget,
+        )
         if durable:
             files.sync()
     finally:
         files.close()
     return counts
+
+
+class _Shares(Sink):
+    """The parts of shared files that one process writes."""
+
+    def __init__(self, files: SharedFiles) -> None:
+        self._files = files
+        self._places: dict[str, tuple[Place, ...]] = {}
+
+    def moves(self, shared: Iterable[SharedMove]) -> Iterator[TensorCopy]:
+        """Yield the moves, whose places are needed to write them."""
+        for one in shared:
+            self._places[one.move.name] = one.places
+            yield one.move
+
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
+        """Store part of a target box in the file of every rank that holds it."""
+        ranks = move.targets[target].ranks
+        for number in ranks:
+            place, done = self._places[move.name][number], 0
+            for at, length in place.spans(offset, len(buffer)):
+                self._files.write(place.rank, move.name, at, buffer[done : done + length])
+                done += length
+        return len(ranks)
 
 
 def seal(result: Result, folder: Path, *, durable: bool) -> None:
@@ -155,8 +166,7 @@ def commit_across(work: Work, arrays: Mapping[str, Array]) -> Counts:
                 work.source.catalog,
                 work.result,
                 folder,
-                work.source.read,
-                work.source.lend,
+                work.source,
                 owner_of=owner_of,
                 here=processes.index,
                 budget=work.budget,

@@ -76,14 +76,7 @@ def write_files(
     check_room(staging.files, plan.totals.bytes_written)
     files = OutputFiles(plan, staging, result.lay_file, result.seal)
     try:
-        return run(
-            plan.journeys(),
-            source.read,
-            files.write,
-            budget=budget,
-            lend=source.lend,
-            write_bundle=files.write_bundle,
-        )
+        return run(plan.journeys(), source, files, budget=budget)
     finally:
         files.close()
 

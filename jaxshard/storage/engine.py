@@ -1,50 +1,35 @@
-"""The engine: executes a plan block by block on several threads.
+"""Engine: executes a plan block by block on several threads.
 
-Each block is read once from wherever its parts are stored, and written once to
-everybody who wants some of it, while it is still in the cache of one core. The
-ends are given: ``read`` may be a file or an array, ``write`` a file, a buffer or a
-comparison. Memory is a few blocks a thread, whatever the tensors' size.
-
-An end that is memory itself says so, and one copy falls away:
-
-    file  → block → file        read, write
-    file  ───────→ memory       place: where the bytes shall be in the end
-    memory ──────→ file         lend:  where they are already
+Each block is read once from every source that stores a part of it, and written once to every
+target that holds a part of it, while it is in the cache of one core. Each thread needs memory for
+a few blocks, whatever the size of the tensors. Memory at either end saves a copy (see ``io``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import islice
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.box import Box
 from ..core.catalog import StoredShard, Tensor
+from ..core.dtypes import DType
+from ..core.numpy_dtypes import Bytes, Conversion, numpy_dtype
 from ..core.ranges import Runs, byte_runs
 from ..planning.bundles import Bundle
 from ..planning.cells import Cell
 from ..planning.copies import Steps, TensorCopy, block_steps, cell_blocks, move_into, permuted_form
-from .bundle_io import WriteBundle, carry
-from .resources import Budget, Counts, fit_budget
+from .io import Sink, Source, copy_bundle
+from .resources import Budget, Counts
 from .transforms import Operands, Viewer, copy_into
-from .vectored_io import Bytes, Places, Read, ReadRows, places_of, read_runs, scatter_of
+from .vectored_io import places_of, read_runs, scatter_of
 from .work_queue import BATCH_BLOCKS, Batch, Shared, in_threads
 
-__all__ = ["COUNTED", "Budget", "Counts", "Lend", "Place", "Read", "Write", "fit_budget", "run"]
-
-Write = Callable[[TensorCopy, int, int, memoryview], int]
-"""``write(move, target, offset, buffer)`` stores it there; returns how many writes that took."""
-Place = Callable[[TensorCopy, int, int, int], memoryview | None]
-"""``place(move, target, offset, num_bytes)``: memory to fill instead, or None. ``write`` is then
-still told how many bytes are in place, and has nothing to copy."""
-Lend = Callable[[StoredShard, int, int], memoryview | None]
-"""``lend(piece, offset, num_bytes)``: the bytes that ``read`` would copy, or None."""
-ReadPlaces = Callable[[StoredShard, int, Places], None]
-"""``scatter(piece, offset, places)`` fills places in memory, one after the other, as ``read``."""
 _Given = tuple[Batch, Operands | None] | Bundle
 
 _STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps, no memory
@@ -52,31 +37,25 @@ _STRAIGHT_BYTES = 8 << 20  # read at once where no block is between: fewer steps
 
 def run(
     moves: Iterable[TensorCopy | Bundle],
-    read: Read,
-    write: Write,
+    source: Source,
+    sink: Sink,
     *,
     budget: Budget,
     progress: Callable[[int], None] | None = None,
-    write_bundle: WriteBundle | None = None,
-    place: Place | None = None,
-    lend: Lend | None = None,
-    rows: ReadRows | None = None,
-    scatter: ReadPlaces | None = None,
-    stopped: Callable[[], None] | None = None,
 ) -> Counts:
-    """Carry out ``moves``; the counts of what was done.
+    """Execute ``moves`` and return the counts of what was done.
 
-    ``progress`` is told the bytes written since it was last told, from any thread.
-    The first error of any thread stops all of them and is raised; ``stopped`` is called then,
-    so that ``moves`` can stop waiting for what will not be done (and at the end as well).
+    ``progress`` is called with the bytes written since its last call, from any thread. The first
+    error of any thread stops all of them and is raised.
     """
-    ends = Ends(read, write, place, lend, rows, scatter, write_bundle)
-    workers = [Worker(ends, budget, progress) for _ in range(budget.workers)]
-    in_threads([w.work for w in workers], Shared(_batches(moves, budget, ends), stopped))
+    workers = [Worker(source, sink, budget, progress) for _ in range(budget.workers)]
+    in_threads([w.work for w in workers], Shared(_batches(moves, budget, source, sink), sink.stop))
     return sum((w.counts for w in workers), Counts())
 
 
-def _batches(moves: Iterable[TensorCopy | Bundle], budget: Budget, ends: Ends) -> Iterator[_Given]:
+def _batches(
+    moves: Iterable[TensorCopy | Bundle], budget: Budget, source: Source, sink: Sink
+) -> Iterator[_Given]:
     for move in moves:
         if isinstance(move, Bundle):
             yield move
@@ -84,7 +63,7 @@ def _batches(moves: Iterable[TensorCopy | Bundle], budget: Budget, ends: Ends) -
         operands = operands_of(move)
         for cell in move.cells:
             limit = budget.block_bytes
-            if _needs_no_block(move, cell, ends):
+            if _needs_no_block(move, cell, source, sink):
                 limit = max(limit, _STRAIGHT_BYTES)
             all_blocks = iter(
                 cell_blocks(
@@ -93,7 +72,7 @@ def _batches(moves: Iterable[TensorCopy | Bundle], budget: Budget, ends: Ends) -
                     move.unit_bytes,
                     limit,
                     budget.tile_bytes,
-                    in_memory=ends.place is not None,
+                    in_memory=sink.is_memory,
                 )
             )
             most = max(1, BATCH_BLOCKS * budget.block_bytes // limit)
@@ -106,51 +85,44 @@ def operands_of(move: TensorCopy) -> Operands | None:
     return Operands(move.operands) if any(move.forms) and move.operands else None
 
 
-def _needs_no_block(move: TensorCopy, cell: Cell, ends: Ends) -> bool:
-    """Whether a run of one source is a run of one target's own memory, or scattered to several."""
-    place = ends.place
-    if place is None or len(cell.sources) != 1:
+def _needs_no_block(move: TensorCopy, cell: Cell, source: Source, sink: Sink) -> bool:
+    """Return whether ``cell`` is one run of one source, read into one target or scattered."""
+    if not sink.is_memory or len(cell.sources) != 1:
         return False
-    if any(place(move, target, 0, 0) is None for target, _ in cell.targets):
+    if any(sink.place(move, target, 0, 0) is None for target, _ in cell.targets):
         return False
     if len(cell.targets) > 1:
         whole = block_steps(cell, cell.box, move.sources, move.forms)
-        return ends.scatter is not None and scatter_of(move, whole) is not None
-    (source, part), (_, box) = cell.sources[0], cell.targets[0]
-    stored = move.sources[source]
+        return source.can_scatter and scatter_of(move, whole) is not None
+    (index, part), (_, box) = cell.sources[0], cell.targets[0]
+    stored = move.sources[index]
     return (
-        move.forms[source] is None
+        move.forms[index] is None
         and part == box == cell.box
         and not byte_runs(box.within(stored), stored.shape, move.unit_bytes).outer
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Ends:
-    """Where bytes come from and go to."""
-
-    read: Read
-    write: Write
-    place: Place | None
-    lend: Lend | None
-    rows: ReadRows | None = None
-    scatter: ReadPlaces | None = None
-    write_bundle: WriteBundle | None = None
-
-
 class Worker:
     """One thread's buffers and counts."""
 
-    def __init__(self, ends: Ends, budget: Budget, progress: Callable[[int], None] | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        sink: Sink,
+        budget: Budget,
+        progress: Callable[[int], None] | None,
+    ) -> None:
         self.counts = Counts()
-        self._ends, self._budget, self._progress = ends, budget, progress
+        self._source, self._sink = source, sink
+        self._budget, self._progress = budget, progress
         self._block = np.empty(budget.block_bytes, np.uint8)
         self._spare = np.empty(budget.block_bytes, np.uint8)
-        self._viewer = Viewer(ends.read)
+        self._viewer = Viewer(source)
 
-    def work(self, source: Shared[_Given]) -> None:
-        """Carry out what ``source`` gives until it has no more."""
-        while given := source.next():
+    def work(self, batches: Shared[_Given]) -> None:
+        """Execute ``batches`` until none are left."""
+        while given := batches.next():
             if isinstance(given, Bundle):
                 self._carry_bundle(given)
             else:
@@ -163,16 +135,14 @@ class Worker:
             operands.load(self._read_operand)
             self._viewer.values = operands.values
         permuted = permuted_form(batch.cell, batch.move.forms) is not None
-        carry = self._carry_permuted if permuted and self._ends.place else self._carry
+        carry = self._carry_permuted if permuted and self._sink.is_memory else self._carry
         for block in batch.blocks:
             carry(batch.move, batch.cell, block)
         if self._progress:
             self._progress(self.counts.bytes_written - before)
 
     def _carry_bundle(self, bundle: Bundle) -> None:
-        ends = self._ends
-        assert ends.write_bundle is not None
-        done = carry(bundle, self._block.data, ends.read, ends.write_bundle, ends.lend)
+        done = copy_bundle(bundle, self._block.data, self._source, self._sink)
         self.counts += done
         if self._progress:
             self._progress(done.bytes_written)
@@ -210,14 +180,16 @@ class Worker:
             else:
                 out = self._spare[:num_bytes]
                 out.view(buffer.dtype).reshape(inside.shape)[...] = inside
-            writes = self._ends.write(move, index, at, out.data)
+            writes = self._sink.write(move, index, at, out.data)
             self.counts.num_writes += writes
             self.counts.bytes_written += writes * num_bytes
         self.counts.num_copies += steps.num_copies
 
     def _scattered(self, move: TensorCopy, steps: Steps) -> bool:
         """Carry out a block without one, if its targets' memory can be filled as it is read."""
-        scatter = scatter_of(move, steps) if self._ends.scatter and self._ends.place else None
+        if not (self._sink.is_memory and self._source.can_scatter):
+            return False
+        scatter = scatter_of(move, steps)
         if scatter is None:
             return False
         memory = []
@@ -226,12 +198,11 @@ class Worker:
             if place is None:
                 return False
             memory.append(place)
-        assert self._ends.scatter is not None
         piece = move.pieces[scatter.source][0]
-        self._ends.scatter(piece, scatter.runs.offset, places_of(scatter, memory))
+        self._source.read_places(piece, scatter.runs.offset, places_of(scatter, memory))
         self._count_reads(scatter.runs)
         for data, (index, at, _) in zip(memory, scatter.parts, strict=True):
-            writes = self._ends.write(move, index, at, data.data)
+            writes = self._sink.write(move, index, at, data.data)
             self.counts.num_writes += writes
             self.counts.bytes_written += writes * len(data)
         self.counts.num_copies += steps.num_copies
@@ -265,7 +236,7 @@ class Worker:
         strides = [move.unit_bytes * prod(shape[i + 1 :]) for i in range(len(shape))]
         out = np.lib.stride_tricks.as_strided(memory.view(values.dtype), part.shape, strides)
         copy_into(out, values, is_final=True)
-        writes = self._ends.write(move, target, runs.offset, memory[: runs.num_bytes].data)
+        writes = self._sink.write(move, target, runs.offset, memory[: runs.num_bytes].data)
         self.counts.num_writes += writes
         self.counts.bytes_written += writes * runs.num_bytes
 
@@ -280,30 +251,26 @@ class Worker:
             shape = (*(n for n, _ in runs.outer), runs.length)
             strides = (*(stride for _, stride in runs.outer), 1)
             np.lib.stride_tricks.as_strided(span, shape, strides)[...] = flat.reshape(shape)
-            writes = self._ends.write(move, index, runs.offset, flat.data)
+            writes = self._sink.write(move, index, runs.offset, flat.data)
         else:
             for i, (at, length) in enumerate(runs):
                 chunk = flat[i * length : (i + 1) * length]
-                writes = self._ends.write(move, index, at, chunk.data)
+                writes = self._sink.write(move, index, at, chunk.data)
         self.counts.num_writes += writes * len(runs)
         self.counts.bytes_written += writes * runs.num_bytes
 
     def _read_operand(self, tensor: Tensor) -> Bytes:
         """All bytes of a small tensor that a step needs."""
-        whole = Box.whole(tensor.shape)
         out = np.empty(tensor.num_bytes, np.uint8)
         pieces = tensor.pieces
         if len(pieces) == 1 and pieces[0].view is None and len(out) <= self._budget.block_bytes:
-            self._ends.read(pieces[0], pieces[0].offset, out.data)
+            self._source.read(pieces[0], pieces[0].offset, out.data)
             self.counts += Counts(len(out), len(out), 1)
             return out
 
-        def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-            out[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
-            return 1
-
         budget = Budget(1, self._budget.block_bytes, self._budget.tile_bytes)
-        done = run([move_into(tensor, {whole: (0,)})], self._ends.read, write, budget=budget)
+        moves = [move_into(tensor, {Box.whole(tensor.shape): (0,)})]
+        done = run(moves, self._source, _Buffer(out), budget=budget)
         self.counts += Counts(done.bytes_needed, done.bytes_read, done.num_reads)
         return out
 
@@ -333,14 +300,14 @@ class Worker:
         return self._place(move, index, runs.offset, part.size * move.unit_bytes)
 
     def _place(self, move: TensorCopy, index: int, at: int, num_bytes: int) -> Bytes | None:
-        if self._ends.place is None:
+        if not self._sink.is_memory:
             return None
-        memory = self._ends.place(move, index, at, num_bytes)
+        memory = self._sink.place(move, index, at, num_bytes)
         return None if memory is None else np.frombuffer(memory, np.uint8)
 
     def _lent(self, move: TensorCopy, steps: Steps) -> Bytes | None:
         """The memory where the whole block lies in its source, if it does."""
-        if self._ends.lend is None or len(steps.reads) != 1 or steps.reads[0][1] != steps.block:
+        if not self._source.can_lend or len(steps.reads) != 1 or steps.reads[0][1] != steps.block:
             return None
         index = steps.reads[0][0]
         if move.forms[index] is not None:
@@ -352,7 +319,7 @@ class Worker:
         ).coalesced()
         if runs.outer or runs.num_bytes != steps.block.size * move.unit_bytes:
             return None
-        memory = self._ends.lend(piece, runs.offset, runs.num_bytes)
+        memory = self._source.lend(piece, runs.offset, runs.num_bytes)
         if memory is None:
             return None
         self.counts.bytes_needed += runs.num_bytes
@@ -366,15 +333,15 @@ class Worker:
         piece = move.pieces[index][0]
         runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
         if not self._copied_from_lent(piece, runs, out):
-            read_runs(self._ends.read, piece, runs, out, self._ends.rows)
+            read_runs(self._source, piece, runs, out)
         self._count_reads(runs)
 
     def _copied_from_lent(self, piece: StoredShard, runs: Runs, out: Bytes) -> bool:
         """Whether runs that lie in memory already were copied from there, all in one copy."""
-        if self._ends.lend is None:
+        if not self._source.can_lend:
             return False
         last = sum((n - 1) * stride for n, stride in runs.outer)
-        memory = self._ends.lend(piece, runs.offset, last + runs.length)
+        memory = self._source.lend(piece, runs.offset, last + runs.length)
         if memory is None:
             return False
         shape = (*(n for n, _ in runs.outer), runs.length)
@@ -403,6 +370,58 @@ def _inside(array: NDArray[np.generic], box: Box) -> NDArray[np.generic]:
 
 def _flat(array: NDArray[np.generic]) -> Bytes:
     return array.reshape(-1).view(np.uint8)
+
+
+class _Buffer(Sink):
+    """The bytes of one whole tensor."""
+
+    def __init__(self, out: Bytes) -> None:
+        self._out = out
+
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
+        self._out[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
+        return 1
+
+
+class HostArrays(Sink):
+    """A box of each of some tensors in host memory, by name."""
+
+    is_memory = True
+
+    def __init__(
+        self,
+        boxes: Iterable[tuple[str, DType, tuple[int, ...]]],
+        allocate: Callable[[int], Bytes] | None = None,
+    ) -> None:
+        """Allocate memory for the name, the stored dtype and the shape of each box."""
+        self._memory: dict[str, Bytes] = {}
+        self._boxes: dict[str, tuple[tuple[int, ...], Conversion, bool]] = {}
+        for name, dtype, shape in boxes:
+            conversion = Conversion(dtype, numpy_dtype(dtype))
+            num_bytes = conversion.num_bytes(shape)
+            self._memory[name] = allocate(num_bytes) if allocate else np.empty(num_bytes, np.uint8)
+            self._boxes[name] = shape, conversion, self.is_memory and conversion.is_copy
+
+    def place(
+        self, move: TensorCopy, target: int, offset: int, num_bytes: int
+    ) -> memoryview | None:
+        """Return the memory of those bytes, unless they are converted on their way there."""
+        is_placed = self._boxes[move.name][2]
+        return self._memory[move.name][offset : offset + num_bytes].data if is_placed else None
+
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
+        """Convert stored bytes into the array, unless they were read into it."""
+        _, conversion, is_placed = self._boxes[move.name]
+        if not is_placed:
+            conversion.fill(self._memory[move.name], offset, np.frombuffer(buffer, np.uint8))
+        return 1
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays by name."""
+        return {
+            name: self._memory[name].view(conversion.dtype).reshape(shape)
+            for name, (shape, conversion, _) in self._boxes.items()
+        }
 
 
 COUNTED = tuple(f.name for f in fields(Counts))

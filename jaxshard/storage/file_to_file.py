@@ -27,8 +27,7 @@ from ..core.ranges import Runs, block_dim, blocks, byte_runs
 from ..planning.bundles import Bundle
 from ..planning.cells import Cell, cells
 from ..planning.copies import TensorCopy, cell_blocks
-from .bundle_io import carry
-from .readers import OpenSource
+from .io import Source, copy_bundle
 from .resources import Budget, Counts
 from .work_queue import BATCH_BLOCKS, Batch, Shared, in_threads
 from .writers import OutputFiles
@@ -43,7 +42,7 @@ _MOST_REQUESTS = 1024  # of a geometry, to be kept for the next tensor that has 
 
 def run(
     moves: Iterable[TensorCopy | Bundle],
-    source: OpenSource,
+    source: Source,
     target: OutputFiles,
     *,
     budget: Budget,
@@ -276,7 +275,7 @@ class _Stream:
 
     def __init__(
         self,
-        source: OpenSource,
+        source: Source,
         target: OutputFiles,
         budget: Budget,
         progress: Callable[[int], None] | None,
@@ -302,8 +301,7 @@ class _Stream:
                 continue
             before = self._counts.bytes_written
             if isinstance(given, Bundle):
-                read, write = self._source.read, self._target.write_bundle
-                self._counts += carry(given, self._block, read, write)
+                self._counts += copy_bundle(given, self._block, self._source, self._target)
             else:
                 for one in given.rounds:
                     self._carry(given.move, one)
@@ -312,11 +310,9 @@ class _Stream:
 
     def _worker(self) -> Worker:
         if self._engine is None:
-            from .engine import Ends, Worker  # noqa: PLC0415 - NumPy, only where it is needed
+            from .engine import Worker  # noqa: PLC0415 - NumPy, only where it is needed
 
-            source = self._source
-            ends = Ends(source.read, self._target.write, None, None, source.read_rows)
-            self._engine = Worker(ends, self._budget, self._progress)
+            self._engine = Worker(self._source, self._target, self._budget, self._progress)
         return self._engine
 
     def _carry(self, move: TensorCopy, one: Round) -> None:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 from ..core.catalog import File
 from ..errors import MEND_THE_DISK, FormatError, NotFoundError, StorageError
 from .linux import start_writing_back
-from .prefetch import begin_reading, is_cached
-from .versions import version_of
+from .versions import Versions, changed_while_read, version_of
 
 if TYPE_CHECKING:  # NumPy, which most of what reads files does without
     from .vectored_io import Places
@@ -107,6 +106,25 @@ class LocalFolder:
     def close(self) -> None:
         """Close the open handles; a later read opens them again."""
         self._handles.close()
+
+
+class FolderVersions:
+    """All files of a folder whose library reads them itself: they must not change meanwhile."""
+
+    def __init__(self, root: str) -> None:
+        """Take the present versions."""
+        self._root, self._before = root, LocalFolder(root).files()
+
+    def check(self) -> None:
+        """Compare them with the versions of now.
+
+        Raises:
+            FormatError: a file was changed, replaced, added or removed.
+        """
+        now = LocalFolder(self._root).files()
+        changed = [p for p in {**self._before, **now} if self._before.get(p) != now.get(p)]
+        if changed:
+            raise changed_while_read(self._root, changed)
 
 
 def _walk(base: Path, leads_away: Callable[[str], None]) -> Iterator[str]:
@@ -217,17 +235,16 @@ class Handles:
         base: Path,
         flags: int = os.O_RDONLY,
         most: int | None = None,
-        opened: Callable[[str, int], None] | None = None,
+        versions: Versions | None = None,
     ) -> None:
         """Open files below ``base`` with ``flags``, at most ``most`` at a time.
 
-        ``opened`` is called with the path and the descriptor of each file that was opened, and
-        may refuse it by an error.
+        Each file that is opened must be the one that ``versions`` expects.
         """
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = most or max(8, min(_MOST_HANDLES, soft - _SPARE_HANDLES) // 2)
         self._base, self._flags = base, flags | os.O_CLOEXEC | os.O_NONBLOCK  # no pipe hangs
-        self._opened = opened
+        self._versions = versions
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
         self._lock = threading.Lock()
 
@@ -324,18 +341,6 @@ class Handles:
             if done < places.num_bytes:
                 raise _ended(path, os.fstat(descriptor).st_size, offset, places.num_bytes)
 
-    def is_cached(self, path: str, offset: int) -> bool:
-        """Whether byte ``offset`` of ``path`` is in the page cache; True where nobody can say."""
-        with self.use(path) as descriptor:
-            return is_cached(descriptor, offset)
-
-    def begin_reading(
-        self, path: str, offset: int, num_bytes: int, *, before: int, ends: bool
-    ) -> None:
-        """Have the disk fetch these bytes, as ``readahead.begin_reading`` does."""
-        with self.use(path) as descriptor:
-            begin_reading(descriptor, offset, num_bytes, before=before, ends=ends)
-
     def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         """Write ``views`` one after the other at byte ``offset`` of ``path``.
 
@@ -411,9 +416,9 @@ class Handles:
 
     def _open_file(self, path: str) -> int:
         descriptor = self._descriptor(path)
-        if self._opened is not None:
+        if self._versions is not None:
             try:
-                self._opened(path, descriptor)
+                self._versions.opened(path, descriptor)
             except BaseException:
                 os.close(descriptor)
                 raise

@@ -1,17 +1,26 @@
-"""Readers of a catalog's files, and checks that these did not change."""
+"""Files of a catalog as sources: read, or mapped into memory.
+
+Mapped files are not copied: their pages are those of the page cache, which the system reclaims
+when it needs memory. The price is that a mapped file must not be truncated by another program,
+because an access beyond its end kills this process (SIGBUS). So files are mapped on request only.
+"""
 
 from __future__ import annotations
 
+import mmap
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ..core.catalog import Catalog, StoredShard
 from ..errors import NotFoundError, StorageError
+from . import prefetch
+from .io import Source
 from .local import Handles, LocalFolder
-from .versions import Versions, changed_while_read
+from .versions import Versions
 
 if TYPE_CHECKING:
     from .vectored_io import Places
@@ -19,27 +28,10 @@ if TYPE_CHECKING:
 _AHEAD_HANDLES = 8
 
 
-class FolderVersions:
-    """All files of a folder whose library reads them itself: they must not change meanwhile."""
+class SourceFiles(Source):
+    """The files of a catalog, opened when they are first read."""
 
-    def __init__(self, root: str) -> None:
-        """Take the present versions."""
-        self._root, self._before = root, LocalFolder(root).files()
-
-    def check(self) -> None:
-        """Compare them with the versions of now.
-
-        Raises:
-            FormatError: a file was changed, replaced, added or removed.
-        """
-        now = LocalFolder(self._root).files()
-        changed = [p for p in {**self._before, **now} if self._before.get(p) != now.get(p)]
-        if changed:
-            raise changed_while_read(self._root, changed)
-
-
-class SourceFiles:
-    """The files of a catalog, open for reading."""
+    can_scatter = True
 
     def __init__(self, catalog: Catalog) -> None:
         self._files = catalog.files
@@ -47,7 +39,7 @@ class SourceFiles:
         inside = [file.path for file in catalog.files if not os.path.isabs(file.path)]
         self._folder = LocalFolder(catalog.root, inside)
         self._versions = Versions(catalog.root, catalog.files)
-        self._handles = Handles(Path(catalog.root), opened=self._versions.opened)
+        self._handles = Handles(Path(catalog.root), versions=self._versions)
         # a file's readahead is each descriptor's own; one file is fetched ahead at a time
         self._ahead = Handles(Path(catalog.root), most=_AHEAD_HANDLES)
 
@@ -59,39 +51,31 @@ class SourceFiles:
         """Fill ``views`` one after the other, from byte ``offset`` of that file."""
         self._handles.read_views(self._files[piece.file].path, offset, views)
 
-    def read_rows(self, piece: StoredShard, offsets: Iterable[int], buffer: memoryview) -> None:
+    def read_rows(self, piece: StoredShard, offsets: Sequence[int], buffer: memoryview) -> None:
         """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
-        self._handles.read_rows(self._files[piece.file].path, list(offsets), buffer)
+        self._handles.read_rows(self._files[piece.file].path, offsets, buffer)
 
     def read_places(self, piece: StoredShard, offset: int, places: Places) -> None:
         """Fill ``places`` one after the other, from byte ``offset`` of that file."""
         self._handles.read_places(self._files[piece.file].path, offset, places)
 
-    def opened(self, path: str, descriptor: int) -> None:
-        """Note a descriptor of ``path`` that was opened elsewhere (errors as ``Versions``)."""
-        self._versions.opened(path, descriptor)
-
     def is_cached(self, piece: StoredShard, offset: int) -> bool:
-        """Whether byte ``offset`` of that file can be read without waiting for a disk."""
-        return self._handles.is_cached(self._files[piece.file].path, offset)
+        """Return whether byte ``offset`` of that file is in the page cache, or unknown."""
+        with self._handles.use(self._files[piece.file].path) as descriptor:
+            return prefetch.is_cached(descriptor, offset)
 
-    def begin_reading(
+    def prefetch(
         self, piece: StoredShard, offset: int, num_bytes: int, *, before: int = 0, ends: bool = True
     ) -> None:
-        """Have the disk fetch these bytes of that file; nobody waits for them.
+        """Start reading these bytes of that file into the page cache, without waiting.
 
-        Whoever reads them will hear of a file that cannot be opened.
-
-        Args:
-            piece: names the file.
-            offset: the first byte.
-            num_bytes: how many.
-            before: the bytes just before ``offset`` that were asked for likewise.
-            ends: whether what follows will not be asked for.
+        Errors are left to the read that follows.
         """
-        path = self._files[piece.file].path
-        with suppress(StorageError, NotFoundError):
-            self._ahead.begin_reading(path, offset, num_bytes, before=before, ends=ends)
+        with (
+            suppress(StorageError, NotFoundError),
+            self._ahead.use(self._files[piece.file].path) as descriptor,
+        ):
+            prefetch.begin_reading(descriptor, offset, num_bytes, before=before, ends=ends)
 
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile.
@@ -140,47 +124,48 @@ class SourceFiles:
         self._ahead.close()
 
 
-# --- Sources: what reads the bytes of a catalog, whatever its format
+class MappedFiles(SourceFiles):
+    """The files of a catalog, mapped when they are first lent.
 
+    A mapping exists as long as a view of it does.
+    """
 
-class OpenSource(Protocol):
-    """A catalog's bytes, open for reading."""
+    can_lend = True
 
-    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from byte ``offset`` of the file that stores ``piece``."""
-        ...
+    def __init__(self, catalog: Catalog) -> None:
+        super().__init__(catalog)
+        self._root = Path(catalog.root)
+        self._maps: dict[int, memoryview] = {}
+        self._lock = threading.Lock()
 
-    def read_views(self, piece: StoredShard, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill ``views`` one after the other, from byte ``offset`` of that file."""
-        ...
-
-    def read_rows(self, piece: StoredShard, offsets: Iterable[int], buffer: memoryview) -> None:
-        """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
-        ...
-
-    def check_unchanged(self) -> None:
-        """Refuse a result made from files that changed meanwhile (``FormatError``)."""
-        ...
-
-    def check_checksums(self, only: Iterable[int] | None = None) -> tuple[str, ...]:
-        """Compare what the files, or those of ``only``, say of their bytes with them.
-
-        Returns the paths of the files that have no checksum.
-
-        Raises:
-            FormatError: a file is damaged.
-        """
-        ...
+    def lend(self, piece: StoredShard, offset: int, num_bytes: int) -> memoryview | None:
+        """Return ``num_bytes`` of that file in memory; None if it ends before."""
+        with self._lock:
+            if piece.file not in self._maps:
+                self._maps[piece.file] = self._map(self._files[piece.file].path)
+            part = self._maps[piece.file][offset : offset + num_bytes]
+        return part if len(part) == num_bytes else None
 
     def close(self) -> None:
-        """Close all handles."""
-        ...
+        """Close all files; memory that was lent stays valid."""
+        super().close()
+        self._maps.clear()
+
+    def _map(self, path: str) -> memoryview:
+        place = self._root / path
+        with self._handles.use(path) as descriptor:
+            if not os.fstat(descriptor).st_size:
+                return memoryview(b"")
+            try:
+                return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
+            except OSError as error:
+                raise StorageError(f"{place} cannot be mapped: {error.strerror}.") from error
 
 
-def open_source(catalog: Catalog) -> OpenSource:
-    """What reads the tensors of ``catalog``."""
+def open_source(catalog: Catalog, *, mapped: bool = False) -> Source:
+    """Open what reads the tensors of ``catalog``; its files are ``mapped`` on request."""
     if catalog.format == "orbax":
-        from ..formats.orbax import OrbaxSource  # noqa: PLC0415 - a second to import
+        from .orbax_source import OrbaxSource  # noqa: PLC0415 - a second to import
 
-        return OrbaxSource(catalog, unchanged=FolderVersions(catalog.root).check)
-    return SourceFiles(catalog)
+        return OrbaxSource(catalog)
+    return MappedFiles(catalog) if mapped else SourceFiles(catalog)

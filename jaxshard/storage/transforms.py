@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from .. import native
 from ..core.box import Box
 from ..core.catalog import AddProduct, Affine, RoundTo, Step, Tensor, View
-from ..core.numpy_dtypes import cast_into, numpy_dtype
+from ..core.numpy_dtypes import Bytes, cast_into, numpy_dtype
 from ..core.ranges import Runs
 from ..planning.copies import TensorCopy
-from .vectored_io import Bytes, Read, read_runs
+from .io import Source
+from .vectored_io import read_runs
 
 Tile = NDArray[Any]
 
@@ -117,9 +118,9 @@ class Viewer:
         values: the operands of the steps of the move at hand.
     """
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, source: Source) -> None:
         self.values: Values = {}
-        self._read = read
+        self._source = source
         self._buffer = np.empty(0, np.uint8)
         self._spare = Spare()
 
@@ -131,7 +132,7 @@ class Viewer:
         if out.flags.c_contiguous and view and not view.steps and view.dtype == move.dtype:
             runs, order = form.runs(part, stored, piece.offset)
             if form.item_bytes and runs.num_bytes == out.nbytes and list(order) == sorted(order):
-                read_runs(self._read, piece, runs, out.reshape(-1).view(np.uint8))
+                read_runs(self._source, piece, runs, out.reshape(-1).view(np.uint8))
                 return runs
         into = None if form.is_permuted(part) else out.view(numpy_dtype(move.dtype))
         values, read = self.values_of(move, index, part, into)
@@ -154,7 +155,7 @@ class Viewer:
             return np.broadcast_to(np.zeros((), dtype), part.shape), None
         runs, order = form.runs(part, stored, piece.offset)
         compact = self._room(piece.view, runs, order, into, dtype)
-        read_runs(self._read, piece, runs, compact)
+        read_runs(self._source, piece, runs, compact)
         values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
         start = part.within(stored).start
         if piece.view.steps:

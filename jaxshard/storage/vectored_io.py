@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 
 from ..core.box import Box
 from ..core.catalog import StoredShard
+from ..core.numpy_dtypes import Bytes
 from ..core.ranges import Runs, byte_runs
 from ..planning.copies import Steps, TensorCopy
+from .io import Source
 
 _MOST = 1024  # IOV_MAX of Linux
 
@@ -113,30 +115,21 @@ def _preadv() -> Callable[..., Any] | None:
 
 # --- Requests: the runs of a box, read from its file with as few requests as their gaps allow
 
-Bytes = NDArray[np.uint8]
-Read = Callable[[StoredShard, int, memoryview], None]
-"""``read(piece, offset, buffer)`` fills the buffer from byte ``offset`` of the piece's file."""
-ReadRows = Callable[[StoredShard, Iterable[int], memoryview], None]
-"""``rows(piece, offsets, buffer)``: as ``read``, of as many equal parts of the buffer as there are
-offsets. A request for each row of a column, so what a request costs besides is what matters."""
 
-
-def read_runs(
-    read: Read, piece: StoredShard, runs: Runs, out: Bytes, rows: ReadRows | None = None
-) -> None:
+def read_runs(source: Source, piece: StoredShard, runs: Runs, out: Bytes) -> None:
     """Fill ``out`` with ``runs`` of the file that stores ``piece``, one after the other."""
     requests = runs.coalesced()
     share = len(out) // max(1, len(requests))
-    if rows is not None and requests.length == share and len(requests) > 1:
-        rows(piece, requests.offsets(), out.data)
+    if requests.length == share and len(requests) > 1:
+        source.read_rows(piece, requests.offsets(), out.data)
         return
     for i, (offset, length) in enumerate(requests):
         chunk = out[i * share : (i + 1) * share]
         if length == share:
-            read(piece, offset, chunk.data)
+            source.read(piece, offset, chunk.data)
         else:
             span = np.empty(length, np.uint8)
-            read(piece, offset, span.data)
+            source.read(piece, offset, span.data)
             _pick(span, runs, len(runs.outer) - len(requests.outer), chunk)
 
 

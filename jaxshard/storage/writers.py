@@ -24,7 +24,7 @@ from ..planning.bundles import Bundle
 from ..planning.copies import TensorCopy
 from ..planning.outputs import Entry, Outputs
 from ..planning.plan import Plan
-from .bundle_io import placed
+from .io import Sink
 from .linux import reserve
 from .local import Handles
 from .shared_transaction import PartStaging
@@ -55,7 +55,7 @@ Seal = Callable[[Path], None]
 _HELD_BYTES = 8 << 20  # the disk works while files are filled, and the fsync at the end is short
 
 
-class OutputFiles:
+class OutputFiles(Sink):
     """The files of a plan, open for writing."""
 
     def __init__(
@@ -156,6 +156,37 @@ class OutputFiles:
         if self._seal:
             self._seal(self._staging.files / path)
         self._staging.finish(path, layout.num_bytes)
+
+
+def placed(
+    bundle: Bundle, place_of: Callable[[str, int, int], Sequence[tuple[int, int]]], data: memoryview
+) -> list[tuple[int, list[memoryview]]]:
+    """The writes that store ``bundle`` in a file: an offset, and what goes there in a row.
+
+    Args:
+        bundle: the tensors, whose bytes are ``data``.
+        place_of: ``place_of(name, offset, num_bytes)``: where bytes of a tensor lie in the file.
+        data: the buffer of the bundle.
+    """
+    runs: list[tuple[int, int, int]] = []  # (file offset, start and end in the buffer)
+    at, end = -1, -1
+    for name, first, length in zip(bundle.names, bundle.starts, bundle.lengths, strict=True):
+        start = first
+        for offset, part in place_of(name, 0, length):
+            if runs and offset == at and start == end:
+                runs[-1] = (*runs[-1][:2], end + part)
+            else:
+                runs.append((offset, start, start + part))
+            at, end = offset + part, start + part
+            start = end
+    writes: list[tuple[int, list[memoryview]]] = []
+    at = -1
+    for offset, start, end in sorted(runs):
+        if offset != at:
+            writes.append((offset, []))
+        writes[-1][1].append(data[start:end])
+        at = offset + end - start
+    return writes
 
 
 # --- Sealing: what can be written only when all else of a file is there

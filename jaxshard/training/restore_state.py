@@ -22,7 +22,7 @@ from ..conversion.targets import lay_out_for
 from ..core.box import Box
 from ..core.catalog import Catalog, Tensor, group_by_bytes
 from ..core.layout import Layout
-from ..core.numpy_dtypes import numpy_dtype
+from ..core.numpy_dtypes import Bytes, numpy_dtype
 from ..core.strategy import Strategy
 from ..devices.mesh import rank_devices, shardings
 from ..devices.pytree import is_key, keys_of
@@ -30,9 +30,9 @@ from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
-from ..loader.shard_memory import Bytes, aligned_empty
-from ..planning.copies import TensorCopy, move_into
-from ..storage.engine import run
+from ..loader.shard_memory import aligned_empty
+from ..planning.copies import move_into
+from ..storage.engine import HostArrays, run
 from ..storage.readers import open_source
 from ..storage.resources import budget_for, default_budget
 from .state import (
@@ -405,37 +405,28 @@ def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, ja
     return found
 
 
-def _empty(num_bytes: int) -> Bytes:
-    return np.empty(num_bytes, np.uint8)
-
-
 def _on_host(
     catalog: Catalog,
     names: Sequence[str],
     where: Where,
-    allocate: Callable[[int], Bytes] = _empty,
+    allocate: Callable[[int], Bytes] | None = None,
 ) -> dict[str, NDArray[np.generic]]:
     """Whole tensors in memory of their own."""
     if not names:
         return {}
     tensors = [catalog.tensors[name] for name in names]
-    out = {tensor.name: allocate(tensor.num_bytes) for tensor in tensors}
-
-    def write(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-        out[move.name][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
-        return 1
-
+    out = HostArrays(((t.name, t.dtype, t.shape) for t in tensors), allocate)
     moves = [move_into(t, {Box.whole(t.shape): (0,)}) for t in tensors if t.num_bytes]
     large = sum(t.num_bytes for t in tensors) > _LARGE_BYTES
     budget = budget_for(where.host_bytes, where.workers if large else 1)
     files = open_source(catalog)
     try:
         files.check_checksums(piece.file for tensor in tensors for piece in tensor.pieces)
-        run(moves, files.read, write, budget=budget)
+        run(moves, files, out, budget=budget)
         files.check_unchanged()
     finally:
         files.close()
-    return {t.name: out[t.name].view(numpy_dtype(t.dtype)).reshape(t.shape) for t in tensors}
+    return out.arrays()
 
 
 def _as_was(leaf: Leaf, array: jax.Array | None, value: NDArray[np.generic] | None) -> Any:

@@ -235,8 +235,7 @@ def _written(job: Job) -> Record:
         more, algorithm = write_parts(
             parts,
             staging,
-            snapshot.read,
-            snapshot.lend,
+            snapshot,
             workers=job.workers,
             host_bytes=job.host_bytes,
         )

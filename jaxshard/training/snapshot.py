@@ -20,17 +20,19 @@ from numpy.typing import NDArray
 
 from ..core.box import Box
 from ..core.catalog import Catalog, File, StoredShard, Tensor
-from ..core.numpy_dtypes import stored_as
+from ..core.numpy_dtypes import Bytes, stored_as
 from ..devices.host_transfer import is_on_host, to_host
 from ..errors import JaxshardError, LayoutError, StorageError
+from ..storage.io import Source
 from .state import Array
 
 How = Literal["auto", "copy"]
-_Bytes = NDArray[np.uint8]
 
 
-class Snapshot:
+class Snapshot(Source):
     """The shards of arrays on the host; the engine reads them as it reads files."""
+
+    can_lend = True
 
     def __init__(self, arrays: Mapping[str, Array], *, how: How = "auto") -> None:
         """Hold ``arrays``; when this returns, the loop may go on.
@@ -46,7 +48,7 @@ class Snapshot:
         # what was copied, here or from a device, may go: a step that is given it will delete it
         self._looked_at = [a for a in arrays.values() if _is_looked_at(a, how)]
         shards = {name: _distinct_shards(array) for name, array in arrays.items()}
-        self._shards: list[_Bytes] = []
+        self._shards: list[Bytes] = []
         self._count = 0
         tensors = {name: self._tensor(name, a, shards[name]) for name, a in arrays.items()}
         given = [shard for found in shards.values() for shard in found.values()]
@@ -117,7 +119,7 @@ class Snapshot:
         return Tensor(name, kind, array.shape, pieces)
 
 
-def _host_bytes(shard: NDArray[np.generic]) -> _Bytes:
+def _host_bytes(shard: NDArray[np.generic]) -> Bytes:
     return np.ascontiguousarray(shard).reshape(-1).view(np.uint8)
 
 

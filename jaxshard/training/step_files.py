@@ -7,7 +7,7 @@ checksum is taken there, so that it costs no second look at memory.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 from ..conversion.rank_results import STRATEGY_FOLDER
 from ..conversion.results import Request, Result
 from ..conversion.targets import make_result
-from ..core.catalog import Catalog, StoredShard, Tensor
+from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout
 from ..errors import StorageError
 from ..planning.copies import TensorCopy
 from ..planning.plan import Plan, make_plan
 from ..storage.checksums import FileSums, Gathered
 from ..storage.engine import run
+from ..storage.io import Sink, Source
 from ..storage.resources import LENT_BLOCK_BYTES, budget_for
 from ..storage.transaction import Staging
 from ..storage.writers import FileLayout, OutputFiles
@@ -165,15 +166,11 @@ def _only(catalog: Catalog, names: Iterable[str]) -> Catalog:
 
 # --- Writing: a snapshot becomes the files of a step, and each byte is summed on its way
 
-Read = Callable[[StoredShard, int, memoryview], None]
-Lend = Callable[[StoredShard, int, int], memoryview | None]
-
 
 def write_parts(
     parts: Sequence[Part],
     staging: Staging,
-    read: Read,
-    lend: Lend,
+    source: Source,
     *,
     workers: int | None = None,
     host_bytes: int | None = None,
@@ -189,13 +186,13 @@ def write_parts(
     budget = budget_for(host_bytes, workers, LENT_BLOCK_BYTES)
     found: dict[str, FileSums] = {}
     for part, plan in zip(parts, plans, strict=True):
-        observer = _Observer(plan, part, gathered)
         files = OutputFiles(plan, staging, part.result.lay_file, part.result.seal)
         try:
-            run(plan.moves(), read, observer.around(files.write), budget=budget, lend=lend)
+            summed = _Summed(files, plan, part, gathered)
+            run(plan.moves(), source, summed, budget=budget)
         finally:
             files.close()
-        found |= observer.sums()
+        found |= summed.sums()
         for path, data in part.result.side_files.items():
             write_file(staging, path, data)
             gathered.add(path, 0, data)
@@ -253,34 +250,30 @@ def check_room(place: Path, num_bytes: int) -> None:
         )
 
 
-class _Observer:
-    """Stands between the engine and the files, and sums what passes."""
+class _Summed(Sink):
+    """Files of a plan, and the checksums of all that is written to them."""
 
-    def __init__(self, plan: Plan, part: Part, gathered: Gathered) -> None:
+    def __init__(self, files: OutputFiles, plan: Plan, part: Part, gathered: Gathered) -> None:
         outputs = plan.outputs
+        self._files = files
         self._paths, self._content_of, self._gathered = outputs.paths, outputs.content_of, gathered
         self._layouts: list[FileLayout] = [part.result.lay_file(c) for c in outputs.contents]
         for path, content in zip(self._paths, self._content_of, strict=True):
             for offset, data in self._layouts[content].segments:
                 gathered.add(path, offset, data)
 
-    def around(
-        self, write: Callable[[TensorCopy, int, int, memoryview], int]
-    ) -> Callable[[TensorCopy, int, int, memoryview], int]:
-        def observed(move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-            ranks = move.targets[target].ranks
-            total = self._gathered.compute(buffer)  # replicas share it
-            for rank in ranks:
-                spans = self._layouts[self._content_of[rank]].spans(move.name, offset, len(buffer))
-                done = 0
-                for at, length in spans:
-                    whole = length == len(buffer)
-                    value = total if whole else self._gathered.compute(buffer[done : done + length])
-                    self._gathered.add_sum(self._paths[rank], at, length, value)
-                    done += length
-            return write(move, target, offset, buffer)
-
-        return observed
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
+        """Sum ``buffer`` and write it to the file of every rank that holds the box."""
+        total = self._gathered.compute(buffer)  # replicas share it
+        for rank in move.targets[target].ranks:
+            spans = self._layouts[self._content_of[rank]].spans(move.name, offset, len(buffer))
+            done = 0
+            for at, length in spans:
+                whole = length == len(buffer)
+                value = total if whole else self._gathered.compute(buffer[done : done + length])
+                self._gathered.add_sum(self._paths[rank], at, length, value)
+                done += length
+        return self._files.write(move, target, offset, buffer)
 
     def sums(self) -> dict[str, FileSums]:
         """The checksums of every file."""

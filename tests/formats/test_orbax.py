@@ -28,11 +28,11 @@ from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import fitted, prepare
 from jaxshard.errors import FormatError, LayoutError, StorageError
 from jaxshard.formats.folder import is_orbax, orbax_item_folder
-from jaxshard.formats.orbax import OrbaxSource
 from jaxshard.formats.orbax_items import OrbaxItem, quiet
 from jaxshard.loader import load
 from jaxshard.saver import save
 from jaxshard.storage.engine import COUNTED
+from jaxshard.storage.orbax_source import OrbaxSource
 from jaxshard.storage.resources import Counts
 from jaxshard.training import CheckpointManager
 

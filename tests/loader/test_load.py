@@ -28,8 +28,6 @@ from jaxshard.loader.memory_budget import Need, load_budget, share_out
 from jaxshard.loader.shard_memory import aligned_empty, is_aligned
 from jaxshard.rules import read_rules
 from jaxshard.saver import save
-from jaxshard.storage.local import Handles
-from jaxshard.storage.mapped_files import MappedFiles
 from jaxshard.storage.resources import LEAST_BYTES, Counts
 
 P = PartitionSpec
@@ -389,29 +387,13 @@ def test_donating_one_replica_leaves_its_twin_alone(llama):
 
 
 @pytest.mark.parametrize("strategy", ["dp2mp4", "mp8"])
-def test_mapped_files_give_the_same_arrays(llama, tmp_path, strategy, monkeypatch):
+def test_mapped_files_give_the_same_arrays(llama, tmp_path, strategy):
     folder, expected = llama
     save(load(folder, "mp2"), tmp_path / "aligned", extras=folder)
     counts: list[Counts] = []
     arrays = load(tmp_path / "aligned", strategy, mmap=True, counted=counts.append)
     check(arrays, expected)
     assert counts[0].bytes_read < sum(a.nbytes for a in expected.values()) / 2
-
-
-def test_the_environment_has_bytes_looked_at_where_they_lie(llama, monkeypatch):
-    folder, expected = llama
-    lent, read = [], []
-    lend, read_into = MappedFiles.lend, Handles.read_into
-    monkeypatch.setattr(MappedFiles, "lend", lambda *a: lent.append(a[3]) or lend(*a))
-    monkeypatch.setattr(Handles, "read_into", lambda *a: read.append(len(a[3])) or read_into(*a))
-    whole = SingleDeviceSharding(jax.devices()[0])
-    monkeypatch.setenv("JAXSHARD_IO", "mmap")
-    check(load(open_checkpoint(folder), whole), expected)
-    assert sum(lent) == sum(a.nbytes for a in expected.values())
-    headers = sum(read)
-    monkeypatch.setenv("JAXSHARD_IO", "pread")
-    check(load(open_checkpoint(folder), whole), expected)
-    assert sum(lent) == sum(read) - 2 * headers
 
 
 def test_mapped_tensors_lie_in_the_file_until_it_is_replaced(tmp_path):
@@ -424,12 +406,6 @@ def test_mapped_tensors_lie_in_the_file_until_it_is_replaced(tmp_path):
         file.seek(-4, os.SEEK_END)
         file.write(np.float32(-1).tobytes())
     assert (float(mapped[-1]), float(copied[-1])) == (-1, 1023)
-
-
-def test_the_environment_may_not_ask_for_what_there_is_not(llama, monkeypatch):
-    monkeypatch.setenv("JAXSHARD_IO", "telepathy")
-    with pytest.raises(LayoutError, match="set it to pread or mmap"):
-        load(llama[0], "mp2")
 
 
 @pytest.mark.parametrize("in_flight", [1, 1 << 30])

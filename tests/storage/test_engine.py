@@ -10,6 +10,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
+from ends import From, Into
 
 import jaxshard as js
 from jaxshard.core.box import Box
@@ -29,10 +30,6 @@ def moves(number: int, rows: int = 64) -> list:
     return [move_into(tensor, {whole: (0,)}) for _ in range(number)]
 
 
-def write(move, target, offset, buffer):
-    return 1
-
-
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_first_error_stops_all_threads(workers):
     done = []
@@ -43,7 +40,7 @@ def test_the_first_error_stops_all_threads(workers):
             raise StorageError("the disk is gone")
 
     with pytest.raises(StorageError, match="the disk is gone"):
-        engine.run(moves(100_000), read, write, budget=Budget(workers, 4096))
+        engine.run(moves(100_000), From(read), Into(), budget=Budget(workers, 4096))
     assert len(done) < 20 + 50 * workers
 
 
@@ -54,7 +51,7 @@ def test_an_error_while_planning_is_the_error(workers):
         raise LayoutError("no such cut")
 
     with pytest.raises(LayoutError, match="no such cut"):
-        engine.run(broken(), lambda *_: None, write, budget=Budget(workers, 4096))
+        engine.run(broken(), From(), Into(), budget=Budget(workers, 4096))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -68,7 +65,7 @@ def test_an_interrupt_stops_all_threads(workers):
         time.sleep(0.001)
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run(moves(100_000), read, write, budget=Budget(workers, 4096))
+        engine.run(moves(100_000), From(read), Into(), budget=Budget(workers, 4096))
     before = len(done)
     assert before < 1000
     time.sleep(0.05)
@@ -79,12 +76,12 @@ def test_an_interrupt_stops_all_threads(workers):
 def test_progress_adds_up_to_what_is_written(workers):
     told = []
     budget = Budget(workers, 1024)
-    counts = engine.run(moves(50), lambda *_: None, write, budget=budget, progress=told.append)
+    counts = engine.run(moves(50), From(), Into(), budget=budget, progress=told.append)
     assert sum(told) == counts.bytes_written == 50 * 64 * 64
 
 
 def test_no_moves_are_no_work():
-    assert engine.run([], lambda *_: None, write, budget=Budget(2, 4096)).num_reads == 0
+    assert engine.run([], From(), Into(), budget=Budget(2, 4096)).num_reads == 0
 
 
 def test_batches_are_given_to_one_thread_each():

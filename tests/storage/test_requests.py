@@ -9,6 +9,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+from ends import From, Into
 
 import jaxshard as js
 from jaxshard.core.box import Box
@@ -93,10 +94,11 @@ def test_what_is_lent_is_copied_at_once_and_counted_as_if_it_were_read():
         return 1
 
     moves, budget = [move_into(tensor, {part: (0,)})], Budget(1, 1 << 20)
-    by_reading = engine.run(moves, read, write, budget=budget)
+    by_reading = engine.run(moves, From(read), Into(write), budget=budget)
     assert np.array_equal(out, values[:, 100:2100])
     out[:] = 0
-    by_lending = engine.run(moves, lambda *_: pytest.fail("read"), write, budget=budget, lend=lend)
+    source = From(lambda *_: pytest.fail("read"), lend)
+    by_lending = engine.run(moves, source, Into(write), budget=budget)
     assert np.array_equal(out, values[:, 100:2100])
     assert by_lending == by_reading
     assert len(lent) < 4

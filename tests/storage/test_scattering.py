@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from ends import From, Into
 from hypothesis import given, settings
 
 from jaxshard.core.box import Box
@@ -93,11 +94,12 @@ def test_every_cut_fills_its_targets(data, tmp_path_factory):
         scattered = data.draw(st.booleans())
         counts = engine.run(
             [wanted],
-            lambda piece, offset, buffer: handles.read_into("f", offset, buffer),
-            lambda move, target, offset, buffer: 1,
+            From(
+                lambda piece, offset, buffer: handles.read_into("f", offset, buffer),
+                scatter=scatter if scattered else None,
+            ),
+            Into(place=lambda move, target, offset, n: memory[target][offset : offset + n].data),
             budget=Budget(1, block_bytes),
-            place=lambda move, target, offset, n: memory[target][offset : offset + n].data,
-            scatter=scatter if scattered else None,
         )
     finally:
         vectored_io._LEAST_BYTES = before

@@ -8,18 +8,20 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from ends import Into
 
 from jaxshard.core.box import Box
 from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NUMPY
 from jaxshard.planning.copies import TensorCopy, move_into
 from jaxshard.storage.engine import Budget, Counts, run
+from jaxshard.storage.io import Source
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 SMALL = Budget(1, 64, 64)
 
 
-class Memory:
+class Memory(Source):
     """Tensors laid out in one buffer as files would be, each possibly cut in boxes."""
 
     def __init__(self, arrays: Arrays, cuts: Mapping[str, tuple[int, ...]] | None = None) -> None:
@@ -66,7 +68,7 @@ def read_box(
         out[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
         return 1
 
-    counts = run([move_into(tensor, {box: (0,)})], memory.read, write, budget=budget)
+    counts = run([move_into(tensor, {box: (0,)})], memory, Into(write), budget=budget)
     return out.view(dtype).reshape(box.shape), counts
 
 
