@@ -79,7 +79,7 @@ class Bench:
 
     def saves(self, rounds: int) -> dict[str, object]:
         def ours(tree: Tree, out: Path) -> None:
-            save(tree, out, max_shard_size=self._size, durable=False)
+            save(tree, out, max_shard_size=self._size, fsync=False)
 
         def copied(_: Tree, out: Path) -> None:
             subprocess.run(["cp", "-r", self._model, out], check=True)
@@ -114,7 +114,7 @@ class Bench:
         def blocked(asynchronous: bool) -> Callable[[], Sample]:
             def sample() -> Sample:
                 measure.remove(self._out)
-                manager = CheckpointManager(self._out, async_save=asynchronous, durable=False)
+                manager = CheckpointManager(self._out, async_save=asynchronous, fsync=False)
                 tree = self.fresh()
                 found = timed(lambda: manager.save(1, tree))
                 manager.close()
@@ -149,7 +149,7 @@ class Bench:
         step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
         state = {name: jnp.copy(x) for name, x in self._tree.items()}
         measure.remove(self._out)
-        manager = CheckpointManager(self._out, async_save=True, durable=False)
+        manager = CheckpointManager(self._out, async_save=True, fsync=False)
         manager.save(1, state)
         jax.block_until_ready(step(state))
         manager.close()

@@ -334,7 +334,7 @@ def _aligned_copy(folder: Path, place: Path, model: Llama) -> None:
     """The same checkpoint as jaxshard writes it: every tensor on a cache line."""
     from jaxshard.api import convert
 
-    convert(folder, place, max_shard_bytes=-(-model.num_bytes // 4) + (32 << 20))
+    convert(folder, place, max_shard_size=-(-model.num_bytes // 4) + (32 << 20))
 
 
 def _native_copy(folder: Path, place: Path) -> None:

@@ -78,7 +78,7 @@ def compare(scratch: Path, model: Llama, rounds: int) -> dict[str, Any]:
     write_llama(source, model)
     tree = load(source, "dp2mp4")
     size = -(-model.num_bytes // 4)
-    save(tree, saved, max_shard_size=size, durable=False)
+    save(tree, saved, max_shard_size=size, fsync=False)
     verdict = verify(saved, against=source)
     assert not verdict.problems, verdict.problems
     cases: dict[str, Callable[[], object]] = {
@@ -87,10 +87,10 @@ def compare(scratch: Path, model: Llama, rounds: int) -> dict[str, Any]:
             subprocess.run(["cp", "-r", saved, copied], check=True),
             subprocess.run(["sync", "-f", copied], check=True),
         ),
-        "save": lambda: save(tree, copied, max_shard_size=size, durable=False),
+        "save": lambda: save(tree, copied, max_shard_size=size, fsync=False),
         "save, durable": lambda: save(tree, copied, max_shard_size=size),
         "save by rank": lambda: save(
-            tree, copied, format="ranks", remove_redundancy=True, durable=False
+            tree, copied, format="ranks", remove_redundancy=True, fsync=False
         ),
     }
     taken: dict[str, list[tuple[float, int]]] = {name: [] for name in cases}

@@ -107,7 +107,7 @@ def _pairs(place: Path, num_tensors: int) -> dict[str, tuple[Callable[[], float]
 
     def save() -> float:
         arrays = put()  # anew each time: an array keeps what was brought to NumPy
-        return writing(lambda: js.save(arrays, ours_to, durable=False))
+        return writing(lambda: js.save(arrays, ours_to, fsync=False))
 
     def theirs_save() -> float:
         arrays = put()
@@ -117,7 +117,7 @@ def _pairs(place: Path, num_tensors: int) -> dict[str, tuple[Callable[[], float]
         "load": (load, lambda: _cpu(put)[0]),
         "save": (save, theirs_save),
         "convert": (
-            lambda: writing(lambda: js.convert(source, ours_to, durable=False)),
+            lambda: writing(lambda: js.convert(source, ours_to, fsync=False)),
             lambda: _cpu(lambda: save_file(load_file(source), theirs_to))[0],
         ),
         "inspect": (

@@ -146,7 +146,7 @@ class Bench:
 
         def sample() -> Sample:
             self.quiet()
-            manager = self.manager(async_save=True, durable=False, **how)
+            manager = self.manager(async_save=True, fsync=False, **how)
             found = timed(lambda: manager.save(1, self.state))
             manager.close()
             return found
@@ -167,10 +167,10 @@ def sync_saves(bench: Bench, rounds: int) -> dict[str, object]:
     """A save beside a copy of its bytes, and beside Orbax."""
     cases = {
         "cp": bench.copy(sync=False),
-        "save": bench.save(durable=False),
+        "save": bench.save(fsync=False),
         "orbax": bench.orbax,
         "cp+sync": bench.copy(sync=True),
-        "save durable": bench.save(durable=True),
+        "save durable": bench.save(fsync=True),
     }
     bench.orbax()  # its first save imports and starts what later ones find
     samples = measure.in_turns(cases, rounds)
@@ -185,7 +185,7 @@ def sync_saves(bench: Bench, rounds: int) -> dict[str, object]:
 def async_saves(bench: Bench, rounds: int) -> dict[str, object]:
     """What a save costs the loop, beside a synchronous one."""
     cases = {
-        "save": bench.save(durable=False),
+        "save": bench.save(fsync=False),
         "blocked, looking": bench.blocked(),
         "blocked, copying": bench.blocked(snapshot="copy"),
         "orbax blocked": bench.orbax_blocked,
@@ -303,7 +303,7 @@ def memory(bench: Bench) -> dict[str, object]:
         gc.collect()
         before = _anonymous_bytes()
         watcher = measure._Watcher(os.getpid())
-        with bench.manager(durable=False, **how) as manager:
+        with bench.manager(fsync=False, **how) as manager:
             manager.save(1, state)
             arrays = _arrays_of(state)
             del state

@@ -14,45 +14,97 @@ first used.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .core.lazy_imports import lazy_getattr
 
-_HOME = {
-    "Catalog": "core.catalog",
-    "CheckpointManager": "training",
-    "CoverageError": "errors",
-    "FormatError": "errors",
-    "JaxshardError": "errors",
-    "Layout": "core.layout",
-    "Mapping": "mapping",
-    "LayoutError": "errors",
-    "NotFoundError": "errors",
-    "Options": "conversion.options",
-    "Placement": "core.layout",
-    "Rules": "rules",
-    "StorageError": "errors",
-    "Strategy": "core.strategy",
-    "convert": "api",
-    "gather": "api",
-    "load": "loader",
-    "load_rank": "conversion.load_rank",
-    "merge": "api",
-    "merge_lora": "lora",
-    "mesh": "devices.mesh",
-    "open": "api",
-    "plan": "api",
-    "prepare_reshard": "api",
-    "read_rules": "rules",
-    "reshard": "api",
-    "save": "saver",
-    "slice": "api",
-    "stage_meshes": "devices.mesh",
-    "verify": "api",
-}
+if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imported when used
+    from .api import (
+        convert,
+        gather,
+        load,
+        load_rank,
+        merge,
+        merge_lora,
+        mesh,
+        open,
+        plan,
+        prepare_reshard,
+        read_rules,
+        reshard,
+        save,
+        slice,
+        stage_meshes,
+        verify,
+    )
+    from .core.catalog import Catalog
+    from .core.layout import Layout, Placement
+    from .core.strategy import Strategy
+    from .errors import (
+        CoverageError,
+        FormatError,
+        JaxshardError,
+        LayoutError,
+        NotFoundError,
+        StorageError,
+    )
+    from .mapping import Mapping
+    from .rules import Rules
+    from .training import CheckpointManager
 
-__all__ = list(_HOME)
+__all__ = [
+    "Catalog",
+    "CheckpointManager",
+    "CoverageError",
+    "FormatError",
+    "JaxshardError",
+    "Layout",
+    "LayoutError",
+    "Mapping",
+    "NotFoundError",
+    "Placement",
+    "Rules",
+    "StorageError",
+    "Strategy",
+    "convert",
+    "gather",
+    "load",
+    "load_rank",
+    "merge",
+    "merge_lora",
+    "mesh",
+    "open",
+    "plan",
+    "prepare_reshard",
+    "read_rules",
+    "reshard",
+    "save",
+    "slice",
+    "stage_meshes",
+    "verify",
+]
 __version__ = "0.1.0"
 
-__getattr__ = lazy_getattr(__name__, _HOME)
+_HOME = dict.fromkeys(__all__, "api") | {
+    "Catalog": "core.catalog",
+    "CheckpointManager": "training",
+    "Layout": "core.layout",
+    "Mapping": "mapping",
+    "Placement": "core.layout",
+    "Rules": "rules",
+    "Strategy": "core.strategy",
+    "load": "loader",
+    "load_rank": "conversion.load_rank",
+    "merge_lora": "lora",
+    "mesh": "devices.mesh",
+    "read_rules": "rules",
+    "save": "saver",
+    "stage_meshes": "devices.mesh",
+    **{name: "errors" for name in __all__ if name.endswith("Error")},
+}
+
+if not TYPE_CHECKING:  # without it, type checkers refuse unknown names
+    __getattr__ = lazy_getattr(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -1,101 +1,177 @@
-"""The verbs as functions: each a few lines that compose the rest."""
+"""The public functions: each composes the packages of the earlier rings."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from .conversion.execute import Report, execute
 from .conversion.open import PathLike, open_checkpoint, opened
-from .conversion.options import Options, budget_of, with_given
-from .conversion.prepare import fitted, prepare
+from .conversion.options import ConvertOptions, split, takes_options
+from .conversion.prepare import fitted, part_plan, prepare
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
 from .core.catalog import Catalog
 from .core.layout import Layout
 from .core.notes import log_notes, with_notes_logged
 from .core.strategy import Strategy
+from .distributed.environment import part_of
 from .planning.plan import Plan
 from .rules import Rules
+from .storage.resources import budget_for, parse_size
+
+if TYPE_CHECKING:
+    from .conversion.load_rank import load_rank
+    from .devices.mesh import mesh, stage_meshes
+    from .loader import load
+    from .lora import merge_lora
+    from .rules import read_rules
+    from .saver import save
+
+__all__ = [
+    "convert",
+    "gather",
+    "load",
+    "load_rank",
+    "merge",
+    "merge_lora",
+    "mesh",
+    "open",
+    "plan",
+    "prepare_reshard",
+    "read_rules",
+    "reshard",
+    "save",
+    "slice",
+    "stage_meshes",
+    "verify",
+]
 
 To = str | PathLike | Strategy | Layout
-_DEFAULT = Options()
+
+if not TYPE_CHECKING:  # these need JAX, or a package that the functions below do not need
+    __getattr__ = partial(getattr, sys.modules[__package__])
 
 
-def open(path: PathLike, *, strategy: PathLike | None = None, suffix: str | None = None) -> Catalog:
-    """The contents of the checkpoint at ``path``, from headers only; see ``open_checkpoint``."""
-    return with_notes_logged(open_checkpoint(path, strategy=strategy, suffix=suffix))
+def open(
+    path: PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
+) -> Catalog:
+    """Return the contents of the checkpoint at ``path``, from headers only.
 
-
-def plan(
-    source: Catalog | PathLike, to: To = "full", *, options: Options = _DEFAULT, **how: Any
-) -> Plan:
-    """What ``convert`` with the same arguments would read, copy and write; nothing is done.
-
-    ``print`` shows it as a person reads it; its ``totals`` are the numbers. Of the options, the
-    threads and the memory matter (``host_bytes=`` …): blocks are as large as they allow.
+    Arguments and errors as ``open_checkpoint``.
     """
-    options, how = with_given(options, how)
-    made = fitted(prepare(source, to, **how), options).plan
+    return with_notes_logged(open_checkpoint(path, src_strategy=src_strategy, suffix=suffix))
+
+
+@takes_options(prepare, execute)
+def plan(
+    source: Catalog | PathLike,
+    to: To = "full",
+    *,
+    destination: PathLike | None = None,
+    **options: Unpack[ConvertOptions],
+) -> Plan:
+    """Return what ``convert`` with the same arguments would read, copy and write.
+
+    Nothing is written. ``print`` shows the plan as a table; its ``totals`` are the numbers.
+    ``workers`` and ``host_bytes`` matter, because blocks are as large as they allow.
+    """
+    result, run = split(options)
+    prepared = prepare(source, to, destination=destination, **result)
+    made = fitted(prepared, run.get("workers"), run.get("host_bytes")).plan
     log_notes(made.source.root, made.notes, made.source.logged)
-    return made
+    part = part_of(run.get("process_index"), run.get("process_count"), os.environ)
+    return part_plan(made, part)
 
 
+@takes_options(prepare, execute)
 def convert(
     source: Catalog | PathLike,
     destination: PathLike,
     to: To = "full",
     *,
-    options: Options = _DEFAULT,
     progress: Callable[[int], Callable[[int], None]] | None = None,
-    **how: Any,
+    **options: Unpack[ConvertOptions],
 ) -> Report:
-    """Make ``destination`` from ``source``, laid out as ``to`` says.
+    """Write ``source`` to ``destination`` in the layout ``to``.
 
     Args:
         source: a checkpoint, or its path.
-        destination: a folder, or one file where the name is that of a weight file
-            (``out.safetensors``); it appears whole or not at all.
-        to: ``"full"``, a strategy (``"dp2mp4pp2"``), strategy files, or a ``Layout``.
-        options: threads, memory, resuming, overwriting, durability.
-        progress: given the bytes to write, returns a function told of those written.
-        how: as for ``prepare``: include, exclude, ranks, rules, remove_redundancy …; or one of
-            the options by its name (``overwrite=True``).
+        destination: a directory, or one file if the name is that of a weight file
+            (``out.safetensors``). It is published atomically.
+        to: ``"full"``, a strategy (``"dp2mp4pp2"``), strategy files, ``"same"``, or a ``Layout``.
+        progress: called with the total byte count; returns a callback that receives bytes written.
+        options: those of ``prepare`` decide the result (include, exclude, rank, rules,
+            remove_redundancy …), those of ``execute`` how it is made (overwrite, resume, workers,
+            host_bytes, fsync …). Each is a flag of ``jaxshard convert`` too.
 
     Raises:
         JaxshardError: its five kinds say what to do; see ``errors``.
     """
-    options, how = with_given(options, how)
-    prepared = prepare(source, to, destination=destination, **how)
-    report = execute(prepared, destination, options=options, progress=progress)
+    result, run = split(options)
+    prepared = prepare(source, to, destination=destination, **result)
+    report = execute(prepared, destination, progress=progress, **run)
     log_notes(str(destination), report.notes, prepared.plan.source.logged)
     return report
 
 
-def merge(source: Catalog | PathLike, destination: PathLike, **how: Any) -> Report:
+@takes_options(prepare, execute)
+def merge(
+    source: Catalog | PathLike,
+    destination: PathLike,
+    *,
+    progress: Callable[[int], Callable[[int], None]] | None = None,
+    **options: Unpack[ConvertOptions],
+) -> Report:
     """``convert`` to one complete checkpoint."""
-    return convert(source, destination, "full", **how)
+    return convert(source, destination, "full", progress=progress, **options)
 
 
-def slice(source: Catalog | PathLike, destination: PathLike, to: To, **how: Any) -> Report:
-    """``convert`` to one file a rank."""
-    return convert(source, destination, to, **how)
+@takes_options(prepare, execute)
+def slice(
+    source: Catalog | PathLike,
+    destination: PathLike,
+    to: To,
+    *,
+    progress: Callable[[int], Callable[[int], None]] | None = None,
+    **options: Unpack[ConvertOptions],
+) -> Report:
+    """``convert`` to one file per rank."""
+    return convert(source, destination, to, progress=progress, **options)
 
 
 def verify(
-    checkpoint: Catalog | PathLike,
+    source: Catalog | PathLike,
     against: Catalog | PathLike | None = None,
     *,
-    options: Options = _DEFAULT,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    against_strategy: PathLike | None = None,
+    workers: int | None = None,
+    host_bytes: int | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Verdict:
-    """Whether a checkpoint is whole and its replicas agree, and equals ``against`` if given."""
-    budget = budget_of(options)
-    catalog = with_notes_logged(opened(checkpoint))
+    """Check that a checkpoint is complete, its replicas agree, and it equals ``against``.
+
+    Args:
+        source: a checkpoint, or its path.
+        against: another checkpoint, of any layout, to compare bit for bit.
+        src_strategy: strategy files of ``source``.
+        suffix: which of several files per rank ``source`` has.
+        against_strategy: strategy files of ``against``.
+        workers: number of threads; by default one per core, at most 8.
+        host_bytes: memory limit for data in flight, such as ``"1GiB"``; by default 256 MiB.
+        progress: callback that receives bytes read.
+    """
+    budget = budget_for(host_bytes, workers)
+    catalog = with_notes_logged(opened(source, src_strategy=src_strategy, suffix=suffix))
     verdict = verify_alone(catalog, budget=budget, progress=progress)
     if against is None or verdict.problems:
         return verdict
-    other = with_notes_logged(opened(against))
+    other = with_notes_logged(opened(against, src_strategy=against_strategy))
     return verify_against(catalog, other, budget=budget, progress=progress)
 
 
@@ -107,7 +183,7 @@ def reshard(
     rules: Rules | None = None,
     donate: bool = False,
     copy: bool = False,
-    device_bytes: int | None = None,
+    device_bytes: int | str | None = None,
     route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
     """The arrays of ``tree`` laid out as ``target`` says, moved from device to device.
@@ -132,8 +208,9 @@ def reshard(
     from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
 
     wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
+    limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.reshard(
-        tree, wanted, donate=donate, copy=copy, device_bytes=device_bytes, route=route
+        tree, wanted, donate=donate, copy=copy, device_bytes=limit, route=route
     )
 
 
@@ -145,7 +222,7 @@ def prepare_reshard(
     rules: Rules | None = None,
     donate: bool = False,
     copy: bool = False,
-    device_bytes: int | None = None,
+    device_bytes: int | str | None = None,
     route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
     """A ``transfer.Resharder`` for trees like ``tree``, planned and compiled once.
@@ -157,8 +234,9 @@ def prepare_reshard(
     from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
 
     wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
+    limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.prepare_reshard(
-        tree, wanted, donate=donate, copy=copy, device_bytes=device_bytes, route=route
+        tree, wanted, donate=donate, copy=copy, device_bytes=limit, route=route
     )
 
 

@@ -33,7 +33,7 @@ COUNTED = tuple(f.name for f in fields(Counts))
 FEW, MANY = settings(max_examples=50), settings(max_examples=250)
 MB = 1 << 20
 ONE_THREAD = Budget(1, MB)
-QUICK = js.Options(durable=False, workers=2)
+QUICK = {"fsync": False, "workers": 2}
 
 
 class Carried(Source, Sink):
@@ -315,11 +315,11 @@ def place(tmp_path_factory):
 def test_merge_undoes_slice(place, model):
     base, (layout, other) = place(), model.layouts
     write_whole(model, base / "whole")
-    js.slice(base / "whole", base / "cut", layout, options=QUICK)
+    js.slice(base / "whole", base / "cut", layout, **QUICK)
     assert held_by(base / "cut") == expected(model, layout)
-    js.convert(base / "cut", base / "recut", other, options=QUICK)
+    js.convert(base / "cut", base / "recut", other, **QUICK)
     assert held_by(base / "recut") == expected(model, other)
-    js.merge(base / "recut", base / "again", options=QUICK)
+    js.merge(base / "recut", base / "again", **QUICK)
     assert read_by_hand(base / "again" / "model.safetensors") == whole(model)
 
 
@@ -328,9 +328,9 @@ def test_merge_undoes_slice(place, model):
 def test_there_and_back_is_identity(place, model):
     base, (layout, other) = place(), model.layouts
     write_whole(model, base / "whole")
-    js.slice(base / "whole", base / "cut", layout, options=QUICK)
-    js.convert(base / "cut", base / "there", other, options=QUICK)
-    js.convert(base / "there", base / "back", layout, options=QUICK)
+    js.slice(base / "whole", base / "cut", layout, **QUICK)
+    js.convert(base / "cut", base / "there", other, **QUICK)
+    js.convert(base / "there", base / "back", layout, **QUICK)
     assert held_by(base / "back") == held_by(base / "cut") == expected(model, layout)
 
 
@@ -339,10 +339,10 @@ def test_there_and_back_is_identity(place, model):
 def test_two_journeys_are_one(place, model):
     base, (first, second, third) = place(), model.layouts
     write_whole(model, base / "whole")
-    js.slice(base / "whole", base / "a", first, options=QUICK)
-    js.convert(base / "a", base / "b", second, options=QUICK)
-    js.convert(base / "b", base / "c", third, options=QUICK)
-    js.convert(base / "a", base / "c at once", third, options=QUICK)
+    js.slice(base / "whole", base / "a", first, **QUICK)
+    js.convert(base / "a", base / "b", second, **QUICK)
+    js.convert(base / "b", base / "c", third, **QUICK)
+    js.convert(base / "a", base / "c at once", third, **QUICK)
     assert held_by(base / "c") == held_by(base / "c at once") == expected(model, third)
 
 
@@ -352,7 +352,7 @@ def test_replicas_are_interchangeable(place, model, seed, lean):
     """Whichever ranks' files are left, as long as every shard is: the same comes out."""
     base, (layout, _) = place(), model.layouts
     write_whole(model, base / "whole")
-    js.slice(base / "whole", base / "cut", layout, options=QUICK, remove_redundancy=lean)
+    js.slice(base / "whole", base / "cut", layout, **QUICK, remove_redundancy=lean)
     held = held_by(base / "cut")
     ranks = list(held)
     random.Random(seed).shuffle(ranks)
@@ -361,7 +361,7 @@ def test_replicas_are_interchangeable(place, model, seed, lean):
         if others and all_there(model, layout, {r: held[r] for r in others}):
             del held[rank]
             (base / "cut" / f"rank_{rank}" / f"checkpoint_rank_{rank}-1_1.safetensors").unlink()
-    js.merge(base / "cut", base / "again", options=QUICK)
+    js.merge(base / "cut", base / "again", **QUICK)
     assert read_by_hand(base / "again" / "model.safetensors") == whole(model)
 
 
@@ -386,11 +386,11 @@ def all_there(model: Model, layout: Layout, held: dict[int, dict]) -> bool:
 def test_a_dry_run_says_what_a_run_does(place, model, ranks, lean, host_bytes):
     base, (layout, other) = place(), model.layouts
     write_whole(model, base / "whole")
-    js.slice(base / "whole", base / "cut", layout, options=QUICK, remove_redundancy=lean)
+    js.slice(base / "whole", base / "cut", layout, **QUICK, remove_redundancy=lean)
     only = None if ranks is None else [r % other.num_ranks for r in ranks]
-    how = {"ranks": only, "remove_redundancy": lean}
-    options = js.Options(durable=False, workers=3, host_bytes=host_bytes)
-    totals = js.plan(base / "cut", other, options=options, **how).totals
-    report = js.convert(base / "cut", base / "recut", other, options=options, **how)
+    how = {"rank": only, "remove_redundancy": lean}
+    options = {"fsync": False, "workers": 3, "host_bytes": host_bytes}
+    totals = js.plan(base / "cut", other, **options, **how).totals
+    report = js.convert(base / "cut", base / "recut", other, **options, **how)
     assert tuple(getattr(totals, name) for name in COUNTED) == astuple(report.counts)
     assert report.num_files == totals.num_files == len(held_by(base / "recut"))

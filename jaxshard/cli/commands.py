@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..conversion.execute import Report, execute
 from ..conversion.open import open_checkpoint
-from ..conversion.options import Options, budget_of, chosen_part
+from ..conversion.options import RunOptions
 from ..conversion.prepare import Prepared, fitted, part_plan, prepare
 from ..core.catalog import Catalog
 from ..core.decoders import MAX_TOML_BYTES
 from ..distributed.environment import part_of
 from ..errors import LayoutError, format_list
-from ..formats.huggingface import parse_size
 from ..planning import pictures
 from ..rules import Rules, read_rules
+from ..storage.resources import budget_for
 from ..storage.text_files import read_bytes, read_text
 from .output import write, write_json
 
@@ -47,7 +47,7 @@ def inspect(a: Namespace) -> int:
 
 def plan(a: Namespace) -> int:
     """Show what ``convert`` would do."""
-    return _show_plan(fitted(_prepare(a, a.to), _options(a)), a)
+    return _show_plan(_fitted(_prepare(a, a.to), a), a)
 
 
 def convert(a: Namespace) -> int:
@@ -78,12 +78,12 @@ def verify(a: Namespace) -> int:
     from ..conversion.verify import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
     from ..conversion.verify import verify_against  # noqa: PLC0415
 
-    budget = budget_of(_options(a))
+    budget = budget_for(a.host_bytes, a.workers)
     catalog = _source(a)
     with _progress("checking", a.quiet or a.json) as told:
         verdict = verify_alone(catalog, budget=budget, progress=told(0))
         if a.against and not verdict.problems:
-            other = open_checkpoint(a.against, strategy=a.against_strategy)
+            other = open_checkpoint(a.against, src_strategy=a.against_strategy)
             verdict = verify_against(
                 catalog, other, budget=budget, progress=told(catalog.num_bytes)
             )
@@ -130,7 +130,7 @@ def lora(a: Namespace) -> int:
         _source(a),
         a.adapter,
         alpha=a.alpha,
-        rank=a.adapter_rank,
+        adapter_rank=a.adapter_rank,
         scaling=a.scaling,
         fan_in_fan_out=a.fan_in_fan_out,
         unmerge=a.unmerge,
@@ -163,12 +163,12 @@ def demo(a: Namespace) -> int:
 
 
 def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:
-    options = _options(a)
-    prepared = fitted(_prepare(a, to, source), options)
+    prepared = _fitted(_prepare(a, to, source), a)
     if a.dry_run:
-        return _show_plan(replace(prepared, plan=part_plan(prepared.plan, chosen_part(options))), a)
+        part = part_of(a.process_index, a.process_count, os.environ)
+        return _show_plan(replace(prepared, plan=part_plan(prepared.plan, part)), a)
     with _progress("writing", a.quiet or a.json) as told:
-        report = execute(prepared, a.destination, options=options, progress=told)
+        report = execute(prepared, a.destination, progress=told, **_run_options(a))
     if a.json:
         write_json(asdict(report))
     elif not a.quiet:
@@ -186,10 +186,10 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
         uneven=a.uneven,
         include=a.include,
         exclude=a.exclude,
-        drop_prefixes=a.drop_prefix,
+        drop_prefix=a.drop_prefix,
         keep_accu_grads=a.keep_accu_grads,
-        ranks=a.rank,
-        max_shard_bytes=parse_size(a.max_shard_size) if a.max_shard_size else None,
+        rank=a.rank,
+        max_shard_size=a.max_shard_size,
         prefix=a.prefix,
         step=a.step,
         remove_redundancy=a.remove_redundancy,
@@ -201,7 +201,7 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
 
 
 def _source(a: Namespace) -> Catalog:
-    return open_checkpoint(a.source, strategy=a.src_strategy, suffix=a.suffix)
+    return open_checkpoint(a.source, src_strategy=a.src_strategy, suffix=a.suffix)
 
 
 def read_rules_file(path: str | None) -> Rules | None:
@@ -211,18 +211,21 @@ def read_rules_file(path: str | None) -> Rules | None:
     return read_rules(read_text(path, MAX_TOML_BYTES, f"--rules {path}"), path)
 
 
-def _options(a: Namespace) -> Options:
-    return Options(
-        workers=a.workers,
-        host_bytes=parse_size(a.host_bytes) if a.host_bytes else None,
-        resume=getattr(a, "resume", False),
-        overwrite=getattr(a, "overwrite", False),
-        durable=not getattr(a, "no_fsync", False),
-        check_replicas=getattr(a, "check_replicas", False),
-        part=part_of(
-            getattr(a, "process_index", None), getattr(a, "process_count", None), os.environ
-        ),
-    )
+def _fitted(prepared: Prepared, a: Namespace) -> Prepared:
+    return fitted(prepared, a.workers, a.host_bytes)
+
+
+def _run_options(a: Namespace) -> RunOptions:
+    return {
+        "workers": a.workers,
+        "host_bytes": a.host_bytes,
+        "resume": a.resume,
+        "overwrite": a.overwrite,
+        "fsync": not a.no_fsync,
+        "process_index": a.process_index,
+        "process_count": a.process_count,
+        "check_replicas": a.check_replicas,
+    }
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import numpy as np
 from ..api import convert, merge, slice, verify
 from ..conversion.load_rank import load_rank
 from ..conversion.open import open_checkpoint
-from ..conversion.options import Options
 from ..core.catalog import Catalog
 from ..core.dtypes import dtype
 from ..errors import CoverageError, LayoutError, StorageError, format_list
@@ -29,7 +28,6 @@ from ..planning import pictures
 from .output import write_json
 
 _LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
-_FAST = Options(durable=False)
 
 
 def run_demo(
@@ -60,13 +58,13 @@ def _on_files(
 ) -> Iterator[dict[str, Any]]:
     say("\nfile to file")
     with _step("cut into 8 ranks, dp2mp4, each shard stored once", say) as done:
-        slice(catalog, place / "dp2mp4", "dp2mp4", remove_redundancy=True, options=_FAST)
+        slice(catalog, place / "dp2mp4", "dp2mp4", remove_redundancy=True, fsync=False)
         yield done
     with _step("re-cut into 4 ranks in 2 stages, dp1mp2pp2", say) as done:
-        convert(place / "dp2mp4", place / "dp1mp2pp2", "dp1mp2pp2", options=_FAST)
+        convert(place / "dp2mp4", place / "dp1mp2pp2", "dp1mp2pp2", fsync=False)
         yield done
     with _step("merge, and compare with the original", say) as done:
-        merge(place / "dp1mp2pp2", place / "merged", options=_FAST)
+        merge(place / "dp1mp2pp2", place / "merged", fsync=False)
         _compare(place / "merged", catalog)
         yield done
 
@@ -92,7 +90,7 @@ def _on_devices(
         params = jax.block_until_ready(reshard(params, "dp4mp2"))
         yield done
     with _step("save from the devices, and compare with the original", say) as done:
-        save(params, place / "saved", durable=False)
+        save(params, place / "saved", fsync=False)
         _compare(place / "saved", weights)
         yield done
     with _step("load the rank files of dp1mp2pp2 as mp8, and compare", say) as done:

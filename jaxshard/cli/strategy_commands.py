@@ -119,7 +119,7 @@ def _tensors_of(a: Namespace) -> tuple[Catalog, Strategy, bool]:
 def _with_or_without_weights(a: Namespace) -> Catalog:
     """The checkpoint, or what its ``config.json`` says where there are no weights."""
     try:
-        return open_checkpoint(a.source, strategy=a.src_strategy, suffix=a.suffix)
+        return open_checkpoint(a.source, src_strategy=a.src_strategy, suffix=a.suffix)
     except NotFoundError:
         folder = LocalFolder(a.source)
         try:

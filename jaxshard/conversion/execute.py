@@ -14,25 +14,24 @@ from functools import partial
 from pathlib import Path
 
 from ..core.catalog import Catalog
+from ..distributed.environment import part_of
 from ..distributed.partition import Part
 from ..errors import CoverageError, LayoutError, StorageError
-from ..planning.plan import Plan
+from ..planning.plan import Plan, block_bytes_for
 from ..storage import file_to_file, side_files
 from ..storage.io import Source
 from ..storage.readers import open_source
-from ..storage.resources import Budget, Counts
+from ..storage.resources import Budget, Counts, budget_for
 from ..storage.shared_transaction import PartStaging
 from ..storage.strategy_folder import put_beside
 from ..storage.transaction import Staging
 from ..storage.writers import OutputFiles
 from . import single_file
 from .open import PathLike
-from .options import Options, budget_of, chosen_part
 from .prepare import Prepared, fitted, part_plan
 from .results import Result
 
 Progress = Callable[[int], None]
-_DEFAULT = Options()
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,34 @@ def execute(
     prepared: Prepared,
     destination: PathLike,
     *,
-    options: Options = _DEFAULT,
+    workers: int | None = None,
+    host_bytes: int | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    fsync: bool = True,
+    process_index: int | str | None = None,
+    process_count: int | str | None = None,
+    check_replicas: bool = False,
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
-    """Carry out a prepared conversion.
+    """Write a prepared conversion to ``destination``.
 
-    ``progress`` is given the bytes to write, and returns a function that is told of those written.
+    Args:
+        prepared: the decided conversion.
+        destination: a directory, or a file if ``prepared`` is for one.
+        workers: number of threads; by default one per core, at most 8.
+        host_bytes: memory limit for data in flight, such as ``"1GiB"``; by default 256 MiB, or
+            a sixteenth of the machine's memory if that is less.
+        resume: continue an interrupted run.
+        overwrite: replace an existing destination, if it is a checkpoint.
+        fsync: have every file on disk before the result is published.
+        process_index: index of this process (0-based), if several processes share the work. The
+            last to finish publishes; a process that is started again continues.
+        process_count: number of processes; ``"auto"`` takes both numbers from
+            ``jax.distributed``, or from the environment of SLURM or Open MPI.
+        check_replicas: read all replicas of the source first, and refuse it if they differ.
+            Otherwise the first replica is used.
+        progress: called with the total byte count; returns a callback that receives bytes written.
 
     Raises:
         StorageError: the disk is full or refuses, or another run is writing there.
@@ -66,18 +87,20 @@ def execute(
             an interrupted run lies there; the memory is too little; what cannot be made in parts.
         FormatError: the source changed on the way, or is not what its checksums say.
     """
-    part = chosen_part(options)
+    part = part_of(process_index, process_count, os.environ)
     if part and prepared.result.format == "orbax":
         raise LayoutError("Orbax's own format is written here by one process, not in parts.")
     catalog = prepared.plan.source
-    prepared, budget = fitted(prepared, options), budget_of(options, catalog)
+    prepared = fitted(prepared, workers, host_bytes)
+    budget = budget_for(host_bytes, workers, block_bytes_for(catalog))
     plan = prepared.plan
     place, only = Path(destination), single_file.name_of(prepared.result, destination)
     refuse_inside(catalog, place)
-    if options.check_replicas:
+    if check_replicas:
         _refuse_differing(catalog, budget)
     plan = part_plan(plan, part)
-    staging = _staging(place, prepared.request, options, only, part)
+    how = {"overwrite": overwrite, "durable": fsync}
+    staging = _staging(place, prepared.request, only, part, resume=resume, **how)
     left = single_file.notes(catalog, prepared.result, only)
     notes = (*plan.notes, *left)
     if staging.published:
@@ -100,8 +123,7 @@ def execute(
         staging.abandon()
         raise
     if is_published and not only:
-        files, keep = prepared.result.side_files, options.durable
-        notes += put_beside(place, files, overwrite=options.overwrite, durable=keep)
+        notes += put_beside(place, prepared.result.side_files, **how)
     num_files = plan.totals.num_files
     return Report(str(destination), counts, num_files, skipped, notes, part, is_published)
 
@@ -130,14 +152,20 @@ def _write(
 
 
 def _staging(
-    destination: Path, request: str, options: Options, only: str | None, part: Part | None
+    destination: Path,
+    request: str,
+    only: str | None,
+    part: Part | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    durable: bool,
 ) -> Staging | PartStaging:
-    overwrite, durable = options.overwrite, options.durable
     if part is None:
         return Staging(
             destination,
             request,
-            resume=options.resume,
+            resume=resume,
             overwrite=overwrite,
             durable=durable,
             only=only,
@@ -145,7 +173,7 @@ def _staging(
     if only:
         raise LayoutError(
             f"{destination} is one file, which is one process's work. Leave out "
-            "part= (--process-count), or name a folder."
+            "process_count= (--process-count), or name a folder."
         )
     return PartStaging(
         destination, request, part.index, part.count, overwrite=overwrite, durable=durable

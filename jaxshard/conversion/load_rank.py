@@ -5,7 +5,8 @@ This is ``convert`` whose outputs are arrays. NumPy holds them; no device is ask
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -14,13 +15,16 @@ from ..core.layout import Layout
 from ..core.notes import log_notes
 from ..core.strategy import Strategy
 from ..errors import LayoutError
+from ..planning.plan import block_bytes_for
+from ..rules import Policy, Rules
 from ..storage.engine import HostArrays, run
 from ..storage.readers import open_source
+from ..storage.resources import budget_for
 from .open import PathLike
-from .options import Options, budget_of, with_given
 from .prepare import prepare
 
-_DEFAULT = Options()
+if TYPE_CHECKING:
+    from ..mapping import Mapping
 
 
 def load_rank(
@@ -28,17 +32,37 @@ def load_rank(
     to: str | PathLike | Strategy | Layout,
     rank: int = 0,
     *,
-    options: Options = _DEFAULT,
-    **how: Any,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    rules: Rules | None = None,
+    names: Mapping | str | None = None,
+    unmatched: Policy = "error",
+    uneven: Policy = "error",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    drop_prefix: Iterable[str] = (),
+    keep_accu_grads: bool = False,
+    workers: int | None = None,
+    host_bytes: int | str | None = None,
 ) -> dict[str, NDArray[Any]]:
     """What ``rank`` holds of ``source`` laid out as ``to`` says: ``{name: array}``.
 
     Args:
         source: a checkpoint, or its path.
-        to: as for ``convert``; of ``"full"`` there is rank 0 only.
-        rank: which.
-        options: threads and memory.
-        how: as for ``prepare``: include, exclude, rules, names …; or an option by its name.
+        to: the layout, as for ``convert``; ``"full"`` has rank 0 only.
+        rank: the rank whose shards are loaded.
+        src_strategy: as for ``convert``, like the options after it.
+        suffix: which of several files per rank the source has.
+        rules: layout rules that precede the family's own.
+        names: a mapping to other names and shapes.
+        unmatched: names without a rule are an error, or ``"replicate"``.
+        uneven: dims that do not divide are an error, or ``"replicate"``.
+        include: regular expressions; only tensors that match one of them are loaded.
+        exclude: regular expressions; tensors that match one of them are left out.
+        drop_prefix: tensors whose names start with one of these are left out.
+        keep_accu_grads: load accumulated gradients too.
+        workers: number of threads; by default one per core, at most 8.
+        host_bytes: memory limit for data in flight, beside the arrays themselves.
 
     Raises:
         JaxshardError: as ``prepare``.
@@ -46,9 +70,21 @@ def load_rank(
     whole = isinstance(to, str) and to == "full"
     if whole and rank:
         raise LayoutError(f"rank {rank} of a complete checkpoint: there is rank 0 only.")
-    one: dict[str, Any] = {} if whole else {"ranks": [rank]}
-    options, how = with_given(options, how)
-    plan = prepare(source, to, **one, **how).plan
+    plan = prepare(
+        source,
+        to,
+        src_strategy=src_strategy,
+        suffix=suffix,
+        rules=rules,
+        names=names,
+        unmatched=unmatched,
+        uneven=uneven,
+        include=include,
+        exclude=exclude,
+        drop_prefix=drop_prefix,
+        keep_accu_grads=keep_accu_grads,
+        rank=None if whole else rank,
+    ).plan
     log_notes(plan.source.root, plan.notes, plan.source.logged)
     wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
@@ -56,7 +92,8 @@ def load_rank(
     files = open_source(plan.source)
     try:
         files.check_checksums()
-        run(plan.moves(), files, share, budget=budget_of(options, plan.source))
+        budget = budget_for(host_bytes, workers, block_bytes_for(plan.source))
+        run(plan.moves(), files, share, budget=budget)
         files.check_unchanged()
     finally:
         files.close()

@@ -29,7 +29,7 @@ _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
 
 def opened(
-    source: Catalog | PathLike, *, strategy: PathLike | None = None, suffix: str | None = None
+    source: Catalog | PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
 ) -> Catalog:
     """``source``, opened if it is a path (arguments and errors as ``open_checkpoint``).
 
@@ -37,8 +37,8 @@ def opened(
         LayoutError: it is open already, and how to open it is said all the same.
     """
     if not isinstance(source, Catalog):
-        return open_checkpoint(source, strategy=strategy, suffix=suffix)
-    if strategy is not None or suffix is not None:
+        return open_checkpoint(source, src_strategy=src_strategy, suffix=suffix)
+    if src_strategy is not None or suffix is not None:
         raise LayoutError(
             f"strategy files and suffix= say how a path is opened, and {source.root} is open "
             "already. Give them to open()."
@@ -48,13 +48,13 @@ def opened(
 
 @paused()
 def open_checkpoint(
-    path: PathLike, *, strategy: PathLike | None = None, suffix: str | None = None
+    path: PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
 ) -> Catalog:
     """The contents of the checkpoint at ``path``, from headers only.
 
     Args:
         path: a folder, or a single weight file.
-        strategy: for rank folders, the strategy files they were written with (a file or
+        src_strategy: for rank folders, the strategy files they were written with (a file or
             a folder); by default ``strategy/`` inside or beside the folder, or a merged file
             there.
         suffix: for rank folders with several files a rank, which one: ``1_10``.
@@ -76,7 +76,7 @@ def open_checkpoint(
     for place in _places(where):
         folder = LocalFolder(place)
         try:
-            catalog = _read(folder, place, strategy, suffix)
+            catalog = _read(folder, place, src_strategy, suffix)
         except (CoverageError, NotFoundError) as error:
             raise type(error)(" ".join([str(error), *_links(folder)])) from None
         finally:
@@ -91,7 +91,9 @@ def open_checkpoint(
     )
 
 
-def open_some(path: PathLike, names: Iterable[str], *, strategy: PathLike | None = None) -> Catalog:
+def open_some(
+    path: PathLike, names: Iterable[str], *, src_strategy: PathLike | None = None
+) -> Catalog:
     """The checkpoint that only the files ``names`` of the folder ``path`` are.
 
     Raises:
@@ -100,7 +102,7 @@ def open_some(path: PathLike, names: Iterable[str], *, strategy: PathLike | None
     """
     folder = LocalFolder(path, names)
     try:
-        catalog = _read(folder, Path(path), strategy, None)
+        catalog = _read(folder, Path(path), src_strategy, None)
     finally:
         folder.close()
     if catalog is None:

@@ -1,72 +1,98 @@
-"""Execution options of a conversion, which do not change its result."""
+"""Keyword arguments of a conversion: what they may be, and functions that pass them on."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, cast
 
-from ..core.catalog import Catalog
-from ..distributed.environment import part_of
-from ..distributed.partition import Part
-from ..planning.copies import BLOCK_BYTES
-from ..planning.plan import block_bytes_for
-from ..storage.resources import Budget, default_budget, default_workers, fit_budget
+if TYPE_CHECKING:
+    from ..mapping import Mapping
+    from ..rules import Policy, Rules
+    from .open import PathLike
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a conversion runs; none of these change the result.
+class ResultOptions(TypedDict, total=False):
+    """Options that decide a conversion's result; ``prepare`` documents them."""
 
-    Attributes:
-        workers: threads; by default one a core, at most 8.
-        host_bytes: the most memory for data in flight; by default 256 MiB or a
-            sixteenth of the machine's memory, whichever is less.
-        resume: go on with an interrupted run.
-        overwrite: replace an existing destination, if it is a checkpoint.
-        durable: have every file on the disk (fsync) before the result appears.
-        part: make one part only, of several that as many processes make on a disk they
-            share. The last to be done publishes; a part begun again goes on. ``"auto"``
-            asks ``jax.distributed``, or the environment of the job.
-        check_replicas: before anything is written, read all that the source stores several
-            times, and refuse it where that differs. Otherwise the first replica is taken.
+    src_strategy: PathLike | None
+    suffix: str | None
+    rules: Rules | None
+    names: Mapping | str | None
+    unmatched: Policy
+    uneven: Policy
+    include: Iterable[str]
+    exclude: Iterable[str]
+    drop_prefix: Iterable[str]
+    keep_accu_grads: bool
+    rank: int | Iterable[int] | None
+    max_shard_size: int | str | None
+    prefix: str
+    step: str | None
+    remove_redundancy: bool
+    format: str | None
+    crc: bool
+    checksums: bool
+
+
+class RunOptions(TypedDict, total=False):
+    """Options that decide how a conversion runs, not its result; ``execute`` documents them."""
+
+    workers: int | None
+    host_bytes: int | str | None
+    resume: bool
+    overwrite: bool
+    fsync: bool
+    process_index: int | str | None
+    process_count: int | str | None
+    check_replicas: bool
+
+
+class ConvertOptions(ResultOptions, RunOptions, total=False):
+    """All options of a conversion."""
+
+
+def split(options: ConvertOptions) -> tuple[ResultOptions, RunOptions]:
+    """Divide ``options`` into those of ``prepare`` and those of ``execute``.
+
+    >>> split({"overwrite": True, "exclude": "lora"})
+    ({'exclude': 'lora'}, {'overwrite': True})
     """
-
-    workers: int | None = None
-    host_bytes: int | None = None
-    resume: bool = False
-    overwrite: bool = False
-    durable: bool = True
-    part: Part | Literal["auto"] | None = None
-    check_replicas: bool = False
+    result = {n: v for n, v in options.items() if n in ResultOptions.__optional_keys__}
+    run = {n: v for n, v in options.items() if n in RunOptions.__optional_keys__}
+    return cast("ResultOptions", result), cast("RunOptions", run)
 
 
-_NAMES = frozenset(field.name for field in fields(Options))
+def takes_options(
+    *documented: Callable[..., object],
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let a function's ``**options`` be ``ConvertOptions``, whose defaults ``documented`` have.
 
-
-def with_given(options: Options, how: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """``options`` with those of ``how`` that are such, and the rest of it.
-
-    >>> with_given(Options(), {"overwrite": True, "exclude": "lora"})[1]
-    {'exclude': 'lora'}
+    ``help`` and editors then show every option with its default, and an unknown one is a TypeError
+    with the name of the function that the caller typed, not of one that it calls.
     """
-    given = {name: value for name, value in how.items() if name in _NAMES}
-    return replace(options, **given), {n: v for n, v in how.items() if n not in given}
+    known = {n: p for f in documented for n, p in inspect.signature(f).parameters.items()}
+    options = {n: known[n] for n in known if n in ConvertOptions.__optional_keys__}
 
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        bare = inspect.signature(function)
+        own = {n: p for n, p in bare.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        signature = bare.replace(parameters=[*own.values(), *options.values()])
 
-def chosen_part(options: Options) -> Part | None:
-    """The part that ``options`` mean (errors as ``part_of``)."""
-    if options.part == "auto":
-        return part_of("auto", "auto", os.environ)
-    return options.part
+        @functools.wraps(function)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            for name in kwargs:
+                if name not in signature.parameters:
+                    raise TypeError(
+                        f"{function.__name__}() got an unexpected keyword argument {name!r}"
+                    )
+            return function(*args, **kwargs)
 
+        cast("Any", checked).__signature__ = signature
+        return checked
 
-def budget_of(options: Options, source: Catalog | None = None) -> Budget:
-    """Threads, and the blocks that suit ``source``, as ``options`` allow.
-
-    Raises:
-        LayoutError: as ``fit_budget``.
-    """
-    host_bytes = default_budget() if options.host_bytes is None else options.host_bytes
-    workers = default_workers() if options.workers is None else options.workers
-    return fit_budget(host_bytes, workers, block_bytes_for(source) if source else BLOCK_BYTES)
+    return decorate

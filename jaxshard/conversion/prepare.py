@@ -25,9 +25,9 @@ from ..formats import rank_names
 from ..planning.copies import firsts
 from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..storage import side_files
+from ..storage.resources import budget_for, parse_size
 from . import single_file
 from .open import PathLike, open_strategy, opened
-from .options import Options, budget_of
 from .results import Request, Result
 from .select import (
     chooser,
@@ -140,10 +140,10 @@ def prepare(
     uneven: family_rules.Policy = "error",
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    ranks: Iterable[int] | None = None,
-    drop_prefixes: Iterable[str] = (),
+    rank: int | Iterable[int] | None = None,
+    drop_prefix: Iterable[str] = (),
     keep_accu_grads: bool = False,
-    max_shard_bytes: int | None = None,
+    max_shard_size: int | str | None = None,
     prefix: str = Request.prefix,
     step: str | None = None,
     remove_redundancy: bool = False,
@@ -166,11 +166,11 @@ def prepare(
         uneven: what to do with dims that do not divide: refuse, or ``"replicate"``.
         include: regular expressions; only tensors that one of them is found in are taken.
         exclude: regular expressions; tensors that one of them is found in are left out.
-        ranks: write the files of these ranks only.
-        drop_prefixes: tensors whose names begin with one of these are left out (``adam_``).
+        rank: write the files of this rank, or these ranks, only.
+        drop_prefix: tensors whose names begin with one of these are left out (``adam_``).
         keep_accu_grads: take accumulated gradients too, which are otherwise left out.
-        max_shard_bytes: the most tensor bytes in one file of a complete checkpoint; by
-            default what is usual for the format.
+        max_shard_size: the most tensor bytes in one file of a complete checkpoint, such as
+            ``"5GB"``; by default what is usual for the format.
         prefix: the first part of rank files' names.
         step: the epoch and the step in them, ``"1_10"``: by default those of the source's names
             or numbers, or ``1_1``; ``"none"``: the prefix alone, as MindSpore slices.
@@ -189,8 +189,8 @@ def prepare(
         CoverageError: the source lacks part of a tensor, or weights that the target tells of.
         LayoutError: the target does not fit the tensors, or a request means nothing for it.
     """
-    include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefixes))
-    catalog = opened(source, strategy=src_strategy, suffix=suffix)
+    include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefix))
+    catalog = opened(source, src_strategy=src_strategy, suffix=suffix)
     chosen, config = _chosen(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
@@ -204,7 +204,7 @@ def prepare(
     layout = same_layout(chosen) if to == SAME else _target_layout(chosen, to, lay_out)
     if to == "full" and is_whole:
         refuse_half(catalog)
-    only = _check_ranks(ranks, layout)
+    only = _check_ranks(rank, layout)
     refuse_lost(catalog, chooser(include, exclude, drop_prefixes), layout, only)
     if layout is not None:
         layout = without_merged(chosen, layout)
@@ -213,7 +213,7 @@ def prepare(
     numbers = _job_values(chosen) if format == "iteration" else {}
     request = Request(
         layout,
-        max_shard_bytes,
+        None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size"),
         prefix,
         remove_redundancy=remove_redundancy,
         format=format,
@@ -317,15 +317,15 @@ def _job_values(catalog: Catalog) -> dict[str, Any]:
     return job_values(catalog)
 
 
-def _check_ranks(ranks: Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
-    if ranks is None:
+def _check_ranks(rank: int | Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
+    if rank is None:
         return None
-    only = frozenset(ranks)
+    only = frozenset([rank] if isinstance(rank, int) else rank)
     num_ranks = layout.num_ranks if layout else 1
     wrong = sorted(r for r in only if not 0 <= r < num_ranks)
     if wrong or not only or layout is None:
         raise LayoutError(
-            f"rank (--rank) {format_list(map(str, wrong or only))}: the target has "
+            f"rank= (--rank) {format_list(map(str, wrong or only))}: the target has "
             + (
                 f"ranks 0 to {num_ranks - 1}."
                 if layout
@@ -344,9 +344,12 @@ def _files_of(
     return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
 
 
-def fitted(prepared: Prepared, options: Options) -> Prepared:
-    """``prepared`` with the numbers of the blocks and the memory that ``options`` allow."""
-    plan, budget = prepared.plan, budget_of(options, prepared.plan.source)
+def fitted(
+    prepared: Prepared, workers: int | None = None, host_bytes: int | str | None = None
+) -> Prepared:
+    """Return ``prepared`` with the largest blocks that the threads and the memory allow."""
+    plan = prepared.plan
+    budget = budget_for(host_bytes, workers, block_bytes_for(plan.source))
     if (plan.block_bytes, plan.tile_bytes) != (budget.block_bytes, budget.tile_bytes):
         plan = make_plan(
             plan.source,

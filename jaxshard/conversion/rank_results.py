@@ -150,5 +150,5 @@ def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> 
         raise LayoutError(
             f"{len(unplaced)} tensors are not in the target's strategy: {format_list(unplaced)}. "
             "Leave them out (of a conversion with exclude=, --exclude; optimizer states with "
-            "drop_prefixes=, --drop-prefix adam_), or give a strategy that has them."
+            "drop_prefix=, --drop-prefix adam_), or give a strategy that has them."
         )

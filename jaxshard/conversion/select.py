@@ -52,7 +52,7 @@ def select(
         _refuse_left_out(catalog, taken)
     left = [t for t in catalog.tensors.values() if taken(t.name)]
     notes = [
-        f"no tensor begins with {prefix}: drop_prefixes= (--drop-prefix) {prefix} drops nothing."
+        f"no tensor begins with {prefix}: drop_prefix= (--drop-prefix) {prefix} drops nothing."
         for prefix in prefixes
         if not any(n.startswith(prefix) for n in names)
     ]

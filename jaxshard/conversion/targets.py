@@ -204,7 +204,7 @@ def check_request(request: Request, step: str | None = None) -> None:
         )
     if request.max_shard_bytes is not None and not (is_whole and name in _IN_SHARDS):
         raise LayoutError(
-            "max_shard_bytes= (--max-shard-size) is for complete checkpoints in several files "
+            "max_shard_size= (--max-shard-size) is for complete checkpoints in several files "
             f"({', '.join(_IN_SHARDS)}), and the target is "
             f"{'one file' if is_whole else 'a file a rank'}. Leave it out."
         )

@@ -23,16 +23,10 @@ from typing import Any
 from ..core.box import Box
 from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
 from ..core.decoders import FETCH, parse_object
-from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list, quote_name
+from ..errors import CoverageError, FormatError, NotFoundError, format_list, quote_name
 from ..rules.match import text_config
 from .folder import Folder
 from .safetensors import Entry, Header, read_header
-
-_UNITS = {
-    **{"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
-    **{"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40},
-}
-_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def plan_files(tensors: Iterable[tuple[str, int]], max_shard_bytes: int) -> list[list[str]]:
@@ -76,31 +70,6 @@ def index_json(
     """``model.safetensors.index.json``; ``total_size`` is the bytes of all tensors."""
     index = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(weight_map)}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-def parse_size(text: str | int) -> int:
-    """The bytes that ``text`` means.
-
-    Raises:
-        LayoutError: it is not a positive number with a unit.
-
-    >>> parse_size("5GB"), parse_size("4 GiB"), parse_size(7)
-    (5000000000, 4294967296, 7)
-    """
-    match = _SIZE.fullmatch(str(text)) if not isinstance(text, bool) else None
-    unit = _UNITS.get(match[2].upper()) if match else None
-    num_bytes = _times(match[1], unit) if match and unit else 0
-    if num_bytes < 1:
-        raise LayoutError(
-            f"{text!r} is not a size. Write it like 5GB (10**9), 4GiB (2**30) or 500MB."
-        )
-    return num_bytes
-
-
-def _times(number: str, unit: int) -> int:
-    """``number``, a decimal fraction, of ``unit``, exactly and rounded down."""
-    whole, _, part = number.partition(".")
-    return int(whole + part) * unit // int(10 ** len(part))
 
 
 # --- Hugging Face folders: weight files, an index that says which serves a name, a config

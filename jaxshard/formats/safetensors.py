@@ -325,6 +325,6 @@ def _header(members: Sequence[str]) -> bytes:
         raise LayoutError(
             f"a file of {len(members)} tensors needs a header of {padded} bytes; the format "
             f"allows {MAX_HEADER_BYTES}. Spread the tensors over more files: choose a complete "
-            "checkpoint with a smaller max_shard_bytes= (--max-shard-size), or more ranks."
+            "checkpoint with a smaller max_shard_size= (--max-shard-size), or more ranks."
         )
     return padded.to_bytes(8, "little") + text.ljust(padded)

@@ -30,7 +30,7 @@ from ..mapping import Mapping, find_mapping
 from ..rules import Rules
 from ..storage.identity import check_same, identity
 from ..storage.readers import open_source
-from ..storage.resources import Counts, default_workers
+from ..storage.resources import Counts, default_workers, parse_size
 from .balanced import gathered, kept_bytes, spread
 from .memory_budget import check_dtypes, check_memory, need_of, share_out
 from .orbax_arrays import restore, restored_by_orbax
@@ -54,13 +54,13 @@ def load(
     dtype: Any = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    host_bytes: int | None = None,
+    host_bytes: int | str | None = None,
     strict: bool = True,
     name_of: Callable[[str], str] | None = None,
     names: Mapping | str | None = None,
     mmap: bool = False,
     owned: bool = False,
-    strategy: PathLike | None = None,
+    src_strategy: PathLike | None = None,
     suffix: str | None = None,
     workers: int | None = None,
     balanced: bool = False,
@@ -103,7 +103,7 @@ def load(
         owned: have arrays on CPU devices in memory of XLA's own, each replica in its own. XLA
             writes to no other: the first step to which other arrays are donated makes new
             ones, and memory is twice the arrays until it is done. Slower, by a copy.
-        strategy: the strategy files of a source cut into ranks.
+        src_strategy: the strategy files of a source cut into ranks.
         suffix: which of several files a rank the source has.
         workers: threads; by default one a core, at most 8.
         balanced: of several processes, none reads what another does; what they hold in common
@@ -132,7 +132,7 @@ def load(
     everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
     is_asked = everyone.are_several and not balanced
     together = everyone.of(sharers(target, devices)) if is_asked else everyone
-    catalog = _opened_alike(source, strategy, suffix, together)
+    catalog = _opened_alike(source, src_strategy, suffix, together)
 
     def compare(wants: Sequence[Want]) -> None:
         if is_asked and not together.are_several:
@@ -147,7 +147,7 @@ def load(
         dtype=dtype,
         include=include,
         exclude=exclude,
-        host_bytes=host_bytes,
+        host_bytes=None if host_bytes is None else parse_size(host_bytes, "host_bytes"),
         strict=strict,
         name_of=name_of,
         names=names,
@@ -163,14 +163,14 @@ def load(
 
 def _opened_alike(
     source: Catalog | PathLike,
-    strategy: PathLike | None,
+    src_strategy: PathLike | None,
     suffix: str | None,
     processes: Processes,
 ) -> Catalog:
     """``source``, opened by all ``processes``, which see one checkpoint (errors as ``load``)."""
     processes = processes.about(str(getattr(source, "root", source)))
     with processes.together("loading: opening") as meeting:
-        catalog = opened(source, strategy=strategy, suffix=suffix)
+        catalog = opened(source, src_strategy=src_strategy, suffix=suffix)
         if processes.are_several:
             meeting.says = identity(catalog)
     if processes.are_several:

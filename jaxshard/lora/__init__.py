@@ -7,11 +7,11 @@ load(with_adapter("llama/", "adapter/"), "dp2mp4")           inside a sharded lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 from ..conversion.execute import Report, execute
 from ..conversion.open import PathLike, opened
-from ..conversion.options import Options, with_given
+from ..conversion.options import ConvertOptions, split, takes_options
 from ..conversion.prepare import prepare
 from ..core.catalog import Catalog
 from ..core.layout import Layout
@@ -33,15 +33,13 @@ __all__ = [
     "with_adapter",
 ]
 
-_DEFAULT = Options()
-
 
 def with_adapter(
     source: Catalog | PathLike,
     adapter: Catalog | PathLike | None = None,
     *,
     alpha: float | None = None,
-    rank: int | None = None,
+    adapter_rank: int | None = None,
     scaling: float | None = None,
     fan_in_fan_out: bool | None = None,
     unmerge: bool = False,
@@ -58,7 +56,7 @@ def with_adapter(
         adapter: the adapters, if they are beside it: a PEFT folder, or any checkpoint.
         alpha: what the adapter was trained with; by default what its config says, and an
             error if none does, or if the config says others for some modules.
-        rank: refuse adapters of another rank.
+        adapter_rank: refuse adapters of another rank.
         scaling: alpha / rank itself, for all adapters alike.
         fan_in_fan_out: whether square weights are (in, out); others tell by their shape.
         unmerge: subtract, to get back the base of a merged model, but for rounding.
@@ -76,9 +74,11 @@ def with_adapter(
         LayoutError: shapes that do not fit, or an adapter that is more than a product.
         FormatError: a config that does not belong to the adapter.
     """
-    base = opened(source, strategy=src_strategy, suffix=suffix)
-    beside = None if adapter is None else opened(adapter, strategy=adapter_strategy)
-    settings = find_settings((beside or base).root).with_given(alpha, rank, scaling, fan_in_fan_out)
+    base = opened(source, src_strategy=src_strategy, suffix=suffix)
+    beside = None if adapter is None else opened(adapter, src_strategy=adapter_strategy)
+    settings = find_settings((beside or base).root).with_given(
+        alpha, adapter_rank, scaling, fan_in_fan_out
+    )
     done = merged(
         base,
         settings,
@@ -96,6 +96,7 @@ def with_adapter(
     return done.catalog
 
 
+@takes_options(prepare, execute)
 def merge_lora(
     source: Catalog | PathLike,
     destination: PathLike,
@@ -103,44 +104,41 @@ def merge_lora(
     *,
     adapter: Catalog | PathLike | None = None,
     alpha: float | None = None,
-    rank: int | None = None,
+    adapter_rank: int | None = None,
     scaling: float | None = None,
     fan_in_fan_out: bool | None = None,
     unmerge: bool = False,
     reproducible: bool = False,
-    src_strategy: PathLike | None = None,
-    suffix: str | None = None,
     adapter_strategy: PathLike | None = None,
     adapter_names: AdapterNames | None = None,
-    options: Options = _DEFAULT,
     progress: Callable[[int], Callable[[int], None]] | None = None,
-    **how: Any,
+    **options: Unpack[ConvertOptions],
 ) -> Report:
     """Make ``destination``: ``source`` with its adapters merged, laid out as ``to`` says.
 
     The arguments of the adapters are those of ``with_adapter``, all others those of
-    ``convert``, options by name (``overwrite=True``) among them. Memory is that of a conversion:
+    ``convert``. Memory is that of a conversion:
     the model may be larger than the machine's.
 
     Raises:
         JaxshardError: as ``with_adapter`` and ``convert``, before a byte is written.
     """
+    result, run = split(options)
     catalog = with_adapter(
         source,
         adapter,
         alpha=alpha,
-        rank=rank,
+        adapter_rank=adapter_rank,
         scaling=scaling,
         fan_in_fan_out=fan_in_fan_out,
         unmerge=unmerge,
         reproducible=reproducible,
-        src_strategy=src_strategy,
-        suffix=suffix,
+        src_strategy=result.pop("src_strategy", None),
+        suffix=result.pop("suffix", None),
         adapter_strategy=adapter_strategy,
         adapter_names=adapter_names,
     )
-    options, how = with_given(options, how)
-    prepared = prepare(catalog, to, destination=destination, **how)
-    report = execute(prepared, destination, options=options, progress=progress)
+    prepared = prepare(catalog, to, destination=destination, **result)
+    report = execute(prepared, destination, progress=progress, **run)
     log_notes(str(destination), report.notes, prepared.plan.source.logged)
     return report

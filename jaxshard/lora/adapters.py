@@ -290,7 +290,8 @@ class Settings:
         if alpha is not None or scaling is not None:
             made = replace(made, alpha=alpha, scaling=scaling, given=True)
         if rank is not None:
-            made = replace(made, rank=rank, rank_pattern={}, rank_from="rank= (--adapter-rank)")
+            given = "adapter_rank= (--adapter-rank)"
+            made = replace(made, rank=rank, rank_pattern={}, rank_from=given)
         if fan_in_fan_out is not None:
             made = replace(made, fan_in_fan_out=fan_in_fan_out, fan_is_given=True)
         return made

@@ -150,7 +150,7 @@ class ByPattern(Generic[V]):
             raise FormatError(
                 f"{self.where}: {len(self._values)} patterns take more than {MOST_STEPS} steps to "
                 "match with the names of this adapter. Name its modules in full, without repeats "
-                "(* +), or give one scaling= (--scaling) and rank= (--adapter-rank) for all."
+                "(* +), or give scaling= (--scaling) and adapter_rank= (--adapter-rank) for all."
             ) from None
         return default if found is None else self._values[found]
 

@@ -169,14 +169,14 @@ class Loading:
         if self.resumes and (found := self._resumed()):
             return found
         try:
-            return open_checkpoint(self.path, strategy=self.src_strategy, suffix=self.suffix)
+            return open_checkpoint(self.path, src_strategy=self.src_strategy, suffix=self.suffix)
         except CoverageError:
             kind = self.said.get("load_ckpt_format")
             if kind not in _KINDS:
                 raise
             suffix = f"{self.suffix or ''}.{kind}"
             try:
-                return open_checkpoint(self.path, strategy=self.src_strategy, suffix=suffix)
+                return open_checkpoint(self.path, src_strategy=self.src_strategy, suffix=suffix)
             except CoverageError:
                 pass  # then it is not what told them apart
             raise
@@ -402,7 +402,7 @@ def _described(told: Config, path: str) -> Catalog:
     if _names_checkpoint(told):
         place, _ = _path(told)
         try:
-            return open_checkpoint(place, strategy=_source_strategy(told)[0])
+            return open_checkpoint(place, src_strategy=_source_strategy(told)[0])
         except NotFoundError:
             folder = LocalFolder(place)
             try:

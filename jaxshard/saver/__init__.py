@@ -46,7 +46,7 @@ from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
 from ..rules import Rules
 from ..storage import side_files as carrying
-from ..storage.resources import Counts, default_budget, default_workers
+from ..storage.resources import Counts, default_budget, default_workers, parse_size
 from ..storage.strategy_folder import put_beside
 from . import publish
 from .chunked_fetch import share_out
@@ -76,10 +76,10 @@ def save(
     config: Mapping[str, Any] | None = None,
     extras: Catalog | PathLike | None = None,
     metadata: Mapping[str, str] | None = None,
-    host_bytes: int | None = None,
+    host_bytes: int | str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
-    durable: bool = True,
+    fsync: bool = True,
     checksums: bool = False,
     shared: bool = True,
     alone: bool = False,
@@ -118,7 +118,7 @@ def save(
         host_bytes: the most memory for what is in flight; by default 256 MiB.
         workers: threads; by default one a core, at most 8.
         overwrite: replace what is at ``path``.
-        durable: have every file on the disk before the result appears.
+        fsync: have every file on disk before the result is published.
         checksums: write ``checksums.json`` beside the files, for ``verify`` and
             ``load(verify=True)``; other readers pass over it.
         shared: of several processes, all see one disk at ``path``. If not, each writes there,
@@ -134,7 +134,7 @@ def save(
         StorageError: the disk is full or refuses, or another process fails or does not come.
     """
     processes = Processes() if alone else processes_of_jax(timeout_s)
-    where, keep = Path(path), {"overwrite": overwrite, "durable": durable}
+    where, keep = Path(path), {"overwrite": overwrite, "durable": fsync}
     with processes.about(str(where)).together("saving: preparing"), paused():
         _check_format(format)
         single_file.refuse(where)
@@ -149,7 +149,7 @@ def save(
         model = _model(config, carried)
         ready = None
         _check_uncut(format, strategy)
-        max_bytes = None if max_shard_size is None else huggingface.parse_size(max_shard_size)
+        max_bytes = None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size")
         request = Request(
             None,
             max_bytes,
@@ -161,7 +161,7 @@ def save(
         if format == "orbax":
             check_request(request, step)
         else:
-            limit = default_budget() if host_bytes is None else host_bytes
+            limit = default_budget() if host_bytes is None else parse_size(host_bytes, "host_bytes")
             threads = default_workers() if workers is None else workers
             budget, room = share_out(limit, threads, num_fetched(arrays))
             source = ArraySource(

@@ -6,6 +6,7 @@ Apart from the engine, so that a command that moves nothing needs no NumPy.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import astuple, dataclass
 
 from ..errors import LayoutError
@@ -15,6 +16,11 @@ _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see r
 _TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
 _LEAST_BLOCK = 64 << 10
 _DEFAULT_BYTES = 256 << 20
+_UNITS = {
+    **{"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40},
+}
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 LENT_BLOCK_BYTES = 4 << 20
 """A block of what lies in memory already, and only passes through a core's cache to be summed or
@@ -85,7 +91,7 @@ def fit_budget(host_bytes: int, workers: int, block_bytes: int = BLOCK_BYTES) ->
 
 
 def budget_for(
-    host_bytes: int | None, workers: int | None, block_bytes: int = BLOCK_BYTES
+    host_bytes: int | str | None, workers: int | None, block_bytes: int = BLOCK_BYTES
 ) -> Budget:
     """The budget for what a caller gave: None is the default, and 0 is an error.
 
@@ -93,10 +99,36 @@ def budget_for(
         LayoutError: as ``fit_budget``.
     """
     return fit_budget(
-        default_budget() if host_bytes is None else host_bytes,
+        default_budget() if host_bytes is None else parse_size(host_bytes, "host_bytes"),
         default_workers() if workers is None else workers,
         block_bytes,
     )
+
+
+def parse_size(size: int | str, argument: str) -> int:
+    """Return the bytes that ``argument`` specifies: a number, or text with a unit.
+
+    Raises:
+        LayoutError: it is not a positive number with a unit.
+
+    >>> parse_size("5GB", "limit"), parse_size("4 GiB", "limit"), parse_size(7, "limit")
+    (5000000000, 4294967296, 7)
+    """
+    match = _SIZE.fullmatch(str(size)) if not isinstance(size, bool) else None
+    unit = _UNITS.get(match[2].upper()) if match else None
+    num_bytes = _times(match[1], unit) if match and unit else 0
+    if num_bytes < 1:
+        raise LayoutError(
+            f"{argument}= (--{argument.replace('_', '-')}): {size!r} is not a size. Write it like "
+            "5GB (10**9), 4GiB (2**30) or 500MB."
+        )
+    return num_bytes
+
+
+def _times(number: str, unit: int) -> int:
+    """``number``, a decimal fraction, of ``unit``, exactly and rounded down."""
+    whole, _, part = number.partition(".")
+    return int(whole + part) * unit // int(10 ** len(part))
 
 
 def default_budget() -> int:

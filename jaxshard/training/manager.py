@@ -31,7 +31,7 @@ from ..core.strategy import Strategy
 from ..distributed.barriers import DEFAULT_TIMEOUT_S
 from ..errors import LayoutError, StorageError
 from ..formats.registry import FORMATS, STEP_FORMATS
-from ..storage.resources import budget_for
+from ..storage.resources import budget_for, parse_size
 from . import naming, records
 from .background import Background
 from .claims import Claim, task_for
@@ -81,13 +81,13 @@ class CheckpointManager:
         trainable: Iterable[str] = (),
         async_save: bool = False,
         snapshot: How = "auto",
-        durable: bool = True,
+        fsync: bool = True,
         on_storage_error: Literal["raise", "warn"] = "raise",
         roles: Roles = Roles(),  # noqa: B008 - frozen
         rename: Callable[[str], str] | None = None,
         config: Mapping[str, Any] | None = None,
         workers: int | None = None,
-        host_bytes: int | None = None,
+        host_bytes: int | str | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
@@ -120,7 +120,7 @@ class CheckpointManager:
             async_save: ``save`` waits for the snapshot only. What fails afterwards is raised
                 by the next call.
             snapshot: see ``snapshots``; ``"copy"`` copies on the CPU backend too.
-            durable: have a step on the disk (fsync) before it counts.
+            fsync: have a step on disk before it counts.
             on_storage_error: when the disk is full or refuses, raise, or warn and let the
                 training go on without that step.
             roles: where in a state the weights and the optimizer's state are.
@@ -161,9 +161,9 @@ class CheckpointManager:
             rename=rename,
             config=None if config is None else json.dumps(dict(config), indent=2).encode(),
             keeping=Keeping(keep_max, keep_every),
-            durable=durable,
+            durable=fsync,
             workers=workers,
-            host_bytes=host_bytes,
+            host_bytes=None if host_bytes is None else parse_size(host_bytes, "host_bytes"),
         )
         self._places = Places.of(directory)
         self._schedule = Schedule(Cadence(save_every_steps, save_every_seconds), clock())

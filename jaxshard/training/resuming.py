@@ -120,10 +120,10 @@ def _save_of(places: Places, step: Step, strategy: Path | None) -> _Save:
             raise error(f"it is {step.state}: {step.reason}")
         paths = _paths(step)
         if step.format == "iteration":
-            return open_checkpoint(places.steps / paths[0], strategy=strategy)
+            return open_checkpoint(places.steps / paths[0], src_strategy=strategy)
         if step.record and strategy is None:
             return open_step(places, step.record, step.format)
-        return open_some(places.steps, paths, strategy=strategy)
+        return open_some(places.steps, paths, src_strategy=strategy)
 
     return _Save(str(step.name), opened)
 
@@ -142,4 +142,4 @@ def _unnamed(path: Path, strategy: Path | None) -> Iterator[_Save]:
 
 
 def _named(place: Path, names: tuple[str, ...], strategy: Path | None) -> _Save:
-    return _Save(names[0], lambda: open_some(place, names, strategy=strategy))
+    return _Save(names[0], lambda: open_some(place, names, src_strategy=strategy))

@@ -9,7 +9,7 @@ import os
 import pty
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import checkpoints
@@ -19,7 +19,6 @@ import jaxshard as js
 from jaxshard import cli
 from jaxshard.cli import commands, parsing
 from jaxshard.conversion import results
-from jaxshard.formats.huggingface import parse_size
 from jaxshard.storage.resources import fit_budget
 
 ROOT = Path(__file__).parents[2]
@@ -164,13 +163,13 @@ def test_a_dry_run_of_a_mapping_counts_in_the_tiles_of_the_budget(
     tmp_path, capsys, host_bytes, form
 ):
     """Transposed weights larger than a tile: the smaller the budget, the more requests."""
-    folder, options = tmp_path / "llama", js.Options(durable=False, workers=2)
+    folder, options = tmp_path / "llama", {"fsync": False, "workers": 2}
     if host_bytes:
-        options = replace(options, host_bytes=parse_size(host_bytes))
+        options |= {"host_bytes": host_bytes}
     write_heads(folder)
     how = {"to": "mp2", "names": f"hf:{form}"}
-    totals = js.plan(folder, options=options, **how).totals
-    report = js.convert(folder, tmp_path / "out", options=options, **how)
+    totals = js.plan(folder, **options, **how).totals
+    report = js.convert(folder, tmp_path / "out", **options, **how)
     assert {n: getattr(totals, n) for n in asdict(report.counts)} == asdict(report.counts)
 
 

@@ -16,7 +16,7 @@ from jaxshard.errors import CoverageError
 
 pytest.importorskip("jax")
 
-QUICK = js.Options(durable=False)
+QUICK = {"fsync": False}
 SIZES = {"hidden": 64, "vocab": 64}  # divides by eight
 
 
@@ -27,12 +27,12 @@ def llama(tmp_path):
 
 
 def cut(llama: Path) -> Path:
-    js.slice(llama, llama.parent / "cut", "dp2mp4", remove_redundancy=True, options=QUICK)
+    js.slice(llama, llama.parent / "cut", "dp2mp4", remove_redundancy=True, **QUICK)
     return llama.parent / "cut"
 
 
 def complete_ckpt(llama: Path) -> Path:
-    js.merge(llama, llama.parent / "model.ckpt", options=QUICK)
+    js.merge(llama, llama.parent / "model.ckpt", **QUICK)
     return llama.parent / "model.ckpt"
 
 
@@ -42,7 +42,7 @@ def of_a_job(llama: Path) -> Path:
     arrays["lm_head.weight"] = arrays["lm_head.weight"].astype(ml_dtypes.float8_e4m3fn)
     arrays["global_step"] = np.array(7, np.int64)
     checkpoints.write_folder(llama.parent / "job", arrays, config={"model_type": "llama"})
-    js.slice(llama.parent / "job", llama.parent / "job cut", "dp2mp2", options=QUICK)
+    js.slice(llama.parent / "job", llama.parent / "job cut", "dp2mp2", **QUICK)
     return llama.parent / "job cut"
 
 

@@ -354,7 +354,7 @@ def test_ranks_written_for_what_was_made_need_no_other_strategy(
 ) -> None:
     source = golden("dp2mp2pp2", "full", "full.safetensors")
     shown(capsys, "make", source, tmp_path / "dst", "--to", "dp1mp2pp2")
-    js.convert(source, tmp_path / "o", tmp_path / "dst", options=QUICK)
+    js.convert(source, tmp_path / "o", tmp_path / "dst", **QUICK)
     assert js.verify(tmp_path / "o", source).problems == ()
 
 
@@ -367,7 +367,7 @@ def test_the_embedding_may_stay_whole_over_mp(tmp_path: Path, capsys: Capture) -
         shown(capsys, "make", source, tmp_path / text, "--to", text)
         (placement,) = open_strategy(tmp_path / text).placements[name]
         assert placement.local_shape(shape)[0] == shape[0] // ways
-        js.slice(source, tmp_path / f"cut_{text}", text, options=QUICK)
+        js.slice(source, tmp_path / f"cut_{text}", text, **QUICK)
         (path,) = (tmp_path / f"cut_{text}" / "rank_1").iterdir()
         held = safetensors.numpy.load_file(path)
         assert held[name].shape[0] == shape[0] // ways

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 import jaxshard as js
 from jaxshard.conversion.execute import execute
-from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import prepare
 from jaxshard.distributed.environment import part_of
 from jaxshard.distributed.partition import Part, assign, cut_evenly, split_outputs
@@ -47,8 +46,8 @@ def whole(llama, tmp_path_factory):
 
 
 def run_part(source, destination, index, count, to="dp2mp2pp2", **options):
-    options = Options(part=Part(index, count), durable=False, **options)
-    return execute(prepare(source, to), destination, options=options)
+    options = {"process_index": index, "process_count": count, "fsync": False, **options}
+    return execute(prepare(source, to), destination, **options)
 
 
 def assert_same(folder, other):
@@ -200,10 +199,8 @@ def test_parts_that_end_together_publish_once(llama, whole, tmp_path, monkeypatc
 
 KILLED = """
 import os, signal, sys
-from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import prepare
 from jaxshard.conversion.execute import execute
-from jaxshard.distributed.partition import Part
 from jaxshard.storage import shared_transaction as parts
 source, out, index, count, after, what = sys.argv[1:]
 plain, left = getattr(parts.PartStaging, what), [int(after)]
@@ -213,8 +210,8 @@ def dying(self, *args):
     left[0] -= 1
     return plain(self, *args)
 setattr(parts.PartStaging, what, dying)
-how = Options(part=Part(int(index), int(count)), durable=False, workers=1)
-execute(prepare(source, "dp2mp2pp2"), out, options=how)
+how = dict(process_index=index, process_count=count, fsync=False, workers=1)
+execute(prepare(source, "dp2mp2pp2"), out, **how)
 """
 
 
@@ -258,7 +255,7 @@ def test_a_job_killed_after_it_published_finds_all_done(llama, whole, tmp_path, 
     how = {"overwrite": overwrite}
     for index in (0, 1):
         run_part(llama, out, index, 3, **how)
-    code = KILLED.replace("durable=False", f"durable=False, overwrite={overwrite}").replace(
+    code = KILLED.replace("fsync=False", f"fsync=False, overwrite={overwrite}").replace(
         "parts.PartStaging, what", "parts.steps, what"
     )
     done = subprocess.run(
@@ -279,8 +276,8 @@ def test_in_a_batch_job_python_may_ask_for_its_part_too(llama, whole, tmp_path, 
     for index in range(2):
         monkeypatch.setenv("SLURM_PROCID", str(index))
         monkeypatch.setenv("SLURM_NTASKS", "2")
-        options = Options(part="auto", durable=False)
-        report = js.convert(llama, tmp_path / "cut", "dp2mp2pp2", options=options)
+        options = {"process_count": "auto", "fsync": False}
+        report = js.convert(llama, tmp_path / "cut", "dp2mp2pp2", **options)
         assert report.part == Part(index, 2)
     assert_same(tmp_path / "cut", whole)
 
@@ -332,7 +329,7 @@ def test_parts_of_other_requests_are_refused(llama, tmp_path):
             run_part(llama, out, index, count, to)
     for resume in (True, False):
         with pytest.raises(LayoutError):
-            js.convert(llama, out, "dp2mp2pp2", options=Options(resume=resume))
+            js.convert(llama, out, "dp2mp2pp2", resume=resume)
     assert run_part(llama, out, 1, 3).skipped_files == 0
     assert run_part(llama, out, 2, 3).is_published
 
@@ -377,10 +374,10 @@ def test_a_replaced_result_is_not_taken_for_finished_work(llama, whole, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "_remove", lambda self: self._release())
         patch.setattr("jaxshard.storage.transaction.settle", lambda *a, **k: None)
-        js.convert(llama, out, "dp2mp2pp2", options=Options(overwrite=True))
+        js.convert(llama, out, "dp2mp2pp2", overwrite=True)
     assert_same(out, whole)
     assert (tmp_path / ".cut.partial" / "files").exists()
-    js.convert(llama, out, "dp2mp2pp2", options=Options(overwrite=True, resume=True))
+    js.convert(llama, out, "dp2mp2pp2", overwrite=True, resume=True)
     assert_same(out, whole)
     assert Path(out).exists()
 

@@ -14,13 +14,13 @@ from jaxshard.core.layout import Placement
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.formats import strategy_layouts
 
-QUICK = js.Options(durable=False)
+QUICK = {"fsync": False}
 
 
 @pytest.fixture
 def base(tmp_path):
     checkpoints.write_llama(tmp_path / "llama")
-    js.slice(tmp_path / "llama", tmp_path / "cut", "dp2mp2", options=QUICK)
+    js.slice(tmp_path / "llama", tmp_path / "cut", "dp2mp2", **QUICK)
     return tmp_path
 
 
@@ -41,9 +41,9 @@ def test_rank_files_are_opened_with_the_strategy_inside_beside_or_given(base, tm
     strategy.rename(base / "strategy")
     assert open_checkpoint(base / "cut").tensors == inside.tensors
     (base / "strategy").rename(base / "elsewhere")
-    assert open_checkpoint(base / "cut", strategy=base / "elsewhere").tensors == inside.tensors
+    assert open_checkpoint(base / "cut", src_strategy=base / "elsewhere").tensors == inside.tensors
     one = base / "elsewhere" / "ckpt_strategy_rank_0.ckpt"
-    assert open_checkpoint(base / "cut", strategy=one).tensors == inside.tensors
+    assert open_checkpoint(base / "cut", src_strategy=one).tensors == inside.tensors
     with pytest.raises(LayoutError, match="--src-strategy PATH"):
         open_checkpoint(base / "cut")
 
@@ -51,7 +51,7 @@ def test_rank_files_are_opened_with_the_strategy_inside_beside_or_given(base, tm
 @pytest.mark.parametrize(
     "use",
     [
-        lambda catalog, path: js.load(catalog, "mp2", strategy=path),
+        lambda catalog, path: js.load(catalog, "mp2", src_strategy=path),
         lambda catalog, path: js.plan(catalog, src_strategy=path),
         lambda catalog, path: js.plan(catalog, suffix="1_10"),
         lambda catalog, path: js.merge_lora(catalog, path / "out", suffix="1_10"),
@@ -122,7 +122,7 @@ def test_an_orbax_item_in_a_folder_of_a_checkpoint_is_not_taken_for_it(base, tmp
 
 
 def test_an_index_tells_of_the_files_beside_it(base):
-    js.merge(base / "llama", base / "several", max_shard_bytes=5000)
+    js.merge(base / "llama", base / "several", max_shard_size=5000)
     index = base / "several" / "model.safetensors.index.json"
     assert js.open(index).tensors == js.open(base / "several").tensors
     other = index.rename(index.with_name("model.fp16.safetensors.index.json"))

@@ -67,9 +67,9 @@ def test_what_needs_the_other_server_says_which_ranks(stage, tmp_path, capsys):
     place = server(tmp_path, stage)
     assert any(f"({OTHERS[stage]})" in note for note in js.open(place).notes)
     for work in (
-        lambda: js.merge(place, tmp_path / "o", options=QUICK),
-        lambda: js.convert(place, tmp_path / "o", "dp1mp2pp2", options=QUICK),
-        lambda: js.convert(place, tmp_path / "o", "same", options=QUICK),
+        lambda: js.merge(place, tmp_path / "o", **QUICK),
+        lambda: js.convert(place, tmp_path / "o", "dp1mp2pp2", **QUICK),
+        lambda: js.convert(place, tmp_path / "o", "same", **QUICK),
         lambda: js.load(place, "dp2mp2pp2"),
         lambda: js.load(place, golden(JOB, "strategy")),
         lambda: js.load(place, jax.devices()[0]),
@@ -118,11 +118,9 @@ def test_a_configuration_loads_the_rank_that_is_here(tmp_path):
 
 def test_ranks_that_each_server_writes_are_one_checkpoint_together(tmp_path):
     for stage, ranks in STAGES.items():
-        js.convert(
-            server(tmp_path, stage), tmp_path / f"o{stage}", "same", options=QUICK, ranks=ranks
-        )
+        js.convert(server(tmp_path, stage), tmp_path / f"o{stage}", "same", **QUICK, rank=ranks)
     shutil.copytree(tmp_path / "o1", tmp_path / "o0", dirs_exist_ok=True)
-    js.merge(tmp_path / "o0", tmp_path / "whole", options=QUICK)
+    js.merge(tmp_path / "o0", tmp_path / "whole", **QUICK)
     assert ms.hashed(ms.folder_weights(tmp_path / "whole")) == ms.truth(JOB)
 
 
@@ -143,12 +141,12 @@ def test_a_server_with_its_own_strategy_files_only_has_its_own_ranks(tmp_path):
     assert mindformers.load_rank(config, 6).keys() <= ours.keys()
     for work in (
         lambda: js.load_rank(place, "same", 0),
-        lambda: js.convert(place, tmp_path / "o", "same", options=QUICK),
+        lambda: js.convert(place, tmp_path / "o", "same", **QUICK),
         lambda: js.load(place, "same"),
         lambda: js.load(place, golden(JOB, "strategy")),
         lambda: js.load(place, jax.devices()[0]),
-        lambda: js.merge(place, tmp_path / "o", options=QUICK),
-        lambda: js.convert(place, tmp_path / "o", "dp2mp2pp2", options=QUICK, ranks=[4]),
+        lambda: js.merge(place, tmp_path / "o", **QUICK),
+        lambda: js.convert(place, tmp_path / "o", "dp2mp2pp2", **QUICK, rank=[4]),
     ):
         with pytest.raises(CoverageError):
             work()
@@ -167,7 +165,7 @@ def test_strategy_files_of_the_first_stage_alone_do_not_make_half_a_model(to, tm
         "parallel_config": {"model_parallel": 2, "pipeline_stage": 2},
     }
     with pytest.raises(CoverageError, match=r"is a part of a model: it has layers 0 to .* after"):
-        js.convert(place, tmp_path / "o", to, options=QUICK)
+        js.convert(place, tmp_path / "o", to, **QUICK)
     with pytest.raises(CoverageError, match="is a part of a model"):
         js.load(place, jax.devices()[0])
     for work in (lambda: mindformers.load_rank(config, 0), lambda: mindformers.load(config)):
@@ -176,7 +174,7 @@ def test_strategy_files_of_the_first_stage_alone_do_not_make_half_a_model(to, tm
         ):  # though states are left out
             work()
     assert js.load_rank(place, "same", 0)  # what is here is as it was
-    js.convert(place, tmp_path / "o", to if to == "full" else "dp1mp2", options=QUICK, include=".")
+    js.convert(place, tmp_path / "o", to if to == "full" else "dp1mp2", **QUICK, include=".")
 
 
 @pytest.mark.parametrize(
@@ -202,10 +200,10 @@ def test_layers_that_are_missing_are_seen(layers, num_layers, more, lack, tmp_pa
         config = {"model_type": "llama", "num_hidden_layers": num_layers}
         (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     if lack is None:
-        js.merge(tmp_path / "c", tmp_path / "o", options=QUICK)
+        js.merge(tmp_path / "c", tmp_path / "o", **QUICK)
         return
     with pytest.raises(CoverageError, match=lack):
-        js.merge(tmp_path / "c", tmp_path / "o", options=QUICK)
+        js.merge(tmp_path / "c", tmp_path / "o", **QUICK)
 
 
 def test_files_of_trained_parameters_need_not_be_all_layers(tmp_path):
@@ -213,7 +211,7 @@ def test_files_of_trained_parameters_need_not_be_all_layers(tmp_path):
     place.mkdir(parents=True)
     held = {f"model.layers.{i}.mlp.up_proj.weight": np.ones((4, 2)) for i in (6, 7)}
     safetensors.numpy.save_file(held, place / "llama_rank_0-trainable_params-1_10.safetensors")
-    js.merge(tmp_path / "c", tmp_path / "o", options=QUICK)
+    js.merge(tmp_path / "c", tmp_path / "o", **QUICK)
 
 
 def test_two_servers_load_their_own_ranks_together(tmp_path):

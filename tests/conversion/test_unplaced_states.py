@@ -20,7 +20,7 @@ ONE_STATE = Layout(4, {**LAYOUT.placements, "adam_m.wq": LAYOUT.placements["wq"]
 
 
 def _converted(source: Path, target: Any, out: Path) -> dict[int, set[str]]:
-    report = js.convert(source, out, target, options=QUICK)
+    report = js.convert(source, out, target, **QUICK)
     assert sum(NOTE in note for note in report.notes) == 1
     return {rank: set(held) for rank, held in rank_weights_of(out).items()}
 
@@ -73,7 +73,7 @@ def test_a_real_inference_strategy_takes_the_weights_of_a_real_training(tmp_path
     target = golden("dp2mp2pp2", "targets", "infer_mp4_strategy.ckpt")
     theirs = rank_weights_of(golden("dp2mp2pp2", "ms_slices_infer_mp4"))
     js.convert(
-        source, tmp_path / "o", target, src_strategy=golden("dp2mp2pp2", "strategy"), options=QUICK
+        source, tmp_path / "o", target, src_strategy=golden("dp2mp2pp2", "strategy"), **QUICK
     )
     ours = rank_weights_of(tmp_path / "o")
     assert ours.keys() == theirs.keys()

@@ -17,15 +17,15 @@ from jaxshard.formats import weight_files
 from jaxshard.lora import merge_lora
 from jaxshard.mapping import find_mapping
 
-QUICK = js.Options(durable=False)
-CHECKED = js.Options(durable=False, check_replicas=True)
+QUICK = {"fsync": False}
+CHECKED = {"fsync": False, "check_replicas": True}
 
 
 @pytest.fixture
 def cut(tmp_path):
     """A checkpoint, and the same cut for 2 x 2 ranks."""
     checkpoints.write_llama(tmp_path / "one")
-    js.slice(tmp_path / "one", tmp_path / "cut", "dp2mp2", options=QUICK)
+    js.slice(tmp_path / "one", tmp_path / "cut", "dp2mp2", **QUICK)
     return tmp_path / "one", tmp_path / "cut"
 
 
@@ -113,7 +113,7 @@ def tied(tmp_path):
     checkpoints.write_folder(tmp_path / "one", {"w": w})
     halves, whole = Placement((("mp", 2),), (("mp",),)), Placement((("dp", 2),), (), 2)
     layout = js.Layout(4, {"w": (halves, whole)})
-    js.slice(tmp_path / "one", tmp_path / "cut", layout, options=QUICK)
+    js.slice(tmp_path / "one", tmp_path / "cut", layout, **QUICK)
     return tmp_path / "cut"
 
 
@@ -132,7 +132,7 @@ def test_where_pieces_that_overlap_differ_both_files_are_told(tied, rank, byte, 
     (problem,) = js.verify(tied).problems
     assert problem.startswith(f"w differs between {a} and {b}. ")
     with pytest.raises(CoverageError, match=f"w differs between {a} and {b}"):
-        js.merge(tied, tied.parent / "out", options=CHECKED)
+        js.merge(tied, tied.parent / "out", **CHECKED)
 
 
 def test_replicas_of_weights_with_an_adapter_are_compared_as_they_are_stored(tmp_path):
@@ -143,17 +143,17 @@ def test_replicas_of_weights_with_an_adapter_are_compared_as_they_are_stored(tmp
     }
     checkpoints.write_folder(tmp_path / "one", arrays)
     layout = js.Layout(2, {n: (Placement((("dp", 2),)),) for n in arrays})
-    js.slice(tmp_path / "one", tmp_path / "cut", layout, options=QUICK)
-    merge_lora(tmp_path / "cut", tmp_path / "out", scaling=2.0, options=CHECKED)
+    js.slice(tmp_path / "one", tmp_path / "cut", layout, **QUICK)
+    merge_lora(tmp_path / "cut", tmp_path / "out", scaling=2.0, **CHECKED)
     flip(tmp_path / "cut" / "rank_1" / "checkpoint_rank_1-1_1.safetensors", "l.q.weight", 5)
     with pytest.raises(CoverageError, match=r"l\.q\.weight differs between rank_0"):
-        merge_lora(tmp_path / "cut", tmp_path / "again", scaling=2.0, options=CHECKED)
+        merge_lora(tmp_path / "cut", tmp_path / "again", scaling=2.0, **CHECKED)
 
 
 def test_a_mapped_checkpoint_can_be_either_side_and_not_both(tmp_path):
     checkpoints.write_llama(tmp_path / "one")
     mapped = find_mapping("hf:linen", js.open(tmp_path / "one")).apply(js.open(tmp_path / "one"))
-    js.convert(tmp_path / "one", tmp_path / "linen", names="hf:linen", options=QUICK)
+    js.convert(tmp_path / "one", tmp_path / "linen", names="hf:linen", **QUICK)
     assert js.verify(mapped, tmp_path / "linen").problems == ()
     assert js.verify(tmp_path / "linen", mapped).problems == ()
     flip(tmp_path / "linen" / "model.safetensors", next(iter(mapped.tensors)), 3)
@@ -163,7 +163,7 @@ def test_a_mapped_checkpoint_can_be_either_side_and_not_both(tmp_path):
 
 
 def test_the_checksum_of_each_file_is_compared_once(cut, tmp_path, monkeypatch):
-    js.convert(cut[1], tmp_path / "ckpt", "dp1mp2", format="ckpt", crc=True, durable=False)
+    js.convert(cut[1], tmp_path / "ckpt", "dp1mp2", format="ckpt", crc=True, fsync=False)
     real, compared = weight_files.check_crc, []
 
     def counted(folder, path):

@@ -48,15 +48,13 @@ VERBS: dict[str, Verb] = {
     "load onto one device": lambda source, out: js.load(source, jax.devices()[0]),
     "load_rank": lambda source, out: js.load_rank(source, LAYOUT, 1),
     "plan": lambda source, out: js.plan(source, LAYOUT),
-    "convert": lambda source, out: js.convert(source, out, LAYOUT, options=QUICK),
-    "merge": lambda source, out: js.merge(source, out, options=QUICK),
-    "slice": lambda source, out: js.slice(source, out, LAYOUT, options=QUICK),
+    "convert": lambda source, out: js.convert(source, out, LAYOUT, **QUICK),
+    "merge": lambda source, out: js.merge(source, out, **QUICK),
+    "slice": lambda source, out: js.slice(source, out, LAYOUT, **QUICK),
     "verify": lambda source, out: js.verify(source),
     "verify against": lambda source, out: js.verify(_whole(out), source),
-    "save with extras": lambda source, out: js.save(WEIGHTS, out, extras=source, durable=False),
-    "merge_lora": lambda source, out: js.merge_lora(
-        source, out, adapter=_adapter(out), options=QUICK
-    ),
+    "save with extras": lambda source, out: js.save(WEIGHTS, out, extras=source, fsync=False),
+    "merge_lora": lambda source, out: js.merge_lora(source, out, adapter=_adapter(out), **QUICK),
 }
 OF_A_CONFIGURATION: dict[str, Verb] = {
     "load": lambda source, out: mindformers.load(_config(source), exclude=()),
@@ -137,9 +135,9 @@ def test_every_way_to_lay_out_logs_the_notes_of_its_layout(
             lambda: js.load(whole, mesh, rules=RULES, exclude="global"),
             lambda: js.load_rank(whole, "dp2mp2", rules=RULES),
             lambda: js.plan(whole, "dp2mp2", rules=RULES),
-            lambda: js.convert(whole, tmp_path / "c", "dp2mp2", rules=RULES, options=QUICK),
+            lambda: js.convert(whole, tmp_path / "c", "dp2mp2", rules=RULES, **QUICK),
             lambda: js.save(
-                WEIGHTS, tmp_path / "s", format="ranks", strategy="mp2", rules=RULES, durable=False
+                WEIGHTS, tmp_path / "s", format="ranks", strategy="mp2", rules=RULES, fsync=False
             ),
             lambda: js.reshard(
                 {n: arrays[n] for n in WEIGHTS}, "mp2", rules=RULES, devices=jax.devices()[:2]
@@ -158,7 +156,7 @@ def test_links_that_a_save_does_not_carry_are_noted(
     secret.write_text("{}")
     os.symlink(secret, whole / "tokenizer.json")
     for form in ("huggingface", "orbax"):
-        report = js.save(WEIGHTS, tmp_path / form, format=form, extras=whole, durable=False)
+        report = js.save(WEIGHTS, tmp_path / form, format=form, extras=whole, fsync=False)
         assert not list((tmp_path / form).rglob("tokenizer.json"))
         assert sum("tokenizer.json: links to files" in note for note in report.notes) == 1
     assert _logged(caplog, "tokenizer.json: links to files") == 2
@@ -170,7 +168,7 @@ def test_the_notes_of_an_adapter_are_of_its_merge(
     adapter = _adapter(tmp_path / "out")
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", adapter / "linked")
-    report = js.merge_lora(noted, tmp_path / "out", adapter=adapter, options=QUICK)
+    report = js.merge_lora(noted, tmp_path / "out", adapter=adapter, **QUICK)
     assert sum("linked is a link to a folder" in note for note in report.notes) == 1
     assert _logged(caplog, "linked is a link to a folder") == 1
 
@@ -220,7 +218,7 @@ def test_a_restored_step_of_the_managers_own_returns_and_logs_its_notes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = CheckpointManager(
-        tmp_path, format="huggingface", prefix="net", rules=RULES, durable=False
+        tmp_path, format="huggingface", prefix="net", rules=RULES, fsync=False
     )
     manager.save(1, dict(WEIGHTS))
     safetensors.numpy.save_file({}, tmp_path / "checkpoint/net-1_1/other.safetensors")
@@ -236,7 +234,7 @@ def test_a_manager_logs_the_notes_of_its_layout_with_the_first_step_only(
     for form in ("ranks", "iteration"):
         caplog.clear()
         with CheckpointManager(
-            tmp_path / form, format=form, strategy="mp2", rules=RULES, durable=False
+            tmp_path / form, format=form, strategy="mp2", rules=RULES, fsync=False
         ) as manager:
             for step in (1, 2):
                 manager.save(step, dict(WEIGHTS))

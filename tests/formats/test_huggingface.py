@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jaxshard.core.box import Box
 from jaxshard.core.catalog import Catalog, Model
 from jaxshard.core.dtypes import BY_NAME
-from jaxshard.errors import CoverageError, FormatError, JaxshardError, LayoutError, NotFoundError
+from jaxshard.errors import CoverageError, FormatError, JaxshardError, NotFoundError
 from jaxshard.formats import huggingface
 from jaxshard.formats.folder import MemoryFolder
-from jaxshard.formats.huggingface import file_names, model_of, parse_size, plan_files, recognise
+from jaxshard.formats.huggingface import file_names, model_of, plan_files, recognise
 from jaxshard.formats.safetensors import layout_file
 
 F32 = BY_NAME["F32"]
@@ -430,30 +430,6 @@ def test_files_are_planned_as_the_hub_plans_them(sizes, limit):
 def test_no_tensors_make_one_empty_file():
     assert plan_files([], 10) == [[]]
     assert file_names(1) == ["model.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("text", "num_bytes"),
-    [
-        ("5GB", 5 * 10**9),
-        ("4GiB", 4 * 2**30),
-        ("500 mb", 500 * 10**6),
-        ("1.5kB", 1500),
-        ("0.1TB", 10**11),
-        ("9007199254740993", 9007199254740993),
-        (12, 12),
-    ],
-)
-def test_a_size_is_a_number_with_a_unit(text, num_bytes):
-    assert parse_size(text) == num_bytes
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "5XB", "-5GB", "0", 0, -1, "1e9", "nan", True, "5GB!", "9" * 5000]
-)
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(LayoutError, match="is not a size"):
-        parse_size(text)
 
 
 def test_the_index_of_an_older_save_is_named_where_the_files_are_a_complete_set():

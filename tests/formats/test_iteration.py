@@ -54,7 +54,7 @@ def test_what_mindformers_saved_is_the_truth(kind: str, inside: bool, tmp_path: 
     catalog = js.open(where)
     assert (catalog.format, catalog.layout.num_ranks) == ("iteration", 4)
     assert js.verify(catalog).problems == ()
-    js.merge(catalog, tmp_path / "o", options=QUICK)
+    js.merge(catalog, tmp_path / "o", **QUICK)
     wanted = {
         n: (t["dtype"], tuple(t["shape"]), t["sha256"])
         for n, t in manifest("mf_iteration_dir")["tensors"].items()
@@ -64,7 +64,7 @@ def test_what_mindformers_saved_is_the_truth(kind: str, inside: bool, tmp_path: 
 
 
 def test_what_we_write_says_what_mindformers_said(tmp_path: Path) -> None:
-    how = {"format": "iteration", "prefix": "llama", "options": QUICK}
+    how = {"format": "iteration", "prefix": "llama", **QUICK}
     js.convert(folder("full_copies"), tmp_path / "o", "same", **how)
     theirs = folder("full_copies")
     assert (tmp_path / "o" / "latest_checkpointed_iteration.txt").read_text() == "10"
@@ -80,7 +80,7 @@ def test_what_we_write_says_what_mindformers_said(tmp_path: Path) -> None:
 
 def test_stored_once_it_is_balanced_and_whole(tmp_path: Path) -> None:
     source = folder("full_copies")
-    how = {"format": "iteration", "remove_redundancy": True, "options": QUICK}
+    how = {"format": "iteration", "remove_redundancy": True, **QUICK}
     js.convert(source, tmp_path / "o", "same", **how)
     data = told(tmp_path / "o" / STEP)["storage_data"]
     assert data.keys() == told(folder("balanced") / STEP)["storage_data"].keys()
@@ -93,7 +93,7 @@ def test_ranks_become_a_checkpoint_2_folder_and_come_back(
     training: Path, once: bool, tmp_path: Path
 ) -> None:
     js.convert(
-        training, tmp_path / "o", "same", format="iteration", remove_redundancy=once, options=QUICK
+        training, tmp_path / "o", "same", format="iteration", remove_redundancy=once, **QUICK
     )
     names = sorted(p.name for p in (tmp_path / "o" / STEP).iterdir())
     assert names == sorted(
@@ -114,14 +114,14 @@ def test_ranks_become_a_checkpoint_2_folder_and_come_back(
 
 
 def test_a_complete_checkpoint_has_one_file_of_weights(tmp_path: Path) -> None:
-    js.merge(folder("balanced"), tmp_path / "o", format="iteration", options=QUICK)
+    js.merge(folder("balanced"), tmp_path / "o", format="iteration", **QUICK)
     described = told(tmp_path / "o" / STEP)["state_dict_metadata"]
     assert {one["layout"] for one in described.values()} == {None}
     assert js.verify(tmp_path / "o", folder("balanced")).problems == ()
 
 
 def test_the_files_of_one_rank_may_be_written_alone(training: Path, tmp_path: Path) -> None:
-    js.convert(training, tmp_path / "o", "same", format="iteration", ranks=[2], options=QUICK)
+    js.convert(training, tmp_path / "o", "same", format="iteration", rank=[2], **QUICK)
     names = {p.name for p in (tmp_path / "o" / STEP).glob("*.safetensors")}
     assert names == {f"checkpoint-{k}-0000002-0000004.safetensors" for k in ("model", "opt")}
 
@@ -202,7 +202,7 @@ def test_weights_that_are_in_no_file_are_missed(tmp_path: Path) -> None:
 
 
 def test_without_metadata_the_files_are_taken_as_they_are(tmp_path: Path) -> None:
-    js.merge(folder("balanced"), tmp_path / "o", format="iteration", options=QUICK)
+    js.merge(folder("balanced"), tmp_path / "o", format="iteration", **QUICK)
     (tmp_path / "o" / STEP / "metadata.json").unlink()
     assert js.verify(tmp_path / "o", folder("balanced")).problems == ()
     where = tmp_path / "c"
@@ -339,7 +339,7 @@ def test_mutated_metadata_is_refused_or_right(kind: str) -> None:
 def numbered(where: Path, **numbers: Any) -> Path:
     """A Checkpoint 2.0 folder whose ``common.json`` has ``numbers``; those as text as they are."""
     save_file({"w": np.arange(8, dtype=np.float32).reshape(4, 2)}, where / "in.safetensors")
-    js.convert(where / "in.safetensors", where / "it", format="iteration", options=QUICK)
+    js.convert(where / "in.safetensors", where / "it", format="iteration", **QUICK)
     (common,) = (where / "it").rglob("common.json")
     said = {**json.loads(common.read_text()), **numbers}
     common.write_text(json.dumps(said).replace('"1e999"', "1e999").replace('"NaN"', "NaN"))
@@ -348,7 +348,7 @@ def numbered(where: Path, **numbers: Any) -> Path:
 
 def again(where: Path) -> dict[str, Any]:
     """What ``common.json`` says after one more conversion to Checkpoint 2.0."""
-    js.convert(where / "it", where / "again", format="iteration", options=QUICK)
+    js.convert(where / "it", where / "again", format="iteration", **QUICK)
     (common,) = (where / "again").rglob("common.json")
     return json.loads(common.read_text())
 
@@ -401,7 +401,7 @@ def test_a_tensor_that_is_no_number_of_a_job_is_refused(
     tensors = {"w": np.zeros(4, np.float32), name: value}
     save_file(tensors, tmp_path / "in.safetensors")
     with pytest.raises(error, match=name):
-        js.convert(tmp_path / "in.safetensors", tmp_path / "it", format="iteration", options=QUICK)
+        js.convert(tmp_path / "in.safetensors", tmp_path / "it", format="iteration", **QUICK)
 
 
 @pytest.mark.parametrize("value", ["7c01", "", None, 3, ["a"], True])

@@ -24,7 +24,7 @@ from jaxshard.core.layout import Layout
 from jaxshard.errors import CoverageError
 
 FULL_SET = Path(os.environ.get("JAXSHARD_GOLDEN", "/nowhere"))
-QUICK = js.Options(durable=False, workers=1)
+QUICK = {"fsync": False, "workers": 1}
 SOURCES = ("src_safetensors", "src_safetensors_dedup", "src_safetensors_dedup_right", "src_ckpt")
 LOSSY = {("dp2cp2mp2_2axis", "src_safetensors_dedup")}
 TWO_AXES = "dp2cp2mp2_2axis"
@@ -63,7 +63,7 @@ def cut(tensors: ms.Tensors, layout: Layout, rank: int, hyper: Mapping[str, obje
 
 @pytest.mark.parametrize(("name", "source"), sources())
 def test_a_merge_is_the_truth(name: str, source: str, tmp_path: Path) -> None:
-    js.merge(golden(name, source), tmp_path / "whole", options=QUICK)
+    js.merge(golden(name, source), tmp_path / "whole", **QUICK)
     merged = ms.hashed(ms.folder_weights(tmp_path / "whole"))
     assert merged == ms.truth(name, states=source != "src_ckpt")
 
@@ -75,9 +75,9 @@ def test_what_mindspore_merges_wrongly_is_merged_right_or_refused(
     """It takes tensors whose dim two axes split for replicas, drops them, and repeats one."""
     if (name, source) in LOSSY:
         with pytest.raises(CoverageError, match=r"1536 elements, of which the source holds 384"):
-            js.merge(golden(name, source), tmp_path / "whole", options=QUICK)
+            js.merge(golden(name, source), tmp_path / "whole", **QUICK)
     else:
-        js.merge(golden(name, source), tmp_path / "whole", options=QUICK)
+        js.merge(golden(name, source), tmp_path / "whole", **QUICK)
         assert ms.hashed(ms.folder_weights(tmp_path / "whole")) == ms.truth(name)
 
 
@@ -93,7 +93,7 @@ def test_slices_and_conversions_to_every_target_are_the_truth(
     layout = open_strategy(strategy)
     adam = any(n.startswith("adam_") for n in layout.placements)
     drop = () if adam else "adam_"
-    report = js.convert(where, tmp_path / "o", strategy, options=QUICK, drop_prefixes=drop)
+    report = js.convert(where, tmp_path / "o", strategy, **QUICK, drop_prefix=drop)
     ranks = ms.rank_weights_of(tmp_path / "o")
     assert len(ranks) == layout.num_ranks == report.num_files
     wanted = {n: t for n, t in full(name).items() if adam or not n.startswith("adam_")}
@@ -103,7 +103,7 @@ def test_slices_and_conversions_to_every_target_are_the_truth(
 
 def test_the_same_check_fails_for_another_rank(tmp_path: Path) -> None:
     strategy = golden("dp2mp2pp2", "targets", "dp1mp4_strategy.ckpt")
-    js.convert(golden("dp2mp2pp2", "src_ckpt"), tmp_path / "o", strategy, options=QUICK)
+    js.convert(golden("dp2mp2pp2", "src_ckpt"), tmp_path / "o", strategy, **QUICK)
     held, layout = ms.rank_weights_of(tmp_path / "o")[1], open_strategy(strategy)
     wanted = {n: t for n, t in full("dp2mp2pp2").items() if not n.startswith("adam_")}
     assert held == cut(wanted, layout, 1, manifest("dp2mp2pp2")["hyper"])
@@ -116,7 +116,7 @@ def test_more_stages_than_ranks_in_a_stage_of_the_source_are_no_matter(
 ) -> None:
     """MindSpore's transform raises for these two, with half of the output written."""
     strategy = golden(target, "targets", "dp1mp1pp4_strategy.ckpt")
-    js.convert(golden(target, "src_safetensors"), tmp_path / "o", strategy, options=QUICK)
+    js.convert(golden(target, "src_safetensors"), tmp_path / "o", strategy, **QUICK)
     layout, hyper = open_strategy(strategy), manifest(target)["hyper"]
     assert len(layout.placements) > 80
     for rank, held in ms.rank_weights_of(tmp_path / "o").items():
@@ -133,8 +133,8 @@ def test_each_rank_keeps_what_mindspore_has_it_keep(
 ) -> None:
     """Its loader works out who keeps what, over all names of the network, and looks there only."""
     to = golden(name, "strategy") if target == "strategy" else "same"
-    how = {"options": QUICK, "remove_redundancy": True, "format": format}
-    how["drop_prefixes"] = [drop] if drop else []
+    how = {**QUICK, "remove_redundancy": True, "format": format}
+    how["drop_prefix"] = [drop] if drop else []
     js.convert(golden(name, "src_safetensors"), tmp_path / "o", to, **how)
     right = "_right" if name == TWO_AXES else ""  # where MindSpore itself loses data
     theirs = ms.rank_weights_of(golden(name, f"src_safetensors_dedup{right}"))
@@ -182,7 +182,7 @@ def test_the_full_set_has_what_mindspore_got_wrong() -> None:
 def test_a_unified_folder_is_that_of_mindspore(name: str, call: str, tmp_path: Path) -> None:
     theirs = golden(name, call)
     source = "src_safetensors" + call.removeprefix("ms_unified")
-    js.merge(golden(name, source), tmp_path / "u", format="unified", options=QUICK)
+    js.merge(golden(name, source), tmp_path / "u", format="unified", **QUICK)
     assert {p.name for p in theirs.iterdir()} == {p.name for p in (tmp_path / "u").iterdir()}
     for path in theirs.glob("*.safetensors"):
         assert ms.weights(tmp_path / "u" / path.name) == ms.weights(path)
@@ -198,7 +198,7 @@ def test_rank_files_are_those_of_mindspore(name: str, call: str, tmp_path: Path)
     source = golden(name, "src_ckpt" if is_ckpt else "src_safetensors")
     drop = () if any(n.startswith("adam_") for n in theirs[0]) else "adam_"
     how = {"format": "ckpt"} if is_ckpt else {}
-    js.convert(source, tmp_path / "o", strategy, options=QUICK, drop_prefixes=drop, **how)
+    js.convert(source, tmp_path / "o", strategy, **QUICK, drop_prefix=drop, **how)
     ours = ms.rank_weights_of(tmp_path / "o")
     assert ours.keys() == theirs.keys()
     for rank, held in theirs.items():

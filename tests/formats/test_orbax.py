@@ -24,7 +24,6 @@ from jaxshard.api import convert, verify
 from jaxshard.conversion import orbax_results
 from jaxshard.conversion.execute import execute
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import fitted, prepare
 from jaxshard.errors import FormatError, LayoutError, StorageError
 from jaxshard.formats.folder import is_orbax, orbax_item_folder
@@ -238,10 +237,10 @@ def test_files_become_an_orbax_checkpoint_one_tensor_at_a_time(tmp_path, monkeyp
 
     monkeypatch.setattr(orbax_results._Reader, "read", watched)
     prepared = prepare(tmp_path / "cut", "full", format="orbax")
-    report = execute(fitted(prepared, Options()), tmp_path / "out")
+    report = execute(fitted(prepared), tmp_path / "out")
     assert len(most) == len(arrays)
     assert max(most) <= 2
-    planned = fitted(prepared, Options()).plan.totals
+    planned = fitted(prepared).plan.totals
     assert {n: getattr(report.counts, n) for n in COUNTED} == {
         n: getattr(planned, n) for n in COUNTED
     }

@@ -68,12 +68,12 @@ def test_a_damaged_checksum_stops_a_conversion_before_anything_is_made(
     ranks: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "as_ckpt"
-    js.convert(ranks, out, "same", format="ckpt", crc=True, options=QUICK)
+    js.convert(ranks, out, "same", format="ckpt", crc=True, **QUICK)
     path = out / "rank_2" / "checkpoint_rank_2-1_10.ckpt"
     data = bytearray(path.read_bytes())
     data[data.index(held_by(2)["wo"].tobytes())] ^= 1
     path.write_bytes(data)
-    for work in (lambda: js.verify(out), lambda: js.merge(out, tmp_path / "o", options=QUICK)):
+    for work in (lambda: js.verify(out), lambda: js.merge(out, tmp_path / "o", **QUICK)):
         with pytest.raises(
             FormatError, match=r"rank_2/checkpoint_rank_2-1_10\.ckpt: its checksum says"
         ):
@@ -92,9 +92,9 @@ def test_the_checksum_in_a_safetensors_file_is_compared_too(tmp_path: Path) -> N
     """MindSpore's ``crc_num``: over the names and bytes of all tensors in order."""
     path = tmp_path / "model.safetensors"
     shutil.copy(golden("ckpt_formats", "crc_nobf16.safetensors"), path)
-    js.convert(path, tmp_path / "o", options=QUICK)
+    js.convert(path, tmp_path / "o", **QUICK)
     damaged(path, ms.weights(path)["a"][2])
-    for work in (lambda: js.verify(path), lambda: js.merge(path, tmp_path / "p", options=QUICK)):
+    for work in (lambda: js.verify(path), lambda: js.merge(path, tmp_path / "p", **QUICK)):
         with pytest.raises(
             FormatError, match=r"model\.safetensors: its checksum says crc32 [0-9]+,"
         ):
@@ -102,7 +102,7 @@ def test_the_checksum_in_a_safetensors_file_is_compared_too(tmp_path: Path) -> N
     other = path.read_bytes().replace(b'"format":"ms"', b'"format":"pt"')
     assert other != path.read_bytes()
     path.write_bytes(other)  # then it is another program's number, whatever that means
-    js.convert(path, tmp_path / "p", options=QUICK)
+    js.convert(path, tmp_path / "p", **QUICK)
 
 
 def test_checksums_of_rank_files_are_compared_before_anything_is_made(
@@ -124,7 +124,7 @@ def test_what_is_said_of_a_renamed_tensor_goes_with_it(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(data)
     table = tmp_path / "names.toml"
     table.write_text('[[op]]\nop = "rename"\nrules = [["q", "layer.q"]]\n')
-    how = {"names": str(table), "options": QUICK}
+    how = {"names": str(table), **QUICK}
     js.convert(tmp_path / "model.ckpt", tmp_path / "s", format="huggingface", **how)
     (written,) = (tmp_path / "s").glob("*.safetensors")
     assert ms.check_mindspore_reads(written) == {"format": "pt", "layer.q": "Int4"}
@@ -140,7 +140,7 @@ def test_text_whose_name_is_the_formats_own_is_left_out_aloud(tmp_path: Path) ->
     notes = js.open(tmp_path / "model.ckpt").notes
     assert [n for n in notes if "is left out: that name is the format's own" in n] == [*notes]
     assert len(notes) == 2
-    js.convert(tmp_path / "model.ckpt", tmp_path / "s", options=QUICK)
+    js.convert(tmp_path / "model.ckpt", tmp_path / "s", **QUICK)
     (written,) = (tmp_path / "s").glob("*.safetensors")
     assert ms.check_mindspore_reads(written) == {"format": "pt", "note": "kept"}
 
@@ -148,11 +148,11 @@ def test_text_whose_name_is_the_formats_own_is_left_out_aloud(tmp_path: Path) ->
 def test_text_and_int4_go_from_ckpt_to_safetensors_and_back(tmp_path: Path) -> None:
     data = as_ckpt({"q": np.arange(6, dtype=np.uint8)}, strings={"note": "hello"}, int4=["q"])
     (tmp_path / "model.ckpt").write_bytes(data)
-    js.convert(tmp_path / "model.ckpt", tmp_path / "s", format="huggingface", options=QUICK)
+    js.convert(tmp_path / "model.ckpt", tmp_path / "s", format="huggingface", **QUICK)
     (written,) = (tmp_path / "s").glob("*.safetensors")
     metadata = ms.check_mindspore_reads(written)
     assert (metadata["note"], metadata["q"]) == ("hello", "Int4")
-    js.convert(tmp_path / "s", tmp_path / "c", format="ckpt", options=QUICK)
+    js.convert(tmp_path / "s", tmp_path / "c", format="ckpt", **QUICK)
     assert (tmp_path / "c" / "model.ckpt").read_bytes() == data
 
 
@@ -160,7 +160,7 @@ def test_text_and_int4_go_from_ckpt_to_safetensors_and_back(tmp_path: Path) -> N
 def test_a_file_becomes_the_safetensors_that_mindspore_makes_of_it(
     name: str, theirs: str, tmp_path: Path
 ) -> None:
-    js.convert(golden("ckpt_formats", f"{name}.ckpt"), tmp_path / "o", options=QUICK)
+    js.convert(golden("ckpt_formats", f"{name}.ckpt"), tmp_path / "o", **QUICK)
     wanted = ms.weights(golden("ckpt_formats", theirs, f"{name}.safetensors"))
     assert ms.folder_weights(tmp_path / "o") == wanted
 
@@ -169,7 +169,7 @@ def test_a_folder_of_ranks_becomes_the_safetensors_that_mindspore_makes_of_it(
     tmp_path: Path,
 ) -> None:
     source, strategy = golden("dp1mp2pp2", "src_ckpt"), golden("dp1mp2pp2", "strategy")
-    how = {"src_strategy": strategy, "format": "ranks", "options": QUICK}
+    how = {"src_strategy": strategy, "format": "ranks", **QUICK}
     js.convert(source, tmp_path / "o", "same", **how)
     wanted = ms.rank_weights_of(golden("ckpt_formats", "c2s_dir"))
     assert len(wanted) == 4
@@ -188,9 +188,9 @@ def test_ranks_without_a_strategy_are_converted_file_by_file(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["all_dtypes", "crc", "chunked", "chunked_async"])
 def test_a_ckpt_becomes_the_safetensors_of_the_same_tensors(name: str, tmp_path: Path) -> None:
     source = golden("ckpt_formats", f"{name}.ckpt")
-    js.convert(source, tmp_path / "o", options=QUICK)
+    js.convert(source, tmp_path / "o", **QUICK)
     assert ms.folder_weights(tmp_path / "o") == ms.weights(source)
-    js.convert(tmp_path / "o", tmp_path / "back", format="ckpt", options=QUICK)
+    js.convert(tmp_path / "o", tmp_path / "back", format="ckpt", **QUICK)
     assert ms.folder_weights(tmp_path / "back") == ms.weights(source)
 
 
@@ -217,11 +217,11 @@ def test_names_may_change_on_the_way(ranks: Path, tmp_path: Path) -> None:
     table = tmp_path / "names.toml"
     table.write_text('[[op]]\nop = "rename"\nrules = [["f32", "renamed.f32"]]\n')
     source = golden("ckpt_formats", "all_dtypes.ckpt")
-    js.convert(source, tmp_path / "o", names=str(table), options=QUICK)
+    js.convert(source, tmp_path / "o", names=str(table), **QUICK)
     theirs = ms.weights(golden("ckpt_formats", "c2s_map", "all_dtypes.safetensors"))
     assert ms.folder_weights(tmp_path / "o") == theirs
     table.write_text('[[op]]\nop = "rename"\nrules = [["w{x}", "layer.{x}.weight"]]\n')
-    js.convert(ranks, tmp_path / "r", "same", names=str(table), format="ckpt", options=QUICK)
+    js.convert(ranks, tmp_path / "r", "same", names=str(table), format="ckpt", **QUICK)
     wanted = {"layer.q.weight": "wq", "layer.o.weight": "wo", "norm": "norm"}
     for rank, held in ms.rank_weights_of(tmp_path / "r").items():
         assert {n: t[2] for n, t in held.items()} == {

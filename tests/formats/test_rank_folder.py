@@ -152,8 +152,8 @@ def test_what_files_hold_decides_and_not_what_they_say_of_it(
     told = {"remove_redundancy": said} if said else None
     source = write_ranks(tmp_path / "checkpoint", held, metadata=told)
     check_equal(merged(source, tmp_path / "o"), ARRAYS)
-    js.convert(source, tmp_path / "cut", "same", options=QUICK)
-    js.convert(source, tmp_path / "once", "same", options=QUICK, remove_redundancy=True)
+    js.convert(source, tmp_path / "cut", "same", **QUICK)
+    js.convert(source, tmp_path / "once", "same", **QUICK, remove_redundancy=True)
     for out, redundancy in (("cut", "False"), ("once", "True")):
         paths = sorted((tmp_path / out).glob("rank_*/*.safetensors"))
         assert {ms.check_mindspore_reads(p)["remove_redundancy"] for p in paths} == {redundancy}
@@ -161,7 +161,7 @@ def test_what_files_hold_decides_and_not_what_they_say_of_it(
 
 
 def test_each_shard_is_stored_once_when_asked(ranks: Path, tmp_path: Path) -> None:
-    js.convert(ranks, tmp_path / "o", "same", options=QUICK, remove_redundancy=True)
+    js.convert(ranks, tmp_path / "o", "same", **QUICK, remove_redundancy=True)
     sizes = [t[2] for held in ms.rank_weights_of(tmp_path / "o").values() for t in held.values()]
     assert sum(map(len, sizes)) == sum(a.nbytes for a in ARRAYS.values())
 
@@ -182,7 +182,7 @@ def test_any_one_rank_of_a_real_job_is_not_missed(tmp_path: Path) -> None:
         shutil.copytree(golden("dp2mp2pp2", "src_safetensors"), source / "checkpoint")
         shutil.copytree(golden("dp2mp2pp2", "strategy"), source / "strategy")
         shutil.rmtree(source / "checkpoint" / f"rank_{gone}")
-        js.merge(source / "checkpoint", source / "o", options=QUICK)
+        js.merge(source / "checkpoint", source / "o", **QUICK)
         assert ms.hashed(ms.folder_weights(source / "o")) == ms.truth("dp2mp2pp2")
 
 
@@ -192,7 +192,7 @@ def test_a_missing_rank_without_a_replica_is_told_with_its_tensor(
     for gone in (0, 2):
         shutil.rmtree(ranks / f"rank_{gone}")
     with pytest.raises(CoverageError, match=r"w[qo]: .* 48 elements, of which the source holds 24"):
-        js.merge(ranks, tmp_path / "o", options=QUICK)
+        js.merge(ranks, tmp_path / "o", **QUICK)
     assert not (tmp_path / "o").exists()
 
 
@@ -202,7 +202,7 @@ def test_a_stage_that_is_missing_does_not_pass_for_half_a_model(tmp_path: Path) 
     for rank in range(4, 8):
         shutil.rmtree(tmp_path / "checkpoint" / f"rank_{rank}")
     with pytest.raises(CoverageError, match=r"22 weights .* no files \(rank 4, 5, 6, 7\): lm_head"):
-        js.merge(tmp_path / "checkpoint", tmp_path / "o", options=QUICK)
+        js.merge(tmp_path / "checkpoint", tmp_path / "o", **QUICK)
 
 
 def test_replicas_that_differ_are_found_by_verify(
@@ -244,7 +244,7 @@ def test_numbers_of_the_job_are_carried_along_uncut(training: Path, tmp_path: Pa
     whole = merged(training, tmp_path / "o")
     check_equal({n: whole[n] for n in NUMBERS}, NUMBERS)
     assert (tmp_path / "o" / "hyper_param.safetensors").exists()
-    js.convert(tmp_path / "o", tmp_path / "cut", LAYOUT, options=QUICK, drop_prefixes="adam_")
+    js.convert(tmp_path / "o", tmp_path / "cut", LAYOUT, **QUICK, drop_prefix="adam_")
     for held in ms.rank_weights_of(tmp_path / "cut").values():
         assert held["loss_scale"] == ("F32", (), NUMBERS["loss_scale"].tobytes())
         assert held["global_step"] == ("I32", (1,), NUMBERS["global_step"].tobytes())
@@ -253,7 +253,7 @@ def test_numbers_of_the_job_are_carried_along_uncut(training: Path, tmp_path: Pa
 def test_states_are_cut_again_with_their_weights(training: Path, tmp_path: Path) -> None:
     one = Placement((("mp", 2),), (("mp",),))
     target = Layout(2, dict.fromkeys((*ARRAYS, *(f"adam_m.{n}" for n in ARRAYS)), (one,)))
-    js.convert(training, tmp_path / "o", target, options=QUICK)
+    js.convert(training, tmp_path / "o", target, **QUICK)
     for rank, held in ms.rank_weights_of(tmp_path / "o").items():
         for name, array in ARRAYS.items():
             part = np.split(array, 2)[rank]
@@ -262,10 +262,10 @@ def test_states_are_cut_again_with_their_weights(training: Path, tmp_path: Path)
 
 
 def test_accumulated_gradients_are_left_out_unless_kept(training: Path, tmp_path: Path) -> None:
-    report = js.merge(training, tmp_path / "o", options=QUICK)
+    report = js.merge(training, tmp_path / "o", **QUICK)
     assert any("3 accumulated gradients" in note for note in report.notes)
     assert not any(n.startswith("accu_grads") for n in ms.folder_weights(tmp_path / "o"))
-    report = js.merge(training, tmp_path / "kept", options=QUICK, keep_accu_grads=True)
+    report = js.merge(training, tmp_path / "kept", **QUICK, keep_accu_grads=True)
     assert not any("accumulated" in note for note in report.notes)
     kept = ms.folder_weights(tmp_path / "kept")
     assert kept["accu_grads.wq"][2] == (ARRAYS["wq"] * 3).tobytes()
@@ -274,12 +274,12 @@ def test_accumulated_gradients_are_left_out_unless_kept(training: Path, tmp_path
 def test_prefixes_are_dropped_and_a_prefix_of_nothing_is_said(
     training: Path, tmp_path: Path
 ) -> None:
-    report = js.merge(training, tmp_path / "o", options=QUICK, drop_prefixes=["adam_", "adma_"])
+    report = js.merge(training, tmp_path / "o", **QUICK, drop_prefix=["adam_", "adma_"])
     assert ms.folder_weights(tmp_path / "o").keys() == ARRAYS.keys() | NUMBERS.keys()
-    note = "no tensor begins with adma_: drop_prefixes= (--drop-prefix) adma_ drops nothing."
+    note = "no tensor begins with adma_: drop_prefix= (--drop-prefix) adma_ drops nothing."
     assert note in report.notes
     with pytest.raises(NotFoundError, match="all of them are excluded"):
-        js.merge(training, tmp_path / "p", drop_prefixes=["w", "n", "a", "g", "l"])
+        js.merge(training, tmp_path / "p", drop_prefix=["w", "n", "a", "g", "l"])
 
 
 def test_the_same_is_asked_for_on_the_command_line(training: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_turns_are_those_of_all_names_of_the_strategy(
         lambda r: held_by(r, arrays, layout) | {"step": np.ones(1)},
         ranks=range(8 * stages),
     )
-    how = {"options": QUICK, "remove_redundancy": True, "drop_prefixes": [drop] if drop else []}
+    how = {**QUICK, "remove_redundancy": True, "drop_prefix": [drop] if drop else []}
     js.convert(base / "c", base / "o", "same", keep_accu_grads=True, **how)
     js.convert(base / "o", base / "again", "same", keep_accu_grads=True, **how)
     wanted = keeps(layout)

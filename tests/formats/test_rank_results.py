@@ -78,18 +78,16 @@ def test_names_have_the_step_that_the_source_has(ranks, tmp_path):
     def name(folder):
         return next((folder / "rank_1").iterdir()).name
 
-    js.convert(ranks, tmp_path / "a", "same", options=QUICK)
+    js.convert(ranks, tmp_path / "a", "same", **QUICK)
     assert name(tmp_path / "a") == "checkpoint_rank_1-1_10.safetensors"  # of its names
     write_ranks(ranks, name="net_rank_{r}-2_5.safetensors")
-    js.convert(ranks, tmp_path / "b", "same", options=QUICK, suffix="1_10")
+    js.convert(ranks, tmp_path / "b", "same", **QUICK, suffix="1_10")
     assert name(tmp_path / "b") == "checkpoint_rank_1-1_10.safetensors"
     write_ranks(tmp_path / "c", lambda r: {**held_by(r), **NUMBERS}, "net.safetensors")
-    js.convert(
-        tmp_path / "c", tmp_path / "d", "same", options=QUICK, src_strategy=tmp_path / "strategy"
-    )
+    js.convert(tmp_path / "c", tmp_path / "d", "same", **QUICK, src_strategy=tmp_path / "strategy")
     assert name(tmp_path / "d") == "checkpoint_rank_1-1_10.safetensors"  # of its numbers
-    js.merge(ranks, tmp_path / "whole", options=QUICK)
-    js.convert(tmp_path / "whole", tmp_path / "e", LAYOUT, options=QUICK)
+    js.merge(ranks, tmp_path / "whole", **QUICK)
+    js.convert(tmp_path / "whole", tmp_path / "e", LAYOUT, **QUICK)
     assert name(tmp_path / "e") == "checkpoint_rank_1-1_1.safetensors"
 
 
@@ -104,32 +102,32 @@ def test_names_have_the_step_that_the_source_has(ranks, tmp_path):
 )
 def test_names_that_cannot_be_are_refused(how, match, ranks, tmp_path):
     with pytest.raises(LayoutError, match=match):
-        js.convert(ranks, tmp_path / "o", "same", options=QUICK, **how)
+        js.convert(ranks, tmp_path / "o", "same", **QUICK, **how)
     with pytest.raises(LayoutError, match="is for the names of rank files"):
-        js.convert(ranks, tmp_path / "o", "full", options=QUICK, step="1_10")
+        js.convert(ranks, tmp_path / "o", "full", **QUICK, step="1_10")
 
 
 def test_the_strategy_beside_a_result_is_never_another_jobs(ranks, tmp_path):
     place = tmp_path / "out" / "checkpoint"
-    js.convert(ranks, place, "same", options=QUICK)
+    js.convert(ranks, place, "same", **QUICK)
     first = {p.name: p.read_bytes() for p in (place.parent / "strategy").iterdir()}
     assert len(first) == 4
     js.convert(
         ranks,
         place,
         "mp1",
-        options=QUICK,
+        **QUICK,
         overwrite=True,
         rules=js.read_rules('[specs]\n"*" = "-"'),
     )
     assert [p.name for p in (place.parent / "strategy").iterdir()] == ["ckpt_strategy_rank_0.ckpt"]
     foreign = golden(JOB, "strategy", "ckpt_strategy_rank_0.ckpt").read_bytes()
     (place.parent / "strategy" / "ckpt_strategy_rank_0.ckpt").write_bytes(foreign)
-    report = js.convert(ranks, place, "same", options=QUICK, overwrite=True)
+    report = js.convert(ranks, place, "same", **QUICK, overwrite=True)
     assert f"src_strategy_path_or_dir: {place / 'strategy'}." in report.notes[-1]
     (kept,) = (place.parent / "strategy").iterdir()
     assert kept.read_bytes() == foreign
-    js.convert(ranks, tmp_path / "other" / "cut", "same", options=QUICK)  # no job's name
+    js.convert(ranks, tmp_path / "other" / "cut", "same", **QUICK)  # no job's name
     assert not (tmp_path / "other" / "strategy").exists()
 
 
@@ -156,7 +154,7 @@ def test_stages_are_saved_with_the_jobs_numbers(format, redundancy, tmp_path):
     arrays = stages() | NUMBERED | {"count": jax.numpy.zeros(())}
     place = tmp_path / "checkpoint"
     js.save(
-        arrays, place, format=format, strategy="same", remove_redundancy=redundancy, durable=False
+        arrays, place, format=format, strategy="same", remove_redundancy=redundancy, fsync=False
     )
     if format != "iteration":
         files = {p.name for p in (place / "strategy").iterdir()}
@@ -183,20 +181,20 @@ def test_each_format_is_written_from_files_and_from_arrays_and_read(format, rank
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "mp"))
     arrays = js.load(ranks, {n: NamedSharding(mesh, P()) for n in ARRAYS})
     if known.is_complete:
-        js.convert(ranks, tmp_path / "a", "full", format=format, options=QUICK)
+        js.convert(ranks, tmp_path / "a", "full", format=format, **QUICK)
         js.save(
             {n: np.asarray(a) for n, a in arrays.items()},
             tmp_path / "b",
             format=format,
-            durable=False,
+            fsync=False,
         )
     if known.is_cut:
-        js.convert(ranks, tmp_path / "c", "same", format=format, options=QUICK)
-        js.save(arrays, tmp_path / "d", format=format, strategy=LAYOUT, durable=False)
+        js.convert(ranks, tmp_path / "c", "same", format=format, **QUICK)
+        js.save(arrays, tmp_path / "d", format=format, strategy=LAYOUT, fsync=False)
         assert js.open(tmp_path / "d").layout or format == "iteration"
     else:
         with pytest.raises(LayoutError):
-            js.convert(ranks, tmp_path / "c", "same", format=format, options=QUICK)
+            js.convert(ranks, tmp_path / "c", "same", format=format, **QUICK)
         with pytest.raises(LayoutError):
             js.save(arrays, tmp_path / "d", format=format, strategy=LAYOUT)
     for made in tmp_path.glob("[abcd]"):

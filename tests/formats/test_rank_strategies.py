@@ -87,9 +87,9 @@ def test_the_file_of_one_rank_is_said_to_be_that(ranks: Path) -> None:
 def test_the_wrong_thing_given_as_a_strategy_is_said_to_be_so(ranks: Path) -> None:
     weights = write_ranks(ranks.parent / "w", name="net_rank_{r}-1_1.ckpt")
     with pytest.raises(FormatError, match="is a MindSpore weight checkpoint, not a strategy file"):
-        js.open(ranks, strategy=weights / "rank_0" / "net_rank_0-1_1.ckpt")
+        js.open(ranks, src_strategy=weights / "rank_0" / "net_rank_0-1_1.ckpt")
     with pytest.raises(CoverageError, match="none of the 3 tensors of the files is in"):
-        js.open(ranks, strategy=golden("dp1mp4", "strategy"))
+        js.open(ranks, src_strategy=golden("dp1mp4", "strategy"))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_strategy_of_one_stage_is_not_enough(stage: int, why: str) -> None:
     """MindSpore writes half a model, or none, and returns."""
     path = golden("dp2mp2pp2", "strategy", f"ckpt_strategy_rank_{stage}.ckpt")
     with pytest.raises(CoverageError, match=why):
-        js.open(golden("dp2mp2pp2", "src_safetensors"), strategy=path)
+        js.open(golden("dp2mp2pp2", "src_safetensors"), src_strategy=path)
 
 
 def test_a_damaged_rank_stops_all_and_leaves_nothing(ranks: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_damaged_rank_stops_all_and_leaves_nothing(ranks: Path, tmp_path: Path
     path = ranks / "rank_1" / STEP.format(r=1)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FormatError, match=f"rank_1/{STEP.format(r=1)} is cut short"):
-        js.merge(ranks, tmp_path / "o", options=QUICK)
+        js.merge(ranks, tmp_path / "o", **QUICK)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "strategy"]
 
 
@@ -129,7 +129,7 @@ def test_an_optimizer_shard_of_a_permuted_map_is_put_together_right(tmp_path: Pa
 
     source = write_ranks(tmp_path / "checkpoint", held, ranks=range(8))
     check_equal(merged(source, tmp_path / "o"), {"w3": array})
-    js.convert(source, tmp_path / "once", "same", options=QUICK, remove_redundancy=True)
+    js.convert(source, tmp_path / "once", "same", **QUICK, remove_redundancy=True)
     check_equal(merged(tmp_path / "once", tmp_path / "again"), {"w3": array})
 
 
@@ -140,8 +140,8 @@ def test_column_splits_of_bfloat16_are_written_as_they_are(tmp_path: Path) -> No
         golden("dp2mp2pp2", "src_safetensors"),
         tmp_path / "o",
         strategy,
-        options=QUICK,
-        drop_prefixes="adam_",
+        **QUICK,
+        drop_prefix="adam_",
     )
     whole = ms.weights(golden("dp2mp2pp2", "full", "full.safetensors"))
     name = "model.layers.1.feed_forward.w2.weight"
@@ -168,8 +168,8 @@ def test_a_vector_that_two_axes_split_is_one_dim_and_not_two(tmp_path: Path) -> 
 
     source = write_ranks(tmp_path / "checkpoint", held)
     check_equal(merged(source, tmp_path / "o"), {"bias": array})
-    js.convert(tmp_path / "o", tmp_path / "cut", strategy, options=QUICK)  # and as a target
-    js.convert(source, tmp_path / "again", "same", options=QUICK)
+    js.convert(tmp_path / "o", tmp_path / "cut", strategy, **QUICK)  # and as a target
+    js.convert(source, tmp_path / "again", "same", **QUICK)
     for made in ("cut", "again"):
         for rank, share in ms.rank_weights_of(tmp_path / made).items():
             assert share["bias"][2] == held(rank)["bias"].tobytes()
@@ -185,7 +185,7 @@ def test_weights_of_the_strategy_that_are_in_no_file_are_told_and_not_skipped(
     strategy = write_strategy(tmp_path / "more", more, arrays)
     whole = r"1 weights of the target's strategy are not in .*: head\.weight\. .*--exclude"
     for work in (
-        lambda **how: js.convert(ranks, tmp_path / "o", strategy, options=QUICK, **how),
+        lambda **how: js.convert(ranks, tmp_path / "o", strategy, **QUICK, **how),
         lambda **how: js.load_rank(ranks, strategy, 1, **how),
         lambda **how: js.load(ranks, strategy, **how),
     ):
@@ -197,7 +197,7 @@ def test_weights_of_the_strategy_that_are_in_no_file_are_told_and_not_skipped(
     js.load(ranks, strategy, include=["wq", "wo"])
     js.load(ranks, strategy, strict=False)
     shutil.rmtree(tmp_path / "o")
-    js.convert(ranks, tmp_path / "o", strategy, options=QUICK, include="^w")
+    js.convert(ranks, tmp_path / "o", strategy, **QUICK, include="^w")
 
 
 def test_with_other_names_weights_are_missed_too_unless_some_were_left_out(
@@ -208,7 +208,7 @@ def test_with_other_names_weights_are_missed_too_unless_some_were_left_out(
     names = {"layer.q.weight": "wq", "layer.o.weight": "wo", "norm": "norm"}
     target = Layout(4, {new: LAYOUT.placements[old] for new, old in names.items()})
     lacking = Layout(4, {**target.placements, "head": (ROWS,)})
-    how = {"names": str(table), "options": QUICK}
+    how = {"names": str(table), **QUICK}
     js.convert(ranks, tmp_path / "o", target, **how)
     with pytest.raises(CoverageError, match="1 weights of the target's strategy"):
         js.convert(ranks, tmp_path / "p", lacking, **how)
@@ -251,7 +251,7 @@ def test_every_safetensors_file_is_one_that_mindspore_reads(
     format: str, training: Path, tmp_path: Path
 ) -> None:
     to = "full" if format in ("unified", "huggingface") else "same"
-    js.convert(training, tmp_path / "o", to, format=format, options=QUICK)
+    js.convert(training, tmp_path / "o", to, format=format, **QUICK)
     paths = sorted((tmp_path / "o").rglob("*.safetensors"))
     assert len(paths) == {"ranks": 4, "unified": 2, "iteration": 8, "huggingface": 2}[format]
     for path in paths:
@@ -264,7 +264,7 @@ def test_every_safetensors_file_is_one_that_mindspore_reads(
 def test_the_checksum_of_a_source_is_not_claimed_for_the_result(tmp_path: Path) -> None:
     source = golden("ckpt_formats", "crc_nobf16.safetensors")
     assert "crc_num" in ms.check_mindspore_reads(source)
-    js.convert(source, tmp_path / "o", options=QUICK, exclude="f64")
+    js.convert(source, tmp_path / "o", **QUICK, exclude="f64")
     (written,) = (tmp_path / "o").glob("*.safetensors")
     assert ms.check_mindspore_reads(written).keys() == {"format"}
 
@@ -279,7 +279,7 @@ def test_that_check_refuses_a_header_in_another_order(tmp_path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"xy")
     with pytest.raises(AssertionError, match="b is not where"):
         ms.check_mindspore_reads(path)
-    js.convert(tmp_path, tmp_path.parent / f"{tmp_path.name}_o", options=QUICK)  # valid, so read
+    js.convert(tmp_path, tmp_path.parent / f"{tmp_path.name}_o", **QUICK)  # valid, so read
     (written,) = (tmp_path.parent / f"{tmp_path.name}_o").glob("*.safetensors")
     ms.check_mindspore_reads(written)
 
@@ -291,10 +291,10 @@ def test_float8_is_carried_through_ranks_and_refused_in_a_ckpt(tmp_path: Path) -
         len(text).to_bytes(8, "little") + text + bytes(range(8))
     )
     layout = Layout(2, {"w": (Placement((("mp", 2),), (("mp",),)),)})
-    js.convert(tmp_path, tmp_path / "o", layout, options=QUICK)
+    js.convert(tmp_path, tmp_path / "o", layout, **QUICK)
     assert ms.rank_weights_of(tmp_path / "o")[1]["w"] == ("F8_E4M3", (2, 2), bytes(range(4, 8)))
     with pytest.raises(LayoutError, match=r"MindSpore's .ckpt has no dtype F8_E4M3"):
-        js.convert(tmp_path, tmp_path / "c", layout, format="ckpt", options=QUICK)
+        js.convert(tmp_path, tmp_path / "c", layout, format="ckpt", **QUICK)
 
 
 def test_a_dim_that_does_not_divide_is_refused_with_what_to_pad_to(
@@ -302,12 +302,12 @@ def test_a_dim_that_does_not_divide_is_refused_with_what_to_pad_to(
 ) -> None:
     target = Layout(5, {n: (Placement((("mp", 5),), (("mp",),)),) for n in ARRAYS})
     with pytest.raises(LayoutError, match=r"norm: dim 0 .* 6 elements.* Pad it to 10"):
-        js.convert(ranks, tmp_path / "o", target, options=QUICK)
+        js.convert(ranks, tmp_path / "o", target, **QUICK)
 
 
 def test_files_are_readable_by_others(ranks: Path, tmp_path: Path) -> None:
     """MindSpore leaves 0400, which nobody else can read."""
-    js.convert(ranks, tmp_path / "o", "same", options=QUICK)
+    js.convert(ranks, tmp_path / "o", "same", **QUICK)
     modes = {p.stat().st_mode & 0o444 for p in (tmp_path / "o").rglob("*.safetensors")}
     mask = os.umask(0)
     os.umask(mask)

@@ -40,7 +40,7 @@ def test_parts_are_of_at_most_the_size_given_and_numbers_lie_apart(
 
 def test_both_shapes_of_the_index_are_read(training: Path, tmp_path: Path) -> None:
     wanted = {**ARRAYS, **{f"adam_m.{n}": a * 2 for n, a in ARRAYS.items()}, **NUMBERS}
-    js.merge(training, tmp_path / "u", format="unified", max_shard_bytes=200, options=QUICK)
+    js.merge(training, tmp_path / "u", format="unified", max_shard_size=200, **QUICK)
     check_equal(merged(tmp_path / "u", tmp_path / "o"), wanted)
     place = tmp_path / "u" / "param_name_map.json"
     flat = json.loads(place.read_text())["weight_map"]
@@ -50,13 +50,13 @@ def test_both_shapes_of_the_index_are_read(training: Path, tmp_path: Path) -> No
 
 
 def test_it_is_sliced_for_any_strategy(training: Path, tmp_path: Path) -> None:
-    js.merge(training, tmp_path / "u", format="unified", options=QUICK)
+    js.merge(training, tmp_path / "u", format="unified", **QUICK)
     js.convert(
         tmp_path / "u",
         tmp_path / "cut",
         training.parent / "strategy",
-        options=QUICK,
-        drop_prefixes="accu_",
+        **QUICK,
+        drop_prefix="accu_",
     )
     assert js.verify(tmp_path / "cut", tmp_path / "u").problems == ()
 
@@ -79,7 +79,7 @@ def test_three_gibibytes_are_in_a_part_unless_said_otherwise() -> None:
 @pytest.mark.parametrize("name", ["dp2mp2pp2", "dp4mp2_opt2"])
 def test_a_real_job_is_unified_to_the_truth(name: str, tmp_path: Path) -> None:
     source = golden(name, "src_safetensors_dedup")
-    js.merge(source, tmp_path / "u", format="unified", options=QUICK)
+    js.merge(source, tmp_path / "u", format="unified", **QUICK)
     assert ms.hashed(ms.folder_weights(tmp_path / "u")) == ms.truth(name)
     for path in (tmp_path / "u").glob("*.safetensors"):
         metadata = ms.check_mindspore_reads(path)

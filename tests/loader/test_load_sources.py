@@ -37,7 +37,7 @@ def check(arrays: dict[str, jax.Array], expected: dict[str, np.ndarray]) -> None
     [
         ("full", {"format": "ckpt", "crc": True}),
         ("full", {"format": "ckpt"}),
-        ("full", {"format": "unified", "max_shard_bytes": 4096}),
+        ("full", {"format": "unified", "max_shard_size": 4096}),
         ("full", {"format": "iteration"}),
         ("full", {"format": "orbax"}),
         ("dp2mp2pp2", {"format": "iteration"}),
@@ -54,7 +54,7 @@ def test_every_format_that_is_written_is_loaded(llama, tmp_path, to, how):
 
 def test_a_weight_file_alone_is_a_checkpoint(llama, tmp_path):
     folder, expected = llama
-    convert(folder, tmp_path / "one", max_shard_bytes=1 << 30)
+    convert(folder, tmp_path / "one", max_shard_size=1 << 30)
     check(load(tmp_path / "one" / "model.safetensors", "mp4"), expected)
     convert(folder, tmp_path / "ckpt", format="ckpt")
     check(load(tmp_path / "ckpt" / "model.ckpt", "mp4"), expected)

@@ -91,10 +91,10 @@ def test_what_several_processes_save_is_what_one_process_saves(files, llama, tmp
         assert all(saved["right"] for saved in answer["save"].values())
     for strategy in ("dp2mp4", "mp4pp2", "dp4mp2optall"):
         alone = tmp_path / strategy
-        js.save(js.load(llama, strategy), alone, durable=False)
+        js.save(js.load(llama, strategy), alone, fsync=False)
         assert_same(out / f"{strategy}-huggingface", alone)
         alone = tmp_path / f"{strategy}-ranks"
-        js.save(js.load(llama, strategy), alone, format="ranks", durable=False)
+        js.save(js.load(llama, strategy), alone, format="ranks", fsync=False)
         assert_same(out / f"{strategy}-ranks", alone)
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
@@ -120,7 +120,7 @@ def formed(llama, tmp_path_factory):
 
 @pytest.mark.parametrize("form", multiprocess_files.FORMS)
 def test_every_form_is_saved_as_by_one_process(formed, llama, tmp_path, form):
-    how = multiprocess_files.FORMS[form] | {"durable": False}
+    how = multiprocess_files.FORMS[form] | {"fsync": False}
     js.save(js.load(llama, "dp2mp4"), tmp_path / "alone", extras=llama, **how)
     assert_same(formed[1] / form, tmp_path / "alone")
 

@@ -61,7 +61,7 @@ def test_a_thousand_tiny_arrays_are_saved_in_one_write(tmp_path, calls, kind):
     with jax.enable_x64(True):
         arrays = {n: jax.device_put(a, jax.devices()[len(n) % 2]) for n, a in wanted.items()}
     calls.clear()
-    report = js.save(arrays, tmp_path / "out", durable=False, **ONE)
+    report = js.save(arrays, tmp_path / "out", fsync=False, **ONE)
     assert calls["write_views"] == report.counts.num_writes == 1
     assert same(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), wanted)
 
@@ -104,7 +104,7 @@ def test_loading_small_arrays_together_is_loading_each_alone_and_saving_gives_th
         assert len({(a.sharding, a.dtype, a.shape, a.committed) for a in both}) == 1
         assert np.asarray(both[0]).tobytes() == np.asarray(one).tobytes()
     if "dtype" not in how:
-        js.save(found, folder / "out", durable=False)
+        js.save(found, folder / "out", fsync=False)
         assert same(safetensors.numpy.load_file(folder / "out" / "model.safetensors"), stored)
 
 

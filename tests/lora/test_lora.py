@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.conversion.options import Options
 from jaxshard.errors import FormatError, JaxshardError, LayoutError, NotFoundError
 from jaxshard.lora import is_adapter, merge_lora, with_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lora"
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -51,8 +50,8 @@ def small(dtype: str = "float32", rank: int = 2) -> dict[str, np.ndarray]:
 )
 def test_mindformers_merges_are_reproduced_exactly(tmp_path, case, alpha) -> None:
     source = GOLDEN / case / "src.safetensors"
-    merge_lora(source, tmp_path / "m", alpha=alpha, reproducible=True, options=QUICK)
-    merge_lora(source, tmp_path / "fast", alpha=alpha, options=QUICK)
+    merge_lora(source, tmp_path / "m", alpha=alpha, reproducible=True, **QUICK)
+    merge_lora(source, tmp_path / "fast", alpha=alpha, **QUICK)
     if case == "mindpet":  # its config lies beside the file
         assert (GOLDEN / case / "adapter_config.json").exists()
     made, expected = weights(tmp_path / "m"), load_file(GOLDEN / case / "merged.safetensors")
@@ -70,7 +69,7 @@ def test_mindformers_merges_are_reproduced_exactly(tmp_path, case, alpha) -> Non
 
 def test_mindformers_legacy_ckpt_is_reproduced(tmp_path) -> None:
     source = GOLDEN / "legacy_ckpt" / "src.ckpt"
-    merge_lora(source, tmp_path / "m", scaling=2.0, reproducible=True, options=QUICK)
+    merge_lora(source, tmp_path / "m", scaling=2.0, reproducible=True, **QUICK)
     expected = open_checkpoint(GOLDEN / "legacy_ckpt" / "merged_lora.ckpt")
     made = weights(tmp_path / "m")
     assert made.keys() == expected.tensors.keys()
@@ -87,7 +86,7 @@ def test_a_merge_is_computed_in_float32_and_rounded_once(tmp_path, dtype) -> Non
     tensors = small()
     tensors["l.0.q.weight"] = tensors["l.0.q.weight"].astype(kind)
     save(tensors, tmp_path / "src")
-    merge_lora(tmp_path / "src", tmp_path / "m", alpha=5, options=QUICK)
+    merge_lora(tmp_path / "src", tmp_path / "m", alpha=5, **QUICK)
     product = tensors["l.0.q.lora_b"] @ tensors["l.0.q.lora_a"] * np.float32(2.5)
     wide = tensors["l.0.q.weight"].astype(np.float64 if dtype == "float64" else np.float32)
     made = weights(tmp_path / "m")
@@ -103,7 +102,7 @@ def test_what_is_too_large_becomes_infinite_without_a_warning(tmp_path) -> None:
         "q.lora_b": np.full((8, 1), 3e38, np.float32),
     }
     source = save(base | pair, tmp_path / "src")
-    merge_lora(source, tmp_path / "m", scaling=2.0, options=QUICK)  # a warning would be an error
+    merge_lora(source, tmp_path / "m", scaling=2.0, **QUICK)  # a warning would be an error
     assert np.isinf(weights(tmp_path / "m")["q.weight"].astype(np.float32)).all()
 
 
@@ -111,7 +110,7 @@ def test_optimizer_states_of_adapters_are_left_out_and_others_kept(tmp_path) -> 
     tensors = small()
     tensors |= {f"adam_m.{n}": x for n, x in small().items()}
     save(tensors, tmp_path / "src")
-    report = merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, options=QUICK)
+    report = merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, **QUICK)
     made = weights(tmp_path / "m")
     assert set(made) == {n for n in tensors if "lora" not in n}
     np.testing.assert_array_equal(made["adam_m.l.0.q.weight"], tensors["adam_m.l.0.q.weight"])
@@ -124,10 +123,8 @@ def test_a_merge_is_undone_but_for_rounding(tmp_path) -> None:
     pair = {n: x for n, x in tensors.items() if "lora" in n}
     save(base, tmp_path / "base")
     save(pair, tmp_path / "pair", lora_alpha=4, r=2)
-    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "pair", options=QUICK)
-    merge_lora(
-        tmp_path / "m", tmp_path / "u", adapter=tmp_path / "pair", unmerge=True, options=QUICK
-    )
+    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "pair", **QUICK)
+    merge_lora(tmp_path / "m", tmp_path / "u", adapter=tmp_path / "pair", unmerge=True, **QUICK)
     made = weights(tmp_path / "u")
     assert not np.array_equal(weights(tmp_path / "m")["l.0.q.weight"], base["l.0.q.weight"])
     np.testing.assert_allclose(made["l.0.q.weight"], base["l.0.q.weight"], atol=1e-5)
@@ -141,8 +138,8 @@ def test_several_blocks_and_threads_give_the_same_as_one(tmp_path) -> None:
         for n, s in {"weight": (512, 700), "lora_a": (4, 700), "lora_b": (512, 4)}.items()
     }
     save(tensors, tmp_path / "src")
-    small_blocks = Options(workers=4, host_bytes=4 << 20, durable=False)
-    report = merge_lora(tmp_path / "src", tmp_path / "m", alpha=8, options=small_blocks)
+    small_blocks = {"workers": 4, "host_bytes": 4 << 20, "fsync": False}
+    report = merge_lora(tmp_path / "src", tmp_path / "m", alpha=8, **small_blocks)
     made = weights(tmp_path / "m")
     for i in range(5):
         a, b = tensors[f"l.{i}.q.lora_a"], tensors[f"l.{i}.q.lora_b"]
@@ -162,9 +159,9 @@ def test_adapters_cut_into_ranks_merge_with_a_base_cut_into_ranks(tmp_path) -> N
         '"*.weight" = "mp,-"\n',
         "test",
     )
-    convert(tmp_path / "src", tmp_path / "ranks", "mp2", rules=rules, options=QUICK)
-    merge_lora(tmp_path / "src", tmp_path / "one", alpha=2, options=QUICK)
-    merge_lora(tmp_path / "ranks", tmp_path / "two", alpha=2, options=QUICK)
+    convert(tmp_path / "src", tmp_path / "ranks", "mp2", rules=rules, **QUICK)
+    merge_lora(tmp_path / "src", tmp_path / "one", alpha=2, **QUICK)
+    merge_lora(tmp_path / "ranks", tmp_path / "two", alpha=2, **QUICK)
     assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
     for name, x in weights(tmp_path / "one").items():
         np.testing.assert_array_equal(weights(tmp_path / "two")[name], x)
@@ -191,7 +188,12 @@ TWICE = {**small(), "l.0.q.mindpet_delta_lora_a": np.zeros((2, 6), np.float32)}
         (TWICE, {"alpha": 1}, LayoutError, "two sources for one target"),
         (small(), {}, NotFoundError, "alpha is not known, and is not guessed. Looked for lora_alp"),
         (small(), {"alpha": 1, "scaling": 1}, LayoutError, "both given"),
-        (small(), {"alpha": 1, "rank": 3}, LayoutError, r"has rank 2, and rank= \(.*\) asks for 3"),
+        (
+            small(),
+            {"alpha": 1, "adapter_rank": 3},
+            LayoutError,
+            r"has rank 2, and adapter_rank= \(.*\) asks for 3",
+        ),
         ({"l.0.q.weight": small()["l.0.q.weight"]}, {"alpha": 1}, NotFoundError, "no adapters"),
     ],
 )
@@ -200,7 +202,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(
 ) -> None:
     save(tensors, tmp_path / "src")
     with pytest.raises(kind, match=said):
-        merge_lora(tmp_path / "src", tmp_path / "m", options=QUICK, **how)
+        merge_lora(tmp_path / "src", tmp_path / "m", **QUICK, **how)
     assert not (tmp_path / "m").exists()
 
 
@@ -236,9 +238,9 @@ def test_a_square_weight_whose_orientation_is_not_said_gets_a_note(tmp_path) -> 
         "q.lora_b": np.arange(8, dtype=np.float32).reshape(4, 2),
     }
     save(tensors, tmp_path / "src")
-    report = merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, options=QUICK)
+    report = merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, **QUICK)
     assert any("Square weights are taken as (out, in)" in n for n in report.notes)
-    merge_lora(tmp_path / "src", tmp_path / "t", alpha=2, fan_in_fan_out=True, options=QUICK)
+    merge_lora(tmp_path / "src", tmp_path / "t", alpha=2, fan_in_fan_out=True, **QUICK)
     one, other = (weights(tmp_path / x)["q.weight"] for x in "mt")
     assert not np.array_equal(one, other)
     np.testing.assert_array_equal(one, other.T)
@@ -253,7 +255,7 @@ def test_a_source_that_changes_while_it_is_merged_is_refused(tmp_path) -> None:
     from jaxshard.api import convert  # noqa: PLC0415
 
     with pytest.raises(JaxshardError):
-        convert(catalog, tmp_path / "m", options=QUICK)
+        convert(catalog, tmp_path / "m", **QUICK)
     assert not (tmp_path / "m").exists()
 
 
@@ -310,7 +312,7 @@ def test_stacked_experts_get_the_sums_of_pefts_layout(
         where = Path(folder)
         save({n: np.ascontiguousarray(x) for n, x in base.items()}, where / "base")
         save(pair, where / "a", **config)
-        how = {"adapter": where / "a", "reproducible": reproducible, "options": QUICK}
+        how = {"adapter": where / "a", "reproducible": reproducible, **QUICK}
         merge_lora(where / "base", where / "m", **how)
         made = weights(where / "m")
     assert made.keys() == expected.keys()

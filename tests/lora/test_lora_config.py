@@ -63,9 +63,9 @@ def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
     for how in ({}, {"alpha": 4}, {"scaling": 1.0}):
         with pytest.raises(FormatError, match=r"has rank 2, but /.*adapter_config\.json says 8"):
             with_adapter(place, **how)
-    with pytest.raises(LayoutError, match=r"has rank 2, and rank= .* asks for 4"):
-        with_adapter(place, rank=4)
-    assert scaling_of(with_adapter(place, rank=2)) == 4
+    with pytest.raises(LayoutError, match=r"has rank 2, and adapter_rank= .* asks for 4"):
+        with_adapter(place, adapter_rank=4)
+    assert scaling_of(with_adapter(place, adapter_rank=2)) == 4
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def embedding(tokens: int = 10, dim: int = 4) -> dict[str, np.ndarray]:
 def test_an_adapter_of_an_embedding_fits_one_way_only(tmp_path) -> None:
     tensors = embedding()
     save(tensors, tmp_path / "src")
-    merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, options=QUICK)
+    merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, **QUICK)
     delta = (tensors["embed.lora_embedding_B"] @ tensors["embed.lora_embedding_A"]).T
     made = weights(tmp_path / "m")["embed.weight"]
     np.testing.assert_allclose(made, tensors["embed.weight"] + delta, rtol=1e-6, atol=1e-6)
@@ -146,7 +146,7 @@ def test_a_module_saved_with_the_adapter_has_the_shape_that_it_replaces(tmp_path
     pair = {n: x for n, x in small().items() if "lora" in n}
     saved = "base_model.model.l.0.norm.modules_to_save.default.weight"
     save(pair | {saved: np.ones(6, np.float32)}, tmp_path / "right", lora_alpha=4)
-    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "right", options=QUICK)
+    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "right", **QUICK)
     np.testing.assert_array_equal(weights(tmp_path / "m")["l.0.norm.weight"], np.ones(6))
     save(pair | {saved: np.ones(7, np.float32)}, tmp_path / "wrong", lora_alpha=4)
     with pytest.raises(LayoutError, match=r"shape \(7,\) was saved with the adapter .*\(6,\)"):
@@ -184,8 +184,8 @@ def test_a_quantized_base_is_merged_after_what_the_error_says(tmp_path) -> None:
     save(pair, tmp_path / "pair", lora_alpha=2)
     with pytest.raises(LayoutError, match=r'names="auto" \(--names auto\)'):
         with_adapter(base, tmp_path / "pair")
-    convert(base, tmp_path / "true", names="auto", options=QUICK)
-    merge_lora(tmp_path / "true", tmp_path / "m", adapter=tmp_path / "pair", options=QUICK)
+    convert(base, tmp_path / "true", names="auto", **QUICK)
+    merge_lora(tmp_path / "true", tmp_path / "m", adapter=tmp_path / "pair", **QUICK)
     a, b = pair.values()
     expected = tensors[name].astype(np.float32) * 2 + b @ a
     np.testing.assert_allclose(weights(tmp_path / "m")[name], expected, rtol=1e-6, atol=1e-6)
@@ -367,7 +367,13 @@ SPELT_TWICE = {**PAIR, "l.0.q.mindpet_delta_lora_a": PAIR["l.0.q.lora_a"]}
             r'adapter_names=\{"h.\{x\*\}": "l.\{x\*\}"\} \(--adapter-names "h.\{x\*\}=l',
         ),
         (BARE, PAIR, {"alpha": 1, "scaling": 2}, LayoutError, "both given.* Leave one out"),
-        (BARE, PAIR, {"rank": 16}, LayoutError, r"--adapter-rank\) asks for 16. Leave it out"),
+        (
+            BARE,
+            PAIR,
+            {"adapter_rank": 16},
+            LayoutError,
+            r"--adapter-rank\) asks for 16. Leave it out",
+        ),
     ],
 )
 def test_a_wrong_request_is_told_what_to_do(tmp_path, base, adapter, how, kind, told) -> None:

@@ -49,7 +49,7 @@ def expected(base: dict, pair: dict, scaling: float) -> np.ndarray:
 @pytest.mark.parametrize("format", ["ranks", "ckpt"])
 def test_adapters_cut_into_ranks_are_merged(tmp_path, spelling, place, format) -> None:
     base, pair = model(spelling)
-    how = {"rules": RULES, "format": format, "options": QUICK}
+    how = {"rules": RULES, "format": format, **QUICK}
     given = {}
     if place == "inside":
         save(base | pair, tmp_path / "whole")
@@ -66,7 +66,7 @@ def test_adapters_cut_into_ranks_are_merged(tmp_path, spelling, place, format) -
             (tmp_path / "cut" / "strategy").rename(tmp_path / "strategies")
             given["adapter_strategy"] = tmp_path / "strategies"
             given["src_strategy"] = tmp_path / "base" / "strategy"
-    merge_lora(tmp_path / "base", tmp_path / "m", alpha=4, options=QUICK, **given)
+    merge_lora(tmp_path / "base", tmp_path / "m", alpha=4, **QUICK, **given)
     made = weights(tmp_path / "m")
     assert made.keys() == base.keys()
     np.testing.assert_allclose(made[WQ + "weight"], expected(base, pair, 2), rtol=1e-6, atol=1e-6)
@@ -143,7 +143,7 @@ def test_a_merge_keeps_the_layout_of_the_job_that_trained_the_adapters(
     lora = [n for n in tensors if "lora" in n]
     tensors |= {f"adam_m.{n}": tensors[n] + 1 for n in lora}
     save(tensors, tmp_path / "whole")
-    how = {"format": format, "options": QUICK}
+    how = {"format": format, **QUICK}
     convert(tmp_path / "whole", tmp_path / "job", "dp2mp2", rules=GOLDEN_RULES, **how)
     strategy = tmp_path / "job" / "strategy"
     target = {"same": "same", "strategy folder": strategy}.get(to)
@@ -162,8 +162,8 @@ def test_a_merge_keeps_the_layout_of_the_job_that_trained_the_adapters(
     made = open_checkpoint(tmp_path / "m")
     assert made.layout is not None
     assert set(made.layout.placements) == {n for n in tensors if "lora" not in n}
-    convert(tmp_path / "m", tmp_path / "one", options=QUICK)
-    merge_lora(tmp_path / "whole", tmp_path / "expected", alpha=16, options=QUICK)
+    convert(tmp_path / "m", tmp_path / "one", **QUICK)
+    merge_lora(tmp_path / "whole", tmp_path / "expected", alpha=16, **QUICK)
     for name, x in weights(tmp_path / "expected").items():
         np.testing.assert_allclose(
             weights(tmp_path / "one")[name].astype(np.float32),
@@ -176,7 +176,7 @@ def test_a_merge_keeps_the_layout_of_the_job_that_trained_the_adapters(
 def test_merged_adapters_are_not_missed_by_a_load_or_a_dry_run(tmp_path, capsys) -> None:
     base, pair = model("pynative")
     save(base | pair, tmp_path / "whole", lora_alpha=4)
-    convert(tmp_path / "whole", tmp_path / "job", "mp2", rules=RULES, options=QUICK)
+    convert(tmp_path / "whole", tmp_path / "job", "mp2", rules=RULES, **QUICK)
     source = with_adapter(tmp_path / "job", alpha=4)
     loaded = jaxshard.load(source, tmp_path / "job" / "strategy")
     assert loaded.keys() == base.keys()
@@ -190,6 +190,6 @@ def test_adapters_that_were_not_merged_are_missed_still(tmp_path) -> None:
     base, pair = model("pynative")
     save(base | pair, tmp_path / "whole")
     save(base, tmp_path / "base")
-    convert(tmp_path / "whole", tmp_path / "job", "mp2", rules=RULES, options=QUICK)
+    convert(tmp_path / "whole", tmp_path / "job", "mp2", rules=RULES, **QUICK)
     with pytest.raises(CoverageError, match="2 weights of the target's strategy are not in"):
-        convert(tmp_path / "base", tmp_path / "m", tmp_path / "job" / "strategy", options=QUICK)
+        convert(tmp_path / "base", tmp_path / "m", tmp_path / "job" / "strategy", **QUICK)

@@ -261,7 +261,7 @@ def test_the_oracle_changes_every_kind_of_model(tmp_path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_is_what_peft_makes_of_it(tmp_path, case) -> None:
     expected = make(tmp_path, case)
-    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", options=QUICK)
+    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", **QUICK)
     made = weights(tmp_path / "m")
     assert made.keys() == expected.keys()
     for name, x in expected.items():
@@ -274,7 +274,7 @@ def test_a_merge_is_what_peft_makes_of_it(tmp_path, case) -> None:
 )
 def test_a_merge_of_bfloat16_is_rounded_once(tmp_path, case) -> None:
     expected = make(tmp_path, case, "bfloat16")
-    how = {"adapter": tmp_path / "adapter", "options": QUICK}
+    how = {"adapter": tmp_path / "adapter", **QUICK}
     merge_lora(tmp_path / "base", tmp_path / "m", **how)
     made, before = weights(tmp_path / "m"), weights(tmp_path / "base")
     for name, x in expected.items():
@@ -298,9 +298,9 @@ STACKED = '[specs]\n"*.gate_up_proj" = "ep,-,mp"\n"*.down_proj" = "ep,mp,-"\n'
 def test_experts_merge_on_the_way_to_any_layout(tmp_path, case, to, rules) -> None:
     expected = make(tmp_path, case)
     source = with_adapter(tmp_path / "base", tmp_path / "adapter")
-    how = {"unmatched": "replicate", "rules": rules, "options": QUICK}
+    how = {"unmatched": "replicate", "rules": rules, **QUICK}
     convert(source, tmp_path / "cut", to, **how)
-    convert(tmp_path / "cut", tmp_path / "whole", options=QUICK)
+    convert(tmp_path / "cut", tmp_path / "whole", **QUICK)
     made, loaded = weights(tmp_path / "whole"), jaxshard.load(source, jax.devices()[0])
     for name, x in expected.items():
         torch.testing.assert_close(made[name], x, rtol=1e-6, atol=1e-7, msg=name)
@@ -324,7 +324,7 @@ def test_experts_merge_reproducibly_in_small_blocks_and_are_taken_back(tmp_path)
 def test_a_tied_head_is_noted_and_what_was_trained_is_one_conversion_away(tmp_path) -> None:
     """PEFT adds the one adapter for the embedding and for the head, which are one tensor."""
     expected = make(tmp_path, "a tied head")
-    how = {"options": QUICK}
+    how = {**QUICK}
     report = merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", **how)
     assert any("so twice, as when PEFT merges" in note for note in report.notes)
     args = ("convert", tmp_path / "adapter", tmp_path / "once", "--exclude", "lm_head", "--quiet")
@@ -358,8 +358,8 @@ def test_merged_experts_take_other_names_and_shapes(tmp_path) -> None:
     expected = make(tmp_path, "experts that files have apart")
     source = with_adapter(tmp_path / "base", tmp_path / "adapter")
     names = "mixtral-hf:mixtral-nnx-scan"
-    convert(source, tmp_path / "one", names=names, options=QUICK)
-    convert(tmp_path / "expected", tmp_path / "other", names=names, options=QUICK)
+    convert(source, tmp_path / "one", names=names, **QUICK)
+    convert(tmp_path / "expected", tmp_path / "other", names=names, **QUICK)
     assert expected
     for name, x in weights(tmp_path / "other").items():
         torch.testing.assert_close(weights(tmp_path / "one")[name], x, rtol=1e-6, atol=1e-7)
@@ -367,11 +367,11 @@ def test_merged_experts_take_other_names_and_shapes(tmp_path) -> None:
 
 def test_experts_of_a_base_in_ranks_are_merged(tmp_path) -> None:
     expected = make(tmp_path, "stacks of (in, out)")
-    how = {"unmatched": "replicate", "rules": read_rules(STACKED, "test"), "options": QUICK}
+    how = {"unmatched": "replicate", "rules": read_rules(STACKED, "test"), **QUICK}
     convert(tmp_path / "base", tmp_path / "cut", "dp2mp2ep2", **how)
-    how = {"adapter": tmp_path / "adapter", "options": QUICK}
+    how = {"adapter": tmp_path / "adapter", **QUICK}
     merge_lora(tmp_path / "cut", tmp_path / "same", "same", **how)
-    convert(tmp_path / "same", tmp_path / "m", options=QUICK)
+    convert(tmp_path / "same", tmp_path / "m", **QUICK)
     for name, x in weights(tmp_path / "m").items():
         torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7, msg=name)
 
@@ -393,9 +393,7 @@ def renamed(folder: Path, out: Path, old: str, new: str) -> Path:
 
 def test_names_found_by_a_renaming_of_transformers_are_noted(tmp_path) -> None:
     make(tmp_path, "Qwen2.5-VL")
-    report = merge_lora(
-        tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", options=QUICK
-    )
+    report = merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", **QUICK)
     (note,) = [n for n in report.notes if "names of the adapter" in n]
     assert "are those that transformers gives in memory" in note
     assert "(model.language_model.layers.0." in note
@@ -428,7 +426,7 @@ def test_other_names_are_given_as_the_message_says(tmp_path, kind) -> None:
             "file": tmp_path / "own.toml",
             "mapping": mapping,
         }[kind]
-        how = {"adapter": tmp_path / "adapter", "adapter_names": given, "options": QUICK}
+        how = {"adapter": tmp_path / "adapter", "adapter_names": given, **QUICK}
         merge_lora(base, out, **how)
     made = weights(out)
     for name, x in expected.items():
@@ -519,7 +517,7 @@ def test_square_stacks_of_an_unknown_family_are_noted_and_turned_on_request(tmp_
     (tmp_path / "base" / "config.json").unlink()
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     assert any("its matrices are square" in n for n in with_adapter(base, adapter).notes)
-    how = {"adapter": adapter, "fan_in_fan_out": True, "options": QUICK}
+    how = {"adapter": adapter, "fan_in_fan_out": True, **QUICK}
     merge_lora(base, tmp_path / "m", **how)
     made = weights(tmp_path / "m")
     for name, x in expected.items():

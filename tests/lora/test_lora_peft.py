@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from mapping_models import DECODER, MODELS
 
-from jaxshard.conversion.options import Options
 from jaxshard.errors import LayoutError
 from jaxshard.lora import merge_lora
 
@@ -19,7 +18,7 @@ peft = pytest.importorskip("peft", reason="PEFT is the oracle")
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 load_file = pytest.importorskip("safetensors.torch", reason="it needs torch").load_file
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}),
@@ -123,7 +122,7 @@ def test_a_merge_is_what_peft_makes_of_it(tmp_path, case, dtype) -> None:
     family, config = CASES[case]
     expected = make(tmp_path, family, dtype, config)
     before = weights(tmp_path / "base")
-    merge_lora(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "adapter", options=QUICK)
+    merge_lora(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "adapter", **QUICK)
     made = weights(tmp_path / "merged")
     assert made.keys() == expected.keys()
     changed = 0
@@ -177,7 +176,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(tmp_path) -> None:
     ids = torch.arange(10)[None] % DECODER["vocab_size"]
     with torch.no_grad():
         expected = wrapped(ids).logits
-    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", options=QUICK)
+    merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", **QUICK)
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "m").eval()
     with torch.no_grad():
         np.testing.assert_allclose(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -14,12 +14,11 @@ from safetensors.numpy import load_file, save_file
 from jaxshard.api import convert, plan
 from jaxshard.conversion.execute import execute
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import prepare
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.mapping import find_mapping, form_of, read_mapping, table, write_mapping
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 FORMS_OF = {family: forms_of(family) for family in MODELS}
 EVERY = [(family, form) for family, forms in FORMS_OF.items() for form in forms]
 # what each family's ranks share must survive the mapping; experts stay whole in mcore's form
@@ -56,11 +55,11 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 def test_a_real_model_goes_to_a_form_and_back(folders, tmp_path, family, form) -> None:
     source = folders(family)
     before = weights(source)
-    convert(source, tmp_path / "there", names=f"hf:{form}", options=QUICK)
+    convert(source, tmp_path / "there", names=f"hf:{form}", **QUICK)
     there = weights(tmp_path / "there")
     mapping = find_mapping(f"{family}-hf:{form}", open_checkpoint(source))
     assert same(there, mapping.apply_arrays(before))
-    convert(tmp_path / "there", tmp_path / "back", names=f"{form}:hf", options=QUICK)
+    convert(tmp_path / "there", tmp_path / "back", names=f"{form}:hf", **QUICK)
     assert same(weights(tmp_path / "back"), before)
 
 
@@ -80,14 +79,14 @@ def test_over_ranks_and_back_is_the_identity(folders, tmp_path, family, form, la
     source = folders(family)
     mapping = find_mapping(f"{family}-hf:{form}", open_checkpoint(source))
     prepared = prepare(source, layout, names=mapping)
-    report = execute(prepared, tmp_path / "ranks", options=QUICK)
+    report = execute(prepared, tmp_path / "ranks", **QUICK)
     totals = prepared.plan.totals
     assert report.counts.bytes_needed == totals.bytes_needed
     assert report.counts.bytes_read == totals.bytes_read
     assert report.counts.num_reads == totals.num_reads
     assert report.counts.num_writes == totals.num_writes
     assert report.counts.num_copies == totals.num_copies
-    convert(tmp_path / "ranks", tmp_path / "back", names=mapping.inverse(), options=QUICK)
+    convert(tmp_path / "ranks", tmp_path / "back", names=mapping.inverse(), **QUICK)
     assert same(weights(tmp_path / "back"), weights(source))
 
 
@@ -116,7 +115,7 @@ def test_a_users_own_table_is_a_file(folders, tmp_path) -> None:
         'name = "hf:own"\n[[op]]\nop = "transpose"\nnames = ["lm_head.weight"]\n'
         '[[op]]\nop = "rename"\nrules = [["lm_head.weight", "head.kernel"]]\n'
     )
-    convert(folders("llama"), tmp_path / "made", names=str(own), options=QUICK)
+    convert(folders("llama"), tmp_path / "made", names=str(own), **QUICK)
     before, made = weights(folders("llama")), weights(tmp_path / "made")
     assert np.array_equal(made["head.kernel"], before["lm_head.weight"].T)
     assert len(made) == len(before)
@@ -176,7 +175,7 @@ def test_optimizer_states_and_numbers_of_the_job_go_along(folders, tmp_path) -> 
     config = (folders("llama") / "config.json").read_text()
     (tmp_path / "src" / "config.json").write_text(config)
     prepared = prepare(tmp_path / "src", "dp2mp2", names="hf:mcore-fused")
-    execute(prepared, tmp_path / "ranks", options=QUICK)
+    execute(prepared, tmp_path / "ranks", **QUICK)
     mapping = find_mapping("llama-hf:mcore-fused", open_checkpoint(tmp_path / "src"))
-    convert(tmp_path / "ranks", tmp_path / "back", names=mapping.inverse(), options=QUICK)
+    convert(tmp_path / "ranks", tmp_path / "back", names=mapping.inverse(), **QUICK)
     assert same(weights(tmp_path / "back"), tensors)

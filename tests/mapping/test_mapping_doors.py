@@ -17,12 +17,11 @@ from safetensors.numpy import load_file
 from jaxshard import mindformers
 from jaxshard.api import convert
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.conversion.options import Options
 from jaxshard.errors import LayoutError
 from jaxshard.loader import load
 from jaxshard.mapping import find_mapping
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 SIZES = Sizes(layers=2)
 SOURCE = random_model("llama", SIZES)
 
@@ -65,28 +64,28 @@ def test_the_command_line_takes_a_users_own_table(folder, tmp_path, capsys) -> N
 def test_plain_auto_goes_to_hugging_faces_names(folder, tmp_path) -> None:
     for form in ("hf", "mindformers", "mindformers-concat", "mcore", "nnx", "linen-scan", "tunix"):
         there = tmp_path / f"as {form}"
-        convert(folder, there, names=f"hf:{form}", options=QUICK)
-        convert(there, tmp_path / f"{form} back", names="auto", options=QUICK)
+        convert(folder, there, names=f"hf:{form}", **QUICK)
+        convert(there, tmp_path / f"{form} back", names="auto", **QUICK)
         assert same(weights(tmp_path / f"{form} back"), SOURCE)
 
 
 def test_auto_does_not_choose_between_forms_of_the_same_names(folder, tmp_path) -> None:
     for form in ("mcore-fused", "mcore-fused-blocks"):
         there = tmp_path / form
-        convert(folder, there, names=f"hf:{form}", options=QUICK)
+        convert(folder, there, names=f"hf:{form}", **QUICK)
         expected = mcore_fused(SOURCE, SIZES.kv, interleaved=form == "mcore-fused")
         assert same(weights(there), expected)
         with pytest.raises(LayoutError, match="of mcore-fused and of mcore-fused-blocks, which di"):
             find_mapping("auto", open_checkpoint(there))
-        convert(there, tmp_path / f"{form} back", names=f"{form}:hf", options=QUICK)
+        convert(there, tmp_path / f"{form} back", names=f"{form}:hf", **QUICK)
         assert same(weights(tmp_path / f"{form} back"), SOURCE)
 
 
 def test_experts_that_lie_alike_in_both_forms_are_no_reason_to_refuse(tmp_path) -> None:
     source = random_model("qwen3_moe", SIZES)
     write_model(tmp_path / "hf", config_of("qwen3_moe", SIZES), source)
-    convert(tmp_path / "hf", tmp_path / "there", names="hf:mcore-fused-blocks", options=QUICK)
-    convert(tmp_path / "there", tmp_path / "back", names="auto", options=QUICK)
+    convert(tmp_path / "hf", tmp_path / "there", names="hf:mcore-fused-blocks", **QUICK)
+    convert(tmp_path / "there", tmp_path / "back", names="auto", **QUICK)
     assert same(weights(tmp_path / "back"), source)
 
 
@@ -186,9 +185,9 @@ def test_one_rank_reads_its_half_of_the_weights_and_all_factors(tmp_path) -> Non
 @pytest.mark.parametrize("strategy", ["dp2mp2", "dp1mp2pp2"])
 def test_another_form_is_taken_apart_into_a_layout(folder, tmp_path, form, strategy) -> None:
     names = f"{form}:hf"
-    convert(folder, tmp_path / "there", names=f"hf:{form}", options=QUICK)
-    convert(tmp_path / "there", tmp_path / "ranks", strategy, names=names, options=QUICK)
-    convert(tmp_path / "ranks", tmp_path / "whole", options=QUICK)
+    convert(folder, tmp_path / "there", names=f"hf:{form}", **QUICK)
+    convert(tmp_path / "there", tmp_path / "ranks", strategy, names=names, **QUICK)
+    convert(tmp_path / "ranks", tmp_path / "whole", **QUICK)
     assert same(weights(tmp_path / "whole"), SOURCE)
     counts = []
     plain = load(folder, strategy)

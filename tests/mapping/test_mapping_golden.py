@@ -10,11 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxshard.api import convert
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.conversion.options import Options
 from jaxshard.mapping import find_mapping
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf_convert"
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 NOTES = {
     " (interleaved=True, default)": "mcore-fused",
     " (interleaved=False)": "mcore-fused-blocks",
@@ -41,7 +40,7 @@ def test_mindformers_fused_weights_are_reproduced_exactly(tmp_path: Path) -> Non
     folder, checked = source(tmp_path / "hf"), 0
     golden = load_file(GOLDEN / "mf.safetensors")
     for note, form in NOTES.items():
-        convert(folder, tmp_path / form, names=f"hf:{form}", options=QUICK)
+        convert(folder, tmp_path / form, names=f"hf:{form}", **QUICK)
         made = load_file(tmp_path / form / "model.safetensors")
         for name, expected in golden.items():
             plain = name.removesuffix(note)

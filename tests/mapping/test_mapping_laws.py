@@ -24,7 +24,6 @@ from safetensors.numpy import load_file
 
 from jaxshard.api import convert
 from jaxshard.conversion.execute import execute
-from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import prepare
 from jaxshard.errors import LayoutError
 from jaxshard.loader import load
@@ -32,7 +31,7 @@ from jaxshard.mapping import FORMS, Fuse, Mapping, Stack, Transpose, read_mappin
 from jaxshard.planning.plan import Totals
 from jaxshard.storage.resources import Counts
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 
 
 EVERY = [(family, form) for family in FAMILIES for form in forms_of(family)]
@@ -145,10 +144,10 @@ def test_any_model_over_any_ranks_comes_back(data: st.DataObject) -> None:
             event("refused")
             assert re.search("lie alike|in stages of as many|ep=|divide", said), said
             return
-        counts = execute(prepared, where / "ranks", options=QUICK).counts
+        counts = execute(prepared, where / "ranks", **QUICK).counts
         assert are(prepared.plan.totals, counts)
         assert counts.bytes_read >= counts.bytes_needed
-        convert(where / "ranks", where / "back", names=mapping.inverse(), options=QUICK)
+        convert(where / "ranks", where / "back", names=mapping.inverse(), **QUICK)
         files = sorted((where / "back").rglob("*.safetensors"))
         assert same({n: x for f in files for n, x in load_file(f).items()}, source)
 
@@ -190,8 +189,8 @@ def test_a_rank_of_a_fused_transposed_stack_reads_its_own_bytes_and_no_other(
 
     rules = read_rules(f'[specs]\n"qkv" = "{spec}"\n', "test")
     total = sum(2 * 4 * a * b for a, b in WIDE.values())
-    prepared = prepare(wide, "mp8", names=FUSED, rules=rules, ranks=[5])
-    counts = execute(prepared, tmp_path / "rank", options=QUICK).counts
+    prepared = prepare(wide, "mp8", names=FUSED, rules=rules, rank=[5])
+    counts = execute(prepared, tmp_path / "rank", **QUICK).counts
     assert are(prepared.plan.totals, counts)
     assert counts.bytes_needed == total // share
     assert counts.bytes_read == counts.bytes_needed
@@ -215,7 +214,7 @@ def test_a_load_of_it_reads_every_byte_once(wide, spec) -> None:
 
 
 def test_going_back_each_of_three_reads_the_rows_that_it_is_a_part_of(wide, tmp_path) -> None:
-    convert(wide, tmp_path / "fused", names=FUSED, options=QUICK)
+    convert(wide, tmp_path / "fused", names=FUSED, **QUICK)
     counts: list[Counts] = []
     import jax  # noqa: PLC0415
 

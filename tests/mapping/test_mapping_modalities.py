@@ -11,12 +11,11 @@ from mapping_models import save
 from safetensors.numpy import load_file, save_file
 
 from jaxshard.api import convert
-from jaxshard.conversion.options import Options
 from jaxshard.core.catalog import Model
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.mapping import table
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 VISION = {
     "vision_tower.encoder.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.float32),
     "multi_modal_projector.linear.weight": np.ones((4, 4), np.float32),
@@ -57,8 +56,8 @@ def nested(path: Path, root: str, kind: str, key: str, vision: bool = False) -> 
 def test_a_text_part_is_mapped_as_the_model_alone(tmp_path, root, kind, key, form, source) -> None:
     alone, larger = nested(tmp_path, root, kind, key)
     target = f"llama-{form}" if source == "llama-hf" else form
-    convert(alone, tmp_path / "a", names=f"hf:{form}", options=QUICK)
-    convert(larger, tmp_path / "b", names=f"{source}:{target}", options=QUICK)
+    convert(alone, tmp_path / "a", names=f"hf:{form}", **QUICK)
+    convert(larger, tmp_path / "b", names=f"{source}:{target}", **QUICK)
     expected = load_file(tmp_path / "a" / "model.safetensors")
     made = load_file(tmp_path / "b" / "model.safetensors")
     assert made.keys() == expected.keys()
@@ -69,10 +68,10 @@ def test_a_text_part_is_mapped_as_the_model_alone(tmp_path, root, kind, key, for
 def test_tensors_of_other_modalities_are_asked_to_be_left_out(tmp_path: Path) -> None:
     _, larger = nested(tmp_path, "model.language_model.", "llava", "text_config", vision=True)
     with pytest.raises(LayoutError, match=r"2 of .* tensors are not of the text model") as caught:
-        convert(larger, tmp_path / "b", names="hf:tunix", options=QUICK)
+        convert(larger, tmp_path / "b", names="hf:tunix", **QUICK)
     assert "Did you mean" not in str(caught.value)
     pattern = str(caught.value).split("'")[1]  # the remedy, as it is written
-    convert(larger, tmp_path / "b", names="hf:tunix", exclude=pattern, options=QUICK)
+    convert(larger, tmp_path / "b", names="hf:tunix", exclude=pattern, **QUICK)
     assert not any("vision" in n for n in load_file(tmp_path / "b" / "model.safetensors"))
 
 

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 import jaxshard as js
 from jaxshard.api import convert
 from jaxshard.conversion.execute import execute
-from jaxshard.conversion.options import Options
 from jaxshard.conversion.prepare import prepare
 from jaxshard.core.box import Box
 from jaxshard.errors import LayoutError, NotFoundError
@@ -33,7 +32,7 @@ from jaxshard.mapping import (
 )
 from jaxshard.storage.engine import Budget
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 FP8 = ml_dtypes.float8_e4m3fn
 
 
@@ -121,12 +120,12 @@ def test_a_quantized_folder_becomes_a_plain_one(tmp_path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
     (source / "config.json").write_text(json.dumps(config))
-    convert(source, tmp_path / "out", names="auto", options=QUICK)
+    convert(source, tmp_path / "out", names="auto", **QUICK)
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert same(made, expected)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     prepared = prepare(source, "mp2", names="hf:mcore-fused")
-    counts = execute(prepared, tmp_path / "ranks", options=QUICK).counts
+    counts = execute(prepared, tmp_path / "ranks", **QUICK).counts
     totals = prepared.plan.totals
     assert (counts.bytes_needed, counts.bytes_read) == (totals.bytes_needed, totals.bytes_read)
     assert counts.num_reads == totals.num_reads
@@ -213,7 +212,7 @@ def test_a_factor_of_a_tensor_or_of_each_row_is_multiplied(tmp_path, shape, end,
     scale = random.uniform(0.5, 2, shape).astype(np.float32)
     true = weight.astype(np.float32) * scale.reshape(-1, 1)
     quantized_folder(tmp_path / "a", weight, {end: scale}, settings_of(weight_block_size=None))
-    convert(tmp_path / "a", tmp_path / "b", names="auto", options=QUICK)
+    convert(tmp_path / "a", tmp_path / "b", names="auto", **QUICK)
     made = load_file(tmp_path / "b" / "model.safetensors")
     np.testing.assert_array_equal(made["model.layers.0.self_attn.q_proj.weight"], true)
     assert len(made) == 2
@@ -247,7 +246,7 @@ def test_factors_of_another_kind_are_refused_by_name(
     arrays = {end: np.ones(shape, np.float32) for end, shape in factors.items()}
     quantized_folder(tmp_path / "a", weight, arrays, settings_of(**stated))
     with pytest.raises(LayoutError, match="are no factors that tables know") as caught:
-        convert(tmp_path / "a", tmp_path / "b", names=names, options=QUICK)
+        convert(tmp_path / "a", tmp_path / "b", names=names, **QUICK)
     assert str(caught.value).startswith("model.layers.0.self_attn.q_proj.weight_")
 
 
@@ -258,7 +257,7 @@ def test_packed_weights_of_other_libraries_are_refused_by_name(tmp_path) -> None
     save_file({f"{name}.{n}": x for n, x in arrays.items()}, tmp_path / "a" / "model.safetensors")
     (tmp_path / "a" / "config.json").write_text(json.dumps(settings_of()))
     with pytest.raises(LayoutError, match=r"q_proj.scales: F16 .* are no factors that tables know"):
-        convert(tmp_path / "a", tmp_path / "b", names="auto", options=QUICK)
+        convert(tmp_path / "a", tmp_path / "b", names="auto", **QUICK)
 
 
 def test_names_that_no_form_has_are_listed_and_no_others(tmp_path) -> None:
@@ -266,15 +265,15 @@ def test_names_that_no_form_has_are_listed_and_no_others(tmp_path) -> None:
     factors = {"weight_scale": scale, "activation_scale": scale}
     quantized_folder(tmp_path / "a", weight, factors, settings_of())
     with pytest.raises(NotFoundError, match="llama-hf has no rule") as caught:
-        convert(tmp_path / "a", tmp_path / "b", names="auto", options=QUICK)
+        convert(tmp_path / "a", tmp_path / "b", names="auto", **QUICK)
     said = str(caught.value)
     assert "has no rule for 1 of 3 names: model.layers.0.self_attn.q_proj.activation_scale." in said
-    convert(tmp_path / "a", tmp_path / "b", names="auto", exclude="activation_scale", options=QUICK)
+    convert(tmp_path / "a", tmp_path / "b", names="auto", exclude="activation_scale", **QUICK)
 
 
 def test_a_mapping_of_ones_own_that_keeps_factors_keeps_their_settings(tmp_path) -> None:
     factors = {"weight_scale": np.ones((8, 1), np.float32)}
     quantized_folder(tmp_path / "a", np.zeros((8, 4), FP8), factors, settings_of())
     mapping = Mapping((Rename((("model.{x*}", "other.{x*}"),)),))
-    convert(tmp_path / "a", tmp_path / "b", names=mapping, options=QUICK)
+    convert(tmp_path / "a", tmp_path / "b", names=mapping, **QUICK)
     assert "quantization_config" in json.loads((tmp_path / "b" / "config.json").read_text())

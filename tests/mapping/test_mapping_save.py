@@ -17,13 +17,12 @@ from safetensors.numpy import load_file
 
 from jaxshard.api import convert
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.conversion.options import Options
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.loader import load
 from jaxshard.mapping import Fuse, Mapping, Pad, find_mapping
 from jaxshard.saver import save
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 SIZES = Sizes(layers=4)
 
 
@@ -64,7 +63,7 @@ def test_a_model_of_another_form_is_saved_as_hugging_faces(
         pytest.skip("stages of dense and sparse layers are no equal parts of a stack")
     arrays = load(source, strategy, names=f"hf:{form}")
     names = f"{family}-{form}:{family}-hf"
-    report = save(arrays, tmp_path / "out", names=names, extras=source, durable=False)
+    report = save(arrays, tmp_path / "out", names=names, extras=source, fsync=False)
     assert same(weights(tmp_path / "out"), weights(source))
     assert report.counts.bytes_needed == report.counts.bytes_written
     assert report.counts.bytes_needed == open_checkpoint(source).num_bytes
@@ -82,10 +81,10 @@ def test_hugging_faces_arrays_are_saved_as_another_programs_rank_files(folders, 
             format="ranks",
             names="hf:mcore-fused",
             extras=source,
-            durable=False,
+            fsync=False,
             **how,
         )
-        convert(tmp_path / name, tmp_path / f"{name} whole", options=QUICK)
+        convert(tmp_path / name, tmp_path / f"{name} whole", **QUICK)
         mapping = find_mapping("hf:mcore-fused", open_checkpoint(source))
         expected = mapping.apply_arrays(weights(source))
         assert same(weights(tmp_path / f"{name} whole"), expected)
@@ -96,17 +95,17 @@ def test_hugging_faces_arrays_are_saved_as_another_programs_rank_files(folders, 
 def test_numpys_arrays_padding_and_config_will_do(tmp_path) -> None:
     source = random_model("llama", SIZES)
     pad = Mapping((Pad(("lm_head.weight",), 0, SIZES.vocab, SIZES.vocab + 8),))
-    save(source, tmp_path / "padded", names=pad, durable=False)
+    save(source, tmp_path / "padded", names=pad, fsync=False)
     made = weights(tmp_path / "padded")
     np.testing.assert_array_equal(made["lm_head.weight"][:24], source["lm_head.weight"])
     assert not made["lm_head.weight"][24:].any()
     config = config_of("llama", SIZES)
-    save(source, tmp_path / "m", names="hf:mcore-fused", config=config, durable=False)
+    save(source, tmp_path / "m", names="hf:mcore-fused", config=config, fsync=False)
     assert "decoder.layers.3.mlp.linear_fc1.weight" in weights(tmp_path / "m")
     with pytest.raises(NotFoundError, match="to save, give config= or extras="):
-        save(source, tmp_path / "x", names="llama-hf:llama-mcore-fused", durable=False)
+        save(source, tmp_path / "x", names="llama-hf:llama-mcore-fused", fsync=False)
     with pytest.raises(NotFoundError, match="has no rule for"):
-        save(source, tmp_path / "x", names="llama-nnx:llama-hf", durable=False)
+        save(source, tmp_path / "x", names="llama-nnx:llama-hf", fsync=False)
     assert not (tmp_path / "x").exists()
 
 
@@ -131,7 +130,7 @@ def test_a_rank_that_holds_part_of_a_group_is_refused_before_anything_is_written
     )
     arrays = load(source, "mp4")
     with pytest.raises(LayoutError, match=r"mp=4 cuts .* it has 2 groups"):
-        save(arrays, tmp_path / "x", format="ranks", names=Mapping((fuse,)), durable=False)
+        save(arrays, tmp_path / "x", format="ranks", names=Mapping((fuse,)), fsync=False)
     assert not (tmp_path / "x").exists()
 
 
@@ -140,7 +139,7 @@ def test_transformers_computes_the_same_from_what_was_saved(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     source = save_real("llama", tmp_path / "hf")
     arrays = load(source, "dp2mp2", names="hf:nnx-scan")
-    save(arrays, tmp_path / "out", names="nnx-scan:hf", extras=source, durable=False)
+    save(arrays, tmp_path / "out", names="nnx-scan:hf", extras=source, fsync=False)
     ids = torch.arange(12)[None] % DECODER["vocab_size"]
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -154,7 +153,7 @@ def test_two_processes_write_each_its_own(folders, tmp_path) -> None:
     )
     assert same(weights(tmp_path / "hf"), weights(source))
     expected = find_mapping("hf:mcore-fused", open_checkpoint(source)).apply_arrays(weights(source))
-    convert(tmp_path / "ranks", tmp_path / "whole", options=QUICK)
+    convert(tmp_path / "ranks", tmp_path / "whole", **QUICK)
     assert same(weights(tmp_path / "whole"), expected)
     assert sum(found["hf"] for found in done) == open_checkpoint(source).num_bytes
     assert all(found["hf"] > 0 for found in done)

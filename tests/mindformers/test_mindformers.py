@@ -83,7 +83,7 @@ def test_ckpt_ranks_and_iterations_are_loaded_onto_a_mesh_of_another_layout(tmp_
         place = tmp_path / "c" / f"rank_{rank}" / f"net_rank_{rank}-1_1.ckpt"
         place.parent.mkdir(parents=True)
         place.write_bytes(as_ckpt({**held_by(rank), **NUMBERS}, chunk_bytes=12))
-    js.convert(tmp_path / "c", tmp_path / "i", "same", format="iteration", options=QUICK)
+    js.convert(tmp_path / "c", tmp_path / "i", "same", format="iteration", **QUICK)
     eight = Placement((("dp", 4), ("mp", 2)), ((), ("mp",)))
     columns = Layout(8, {"wq": (eight,), "wo": (eight,), "norm": (Placement((("all", 8),)),)})
     for source in ("c", "i"):
@@ -116,10 +116,10 @@ def test_a_real_iteration_is_loaded_onto_a_mesh(kind: str) -> None:
 
 def test_the_share_of_one_rank_is_what_its_file_would_hold(job: Path, tmp_path: Path) -> None:
     strategy = golden("dp2mp2pp2", "targets", "dp4mp2_opt2_strategy.ckpt")
-    js.convert(job / "checkpoint", tmp_path / "o", strategy, options=QUICK)
+    js.convert(job / "checkpoint", tmp_path / "o", strategy, **QUICK)
     files = ms.rank_weights_of(tmp_path / "o")
     for rank in (0, 5):
-        share = js.load_rank(job / "checkpoint", strategy, rank, options=QUICK)
+        share = js.load_rank(job / "checkpoint", strategy, rank, **QUICK)
         assert share.keys() == files[rank].keys()
         for name, (_, shape, data) in files[rank].items():
             assert (share[name].shape, share[name].tobytes()) == (shape, data), name

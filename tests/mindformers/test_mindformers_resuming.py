@@ -142,7 +142,7 @@ def test_steps_of_a_manager_are_resumed_from_in_its_own_order(tmp_path: Path, fo
     def state(value: int) -> dict[str, Any]:
         return {name: array + np.float32(value) for name, array in ARRAYS.items()}
 
-    options = {"prefix": "net", "format": format, "strategy": LAYOUT, "durable": False}
+    options = {"prefix": "net", "format": format, "strategy": LAYOUT, "fsync": False}
     manager = CheckpointManager(tmp_path, workers=1, **options)
     for step in (10, 20, 30):
         manager.save(step, state(step))

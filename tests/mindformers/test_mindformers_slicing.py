@@ -320,7 +320,7 @@ def test_a_merged_half_lacks_layers_of_the_configuration(
 ) -> None:
     """MindSpore makes such ones of one stage, and returns as if all was well."""
     source = _first_stage(tmp_path)
-    js.merge(source, tmp_path / "half", format=form, include=".", options=QUICK)
+    js.merge(source, tmp_path / "half", format=form, include=".", **QUICK)
     told = _config(tmp_path / "half", parallel_config={"model_parallel": 4})
     told["model"] = {"model_config": {"num_layers": 4}}
     with pytest.raises(CoverageError, match=r"half is a part of a model: layers 2, 3 of 4 are mis"):
@@ -371,7 +371,7 @@ def test_a_load_may_keep_the_layout_of_its_source(tmp_path: Path) -> None:
     assert arrays.keys() == wanted.keys()
     for name, array in arrays.items():
         assert array.sharding.is_equivalent_to(wanted[name].sharding, array.ndim), name
-    js.merge(source, tmp_path / "whole", options=QUICK)
+    js.merge(source, tmp_path / "whole", **QUICK)
     with pytest.raises(LayoutError, match=r"same is as the ranks .*whole is complete"):
         js.load(tmp_path / "whole", "same")
 

@@ -20,7 +20,7 @@ from jaxshard.planning.bundles import Bundle, bundled
 from jaxshard.storage.local import Handles
 from jaxshard.storage.resources import Counts
 
-QUICK = {"durable": False, "workers": 1}
+QUICK = {"fsync": False, "workers": 1}
 COUNTED = tuple(field.name for field in fields(Counts))
 DTYPES = ("float32", "bfloat16", "uint8", "int64", "float16")
 
@@ -104,8 +104,8 @@ def test_small_tensors_of_any_kind_and_order_are_converted_bit_for_bit(
     for k in range(num_files):
         some = {n: a for i, (n, a) in enumerate(wanted.items()) if i % num_files == k}
         write(place / "in" / f"part{k}.safetensors", some)
-    options = js.Options(durable=False, workers=2, host_bytes=host_bytes)
-    how = {"format": form, "options": options}
+    options = {"fsync": False, "workers": 2, "host_bytes": host_bytes}
+    how = {"format": form, **options}
     totals = js.plan(place / "in", **how).totals
     report = js.convert(place / "in", place / "out", **how)
     numbers = astuple(report.counts)

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 import jaxshard as js
 from jaxshard.api import convert
-from jaxshard.conversion.options import Options
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Placement
 from jaxshard.core.strategy import Strategy
@@ -24,7 +23,7 @@ from jaxshard.mapping import Fuse, Mapping, Repeat
 from jaxshard.rules import FAMILIES, layout
 from jaxshard.storage.engine import Budget
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 LAYER = "model.layers.{layer}.self_attn."
 
 
@@ -88,10 +87,10 @@ def test_repeating_and_cutting_at_once_equals_two_steps(tmp_path: Path, to: str)
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
     source = folder(tmp_path / "source", arrays, **sizes)
     mapping = repeat(2, 4)
-    report = convert(source, tmp_path / "once", to, names=mapping, options=QUICK)
+    report = convert(source, tmp_path / "once", to, names=mapping, **QUICK)
     assert not any("head" in note for note in report.notes)
-    convert(source, tmp_path / "whole", names=mapping, options=QUICK)
-    convert(tmp_path / "whole", tmp_path / "twice", to, options=QUICK)
+    convert(source, tmp_path / "whole", names=mapping, **QUICK)
+    convert(tmp_path / "whole", tmp_path / "twice", to, **QUICK)
     files = sorted(p.relative_to(tmp_path / "once") for p in (tmp_path / "once").rglob("*.safe*"))
     assert len(files) == Strategy(to).num_ranks
     for path in files:

@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 
 import jaxshard as js
 from jaxshard.api import convert
-from jaxshard.conversion.options import Options
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Layout
 from jaxshard.core.strategy import Strategy
@@ -30,7 +29,7 @@ from jaxshard.errors import LayoutError
 from jaxshard.rules import FAMILIES, Rules, layout
 from jaxshard.rules.tensor_dims import Factors
 
-QUICK = Options(workers=1, durable=False)
+QUICK = {"workers": 1, "fsync": False}
 FP8 = ml_dtypes.float8_e4m3fn
 Shape = tuple[int, ...]
 Arrays = Mapping[str, np.ndarray]
@@ -368,7 +367,7 @@ def true_values(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 def test_every_door_holds_blocks_together(tmp_path: Path) -> None:
     good, bad = folder(tmp_path / "good", 512), folder(tmp_path / "bad", 640 - 128 + 64)
     source = load_file(good / "model.safetensors")
-    convert(good, tmp_path / "cut", "mp2", options=QUICK)
+    convert(good, tmp_path / "cut", "mp2", **QUICK)
     for rank in (0, 1):
         (path,) = (tmp_path / "cut" / f"rank_{rank}").glob("*.safetensors")
         half = slice(256 * rank, 256 * (rank + 1))
@@ -387,14 +386,14 @@ def test_every_door_holds_blocks_together(tmp_path: Path) -> None:
     name = next(iter(own.placements))
     parted = Layout(2, {name: own.placements[name], f"{name}_scale_inv": own.placements[name]})
     with pytest.raises(LayoutError, match="share a factor of weight_scale_inv"):
-        convert(bad, tmp_path / "no", parted, options=QUICK)
+        convert(bad, tmp_path / "no", parted, **QUICK)
     with pytest.raises(LayoutError, match="share a factor of weight_scale_inv"):
         js.load(bad, parted)
 
 
 def test_dequantized_weights_are_cut_anywhere(tmp_path: Path) -> None:
     bad = folder(tmp_path / "bad", 192)
-    convert(bad, tmp_path / "cut", "mp2", names="auto", options=QUICK)
+    convert(bad, tmp_path / "cut", "mp2", names="auto", **QUICK)
     true = true_values(load_file(bad / "model.safetensors")).astype(ml_dtypes.bfloat16)
     for rank in (0, 1):
         (path,) = (tmp_path / "cut" / f"rank_{rank}").glob("*.safetensors")

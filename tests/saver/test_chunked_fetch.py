@@ -111,9 +111,9 @@ def test_the_default_budget_is_enough_for_many_threads_and_long_rows(tmp_path, m
     mesh = jax.make_mesh((2, 4), ("dp", "mp"), axis_types=(AxisType.Auto,) * 2)
     stacked = np.arange(2 * 2600 * 512, dtype=np.float32).reshape(2, 2600, 512)  # a row: 5 MB
     tree = {"w": jax.device_put(stacked, NamedSharding(mesh, PartitionSpec("dp", None, "mp")))}
-    save(tree, tmp_path / "many", workers=16, durable=False)
+    save(tree, tmp_path / "many", workers=16, fsync=False)
     live, most = Live.watching(monkeypatch)
-    save(tree, tmp_path / "little", workers=8, host_bytes=2 << 20, durable=False)
+    save(tree, tmp_path / "little", workers=8, host_bytes=2 << 20, fsync=False)
     assert 0 < max(most) <= 3 << 19
     assert not live
     for place in ("many", "little"):

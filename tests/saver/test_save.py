@@ -142,7 +142,7 @@ def test_any_sharding_is_saved_as_the_whole_array(tmp_path_factory, sizes, order
     with jax.enable_x64(True):
         array = jax.device_put(values, NamedSharding(mesh, P(*(a or None for a in spec))))
     place = tmp_path_factory.mktemp("any") / "out"
-    save({"x": array}, place, durable=False)
+    save({"x": array}, place, fsync=False)
     assert the_bytes(place) == {"x": values.tobytes()}
 
 

@@ -46,7 +46,7 @@ def below(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("result", RESULTS)
 def test_every_flipped_bit_of_a_result_with_checksums_is_found(llama, tmp_path, result):
     to, options = RESULTS[result]
-    js.convert(llama, tmp_path / "out", to, checksums=True, durable=False, **options)
+    js.convert(llama, tmp_path / "out", to, checksums=True, fsync=False, **options)
     assert not js.verify(tmp_path / "out").problems
     js.load(tmp_path / "out", "dp1mp1", verify=True)
     rng = random.Random(0)

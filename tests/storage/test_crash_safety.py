@@ -36,18 +36,18 @@ import jaxshard as js
 from jaxshard.conversion.prepare import prepare
 from jaxshard.conversion.execute import execute
 source, destination, to, overwrite = sys.argv[1:]
-options = js.Options(workers=2, overwrite=bool(overwrite), host_bytes=1 << 20)
-prepared = prepare(source, to, max_shard_bytes=2 << 20 if to == "full" else None)
+options = dict(workers=2, overwrite=bool(overwrite), host_bytes=1 << 20)
+prepared = prepare(source, to, max_shard_size=2 << 20 if to == "full" else None)
 print("ready", flush=True)
 sys.stdin.readline()
-execute(prepared, destination, options=options)
+execute(prepared, destination, **options)
 print("done", flush=True)
 """
 
 
 def how(to: str) -> dict[str, int]:
     """Several files, whatever the target."""
-    return {"max_shard_bytes": 2 << 20} if to == "full" else {}
+    return {"max_shard_size": 2 << 20} if to == "full" else {}
 
 
 def driver(source: Path, destination: Path, to: str, overwrite: bool) -> subprocess.Popen[str]:
@@ -139,8 +139,8 @@ def test_killed_at_any_moment_nothing_half_made_looks_whole(source, journey, tmp
         assert_no_reader_is_fooled(destination, right, found == expected)
         spoil_what_is_not_finished(destination, done)
         if found != expected or (staged(destination) / "placing").exists():
-            options = js.Options(workers=2, resume=True, overwrite=replaces, durable=False)
-            report = js.convert(source, destination, to, options=options, **how(to))
+            options = {"workers": 2, "resume": True, "overwrite": replaces, "fsync": False}
+            report = js.convert(source, destination, to, **options, **how(to))
             assert report.skipped_files >= len(done)
             assert not staged(destination).exists()
         assert checkpoints.files_of(destination) == expected
@@ -221,14 +221,14 @@ def test_a_full_disk_leaves_what_can_be_resumed(small, tmp_path, monkeypatch, sh
     monkeypatch.setattr(local.os, "pwrite", pwrite)
     monkeypatch.setattr(local.os, "pwritev", pwritev)
     with pytest.raises(StorageError, match=r"No space left.*--resume"):
-        js.slice(small, destination, "mp4", options=js.Options(workers=2))
+        js.slice(small, destination, "mp4", workers=2)
     monkeypatch.undo()
     assert not destination.exists()
     assert no_checkpoint_at(destination)
     assert checkpoints.files_of(small) == before
     done = finished(destination)
     assert staged(destination).exists() == bool(done)
-    report = js.slice(small, destination, "mp4", options=js.Options(resume=True))
+    report = js.slice(small, destination, "mp4", resume=True)
     assert (report.skipped_files, report.num_files) == (len(done), 4 - len(done))
     assert all(written(destination / name) == was for name, was in done.items())
     assert checkpoints.files_of(destination) == expected
@@ -272,7 +272,7 @@ def test_a_disk_that_refuses_at_other_moments_is_told_of_too(
         execute(prepared, destination)
     monkeypatch.undo()
     assert no_checkpoint_at(destination)
-    execute(prepared, destination, options=js.Options(resume=True))
+    execute(prepared, destination, resume=True)
     assert checkpoints.files_of(destination) == checkpoints.files_of(tmp_path / "undisturbed")
 
 
@@ -317,9 +317,9 @@ def test_a_disk_that_is_too_small_is_refused_up_front(small, tiny_disk):
 
 
 def test_a_disk_itself_is_no_destination(small, tiny_disk):
-    for options in (js.Options(), js.Options(overwrite=True)):
+    for options in ({}, {"overwrite": True}):
         with pytest.raises(LayoutError, match=f"{tiny_disk} is a mount point.*{tiny_disk}/result"):
-            js.slice(small, tiny_disk, "mp4", options=options)
+            js.slice(small, tiny_disk, "mp4", **options)
     assert list(tiny_disk.iterdir()) == []
     assert not staged(tiny_disk).exists()
 
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_meanwhile(small, tiny_disk, tmp_path, monkeypatch)
         js.slice(small, tiny_disk / "out", "mp4")
     assert not (tiny_disk / "out").exists()
     hog.unlink()
-    js.slice(small, tiny_disk / "out", "mp4", options=js.Options(resume=True))
+    js.slice(small, tiny_disk / "out", "mp4", resume=True)
     right = checkpoints.files_of(tmp_path / "right3")
     assert checkpoints.files_of(tiny_disk / "out") == right
 
@@ -381,7 +381,7 @@ def test_ctrl_c_keeps_what_is_finished(source, tmp_path, workers):
     assert "--resume" in err
     done = finished(destination)
     assert 0 < len(done) < 8
-    report = js.slice(source, destination, "dp2pp4", options=js.Options(resume=True))
+    report = js.slice(source, destination, "dp2pp4", resume=True)
     assert report.skipped_files == len(done)
     js.slice(source, tmp_path / "undisturbed", "dp2pp4")
     assert checkpoints.files_of(destination) == checkpoints.files_of(tmp_path / "undisturbed")

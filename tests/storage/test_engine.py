@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from ends import From, Into
 
-import jaxshard as js
 from jaxshard.core.box import Box
 from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
@@ -122,10 +121,10 @@ def test_a_dry_run_counts_in_the_blocks_of_the_budget(tmp_path, to):
     from jaxshard.conversion.execute import execute  # noqa: PLC0415
     from jaxshard.conversion.prepare import fitted, prepare  # noqa: PLC0415
 
-    small = js.Options(host_bytes=1 << 19, durable=False)
+    small = {"host_bytes": 1 << 19, "fsync": False}
     prepared = prepare(tmp_path / "big", to)
-    plan = fitted(prepared, small).plan
+    plan = fitted(prepared, host_bytes=1 << 19).plan
     assert plan.totals.num_reads > prepared.plan.totals.num_reads
-    counts = execute(prepared, Path(tmp_path / "out"), options=small).counts
+    counts = execute(prepared, Path(tmp_path / "out"), **small).counts
     assert (counts.num_reads, counts.num_writes) == (plan.totals.num_reads, plan.totals.num_writes)
     assert counts.num_copies == plan.totals.num_copies

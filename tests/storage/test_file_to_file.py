@@ -95,7 +95,7 @@ def test_a_conversion_that_streams_needs_no_numpy_and_one_that_does_not_still_wo
         command = [sys.executable, "-c", code, tmp_path / source, cut]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == is_needed
-        js.merge(cut, whole, options=js.Options(durable=False))
+        js.merge(cut, whole, fsync=False)
         assert not js.verify(whole, tmp_path / source).problems
         assert len(js.open(whole).tensors) == len(arrays)
 

@@ -11,8 +11,8 @@ import jaxshard as js
 from jaxshard.errors import LayoutError
 from jaxshard.storage.overwrite import refuse_foreign
 
-QUICK = js.Options(durable=False)
-OVERWRITE = js.Options(durable=False, overwrite=True)
+QUICK = {"fsync": False}
+OVERWRITE = {"fsync": False, "overwrite": True}
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -87,11 +87,11 @@ def test_anything_else_is_kept(tmp_path, names, told):
     "how",
     [
         {"to": "dp2mp2"},
-        {"to": "dp2mp2", "remove_redundancy": True, "ranks": [3]},
+        {"to": "dp2mp2", "remove_redundancy": True, "rank": [3]},
         {"to": "dp2mp2", "format": "ckpt"},
         {"to": "mp2", "format": "iteration"},
         {"to": "full"},
-        {"to": "full", "max_shard_bytes": 2000},
+        {"to": "full", "max_shard_size": 2000},
         {"to": "full", "format": "unified"},
         {"to": "full", "format": "ckpt"},
         {"to": "full", "format": "iteration"},
@@ -101,8 +101,8 @@ def test_anything_else_is_kept(tmp_path, names, told):
 def test_every_result_of_ours_can_be_replaced_by_another(tmp_path, how):
     checkpoints.write_llama(tmp_path / "llama")
     for options in (QUICK, OVERWRITE):
-        js.convert(tmp_path / "llama", tmp_path / "out", options=options, **how)
-    js.convert(tmp_path / "llama", tmp_path / "out", options=OVERWRITE)
+        js.convert(tmp_path / "llama", tmp_path / "out", **options, **how)
+    js.convert(tmp_path / "llama", tmp_path / "out", **OVERWRITE)
     assert js.verify(tmp_path / "out", tmp_path / "llama").problems == ()
 
 
@@ -111,10 +111,10 @@ def test_a_home_directory_outlives_a_mistyped_path(tmp_path):
     home = make(tmp_path / "home", ".bashrc", "thesis.tex")
     before = checkpoints.files_of(home)
     with pytest.raises(LayoutError, match="is not replaced"):
-        js.merge(tmp_path / "llama", home, options=OVERWRITE)
+        js.merge(tmp_path / "llama", home, **OVERWRITE)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(LayoutError, match=r"thesis\.tex is not replaced: it is not a folder"):
-        js.merge(tmp_path / "llama", tmp_path / "thesis.tex", options=OVERWRITE)
+        js.merge(tmp_path / "llama", tmp_path / "thesis.tex", **OVERWRITE)
     assert checkpoints.files_of(home) == before
     assert not list(tmp_path.glob(".*.partial"))
 

@@ -16,7 +16,6 @@ from golden_files import golden
 import jaxshard as js
 from jaxshard.cli import main
 from jaxshard.conversion.decrypt import decrypt
-from jaxshard.distributed.partition import Part
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.saver import save
 from jaxshard.storage import fs, linux, transaction
@@ -34,9 +33,7 @@ def llama(tmp_path_factory):
 
 def converted(*to: str) -> Callable[[Path], Door]:
     def door(source: Path) -> Door:
-        return lambda out, overwrite: js.convert(
-            source, out, *to, options=js.Options(durable=False, overwrite=overwrite)
-        )
+        return lambda out, overwrite: js.convert(source, out, *to, fsync=False, overwrite=overwrite)
 
     return door
 
@@ -44,9 +41,14 @@ def converted(*to: str) -> Callable[[Path], Door]:
 def in_parts(source: Path) -> Door:
     def door(out: Path, overwrite: bool) -> None:
         for index in range(MOST):
-            options = js.Options(durable=False, overwrite=overwrite, part=Part(index, MOST))
+            options = {
+                "fsync": False,
+                "overwrite": overwrite,
+                "process_index": index,
+                "process_count": MOST,
+            }
             # what was made of the same request is not made again, so another is made
-            js.convert(source, out, "mp4" if overwrite else "mp2", options=options)
+            js.convert(source, out, "mp4" if overwrite else "mp2", process_count=MOST, **options)
 
     return door
 
@@ -54,7 +56,7 @@ def in_parts(source: Path) -> Door:
 def saved(format: str) -> Callable[[Path], Door]:
     def door(source: Path) -> Door:
         return lambda out, overwrite: save(
-            {"x": np.ones(4, np.float32)}, out, format=format, overwrite=overwrite, durable=False
+            {"x": np.ones(4, np.float32)}, out, format=format, overwrite=overwrite, fsync=False
         )
 
     return door
@@ -258,9 +260,9 @@ def test_a_refused_result_is_published_once_its_place_is_free(llama, tmp_path, m
         with pytest.raises(LayoutError, match="appeared while the result was being made"):
             js.convert(llama, out, "mp2")
     with pytest.raises(LayoutError, match="exists"):
-        js.convert(llama, out, "mp2", options=js.Options(resume=True))
+        js.convert(llama, out, "mp2", resume=True)
     out.rename(tmp_path / "mine")
-    report = js.convert(llama, out, "mp2", options=js.Options(resume=True))
+    report = js.convert(llama, out, "mp2", resume=True)
     assert report.skipped_files == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
 
@@ -271,10 +273,10 @@ def test_what_was_written_meanwhile_may_be_replaced_by_the_next_run(llama, tmp_p
     with monkeypatch.context() as patched:
         between(patched, lambda: (out / "notes.txt").write_text("mine"))
         with pytest.raises(LayoutError, match=r"written to while .*: notes\.txt\. Run again"):
-            js.convert(llama, out, "mp4", options=js.Options(overwrite=True))
+            js.convert(llama, out, "mp4", overwrite=True)
     assert js.open(out).layout.num_ranks == 2
     assert (out / "notes.txt").exists()
-    js.convert(llama, out, "mp4", options=js.Options(overwrite=True, resume=True))
+    js.convert(llama, out, "mp4", overwrite=True, resume=True)
     assert js.open(out).layout.num_ranks == 4
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -293,9 +295,9 @@ def test_what_cannot_be_put_back_is_kept_and_named(llama, tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(transaction, "exchange", exchange)
         with pytest.raises(StorageError, match=f"Move it back from {base}/files"):
-            js.convert(llama, out, "mp4", options=js.Options(overwrite=True))
+            js.convert(llama, out, "mp4", overwrite=True)
     assert (base / "files" / "notes.txt").read_text() == "mine"
     with pytest.raises(LayoutError, match=r"notes\.txt"):
-        js.convert(llama, out, "mp4", options=js.Options(overwrite=True))
+        js.convert(llama, out, "mp4", overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
     assert js.open(out).layout.num_ranks == 2

@@ -37,7 +37,7 @@ def test_the_columns_of_one_rank_are_read_exactly_and_not_one_call_a_row(wide, m
     folder, values = wide
     calls, real = [], Handles.use
     monkeypatch.setattr(Handles, "use", lambda self, path: calls.append(path) or real(self, path))
-    planned = js.plan(folder, "mp4", ranks=[2]).totals
+    planned = js.plan(folder, "mp4", rank=[2]).totals
     calls.clear()
     (share,) = js.load_rank(folder, "mp4", 2).values()
     assert np.array_equal(share, values[:, 4096:6144])

@@ -11,7 +11,7 @@ import jaxshard as js
 from jaxshard.errors import NotFoundError
 from jaxshard.storage.local import LocalFolder
 
-QUICK = js.Options(durable=False)
+QUICK = {"fsync": False}
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_all_of_a_cached_checkpoint_comes_along(llama, tmp_path):
     (llama / "code").mkdir()
     (llama / "code" / "modeling.py").write_text("x")
     snapshot = as_cached(llama, tmp_path / "cache")
-    report = js.merge(snapshot, tmp_path / "out", options=QUICK)
+    report = js.merge(snapshot, tmp_path / "out", **QUICK)
     assert report.notes == ()
     found, source = checkpoints.files_of(tmp_path / "out"), checkpoints.files_of(llama)
     assert found.keys() == source.keys()
@@ -56,7 +56,7 @@ def test_all_of_a_cached_checkpoint_comes_along(llama, tmp_path):
 def test_links_to_other_peoples_files_are_not_carried_along(llama, secret, tmp_path):
     (llama / "vocab.txt").symlink_to(secret)
     (llama / "also.txt").symlink_to(llama / "tokenizer.json")
-    report = js.slice(llama, tmp_path / "out", "mp2", options=QUICK)
+    report = js.slice(llama, tmp_path / "out", "mp2", **QUICK)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"also.txt", "config.json", "rank_0", "rank_1", "strategy", "tokenizer.json"}
     (note,) = report.notes
@@ -66,7 +66,7 @@ def test_links_to_other_peoples_files_are_not_carried_along(llama, secret, tmp_p
 def test_they_are_not_carried_along_by_a_save_either(llama, secret, tmp_path):
     pytest.importorskip("jax")
     (llama / "vocab.txt").symlink_to(secret)
-    js.save(js.load(llama, "mp2"), tmp_path / "out", extras=llama, durable=False)
+    js.save(js.load(llama, "mp2"), tmp_path / "out", extras=llama, fsync=False)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -84,7 +84,7 @@ def test_links_to_folders_elsewhere_are_not_entered(llama, secret, tmp_path):
     assert js.open(llama).notes == (
         "home, root are links to a folder elsewhere, not followed: copy what it holds here.",
     )
-    js.merge(llama, tmp_path / "out", options=QUICK)
+    js.merge(llama, tmp_path / "out", **QUICK)
     assert not list((tmp_path / "out").rglob("key.txt"))
 
 

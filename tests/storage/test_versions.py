@@ -30,7 +30,7 @@ FORMATS: dict[str, tuple[str, dict[str, object]]] = {
     "orbax": ("full", {"format": "orbax"}),
 }
 VERBS: dict[str, Callable[[object, Path], object]] = {
-    "convert": lambda source, out: js.convert(source, out / "made", durable=False),
+    "convert": lambda source, out: js.convert(source, out / "made", fsync=False),
     "load_rank": lambda source, out: load_rank(source, "full"),
     "load": lambda source, out: js.load(source, "dp1mp1"),
     "load with mmap": lambda source, out: js.load(source, "dp1mp1", mmap=True),
@@ -44,7 +44,7 @@ def source(tmp_path, request):
     to, options = FORMATS[request.param]
     for number, name in enumerate(("hf", "other")):
         checkpoints.write_llama(tmp_path / name, seed=number)
-        js.convert(tmp_path / name, tmp_path / f"{name}_made", to, durable=False, **options)
+        js.convert(tmp_path / name, tmp_path / f"{name}_made", to, fsync=False, **options)
     return tmp_path / "hf_made", tmp_path / "other_made"
 
 
@@ -96,7 +96,7 @@ def test_a_conversion_of_files_that_change_meanwhile_is_refused(source, change, 
         return advance
 
     with pytest.raises(js.JaxshardError, match=r"changed|not exist|Orbax cannot read"):
-        js.convert(place, tmp_path / "out", progress=progress, workers=1, durable=False)
+        js.convert(place, tmp_path / "out", progress=progress, workers=1, fsync=False)
     assert changed
     assert not (tmp_path / "out").exists()
 

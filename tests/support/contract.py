@@ -32,7 +32,7 @@ PLACE = Path(__file__).with_name("contract.json")
 
 RESULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "huggingface": ("full", {}),
-    "huggingface in shards": ("full", {"max_shard_bytes": 4000}),
+    "huggingface in shards": ("full", {"max_shard_size": 4000}),
     "ranks": ("dp2mp2", {}),
     "ranks without redundancy": ("dp2mp2", {"remove_redundancy": True}),
     "ranks by stages": ("dp1mp2pp2", {}),
@@ -115,7 +115,7 @@ def files(source: Path, folder: Path) -> dict[str, dict[str, str]]:
     found = {}
     for number, (name, (to, options)) in enumerate(RESULTS.items()):
         place = folder / f"{number}"
-        js.convert(source, place, to, durable=False, **options)
+        js.convert(source, place, to, fsync=False, **options)
         paths = sorted(p for p in place.rglob("*") if p.is_file())
         found[name] = {p.relative_to(place).as_posix(): _digest(p) for p in paths}
     return found

@@ -10,7 +10,7 @@ from jaxshard import loader, saver
 def save_as_hugging_face(index, count, source, out):
     """Save stacked arrays as Hugging Face's, and Hugging Face's fused; the bytes written."""
     stacked = loader.load(source, "dp1mp4", names="hf:nnx-scan")
-    how = {"extras": source, "durable": False}
+    how = {"extras": source, "fsync": False}
     hf = saver.save(stacked, Path(out) / "hf", names="llama-nnx-scan:llama-hf", **how)
     plain = loader.load(source, "dp2mp2")
     ranks = saver.save(plain, Path(out) / "ranks", format="ranks", names="hf:mcore-fused", **how)

@@ -14,7 +14,7 @@ from jaxshard.core.dtypes import dtype
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.formats import mindspore_ckpt, strategy_files
 
-QUICK = js.Options(durable=False, workers=1)
+QUICK = {"fsync": False, "workers": 1}
 DP, MP = ("dp", 2), ("mp", 2)
 ROWS = Placement((DP, MP), (("mp",),))
 COLUMNS = Placement((DP, MP), ((), ("mp",)))
@@ -97,7 +97,7 @@ def ranks(tmp_path: Path) -> Path:
 
 
 def merged(source: Path, out: Path, **how: object) -> dict[str, np.ndarray]:
-    js.merge(source, out, options=QUICK, **how)
+    js.merge(source, out, **QUICK, **how)
     found = {}
     for path in out.glob("*.safetensors"):
         found |= safetensors.numpy.load_file(path)

@@ -104,7 +104,7 @@ def load_and_save(index, count, source, wide, out):
         if strategy in ("dp2mp4", "mp4pp2", "dp4mp2optall"):
             for form in ("huggingface", "ranks"):
                 place = f"{out}/{strategy}-{form}"
-                report = saver.save(arrays, place, format=form, durable=False, timeout_s=60)
+                report = saver.save(arrays, place, format=form, fsync=False, timeout_s=60)
                 assert js.open(place)  # it is there for everybody when save has returned
                 answer["save"][f"{strategy}-{form}"] = {
                     "right": is_right(loader.load(place, strategy), truth),
@@ -134,9 +134,9 @@ def _loaded(source, target, truth, **how):
 FORMS = {
     "ckpt": {"format": "ckpt"},
     "unified": {"format": "unified"},
-    "small-files": {"max_shard_size": 40_000, "durable": True},
+    "small-files": {"max_shard_size": 40_000, "fsync": True},
     "no-redundancy": {"format": "ranks", "remove_redundancy": True},
-    "other-strategy": {"format": "ranks", "strategy": "dp4mp2", "durable": True},
+    "other-strategy": {"format": "ranks", "strategy": "dp4mp2", "fsync": True},
 }
 
 
@@ -145,9 +145,7 @@ def forms(index, count, source, out):
     forbid_gathering()
     arrays = loader.load(source, "dp2mp4")
     for name, how in FORMS.items():
-        saver.save(
-            arrays, f"{out}/{name}", extras=source, timeout_s=60, **({"durable": False} | how)
-        )
+        saver.save(arrays, f"{out}/{name}", extras=source, timeout_s=60, **({"fsync": False} | how))
     chance = np.random.default_rng(0)
     truth = {n: chance.standard_normal((8, 8), np.float32) for n in "abcdh"}
     truth["step"] = np.int32(7) * np.ones((), np.int32)
@@ -167,10 +165,10 @@ def forms(index, count, source, out):
         ("host", {"h": truth["h"]}),
     ):
         place = f"{out}/{name.replace(' ', '-')}"
-        saver.save(tree, place, durable=False, timeout_s=60)
+        saver.save(tree, place, fsync=False, timeout_s=60)
         right[name] = _is_same(place, {n: truth[n] for n in tree})
     if index == count - 1:  # the others do not call
-        saver.save({"d": mixed["d"]}, f"{out}/own", alone=True, durable=False)
+        saver.save({"d": mixed["d"]}, f"{out}/own", alone=True, fsync=False)
         right["own"] = _is_same(f"{out}/own", {"d": truth["d"]})
     with jax.enable_x64(True):
         whole = js.gather({"a": mixed["a"], "d": mixed["d"]}, host=True, from_processes=True)
@@ -213,7 +211,7 @@ def _refused(index, count, arrays, mixed, out):
     }
     own = f"{out}/host{index}"
     multiprocess.begin = begin
-    how = {"format": "ranks", "shared": False, "durable": False, "timeout_s": 60}
+    how = {"format": "ranks", "shared": False, "fsync": False, "timeout_s": 60}
     found["own"] = refusal(lambda: saver.save(arrays, own, **how))
     multiprocess.begin = plain
     saver.save(arrays, own, **how)  # nobody keeps the lock of what was given up
@@ -221,7 +219,7 @@ def _refused(index, count, arrays, mixed, out):
 
 
 def _after(arrays, source, out):
-    saver.save(arrays, f"{out}/after", durable=False, timeout_s=60)
+    saver.save(arrays, f"{out}/after", fsync=False, timeout_s=60)
     return is_right(loader.load(f"{out}/after", "mp8"), truth_of(source))
 
 
@@ -239,7 +237,7 @@ def killed_while_saving(index, count, source, out, who, phase, after):
     if index == who:
         die_in(*PHASES[phase], after)
     processes.leave(
-        refusal(lambda: saver.save(arrays, out, overwrite=True, durable=False, timeout_s=2))
+        refusal(lambda: saver.save(arrays, out, overwrite=True, fsync=False, timeout_s=2))
     )
 
 
@@ -260,7 +258,7 @@ def rerun(index, count, source, places):
     """The same saves again, in processes that know nothing of those that were killed."""
     arrays, truth = loader.load(source, "dp2mp2"), truth_of(source)
     for place in places:
-        saver.save(arrays, place, overwrite=True, durable=False, timeout_s=60)
+        saver.save(arrays, place, overwrite=True, fsync=False, timeout_s=60)
     return [is_right(loader.load(place, "mp4"), truth) for place in places]
 
 
@@ -274,9 +272,9 @@ def failing_while_saving(index, count, source, out):
 
     if index == count - 1:
         writers.SharedFiles.write = full
-    _, said, seconds = refusal(lambda: saver.save(arrays, out, durable=False, timeout_s=60))
+    _, said, seconds = refusal(lambda: saver.save(arrays, out, fsync=False, timeout_s=60))
     writers.SharedFiles.write = plain
-    saver.save(arrays, out, durable=False, timeout_s=60)
+    saver.save(arrays, out, fsync=False, timeout_s=60)
     return [said, seconds, is_right(loader.load(out, "mp8"), truth_of(source))]
 
 
@@ -302,7 +300,7 @@ def apart(index, count, source, out):
     for strategy in ("dp2mp4", "mp4pp2"):
         arrays = loader.load(source, strategy)
         place = f"{own}-{strategy}"
-        saver.save(arrays, place, format="ranks", shared=False, durable=False, timeout_s=60)
+        saver.save(arrays, place, format="ranks", shared=False, fsync=False, timeout_s=60)
         again = loader.load(place, strategy)
         answer[strategy] = {
             "right": is_right(again, truth),
@@ -327,7 +325,7 @@ def apart(index, count, source, out):
 def mixed_saves(index, count, source, out):
     """One host dies while all publish: it has an older save than the others, and all hear of it."""
     own = f"{out}/host{index}/mixed"
-    how = {"format": "ranks", "shared": False, "durable": False, "overwrite": True}
+    how = {"format": "ranks", "shared": False, "fsync": False, "overwrite": True}
     arrays = loader.load(source, "mp4pp2")
     saver.save(arrays, own, **how, timeout_s=60)
     again = is_right(loader.load(own, "mp4pp2"), truth_of(source))
@@ -376,7 +374,7 @@ def peak_memory(index, count, source, out):
     target = NamedSharding(mesh, rows)
     arrays = measured("load", lambda: loader.load(source, target, **how))
     held["load"] = distinct_bytes(arrays)
-    measured("save", lambda: saver.save(arrays, out, durable=False, **how) and None)
+    measured("save", lambda: saver.save(arrays, out, fsync=False, **how) and None)
     measured("reshard", lambda: js.reshard(arrays, NamedSharding(mesh, columns)))
     return {"grown": grown, "held": held}
 

@@ -75,7 +75,7 @@ def _same(a, b):
 
 
 def manager_of(directory, **how):
-    options = {"prefix": "net", "durable": False, "workers": 1, "timeout_s": 60} | how
+    options = {"prefix": "net", "fsync": False, "workers": 1, "timeout_s": 60} | how
     return CheckpointManager(directory, **options)
 
 
@@ -106,7 +106,7 @@ def save(index, count, out):
     by_time = manager_of(f"{out}/by-time", save_every_seconds=1e-9 if index == 0 else 1e9)
     answer["due"] = [by_time.maybe_save(step, state_of(step, 2, 4)) for step in (1, 2)]
     answer["durable"] = refusal(
-        lambda: manager_of(f"{out}/durable", durable=True).save(1, state_of(1, 2, 4))
+        lambda: manager_of(f"{out}/durable", fsync=True).save(1, state_of(1, 2, 4))
     )[0]
     answer["refused"] = _refused(index, out)
     answer["due again"] = _due_again(index, out)

@@ -42,7 +42,6 @@ import jaxshard as js
 from jaxshard.cli import main as command_line
 from jaxshard.conversion.decrypt import decrypt
 from jaxshard.distributed.barriers import Processes
-from jaxshard.distributed.partition import Part
 from jaxshard.errors import JaxshardError
 from jaxshard.storage import fs, linux, transaction
 
@@ -89,7 +88,7 @@ class Scenario:
 
 def converted(*to: str, **how: object) -> Run:
     def run(world: World, flags: dict[str, bool]) -> None:
-        js.convert(world.source, world.out, *to, options=js.Options(workers=1, **flags), **how)
+        js.convert(world.source, world.out, *to, workers=1, **flags, **how)
 
     return run
 
@@ -97,8 +96,8 @@ def converted(*to: str, **how: object) -> Run:
 def in_parts(*order: int) -> Run:
     def run(world: World, flags: dict[str, bool]) -> None:
         for index in order:
-            options = js.Options(workers=1, part=Part(index, 2), **flags)
-            js.convert(world.source, world.out, "mp2", options=options)
+            options = {"workers": 1, "process_index": index, "process_count": 2, **flags}
+            js.convert(world.source, world.out, "mp2", **options)
 
     return run
 
@@ -144,7 +143,7 @@ def strategies(*words: str) -> Run:
     return run
 
 
-SHARDS = {"max_shard_bytes": 4096}
+SHARDS = {"max_shard_size": 4096}
 _KINDS: dict[str, tuple[str, Run]] = {
     "ranks": ("out", converted("mp2")),
     "ranks ckpt": ("out", converted("mp2", format="ckpt", crc=True)),

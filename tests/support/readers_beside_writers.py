@@ -49,7 +49,7 @@ def _write(folder: Path, fmt: str, how: str, seconds: float) -> None:
             return
         source = folder / f"hf{number % 2}"
         if how == "publish":
-            js.convert(source, folder / "live", to, overwrite=True, durable=False, **options)
+            js.convert(source, folder / "live", to, overwrite=True, fsync=False, **options)
             continue
         made = folder / f"made{number % 2}"
         for path in (p for p in made.rglob("*") if p.is_file()):
@@ -73,7 +73,7 @@ def run(fmt: str, how: str, reads: int, max_seconds: float) -> Counter[str]:
             config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False}
             checkpoints.write_folder(folder / f"hf{number}", filled, config=config, num_files=2)
             made = folder / f"made{number}"
-            js.convert(folder / f"hf{number}", made, to, durable=False, **options)
+            js.convert(folder / f"hf{number}", made, to, fsync=False, **options)
         shutil.copytree(folder / "made0", folder / "live")
         context = multiprocessing.get_context("spawn")
         writer = context.Process(target=_write, args=(folder, fmt, how, max_seconds), daemon=True)

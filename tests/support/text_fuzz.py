@@ -131,7 +131,7 @@ def make_cases(folder: Path) -> list[Case]:
         ("named", "full", {"names": "llama-hf:llama-mindformers"}),
     ):
         made[name] = folder / name
-        js.convert(source, made[name], to, durable=False, **options)
+        js.convert(source, made[name], to, fsync=False, **options)
     cases = []
     for name, place in made.items():
         for path in sorted(p for p in place.rglob("*.json") if p.name != "tokenizer.json"):

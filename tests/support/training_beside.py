@@ -43,7 +43,7 @@ def manager(options: argparse.Namespace, **how: object) -> CheckpointManager:
         prefix="net",
         format=options.format,
         keep_max=options.keep,
-        durable=False,
+        fsync=False,
         workers=1,
         **strategy,
         **how,

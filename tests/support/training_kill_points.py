@@ -87,7 +87,7 @@ def manager(directory: Path, format: str, **how: Any) -> CheckpointManager:
         prefix="net",
         format=format,
         strategy=CUT,
-        durable=False,
+        fsync=False,
         workers=1,
         **options,
     )

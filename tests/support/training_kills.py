@@ -91,7 +91,7 @@ def manager(options: argparse.Namespace) -> CheckpointManager:
         async_save=options.asynchronous,
         save_network_only=options.network,
         remove_redundancy=options.network,
-        durable=False,
+        fsync=False,
         workers=1,
     )
 

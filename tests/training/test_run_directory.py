@@ -25,7 +25,7 @@ TREE = {"params": {"w": np.arange(4.0)}}
 
 
 def _manager(directory: Path, **how: Any) -> CheckpointManager:
-    return CheckpointManager(directory, **({"prefix": "net", "durable": False} | how))
+    return CheckpointManager(directory, **({"prefix": "net", "fsync": False} | how))
 
 
 # --- one writer ----------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_every_file_and_every_new_folder_is_on_the_disk_before_the_step_counts(
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_whole)
     run = tmp_path / "new/run"
-    _manager(run, format=format, durable=True).save(1, TREE)
+    _manager(run, format=format, fsync=True).save(1, TREE)
     before = set(synced[: synced.index("whole")])
     step = find_steps(Places.of(run))[0]
     folders = {run.parent.parent, run.parent, run}

@@ -23,7 +23,7 @@ def _state(value: float) -> dict[str, Any]:
 
 
 def _manager(directory: Path, **how: Any) -> CheckpointManager:
-    options = {"prefix": "net", "durable": False, "workers": 1, "keep_max": 0} | how
+    options = {"prefix": "net", "fsync": False, "workers": 1, "keep_max": 0} | how
     return CheckpointManager(directory, **options)
 
 

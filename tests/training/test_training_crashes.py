@@ -104,7 +104,7 @@ def test_removing_the_old_before_the_new_is_whole_would_be_found_out(tmp_path):
 
 
 def _manager(directory: Path, **how: object) -> CheckpointManager:
-    options = {"prefix": "net", "strategy": CUT, "durable": False, "workers": 1} | how
+    options = {"prefix": "net", "strategy": CUT, "fsync": False, "workers": 1} | how
     return CheckpointManager(directory, **options)
 
 

@@ -29,7 +29,7 @@ KINDS = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "I32": np.i
 
 
 def _manager(directory: Path, prefix: str = "llama") -> CheckpointManager:
-    return CheckpointManager(directory, prefix=prefix, durable=False)
+    return CheckpointManager(directory, prefix=prefix, fsync=False)
 
 
 def _golden_run(directory: Path, layout: str, source: str) -> Path:

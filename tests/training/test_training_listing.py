@@ -20,7 +20,7 @@ from jaxshard.training.steps import find_steps
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    manager = CheckpointManager(tmp_path, prefix="net", durable=False)
+    manager = CheckpointManager(tmp_path, prefix="net", fsync=False)
     for step in (10, 20, 30):
         manager.save(step, {"params": {"w": np.full(5000, step)}})
     return tmp_path
@@ -58,7 +58,7 @@ def test_ages_are_in_the_largest_unit_that_makes_sense(seconds, said):
 
 
 def test_what_was_left_behind_is_listed_as_such(run, capsys):
-    manager = CheckpointManager(run, prefix="net", durable=False)
+    manager = CheckpointManager(run, prefix="net", fsync=False)
     target = {"params": {"w": np.zeros(5000, int)}}
     manager.restore(target, step=20)
     manager.save(25, target)

@@ -35,7 +35,7 @@ NUMBERS = {"epoch_num", "step_num", "global_step", "loss_scale", "global_batch_s
 
 
 def _manager(directory: Path, **how: object) -> CheckpointManager:
-    return CheckpointManager(directory, **({"prefix": "llama", "durable": False} | how))
+    return CheckpointManager(directory, **({"prefix": "llama", "fsync": False} | how))
 
 
 # --- there and back ----------------------------------------------------------------------------

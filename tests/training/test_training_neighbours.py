@@ -25,7 +25,7 @@ _GONE = ("missing", "does not exist", "no checkpoint", "no weight files", "Orbax
 
 
 def _manager(directory: Path, **how: Any) -> CheckpointManager:
-    options = {"prefix": "net", "strategy": CUT, "durable": False, "workers": 1} | how
+    options = {"prefix": "net", "strategy": CUT, "fsync": False, "workers": 1} | how
     return CheckpointManager(directory, **options)
 
 

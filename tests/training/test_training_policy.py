@@ -31,7 +31,7 @@ class Clock:
 
 
 def _manager(directory: Path, **how: Any) -> CheckpointManager:
-    options = {"prefix": "net", "durable": False, "workers": 1, "keep_max": 0} | how
+    options = {"prefix": "net", "fsync": False, "workers": 1, "keep_max": 0} | how
     return CheckpointManager(directory, **options)
 
 

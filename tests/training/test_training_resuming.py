@@ -24,7 +24,7 @@ FORMATS = ("ranks", "iteration", "huggingface", "orbax")
 
 
 def _manager(directory: Path, **how: Any) -> CheckpointManager:
-    return CheckpointManager(directory, **({"prefix": "llama", "durable": False} | how))
+    return CheckpointManager(directory, **({"prefix": "llama", "fsync": False} | how))
 
 
 def _saved(directory: Path, *steps: int, **how: Any) -> CheckpointManager:

@@ -1,0 +1,126 @@
+"""The public functions: typed keywords that are the command line's flags, spelled one way."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+
+import checkpoints
+import jax
+import numpy as np
+import pytest
+
+import jaxshard as js
+from jaxshard import api
+from jaxshard.cli.parsing import parser
+from jaxshard.conversion.execute import execute
+from jaxshard.conversion.options import ConvertOptions, ResultOptions, RunOptions
+from jaxshard.conversion.prepare import prepare
+
+VERBS = {
+    "convert": (js.convert, 2),
+    "merge": (js.merge, 2),
+    "slice": (js.slice, 3),
+    "plan": (js.plan, 1),
+    "merge_lora": (js.merge_lora, 2),
+    "load_rank": (js.load_rank, 2),
+    "verify": (js.verify, 1),
+    "load": (js.load, 1),
+    "save": (js.save, 2),
+    "reshard": (js.reshard, 2),
+    "open": (js.open, 1),
+}
+ON_SCREEN = {"help", "json", "quiet"}  # of the command line alone: what it prints
+
+
+def keywords(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def flags(command: str) -> set[str]:
+    """The flags and positional arguments of ``command``, as Python spells them.
+
+    ``--dry-run`` is ``js.plan``, and ``--no-fsync`` is ``fsync=False``.
+    """
+    (commands,) = (
+        a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction)
+    )
+    found = {a.dest for a in commands[command]._actions} - ON_SCREEN - {"dry_run"}
+    return {"fsync" if flag == "no_fsync" else flag for flag in found}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_an_unknown_keyword_is_an_error_that_names_the_function_called(name):
+    function, num_positional = VERBS[name]
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'no'$"):
+        function(*["x"] * num_positional, no=1)
+
+
+def test_every_flag_of_convert_is_a_keyword_and_every_keyword_a_flag():
+    assert flags("convert") == keywords(js.convert) - {"progress"}
+
+
+def test_the_other_conversions_have_the_flags_of_convert_too():
+    both = keywords(js.convert)
+    assert keywords(js.merge) == both - {"to"}
+    assert keywords(js.slice) == both
+    assert keywords(js.plan) == both - {"progress"}
+    assert flags("plan") <= keywords(js.plan)
+    assert flags("lora") == keywords(js.merge_lora) - {"progress"}
+
+
+def test_every_flag_of_verify_is_a_keyword():
+    of_runs = {"deep"}  # the steps of a training run, which js.verify does not check
+    assert flags("verify") - of_runs == keywords(js.verify) - {"progress"}
+
+
+def test_type_checkers_know_the_options_that_the_functions_take():
+    assert ResultOptions.__optional_keys__ == keywords(prepare) - {"source", "to", "destination"}
+    assert RunOptions.__optional_keys__ == keywords(execute) - {
+        "prepared",
+        "destination",
+        "progress",
+    }
+    assert ConvertOptions.__optional_keys__ <= keywords(js.convert)
+
+
+def test_no_public_function_takes_any_keyword():
+    for name in api.__all__:
+        kinds = {p.kind for p in inspect.signature(getattr(js, name)).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+
+
+def test_api_has_every_function_that_the_package_has():
+    functions = {n for n in js.__all__ if inspect.isfunction(getattr(js, n))}
+    assert set(api.__all__) == functions
+    assert all(getattr(api, name) is getattr(js, name) for name in functions)
+    with pytest.raises(AttributeError):
+        _ = api.lode
+
+
+@pytest.mark.parametrize("size", [1 << 20, "1MiB", "1 MiB"])
+def test_a_size_may_be_text_everywhere(tmp_path, size):
+    source = tmp_path / "llama"
+    checkpoints.write_llama(source, layers=1)
+    js.convert(source, tmp_path / "o", "mp2", host_bytes=size)
+    js.merge(tmp_path / "o", tmp_path / "m", host_bytes=size, max_shard_size=size)
+    assert js.plan(source, host_bytes=size).host_bytes <= 1 << 20
+    assert js.verify(tmp_path / "m", source, host_bytes=size, workers=1).problems == ()
+    params = js.load(source, jax.devices()[0], host_bytes=size)
+    js.save(params, tmp_path / "s", host_bytes=size, max_shard_size=size)
+    moved = js.reshard(
+        params, jax.sharding.SingleDeviceSharding(jax.devices()[1]), device_bytes=size
+    )
+    kept = js.load_rank(source, "full", host_bytes=size)
+    assert all(np.array_equal(moved[name], kept[name]) for name in kept)
+    manager = js.CheckpointManager(tmp_path / "run", host_bytes=size)
+    manager.save(1, params)
+    manager.close()
+
+
+def test_one_rank_may_be_a_number(tmp_path):
+    checkpoints.write_llama(tmp_path / "llama", layers=1)
+    js.convert(tmp_path / "llama", tmp_path / "o", "mp2", rank=1)
+    assert [p.name for p in (tmp_path / "o").glob("rank_*")] == ["rank_1"]
+    with pytest.raises(js.LayoutError, match=r"rank= \(--rank\) 2: the target has ranks 0 to 1"):
+        js.plan(tmp_path / "llama", "mp2", rank=2)
