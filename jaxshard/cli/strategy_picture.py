@@ -15,8 +15,9 @@ from typing import Any
 from ..core.layout import Placement
 from ..core.patterns import template
 from ..errors import LayoutError
-from ..formats import strategy_files
-from ..formats.strategy_files import ParamLayout, Strategies
+from ..formats import strategy_layouts
+from ..formats.strategy_codec import ParamLayout
+from ..formats.strategy_files import Strategies
 from ..planning import pictures
 
 Named = tuple[int, str, ParamLayout]
@@ -71,7 +72,7 @@ def _columns(param: ParamLayout) -> tuple[str, str, str, str]:
 
 def _parts(param: ParamLayout) -> str:
     try:
-        made = strategy_files.placement(param)
+        made = strategy_layouts.placement(param)
     except LayoutError:
         return "uneven"
     return "×".join(str(made.ways(d)) for d in range(_ndim(param))) or "1"
@@ -88,7 +89,7 @@ def _pictures(
     ways: dict[Placement, list[str]] = {}
     for number, name, param in chosen:
         try:
-            made = strategy_files.placement(param, number)
+            made = strategy_layouts.placement(param, number)
         except LayoutError:
             continue
         if any(made.ways(d) > 1 for d in range(_ndim(param))):

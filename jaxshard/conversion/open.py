@@ -7,7 +7,6 @@ which they are asked.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +15,13 @@ from ..core.catalog import Catalog, File
 from ..core.garbage import paused
 from ..core.layout import Layout
 from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
-from ..formats import rank_names
 from ..formats.folder import Folder, is_iteration, is_orbax, is_orbax_item, latest_iteration
+from ..formats.rank_names import is_rank_file, rank_of_folder
 from ..storage.local import LocalFolder
 from ..storage.transaction import is_unfinished
 
 PathLike = str | os.PathLike[str]
 
-_RANK = re.compile(r"rank_\d+")
 # Of the two that MindFormers merges, dst_ is of the job that saves beside it.
 _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
@@ -158,7 +156,7 @@ def _read(
 ) -> Catalog | None:
     """What ``folder`` holds, by the first format that knows it."""
     files = folder.files()
-    if any(map(rank_names.is_rank_file, files)):
+    if any(map(is_rank_file, files)):
         from ..formats import rank_folder  # noqa: PLC0415
 
         layout, notes = _source_layout(where, strategy)
@@ -170,7 +168,7 @@ def _read(
             f"{where} has no rank_0/ … folders, so strategy files and suffix= (--suffix) "
             "mean nothing for it. Leave them out."
         )
-    if found is not None and where.is_file() and _RANK.fullmatch(where.parent.name):
+    if found is not None and where.is_file() and rank_of_folder(where.parent.name) is not None:
         note = f"{where.name} is the file of one rank; its tensors are taken as whole."
         return replace(found, notes=(note, *found.notes))
     return found

@@ -13,7 +13,7 @@ from math import lcm, prod
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement, check_divides
 from ..errors import LayoutError, format_list
-from ..formats import rank_names, strategy_files, strategy_layouts
+from ..formats import rank_folder, rank_names, strategy_files, strategy_layouts
 from ..planning.outputs import arrange
 from ..rules.match import weight_name
 from .results import Request, Result, as_ckpt, as_safetensors
@@ -34,7 +34,7 @@ def rank_folders(source: Catalog, tensors: Sequence[Tensor], request: Request) -
     prefix = rank_names.check_prefix(request.prefix)
     paths = [rank_names.file_path(r, prefix, request.step, kind) for r in range(layout.num_ranks)]
     once = request.remove_redundancy
-    keepers = rank_names.keepers(_of_strategy(layout, source.hyper)) if once else None
+    keepers = rank_folder.keepers(_of_strategy(layout, source.hyper)) if once else None
     outputs = arrange(tensors, layout, paths, remove_redundancy=once, keepers=keepers)
     side = {f"{STRATEGY_FOLDER}/{path}": data for path, data in strategy.items()}
     if kind == "ckpt":
@@ -101,7 +101,7 @@ def _absent_shapes(
         shape = shapes.get(weight) or _least_shape(placements)
         with suppress(LayoutError):
             for placement in placements:
-                check_divides(strategy_files.for_dims(placement, len(shape)), shape)
+                check_divides(strategy_layouts.for_dims(placement, len(shape)), shape)
             found[name] = shape
     return found
 

@@ -23,7 +23,8 @@ from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.decoders import FETCH, parse_object
 from ..core.dtypes import DType, dtype
-from ..core.layout import Layout, Placement
+from ..core.layout import Layout, Placement, Spec
+from ..core.strategy import Axes
 from ..errors import CoverageError, FormatError, JaxshardError, LayoutError, format_list, quote_name
 from ..rules.match import weight_name
 from . import huggingface, rank_names
@@ -32,9 +33,7 @@ from .huggingface import scalar_names
 from .strategy_layouts import for_dims
 from .weight_files import Stored, read_weight_file
 
-_OWN = re.compile(  # not the model's
-    r"rank_\d+/|(merged_)?strategy/|merged_strategy\.ckpt|elsewhere\.json$"
-)
+_STRATEGY = re.compile(r"(merged_)?strategy/|merged_strategy\.ckpt")
 _ALL_STRATEGIES = "Give the folder with the strategy files of all ranks."
 _LARGE_ELEMENTS = 1024  # of a tensor that no strategy tells of: more is no number of a job
 
@@ -95,7 +94,7 @@ def read(
             f"no files of rank {format_list(map(str, missing))}; replicas serve where they can."
         )
     model, _ = huggingface.read_model(folder, listed)
-    others = [p for p in listed if not _OWN.match(p)]
+    others = [p for p in listed if not _is_own(p)]
     extras, _ = huggingface.carried(others, [f.path for f in files])
     gathered.metadata.pop("remove_redundancy", None)  # what the files hold decides
     return Catalog(
@@ -111,6 +110,12 @@ def read(
         notes=tuple(notes),
         lost=lost,
     )
+
+
+def _is_own(path: str) -> bool:
+    """Return whether ``path`` belongs to the rank folders and not to the model."""
+    of_rank = rank_names.rank_of_folder(path) is not None
+    return of_rank or path == REMOTE_TENSORS or bool(_STRATEGY.match(path))
 
 
 def _check_alone(by_rank: Mapping[int, str], root: str) -> str:
@@ -352,3 +357,38 @@ def _remote_tensor(name: str, entry: object) -> Tensor:
         raise FormatError(
             f"{REMOTE_TENSORS}: {name} is no dtype and shape ({error}). {FETCH}"
         ) from None
+
+
+# --- rank redundancy ---------------------------------------------------------------------
+
+Holders = tuple[tuple[int, ...], ...]
+
+
+def keepers(layout: Layout) -> dict[tuple[str, int], int]:
+    """For each name and first rank of a placement, the index of the keeper among the holders.
+
+    >>> rows = Placement((("dp", 2), ("mp", 2)), (("mp",),))
+    >>> keepers(Layout(4, {"w2": (rows,), "w1": (rows,)}))
+    {('w1', 0): 0, ('w2', 0): 1}
+    """
+    alike: dict[Holders, int] = {}
+    groups: dict[tuple[Axes, Spec], tuple[int, int]] = {}  # which of alike, and how many replicas
+    turns: dict[tuple[int, int], int] = {}
+    found: dict[tuple[str, int], int] = {}
+    for name in sorted(layout.placements):
+        for placed in layout.placements[name]:
+            cut = placed.axes, placed.spec
+            if cut not in groups:  # seldom: the holders may be thousands
+                holders = _holders(placed)
+                groups[cut] = alike.setdefault(holders, len(alike)), len(holders[0])
+            group, replicas = groups[cut]
+            turn = turns.get((placed.first_rank, group), 0)
+            turns[placed.first_rank, group] = turn + 1
+            found[name, placed.first_rank] = turn % replicas
+    return found
+
+
+def _holders(placement: Placement) -> Holders:
+    """For each shard the ranks that hold it, counted from the first of the placement."""
+    shape = tuple(placement.ways(dim) for dim in range(len(placement.spec)))
+    return tuple(shard.holders for shard in placement.shards(shape))

@@ -1,15 +1,16 @@
-"""Names of rank files: which file of each rank folder belongs to a save.
+"""File names of rank folders: parsing them and choosing the newest complete save.
 
     rank_3/llama_rank_3-1_10.safetensors        {prefix}_rank_{r}-{epoch}_{step}
-    rank_3/llama_rank_3_2-1_10.safetensors      …_{task}-…: a third job saved here too
-    rank_3/llama-1_10.safetensors               {prefix}-{epoch}_{step}, in every folder alike
-    rank_3/net.safetensors                      what MindSpore slices
-    rank_3/checkpoint_3.ckpt                    {prefix}{r}, what a transform writes
+    rank_3/llama_rank_3_2-1_10.safetensors      …_{task}-…: the third job that saves here
+    rank_3/llama-1_10.safetensors               {prefix}-{epoch}_{step}, the same in every folder
+    rank_3/net.safetensors                      written by MindSpore's slicing
+    rank_3/checkpoint_3.ckpt                    {prefix}{r}, written by MindSpore's transform
+    strategy/ckpt_strategy_rank_3.ckpt          the strategy file of a rank
 
-One name alone is ambiguous: in ``rank_1/``, the last number of ``llama-1_1`` may be the step
-or the rank. So a name is read in every way it can be, and the reading that most rank folders
-share is the right one. Files of one reading are a *save*. The newest save has the largest
-numbers, epoch first, and step 10 comes after step 9. This module opens no file.
+A single name is ambiguous: in ``rank_1/``, the last number of ``llama-1_1`` may be the step
+or the rank. So every possible reading of each name is listed, and the reading that most rank
+folders share wins. The files of one reading are a *save*. The newest save has the largest
+numbers, epoch first (step 10 is newer than step 9). This module opens no file.
 """
 
 from __future__ import annotations
@@ -20,30 +21,31 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..core.layout import Layout, Placement, Spec
-from ..core.strategy import Axes
 from ..errors import CoverageError, LayoutError, format_list
 
-_RANK_FILE = re.compile(r"rank_(\d{1,7})/([^/]+)\.(safetensors|ckpt)")
+_RANK = r"rank_(\d{1,7})"
+_RANK_FOLDER = re.compile(rf"{_RANK}(?=/|$)")
+_RANK_FILE = re.compile(rf"{_RANK}/([^/]+)\.(safetensors|ckpt)")
+_STRATEGY_FILE = re.compile(rf"ckpt_strategy_{_RANK}\.ckpt")
 _KIND = re.compile(r"(?:^|\.)(ckpt|safetensors)$")
 _NUMBERS = re.compile(r"\d{1,18}")
-_STEPPED = re.compile(  # how a name ends that has an epoch and a step in it
+_STEPPED = re.compile(  # the end of a name with an epoch and a step
     r"(?:-network|-trainable_params)?"
     r"-(?P<epoch>\d{1,18})_(?P<step>\d{1,18})(?:_breakpoint)?$"
 )
 _TASK = re.compile(r"_(\d{1,18})$")
 _COUNTED = re.compile(r"(?:^|[-_])(\d{1,18})(?:_(\d{1,18}))?$")
-_NAMED = re.compile(r".*rank_(\d{1,7})(?=$|[-_])")
+_NAMED = re.compile(rf".*{_RANK}(?=$|[-_])")
 _PREFIX = re.compile(r"[^/\0.][^/\0]*")
-_MAX_RANK = 1 << 20  # a folder called rank_9999999 is no rank
+_MAX_RANK = 1 << 20  # a folder named rank_9999999 is not a rank's
 
 _MARKED, _ENDED, _PLAIN = "rank_{r}", "{r}", ""
 
 
 class Step(NamedTuple):
-    """When a file was saved, as its name tells; compared in this order."""
+    """Training step in a file's name; tuples compare in the order of saving."""
 
-    numbers: tuple[int, ...]  # (epoch, step), as far as there are any
+    numbers: tuple[int, ...]  # (epoch, step), or fewer
     task: tuple[int, ...]
 
 
@@ -51,7 +53,7 @@ _NO_STEP = Step((), ())
 
 
 class Choice(NamedTuple):
-    """The file of each rank, the step in their names, and notes on how they were chosen."""
+    """Chosen file of each rank, notes on the choice, and the step in the names."""
 
     paths: dict[int, str]
     notes: tuple[str, ...]
@@ -59,7 +61,7 @@ class Choice(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """One way to read a file's name: what comes before the rank, and what after it."""
+    """One reading of a file name: the text before the rank and the text after it."""
 
     form: str
     head: str
@@ -68,17 +70,17 @@ class _Reading(NamedTuple):
 
     @property
     def rankless(self) -> str:
-        """The name without the rank, which is the same for all ranks."""
+        """The name without the rank; the same for all ranks."""
         head = self.head.removesuffix("rank_") if self.form == _MARKED else self.head
         return (head.rstrip("_") + self.tail).strip("-_")
 
 
 @dataclass(slots=True)
 class _Save:
-    """The files of one reading, by rank.
+    """Files of one reading, by rank.
 
     Attributes:
-        suffix: what of the name is the step, as a suffix may select it.
+        suffix: the part of the name with the step, by which ``suffix=`` selects a save.
     """
 
     reading: _Reading
@@ -87,8 +89,42 @@ class _Save:
     suffix: str = ""
 
 
+def rank_of_folder(path: str) -> int | None:
+    """Return the rank whose folder is the first part of ``path``, or None.
+
+    >>> rank_of_folder("rank_3"), rank_of_folder("rank_12/a.ckpt"), rank_of_folder("llama_rank_3")
+    (3, 12, None)
+    """
+    match = _RANK_FOLDER.match(path)
+    return int(match[1]) if match else None
+
+
+def rank_of_strategy_file(name: str) -> int | None:
+    """Return the rank of the strategy file called ``name``; None for any other name.
+
+    >>> rank_of_strategy_file(strategy_file(12)), rank_of_strategy_file("merged_strategy.ckpt")
+    (12, None)
+    """
+    match = _STRATEGY_FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def strategy_file(rank: int) -> str:
+    """Return MindSpore's name of the strategy file of ``rank``."""
+    return f"ckpt_strategy_rank_{rank}.ckpt"
+
+
+def without_rank(stem: str) -> str:
+    """Return the part of a rank file's stem after the rank; ``k`` stands for any rank.
+
+    >>> without_rank("llama_rank_3-1_10"), without_rank("llama_rank_k-1_10")
+    ('-1_10', '-1_10')
+    """
+    return re.sub(r".*rank_(\d+|k)(?=[-_])", "", stem)
+
+
 def is_rank_file(path: str) -> bool:
-    """Whether ``path`` is a weight file in a rank's folder."""
+    """Return whether ``path`` is a weight file in a rank's folder."""
     match = _RANK_FILE.fullmatch(path)
     return match is not None and int(match[1]) < _MAX_RANK
 
@@ -96,11 +132,11 @@ def is_rank_file(path: str) -> bool:
 def file_path(
     rank: int, prefix: str, step: tuple[int, int] | None, extension: str = "safetensors"
 ) -> str:
-    """Where a rank's file lies, in a name that MindSpore and MindFormers both read.
+    """Return the path of a rank's file, named so that MindSpore and MindFormers read it.
 
-    MindFormers looks in every rank folder for what follows the rank in rank 0's name, so the
-    rank is nowhere else in it. Without a step the name is alike for all ranks, as MindSpore
-    slices.
+    MindFormers searches every rank folder for the text after the rank in rank 0's name, so the
+    rank occurs nowhere else in the name. Without a step all ranks have the same file name, as
+    in MindSpore's slicing.
 
     >>> file_path(3, "llama", (1, 10)), file_path(3, "net", None)
     ('rank_3/llama_rank_3-1_10.safetensors', 'rank_3/net.safetensors')
@@ -110,10 +146,10 @@ def file_path(
 
 
 def check_prefix(prefix: str) -> str:
-    """``prefix`` as names begin with it: what joins it to the rest is left away.
+    """Return ``prefix`` without trailing ``-`` and ``_``, which file names add themselves.
 
     Raises:
-        LayoutError: names would lie elsewhere, be hidden, or begin with nothing.
+        LayoutError: the prefix is empty, hidden, or contains a path separator.
     """
     bare = prefix.rstrip("-_")
     if not _PREFIX.fullmatch(bare):
@@ -125,10 +161,10 @@ def check_prefix(prefix: str) -> str:
 
 
 def read_step(text: str | None) -> tuple[int, int] | None:
-    """The step written ``1_10``; None for ``none``, which is a name without one.
+    """Parse a step such as ``1_10``; return None for ``none``, a name without a step.
 
     Raises:
-        LayoutError: neither.
+        LayoutError: ``text`` is neither.
 
     >>> read_step("1_10"), read_step("none")
     ((1, 10), None)
@@ -138,28 +174,27 @@ def read_step(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d{1,18})_(\d{1,18})", text or "")
     if match is None:
         raise LayoutError(
-            f"step= (--step) {text!r} is neither an epoch and a step in it, such as 1_10, nor none."
+            f"step= (--step) {text!r} is invalid: expected epoch_step, such as 1_10, or none."
         )
     return int(match[1]), int(match[2])
 
 
 def step_of(paths: Iterable[str]) -> tuple[int, int] | None:
-    """The epoch and the step in the names of one save's files; None where they have none."""
+    """Return the epoch and step in the file names of one save; None without them."""
     paths = [path for path in paths if is_rank_file(path)]
     numbers = choose(paths).step.numbers if paths else ()
     return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
-    """The newest save of which every rank has a file; of those ending in ``suffix`` if given.
+    """Choose the newest save of which every rank has a file, optionally ending in ``suffix``.
 
-    A suffix is what follows the rank (``1_10``, ``_2-1_10``), the end of that, or, where several
-    prefixes lie together, the whole name with the rank taken out (``llama-1_10``). It may end in,
-    or be, the kind of file that counts (``1_10.ckpt``, ``.safetensors``).
+    A suffix is the part of the name after the rank (``1_10``, ``_2-1_10``), the end of that
+    part, or, if several prefixes share the folders, the whole name without the rank
+    (``llama-1_10``). It may end with, or be, a file extension (``1_10.ckpt``, ``.safetensors``).
 
     Raises:
-        CoverageError: the names do not tell, kinds of files are mixed, or no step is
-            there for all ranks.
+        CoverageError: the names are ambiguous, file types are mixed, or no step is complete.
     """
     candidates: dict[int, list[str]] = {}
     for path in files:
@@ -180,19 +215,19 @@ def choose(files: Iterable[str], suffix: str | None = None) -> Choice:
     if newer:
         notes.append(
             f"rank {format_list(map(str, newer))} has newer files; the newest step that every rank "
-            "has is taken."
+            "has is read."
         )
     return Choice(chosen.paths, tuple(notes), newest)
 
 
 def _copies(save: _Save, candidates: Collection[int]) -> list[str]:
-    """A note where all folders have a file that by its name is one rank's."""
+    """Return a note if every folder holds a file named after the same rank."""
     named = _NAMED.match(save.reading.head) if save.reading.form == _PLAIN else None
     if named is None or len(candidates) < 2 or int(named[1]) not in candidates:
         return []
     return [
-        f"{save.reading.head} is in every rank folder, and by its name the file of rank {named[1]};"
-        " it is read as a name without a rank. If these are copies of one rank, fetch the others."
+        f"{save.reading.head} is in every rank folder, though its name is that of rank {named[1]}; "
+        "it is read as a name without a rank. If these are copies of one rank, fetch the others."
     ]
 
 
@@ -205,11 +240,11 @@ def _incomplete(candidates: Mapping[int, Sequence[str]], suffix: str | None) -> 
     )
 
 
-# --- reading names -------------------------------------------------------------------------
+# --- parsing names -------------------------------------------------------------------------
 
 
 def _saves(candidates: Mapping[int, Sequence[str]]) -> tuple[list[_Save], list[str]]:
-    """The files of all ranks, save by save; and a note where a name is that of another rank."""
+    """Group the files of all ranks into saves, with notes on names of other ranks."""
     first = {_stem(path) for path in candidates.get(0, ())}
     readings = {
         (rank, path): tuple(_readings(path, rank, first))
@@ -217,22 +252,22 @@ def _saves(candidates: Mapping[int, Sequence[str]]) -> tuple[list[_Save], list[s
         for path in sorted(paths)
     }
     count: dict[_Reading, int] = defaultdict(int)
-    for ways in readings.values():
-        for way in ways:
-            count[way] += 1
+    for possible in readings.values():
+        for reading in possible:
+            count[reading] += 1
     saves: dict[_Reading, _Save] = {}
-    strange: dict[int, list[str]] = {}
-    for (rank, path), ways in readings.items():
-        reading = max(ways, key=lambda way: _weight(way, count[way]))
+    misplaced: dict[int, list[str]] = {}
+    for (rank, path), possible in readings.items():
+        reading = max(possible, key=lambda reading: _weight(reading, count[reading]))
         if reading.form == _PLAIN and count[reading] == 1 and _other_rank(path, rank) is not None:
-            strange.setdefault(rank, []).append(path)
+            misplaced.setdefault(rank, []).append(path)
         saves.setdefault(reading, _Save(reading)).paths[rank] = path
     _find_steps(saves.values())
-    return _without_strange(list(saves.values()), strange, candidates)
+    return _without_misplaced(list(saves.values()), misplaced, candidates)
 
 
 def _readings(path: str, rank: int, first: Iterable[str]) -> Iterator[_Reading]:
-    """The ways to read the name of a file of ``rank``; ``first`` are the names of rank 0."""
+    """Yield the possible readings of a file name of ``rank``; ``first`` are rank 0's names."""
     stem, extension = _stem(path), path.rsplit(".", 1)[1]
     yield _Reading(_PLAIN, stem, "", extension)
     named = _NAMED.match(stem)
@@ -243,25 +278,25 @@ def _readings(path: str, rank: int, first: Iterable[str]) -> Iterator[_Reading]:
         return
     head = stem.removesuffix(number)
     stepped = _STEPPED.search(stem)
-    # MindSpore counts steps from 1: where rank 0 has a 0 in the place of the step, it is the rank
+    # MindSpore counts steps from 1, so if rank 0's name has a 0 there, the number is the rank
     if not stepped or (stepped["step"] == number and f"{head}0" in first):
         yield _Reading(_ENDED, head, "", extension)
 
 
 def _weight(reading: _Reading, num_ranks: int) -> tuple[int, int]:
-    """What a reading that ``num_ranks`` folders share is worth; the largest is right."""
-    if num_ranks > 1:  # the same name in several folders has no rank in it
+    """Return the weight of a reading shared by ``num_ranks`` folders; the largest wins."""
+    if num_ranks > 1:  # a name that several folders share does not contain the rank
         return num_ranks, (_ENDED, _PLAIN, _MARKED).index(reading.form)
     if reading.form == _ENDED and reading.head[-1:].isdigit():
-        return num_ranks, -1  # the end of a longer number
+        return num_ranks, -1  # the rank would be the end of a longer number
     return num_ranks, (_PLAIN, _ENDED, _MARKED).index(reading.form)
 
 
 def _find_steps(saves: Iterable[_Save]) -> None:
-    """Read the step of each save; a number before it is a task only where its prefix has others.
+    """Set the step of each save.
 
-    MindSpore adds ``_{task}`` where files of a prefix are there already. ``llama_2-1_10`` alone
-    is of the prefix ``llama_2``; beside ``llama-1_10`` it is of the third job of ``llama``.
+    MindSpore adds ``_{task}`` if files of the same prefix exist already. So ``llama_2-1_10``
+    alone has the prefix ``llama_2``, but next to ``llama-1_10`` it is the third job of ``llama``.
     """
     saves = list(saves)
     prefixes = {_prefix(save) for save in saves}
@@ -287,21 +322,21 @@ def _find_steps(saves: Iterable[_Save]) -> None:
 
 
 def _prefix(save: _Save) -> str:
-    """What comes before the step in a name without a rank; empty for others."""
+    """Return the part before the step of a name without a rank; empty for other names."""
     stepped = _STEPPED.search(save.reading.head) if save.reading.form == _PLAIN else None
     return save.reading.head[: stepped.start()] if stepped else ""
 
 
-def _without_strange(
-    saves: list[_Save], strange: Mapping[int, list[str]], candidates: Mapping[int, Sequence[str]]
+def _without_misplaced(
+    saves: list[_Save], misplaced: Mapping[int, list[str]], candidates: Mapping[int, Sequence[str]]
 ) -> tuple[list[_Save], list[str]]:
-    """``saves`` without files of other ranks, unless a rank has no others."""
+    """Remove files of other ranks from ``saves``, unless a rank has no other files."""
     notes = []
-    for rank, paths in strange.items():
+    for rank, paths in misplaced.items():
         left = len(paths) < len(candidates[rank])
         notes.append(
-            f"{format_list(paths, 3)}: by its name the file of rank {_other_rank(paths[0], rank)}; "
-            + ("it is passed over." if left else f"it is taken for that of rank {rank}.")
+            f"{format_list(paths, 3)} is named after rank {_other_rank(paths[0], rank)}; "
+            + ("it is skipped." if left else f"it is read as the file of rank {rank}.")
         )
         for save in saves if left else ():
             if save.paths.get(rank) in paths:
@@ -310,7 +345,7 @@ def _without_strange(
 
 
 def _other_rank(path: str, rank: int) -> int | None:
-    """The rank in a file's name, where it is another than ``rank``."""
+    """Return the rank in a file's name if it differs from ``rank``."""
     named = _NAMED.match(_stem(path))
     return int(named[1]) if named and int(named[1]) != rank else None
 
@@ -323,7 +358,7 @@ def _stem(path: str) -> str:
 
 
 def _suffixed(saves: list[_Save], suffix: str | None) -> list[_Save]:
-    """Those of ``saves`` that ``suffix`` means; see ``choose``."""
+    """Return the saves that ``suffix`` selects (see ``choose``)."""
     if suffix is None:
         return saves
     kind = _KIND.search(suffix)
@@ -343,7 +378,7 @@ def _suffixed(saves: list[_Save], suffix: str | None) -> list[_Save]:
 
 
 def _ends(stem: str, suffix: str) -> bool:
-    """Whether ``stem`` ends in ``suffix`` and not in the middle of a number."""
+    """Return whether ``stem`` ends in ``suffix``, starting outside a number."""
     cut = len(stem) - len(suffix)
     return stem.endswith(suffix) and (
         cut == 0 or not (suffix[:1].isdigit() and stem[cut - 1].isdigit())
@@ -354,13 +389,13 @@ def _refuse_mixed(saves: Iterable[_Save]) -> None:
     kinds = {s.reading.extension: next(iter(s.paths.values())) for s in saves}
     if len(kinds) > 1:
         raise CoverageError(
-            f"the rank folders have both {' and '.join(kinds.values())}, and nothing says which "
-            f"kind counts. Choose with suffix= (--suffix): .{' or .'.join(kinds)}."
+            f"the rank folders have both {' and '.join(kinds.values())}: expected one file type. "
+            f"Choose with suffix= (--suffix): .{' or .'.join(kinds)}."
         )
 
 
 def _alike(saves: Iterable[_Save], num_ranks: int) -> list[_Save]:
-    """One save of all files, where each rank has one and only their prefixes differ."""
+    """Return all files as one save if each rank has one and only the prefixes differ."""
     paths: dict[int, str] = {}
     steps = set()
     for save in saves:
@@ -375,52 +410,17 @@ def _alike(saves: Iterable[_Save], num_ranks: int) -> list[_Save]:
 
 
 def _only_one(saves: list[_Save]) -> _Save:
-    """The one of ``saves``, which are all of one step.
+    """Return the only element of ``saves``, all of one step.
 
     Raises:
-        CoverageError: there are several.
+        CoverageError: there are several saves.
     """
     if len(saves) > 1:
         rank = min(saves[0].paths)
         one, other = sorted(saves, key=lambda save: save.paths[rank])[:2]
         raise CoverageError(
-            f"rank_{rank} has both {one.paths[rank]} and {other.paths[rank]}, and their names do "
-            "not tell which is newer. Choose with suffix= (--suffix): "
+            f"rank_{rank} has both {one.paths[rank]} and {other.paths[rank]}, of the same step. "
+            "Choose with suffix= (--suffix): "
             f"{one.reading.rankless} or {other.reading.rankless}."
         )
     return saves[0]
-
-
-# --- Rank redundancy: which of the ranks that hold the same shard keeps it, as MindSpore decides
-
-Holders = tuple[tuple[int, ...], ...]
-
-
-def keepers(layout: Layout) -> dict[tuple[str, int], int]:
-    """For each name and first rank of a placement, the index of the keeper among the holders.
-
-    >>> rows = Placement((("dp", 2), ("mp", 2)), (("mp",),))
-    >>> keepers(Layout(4, {"w2": (rows,), "w1": (rows,)}))
-    {('w1', 0): 0, ('w2', 0): 1}
-    """
-    alike: dict[Holders, int] = {}
-    groups: dict[tuple[Axes, Spec], tuple[int, int]] = {}  # which of alike, and how many replicas
-    turns: dict[tuple[int, int], int] = {}
-    found: dict[tuple[str, int], int] = {}
-    for name in sorted(layout.placements):
-        for placed in layout.placements[name]:
-            cut = placed.axes, placed.spec
-            if cut not in groups:  # seldom: the holders may be thousands
-                holders = _holders(placed)
-                groups[cut] = alike.setdefault(holders, len(alike)), len(holders[0])
-            group, replicas = groups[cut]
-            turn = turns.get((placed.first_rank, group), 0)
-            turns[placed.first_rank, group] = turn + 1
-            found[name, placed.first_rank] = turn % replicas
-    return found
-
-
-def _holders(placement: Placement) -> Holders:
-    """For each shard the ranks that hold it, counted from the first of the placement."""
-    shape = tuple(placement.ways(dim) for dim in range(len(placement.spec)))
-    return tuple(shard.holders for shard in placement.shards(shape))

@@ -1,12 +1,12 @@
-"""MindSpore strategy files: which box of each parameter every rank holds.
+"""MindSpore strategy files: the box of each parameter that every rank holds.
 
-    strategy/ckpt_strategy_rank_0.ckpt …     one a rank, equal within a pipeline stage
-    merged_strategy.ckpt                     all stages in one
+    strategy/ckpt_strategy_rank_0.ckpt …     one per rank, equal within a pipeline stage
+    merged_strategy.ckpt                     all stages in one file
     strategy.json                            the same as JSON
 
-However they come, they are read into ``Strategies``, stage by stage, and that becomes a
-``Layout``; a layout becomes files again. Which stage a file tells of is read from what
-is in it, never from its name. This module knows no weights.
+All forms are read into ``Strategies``, stage by stage, which convert to a ``Layout`` and back.
+The stage of a file is part of its contents; file names are ignored. This module does not
+depend on weights.
 """
 
 from __future__ import annotations
@@ -19,41 +19,20 @@ from math import prod
 from ..core.layout import Layout, Placement, check_divides
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from . import protobuf, strategy_codec
-from . import strategy_codec as messages
 from .folder import Folder, describe_kind, kind_of
+from .rank_names import strategy_file
 from .strategy_codec import Operator, ParamLayout, StrategyFile
-from .strategy_layouts import for_dims, full_shape, param_layout, placement
-
-__all__ = [
-    "Operator",
-    "ParamLayout",
-    "Stage",
-    "Strategies",
-    "StrategyFile",
-    "find",
-    "for_dims",
-    "for_tensors",
-    "from_layout",
-    "full_shape",
-    "json_file",
-    "layout",
-    "merged_file",
-    "param_layout",
-    "placement",
-    "raw_files",
-    "read",
-    "read_file",
-]
+from .strategy_layouts import for_dims, param_layout, placement
 
 _MAX_STAGE_RANKS = 1 << 17  # boxes are listed per rank; the largest jobs have tens of thousands
 _MAX_RANKS = 1 << 20
-_COMPARED_BYTES = 1 << 28  # ranks of a stage have equal files: past this, one per stage is read
-_RAW_TIMES, _MERGED_TIMES = 2, 1  # what MindSpore has in current_stage; it means nothing
+_COMPARED_BYTES = 1 << 28  # ranks of a stage have equal files: beyond this, one per stage is read
+_RAW_TIMES, _MERGED_TIMES = 2, 1  # current_stage as MindSpore writes it: a count of saves
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The parameters of one pipeline stage, and the file that told."""
+    """Parameters of one pipeline stage, with the file they were read from."""
 
     number: int
     path: str
@@ -63,11 +42,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Strategies:
-    """What the strategy files of one job say, stage by stage in order.
+    """Parameter layouts of a job, by pipeline stage in order.
 
     Attributes:
         stages: the parameters of each pipeline stage.
-        notes: what a user should know of it.
+        notes: remarks for the user.
     """
 
     stages: Mapping[int, Stage]
@@ -75,18 +54,18 @@ class Strategies:
 
     @property
     def num_stages(self) -> int:
-        """Pipeline stages of the job, as far as the files tell."""
+        """Number of pipeline stages; the highest stage in the files counts."""
         return max(self.stages) + 1
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks in each stage."""
+        """Number of ranks per stage."""
         first = next(iter(self.stages.values()))
         return prod(next(iter(first.params.values())).dev_matrix)
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the job, as far as the files tell."""
+        """Number of ranks in all stages up to the highest in the files."""
         return self.num_stages * self.stage_ranks
 
 
@@ -94,7 +73,7 @@ class Strategies:
 
 
 def find(folder: Folder, under: str = "") -> tuple[str, ...]:
-    r"""The strategy files directly in ``under``, by rank number; the JSON ones if no others.
+    r"""List the strategy files directly in ``under`` by rank; JSON files only without others.
 
     >>> from .reader import MemoryFolder
     >>> find(MemoryFolder({"s/rank_10.ckpt": b"\b\2", "s/rank_9.ckpt": b"\b\2"}), "s")
@@ -113,15 +92,15 @@ def find(folder: Folder, under: str = "") -> tuple[str, ...]:
 
 
 def read(folder: Folder, paths: Sequence[str] = ("",)) -> Strategies:
-    """What the strategy files at ``paths`` say; each may be a file or a folder of them.
+    """Read the strategy files at ``paths``; each is a file or a folder of files.
 
-    Raw files of several ranks, merged files and JSON may be given together. Files of one
-    stage must agree; but a merged file in a folder may be older than the raw ones beside it,
-    which a job writes each time, and then it does not count.
+    Raw files of several ranks, merged files and JSON may be mixed. Files of one stage must
+    agree. An exception is a merged file in a folder with raw files: every job rewrites the raw
+    files, so the merged file may be stale, and is ignored if it contradicts them.
 
     Raises:
-        NotFoundError: there is no such file, or no strategy file in the folder.
-        FormatError: a file is damaged or no strategy file, or files contradict each other.
+        NotFoundError: a file is missing, or a folder has no strategy file.
+        FormatError: a file is damaged or not a strategy file, or files contradict each other.
     """
     stages, compared, seen = dict[int, Stage](), 0, set[frozenset[bytes]]()
     merged: list[StrategyFile] = []
@@ -131,10 +110,10 @@ def read(folder: Folder, paths: Sequence[str] = ("",)) -> Strategies:
             if (
                 stages
                 and compared > _COMPARED_BYTES
-                and messages.first_stage(folder, path) in stages
+                and strategy_codec.first_stage(folder, path) in stages
             ):
                 continue
-            items = messages.items(folder, path)
+            items = strategy_codec.items(folder, path)
             if items in seen:
                 continue
             seen.add(items)
@@ -151,21 +130,21 @@ def read(folder: Folder, paths: Sequence[str] = ("",)) -> Strategies:
 
 
 def read_file(folder: Folder, path: str) -> StrategyFile:
-    """The one strategy file at ``path``; JSON if its name says so.
+    """Read one strategy file; JSON if its name ends in ``.json``.
 
     Raises:
-        FormatError: it is damaged, or no strategy file.
+        FormatError: it is damaged or not a strategy file.
     """
     if not path.endswith(".json"):
-        return messages.parse(folder, path)
+        return strategy_codec.parse(folder, path)
     reader = protobuf.Reader(folder, path)
-    messages.check_size(path, reader.num_bytes)
+    strategy_codec.check_size(path, reader.num_bytes)
     data = reader.take(0, reader.num_bytes, reader.num_bytes, "a strategy")
     return strategy_codec.from_json(data, path)
 
 
 def _expand(folder: Folder, paths: Sequence[str]) -> list[str]:
-    """The strategy files that ``paths`` name, each once."""
+    """List the strategy files at ``paths`` without duplicates."""
     out, files = dict[str, None](), folder.files()
     for path in paths:
         alone = tuple(files) if not path and len(files) == 1 else ()
@@ -175,17 +154,16 @@ def _expand(folder: Folder, paths: Sequence[str]) -> list[str]:
             others = [p for p in files if p.startswith(prefix)]
             raise NotFoundError(
                 f"no strategy file at {path or folder.root}"
-                + (f" (there are {format_list(others, 3)})" if others else "")
-                + ". MindSpore writes them as strategy/ckpt_strategy_rank_0.ckpt; give that folder "
-                "or one merged file."
+                + (f" (found {format_list(others, 3)})" if others else "")
+                + ". MindSpore writes strategy/ckpt_strategy_rank_0.ckpt …; pass that folder, or a "
+                "merged file."
             )
         for one in found:
             kind = kind_of(folder, one)
             if not kind.startswith("strategy"):
                 raise FormatError(
-                    f"{one} is {describe_kind(kind)}, not a strategy file. Strategy files are "
-                    "called ckpt_strategy_rank_0.ckpt and lie in the folder strategy beside the "
-                    "ranks."
+                    f"{one} is {describe_kind(kind)}, not a strategy file. MindSpore writes "
+                    "strategy/ckpt_strategy_rank_0.ckpt … next to the rank folders."
                 )
             out[one] = None
     return list(out)
@@ -199,10 +177,10 @@ def _stages_of(file: StrategyFile) -> list[Stage]:
 
 
 def _add_merged(stages: dict[int, Stage], merged: Sequence[StrategyFile]) -> tuple[str, ...]:
-    """Add to the stages of raw files those that merged files beside them have more; and notes.
+    """Add stages that only merged files contain; return notes on ignored files.
 
     Raises:
-        FormatError: there are no raw files, and the merged ones contradict each other.
+        FormatError: merged files contradict each other in a stage without raw files.
     """
     raw, notes = dict(stages), list[str]()
     for file in merged:
@@ -210,9 +188,9 @@ def _add_merged(stages: dict[int, Stage], merged: Sequence[StrategyFile]) -> tup
         against = [s.number for s in found if s.number in raw and raw[s.number].params != s.params]
         if against:
             notes.append(
-                f"{file.path} is not used: in stage {format_list(map(str, against))} it "
-                f"contradicts the ranks' own files beside it ({raw[against[0]].path}), which a job "
-                "writes each time. Delete it if it is older."
+                f"{file.path} is ignored: in stage {format_list(map(str, against))} it contradicts "
+                f"the ranks' own files ({raw[against[0]].path}), which every job rewrites. Delete "
+                "it if it is stale."
             )
             continue
         for stage in found:
@@ -227,36 +205,36 @@ def _agree(first: Stage, other: Stage) -> None:
         n for n, p in first.params.items() if p != other.params[n]
     )
     raise FormatError(
-        f"{first.path} and {other.path} both tell of stage {first.number} and contradict each "
-        f"other in {format_list(names)}. They are of different jobs; keep the files of one."
+        f"{first.path} and {other.path} contradict each other in stage {first.number}: "
+        f"{format_list(names)}. They belong to different jobs; keep the files of one."
     )
 
 
 def _check_ranks(strategies: Strategies) -> None:
-    """Refuse parameters that disagree on how many ranks a stage has."""
+    """Raise FormatError if parameters disagree on the number of ranks per stage."""
     ranks = strategies.stage_ranks
     for stage in strategies.stages.values():
         for name, param in stage.params.items():
             if prod(param.dev_matrix) != ranks:
                 first = next(iter(strategies.stages.values()))
                 raise FormatError(
-                    f"{stage.path}: {name} lies on {prod(param.dev_matrix)} ranks (device matrix "
-                    f"{param.dev_matrix}), but {next(iter(first.params))} in {first.path} on "
-                    f"{ranks}. All stages of a job have equally many; use the files of one job."
+                    f"{stage.path}: {name} is on {prod(param.dev_matrix)} ranks (device matrix "
+                    f"{param.dev_matrix}), expected {ranks} like {next(iter(first.params))} in "
+                    f"{first.path}. All stages of a job have equal size; use the files of one job."
                 )
-    for what, count, most in (
-        ("stages of", ranks, _MAX_STAGE_RANKS),
-        ("a job of", strategies.num_ranks, _MAX_RANKS),
+    for what, count, limit in (
+        ("a stage", ranks, _MAX_STAGE_RANKS),
+        ("a job", strategies.num_ranks, _MAX_RANKS),
     ):
-        if count > most:
+        if count > limit:
             raise FormatError(
-                f"{next(iter(strategies.stages.values())).path}: {what} {count} ranks; more than "
-                f"{most} is absurd. The file is damaged; fetch it again."
+                f"{next(iter(strategies.stages.values())).path}: {what} of {count} ranks (expected "
+                f"at most {limit}). The file is damaged; fetch it again."
             )
 
 
 def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key by which rank_9 comes before rank_10."""
+    """Return a sort key that orders rank_9 before rank_10."""
     return tuple(
         (0, int(part), "") if part.isdecimal() and len(part) < 20 else (1, 0, part)
         for part in re.split(r"([0-9]+)", path)
@@ -266,30 +244,25 @@ def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
 # ---------------------------------------------------------------------------- to layouts
 
 
-def layout(
-    strategies: Strategies, num_ranks: int | None = None, *, partial: bool = False
-) -> Layout:
-    """Who holds which box of every parameter.
+def layout(strategies: Strategies, *, partial: bool = False) -> Layout:
+    """Convert strategies to a layout.
 
     Args:
-        strategies: what the files say.
-        num_ranks: how many ranks the checkpoint has, where that is known: to notice that
-            the file of one stage was given for a job of several.
-        partial: stages may be missing; their ranks are ``unknown``.
+        strategies: parsed strategy files.
+        partial: allow missing stages; their ranks are ``unknown`` in the layout.
 
     Raises:
-        CoverageError: the strategy of a stage is missing, and may not be.
-        LayoutError: a parameter is cut in a way that is no even split.
+        CoverageError: the strategy of a stage is missing and ``partial`` is false.
+        LayoutError: a parameter is split unevenly.
     """
     per_stage, given = strategies.stage_ranks, sorted(strategies.stages)
-    wanted = max(strategies.num_stages, -(-(num_ranks or 0) // per_stage))
-    if len(given) < wanted and not partial:
-        missing = [str(s) for s in range(min(wanted, 10_000)) if s not in strategies.stages]
+    if len(given) < strategies.num_stages and not partial:
+        missing = [str(s) for s in range(strategies.num_stages) if s not in strategies.stages]
         raise CoverageError(
-            f"{strategies.stages[given[0]].path}: the strategy of stage "
-            f"{format_list(map(str, given))} is given ({per_stage} ranks each), but the job has "
-            f"{wanted} stages; missing: {format_list(missing)}. Give the folder with the strategy "
-            "files of all ranks, or a merged one."
+            f"{strategies.stages[given[0]].path}: got the strategy of stage "
+            f"{format_list(map(str, given))} ({per_stage} ranks each), but the job has "
+            f"{strategies.num_stages} stages; missing: {format_list(missing)}. Pass the folder "
+            "with the strategy files of all ranks, or a merged file."
         )
     placements = dict[str, tuple[Placement, ...]]()
     for number, stage in strategies.stages.items():
@@ -309,7 +282,7 @@ def layout(
 
 
 def for_tensors(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """``layout``, which strategy files told, as what it means for tensors of ``shapes``."""
+    """Resolve one-dim tensors of a layout read from strategy files (see ``for_dims``)."""
     changed = {
         name: fitted
         for name, shape in shapes.items()
@@ -326,25 +299,25 @@ def for_tensors(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout
 def from_layout(
     layout: Layout, shapes: Mapping[str, tuple[int, ...]], *, optimizer_shard: bool = False
 ) -> Strategies:
-    """The strategies that say what ``layout`` says of the tensors in ``shapes``.
+    """Convert the layout of the tensors in ``shapes`` to strategies.
 
     Args:
-        layout: who holds which box.
-        shapes: the full shape of every tensor to tell of.
-        optimizer_shard: say splits of dim 0 as optimizer shards wherever they can be, as
-            MindSpore does when it trains with one.
+        layout: placements of the tensors.
+        shapes: the full shape of every tensor to include.
+        optimizer_shard: express splits of dim 0 as optimizer shards where possible, as
+            MindSpore does in training with an optimizer shard.
 
     Raises:
-        LayoutError: a tensor's placement does not fit its shape or cannot be said in a
-            strategy file, or a stage would hold no tensor.
+        LayoutError: a placement does not fit the tensor's shape or cannot be expressed in a
+            strategy file, or a stage holds no tensor.
     """
     placed = {n: layout.placements[n] for n in shapes if n in layout.placements}
     sizes = {p.num_ranks for all_of_it in placed.values() for p in all_of_it}
     if len(sizes) != 1 or layout.num_ranks % max(sizes):
         raise LayoutError(
-            f"strategy files need stages of equally many ranks; these tensors lie on "
-            f"{format_list(map(str, sorted(sizes))) or 'no'} of {layout.num_ranks}. Place every "
-            "tensor on whole stages."
+            "strategy files need equal stages, each tensor on all ranks of a stage: got tensors on "
+            f"{format_list(map(str, sorted(sizes))) or 'no'} of {layout.num_ranks} ranks. Place "
+            "every tensor on whole stages."
         )
     ranks = sizes.pop()
     params: list[dict[str, ParamLayout]] = [{} for _ in range(layout.num_ranks // ranks)]
@@ -352,8 +325,8 @@ def from_layout(
         for one in all_of_it:
             if one.first_rank % ranks:
                 raise LayoutError(
-                    f"{name}: it begins at rank {one.first_rank}, but stages begin at multiples of "
-                    f"{ranks}. Place it on a whole stage."
+                    f"{name}: the placement starts at rank {one.first_rank} (expected a multiple "
+                    f"of {ranks}, the ranks per stage). Place it on a whole stage."
                 )
             check_divides(one, shapes[name], name)
             params[one.first_rank // ranks][name] = param_layout(
@@ -362,8 +335,8 @@ def from_layout(
     empty = [str(number) for number, of_stage in enumerate(params) if not of_stage]
     if empty:
         raise LayoutError(
-            f"stage {format_list(empty)} would hold no tensor, and a strategy file cannot say "
-            "that. Take fewer stages."
+            f"stage {format_list(empty)} holds no tensor, and strategy files cannot express empty "
+            "stages. Use fewer stages."
         )
     return Strategies(
         {
@@ -374,7 +347,7 @@ def from_layout(
 
 
 def _operator(stage: int) -> Operator:
-    """What stands in for the network's operators: MindSpore takes the stage from there."""
+    """Return a placeholder operator: MindSpore reads the stage number from the operators."""
     return Operator(f"jaxshard_stage_{stage}", stage, ((1,),))
 
 
@@ -382,7 +355,7 @@ def _operator(stage: int) -> Operator:
 
 
 def raw_files(strategies: Strategies) -> dict[str, bytes]:
-    """``ckpt_strategy_rank_{r}.ckpt`` of every rank; ranks of a stage share their bytes.
+    """Return the file of every rank by name; ranks of a stage share their bytes.
 
     Raises:
         LayoutError: a stage has no parameter.
@@ -393,26 +366,26 @@ def raw_files(strategies: Strategies) -> dict[str, bytes]:
         file = StrategyFile(
             stage.path, {number: stage.params}, _operators(stage), False, _RAW_TIMES
         )
-        data = messages.to_bytes(file)
+        data = strategy_codec.to_bytes(file)
         for rank in range(number * ranks, (number + 1) * ranks):
-            out[f"ckpt_strategy_rank_{rank}.ckpt"] = data
+            out[strategy_file(rank)] = data
     return out
 
 
 def merged_file(strategies: Strategies) -> bytes:
-    """All stages in one strategy file, as ``merge_pipeline_strategys`` makes it.
+    """Return all stages as one strategy file, as ``merge_pipeline_strategys`` writes it.
 
     Raises:
         LayoutError: a stage has no parameter.
     """
-    return messages.to_bytes(_merged(strategies))
+    return strategy_codec.to_bytes(_merged(strategies))
 
 
 def json_file(strategies: Strategies) -> bytes:
-    """All stages in one JSON strategy file.
+    """Return all stages as one JSON strategy file.
 
     Raises:
-        LayoutError: a stage has no parameter, or a map does not fit in JSON.
+        LayoutError: a stage has no parameter, or JSON cannot express a tensor map.
     """
     return strategy_codec.to_json(_merged(strategies))
 

@@ -9,7 +9,6 @@ be said from headers is said before the first of them is read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ..devices.pinned_memory import Pin, Staging, pin_for
 from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..errors import CoverageError, LayoutError, NotFoundError, format_list
 from ..formats.huggingface import CHECKSUMS
+from ..formats.rank_names import rank_of_folder
 from ..mapping import Mapping, find_mapping
 from ..rules import Rules
 from ..storage.identity import check_same, identity
@@ -41,8 +41,6 @@ from .small_arrays import load_small, small_of
 from .target_shardings import Devices, asked_dtype, resolve
 
 __all__ = ["load", "load_opened"]
-
-_RANK = re.compile(r"(?:^|/)rank_(\d+)/")
 
 
 def load(
@@ -330,7 +328,8 @@ def _told_of_hosts(catalog: Catalog) -> Iterator[None]:
     try:
         yield
     except CoverageError as error:
-        have = {int(n) for f in catalog.files for n in _RANK.findall(f.path)}
+        ranks = (rank_of_folder(f.path) for f in catalog.files)
+        have = {rank for rank in ranks if rank is not None}
         if catalog.layout is None or not have or len(have) == catalog.layout.num_ranks:
             raise
         raise CoverageError(

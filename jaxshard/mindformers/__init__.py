@@ -35,7 +35,7 @@ from ..errors import (
     did_you_mean,
     format_list,
 )
-from ..formats import model_shapes
+from ..formats import model_shapes, rank_names
 from ..mapping import find_mapping
 from ..storage.local import LocalFolder
 from ..storage.text_files import read_text
@@ -564,7 +564,7 @@ def _resume(told: Config) -> tuple[str | None, bool]:
     if not isinstance(resume, str) or not resume:
         return None, with_states
     stem = re.sub(r"\.(ckpt|safetensors)$", "", os.path.basename(resume))
-    return re.sub(r".*rank_(\d+|k)(?=[-_])", "", stem), with_states
+    return rank_names.without_rank(stem), with_states
 
 
 # ---------------------------------------------------------------------------- the files

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
 from ..errors import format_list, printable, quote_name
+from ..formats.rank_names import rank_of_folder
 from .outputs import Outputs
 
 _MOST_CELLS = 8
 _MOST_RANKS = 16
-_OF_RANK = re.compile(r"^rank_(\d+)/|-(\d{7})-\d{7}\.safetensors$")
+_ITERATION_RANK = re.compile(r"-(\d{7})-\d{7}\.safetensors$")
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
@@ -241,13 +242,15 @@ def _rank_table(catalog: Catalog) -> str:
 
 
 def _rank_of(path: str) -> str:
-    """The rank that the name of a file tells.
+    """Return the rank in a file's path; "" without one.
 
     >>> _rank_of("rank_3/net_rank_3-1_10.ckpt"), _rank_of("llama-opt-0000003-0000008.safetensors")
     ('3', '3')
     """
-    match = _OF_RANK.search(path)
-    return str(int(match[1] or match[2])) if match else ""
+    if (rank := rank_of_folder(path)) is not None:
+        return str(rank)
+    match = _ITERATION_RANK.search(path)
+    return str(int(match[1])) if match else ""
 
 
 def output_table(outputs: Outputs, only: frozenset[int] | None) -> str:

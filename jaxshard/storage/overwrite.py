@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FormatError, JaxshardError, LayoutError, format_list
-from ..formats import rank_names, strategy_files, strategy_layouts, weight_files
+from ..formats import strategy_files, strategy_layouts, weight_files
 from ..formats.folder import WEIGHTS, is_iteration, is_orbax, kind_of, orbax_item_folder
 from ..formats.huggingface import INDEX, MINDSPORE_INDEX, SINGLE, is_weights
+from ..formats.rank_names import is_rank_file, rank_of_folder
 from .local import LocalFolder
 
 #: What a result is, which decides what it may replace: a folder, a folder of strategy files, one
@@ -28,7 +29,7 @@ from .local import LocalFolder
 Kind = Literal["checkpoint", "strategies", "weight file", "strategy file", "own"]
 
 _COMPLETE = {SINGLE, INDEX, MINDSPORE_INDEX, weight_files.NAME}  # one of them is at the top
-_OURS = re.compile(r"rank_\d+/|iteration_\d+/|(merged_)?strategy/")  # folders of weights
+_WEIGHT_FOLDER = re.compile(r"iteration_\d+/|(merged_)?strategy/")  # besides those of ranks
 _STRATEGY = re.compile(
     rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(strategy_layouts.LAYOUT_FILE)}"
 )
@@ -106,7 +107,8 @@ def _strange(place: Path) -> str | None:
     if not (all(map(_STRATEGY.fullmatch, names)) or _is_checkpoint(place)):
         return f"it holds {format_list(names, 3)}, and no checkpoint"
     weights = sorted(filter(is_weights, _files(place)))
-    other = [f for f in weights if "/" in f and not _OURS.match(f)]
+    below = [f for f in weights if "/" in f]
+    other = [f for f in below if rank_of_folder(f) is None and not _WEIGHT_FOLDER.match(f)]
     if other:
         return f"below it lies {format_list(other, 3)}, which is of another checkpoint"
     strange = [f for f in weights if not f.endswith(_KINDS)]
@@ -166,7 +168,7 @@ def _is_checkpoint(place: Path) -> bool:
     Several steps of a training run are its history, and none of ours to replace.
     """
     near = list(_files(place, depth=2))
-    of_ranks = Counter(path.partition("/")[0] for path in near if rank_names.is_rank_file(path))
+    of_ranks = Counter(path.partition("/")[0] for path in near if is_rank_file(path))
     return (
         not _COMPLETE.isdisjoint(near)
         or set(of_ranks.values()) == {1}

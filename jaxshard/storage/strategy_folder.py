@@ -11,17 +11,16 @@ strategy files are never replaced.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..formats.rank_names import rank_of_strategy_file
 from .linux import exchange
 from .transaction import told
 
 _JOB, _STRATEGY = "checkpoint", "strategy"
-_FILE = re.compile(rf"{_STRATEGY}/(ckpt_strategy_rank_\d+\.ckpt)")
 _OURS = b"jaxshard_stage_"  # the operator in strategy files that no network made
 
 
@@ -33,7 +32,12 @@ def put_beside(
     Raises:
         StorageError: the disk refuses.
     """
-    files = {m[1]: data for path, data in side_files.items() if (m := _FILE.fullmatch(path))}
+    files = {
+        name: data
+        for path, data in side_files.items()
+        if path.startswith(f"{_STRATEGY}/")
+        and rank_of_strategy_file(name := path.removeprefix(f"{_STRATEGY}/")) is not None
+    }
     if not files or destination.name != _JOB:
         return ()
     place = destination.parent / _STRATEGY
@@ -74,6 +78,6 @@ def _held(place: Path) -> dict[str, bytes] | None:
         return {}
     with told(f"{place} cannot be read"):
         found = list(place.iterdir())
-        if not all(p.is_file() and _FILE.fullmatch(f"{_STRATEGY}/{p.name}") for p in found):
+        if not all(p.is_file() and rank_of_strategy_file(p.name) is not None for p in found):
             return {}
         return {p.name: p.read_bytes() for p in found}

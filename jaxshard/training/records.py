@@ -24,6 +24,7 @@ from typing import Any
 from ..errors import FormatError, LayoutError
 from ..formats import strategy_layouts
 from ..formats.huggingface import TRAINING_SCALARS, scalar_value
+from ..formats.rank_names import rank_of_strategy_file
 from ..storage.checksums import FileSums
 from .naming import CHECKPOINT, StepName, parse_folder, parse_rank_file
 from .policy import Line
@@ -33,9 +34,6 @@ WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"
 STRATEGY = re.compile(r"strategy-[0-9a-f]{16}")  # folders with strategy files
 VERSION = 1
 _ROLLBACK = "rollback-"
-_STRATEGY_FILE = re.compile(
-    rf"ckpt_strategy_rank_(\d{{1,7}})\.ckpt|{re.escape(strategy_layouts.LAYOUT_FILE)}"
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def is_strategy_file(name: str) -> bool:
     >>> [is_strategy_file(f"{start}ckpt_strategy_rank_0.ckpt") for start in ("", "._")]
     [True, False]
     """
-    return _STRATEGY_FILE.fullmatch(name) is not None
+    return name == strategy_layouts.LAYOUT_FILE or rank_of_strategy_file(name) is not None
 
 
 def kept_strategy(
@@ -116,8 +114,8 @@ def kept_strategy(
 
     Foreign files, and those of a layout of more ranks, may lie with them.
     """
-    named = ((name, _STRATEGY_FILE.fullmatch(name)) for name in held)
-    raw = {n: held[n] for n, match in named if match and match[1] and int(match[1]) < num_ranks}
+    ranks = {name: rank_of_strategy_file(name) for name in held}
+    raw = {name: held[name] for name, r in ranks.items() if r is not None and r < num_ranks}
     own = {name: held[name] for name in held if name == strategy_layouts.LAYOUT_FILE}
     return next((f for f in (raw, own) if f and strategy_folder(f) == folder), None)
 

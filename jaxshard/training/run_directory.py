@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError, StorageError
+from ..formats.rank_names import rank_of_folder
 from ..storage.fs import fsync_dir, write_file_atomic
 from . import naming, records
 from .naming import StepName
 from .records import Record, Rollback
 
-_OURS = re.compile(r"rank_\d+|iteration_\d+")
+_ITERATION = re.compile(r"iteration_\d+")
 WAIT_S = 10.0  # for another writer: the job before may be about to end
 _POLL_S = 0.02
 _READER = b"a reader that tidies up"
@@ -57,7 +58,8 @@ class Places:
         if root.name == naming.CHECKPOINT and (root.parent / records.FOLDER).is_dir():
             return cls(root.parent)
         with suppress(OSError):
-            if any(map(_OURS.fullmatch, os.listdir(root))):
+            names = os.listdir(root)
+            if any(rank_of_folder(n) is not None or _ITERATION.fullmatch(n) for n in names):
                 return cls(root, "")
         return cls(root)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FormatError, LayoutError, StorageError, format_list
+from ..formats.rank_names import rank_of_folder
 from . import naming
 from .naming import StepName
 from .policy import Line
@@ -34,7 +34,6 @@ from .run_directory import Places, names_in, read_record, rollbacks_in
 
 State = Literal["complete", "incomplete", "corrupt", "partial"]
 
-_RANK = re.compile(r"rank_(\d{1,7})")
 _STAGED = (".saving", ".saving.partial")
 _TRIES = 100  # a writer changes a record a few times for each step
 _log = logging.getLogger("jaxshard.training")
@@ -285,8 +284,8 @@ def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
     for entry in sorted(os.scandir(places.steps), key=lambda entry: entry.name):
         if not entry.is_dir() or entry.name.startswith("."):
             continue
-        if match := _RANK.fullmatch(entry.name):
-            ranks[int(match[1])] = _names_of_rank(entry.path)
+        if (rank := rank_of_folder(entry.name)) is not None:
+            ranks[rank] = _names_of_rank(entry.path)
         elif (number := naming.parse_iteration(entry.name)) is not None:
             name = StepName(1, number)
             if not _is_ours(own, name):

@@ -21,7 +21,7 @@ from jaxshard.formats import mindspore_ckpt as writing
 from jaxshard.formats import strategy_codec as messages
 from jaxshard.formats import strategy_files as sf
 from jaxshard.formats.folder import MemoryFolder
-from jaxshard.formats.strategy_files import ParamLayout
+from jaxshard.formats.strategy_codec import Operator, ParamLayout, StrategyFile
 
 W = ParamLayout((2,), ((0, -1),))
 N = ParamLayout((2,), ((-1,),))
@@ -71,10 +71,10 @@ def small_strategies() -> list[bytes]:
         for stage, params in file.stages.items():
             kinds = {param: n for n, param in params.items()}
             stages[stage] = {n: param for param, n in kinds.items()}
-        operators = tuple(sf.Operator("op", s, ((1, 2), (2,))) for s in stages)
-        seeds.append(messages.to_bytes(sf.StrategyFile("f", stages, operators, True, 1)))
+        operators = tuple(Operator("op", s, ((1, 2), (2,))) for s in stages)
+        seeds.append(messages.to_bytes(StrategyFile("f", stages, operators, True, 1)))
         first = {0: stages[0]}
-        seeds.append(messages.to_bytes(sf.StrategyFile("f", first, operators[:1], False, 2)))
+        seeds.append(messages.to_bytes(StrategyFile("f", first, operators[:1], False, 2)))
     return seeds
 
 

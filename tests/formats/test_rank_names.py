@@ -156,7 +156,7 @@ def test_a_file_of_another_rank_is_passed_over_with_a_note():
     found = rank_names.choose(folder(names))
     assert found.paths == {r: f"rank_{r}/net_rank_{r}-1_10.safetensors" for r in range(2)}
     (note,) = found.notes
-    assert note.startswith("rank_1/net_rank_0-1_20.safetensors: by its name the file of rank 0;")
+    assert note == "rank_1/net_rank_0-1_20.safetensors is named after rank 0; it is skipped."
 
 
 def test_one_name_of_a_rank_in_all_folders_is_noted():
@@ -183,7 +183,7 @@ def test_files_of_several_steps_or_ranks_are_never_taken_together(names):
 
 def test_prefixes_are_not_compared_as_steps():
     names = folder({r: [f"llama2_{r}", f"llama3_{r}"] for r in range(4)})
-    with pytest.raises(CoverageError, match="do not tell which is newer"):
+    with pytest.raises(CoverageError, match="of the same step"):
         rank_names.choose(names)
     for prefix in ("llama2", "llama3"):
         found = rank_names.choose(names, f"{prefix}_")

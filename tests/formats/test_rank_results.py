@@ -94,7 +94,7 @@ def test_names_have_the_step_that_the_source_has(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ({"step": "10"}, "neither an epoch and a step in it"),
+        ({"step": "10"}, "expected epoch_step, such as 1_10, or none"),
         ({"prefix": "__"}, "cannot begin a file's name"),
         ({"prefix": "a/b"}, "cannot begin a file's name"),
         ({"step": "1_10", "format": "iteration"}, "is for the names of rank files"),

@@ -31,7 +31,8 @@ import jaxshard as js
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import CoverageError, FormatError, LayoutError
 from jaxshard.formats import strategy_files
-from jaxshard.formats.strategy_files import ParamLayout, Stage, Strategies
+from jaxshard.formats.strategy_codec import Operator, ParamLayout
+from jaxshard.formats.strategy_files import Stage, Strategies
 
 # --- strategies ----------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ def test_an_optimizer_shard_of_a_permuted_map_is_put_together_right(tmp_path: Pa
     """
     array = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
     param = ParamLayout((2, 2, 2), ((0, 1),), 4, 2)
-    stage = Stage(0, "made", {"w3": param}, (strategy_files.Operator("op", 0, ((1,),)),))
+    stage = Stage(0, "made", {"w3": param}, (Operator("op", 0, ((1,),)),))
     (tmp_path / "strategy").mkdir()
     for name, data in strategy_files.raw_files(Strategies({0: stage})).items():
         (tmp_path / "strategy" / name).write_bytes(data)
@@ -156,7 +157,7 @@ def test_a_vector_that_two_axes_split_is_one_dim_and_not_two(tmp_path: Path) -> 
     """A tensor map of two numbers looks like two dims; only the tensor's shape tells."""
     array = np.arange(8, dtype=np.float32)
     param = ParamLayout((2, 2), ((0, 1),))  # the fast axis outside, so no two that are one
-    stage = Stage(0, "made", {"bias": param}, (strategy_files.Operator("op", 0, ((1,),)),))
+    stage = Stage(0, "made", {"bias": param}, (Operator("op", 0, ((1,),)),))
     strategy = tmp_path / "strategy"
     strategy.mkdir()
     for name, data in strategy_files.raw_files(Strategies({0: stage})).items():
@@ -227,7 +228,7 @@ def test_states_that_the_strategy_has_not_are_left_out_with_a_note(
 def test_ranks_are_opened_without_the_boxes_of_all_others(tmp_path: Path) -> None:
     """A few kilobytes of strategy may tell of many cuts over a hundred thousand ranks each."""
     params = {f"w{i}": ParamLayout((2**i, 2 ** (17 - i)), ((0, -1),)) for i in range(17)}
-    stage = Stage(0, "made", params, (strategy_files.Operator("op", 0, ((1,),)),))
+    stage = Stage(0, "made", params, (Operator("op", 0, ((1,),)),))
     (tmp_path / "merged_strategy.ckpt").write_bytes(
         strategy_files.merged_file(Strategies({0: stage}))
     )

@@ -13,7 +13,9 @@ from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundErr
 from jaxshard.formats import strategy_codec as messages
 from jaxshard.formats import strategy_files as sf
 from jaxshard.formats.folder import MemoryFolder
-from jaxshard.formats.strategy_files import ParamLayout
+from jaxshard.formats.strategy_codec import Operator, ParamLayout, StrategyFile
+from jaxshard.formats.strategy_layouts import full_shape
+from jaxshard.formats.strategy_layouts import placement as placement_of
 
 GOLDEN_FILES = sorted(
     str(p.relative_to(HERE)) for p in HERE.glob("dp*/**/*strategy*.ckpt") if p.is_file()
@@ -85,7 +87,7 @@ def check_ranks_hold_our_boxes(name: str, layout: Layout) -> int:
         assert array.shape == box.shape, (rank, tensor)
         assert array.tobytes() == whole[box.slices].tobytes(), (rank, tensor)
         local = next(p for p in layout.placements[tensor] if rank in p.ranks)
-        assert sf.full_shape(local, array.shape) == whole.shape
+        assert full_shape(local, array.shape) == whole.shape
         count += 1
     return count
 
@@ -128,7 +130,7 @@ N = ParamLayout((2,), ((-1,),))
 
 def raw(stage: int, current_stage: int = 2, **params: ParamLayout) -> bytes:
     return messages.to_bytes(
-        sf.StrategyFile("x", {stage: params}, (sf.Operator("op", stage),), False, current_stage)
+        StrategyFile("x", {stage: params}, (Operator("op", stage),), False, current_stage)
     )
 
 
@@ -162,9 +164,11 @@ def test_files_are_found_by_number_beside_what_is_no_strategy() -> None:
 def test_files_of_one_stage_may_differ_in_order_but_not_in_meaning() -> None:
     same = {"a.ckpt": raw(0, w=W, n=N), "b.ckpt": raw(0, 9, n=N, w=W)}
     assert sf.read(MemoryFolder(same)).stages[0].path == "a.ckpt"
-    with pytest.raises(FormatError, match=r"a.ckpt and b.ckpt both tell of stage 0 .* in w\."):
+    with pytest.raises(
+        FormatError, match=r"a.ckpt and b.ckpt contradict each other in stage 0: w\."
+    ):
         sf.read(MemoryFolder({"a.ckpt": raw(0, w=W, n=N), "b.ckpt": raw(0, w=N, n=N)}))
-    with pytest.raises(FormatError, match=r"a.ckpt and b.ckpt .* in n\."):
+    with pytest.raises(FormatError, match=r"a.ckpt and b.ckpt .*: n\."):
         sf.read(MemoryFolder({"a.ckpt": raw(0, w=W), "b.ckpt": raw(0, w=W, n=N)}))
 
 
@@ -179,7 +183,7 @@ def test_past_a_budget_one_file_a_stage_is_read(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ranks_of_a_stage_must_be_one_number() -> None:
-    with pytest.raises(FormatError, match=r"v lies on 4 ranks .* but w in a.ckpt on 2"):
+    with pytest.raises(FormatError, match=r"v is on 4 ranks .* expected 2 like w in a.ckpt"):
         sf.read(
             MemoryFolder({"a.ckpt": raw(0, w=W), "b.ckpt": raw(1, v=ParamLayout((4,), ((0,),)))})
         )
@@ -187,12 +191,13 @@ def test_ranks_of_a_stage_must_be_one_number() -> None:
 
 def test_a_missing_stage_is_named() -> None:
     alone = sf.read(MemoryFolder({"a.ckpt": raw(1, w=W)}))
-    with pytest.raises(CoverageError, match=r"stage 1 is given \(2 ranks each\).* missing: 0\."):
+    with pytest.raises(
+        CoverageError, match=r"got the strategy of stage 1 \(2 ranks each\).* missing: 0\."
+    ):
         sf.layout(alone)
     first = sf.read(MemoryFolder({"a.ckpt": raw(0, w=W)}))
-    assert sf.layout(first).num_ranks == sf.layout(first, num_ranks=2).num_ranks == 2
-    with pytest.raises(CoverageError, match="the job has 3 stages; missing: 1, 2"):
-        sf.layout(first, num_ranks=6)
+    assert sf.layout(first).num_ranks == 2
+    assert sf.layout(alone, partial=True).unknown == (0, 1)
 
 
 def test_a_tied_parameter_lies_in_both_stages() -> None:
@@ -254,7 +259,7 @@ def test_json_of_one_rank_is_read() -> None:
         ),
         ({"w.pt": b"PK\x03\x04"}, FormatError, "a PyTorch checkpoint"),
         ({"w.ckpt": b""}, FormatError, "w.ckpt is empty"),
-        ({"a.txt": b"", "b": b""}, NotFoundError, "no strategy file at memory .there are a.txt, b"),
+        ({"a.txt": b"", "b": b""}, NotFoundError, "no strategy file at memory .found a.txt, b"),
         ({"s.json": b'{"a": 1}'}, FormatError, "not a JSON strategy file .KeyError"),
         ({"s.json": b'{"parallel_strategy_item": []}'}, FormatError, "not a JSON strategy file"),
         ({"s.ckpt": b"\x08\x02"}, FormatError, "without a single parameter"),
@@ -302,12 +307,12 @@ def test_what_is_no_even_split_is_refused_by_name(param: ParamLayout, why: str) 
 
 def test_a_strategy_of_more_dims_than_the_tensor_is_refused() -> None:
     with pytest.raises(FormatError, match="tells of 2 dims, but the stored tensor has shape"):
-        sf.full_shape(sf.placement(W), (4,))
+        full_shape(placement_of(W), (4,))
 
 
 @pytest.mark.parametrize(
     ("matrix", "stages", "why"),
-    [((2**9, 2**9), 1, "stages of 262144 ranks"), ((2**16,), 40, "a job of 2621440 ranks")],
+    [((2**9, 2**9), 1, "a stage of 262144 ranks"), ((2**16,), 40, "a job of 2621440 ranks")],
 )
 def test_more_ranks_than_there_are_machines_for_are_refused(
     matrix: tuple[int, ...], stages: int, why: str
@@ -315,7 +320,7 @@ def test_more_ranks_than_there_are_machines_for_are_refused(
     """A file of a few hundred bytes: whoever lists its ranks would need gigabytes."""
     param = ParamLayout(matrix, ((-1,),))
     made = sf.Strategies({n: sf.Stage(n, "x", {"w": param}) for n in range(stages)})
-    with pytest.raises(FormatError, match=f"{why}; more than .* is absurd"):
+    with pytest.raises(FormatError, match=f"{why} .expected at most "):
         sf.read(MemoryFolder({"merged.ckpt": sf.merged_file(made)}))
 
 
@@ -355,14 +360,14 @@ def test_every_stage_has_an_operator_that_tells_it() -> None:
 
 def test_layouts_that_are_no_stages_cannot_be_written() -> None:
     two = (("mp", 2),)
-    with pytest.raises(LayoutError, match="stages of equally many ranks"):
+    with pytest.raises(LayoutError, match="strategy files need equal stages"):
         sf.from_layout(
             Layout(4, {"a": (Placement(two),), "b": (Placement((("mp", 4),)),)}),
             {"a": (2,), "b": (2,)},
         )
-    with pytest.raises(LayoutError, match="a: it begins at rank 1"):
+    with pytest.raises(LayoutError, match="a: the placement starts at rank 1"):
         sf.from_layout(Layout(4, {"a": (Placement(two, (), 1),)}), {"a": (2,)})
     with pytest.raises(LayoutError, match="a: dim 0 of shape"):
         sf.from_layout(Layout(2, {"a": (Placement(two, (("mp",),)),)}), {"a": (3,)})
-    with pytest.raises(LayoutError, match="stage 1 would hold no tensor"):
+    with pytest.raises(LayoutError, match="stage 1 holds no tensor"):
         sf.raw_files(sf.from_layout(Layout(4, {"a": (Placement(two),)}), {"a": (2,)}))

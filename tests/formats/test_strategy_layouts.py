@@ -15,7 +15,9 @@ from jaxshard.errors import LayoutError
 from jaxshard.formats import strategy_codec as messages
 from jaxshard.formats import strategy_files as sf
 from jaxshard.formats.folder import MemoryFolder
-from jaxshard.formats.strategy_files import ParamLayout
+from jaxshard.formats.strategy_codec import Operator, ParamLayout, StrategyFile
+from jaxshard.formats.strategy_layouts import full_shape, param_layout
+from jaxshard.formats.strategy_layouts import placement as placement_of
 
 
 def plain_boxes(param: ParamLayout, shape: tuple[int, ...]) -> list[Box]:
@@ -87,10 +89,10 @@ def test_placements_are_the_boxes_of_mindspores_rule(case: tuple[ParamLayout, in
     wanted = plain_boxes(
         replace(param, opt_weight_shard_size=param.opt_weight_shard_size or 1), shape
     )
-    placement = sf.placement(param, stage=2)
+    placement = placement_of(param, stage=2)
     assert list(placement.boxes(shape)) == wanted
     assert placement.first_rank == 2 * prod(param.dev_matrix)
-    assert sf.full_shape(placement, wanted[0].shape) == shape
+    assert full_shape(placement, wanted[0].shape) == shape
 
 
 @given(param_layouts(), st.booleans())
@@ -99,23 +101,21 @@ def test_a_placement_survives_being_written(
 ) -> None:
     param, ndim = case
     shape = (288,) * ndim
-    placement = sf.placement(param)
+    placement = placement_of(param)
     try:
-        back = sf.param_layout(placement, ndim, optimizer_shard=optimizer_shard)
+        back = param_layout(placement, ndim, optimizer_shard=optimizer_shard)
     except LayoutError:
         assert ndim == 1  # the one thing that cannot be said
         assert len(placement.spec[0]) > 1
         return
-    assert sf.placement(back).boxes(shape) == placement.boxes(shape)
-    data = messages.to_bytes(
-        sf.StrategyFile("f", {0: {"w-1": back}}, (sf.Operator("op", 0),), True, 1)
-    )
+    assert placement_of(back).boxes(shape) == placement.boxes(shape)
+    data = messages.to_bytes(StrategyFile("f", {0: {"w-1": back}}, (Operator("op", 0),), True, 1))
     assert sf.read_file(MemoryFolder({"f": data}), "f").stages[0]["w-1"] == back
 
 
 def test_the_worked_example_of_an_optimizer_shard() -> None:
-    wq = sf.placement(ParamLayout((4, 2), ((0, -1),), 2, 2))
-    norm = sf.placement(ParamLayout((4, 2), ((-1,),), 1, 2))
+    wq = placement_of(ParamLayout((4, 2), ((0, -1),), 2, 2))
+    norm = placement_of(ParamLayout((4, 2), ((-1,),), 1, 2))
     boxes = wq.boxes((32, 32))
     assert boxes[5] == boxes[1] == Box((16, 0), (24, 32))
     assert boxes[3] == boxes[7] == Box((24, 0), (32, 32))
@@ -125,7 +125,7 @@ def test_the_worked_example_of_an_optimizer_shard() -> None:
 def test_three_ways_over_neighbouring_replica_axes_are_consecutive_ranks() -> None:
     with pytest.raises(LayoutError):  # the axes alone do not factor
         shard_dim_over_replicas(Placement((("a", 3), ("b", 2)), ((),)), 3)
-    boxes = sf.placement(ParamLayout((3, 2), ((-1,),), 1, 3)).boxes((6,))
+    boxes = placement_of(ParamLayout((3, 2), ((-1,),), 1, 3)).boxes((6,))
     assert [b.start[0] for b in boxes] == [0, 2, 4, 0, 2, 4]
 
 
@@ -170,10 +170,10 @@ def test_three_ways_over_neighbouring_replica_axes_are_consecutive_ranks() -> No
 def test_placements_are_said_in_the_form_mindspore_reads_right(
     placement: Placement, ndim: int, wanted: ParamLayout
 ) -> None:
-    assert sf.param_layout(placement, ndim) == wanted
+    assert param_layout(placement, ndim) == wanted
 
 
 def test_the_only_dim_over_distant_axes_cannot_be_said() -> None:
     distant = Placement((("a", 2), ("b", 2), ("c", 2)), (("a", "c"),))
     with pytest.raises(LayoutError, match="only dim"):
-        sf.param_layout(distant, 1)
+        param_layout(distant, 1)

@@ -364,7 +364,7 @@ def test_the_format_that_is_named_counts_where_both_lie_together(ranks: Path) ->
         for resume in (False, "net_rank_0-1_10"):
             found = asked({**told, "load_ckpt_format": kind, "resume_training": resume}).open()
             assert {f.path.rsplit(".")[-1] for f in found.files} == {kind}
-    with pytest.raises(CoverageError, match="nothing says which kind counts"):
+    with pytest.raises(CoverageError, match="expected one file type"):
         asked({**told, "load_ckpt_format": "other"}).open()
 
 
