@@ -17,6 +17,8 @@ from ..core.catalog import Catalog
 from ..distributed.environment import part_of
 from ..distributed.partition import Part
 from ..errors import CoverageError, LayoutError, StorageError
+from ..formats.output_files import Result
+from ..formats.registry import FORMATS
 from ..planning.plan import Plan, block_bytes_for
 from ..storage import file_to_file, side_files
 from ..storage.io import Source
@@ -29,7 +31,6 @@ from ..storage.writers import OutputFiles
 from . import single_file
 from .open import PathLike
 from .prepare import Prepared, fitted, part_plan
-from .results import Result
 
 Progress = Callable[[int], None]
 
@@ -88,8 +89,11 @@ def execute(
         FormatError: the source changed on the way, or is not what its checksums say.
     """
     part = part_of(process_index, process_count, os.environ)
-    if part and prepared.result.format == "orbax":
-        raise LayoutError("Orbax's own format is written here by one process, not in parts.")
+    if part and FORMATS[prepared.result.format].own_library:
+        raise LayoutError(
+            f"format {prepared.result.format!r} is written by one process, not in parts. Leave out "
+            "process_index= and process_count=."
+        )
     catalog = prepared.plan.source
     prepared = fitted(prepared, workers, host_bytes)
     budget = budget_for(host_bytes, workers, block_bytes_for(catalog))
@@ -137,14 +141,16 @@ def _write(
     tell: Progress | None,
 ) -> Counts:
     """Write the weight files of ``plan``; what that took."""
-    if result.format == "orbax":
-        from .orbax_results import write_orbax  # noqa: PLC0415 - NumPy, and then JAX, seldom needed
+    if (format := FORMATS[result.format]).own_library:
+        from .numpy_arrays import LazyTensors  # noqa: PLC0415 - NumPy, not needed by other formats
 
-        counts = write_orbax(plan, source, staging.files, budget, tell)
+        tensors = LazyTensors(source, budget, tell)
+        format.write_tensors(staging.files, tensors.of(plan))
+        counts = tensors.counts
         for path in sorted(p for p in staging.files.rglob("*") if p.is_file()):
             staging.sync(path)
         return counts
-    files = OutputFiles(plan, staging, result.lay_file, result.seal)
+    files = OutputFiles(plan, staging, result.container)
     try:
         return file_to_file.run(plan.journeys(), source, files, budget=budget, progress=tell)
     finally:

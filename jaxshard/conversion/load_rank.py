@@ -1,7 +1,4 @@
-"""Loading one rank's share into NumPy arrays.
-
-This is ``convert`` whose outputs are arrays. NumPy holds them; no device is asked.
-"""
+"""Loading the share of one rank into NumPy arrays: a conversion whose outputs are arrays."""
 
 from __future__ import annotations
 

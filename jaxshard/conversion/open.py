@@ -1,22 +1,22 @@
 """Opening a checkpoint: from a path to a catalog, in any format.
 
-The formats recognise themselves by file names; this module only knows the order in
-which they are asked.
+Each format of the registry recognises its own files, in the registry's order.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.catalog import Catalog, File
+from ..core.catalog import Catalog
 from ..core.garbage import paused
 from ..core.layout import Layout
 from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
-from ..formats.folder import Folder, is_iteration, is_orbax, is_orbax_item, latest_iteration
-from ..formats.rank_names import is_rank_file, rank_of_folder
+from ..formats.folder import Folder, latest_iteration
+from ..formats.rank_names import rank_of_folder
+from ..formats.registry import FORMATS
 from ..storage.local import LocalFolder
 from ..storage.transaction import is_unfinished
 
@@ -154,51 +154,26 @@ def _places(where: Path) -> Iterator[Path]:
 def _read(
     folder: LocalFolder, where: Path, strategy: PathLike | None, suffix: str | None
 ) -> Catalog | None:
-    """What ``folder`` holds, by the first format that knows it."""
+    """Read ``folder`` with the first format that recognises it; None if no format does."""
     files = folder.files()
-    if any(map(is_rank_file, files)):
-        from ..formats import rank_folder  # noqa: PLC0415
-
+    format = next((f for f in FORMATS.values() if f.recognise(folder, files)), None)
+    format = format or next((f for f in FORMATS.values() if f.recognise_inside(files)), None)
+    if format is None:
+        return None
+    if format.reads_strategy:
         layout, notes = _source_layout(where, strategy)
-        catalog = rank_folder.read(folder, layout, suffix=suffix)
+        catalog = format.read(folder, layout, suffix)
         return replace(catalog, notes=(*notes, *catalog.notes))
-    found = _read_unranked(folder, files)
-    if found is not None and (strategy is not None or suffix is not None):
+    catalog = format.read(folder)
+    if strategy is not None or suffix is not None:
         raise LayoutError(
             f"{where} has no rank_0/ … folders, so strategy files and suffix= (--suffix) "
             "mean nothing for it. Leave them out."
         )
-    if found is not None and where.is_file() and rank_of_folder(where.parent.name) is not None:
+    if where.is_file() and rank_of_folder(where.parent.name) is not None:
         note = f"{where.name} is the file of one rank; its tensors are taken as whole."
-        return replace(found, notes=(note, *found.notes))
-    return found
-
-
-def _read_unranked(folder: LocalFolder, files: Mapping[str, File]) -> Catalog | None:
-    """What ``folder`` holds, which has no files of ranks."""
-    if is_iteration(files):
-        from ..formats import iteration  # noqa: PLC0415
-
-        return iteration.read(folder)
-    if is_orbax_item(files):
-        return _read_orbax(folder, files)
-    from ..formats import huggingface  # noqa: PLC0415
-
-    if huggingface.recognise(files):
-        return huggingface.read(folder)
-    from ..formats import weight_files  # noqa: PLC0415
-
-    if weight_files.recognise(folder, files):
-        return weight_files.read(folder)
-    return (
-        _read_orbax(folder, files) if is_orbax(files) else None
-    )  # last: the item lies in a folder here
-
-
-def _read_orbax(folder: LocalFolder, files: Mapping[str, File]) -> Catalog:
-    from ..formats import orbax  # noqa: PLC0415 - and with it JAX
-
-    return orbax.read(folder, files)
+        return replace(catalog, notes=(note, *catalog.notes))
+    return catalog
 
 
 def open_strategy(path: PathLike) -> Layout:

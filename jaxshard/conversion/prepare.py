@@ -22,13 +22,14 @@ from ..core.strategy import Strategy
 from ..distributed.partition import Part, split_outputs
 from ..errors import LayoutError, format_list
 from ..formats import rank_names
+from ..formats.output_files import Request, Result
+from ..formats.registry import find_format, format_of
 from ..planning.copies import firsts
 from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..storage import side_files
 from ..storage.resources import budget_for, parse_size
 from . import single_file
 from .open import PathLike, open_strategy, opened
-from .results import Request, Result
 from .select import (
     chooser,
     missed,
@@ -83,7 +84,7 @@ def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -
         {
             "source": str(Path(catalog.root).absolute()),
             "files": [[f.path, f.num_bytes, f.mtime_ns] for f in catalog.files],
-            "format": [result.format, result.seal is not None],
+            "format": [result.format, result.container.crc],
             "ranks": sorted(only) if only is not None else None,
             "result": digest.hexdigest(),
         },
@@ -210,7 +211,8 @@ def prepare(
         layout = without_merged(chosen, layout)
         chosen = without_unplaced_states(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
-    numbers = _job_values(chosen) if format == "iteration" else {}
+    kind = find_format(format, is_complete=layout is None)
+    numbers = _scalars(chosen) if kind.scalars_in_json else {}
     request = Request(
         layout,
         None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size"),
@@ -223,7 +225,7 @@ def prepare(
     )
     request = single_file.implied(request, destination)
     check_request(request, step)
-    if layout is not None and request.format in (None, "ranks", "ckpt"):
+    if layout is not None and kind.steps_in_names:
         request = replace(request, step=_step_in_names(step, catalog, chosen))
     result = make_result(chosen, list(chosen.tensors.values()), request)
     single_file.name_of(result, destination)  # refuses what is no one file
@@ -234,7 +236,7 @@ def prepare(
         result.outputs,
         only=_files_of(only, layout, result.files_per_rank),
         block_bytes=block_bytes_for(chosen),
-        is_bundled=result.format != "orbax",  # whose library is given tensor by tensor
+        is_bundled=not kind.own_library,  # whose library is passed tensors one by one
     )
     return Prepared(plan, result)
 
@@ -307,14 +309,14 @@ def _step_in_names(step: str | None, catalog: Catalog, chosen: Catalog) -> tuple
     if step is not None:
         return rank_names.read_step(step)
     named = rank_names.step_of(file.path for file in catalog.files)
-    has_numbers = chosen.hyper or catalog.format == "iteration"
-    return named or step_of_numbers(_job_values(chosen) if has_numbers else {})
+    has_numbers = chosen.hyper or format_of(catalog.format).scalars_in_json
+    return named or step_of_numbers(_scalars(chosen) if has_numbers else {})
 
 
-def _job_values(catalog: Catalog) -> dict[str, Any]:
-    from .job_values import job_values  # noqa: PLC0415 - the dtypes of JAX, seldom needed
+def _scalars(catalog: Catalog) -> dict[str, Any]:
+    from .numpy_arrays import read_scalars  # noqa: PLC0415 - imports NumPy
 
-    return job_values(catalog)
+    return read_scalars(catalog)
 
 
 def _check_ranks(rank: int | Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:

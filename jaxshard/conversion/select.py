@@ -14,6 +14,7 @@ from dataclasses import replace
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout
 from ..errors import CoverageError, LayoutError, NotFoundError, did_you_mean, format_list
+from ..formats.registry import format_of
 from ..rules import missing_parts
 from ..rules.match import is_part_of_adapter, weight_name
 
@@ -237,7 +238,9 @@ def refuse_half(catalog: Catalog) -> None:
     """
     if catalog.layout is not None and catalog.layout.unknown:
         return  # stages that are missing for certain: see ``refuse_lost``
-    if catalog.format != "ranks" or any(TRAINABLE in file.path for file in catalog.files):
+    if not format_of(catalog.format).reads_strategy or any(
+        TRAINABLE in file.path for file in catalog.files
+    ):
         return
     names = [
         name

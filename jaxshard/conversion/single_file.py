@@ -15,16 +15,16 @@ from pathlib import Path
 
 from ..core.catalog import Catalog
 from ..errors import LayoutError, format_list
+from ..formats.output_files import Request, Result
+from ..formats.registry import FORMATS
 from .open import PathLike
-from .results import Request, Result
 
-_FORMAT = {".safetensors": "huggingface", ".ckpt": "ckpt"}
 _NO_LIMIT = 1 << 62
 
 
 def is_named(destination: PathLike | None) -> bool:
     """Whether ``destination`` is the name of one weight file, and not of a folder that exists."""
-    return destination is not None and _kind(destination) in _FORMAT
+    return destination is not None and _kind(destination) in _formats()
 
 
 def refuse(destination: PathLike) -> None:
@@ -44,8 +44,10 @@ def implied(request: Request, destination: PathLike | None) -> Request:
     """``request`` with what the name of ``destination`` says and the request does not."""
     if destination is None or request.to is not None or not is_named(destination):
         return request
-    name = request.format or _FORMAT[_kind(destination)]
-    limit = request.max_shard_bytes or (_NO_LIMIT if name == "huggingface" else None)
+    name = request.format or _formats()[_kind(destination)]
+    limit = request.max_shard_bytes
+    if limit is None and name in FORMATS and FORMATS[name].in_shards and FORMATS[name].file_suffix:
+        limit = _NO_LIMIT
     return replace(request, format=name, max_shard_bytes=limit, one_file=True)
 
 
@@ -66,7 +68,7 @@ def name_of(result: Result, destination: PathLike | None) -> str | None:
     if not paths[0].endswith(kind):
         raise LayoutError(
             f"{destination} ends in {kind}, but the result is {paths[0]}. Give another name, or "
-            f'format="{_FORMAT[kind]}" (--format {_FORMAT[kind]}).'
+            f'format="{_formats()[kind]}" (--format {_formats()[kind]}).'
         )
     return paths[0]
 
@@ -80,6 +82,11 @@ def notes(source: Catalog, result: Result, only: str | None) -> tuple[str, ...]:
         f"{format_list(left)} not carried along: the result is one file. Name a folder to have "
         "all.",
     )
+
+
+def _formats() -> dict[str, str]:
+    """Return the format of each file suffix."""
+    return {f.file_suffix: f.name for f in FORMATS.values() if f.file_suffix}
 
 
 def _kind(destination: PathLike) -> str:

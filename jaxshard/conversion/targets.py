@@ -10,20 +10,19 @@ It decides, and writes nothing: ``conversion`` does. Only ``job_values`` reads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
 from ..core.strategy import Strategy
 from ..errors import LayoutError, NotFoundError, format_list
-from ..formats.registry import FORMATS
+from ..formats.output_files import Request, Result
+from ..formats.registry import find_format, names_where
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
 from ..rules.tensor_dims import Factors
-from .results import Request, Result
 
 __all__ = [
     "SAME",
@@ -37,22 +36,6 @@ __all__ = [
 
 #: The target that is laid out as the source is.
 SAME = "same"
-
-_Make = Callable[[Catalog, Sequence[Tensor], Request], Result]
-# Module and function, by format: each module is imported only when it is needed.
-_COMPLETE = {
-    "huggingface": ("complete_results", "huggingface"),
-    "unified": ("complete_results", "unified"),
-    "ckpt": ("complete_results", "ckpt"),
-    "iteration": ("iteration_results", "iteration"),
-    "orbax": ("complete_results", "orbax"),
-}
-_CUT = {
-    "ranks": ("rank_results", "rank_folders"),
-    "ckpt": ("rank_results", "rank_folders"),
-    "iteration": ("iteration_results", "iteration"),
-}
-_IN_SHARDS = tuple(name for name, format in FORMATS.items() if format.in_shards)
 
 
 def lay_out_for(
@@ -151,25 +134,23 @@ def same_layout(source: Catalog) -> Layout | None:
 
 
 def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
-    """The files that hold ``tensors`` of ``source`` as ``request`` wants them.
+    """Plan the files that hold ``tensors`` of ``source`` as ``request`` specifies.
 
     Raises:
         LayoutError: the layout does not fit the tensors, or the format the layout or a dtype.
     """
-    makers = _COMPLETE if request.to is None else _CUT
-    name = request.format or next(iter(makers))
-    if name not in makers:
-        what = "a complete checkpoint" if request.to is None else "files of ranks"
+    is_complete = request.to is None
+    format = find_format(request.format, is_complete=is_complete)
+    if not (format.is_complete if is_complete else format.is_by_rank):
+        able = names_where("is_complete" if is_complete else "is_by_rank")
         raise LayoutError(
-            f"format {name!r} is none for {what}; there are {', '.join(makers)}. "
-            + ("Give a layout" if request.to is None else "Give full")
-            + " with to= (--to)."
+            f"format {format.name!r} does not support "
+            f"{'complete checkpoints' if is_complete else 'files by rank'} (expected one of "
+            f"{', '.join(able)}). Give {'a layout' if is_complete else 'full'} with to= (--to)."
         )
-    if name != "orbax":
+    if not format.own_library:
         _refuse_unwritable(tensors)
-    module, function = makers[name]
-    make: _Make = getattr(import_module(f".{module}", __package__), function)
-    return replace(make(source, tensors, request), checksums=request.checksums)
+    return replace(format.plan_files(source, tensors, request), checksums=request.checksums)
 
 
 def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
@@ -196,39 +177,40 @@ def check_request(request: Request, step: str | None = None) -> None:
         LayoutError: with what it is for.
     """
     is_whole = request.to is None
-    name = request.format or ("huggingface" if is_whole else "ranks")
+    format = find_format(request.format, is_complete=is_whole)
     if request.remove_redundancy and is_whole:
         raise LayoutError(
-            "remove_redundancy= (--remove-redundancy) is for files of ranks; a complete checkpoint "
+            "remove_redundancy= (--remove-redundancy) is for files by rank; a complete checkpoint "
             "stores nothing twice. Leave it out, or give a layout with to= (--to)."
         )
-    if request.max_shard_bytes is not None and not (is_whole and name in _IN_SHARDS):
+    if request.max_shard_bytes is not None and not (is_whole and format.in_shards):
         raise LayoutError(
             "max_shard_size= (--max-shard-size) is for complete checkpoints in several files "
-            f"({', '.join(_IN_SHARDS)}), and the target is "
+            f"({', '.join(names_where('in_shards'))}), and the target is "
             f"{'one file' if is_whole else 'a file a rank'}. Leave it out."
         )
-    if request.crc and name != "ckpt":
+    if request.crc and not format.has_crc:
+        able = names_where("has_crc")
         raise LayoutError(
-            f"crc= (--crc) ends .ckpt files, and the format is {name}. Leave it out, or give "
-            'format="ckpt" (--format ckpt).'
+            f"crc= (--crc) is for the formats {', '.join(able)}, and the format is {format.name}. "
+            f'Leave it out, or give format="{able[0]}" (--format {able[0]}).'
         )
-    if request.checksums and (request.one_file or name == "orbax"):
+    if request.checksums and (request.one_file or format.own_library):
         raise LayoutError(
             "checksums= (--checksums) writes a file beside the others of a folder, and the target "
             + (
                 "is one file. Name a folder."
                 if request.one_file
-                else "is Orbax's, whose files have checksums of their own. Leave it out."
+                else f"is {format.title}, whose files have checksums of their own. Leave it out."
             )
         )
-    if step is not None and (is_whole or name not in ("ranks", "ckpt")):
+    if step is not None and (is_whole or not format.steps_in_names):
         raise LayoutError(
             f"step= (--step) {step} is for the names of rank files, and the target has none. Leave "
             "it out."
         )
-    if is_whole and name != "iteration" and request.prefix != Request.prefix:
+    if is_whole and not format.prefix_if_complete and request.prefix != Request.prefix:
         raise LayoutError(
-            f"prefix= (--prefix) {request.prefix} is for files of ranks, and the target is a "
+            f"prefix= (--prefix) {request.prefix} is for files by rank, and the target is a "
             "complete checkpoint, whose files are named by its format. Leave it out."
         )

@@ -16,6 +16,7 @@ import numpy as np
 from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor, View
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list
+from ..formats.registry import format_of
 from ..planning.cells import are_disjoint
 from ..planning.copies import TensorCopy, check_covered, move_into
 from ..planning.plan import remedy
@@ -214,7 +215,7 @@ def _checksums(
     from ..storage.checksum_file import check_folder  # noqa: PLC0415 - verify alone reads them
 
     stored = _origin(catalog)
-    if stored.format == "orbax":  # its library compares its own whenever it reads
+    if format_of(stored.format).own_library:  # which compares its own whenever it reads
         return [], []
     try:
         if check_folder(stored.root, (f.path for f in stored.files), workers=budget.workers):

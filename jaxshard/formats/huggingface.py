@@ -23,9 +23,12 @@ from typing import Any
 from ..core.box import Box
 from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
 from ..core.decoders import FETCH, parse_object
-from ..errors import CoverageError, FormatError, NotFoundError, format_list, quote_name
+from ..core.layout import Layout, Placement
+from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list, quote_name
+from ..planning.outputs import Outputs, arrange
 from ..rules.match import text_config
 from .folder import Folder
+from .output_files import Request, Result, SafetensorsContainer
 from .safetensors import Entry, Header, read_header
 
 
@@ -456,3 +459,71 @@ def scalar_value(name: str, value: object, where: str) -> int | float:
             return int(value)
     expected = "a number" if name in _FRACTIONS else "a whole number of 64 bits"
     raise FormatError(f"{where}: {name} is {quote_name(repr(value))}, expected {expected}. {FETCH}")
+
+
+# --- Output files: every tensor whole, in shards of a limited size
+
+_HUGGINGFACE_BYTES = 5 * 10**9  # what transformers puts in one file
+_UNIFIED_BYTES = 3 << 30  # what MindSpore does
+
+
+def plan_complete(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """Plan the files of a folder that transformers loads."""
+    groups = _groups(source, tensors, request.max_shard_bytes or _HUGGINGFACE_BYTES)
+    paths = file_names(len(groups))
+    if request.one_file and len(groups) == 1:
+        groups = [[t.name for t in tensors]]
+    outputs, weight_map = _arranged(tensors, groups, paths)
+    side = {}
+    if len(groups) > 1:
+        total = sum(t.num_bytes for t in tensors)
+        side[INDEX] = index_json(weight_map, total, {})
+    metadata = {"format": "pt", **source.metadata}
+    if metadata["format"] == "ms":
+        metadata["format"] = "pt"  # transformers loads no file that says otherwise
+    return Result("huggingface", outputs, SafetensorsContainer(metadata), side)
+
+
+def plan_unified(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """Plan the files of a folder as ``mindspore.unified_safetensors`` makes it."""
+    groups = _groups(source, tensors, request.max_shard_bytes or _UNIFIED_BYTES)
+    paths = [f"part{i}.safetensors" for i in range(len(groups))]
+    outputs, weight_map = _arranged(tensors, groups, paths)
+    weights = {n: p for n, p in weight_map.items() if p != MINDSPORE_HYPER}
+    total = sum(t.num_bytes for t in tensors if t.name in weights)
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    side = {MINDSPORE_INDEX: json.dumps(index, indent=4).encode()}
+    metadata = {**source.metadata, "format": "ms", "remove_redundancy": "False"}
+    return Result("unified", outputs, SafetensorsContainer(metadata), side)
+
+
+def check_config(config: object) -> None:
+    """Refuse what cannot be ``config.json``, before anything is written."""
+    try:
+        if config is None or (isinstance(config, Mapping) and json.dumps(dict(config))):
+            return
+        why = f"a {type(config).__name__} is none"
+    except (TypeError, ValueError) as error:
+        why = str(error)
+    raise LayoutError(f"config= becomes config.json, an object of names and values; {why}.")
+
+
+def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[str]]:
+    weights = [(t.name, t.num_bytes) for t in tensors if t.name not in source.hyper]
+    return plan_files(weights, max_shard_bytes)
+
+
+def _arranged(
+    tensors: Sequence[Tensor], groups: list[list[str]], paths: list[str]
+) -> tuple[Outputs, dict[str, str]]:
+    """The outputs, and which file serves a name; what is in no group has a file of its own."""
+    grouped = {name for group in groups for name in group}
+    hyper = [t for t in tensors if t.name not in grouped]
+    weights = [t for t in tensors if t.name in grouped]
+    if hyper:
+        groups, paths = [*groups, [t.name for t in hyper]], [*paths, MINDSPORE_HYPER]
+    alone = [(Placement((), first_rank=i),) for i in range(len(groups))]
+    placements = {name: alone[i] for i, group in enumerate(groups) for name in group}
+    outputs = arrange([*weights, *hyper], Layout(len(groups), placements), paths)
+    weight_map = {name: paths[p[0].first_rank] for name, p in placements.items()}
+    return outputs, weight_map

@@ -19,8 +19,8 @@ import json
 import re
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, replace
+from math import isfinite, prod
 from typing import Any, NamedTuple, NoReturn
 
 from ..core.box import Box
@@ -29,11 +29,14 @@ from ..core.decoders import FETCH, parse_object
 from ..core.dtypes import DType
 from ..core.layout import Layout, Placement, Shard
 from ..errors import FormatError, LayoutError, NotFoundError, format_list, quote_name
+from ..planning.outputs import Outputs, arrange
 from ..rules.match import weight_name
 from . import huggingface
-from .folder import COMMON, ITERATION_METADATA, Folder
+from .folder import COMMON, ITERATION_METADATA, TRACKER, Folder
 from .huggingface import scalar_names
 from .mindspore_ckpt import TENSOR_TYPES
+from .output_files import Request, Result, SafetensorsContainer
+from .rank_folder import placed
 from .safetensors import Entry, read_header
 
 _MAX_METADATA_BYTES = 1 << 28  # a thousand tensors on a thousand ranks, with all copies
@@ -428,3 +431,120 @@ def _layout(placement: Placement, ndim: int) -> dict[str, Any]:
         "alias_name": names,
         "rank_list": list(placement.ranks),
     }
+
+
+# --- Output files: weights and optimizer states of a rank in separate files
+#
+# A layout's ranks are files. So the files here are a layout of twice as many ranks: a state has
+# the placement of its weight, that many ranks further on.
+
+_COMMON = ("epoch_num", "step_num", "global_step", "loss_scale", "global_batch_size")
+
+
+def plan_files(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """Plan the files of ``iteration_{step}/`` and the tracker that names it.
+
+    Raises:
+        LayoutError: a tensor is not in the layout, or has a dtype that MindSpore has not.
+    """
+    everything = Layout(1, {t.name: (Placement(()),) for t in tensors})
+    layout = everything if request.to is None else placed(source, tensors, request)
+    step = int(request.numbers.get("global_step", request.numbers.get("step_num", 0)))
+    if step < 0:
+        raise LayoutError(f"global_step is {step}; an iteration is numbered from 0.")
+    folder = f"iteration_{step:08d}"
+    states = {t.name for t in tensors if _is_state(t.name, source)}
+    files = _Files(layout.num_ranks, folder, request.prefix, bool(states))
+    lying = {
+        t.name: files.placements(t.name, layout, t.name in states, t.name in source.hyper)
+        for t in tensors
+    }
+    outputs = arrange(
+        tensors,
+        Layout(files.num_files, lying, notes=layout.notes),
+        files.paths,
+        remove_redundancy=request.remove_redundancy,
+    )
+    told = [(t, None if t.name in source.hyper else _cut(layout, t)) for t in tensors]
+    side = {
+        f"{folder}/{ITERATION_METADATA}": metadata_json(told, files.stores(outputs)),
+        f"{folder}/{COMMON}": _common(request.numbers),
+        TRACKER: str(step).encode(),
+    }
+    return Result(
+        "iteration",
+        outputs,
+        SafetensorsContainer({"format": "ms"}),
+        side,
+        extras_to=folder,
+        files_per_rank=files.num_files // layout.num_ranks,
+    )
+
+
+def _is_state(name: str, source: Catalog) -> bool:
+    return name in source.hyper or weight_name(name) != name
+
+
+def _cut(layout: Layout, tensor: Tensor) -> Placement | None:
+    """Where the tensor lies; of several stages that hold it, the first."""
+    placement = layout.placements[tensor.name][0]
+    return placement if layout.num_ranks > 1 else None
+
+
+def _common(numbers: Mapping[str, Any]) -> bytes:
+    """``common.json``: what MindFormers resumes with. What is not known is null.
+
+    Raises:
+        LayoutError: a number is infinite or not a number.
+    """
+    known = {name: numbers.get(name) for name in (*_COMMON, "consumed_samples")}
+    more = {k: v for k, v in numbers.items() if k not in known and k != "ckpt_status"}
+    said = {**known, **more, "ckpt_status": numbers.get("ckpt_status")}
+    for name, value in said.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise LayoutError(
+                f"{name} is {value}, and {COMMON} can hold finite numbers only. Leave it out with "
+                "exclude= (--exclude)."
+            )
+    return json.dumps(said, indent=4).encode()
+
+
+class _Files:
+    """Which file is which: those of weights by rank, then those of states."""
+
+    def __init__(self, num_ranks: int, folder: str, prefix: str, has_states: bool) -> None:
+        self._num_ranks, self._folder = num_ranks, folder
+        kinds = ("model", "opt") if has_states else ("model",)
+        named = prefix.rstrip("-_") + "-" if prefix.rstrip("-_") else ""
+        self.names = tuple(
+            f"{named}{kind}-{rank:07d}-{num_ranks:07d}.safetensors"
+            for kind in kinds
+            for rank in range(num_ranks)
+        )
+        self.num_files = len(self.names)
+        self.paths = [f"{folder}/{name}" for name in self.names]
+
+    def placements(
+        self, name: str, layout: Layout, is_state: bool, is_number: bool
+    ) -> tuple[Placement, ...]:
+        """Where tensor ``name`` lies among the files; a number of the job in one of them."""
+        shift = self._num_ranks if is_state else 0
+        if is_number:
+            return (Placement((), (), shift),)
+        return tuple(replace(p, first_rank=p.first_rank + shift) for p in layout.placements[name])
+
+    def stores(self, outputs: Outputs) -> Stores:
+        """Which files store a shard, as the metadata is to say it."""
+
+        def stores(name: str, placement: Placement, shard: Shard) -> list[tuple[int, str]]:
+            mine = next(
+                p
+                for p in outputs.layout.placements[name]
+                if p.first_rank % self._num_ranks == placement.first_rank
+            )  # of several stages that hold it the first: one layout is all that can be said
+            return [
+                (file % self._num_ranks, self.names[file])
+                for file in outputs.holders(name, mine, shard)
+            ]
+
+        return stores

@@ -18,7 +18,6 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,12 +26,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
-from numpy.typing import NDArray
 
 from ..core.catalog import File
 from ..core.decoders import FETCH, parse_object
 from ..errors import FormatError, JaxshardError, LayoutError, StorageError, format_list
 from .folder import Folder
+from .output_files import LazyArray
 
 Tree = Any
 
@@ -204,26 +203,6 @@ def _wide(wide: bool) -> AbstractContextManager[object]:
 
 
 # --- Writing for Orbax, one tensor at a time: for models that do not fit in memory
-
-
-@dataclass(frozen=True)
-class LazyArray:
-    """An array that will be there when it is asked for.
-
-    Attributes:
-        shape: of the array.
-        dtype: of its elements.
-        read: gives the array; called once.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[np.generic]
-    read: Callable[[], NDArray[np.generic]]
-
-    @property
-    def size(self) -> int:
-        """How many elements it has."""
-        return int(np.prod(self.shape, dtype=np.int64))
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]

@@ -8,17 +8,20 @@ written from either. This module knows nothing of ranks.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..core.box import Box
 from ..core.catalog import Catalog, File, StoredShard, Tensor
 from ..core.dtypes import DType
+from ..core.layout import Layout, Placement
 from ..errors import FormatError, quote_name
+from ..planning.outputs import Entry, arrange
 from . import huggingface, safetensors
 from .folder import Folder, kind_of
 from .huggingface import scalar_names
+from .output_files import FileLayout, Request, Result
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
 _NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # said of the file, not kept in it
@@ -108,14 +111,28 @@ def check_crc(folder: Folder, path: str) -> bool:
     return True
 
 
-def texts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What of ``metadata`` is text to be kept in a ``.ckpt``."""
-    return {k: v for k, v in metadata.items() if k not in _NOT_TEXT and v != INT4}
+@dataclass(frozen=True)
+class CkptContainer:
+    """MindSpore's ``.ckpt`` files: ``metadata`` holds their text values and Int4 tensors.
 
+    Attributes:
+        crc: end each file with a checksum.
+    """
 
-def int4_names(metadata: Mapping[str, str]) -> frozenset[str]:
-    """The tensors that ``metadata`` says are packed Int4."""
-    return frozenset(k for k, v in metadata.items() if v == INT4)
+    metadata: Mapping[str, str]
+    crc: bool = False
+
+    def layout(self, entries: Sequence[Entry]) -> FileLayout:
+        """Lay out the file of ``entries``."""
+        from . import mindspore_ckpt  # noqa: PLC0415 - only to write .ckpt files
+
+        items = self.metadata.items()
+        return mindspore_ckpt.layout_file(
+            [(e.tensor.name, e.tensor.dtype, e.shape) for e in entries],
+            strings={k: v for k, v in items if k not in _NOT_TEXT and v != INT4},
+            int4=[k for k, v in items if v == INT4],
+            crc=self.crc,
+        )
 
 
 # --- Complete ``.ckpt`` files: a model that MindSpore saved whole, in one file or a few
@@ -170,3 +187,10 @@ def read(folder: Folder) -> Catalog:
 
 def _top(files: Mapping[str, File]) -> list[str]:
     return sorted(p for p in files if "/" not in p and p.endswith(".ckpt"))
+
+
+def plan_complete(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Result:
+    """Plan one ``.ckpt`` with every tensor: MindSpore has no index for several files."""
+    placements = dict.fromkeys((t.name for t in tensors), (Placement(()),))
+    outputs = arrange(tensors, Layout(1, placements), [NAME])
+    return Result("ckpt", outputs, CkptContainer(source.metadata, request.crc), {})

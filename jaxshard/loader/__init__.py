@@ -26,6 +26,7 @@ from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_ja
 from ..errors import CoverageError, LayoutError, NotFoundError, format_list
 from ..formats.huggingface import CHECKSUMS
 from ..formats.rank_names import rank_of_folder
+from ..formats.registry import format_of
 from ..mapping import Mapping, find_mapping
 from ..rules import Rules
 from ..storage.identity import check_same, identity
@@ -305,7 +306,7 @@ def _check_sums(
     from ..storage.checksum_file import check_folder  # noqa: PLC0415 - on request only
 
     paths = [catalog.files[number].path for number in used]
-    if catalog.format == "orbax" or check_folder(catalog.root, paths, workers=workers):
+    if format_of(catalog.format).own_library or check_folder(catalog.root, paths, workers=workers):
         return
     lacking = [path for path in paths if path in without]
     if lacking:

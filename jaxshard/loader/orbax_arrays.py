@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from ..core.catalog import Catalog
+from ..formats.registry import Orbax, format_of
 from ..storage.local import FolderVersions
 from ..storage.resources import Counts, default_budget
 from .memory_budget import check_dtypes, check_memory, need_of
@@ -17,7 +18,7 @@ def restored_by_orbax(catalog: Catalog, wants: Sequence[Want]) -> bool:
     """Whether Orbax can make every array: each is a tensor as stored, and wanted once."""
     names = [want.tensor.name for want in wants]
     return (
-        catalog.format == "orbax"
+        isinstance(format_of(catalog.format), Orbax)
         and len(set(names)) == len(names)
         and all(catalog.tensors.get(want.tensor.name) is want.tensor for want in wants)
     )
@@ -35,7 +36,7 @@ def restore(
         LayoutError: there is not the memory, or a device lacks a dtype.
         FormatError: Orbax cannot read them.
     """
-    from ..formats import orbax  # noqa: PLC0415 - a second to import, and seldom wanted
+    from ..formats import orbax  # noqa: PLC0415 - a second to import, and rarely needed
 
     todo = [job for job, _ in jobs(wants)]
     group_bytes = default_budget() if host_bytes is None else host_bytes

@@ -31,6 +31,7 @@ from ..errors import (
 )
 from ..formats import rank_names
 from ..formats.huggingface import model_of
+from ..formats.registry import format_of
 from ..rules import missing_layers, rules_for
 from ..rules.match import is_part_of_adapter, weight_name
 from ..storage.local import LocalFolder
@@ -47,7 +48,7 @@ def keeps_slicing(switch: bool | None, strategy: Strategy, catalog: Catalog) -> 
 
 def _own(strategy: Strategy, catalog: Catalog) -> Layout | None:
     """The layout of rank files, if there is one for each rank of the job."""
-    layout = catalog.layout if catalog.format == "ranks" else None
+    layout = catalog.layout if format_of(catalog.format).reads_strategy else None
     return layout if layout is not None and layout.num_ranks == strategy.num_ranks else None
 
 
@@ -124,7 +125,7 @@ def maybe_part(strategy: Strategy, catalog: Catalog) -> str:
     of a known family tell which it is, when they are loaded; of others, the configuration's
     number of ranks is all there is.
     """
-    layout = catalog.layout if catalog.format == "ranks" else None
+    layout = catalog.layout if format_of(catalog.format).reads_strategy else None
     ranks, stage = strategy.num_ranks, strategy.stage_ranks
     if layout is None or layout.num_ranks >= ranks or layout.num_ranks % stage:
         return ""

@@ -10,6 +10,7 @@ from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
 from ..errors import format_list, printable, quote_name
 from ..formats.rank_names import rank_of_folder
+from ..formats.registry import format_of
 from .outputs import Outputs
 
 _MOST_CELLS = 8
@@ -215,13 +216,7 @@ def note_lines(notes: Sequence[str]) -> list[str]:
 
 def format_title(catalog: Catalog) -> str:
     """Return what kind of checkpoint ``catalog`` is, in words."""
-    what = {
-        "huggingface": "a Hugging Face checkpoint",
-        "ranks": "rank files",
-        "ckpt": "a MindSpore .ckpt",
-        "iteration": "a Checkpoint 2.0 folder",
-    }
-    text = what.get(catalog.format, catalog.format)
+    text = format_of(catalog.format).title or catalog.format
     if catalog.model.type:
         text += f" of a {catalog.model.type} model"
         text += f" with {catalog.model.num_layers} layers" if catalog.model.num_layers else ""

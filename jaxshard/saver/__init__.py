@@ -19,10 +19,8 @@ import jax
 import numpy as np
 
 from ..conversion import single_file
-from ..conversion.complete_results import check_config
 from ..conversion.execute import Report
 from ..conversion.open import PathLike, open_strategy, opened
-from ..conversion.results import Request, Result
 from ..conversion.targets import (
     SAME,
     check_factors,
@@ -39,9 +37,11 @@ from ..core.strategy import Strategy
 from ..devices.mesh import layout_of
 from ..devices.pytree import is_array_like, named_leaves
 from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
-from ..errors import LayoutError, did_you_mean, format_list
+from ..errors import LayoutError, format_list
 from ..formats import huggingface, rank_names
-from ..formats.registry import FORMATS
+from ..formats.huggingface import check_config
+from ..formats.output_files import Request, Result
+from ..formats.registry import Format, find_format, names_where
 from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
 from ..rules import Rules
@@ -53,11 +53,6 @@ from .chunked_fetch import share_out
 from .host_shards import Array, ArraySource, num_fetched
 from .multiprocess import Work, check_across, check_alone, commit_across, commit_own
 from .publish import commit
-
-__all__ = ["FORMATS", "save"]
-
-_AS_ARRAYS_LIE = ("ranks", "iteration")  # a .ckpt is complete unless a strategy is given
-_OF_MINDSPORE = ("ranks", "ckpt", "unified", "iteration")  # which tell a job's numbers apart
 
 
 def save(
@@ -136,19 +131,19 @@ def save(
     processes = Processes() if alone else processes_of_jax(timeout_s)
     where, keep = Path(path), {"overwrite": overwrite, "durable": fsync}
     with processes.about(str(where)).together("saving: preparing"), paused():
-        _check_format(format)
+        kind = find_format(format)
         single_file.refuse(where)
         arrays, notes = arrays_of(tree, name_of)
         if processes.are_several:
-            check_across(format, shared=shared)
+            check_across(kind, shared=shared)
         elif alone:
-            check_alone(arrays, format)
+            check_alone(arrays, kind)
         carried, more = _carried(extras)
         notes = (*notes, *more)
         check_config(config)
         model = _model(config, carried)
         ready = None
-        _check_uncut(format, strategy)
+        _check_uncut(kind, strategy)
         max_bytes = None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size")
         request = Request(
             None,
@@ -158,7 +153,7 @@ def save(
             format=format,
             checksums=checksums,
         )
-        if format == "orbax":
+        if kind.own_library:
             check_request(request, step)
         else:
             limit = default_budget() if host_bytes is None else parse_size(host_bytes, "host_bytes")
@@ -169,11 +164,11 @@ def save(
                 model=model,
                 metadata=metadata,
                 room=room,
-                has_numbers=format in _OF_MINDSPORE,
+                has_numbers=kind.of_mindspore,
             )
             if names is not None:
                 source.map(find_mapping(names, source.catalog))
-            layout = _layout(format, strategy, rules, source.catalog, arrays)
+            layout = _layout(kind, strategy, rules, source.catalog, arrays)
             request = _with_step(replace(request, to=layout), step, source.catalog, arrays)
             result = make_result(source.catalog, list(source.catalog.tensors.values()), request)
             ready = source, result if config is None else _with_config(result, config), budget
@@ -181,7 +176,7 @@ def save(
         if names is not None:
             arrays = _mapped(arrays, names, model)
         own = tree if name_of is None and names is None else arrays
-        counts = publish.save(own, arrays, where, carried, **keep)
+        counts = publish.save(kind, own, arrays, where, carried, **keep)
         return _report(path, counts, 0, notes, carried)
     source, result, budget = ready
     try:
@@ -269,12 +264,13 @@ def _mapped(
     return mapping.apply_arrays(arrays)
 
 
-def _check_uncut(format: str, strategy: object) -> None:
-    """Refuse a strategy where no files are cut."""
-    if strategy is not None and not FORMATS[format].is_cut:
+def _check_uncut(format: Format, strategy: object) -> None:
+    """Refuse a strategy for a format without files by rank."""
+    if strategy is not None and not format.is_by_rank:
         raise LayoutError(
-            f"strategy={strategy} says how files by rank are cut, and {format} has none. Leave it "
-            'out, or save with format="ranks".'
+            f"strategy={strategy} is for files by rank, and format {format.name!r} has none "
+            f"(expected one of {', '.join(names_where('is_by_rank'))}). Leave it out, or "
+            "choose one of these formats."
         )
 
 
@@ -304,14 +300,14 @@ def _numbers(arrays: Mapping[str, Array], hyper: frozenset[str]) -> dict[str, An
 
 
 def _layout(
-    format: str,
+    format: Format,
     strategy: str | PathLike | Strategy | Layout | None,
     rules: Rules | None,
     catalog: Catalog,
     arrays: Mapping[str, Array],
 ) -> Layout | None:
     """Who holds what in files by rank; None where files are complete."""
-    if strategy == SAME or (strategy is None and format in _AS_ARRAYS_LIE):
+    if strategy == SAME or (strategy is None and format.of_shardings):
         own = layout_of(arrays)
         return catalog.origin.place(own) if catalog.origin else own
     if strategy is None:
@@ -331,11 +327,3 @@ def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:
     if config is not None:
         return huggingface.model_of(config)
     return carried.model if carried else Model()
-
-
-def _check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise LayoutError(
-            f"there is no format {format!r}.{did_you_mean(format, FORMATS)} Known are "
-            f"{', '.join(FORMATS)}."
-        )

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import jax
 
-from ..conversion.results import Result
 from ..core.catalog import Catalog, StoredShard
 from ..devices.mesh import rank_devices_of
 from ..distributed.barriers import Processes
 from ..errors import LayoutError
 from ..formats import rank_folder
+from ..formats.output_files import Result
+from ..formats.registry import Format
 from ..planning.copies import TensorCopy
 from ..storage.engine import run
 from ..storage.io import Sink, Source
@@ -40,7 +41,7 @@ def lay_out(result: Result, folder: Path, *, durable: bool) -> None:
     Raises:
         StorageError: the disk is full or refuses.
     """
-    files = SharedFiles(result.outputs, folder, result.lay_file)
+    files = SharedFiles(result.outputs, folder, result.container)
     try:
         files.lay_out()
         if durable:
@@ -65,7 +66,7 @@ def write_share(
     Raises:
         StorageError: the disk is full or refuses.
     """
-    files = SharedFiles(result.outputs, folder, result.lay_file)
+    files = SharedFiles(result.outputs, folder, result.container)
     sink = _Shares(files)
     try:
         counts = run(
@@ -111,11 +112,11 @@ def seal(result: Result, folder: Path, *, durable: bool) -> None:
     Raises:
         StorageError: the disk refuses.
     """
-    if result.seal is None:
+    if not result.container.crc:
         return
-    files = SharedFiles(result.outputs, folder, result.lay_file)
+    files = SharedFiles(result.outputs, folder, result.container)
     try:
-        files.seal(result.seal)
+        files.append_crcs()
         if durable:
             files.sync()
     finally:
@@ -292,16 +293,16 @@ def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
     return frozenset(r for r, device in enumerate(devices) if device.process_index == here)
 
 
-def check_alone(arrays: Mapping[str, Array], format: str) -> None:
+def check_alone(arrays: Mapping[str, Array], format: Format) -> None:
     """Refuse what this process, of several, cannot save by itself.
 
     Raises:
         LayoutError: other processes hold parts, or the format is not one for it.
     """
-    if format == "orbax" and jax.process_count() > 1:
+    if format.own_library and jax.process_count() > 1:
         raise LayoutError(
-            f"Orbax meets all {jax.process_count()} processes when it saves, so none can save with "
-            "it alone. Save as huggingface or ranks."
+            f"format {format.name!r}: its library synchronizes all {jax.process_count()} processes "
+            "when it saves, so alone=True is not possible. Save as huggingface or ranks."
         )
     for name, array in arrays.items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -311,19 +312,19 @@ def check_alone(arrays: Mapping[str, Array], format: str) -> None:
             )
 
 
-def check_across(format: str, *, shared: bool) -> None:
+def check_across(format: Format, *, shared: bool) -> None:
     """Refuse what several processes cannot write.
 
     Raises:
         LayoutError: the format is not one for it.
     """
-    if format == "orbax":
+    if format.own_library:
         raise LayoutError(
-            "Orbax's own format is written here by one process only. Save as huggingface or ranks, "
-            "or call Orbax itself in every process."
+            f"format {format.name!r} is written by one process only. Save as huggingface or ranks, "
+            "or call its own library in every process."
         )
-    if not shared and format not in ("ranks", "ckpt"):
+    if not shared and not format.on_own_disks:
         raise LayoutError(
-            f"{format} files hold what several processes have, so they need a disk that all of "
-            'them share. With shared=False, save with format="ranks".'
+            f"format {format.name!r}: each file holds data of several processes, so all of them "
+            'must share a disk. With shared=False, save with format="ranks".'
         )

@@ -14,10 +14,10 @@ from typing import Any
 
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey, keystr, tree_flatten_with_path
 
-from ..conversion.complete_results import refuse_empty
-from ..conversion.results import Result
 from ..core.catalog import Catalog
 from ..errors import LayoutError, StorageError
+from ..formats.output_files import Result
+from ..formats.registry import Format
 from ..planning.plan import make_plan
 from ..storage.engine import run
 from ..storage.resources import Budget, Counts
@@ -74,7 +74,7 @@ def write_files(
         source.catalog, outputs, only=only, block_bytes=budget.block_bytes, is_bundled=True
     )
     check_room(staging.files, plan.totals.bytes_written)
-    files = OutputFiles(plan, staging, result.lay_file, result.seal)
+    files = OutputFiles(plan, staging, result.container)
     try:
         return run(plan.journeys(), source, files, budget=budget)
     finally:
@@ -179,6 +179,7 @@ def check_room(place: Path, num_bytes: int) -> None:
 
 
 def save(
+    format: Format,
     tree: Any,
     arrays: Mapping[str, Array],
     destination: Path,
@@ -187,19 +188,17 @@ def save(
     overwrite: bool,
     durable: bool,
 ) -> Counts:
-    """Write ``tree`` for Orbax, or ``arrays`` by name where Orbax cannot have it as it is.
+    """Write ``tree`` with the format's own library, or ``arrays`` by name if it cannot store it.
 
     Raises:
         LayoutError: the destination exists, or an array is empty.
         StorageError: the disk is full or refuses.
     """
-    refuse_empty({name: tuple(array.shape) for name, array in arrays.items()})
-    from ..formats import orbax_items  # noqa: PLC0415 - a second to import, and seldom wanted
-
+    format.check_shapes({name: tuple(array.shape) for name, array in arrays.items()})
     as_it_is = _is_restorable(tree, len(arrays))
 
     def write(files: Path, staging: Staging) -> Counts:
-        orbax_items.write(files, tree if as_it_is else dict(arrays))
+        format.write_tree(files, tree if as_it_is else dict(arrays))
         for path in sorted(files.rglob("*")):
             if path.is_file():
                 staging.sync(path)

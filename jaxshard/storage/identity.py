@@ -24,8 +24,9 @@ from ..core.box import Box
 from ..core.catalog import Catalog, File, StoredShard
 from ..errors import CoverageError, format_list
 from ..formats import rank_folder, rank_names
-from ..formats.folder import ITERATION_METADATA, ORBAX_FILES
+from ..formats.folder import ORBAX_FILES
 from ..formats.huggingface import CHECKSUMS
+from ..formats.registry import format_of
 from .local import LocalFolder
 from .readers import SourceFiles
 
@@ -54,7 +55,7 @@ def identity(catalog: Catalog) -> str:
         FormatError, StorageError: a file is damaged, changed or cannot be read.
     """
     said: dict[str, Any] = {"save": _save_of(catalog), "checksums": _checksums(catalog)}
-    if catalog.format == "orbax":
+    if format_of(catalog.format).own_library:
         said |= {"tensors": _tensors(catalog), "contents": _orbax(catalog)}
     elif _is_part(catalog):
         files = sorted(catalog.files, key=lambda file: _short(file.path.encode()))[:_PARTS]
@@ -114,7 +115,7 @@ def _save_of(catalog: Catalog) -> str:
     Raises:
         FormatError: the file that says so is damaged.
     """
-    if catalog.layout is None or catalog.format != "ranks":
+    if catalog.layout is None or not format_of(catalog.format).on_own_disks:
         return ""
     folder = LocalFolder(catalog.root)
     try:
@@ -137,9 +138,7 @@ def _checksums(catalog: Catalog) -> str | None:
 
 def _is_part(catalog: Catalog) -> bool:
     """Whether other servers may have files of this checkpoint that are not here."""
-    if catalog.layout is None:
-        return False
-    return catalog.format == "iteration" or len(_of_ranks(catalog)) < catalog.layout.num_ranks
+    return catalog.layout is not None and len(_of_ranks(catalog)) < catalog.layout.num_ranks
 
 
 def _of_ranks(catalog: Catalog) -> list[str]:
@@ -155,17 +154,18 @@ def _step(catalog: Catalog) -> object:
 
 
 def _metadata(catalog: Catalog) -> dict[str, bytes]:
-    """The beginning and the end of what describes a Checkpoint 2.0 folder."""
-    if catalog.format != "iteration":
+    """The beginning and the end of the file that describes the tensors, if there is one."""
+    path = format_of(catalog.format).metadata_file
+    if not path:
         return {}
     folder = LocalFolder(catalog.root)
     try:
-        size = folder.files()[ITERATION_METADATA].num_bytes
+        size = folder.files()[path].num_bytes
         ends = [(0, min(size, _SAMPLE_BYTES)), (max(0, size - _SAMPLE_BYTES), _SAMPLE_BYTES)]
-        read = [folder.read(ITERATION_METADATA, start, min(n, size - start)) for start, n in ends]
+        read = [folder.read(path, start, min(n, size - start)) for start, n in ends]
     finally:
         folder.close()
-    return {ITERATION_METADATA: b"".join((str(size).encode(), *read))}
+    return {path: b"".join((str(size).encode(), *read))}
 
 
 def _tensors(catalog: Catalog) -> str:

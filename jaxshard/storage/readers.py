@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..core.catalog import Catalog, StoredShard
 from ..errors import NotFoundError, StorageError
+from ..formats.registry import Orbax, format_of
 from . import prefetch
 from .io import Source
 from .local import Handles, LocalFolder
@@ -164,8 +165,8 @@ class MappedFiles(SourceFiles):
 
 def open_source(catalog: Catalog, *, mapped: bool = False) -> Source:
     """Open what reads the tensors of ``catalog``; its files are ``mapped`` on request."""
-    if catalog.format == "orbax":
-        from .orbax_source import OrbaxSource  # noqa: PLC0415 - a second to import
+    if isinstance(format_of(catalog.format), Orbax):
+        from .orbax_source import OrbaxSource  # noqa: PLC0415 - imports JAX
 
         return OrbaxSource(catalog)
     return MappedFiles(catalog) if mapped else SourceFiles(catalog)

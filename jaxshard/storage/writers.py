@@ -15,42 +15,20 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ..core.garbage import paused
 from ..errors import LayoutError, NotFoundError, StorageError
 from ..formats.mindspore_ckpt import CRC_BYTES, crc_trailer
+from ..formats.output_files import Container, FileLayout
 from ..planning.bundles import Bundle
 from ..planning.copies import TensorCopy
-from ..planning.outputs import Entry, Outputs
+from ..planning.outputs import Outputs
 from ..planning.plan import Plan
 from .io import Sink
 from .linux import reserve
 from .local import Handles
 from .shared_transaction import PartStaging
 from .transaction import FILES, Staging, staging_folder, told
-
-
-class FileLayout(Protocol):
-    """What a format says of one file: its bytes that are no tensor's, and each tensor's place."""
-
-    @property
-    def segments(self) -> Sequence[tuple[int, bytes]]:
-        """(offset, bytes) of everything that is not tensor data."""
-        ...
-
-    @property
-    def num_bytes(self) -> int:
-        """The file's size."""
-        ...
-
-    def spans(self, name: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        """(file offset, length) of bytes ``offset … offset + length`` of a tensor's data."""
-        ...
-
-
-LayFile = Callable[[Sequence[Entry]], FileLayout]
-Seal = Callable[[Path], None]
 
 _HELD_BYTES = 8 << 20  # the disk works while files are filled, and the fsync at the end is short
 
@@ -62,8 +40,7 @@ class OutputFiles(Sink):
         self,
         plan: Plan,
         staging: Staging | PartStaging,
-        lay_file: LayFile,
-        seal: Seal | None = None,
+        container: Container,
     ) -> None:
         outputs = plan.outputs
         wanted = range(len(outputs.paths)) if plan.only is None else sorted(plan.only)
@@ -71,9 +48,10 @@ class OutputFiles(Sink):
         self._content_of = outputs.content_of
         with paused():
             self._layouts: Mapping[int, FileLayout] = {
-                c: lay_file(outputs.contents[c]) for c in {outputs.content_of[r] for r in wanted}
+                c: container.layout(outputs.contents[c])
+                for c in {outputs.content_of[r] for r in wanted}
             }
-        self._handles, self._seal = Handles(staging.files, os.O_WRONLY), seal
+        self._handles, self._crc = Handles(staging.files, os.O_WRONLY), container.crc
         self._lock = threading.Lock()
         sizes = outputs.rank_bytes()
         self._left = {rank: sizes[rank] for rank in wanted}
@@ -153,8 +131,8 @@ class OutputFiles(Sink):
         path, layout = self._paths[rank], self._layouts[self._content_of[rank]]
         for offset, data in layout.segments:
             self._handles.write(path, offset, memoryview(data))
-        if self._seal:
-            self._seal(self._staging.files / path)
+        if self._crc:
+            append_crc(self._staging.files / path)
         self._staging.finish(path, layout.num_bytes)
 
 
@@ -276,9 +254,9 @@ def bring_in(staging: Staging, folder: Path) -> None:
 class SharedFiles:
     """The files of ``outputs`` below ``folder``."""
 
-    def __init__(self, outputs: Outputs, folder: Path, lay_file: LayFile) -> None:
+    def __init__(self, outputs: Outputs, folder: Path, container: Container) -> None:
         self._outputs, self._folder = outputs, folder
-        self._layouts: list[FileLayout] = [lay_file(content) for content in outputs.contents]
+        self._layouts = [container.layout(content) for content in outputs.contents]
         self._handles = Handles(folder, os.O_WRONLY)
         self._written: set[int] = set()
         self._lock = threading.Lock()
@@ -329,10 +307,10 @@ class SharedFiles:
         for rank in sorted(self._written):
             self._handles.sync(self._outputs.paths[rank])
 
-    def seal(self, seal: Callable[[Path], None]) -> None:
-        """Finish every file; one process does, when all have written."""
+    def append_crcs(self) -> None:
+        """Append the checksum of every file; one process does, when all have written."""
         for rank, path in enumerate(self._outputs.paths):
-            seal(self._folder / path)
+            append_crc(self._folder / path)
             self._written.add(rank)
 
     def close(self) -> None:

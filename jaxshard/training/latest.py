@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import StorageError, format_list
+from ..formats.registry import format_of
 from . import naming
 from .records import Record, is_strategy_file
 from .run_directory import Places, replace_file
@@ -39,9 +40,10 @@ def point_at(places: Places, record: Record) -> None:
 
 def _pointers(places: Places, record: Record, failed: list[str]) -> Iterator[tuple[Path, bytes]]:
     """The pointer files of a step and their contents."""
-    if record.format == "iteration":
+    format = format_of(record.format)
+    if format.own_step_folder:
         yield places.steps / naming.TRACKER, str(record.global_step).encode()
-    if record.format != "ranks":
+    if not format.steps_in_names:
         return
     head = f"{naming.CHECKPOINT}/"
     for unit in record.units:

@@ -25,12 +25,12 @@ from typing import Any, Literal, Self, get_args
 import jax
 
 from .. import rules as family_rules
-from ..conversion.complete_results import check_config
 from ..core.layout import Layout
 from ..core.strategy import Strategy
 from ..distributed.barriers import DEFAULT_TIMEOUT_S
 from ..errors import LayoutError, StorageError
-from ..formats.registry import FORMATS, STEP_FORMATS
+from ..formats.huggingface import check_config
+from ..formats.registry import format_of, names_where
 from ..storage.resources import budget_for, parse_size
 from . import naming, records
 from .background import Background
@@ -48,8 +48,6 @@ from .state import Roles, one_of, optional, real, whole
 from .steps import Step, find_steps
 from .together import Company, save_together
 
-Format = Literal["ranks", "iteration", "huggingface", "orbax"]
-
 _log = logging.getLogger("jaxshard.training")
 
 
@@ -65,7 +63,7 @@ class CheckpointManager:
         directory: str | os.PathLike[str],
         *,
         prefix: str = "CKP",
-        format: Format = "ranks",
+        format: str = "ranks",
         save_every_steps: int = 0,
         save_every_seconds: float = 0.0,
         keep_max: int = 5,
@@ -135,7 +133,7 @@ class CheckpointManager:
             LayoutError: an option is impossible.
         """
         naming.check_prefix(prefix)
-        one_of("format", format, STEP_FORMATS)
+        one_of("format", format, names_where("as_steps"))
         check_config(config)
         one_of("snapshot", snapshot, get_args(How))
         one_of("on_storage_error", on_storage_error, ("raise", "warn"))
@@ -276,10 +274,11 @@ class CheckpointManager:
         """What is to be saved, held still."""
         step, loss_scale = whole("step", step), optional(real, "loss_scale", loss_scale)
         self._background.wait()  # never two writers, and never two snapshots
-        if self._recipe.format == "orbax" and self._company.processes.are_several:
+        format = format_of(self._recipe.format)
+        if format.own_library and self._company.processes.are_several:
             raise LayoutError(
-                "format='orbax' is written by one process only. Save as ranks, iteration or "
-                "huggingface, or call Orbax itself in every process."
+                f"format={format.name!r} is written by one process only. Save as ranks, iteration "
+                "or huggingface, or call its own library in every process."
             )
         if not self._places.main:
             raise LayoutError(
@@ -448,10 +447,10 @@ class CheckpointManager:
 
 def _task(job: Job, claim: Claim) -> int:
     """The number that keeps the files of ``job`` apart from those of other jobs."""
-    if job.kind == "iteration":
+    if format_of(job.kind).own_step_folder:
         return 0  # the names of its folders have no place for one
     folders = (naming.CHECKPOINT, *job.copies)
-    ranks = job.wish.layout.num_ranks if FORMATS[job.kind].is_cut else 0
+    ranks = job.wish.layout.num_ranks if format_of(job.kind).is_by_rank else 0
     return task_for(job.places, job.wish.prefix, job.wish.step, folders, ranks, claim)
 
 

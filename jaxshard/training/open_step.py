@@ -16,8 +16,9 @@ from ..conversion.select import refuse_lost
 from ..core.catalog import Catalog, File
 from ..core.layout import Layout
 from ..errors import CoverageError, FormatError, NotFoundError, StorageError
-from ..formats import huggingface, rank_folder
+from ..formats import rank_folder
 from ..formats.folder import Folder, MemoryFolder
+from ..formats.registry import Format, format_of
 from ..storage.checksum_file import Checksums, check_files
 from ..storage.local import LocalFolder
 from . import naming
@@ -72,14 +73,15 @@ def open_step(
         paths = tuple(u.removeprefix(head) for u in record.units if u.startswith(head))
     if not paths:
         raise FormatError(f"a step of {places.root} has no files.")
-    if kind == "ranks":
+    format = format_of(kind)
+    if format.steps_in_names:
         return _open_ranks(places, record, paths)
     where = places.steps / paths[0]
-    if kind != "huggingface":
+    if format.own_library or format.own_step_folder or not format.is_complete:
         return open_checkpoint(where)
     folder = LocalFolder(where)
     try:
-        return _open_complete(folder)
+        return _open_complete(format, folder)
     finally:
         folder.close()
 
@@ -133,20 +135,21 @@ def _kept_strategy(places: Places, kept: str, num_ranks: int) -> Folder:
     )
 
 
-def _open_complete(folder: LocalFolder) -> Catalog:
-    """The weights of a Hugging Face folder, and the rest of the state beside them."""
+def _open_complete(format: Format, folder: LocalFolder) -> Catalog:
+    """The weights of a complete checkpoint, and the rest of the state beside them."""
     listed = folder.files()
     below = [p for p in listed if p.startswith(f"{STATE_FOLDER}/")]
     found: Catalog | None = None
-    if any("/" not in p and p.endswith(".safetensors") for p in listed):
-        found = huggingface.read(Chosen(folder, [p for p in listed if "/" not in p]))
+    top = Chosen(folder, [p for p in listed if "/" not in p])
+    if format.recognise(top, top.files()):
+        found = format.read(top)
     if not below:
         if found is None:
             raise NotFoundError(f"{folder.root} has no weight files.")
         return found
     inner = LocalFolder(Path(folder.root) / STATE_FOLDER)
     try:
-        rest = huggingface.read(inner)
+        rest = format.read(inner)
     finally:
         inner.close()
     rest = replace(

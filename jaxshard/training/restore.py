@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from ..conversion.job_values import job_values
+from ..conversion.numpy_arrays import read_scalars
 from ..core.catalog import Catalog
 from ..core.notes import log_notes
 from ..distributed.barriers import Processes
@@ -33,6 +33,7 @@ from ..errors import (
     format_list,
 )
 from ..formats.huggingface import TRAINING_SCALARS
+from ..formats.registry import format_of
 from ..storage.identity import check_same, identity
 from .commit_step import is_interrupted, is_on_disk, recover
 from .naming import StepName, parse_step, parse_wish
@@ -264,7 +265,11 @@ def _numbered(places: Places, steps: list[Step], number: int) -> list[Step]:
     Names of others' rank files tell the step within its epoch only: where there are several
     epochs, their own numbers are asked.
     """
-    told = [s for s in steps if s.global_step == number and (s.record or s.format == "iteration")]
+    told = [
+        s
+        for s in steps
+        if s.global_step == number and (s.record or format_of(s.format).own_step_folder)
+    ]
     if told:
         return told
     if len({step.name.epoch for step in steps}) == 1:
@@ -287,7 +292,7 @@ def true_number(places: Places, step: Step) -> int | None:
     """Which step of the whole run a step is by the numbers in its files, if they are there."""
     if step.record:
         return step.record.global_step
-    if step.state != "complete" or step.format == "iteration":
+    if step.state != "complete" or format_of(step.format).own_step_folder:
         return None  # which its name tells
     try:
         numbers = _numbers(open_step(places, None, step.format, step.paths))
@@ -375,12 +380,14 @@ def _opened(
 
 
 def _numbers(catalog: Catalog) -> dict[str, Any]:
-    return {n: v for n, v in job_values(catalog).items() if n in TRAINING_SCALARS and v is not None}
+    return {
+        n: v for n, v in read_scalars(catalog).items() if n in TRAINING_SCALARS and v is not None
+    }
 
 
 def _number(numbers: dict[str, Any], step: Step) -> int:
     """The step of a run that kept no record of it."""
-    if step.format == "iteration":
+    if format_of(step.format).own_step_folder:
         return step.global_step
     return int(numbers.get("step_num") or numbers.get("global_step") or step.global_step)
 

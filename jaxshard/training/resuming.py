@@ -18,6 +18,7 @@ from ..conversion.open import open_checkpoint, open_some
 from ..core.catalog import Catalog
 from ..errors import CoverageError, FormatError, JaxshardError, NotFoundError, StorageError
 from ..formats import rank_names
+from ..formats.registry import format_of
 from ..storage.local import LocalFolder
 from ..storage.readers import open_source
 from . import naming
@@ -86,7 +87,7 @@ def _saves(path: Path, strategy: Path | None, prefix: str, kind: str | None) -> 
     if not path.is_dir():
         return
     places = Places.of(path)
-    steps = [s for s in find_steps(places) if s.format in ("ranks", "iteration", "")]
+    steps = [s for s in find_steps(places) if not s.format or format_of(s.format).is_by_rank]
     if kind is not None and len(_kinds(steps)) > 1:
         steps = [step for step in steps if _kinds([step]) <= {kind}]
     if not any(step.format for step in steps):
@@ -101,7 +102,9 @@ def _saves(path: Path, strategy: Path | None, prefix: str, kind: str | None) -> 
 
 def _kinds(steps: Iterable[Step]) -> set[str]:
     """The kinds of the rank files of ``steps``."""
-    paths = [path for step in steps for path in _paths(step) if step.format == "ranks"]
+    paths = [
+        path for step in steps for path in _paths(step) if format_of(step.format).steps_in_names
+    ]
     return {path.rpartition(".")[2] for path in paths}
 
 
@@ -119,7 +122,7 @@ def _save_of(places: Places, step: Step, strategy: Path | None) -> _Save:
             error = CoverageError if step.state == "incomplete" else FormatError
             raise error(f"it is {step.state}: {step.reason}")
         paths = _paths(step)
-        if step.format == "iteration":
+        if format_of(step.format).own_step_folder:
             return open_checkpoint(places.steps / paths[0], src_strategy=strategy)
         if step.record and strategy is None:
             return open_step(places, step.record, step.format)

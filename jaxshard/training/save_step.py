@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from .. import rules as family_rules
-from ..conversion.complete_results import refuse_empty
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout
 from ..core.notes import log_once
@@ -28,6 +27,7 @@ from ..core.numpy_dtypes import stored_as
 from ..core.strategy import Strategy
 from ..devices.mesh import layout_of
 from ..errors import FormatError, LayoutError, StorageError, format_list
+from ..formats.registry import format_of
 from ..storage.checksums import FileSums
 from ..storage.transaction import Staging
 from . import naming
@@ -223,8 +223,8 @@ def _written(job: Job) -> Record:
     staged = places.staging(wish.step)
     staging = Staging(staged, str(wish.step), overwrite=True, durable=job.durable, kind="own")
     try:
-        if job.kind == "orbax":
-            files, algorithm, units = _write_orbax(job, staging)
+        if format_of(job.kind).own_library:
+            files, algorithm, units = _write_by_library(job, staging)
         else:
             files, algorithm, units = {}, "", ()
         parts = all_parts(job)
@@ -255,9 +255,10 @@ def check_free(job: Job, units: Iterable[str]) -> tuple[str, ...]:
 def all_parts(job: Job) -> list[Part]:
     """The files of a step, and of the further copies; of Orbax's only the copies."""
     catalog = replace(job.snapshot.catalog, hyper=job.hyper)
-    found = [] if job.kind == "orbax" else parts_of(job.kind, catalog, job.weights, job.wish)
+    format = format_of(job.kind)
+    found = [] if format.own_library else parts_of(format, catalog, job.weights, job.wish)
     for folder, names in job.copies.items():
-        found += copies_of(job.kind, catalog, names, job.wish, folder)
+        found += copies_of(format, catalog, names, job.wish, folder)
     for part in found:
         for note in part.result.outputs.layout.notes:
             log_once(str(job.places.root), note)
@@ -298,9 +299,9 @@ def record_of(
     )
 
 
-def _write_orbax(job: Job, staging: Staging) -> tuple[dict[str, FileSums], str, tuple[str, ...]]:
-    from ..formats import orbax_items  # noqa: PLC0415 - slow to import, and not for everybody
-
+def _write_by_library(
+    job: Job, staging: Staging
+) -> tuple[dict[str, FileSums], str, tuple[str, ...]]:
     root = staging.files
     unit = f"{naming.CHECKPOINT}/{naming.step_folder(job.wish.prefix, job.wish.step)}"
     place = root / unit
@@ -308,7 +309,7 @@ def _write_orbax(job: Job, staging: Staging) -> tuple[dict[str, FileSums], str, 
     check_free(job, [unit])
     check_room(root, job.snapshot.num_bytes)  # Orbax packs, but not by much
     place.parent.mkdir(parents=True, exist_ok=True)
-    orbax_items.write(place, job.snapshot.whole())
+    format_of(job.kind).write_tree(place, job.snapshot.whole())
     paths = sorted(p.relative_to(root).as_posix() for p in place.rglob("*") if p.is_file())
     for path in paths:
         staging.sync(root / path)
@@ -406,7 +407,7 @@ class Recipe:
     def step_name(self, step: int) -> StepName:
         """The name of step number ``step`` of the whole run."""
         # Checkpoint-2.0 folders are named by the step of the whole run
-        epochs = None if self.format == "iteration" else self.steps_per_epoch
+        epochs = None if format_of(self.format).own_step_folder else self.steps_per_epoch
         return naming.step_name(step, epochs)
 
     def job(
@@ -426,13 +427,13 @@ class Recipe:
         leaves = self._leaves(state)
         arrays = {leaf.name: as_array(leaf.value) for leaf in leaves}
         weights = frozenset(leaf.name for leaf in leaves if leaf.role == "weights")
-        if self.format == "orbax":
-            refuse_empty({name: array.shape for name, array in arrays.items()})
+        format = format_of(self.format)
+        format.check_shapes({name: array.shape for name, array in arrays.items()})
         numbers = self._numbers(step, loss_scale)
         like = self._likes(leaves, arrays)
         told = weights | like.keys()
         hyper = {n for n, a in arrays.items() if n not in told and is_number(a)}
-        if self.format != "iteration":  # which keeps them in common.json
+        if not format.scalars_in_json:
             added = {n: a for n, a in _number_tensors(numbers).items() if n not in arrays}
             arrays |= added
             hyper |= added.keys()

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..conversion.rank_results import STRATEGY_FOLDER
-from ..conversion.results import Request, Result
 from ..conversion.targets import make_result
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout
 from ..errors import StorageError
+from ..formats.output_files import Request, Result
+from ..formats.rank_folder import STRATEGY_FOLDER
+from ..formats.registry import Format
 from ..planning.copies import TensorCopy
 from ..planning.plan import Plan, make_plan
 from ..storage.checksums import FileSums, Gathered
@@ -25,7 +26,7 @@ from ..storage.engine import run
 from ..storage.io import Sink, Source
 from ..storage.resources import LENT_BLOCK_BYTES, budget_for
 from ..storage.transaction import Staging
-from ..storage.writers import FileLayout, OutputFiles
+from ..storage.writers import OutputFiles
 from . import naming
 from .naming import StepName
 from .open_step import STATE_FOLDER
@@ -67,19 +68,21 @@ class Part:
     strategy: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def parts_of(kind: str, catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
-    """The files of a step in format ``kind``.
+def parts_of(format: Format, catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
+    """The files of a step in ``format``.
 
     Raises:
         LayoutError: the layout does not fit the tensors.
     """
-    return {"ranks": _ranks, "iteration": _iteration, "huggingface": _complete}[kind](
-        catalog, weights, wish
-    )
+    if format.steps_in_names:
+        return [_rank_part(catalog, wish, naming.CHECKPOINT)]
+    if format.own_step_folder:
+        return [_own_folder(format, catalog, wish)]
+    return _complete(format, catalog, weights, wish)
 
 
 def copies_of(
-    kind: str, catalog: Catalog, names: Iterable[str], wish: Wish, folder: str
+    format: Format, catalog: Catalog, names: Iterable[str], wish: Wish, folder: str
 ) -> list[Part]:
     """The tensors ``names`` again in ``folder``: by rank where the step is, else complete.
 
@@ -87,19 +90,16 @@ def copies_of(
         LayoutError: the layout does not fit the tensors.
     """
     chosen = _only(catalog, names)
-    if kind in ("ranks", "iteration"):
+    if format.is_by_rank:
         # the job's numbers are no weights here either, though the layout has them
         return [_rank_part(replace(chosen, hyper=catalog.hyper), wish, folder)]
     suffix = folder.removeprefix(f"{naming.CHECKPOINT}_")
-    return [_complete_part(chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
-
-
-def _ranks(catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
-    return [_rank_part(catalog, wish, naming.CHECKPOINT)]
+    name = None if format.own_library else format.name
+    return [_complete_part(name, chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
 
 
 def _rank_part(catalog: Catalog, wish: Wish, folder: str) -> Part:
-    request = Request(wish.layout, remove_redundancy=wish.remove_redundancy, format="ranks")
+    request = Request(wish.layout, remove_redundancy=wish.remove_redundancy)
     result = make_result(catalog, list(catalog.tensors.values()), request)
     paths = [
         f"{folder}/{naming.rank_file(wish.prefix, rank, wish.step, folder)}"
@@ -115,36 +115,35 @@ def _rank_part(catalog: Catalog, wish: Wish, folder: str) -> Part:
     return Part(replace(result, outputs=outputs, side_files={}), catalog, tuple(paths), strategy)
 
 
-def _iteration(catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
+def _own_folder(format: Format, catalog: Catalog, wish: Wish) -> Part:
     request = Request(
         wish.layout,
         prefix=wish.prefix,
         remove_redundancy=wish.remove_redundancy,
-        format="iteration",
+        format=format.name,
         numbers=wish.numbers,
     )
     result = make_result(catalog, list(catalog.tensors.values()), request)
     result = _below(result, naming.CHECKPOINT, but=naming.TRACKER)
-    return [
-        Part(result, catalog, (f"{naming.CHECKPOINT}/{naming.iteration_folder(wish.global_step)}",))
-    ]
+    folder = f"{naming.CHECKPOINT}/{naming.iteration_folder(wish.global_step)}"
+    return Part(result, catalog, (folder,))
 
 
-def _complete(catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
+def _complete(format: Format, catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
     folder = f"{naming.CHECKPOINT}/{naming.step_folder(wish.prefix, wish.step)}"
     found = []
     if weights:
-        found.append(_complete_part(_only(catalog, weights), wish, folder))
+        found.append(_complete_part(format.name, _only(catalog, weights), wish, folder))
     rest = _only(catalog, [n for n in catalog.tensors if n not in weights])
     if rest.tensors:
         inner = replace(wish, config=None)
-        found.append(_complete_part(rest, inner, f"{folder}/{STATE_FOLDER}"))
+        found.append(_complete_part(format.name, rest, inner, f"{folder}/{STATE_FOLDER}"))
     return [replace(part, units=(folder,)) for part in found]
 
 
-def _complete_part(catalog: Catalog, wish: Wish, folder: str) -> Part:
+def _complete_part(format: str | None, catalog: Catalog, wish: Wish, folder: str) -> Part:
     every = replace(catalog, hyper=frozenset())  # one kind of file, whatever is in it
-    result = make_result(every, list(catalog.tensors.values()), Request(format="huggingface"))
+    result = make_result(every, list(catalog.tensors.values()), Request(format=format))
     if wish.config is not None:
         result = replace(result, side_files={**result.side_files, "config.json": wish.config})
     return Part(_below(result, folder), every, (folder,))
@@ -186,7 +185,7 @@ def write_parts(
     budget = budget_for(host_bytes, workers, LENT_BLOCK_BYTES)
     found: dict[str, FileSums] = {}
     for part, plan in zip(parts, plans, strict=True):
-        files = OutputFiles(plan, staging, part.result.lay_file, part.result.seal)
+        files = OutputFiles(plan, staging, part.result.container)
         try:
             summed = _Summed(files, plan, part, gathered)
             run(plan.moves(), source, summed, budget=budget)
@@ -257,7 +256,7 @@ class _Summed(Sink):
         outputs = plan.outputs
         self._files = files
         self._paths, self._content_of, self._gathered = outputs.paths, outputs.content_of, gathered
-        self._layouts: list[FileLayout] = [part.result.lay_file(c) for c in outputs.contents]
+        self._layouts = [part.result.container.layout(c) for c in outputs.contents]
         for path, content in zip(self._paths, self._content_of, strict=True):
             for offset, data in self._layouts[content].segments:
                 gathered.add(path, offset, data)

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FormatError, LayoutError, StorageError, format_list
+from ..formats.folder import is_orbax_item
 from ..formats.rank_names import rank_of_folder
+from ..formats.registry import HuggingFace, Iteration, Orbax, RankFolders
 from . import naming
 from .naming import StepName
 from .policy import Line
@@ -285,20 +287,21 @@ def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
         if not entry.is_dir() or entry.name.startswith("."):
             continue
         if (rank := rank_of_folder(entry.name)) is not None:
-            ranks[rank] = _names_of_rank(entry.path)
+            ranks[rank] = _listed(entry.path)
         elif (number := naming.parse_iteration(entry.name)) is not None:
             name = StepName(1, number)
             if not _is_ours(own, name):
-                yield _folder(entry, name, "iteration")
+                yield _folder(entry, name, Iteration.name)
         elif found := naming.parse_folder(entry.name):
             prefix, name = found
             if not _is_ours(own, name, prefix):
-                kind = "orbax" if (Path(entry.path) / "_METADATA").exists() else "huggingface"
+                is_orbax = is_orbax_item(_listed(entry.path))
+                kind = Orbax.name if is_orbax else HuggingFace.name
                 yield _folder(entry, name, kind, prefix)
     yield from _rank_steps(places, ranks, own)
 
 
-def _names_of_rank(folder: str) -> list[str]:
+def _listed(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
@@ -356,7 +359,7 @@ def _rank_steps(
         yield Step(
             step,
             step.step,
-            "ranks",
+            RankFolders.name,
             "incomplete" if lacking else "complete",
             f"rank {format_list(map(str, lacking))} has no file of it" if lacking else "",
             sum(s.st_size for s in stats),

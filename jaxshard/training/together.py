@@ -19,10 +19,10 @@ from pathlib import Path
 
 import jax
 
-from ..conversion.results import Result
 from ..distributed.barriers import Processes, processes_of_jax
 from ..distributed.partition import cut_evenly
 from ..errors import StorageError
+from ..formats.output_files import Result
 from ..saver.multiprocess import lay_out, write_share
 from ..saver.shard_owners import check_shares, owners, share
 from ..storage.checksums import BEST, FileSums, Gathered

@@ -18,7 +18,7 @@ import pytest
 import jaxshard as js
 from jaxshard import cli
 from jaxshard.cli import commands, parsing
-from jaxshard.conversion import results
+from jaxshard.formats import registry
 from jaxshard.storage.resources import fit_budget
 
 ROOT = Path(__file__).parents[2]
@@ -324,7 +324,7 @@ def test_every_option_is_explained():
 
 
 def test_the_formats_to_choose_from_are_those_there_are():
-    assert parsing.FORMATS == results.FORMATS
+    assert parsing.FORMATS is registry.FORMATS
 
 
 def _actions(parser):

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from jaxshard.conversion.results import Request
 from jaxshard.conversion.targets import lay_out_for, make_result
 from jaxshard.core.box import Box
 from jaxshard.core.catalog import Catalog, File, Model, StoredShard, Tensor
@@ -14,6 +13,7 @@ from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.core.strategy import Strategy
 from jaxshard.errors import LayoutError, NotFoundError
+from jaxshard.formats.output_files import Request
 from jaxshard.rules import read_rules
 
 INDEX = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ def test_numbers_of_a_job_go_beside_the_weights():
 def test_metadata_says_a_format_that_transformers_loads():
     for given in ({}, {"format": "ms"}, {"format": "pt", "more": "kept"}):
         result = made(catalog("a", metadata=given))
-        header = result.lay_file(result.outputs.contents[0]).header
+        header = result.container.layout(result.outputs.contents[0]).header
         told = json.loads(header[8:])["__metadata__"]
         assert told == {**given, "format": "pt"}
 

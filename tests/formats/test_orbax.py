@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from safetensors.numpy import save_file
 
 from jaxshard.api import convert, verify
-from jaxshard.conversion import orbax_results
+from jaxshard.conversion import numpy_arrays
 from jaxshard.conversion.execute import execute
 from jaxshard.conversion.open import open_checkpoint
 from jaxshard.conversion.prepare import fitted, prepare
@@ -226,7 +226,7 @@ def test_files_become_an_orbax_checkpoint_one_tensor_at_a_time(tmp_path, monkeyp
     arrays = checkpoints.write_llama(tmp_path / "in", layers=3)
     convert(tmp_path / "in", tmp_path / "cut", "mp2pp2")
     alive: set[int] = set()
-    most, real = [], orbax_results._Reader.read
+    most, real = [], numpy_arrays.LazyTensors.read
 
     def watched(self: Any, *args: Any) -> np.ndarray:
         array = np.array(real(self, *args))
@@ -235,7 +235,7 @@ def test_files_become_an_orbax_checkpoint_one_tensor_at_a_time(tmp_path, monkeyp
         most.append(len(alive))
         return array
 
-    monkeypatch.setattr(orbax_results._Reader, "read", watched)
+    monkeypatch.setattr(numpy_arrays.LazyTensors, "read", watched)
     prepared = prepare(tmp_path / "cut", "full", format="orbax")
     report = execute(fitted(prepared), tmp_path / "out")
     assert len(most) == len(arrays)

@@ -21,13 +21,10 @@ from mindspore_ranks import ARRAYS, LAYOUT, NUMBERS, QUICK, held_by, ranks, writ
 from test_mindspore_golden import cut, full
 
 import jaxshard as js
-from jaxshard import saver
-from jaxshard.cli import main, parsing
-from jaxshard.conversion import targets
+from jaxshard.cli import main
 from jaxshard.conversion.open import open_strategy
 from jaxshard.errors import LayoutError
-from jaxshard.formats.registry import FORMATS, STEP_FORMATS
-from jaxshard.training import manager
+from jaxshard.formats.registry import FORMATS
 
 __all__ = ["ranks"]  # a fixture
 
@@ -188,7 +185,7 @@ def test_each_format_is_written_from_files_and_from_arrays_and_read(format, rank
             format=format,
             fsync=False,
         )
-    if known.is_cut:
+    if known.is_by_rank:
         js.convert(ranks, tmp_path / "c", "same", format=format, **QUICK)
         js.save(arrays, tmp_path / "d", format=format, strategy=LAYOUT, fsync=False)
         assert js.open(tmp_path / "d").layout or format == "iteration"
@@ -200,10 +197,3 @@ def test_each_format_is_written_from_files_and_from_arrays_and_read(format, rank
     for made in tmp_path.glob("[abcd]"):
         back = js.load(made, jax.devices()[0])
         assert all(np.array_equal(np.asarray(back[n]), a) for n, a in ARRAYS.items()), made.name
-
-
-def test_one_list_of_formats_serves_all_verbs():
-    assert saver.FORMATS is parsing.FORMATS is FORMATS
-    assert manager.STEP_FORMATS is STEP_FORMATS
-    assert set(targets._COMPLETE) == {n for n, f in FORMATS.items() if f.is_complete}
-    assert set(targets._CUT) == {n for n, f in FORMATS.items() if f.is_cut}

@@ -12,11 +12,11 @@ from mindspore_ranks import ARRAYS, NUMBERS, QUICK, check_equal, merged
 
 import jaxshard as js
 from jaxshard.cli import main
-from jaxshard.conversion.results import Request
 from jaxshard.conversion.targets import make_result
 from jaxshard.core.box import Box
 from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
+from jaxshard.formats.output_files import Request
 
 
 def test_parts_are_of_at_most_the_size_given_and_numbers_lie_apart(
@@ -88,5 +88,5 @@ def test_a_real_job_is_unified_to_the_truth(name: str, tmp_path: Path) -> None:
 
 def test_a_format_that_does_not_fit_the_target_is_refused(training: Path, tmp_path: Path) -> None:
     for to, format in (("same", "unified"), ("full", "ranks"), ("same", "huggingface")):
-        with pytest.raises(js.LayoutError, match=f"format '{format}' is none for"):
+        with pytest.raises(js.LayoutError, match=f"format '{format}' does not support"):
             js.convert(training, tmp_path / "o", to, format=format)

@@ -139,7 +139,7 @@ def test_in_a_job_of_jax_the_part_is_what_jax_says(formed):
 
 def test_all_hear_at_once_of_what_is_wrong_in_one_process(formed):
     first, last = (answer["refused"] for answer in formed[0])
-    assert "process 1: LayoutError: there is no format 'tar'" in first["format"][1]
+    assert "process 1: LayoutError: format='tar': no such format" in first["format"][1]
     assert last["format"][0] == "LayoutError"
     assert "process 1: OSError: [Errno 28] No space left" in first["own"][1]
     for refused in (first, last):

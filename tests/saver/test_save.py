@@ -247,7 +247,7 @@ def test_a_failed_save_leaves_nothing_and_does_not_stand_in_the_way(tmp_path, mo
     save({"x": np.zeros(4, np.float32)}, tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(OutputFiles, "write", full)
-        patched.setattr("jaxshard.formats.orbax.write", full)
+        patched.setattr("jaxshard.formats.orbax_items.write", full)
         with pytest.raises(StorageError):
             save({"x": np.ones(4, np.float32)}, tmp_path / "out", overwrite=True, format=format)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -308,7 +308,7 @@ def test_a_config_of_ones_own_goes_before_the_one_carried_along(llama, tmp_path)
         ({"x": np.ones(3, np.complex128)}, {}, "x: files have no dtype for complex128"),
         ({"x": np.ones(3, ml_dtypes.int4)}, {}, "x: files have no dtype for int4"),
         ({"x": jax.ShapeDtypeStruct((2,), np.float32)}, {}, "holds nothing to save"),
-        ({"x": np.ones(2)}, {"format": "safetensor"}, "Known are huggingface"),
+        ({"x": np.ones(2)}, {"format": "safetensor"}, "no such format (expected one of ranks"),
         ({"x": np.ones(2)}, {"strategy": "mp2"}, 'format="ranks"'),
         ({"x": np.ones(2)}, {"max_shard_size": "many"}, "is not a size"),
         ({"a.b": np.ones(2), "a": {"b": np.ones(2)}}, {}, "several leaves"),

@@ -31,7 +31,7 @@ def test_who_is_late_from_a_save_given_up_finds_nowhere_to_write(result, tmp_pat
     """And so cannot put old bytes into the next save of the same checkpoint."""
     out = tmp_path / "out"
     first, folder = begun(result, out, "one")
-    late = SharedFiles(result.outputs, folder, result.lay_file)
+    late = SharedFiles(result.outputs, folder, result.container)
     first.abandon()
     second, folder = begun(result, out, "two")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}

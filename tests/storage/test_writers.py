@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import safetensors
 from random_layouts import read_by_hand
@@ -12,15 +10,13 @@ from jaxshard.core.box import Box
 from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
-from jaxshard.formats import safetensors as format_of
+from jaxshard.formats.output_files import SafetensorsContainer
 from jaxshard.planning.outputs import arrange
 from jaxshard.planning.plan import make_plan
 from jaxshard.storage.transaction import Staging
 from jaxshard.storage.writers import OutputFiles
 
-
-def lay_file(entries: Sequence) -> format_of.FileLayout:
-    return format_of.layout_file([(e.tensor.name, e.tensor.dtype, e.shape) for e in entries], {})
+CONTAINER = SafetensorsContainer({})
 
 
 @pytest.fixture
@@ -37,7 +33,7 @@ def opened(tmp_path):
     outputs = arrange(list(tensors.values()), layout, ["a/0.safetensors", "a/1.safetensors"])
     plan = make_plan(catalog, outputs)
     made = Staging(tmp_path / "out", "request")
-    files = OutputFiles(plan, made, lay_file)
+    files = OutputFiles(plan, made, CONTAINER)
     yield {m.name: m for m in plan.moves()}, made, files
     files.close()
 
@@ -78,6 +74,6 @@ def test_a_file_without_tensor_bytes_is_finished_at_once(tmp_path):
         Catalog("m", "x", (File("f", 0),), {"e": tensor}), arrange([tensor], layout, ["x"])
     )
     made = Staging(tmp_path / "out", "request")
-    OutputFiles(plan, made, lay_file).close()
+    OutputFiles(plan, made, CONTAINER).close()
     assert finished(made) == ["x"]
     assert read_by_hand(made.files / "x") == {"e": ((0, 4), b"")}

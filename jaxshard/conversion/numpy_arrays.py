@@ -1,17 +1,18 @@
-"""Training scalars (``global_step`` …) of a checkpoint as values.
+"""Tensors of a checkpoint as NumPy arrays in host memory, without a device.
 
-They are tensors of one element, or stand in the ``common.json`` of a Checkpoint 2.0
-folder. Whoever needs them needs a handful of bytes. Each comes in its own type, or the
-file that has it is refused: nobody vouches for what a JSON file calls ``global_step``.
+``LazyTensors`` reads one whole tensor at a time, ``read_scalars`` the training scalars.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.catalog import Catalog, Tensor
 from ..core.decoders import FETCH, parse_object
@@ -19,17 +20,61 @@ from ..core.numpy_dtypes import numpy_dtype
 from ..errors import FormatError
 from ..formats.folder import COMMON
 from ..formats.huggingface import TRAINING_SCALARS, scalar_value
+from ..formats.output_files import LazyArray
+from ..planning.copies import TensorCopy
+from ..planning.plan import Plan
+from ..storage.engine import HostArrays, run
+from ..storage.io import Source
 from ..storage.local import LocalFolder
 from ..storage.readers import SourceFiles
+from ..storage.resources import Budget, Counts
+
+
+class _WholeTensor(HostArrays):
+    is_memory = False  # the counts are those of the plan, which is of files
+
+
+@dataclass
+class LazyTensors:
+    """Whole tensors of a plan, each read when it is needed, and the counts of all reads."""
+
+    source: Source
+    budget: Budget
+    progress: Callable[[int], None] | None = None
+    counts: Counts = field(default_factory=Counts)
+
+    def of(self, plan: Plan) -> dict[str, LazyArray]:
+        """Return the tensors of ``plan`` by name.
+
+        Raises:
+            LayoutError: arrays do not have a tensor's dtype.
+        """
+        found = {}
+        for copy in plan.moves():
+            tensor = plan.source.tensors[copy.name]
+            dtype = numpy_dtype(tensor.dtype)
+            found[copy.name] = LazyArray(tensor.shape, dtype, partial(self.read, copy, tensor))
+        return found
+
+    def read(self, copy: TensorCopy, tensor: Tensor) -> NDArray[Any]:
+        """Read the whole ``tensor``."""
+        into = _WholeTensor([(tensor.name, tensor.dtype, tensor.shape)])
+        self.counts += run([copy], self.source, into, budget=self.budget, progress=self.progress)
+        return into.arrays()[tensor.name]
+
+
+# --- Training scalars (``global_step`` …) of a checkpoint as values
 
 _MAX_COMMON_BYTES = 1 << 20
 
 
-def job_values(catalog: Catalog) -> dict[str, Any]:
-    """The job's numbers by name; those that ``common.json`` has as null are not known.
+def read_scalars(catalog: Catalog) -> dict[str, Any]:
+    """Return training scalars (``global_step`` …) by name; null in ``common.json`` is unknown.
+
+    They are tensors of one element, or values in the ``common.json`` of a Checkpoint 2.0 folder.
 
     Raises:
-        FormatError: a number is not what its name says, or ``common.json`` is damaged.
+        FormatError: a scalar does not have the type of its name, or ``common.json`` is damaged.
     """
     values = _common(catalog)
     one = [t for t in catalog.tensors.values() if t.name in catalog.hyper and _is_number(t)]
