@@ -108,7 +108,7 @@ def plan_host(catalog: Catalog, outputs: Outputs, number: int, per_host: int) ->
     totals = make_plan(catalog, outputs, only=ranks).totals
     seconds = time.process_time() - begun
     held = {e.tensor.name for r in ranks for e in outputs.contents[outputs.content_of[r]]}
-    files = {piece.file for name in held for piece in catalog.tensors[name].pieces}
+    files = {piece.file for name in held for piece in catalog.tensors[name].shards}
     return Host(totals.bytes_read, totals.num_reads, len(files), seconds)
 
 

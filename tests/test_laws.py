@@ -277,9 +277,9 @@ def test_a_lost_shard_is_missed_when_planning(model, data):
     if not candidates:
         return
     tensor = data.draw(st.sampled_from(candidates))
-    lost = data.draw(st.sampled_from([p.box for p in tensor.pieces]))
-    pieces = tuple(p for p in tensor.pieces if not p.box.intersect(lost) and p.box != lost)
-    broken = {**catalog.tensors, tensor.name: replace(tensor, pieces=pieces)}
+    lost = data.draw(st.sampled_from([p.box for p in tensor.shards]))
+    pieces = tuple(p for p in tensor.shards if not p.box.intersect(lost) and p.box != lost)
+    broken = {**catalog.tensors, tensor.name: replace(tensor, shards=pieces)}
     with pytest.raises(CoverageError, match=tensor.name):
         make_plan(replace(catalog, tensors=broken), outputs_of(catalog, target))
 

@@ -320,7 +320,7 @@ def _catalog_facts(catalog: Catalog) -> dict[str, Any]:
         "num_ranks": catalog.layout.num_ranks if catalog.layout else None,
         "files": [{"path": f.path, "num_bytes": f.num_bytes} for f in catalog.files],
         "tensors": {
-            t.name: {"dtype": t.dtype.name, "shape": t.shape, "num_pieces": len(t.pieces)}
+            t.name: {"dtype": t.dtype.name, "shape": t.shape, "num_pieces": len(t.shards)}
             for t in catalog.tensors.values()
         },
         "left_out": dict(catalog.left_out),

@@ -81,7 +81,7 @@ def _on_devices(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     say(f"\non {jax.device_count()} CPU devices")
-    tensors = {n: t for n, t in catalog.tensors.items() if n not in catalog.hyper}
+    tensors = {n: t for n, t in catalog.tensors.items() if n not in catalog.scalars}
     weights = replace(catalog, tensors=tensors)  # a job's numbers are in no family's rules
     with _step("load as dp2mp4", say) as done:
         params = jax.block_until_ready(load(weights, "dp2mp4"))

@@ -60,7 +60,7 @@ def strategy_make(a: Namespace) -> int:
     refuse_inside(catalog, Path(a.out))
     _refuse_own_strategy(catalog, a)
     layout = lay_out_for(catalog, strategy, read_rules_file(a.rules))
-    shapes = {t.name: t.shape for t in catalog.tensors.values() if t.name not in catalog.hyper}
+    shapes = {t.name: t.shape for t in catalog.tensors.values() if t.name not in catalog.scalars}
     if states:
         layout, shapes = _with_states(layout, shapes)
     strategies = strategy_files.from_layout(

@@ -77,7 +77,7 @@ def read_scalars(catalog: Catalog) -> dict[str, Any]:
         FormatError: a scalar does not have the type of its name, or ``common.json`` is damaged.
     """
     values = _common(catalog)
-    one = [t for t in catalog.tensors.values() if t.name in catalog.hyper and _is_number(t)]
+    one = [t for t in catalog.tensors.values() if t.name in catalog.scalars and _is_number(t)]
     if not one:
         return values
     files = SourceFiles(catalog)
@@ -94,12 +94,12 @@ def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _is_number(tensor: Tensor) -> bool:
     kind = tensor.dtype
     is_real = kind.numpy is not None and not kind.name.startswith("C")
-    return tensor.shape in ((), (1,)) and bool(tensor.pieces) and is_real
+    return tensor.shape in ((), (1,)) and bool(tensor.shards) and is_real
 
 
 def _value(files: SourceFiles, tensor: Tensor) -> bool | int | float:
     data = bytearray(tensor.num_bytes)
-    files.read(tensor.pieces[0], tensor.pieces[0].offset, memoryview(data))
+    files.read(tensor.shards[0], tensor.shards[0].offset, memoryview(data))
     value = np.frombuffer(data, numpy_dtype(tensor.dtype))[0]
     if tensor.dtype.name == "BOOL":
         return bool(value)

@@ -70,7 +70,7 @@ def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -
             numbers[id(entry)] = len(numbers)
             tensor = entry.tensor
             texts.append(f"{tensor.name} {tensor.dtype.name} {entry.shape}\n")
-            texts.append(pieces.told(firsts(tensor.pieces)))
+            texts.append(pieces.told(firsts(tensor.shards)))
         digest.update("".join(texts).encode())
         digest.update(repr([numbers[id(entry)] for entry in content]).encode())
     digest.update(pieces.boxes_told().encode())
@@ -309,7 +309,7 @@ def _step_in_names(step: str | None, catalog: Catalog, chosen: Catalog) -> tuple
     if step is not None:
         return rank_names.read_step(step)
     named = rank_names.step_of(file.path for file in catalog.files)
-    has_numbers = chosen.hyper or format_of(catalog.format).scalars_in_json
+    has_numbers = chosen.scalars or format_of(catalog.format).scalars_in_json
     return named or step_of_numbers(_scalars(chosen) if has_numbers else {})
 
 

@@ -136,7 +136,7 @@ def without_unplaced_states(catalog: Catalog, target: Layout) -> Catalog:
     left = [
         name
         for name in catalog.tensors
-        if name not in told and name not in catalog.hyper
+        if name not in told and name not in catalog.scalars
         if (weight := weight_name(name)) != name and weight in told
     ]
     if not left:
@@ -223,7 +223,7 @@ def takes_whole(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]
     None is excluded, and an ``include`` is a choice, even of all.
     """
     taken = chooser((), exclude)
-    weights = (n for n in catalog.tensors if n not in catalog.hyper and weight_name(n) == n)
+    weights = (n for n in catalog.tensors if n not in catalog.scalars and weight_name(n) == n)
     return not texts(include) and all(map(taken, weights))
 
 
@@ -245,7 +245,9 @@ def refuse_half(catalog: Catalog) -> None:
     names = [
         name
         for name in (*catalog.tensors, *catalog.lost)
-        if name not in catalog.hyper and weight_name(name) == name and not is_part_of_adapter(name)
+        if name not in catalog.scalars
+        and weight_name(name) == name
+        and not is_part_of_adapter(name)
     ]
     lack = missing_parts(catalog.model, names)
     if lack:

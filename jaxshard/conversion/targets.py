@@ -94,7 +94,7 @@ def _lay_out_parts(
     source: Catalog, before: Catalog, strategy: Strategy, unmatched: Policy, uneven: Policy
 ) -> Layout:
     """The layout of what ``source`` is made of; factors are whole, as they vanish."""
-    views = (p.view for t in source.tensors.values() for p in t.pieces if p.view)
+    views = (p.view for t in source.tensors.values() for p in t.shards if p.view)
     factors = {t.name for view in views for t in view.operands} & before.tensors.keys()
     weights = {n: t for n, t in before.tensors.items() if n not in factors}
     layout = lay_out_for(
@@ -108,7 +108,7 @@ def _by_rules(
     source: Catalog, strategy: Strategy, rules: Rules | None, unmatched: Policy, uneven: Policy
 ) -> Layout:
     lost = () if source.origin else tuple(source.lost)
-    names = [*(name for name in source.tensors if name not in source.hyper), *lost]
+    names = [*(name for name in source.tensors if name not in source.scalars), *lost]
     try:
         table = rules_for(source.model, names)
     except (LayoutError, NotFoundError):
@@ -118,7 +118,7 @@ def _by_rules(
     else:
         table = table.override(rules) if rules else table
     shapes = {t.name: t.shape for t in source.tensors.values()}
-    return lay_out(shapes, strategy, table, source.model, source.hyper, unmatched, uneven, lost)
+    return lay_out(shapes, strategy, table, source.model, source.scalars, unmatched, uneven, lost)
 
 
 def same_layout(source: Catalog) -> Layout | None:

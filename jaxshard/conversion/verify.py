@@ -56,7 +56,7 @@ class _Comparison(Sink):
 
     def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
         """Compare ``buffer`` with every piece that stores the same box."""
-        pieces, numbers = self._catalog.tensors[move.name].pieces, move.targets[target].ranks
+        pieces, numbers = self._catalog.tensors[move.name].shards, move.targets[target].ranks
         for piece in (pieces[number] for number in numbers):
             different = _first_difference(self._source, piece, piece.offset + offset, buffer)
             if different is not None:
@@ -160,7 +160,7 @@ def verify_against(
         for tensor in _in_both(catalog, other):
             if tensor.name not in broken:
                 boxes: dict[Box, tuple[int, ...]] = {}
-                for i, piece in enumerate(other.tensors[tensor.name].pieces):  # replicas too
+                for i, piece in enumerate(other.tensors[tensor.name].shards):  # replicas too
                     boxes[piece.box] = (*boxes.get(piece.box, ()), i)
                 yield move_into(tensor, boxes)
 
@@ -178,7 +178,7 @@ def verify_against(
 
 
 def _is_mapped(catalog: Catalog) -> bool:
-    return any(p.view for t in catalog.tensors.values() for p in t.pieces)
+    return any(p.view for t in catalog.tensors.values() for p in t.shards)
 
 
 def _incomplete(catalog: Catalog) -> list[tuple[str, str]]:
@@ -232,13 +232,13 @@ def _checksums(
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:
-    if not any(p.view for p in tensor.pieces):
+    if not any(p.view for p in tensor.shards):
         return tensor
-    kinds = {p.view.dtype if p.view else tensor.dtype for p in tensor.pieces}
-    if len(kinds) > 1 or any(p.view and _is_turned(p.box, p.view) for p in tensor.pieces):
+    kinds = {p.view.dtype if p.view else tensor.dtype for p in tensor.shards}
+    if len(kinds) > 1 or any(p.view and _is_turned(p.box, p.view) for p in tensor.shards):
         raise LayoutError(f"{tensor.name} is mapped; compare what it is made of.")
-    pieces = tuple(replace(p, view=None) for p in tensor.pieces)
-    return replace(tensor, dtype=kinds.pop(), pieces=pieces)
+    pieces = tuple(replace(p, view=None) for p in tensor.shards)
+    return replace(tensor, dtype=kinds.pop(), shards=pieces)
 
 
 def _is_turned(box: Box, view: View) -> bool:
@@ -258,7 +258,7 @@ def _replicas(tensor: Tensor) -> TensorCopy | None:
     read from any of them, and so goes to all of its own.
     """
     stored: dict[Box, list[int]] = {}
-    for number, piece in enumerate(tensor.pieces):
+    for number, piece in enumerate(tensor.shards):
         stored.setdefault(piece.box, []).append(number)
     boxes = [box for box in stored if box.size]
     overlap = set[Box]()

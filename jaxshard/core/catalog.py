@@ -63,7 +63,7 @@ class Tensor:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    pieces: tuple[StoredShard, ...]
+    shards: tuple[StoredShard, ...]
     factors: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -123,7 +123,7 @@ class Tensor:
         at = sum(map(len, self.factors[:dim]))
         groups = first
         for fine, copies in enumerate(inner, start=at + 1):
-            views = (p.view for p in self.pieces if p.file >= 0)  # zeros have no strides
+            views = (p.view for p in self.shards if p.file >= 0)  # zeros have no strides
             if not any(view is not None and view.strides[fine] == 0 for view in views):
                 break
             groups *= copies
@@ -188,7 +188,7 @@ class Catalog:
         format: the format's name, as ``--format`` takes it.
         layout: for checkpoints cut into ranks, who holds what.
         extras: other files to carry along (tokenizer, config), relative to ``root``.
-        hyper: names of tensors that are no weights and are never cut (``global_step`` …).
+        scalars: names of training scalars, which are never split (``global_step`` …).
         notes: things a person should know that are not errors.
         logged: those of them that a verb has logged; see ``notes.logged``.
         origin: for a mapped catalog, what it was made of.
@@ -209,7 +209,7 @@ class Catalog:
     model: Model = Model()
     metadata: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
-    hyper: frozenset[str] = frozenset()
+    scalars: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     logged: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     origin: Origin | None = field(default=None, repr=False, compare=False)

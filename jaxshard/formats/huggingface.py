@@ -83,7 +83,7 @@ CONFIG = "config.json"
 CHECKSUMS = "checksums.json"  # of the files around it, written on request
 NO_CONFIG = f"There is no {CONFIG}, so the model's family is not known."
 MINDSPORE_INDEX = "param_name_map.json"
-MINDSPORE_HYPER = "hyper_param.safetensors"
+MINDSPORE_SCALARS = "hyper_param.safetensors"
 
 _MAX_INDEX_BYTES = 100_000_000  # a header's limit: the index is a list of the same names
 _MAX_CONFIG_BYTES = 16_000_000
@@ -147,7 +147,7 @@ def read(folder: Folder) -> Catalog:
         model=model,
         metadata=_agreed([h.metadata for h in headers]),
         extras=extras,
-        hyper=_hyper(used, tensors),
+        scalars=_scalar_names(used, tensors),
         notes=tuple(notes),
     )
 
@@ -169,14 +169,14 @@ def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
         return _Choice((SINGLE,), notes=(f"{SINGLE} is read, not the files of {INDEX}.",))
     _check_present(folder, files, index, serves)
     used = set(serves.values())
-    if index == MINDSPORE_INDEX and MINDSPORE_HYPER in found:
-        used.add(MINDSPORE_HYPER)  # that index lists only what a strategy cuts
+    if index == MINDSPORE_INDEX and MINDSPORE_SCALARS in found:
+        used.add(MINDSPORE_SCALARS)  # that index lists only what a strategy cuts
     return _Choice(tuple(sorted(used)), serves, index, tuple(notes))
 
 
 def _choose_without_index(folder: Folder, found: Sequence[str], *, alone: bool) -> _Choice:
     """The single file, or all files at the top that can be parts of one model."""
-    beside = (MINDSPORE_HYPER,) if MINDSPORE_HYPER in found else ()
+    beside = (MINDSPORE_SCALARS,) if MINDSPORE_SCALARS in found else ()
     if SINGLE in found:
         return _Choice((SINGLE, *beside))
     parts = tuple(path for path in found if not _OTHER_FORM.match(path)) or tuple(found)
@@ -270,14 +270,14 @@ def _tensors(
     left_out: list[str] = []
     for number, (path, header) in enumerate(zip(choice.paths, headers, strict=True)):
         for entry in header.entries:
-            if choice.serves is not None and path != MINDSPORE_HYPER:
+            if choice.serves is not None and path != MINDSPORE_SCALARS:
                 served_by = choice.serves.get(entry.name)
                 if served_by is None:
                     left_out.append(entry.name)
                 if served_by != path:
                     continue
             if entry.name in tensors:
-                first = choice.paths[tensors[entry.name].pieces[0].file]
+                first = choice.paths[tensors[entry.name].shards[0].file]
                 raise FormatError(
                     f"{quote_name(entry.name)} is in both {first} and {path}, and no index says "
                     "which counts. Remove the stale file."
@@ -360,12 +360,12 @@ def is_weights(path: str) -> bool:
     return bool(_WEIGHTS.search(path))
 
 
-def _hyper(used: Sequence[File], tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    numbers = {n for n, file in enumerate(used) if basename(file.path) == MINDSPORE_HYPER}
+def _scalar_names(used: Sequence[File], tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    numbers = {n for n, file in enumerate(used) if basename(file.path) == MINDSPORE_SCALARS}
     named = scalar_names(tensors.values())
     if not numbers:
         return named
-    return named | {t.name for t in tensors.values() if t.pieces[0].file in numbers}
+    return named | {t.name for t in tensors.values() if t.shards[0].file in numbers}
 
 
 def _agreed(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -489,7 +489,7 @@ def plan_unified(source: Catalog, tensors: Sequence[Tensor], request: Request) -
     groups = _groups(source, tensors, request.max_shard_bytes or _UNIFIED_BYTES)
     paths = [f"part{i}.safetensors" for i in range(len(groups))]
     outputs, weight_map = _arranged(tensors, groups, paths)
-    weights = {n: p for n, p in weight_map.items() if p != MINDSPORE_HYPER}
+    weights = {n: p for n, p in weight_map.items() if p != MINDSPORE_SCALARS}
     total = sum(t.num_bytes for t in tensors if t.name in weights)
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     side = {MINDSPORE_INDEX: json.dumps(index, indent=4).encode()}
@@ -509,7 +509,7 @@ def check_config(config: object) -> None:
 
 
 def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[str]]:
-    weights = [(t.name, t.num_bytes) for t in tensors if t.name not in source.hyper]
+    weights = [(t.name, t.num_bytes) for t in tensors if t.name not in source.scalars]
     return plan_files(weights, max_shard_bytes)
 
 
@@ -518,12 +518,12 @@ def _arranged(
 ) -> tuple[Outputs, dict[str, str]]:
     """The outputs, and which file serves a name; what is in no group has a file of its own."""
     grouped = {name for group in groups for name in group}
-    hyper = [t for t in tensors if t.name not in grouped]
+    scalars = [t for t in tensors if t.name not in grouped]
     weights = [t for t in tensors if t.name in grouped]
-    if hyper:
-        groups, paths = [*groups, [t.name for t in hyper]], [*paths, MINDSPORE_HYPER]
+    if scalars:
+        groups, paths = [*groups, [t.name for t in scalars]], [*paths, MINDSPORE_SCALARS]
     alone = [(Placement((), first_rank=i),) for i in range(len(groups))]
     placements = {name: alone[i] for i, group in enumerate(groups) for name in group}
-    outputs = arrange([*weights, *hyper], Layout(len(groups), placements), paths)
+    outputs = arrange([*weights, *scalars], Layout(len(groups), placements), paths)
     weight_map = {name: paths[p[0].first_rank] for name, p in placements.items()}
     return outputs, weight_map

@@ -74,7 +74,7 @@ def read(folder: Folder) -> Catalog:
         model=model,
         metadata={},
         extras=tuple(path for path in extras if path != ITERATION_METADATA),
-        hyper=scalar_names(tensors.values()),
+        scalars=scalar_names(tensors.values()),
         notes=(*found.notes(), *_health(folder, files)),
     )
 
@@ -456,7 +456,7 @@ def plan_files(source: Catalog, tensors: Sequence[Tensor], request: Request) -> 
     states = {t.name for t in tensors if _is_state(t.name, source)}
     files = _Files(layout.num_ranks, folder, request.prefix, bool(states))
     lying = {
-        t.name: files.placements(t.name, layout, t.name in states, t.name in source.hyper)
+        t.name: files.placements(t.name, layout, t.name in states, t.name in source.scalars)
         for t in tensors
     }
     outputs = arrange(
@@ -465,7 +465,7 @@ def plan_files(source: Catalog, tensors: Sequence[Tensor], request: Request) -> 
         files.paths,
         remove_redundancy=request.remove_redundancy,
     )
-    told = [(t, None if t.name in source.hyper else _cut(layout, t)) for t in tensors]
+    told = [(t, None if t.name in source.scalars else _cut(layout, t)) for t in tensors]
     side = {
         f"{folder}/{ITERATION_METADATA}": metadata_json(told, files.stores(outputs)),
         f"{folder}/{COMMON}": _common(request.numbers),
@@ -482,7 +482,7 @@ def plan_files(source: Catalog, tensors: Sequence[Tensor], request: Request) -> 
 
 
 def _is_state(name: str, source: Catalog) -> bool:
-    return name in source.hyper or weight_name(name) != name
+    return name in source.scalars or weight_name(name) != name
 
 
 def _cut(layout: Layout, tensor: Tensor) -> Placement | None:

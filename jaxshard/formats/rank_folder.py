@@ -109,7 +109,7 @@ def read(
         model=model,
         metadata=gathered.metadata,
         extras=extras,
-        hyper=frozenset(gathered.hyper) if layout else scalar_names(tensors.values()),
+        scalars=frozenset(gathered.scalars) if layout else scalar_names(tensors.values()),
         notes=tuple(notes),
         lost=lost,
     )
@@ -166,14 +166,14 @@ class _Gathered:
 
     def __init__(self, layout: Layout | None) -> None:
         self.metadata: dict[str, str] = {}
-        self.hyper: dict[str, None] = {}
+        self.scalars: dict[str, None] = {}
         self._placed = dict(layout.placements) if layout else {}
         self._found: dict[str, _Found] = {}
 
     def add(self, rank: int, file: int, entry: Stored, path: str) -> None:
         placements = self._placed.get(entry.name)
         if placements is None:
-            self.hyper[entry.name] = None
+            self.scalars[entry.name] = None
             shape, box = entry.shape, Box.whole(entry.shape)
         else:
             if len(entry.shape) == 1 and len(placements[0].spec) > 1:
@@ -234,7 +234,7 @@ class _Gathered:
         absent = [n for n in self._placed if n not in self._found and weight_name(n) not in lost]
         states = [n for n in absent if weight_name(n) != n]
         weights = [n for n in absent if weight_name(n) == n]
-        large = [n for n in self.hyper if prod(self._found[n].shape) > _LARGE_ELEMENTS]
+        large = [n for n in self.scalars if prod(self._found[n].shape) > _LARGE_ELEMENTS]
         told = (
             (
                 list(lost),
@@ -419,7 +419,7 @@ def plan_files(
     prefix = rank_names.check_prefix(request.prefix)
     paths = [rank_names.file_path(r, prefix, request.step, kind) for r in range(layout.num_ranks)]
     once = request.remove_redundancy
-    kept_by = keepers(_of_strategy(layout, source.hyper)) if once else None
+    kept_by = keepers(_of_strategy(layout, source.scalars)) if once else None
     outputs = arrange(tensors, layout, paths, remove_redundancy=once, keepers=kept_by)
     side = {f"{STRATEGY_FOLDER}/{path}": data for path, data in strategy.items()}
     if ckpt:
@@ -438,7 +438,7 @@ def placed(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Layo
     assert request.to is not None
     layout = strategy_files.for_tensors(request.to, {t.name: t.shape for t in tensors})
     _check_names(source, tensors, layout)
-    return _with_hyper(layout, source, tensors)
+    return _with_scalars(layout, source, tensors)
 
 
 def _strategy(
@@ -448,12 +448,12 @@ def _strategy(
 
     Hyper parameters are not told of: they are never cut.
     """
-    weights = [t for t in tensors if t.name not in source.hyper]
+    weights = [t for t in tensors if t.name not in source.scalars]
     told = weights or tensors
     for tensor in told:
         for placement in layout.placements[tensor.name]:
             check_divides(placement, tensor.shape, tensor.name)
-    every = _of_strategy(layout, source.hyper if weights else frozenset())
+    every = _of_strategy(layout, source.scalars if weights else frozenset())
     absent = _absent_shapes(every, {t.name: t.shape for t in tensors}, source.lost)
     shapes = {t.name: t.shape for t in told} | absent
     every = strategy_files.for_tensors(every, absent)
@@ -500,15 +500,15 @@ def _by_stages(layout: Layout, source: Catalog) -> Layout:
     placements = {
         name: tuple(s for p in placed for s in _by_stage(p, stage))
         for name, placed in layout.placements.items()
-        if name not in source.hyper
+        if name not in source.scalars
     }
     return replace(layout, placements={**layout.placements, **placements})
 
 
-def _of_strategy(layout: Layout, hyper: frozenset[str]) -> Layout:
+def _of_strategy(layout: Layout, scalars: frozenset[str]) -> Layout:
     """All names of the strategy, also those that no file has: MindSpore counts them all."""
     every = {**layout.absent, **layout.placements}
-    return replace(layout, placements={n: p for n, p in every.items() if n not in hyper})
+    return replace(layout, placements={n: p for n, p in every.items() if n not in scalars})
 
 
 def _by_stage(placement: Placement, stage: int) -> list[Placement]:
@@ -519,15 +519,15 @@ def _by_stage(placement: Placement, stage: int) -> list[Placement]:
     return [Placement((("all", stage),), (), first) for first in firsts]
 
 
-def _with_hyper(layout: Layout, source: Catalog, tensors: Iterable[Tensor]) -> Layout:
+def _with_scalars(layout: Layout, source: Catalog, tensors: Iterable[Tensor]) -> Layout:
     """``layout`` with the tensors that are no weights on every rank."""
     everywhere = (Placement((("all", layout.num_ranks),)),)
-    added = {t.name: everywhere for t in tensors if t.name in source.hyper}
+    added = {t.name: everywhere for t in tensors if t.name in source.scalars}
     return replace(layout, placements={**layout.placements, **added})
 
 
 def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> None:
-    weights = {t.name for t in tensors} - source.hyper
+    weights = {t.name for t in tensors} - source.scalars
     unplaced = sorted(weights - set(layout.placements))
     if unplaced:
         raise LayoutError(

@@ -161,7 +161,7 @@ def read(folder: Folder) -> Catalog:
         file = read_weight_file(folder, path)
         for name, kind, shape, pieces in file.entries:
             if name in tensors:
-                first = paths[tensors[name].pieces[0].file]
+                first = paths[tensors[name].shards[0].file]
                 raise FormatError(
                     f"{quote_name(name)} is in both {first} and {path}. Name the file that counts, "
                     "not the folder."
@@ -180,7 +180,7 @@ def read(folder: Folder) -> Catalog:
         model=model,
         metadata=metadata,
         extras=extras,
-        hyper=scalar_names(tensors.values()),
+        scalars=scalar_names(tensors.values()),
         notes=tuple(notes),
     )
 

@@ -156,7 +156,7 @@ def _stored(job: Job, number: int, mapped: MappedFiles) -> Bytes | None:
     shard, tensor = job.shards[number], job.tensor
     if tensor.factors is not None:
         return None
-    for piece in tensor.pieces:
+    for piece in tensor.shards:
         if piece.view is None and piece.box.contains(shard.box):
             runs = byte_runs(
                 shard.box.within(piece.box),

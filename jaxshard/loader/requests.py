@@ -115,7 +115,7 @@ def files_of(jobs: Iterable[Job]) -> Iterator[int]:
         for cell in move.cells:
             yield from (move.pieces[i][0].file for i, _ in cell.sources)
         for operand in move.operands:
-            yield from (piece.file for piece in operand.pieces)
+            yield from (piece.file for piece in operand.shards)
 
 
 def _job(wants: Sequence[Want]) -> Job:
@@ -134,4 +134,4 @@ def _job(wants: Sequence[Want]) -> Job:
 
 
 def _first_byte(tensor: Tensor) -> tuple[int, int]:
-    return min(((p.file, p.offset) for p in tensor.pieces), default=(0, 0))
+    return min(((p.file, p.offset) for p in tensor.shards), default=(0, 0))

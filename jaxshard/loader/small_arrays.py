@@ -102,7 +102,7 @@ def small_of(wants: Sequence[Want], *, mmap: bool = False) -> tuple[Small, list[
 def _can_be_small(tensor: Tensor, *, mmap: bool) -> bool:
     if not small_bytes(tensor, SMALL_BYTES) or tensor.dtype.bits < 8:
         return False
-    return not (mmap and tensor.pieces[0].offset % ALIGNMENT == 0)
+    return not (mmap and tensor.shards[0].offset % ALIGNMENT == 0)
 
 
 @lru_cache(maxsize=1024)
@@ -116,7 +116,7 @@ def _devices(sharding: Sharding) -> tuple[jax.Device, ...]:
 
 
 def _first_byte(tensor: Tensor) -> tuple[int, int]:
-    return (tensor.pieces[0].file, tensor.pieces[0].offset) if tensor.pieces else (0, 0)
+    return (tensor.shards[0].file, tensor.shards[0].offset) if tensor.shards else (0, 0)
 
 
 def load_small(

@@ -200,7 +200,7 @@ def _read_target(catalog: Catalog, target: Any) -> Any:
 def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[str], Any]:
     """The sharding of each name, as strategy files place it."""
     shapes = {t.name: t.shape for t in catalog.tensors.values()}
-    layout = _with_hyper(for_tensors(target, shapes), catalog)
+    layout = _with_scalars(for_tensors(target, shapes), catalog)
     unplaced = sorted(n for n in catalog.tensors if not layout.placements.get(n))
     if unplaced:
         raise NotFoundError(
@@ -250,10 +250,10 @@ def _by_name(target: Any) -> Callable[[str], Any] | None:
     return None
 
 
-def _with_hyper(layout: Layout, catalog: Catalog) -> Layout:
+def _with_scalars(layout: Layout, catalog: Catalog) -> Layout:
     """``layout`` with the tensors that are no weights on every rank."""
     everywhere = (Placement((("all", layout.num_ranks),)),)
-    added = {n: everywhere for n in catalog.hyper if n not in layout.placements}
+    added = {n: everywhere for n in catalog.scalars if n not in layout.placements}
     return replace(layout, placements={**layout.placements, **added})
 
 

@@ -199,7 +199,7 @@ def merged(
     replaced: dict[str, Tensor] = {}
     names = BaseNames(kept, base.root, renaming(adapter_names))
     if adapter is not None:
-        others = {n: t for n, t in found.others.items() if n not in source.hyper}
+        others = {n: t for n, t in found.others.items() if n not in source.scalars}
         replaced = saved_beside(others, names, base, settings, notes)
         kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
     how = _How(names, settings, Targets(settings.target_parameters), base, notes)
@@ -386,7 +386,7 @@ def _shifted(tensor: Tensor, by: int) -> Tensor:
             raise LayoutError(f"{tensor.name}: an adapter is merged as it is stored, not mapped.")
         return replace(p, file=p.file + by)
 
-    return replace(tensor, pieces=tuple(map(piece, tensor.pieces))) if by else tensor
+    return replace(tensor, shards=tuple(map(piece, tensor.shards))) if by else tensor
 
 
 def _notes(dropped: int, settings: Settings) -> list[str]:

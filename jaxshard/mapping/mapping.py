@@ -49,7 +49,7 @@ class Mapping:
             NotFoundError: a tensor is missing, or has no rule.
             LayoutError: shapes do not fit, or two sources make one target.
         """
-        made = self.tensors(catalog.tensors, Geometry(), catalog.hyper)
+        made = self.tensors(catalog.tensors, Geometry(), catalog.scalars)
         renamed = {n: t if t.name == n else replace(t, name=n) for n, t in made.items()}
         origin = Origin(catalog, self)
         told = {k: v for k, v in catalog.metadata.items() if k not in catalog.tensors}
@@ -72,18 +72,18 @@ class Mapping:
         return Mapping((*self.ops, *other.ops), ":".join(n for n in names if n))
 
     def place(
-        self, layout: Layout, tensors: Dict[str, Tensor], hyper: frozenset[str] = frozenset()
+        self, layout: Layout, tensors: Dict[str, Tensor], scalars: frozenset[str] = frozenset()
     ) -> Layout:
         """The layout of what ``tensors`` become, when they lie as ``layout`` says.
 
         Raises:
             LayoutError: what ranks share is no whole part of a target (fewer kv heads than mp).
         """
-        made = self.tensors(placed(tensors, layout), Placing(), hyper)
+        made = self.tensors(placed(tensors, layout), Placing(), scalars)
         placements = {n: x.placements for n, x in made.items()}
         return replace(layout, placements=placements)
 
-    def apply_arrays(self, arrays: Dict[str, Any], hyper: Iterable[str] = ()) -> dict[str, Any]:
+    def apply_arrays(self, arrays: Dict[str, Any], scalars: Iterable[str] = ()) -> dict[str, Any]:
         """Arrays by name as arrays by the target's names: JAX's stay on their devices.
 
         A dim that devices share stays shared wherever the mapping takes it.
@@ -92,17 +92,17 @@ class Mapping:
             JaxshardError: as ``apply``.
             LayoutError: one result is made of arrays on different devices (pipeline stages).
         """
-        kept = frozenset(hyper)
+        kept = frozenset(scalars)
         leaves = {n: leaf(n, tuple(x.shape), x.dtype.name) for n, x in arrays.items()}
         made = self.tensors(leaves, Expressions(), kept)
         return evaluate(made, arrays)
 
     def tensors(
-        self, tensors: Dict[str, T], algebra: Algebra[T], hyper: frozenset[str] = frozenset()
+        self, tensors: Dict[str, T], algebra: Algebra[T], scalars: frozenset[str] = frozenset()
     ) -> dict[str, T]:
         """What becomes of ``tensors``, in the words of ``algebra``."""
-        result = {n: t for n, t in tensors.items() if n in hyper}
-        for prefix, group in _by_prefix(tensors, hyper).items():
+        result = {n: t for n, t in tensors.items() if n in scalars}
+        for prefix, group in _by_prefix(tensors, scalars).items():
             made = group
             try:
                 for op in self.ops:
@@ -127,13 +127,13 @@ class Origin:
 
     def place(self, layout: Layout) -> Layout:
         """The layout of the mapped tensors, when the catalog's own lie as ``layout`` says."""
-        return self.mapping.place(layout, self.catalog.tensors, self.catalog.hyper)
+        return self.mapping.place(layout, self.catalog.tensors, self.catalog.scalars)
 
 
-def _by_prefix(tensors: Dict[str, T], hyper: frozenset[str]) -> dict[str, dict[str, T]]:
+def _by_prefix(tensors: Dict[str, T], scalars: frozenset[str]) -> dict[str, dict[str, T]]:
     groups: dict[str, dict[str, T]] = {}
     for name, tensor in tensors.items():
-        if name not in hyper:
+        if name not in scalars:
             prefix = next((p for p in OPTIMIZER_PREFIXES if name.startswith(p)), "")
             groups.setdefault(prefix, {})[name[len(prefix) :]] = tensor
     return groups

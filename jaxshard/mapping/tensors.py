@@ -176,7 +176,7 @@ def transpose(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return replace(
         tensor,
         shape=tuple(tensor.shape[d] for d in order),
-        pieces=tuple(permuted(p, fine) for p in tensor.pieces),
+        shards=tuple(permuted(p, fine) for p in tensor.shards),
         factors=tuple(factors[d] for d in order),
     )
 
@@ -202,7 +202,7 @@ def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _refactored(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     """``tensor`` seen as ``shape``, or None if a factor neither splits nor merges into it."""
-    fine, pieces = [n for n in tensor.fine_shape if n != 1], tensor.pieces
+    fine, pieces = [n for n in tensor.fine_shape if n != 1], tensor.shards
     for i, n in reversed(list(enumerate(tensor.fine_shape))):
         if n == 1:
             pieces = tuple(without_dim(p, i) for p in pieces)
@@ -223,7 +223,7 @@ def _refactored(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
             fine.insert(at, 1)
             at += 1
         factors.append(tuple(fine[begin:at]))
-    return replace(tensor, shape=shape, pieces=pieces, factors=tuple(factors))
+    return replace(tensor, shape=shape, shards=pieces, factors=tuple(factors))
 
 
 def cut(tensor: Tensor, dim: int, start: int, stop: int) -> Tensor:
@@ -241,12 +241,12 @@ def cut(tensor: Tensor, dim: int, start: int, stop: int) -> Tensor:
     except LayoutError:
         tensor = _flat_dim(tensor, dim)
         inside = tensor.fine(box)
-    pieces = [q for p in tensor.pieces if (q := part_of(p, inside))]
+    pieces = [q for p in tensor.shards if (q := part_of(p, inside))]
     factors = _factors(tensor)
     first = _offsets(factors)[dim]
     extents = inside.shape[first : first + len(factors[dim])]
     made = (*factors[:dim], extents, *factors[dim + 1 :])
-    return _simple(replace(tensor, shape=shape, pieces=tuple(pieces), factors=made))
+    return _simple(replace(tensor, shape=shape, shards=tuple(pieces), factors=made))
 
 
 def join(tensors: Sequence[Tensor], dim: int, name: str) -> Tensor:
@@ -262,7 +262,7 @@ def join(tensors: Sequence[Tensor], dim: int, name: str) -> Tensor:
     at = _offsets(factors)[dim]
     pieces, done = [], 0
     for t in aligned:
-        pieces += [shifted(p, at, done) for p in t.pieces]
+        pieces += [shifted(p, at, done) for p in t.shards]
         done += _factors(t)[dim][0]
     made = (*factors[:dim], (done, *factors[dim][1:]), *factors[dim + 1 :])
     shape = list(first.shape)
@@ -277,13 +277,13 @@ def repeat(tensor: Tensor, dim: int, times: int) -> Tensor:
     tensor = viewed(tensor)
     at = _offsets(_factors(tensor))[dim]
     pieces = []
-    for p in tensor.pieces:
+    for p in tensor.shards:
         box = Box(p.box.start, (*p.box.stop[:at], times, *p.box.stop[at + 1 :]))
         pieces.append(with_steps(replace(p, box=box), lambda s: (*s[:at], 0, *s[at + 1 :])))
     factors = _factors(tensor)
     made = (*factors[:dim], (times,), *factors[dim + 1 :])
     shape = (*tensor.shape[:dim], times, *tensor.shape[dim + 1 :])
-    return replace(tensor, shape=shape, pieces=tuple(pieces), factors=made)
+    return replace(tensor, shape=shape, shards=tuple(pieces), factors=made)
 
 
 def zeros(shape: tuple[int, ...], dtype: DType) -> Tensor:
@@ -301,13 +301,13 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
     tensor = viewed(tensor)
     _refuse_packed(dtype, tensor.name)
     pieces = []
-    for p in tensor.pieces:
+    for p in tensor.shards:
         view = p.view
         assert view is not None
         if view.dtype != tensor.dtype or view.steps:
             view = replace(view, steps=(*view.steps, RoundTo(tensor.dtype)))
         pieces.append(replace(p, view=view))
-    return replace(tensor, dtype=dtype, pieces=tuple(pieces))
+    return replace(tensor, dtype=dtype, shards=tuple(pieces))
 
 
 def scaled(tensor: Tensor, scale: Tensor, block: tuple[int, int], dtype: DType) -> Tensor:
@@ -330,11 +330,11 @@ def with_step(tensor: Tensor, make: Callable[[tuple[Affine, Affine]], Step]) -> 
             f"reshaped; this has shape {tensor.shape}."
         )
     pieces = []
-    for p in tensor.pieces:
+    for p in tensor.shards:
         at = (Affine(p.box.start[0], (1, 0)), Affine(p.box.start[1], (0, 1)))
         assert p.view is not None
         pieces.append(replace(p, view=replace(p.view, steps=(*p.view.steps, make(at)))))
-    return replace(tensor, pieces=tuple(pieces))
+    return replace(tensor, shards=tuple(pieces))
 
 
 def viewed(tensor: Tensor) -> Tensor:
@@ -346,8 +346,8 @@ def viewed(tensor: Tensor) -> Tensor:
     if tensor.factors is not None:
         return tensor
     _refuse_packed(tensor.dtype, tensor.name)
-    pieces = tuple(_viewed_piece(p, tensor.dtype) for p in tensor.pieces)
-    return replace(tensor, pieces=pieces, factors=tuple((n,) for n in tensor.shape))
+    pieces = tuple(_viewed_piece(p, tensor.dtype) for p in tensor.shards)
+    return replace(tensor, shards=pieces, factors=tuple((n,) for n in tensor.shape))
 
 
 def _viewed_piece(piece: StoredShard, dtype: DType) -> StoredShard:
@@ -401,7 +401,7 @@ def _merge(tensor: Tensor, dim: int, at: int, *, force: bool = False) -> Tensor 
     factors = _factors(tensor)
     fine, inner = _offsets(factors)[dim] + at, factors[dim][at + 1]
     pieces: list[StoredShard] = []
-    for p in tensor.pieces:
+    for p in tensor.shards:
         one = merged(p, fine, inner)
         if one is not None:
             pieces.append(one)
@@ -410,7 +410,7 @@ def _merge(tensor: Tensor, dim: int, at: int, *, force: bool = False) -> Tensor 
         else:
             return None
     now = (*factors[dim][:at], factors[dim][at] * inner, *factors[dim][at + 2 :])
-    return replace(tensor, pieces=tuple(pieces), factors=(*factors[:dim], now, *factors[dim + 1 :]))
+    return replace(tensor, shards=tuple(pieces), factors=(*factors[:dim], now, *factors[dim + 1 :]))
 
 
 def _flat_dim(tensor: Tensor, dim: int) -> Tensor:
@@ -464,10 +464,10 @@ def _refined(tensor: Tensor, dim: int, bounds: Sequence[int]) -> Tensor:
         at = sum(b > missing for b in own)  # the factor that the new group is inside of
         inner = missing // prod(factors[at + 1 :])
         fine = _offsets(_factors(tensor))[dim] + at
-        pieces = tuple(q for p in tensor.pieces for q in split(p, fine, inner))
+        pieces = tuple(q for p in tensor.shards for q in split(p, fine, inner))
         now = (*factors[:at], factors[at] // inner, inner, *factors[at + 1 :])
         every = _factors(tensor)
-        tensor = replace(tensor, pieces=pieces, factors=(*every[:dim], now, *every[dim + 1 :]))
+        tensor = replace(tensor, shards=pieces, factors=(*every[:dim], now, *every[dim + 1 :]))
     return tensor
 
 

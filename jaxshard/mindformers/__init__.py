@@ -118,7 +118,7 @@ class Loading:
         """Expressions for the tensors of ``catalog`` that are not to be loaded."""
         if self.with_states:
             return (_GRADIENTS,)
-        return (_GRADIENTS, *_STATES, *(f"^{re.escape(n)}$" for n in sorted(catalog.hyper)))
+        return (_GRADIENTS, *_STATES, *(f"^{re.escape(n)}$" for n in sorted(catalog.scalars)))
 
     def target(self, catalog: Catalog) -> Strategy | str:
         """How the job's ranks hold ``catalog``: as its own do, where nothing is transformed."""
@@ -622,10 +622,10 @@ def _is_stored_once(catalog: Catalog) -> bool | None:
         return None
     for name, placements in catalog.layout.placements.items():
         tensor = catalog.tensors.get(name)
-        if tensor is None or name in catalog.hyper:
+        if tensor is None or name in catalog.scalars:
             continue
-        boxes = len({piece.box for piece in tensor.pieces})
+        boxes = len({piece.box for piece in tensor.shards})
         holders = sum(p.num_ranks for p in placements)
         if holders > boxes:
-            return len(tensor.pieces) == boxes
+            return len(tensor.shards) == boxes
     return None

@@ -62,7 +62,7 @@ def other_slicing(switch: bool | None, strategy: Strategy, catalog: Catalog) -> 
     except JaxshardError as error:
         unsaid = f"parallel_config is not compared with the ranks' own parts: {error}"
         return [unsaid] if switch is False else []
-    names = [n for n in catalog.tensors if n not in catalog.hyper and weight_name(n) == n]
+    names = [n for n in catalog.tensors if n not in catalog.scalars and weight_name(n) == n]
     differ = _cut_otherwise(catalog, names, own, wanted)
     if not differ:
         return []
@@ -154,7 +154,7 @@ def refuse_part(switch: bool | None, strategy: Strategy, catalog: Catalog) -> No
 
 def _is_of_known_family(catalog: Catalog) -> bool:
     try:
-        rules_for(catalog.model, [n for n in catalog.tensors if n not in catalog.hyper])
+        rules_for(catalog.model, [n for n in catalog.tensors if n not in catalog.scalars])
     except (LayoutError, NotFoundError):
         return False
     return True
@@ -186,7 +186,9 @@ def refuse_missing_layers(catalog: Catalog) -> None:
     weights = [
         name
         for name in (*catalog.tensors, *catalog.lost)
-        if name not in catalog.hyper and weight_name(name) == name and not is_part_of_adapter(name)
+        if name not in catalog.scalars
+        and weight_name(name) == name
+        and not is_part_of_adapter(name)
     ]
     gone = missing_layers(catalog.model, weights)
     if gone:

@@ -102,9 +102,9 @@ def small_bytes(tensor: Tensor, limit: int) -> int:
     """The bytes of a tensor that is small and lies in one piece; 0 for any other."""
     shape = tensor.shape
     size = prod(shape) * tensor.dtype.bits >> 3
-    if not 0 < size <= limit or tensor.factors is not None or not tensor.pieces:
+    if not 0 < size <= limit or tensor.factors is not None or not tensor.shards:
         return 0
-    piece = tensor.pieces[0]
+    piece = tensor.shards[0]
     whole = piece.view is None and piece.box.stop == shape and not any(piece.box.start)
     return size if whole else 0
 
@@ -163,7 +163,7 @@ class _Run:
 
     def add(self, tensor: Tensor, size: int, ranks: Ranks) -> bool:
         """Put ``tensor`` of ``size`` bytes behind the others, if it fits and goes their way."""
-        piece, start = tensor.pieces[0], self.num_bytes
+        piece, start = tensor.shards[0], self.num_bytes
         gap = piece.offset - self._end if piece.file == self._file else -1
         follows = 0 <= gap <= _GAP_BYTES
         if follows:

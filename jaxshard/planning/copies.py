@@ -131,7 +131,7 @@ def make_move(tensor: Tensor, outputs: Outputs, only: frozenset[int] | None) -> 
 def move_into(tensor: Tensor, wanted: Mapping[Box, tuple[int, ...]]) -> TensorCopy:
     """The journey of ``tensor`` into the boxes ``wanted``, each with whoever wants it."""
     stored: dict[Box, list[StoredShard]] = {}
-    for piece in tensor.pieces:
+    for piece in tensor.shards:
         stored.setdefault(piece.box, []).append(piece)
     fine = tuple(map(tensor.fine, wanted))
     sources, targets, unit = unit_boxes(tensor.fine_shape, tensor.dtype, tuple(stored), fine)
@@ -174,7 +174,7 @@ def check_covered(tensor: Tensor) -> None:
     Raises:
         CoverageError: with the elements held and missing.
     """
-    sources = tuple(dict.fromkeys(p.box for p in tensor.pieces))
+    sources = tuple(dict.fromkeys(p.box for p in tensor.shards))
     try:
         cells(sources, (Box.whole(tensor.fine_shape),))
     except CoverageError as error:

@@ -228,7 +228,7 @@ def format_title(catalog: Catalog) -> str:
 
 def _rank_table(catalog: Catalog) -> str:
     """A line for each file, with the rank whose it is."""
-    held = Counter(f for t in catalog.tensors.values() for f in {p.file for p in t.pieces})
+    held = Counter(f for t in catalog.tensors.values() for f in {p.file for p in t.shards})
     rows = [
         [_rank_of(file.path), f"{held[number]:,}", size(file.num_bytes), file.path]
         for number, file in enumerate(catalog.files)

@@ -64,7 +64,7 @@ def tensor_cost(
         CoverageError: elements of it are nowhere.
         LayoutError: a shard would cut through what belongs together.
     """
-    read = firsts(tensor.pieces)
+    read = firsts(tensor.shards)
     if tensor.factors is not None:
         for placement in placements:
             tensor.check_groups(placement)
@@ -215,7 +215,7 @@ def remedy(source: Catalog, names: Iterable[str] | None = None) -> str:
 
 def _lost_shards(tensor: Tensor, layout: Layout) -> list[tuple[int, ...]]:
     """The holders of each shard of ``tensor`` that is in no file, or not all of it."""
-    stored = dict.fromkeys(p.box for p in tensor.pieces)
+    stored = dict.fromkeys(p.box for p in tensor.shards)
     wanted: dict[Box, list[int]] = {}
     for placement in layout.placements.get(tensor.name, ()):
         for shard in placement.shards(tensor.shape):
@@ -403,7 +403,7 @@ def _in_order(source: Catalog, outputs: Outputs) -> list[Tensor]:
 
 def block_bytes_for(source: Catalog) -> int:
     """The blocks that suit ``source``: larger ones where values are computed on their way."""
-    first = (tensor.pieces[0].view for tensor in source.tensors.values() if tensor.pieces)
+    first = (tensor.shards[0].view for tensor in source.tensors.values() if tensor.shards)
     return STEPPED_BLOCK_BYTES if any(view and view.steps for view in first) else BLOCK_BYTES
 
 

@@ -181,21 +181,21 @@ def layout(
     strategy: Strategy,
     rules: Rules,
     model: ModelFacts | None = None,
-    hyper: frozenset[str] = frozenset(),
+    scalars: frozenset[str] = frozenset(),
     unmatched: Policy = "error",
     uneven: Policy = "error",
     unseen: Iterable[str] = (),
 ) -> Layout:
     """Who holds which box of each tensor of ``shapes``.
 
-    Tensors of ``hyper``, and those of no stage (rotary tables), are whole on every rank.
+    Tensors of ``scalars``, and those of no stage (rotary tables), are whole on every rank.
 
     Args:
         shapes: the shape of each tensor.
         strategy: the ways the job is parallel.
         rules: how names are cut; see ``rules_for`` and ``read_rules``.
         model: number of layers and experts, tied embeddings; else counted from the names.
-        hyper: names that are no weights (``global_step``).
+        scalars: names that are no weights (``global_step``).
         unmatched: what to do with names that no rule matches.
         uneven: what to do with dims that do not divide.
         unseen: names of the model whose shapes are not known: their layers count, and the
@@ -214,13 +214,15 @@ def layout(
     check_policy("unmatched", unmatched)
     check_policy("uneven", uneven)
     others = tuple(unseen)
-    weights = {name: shape for name, shape in shapes.items() if name not in hyper}
+    weights = {name: shape for name, shape in shapes.items() if name not in scalars}
     stages = Stages(rules, strategy, model, (*weights, *others))
     decided = _Decisions(rules, strategy, weights, model)
     factors = decided.factors
     following = {n for n in factors.weights if not decided.is_direct(n)}
     everywhere = (Placement((("all", strategy.num_ranks),)),)
-    placements: dict[str, tuple[Placement, ...]] = dict.fromkeys(hyper & shapes.keys(), everywhere)
+    placements: dict[str, tuple[Placement, ...]] = dict.fromkeys(
+        scalars & shapes.keys(), everywhere
+    )
     for name in weights:
         if name not in following:
             placements[name] = decided.place(name, stages)

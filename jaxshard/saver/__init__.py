@@ -279,15 +279,15 @@ def _with_step(
 ) -> Request:
     """``request`` with the job's numbers, and the step that these or the caller give names."""
     check_request(request, step)
-    numbers = _numbers(arrays, catalog.hyper)
+    numbers = _numbers(arrays, catalog.scalars)
     asked = step_of_numbers(numbers) if step is None else rank_names.read_step(step)
     return replace(request, step=asked, numbers=numbers)
 
 
-def _numbers(arrays: Mapping[str, Array], hyper: frozenset[str]) -> dict[str, Any]:
+def _numbers(arrays: Mapping[str, Array], scalars: frozenset[str]) -> dict[str, Any]:
     """The values of the job's numbers among ``arrays``, as far as this process has them."""
     found = {}
-    for name in sorted(hyper & arrays.keys()):
+    for name in sorted(scalars & arrays.keys()):
         array = arrays[name]
         if isinstance(array, jax.Array):
             devices: set[jax.Device] = array.sharding.device_set

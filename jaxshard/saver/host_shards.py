@@ -76,7 +76,7 @@ class ArraySource(Source):
             tensors,
             model=model,
             metadata=dict(metadata or {}),
-            hyper=scalar_names(tensors.values()) if has_numbers else frozenset(),
+            scalars=scalar_names(tensors.values()) if has_numbers else frozenset(),
         )
 
     def map(self, mapping: NamesAndShapes) -> None:

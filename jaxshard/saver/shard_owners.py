@@ -161,14 +161,14 @@ def shared_moves(
 ) -> Iterator[SharedMove]:
     """The journeys of the shards whose ``owner`` is process ``here``."""
     for tensor in catalog.tensors.values():
-        pieces = tuple(p for p in tensor.pieces if owner(p) == here)
+        pieces = tuple(p for p in tensor.shards if owner(p) == here)
         if pieces and tensor.name in outputs.layout.placements:
-            yield _shared_move(replace(tensor, pieces=pieces), outputs)
+            yield _shared_move(replace(tensor, shards=pieces), outputs)
 
 
 def _shared_move(tensor: Tensor, outputs: Outputs) -> SharedMove:
     fine = replace(tensor, shape=tensor.fine_shape, factors=None)  # what the pieces are boxes of
-    own = joined(tuple(p.box for p in tensor.pieces))
+    own = joined(tuple(p.box for p in tensor.shards))
     wanted: dict[Box, tuple[int, ...]] = {}
     places: list[Place] = []
     for placement in outputs.layout.placements[tensor.name]:

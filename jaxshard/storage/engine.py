@@ -262,7 +262,7 @@ class Worker:
     def _read_operand(self, tensor: Tensor) -> Bytes:
         """All bytes of a small tensor that a step needs."""
         out = np.empty(tensor.num_bytes, np.uint8)
-        pieces = tensor.pieces
+        pieces = tensor.shards
         if len(pieces) == 1 and pieces[0].view is None and len(out) <= self._budget.block_bytes:
             self._source.read(pieces[0], pieces[0].offset, out.data)
             self.counts += Counts(len(out), len(out), 1)

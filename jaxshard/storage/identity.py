@@ -173,9 +173,9 @@ def _tensors(catalog: Catalog) -> str:
     for name in sorted(catalog.tensors):
         tensor = catalog.tensors[name]
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-    viewed = [t for t in catalog.tensors.values() if any(p.view for p in t.pieces)]
+    viewed = [t for t in catalog.tensors.values() if any(p.view for p in t.shards)]
     for tensor in _spread(viewed, _SAMPLES):  # how an adapter is merged, say
-        digest.update(repr([p.view for p in tensor.pieces[:1]]).encode())
+        digest.update(repr([p.view for p in tensor.shards[:1]]).encode())
     return digest.hexdigest()[:_CHARACTERS]
 
 
@@ -223,7 +223,7 @@ def _places(catalog: Catalog, numbers: set[int]) -> dict[int, list[int]]:
     """The middle of each tensor in the files ``numbers``."""
     found: dict[int, list[int]] = {number: [] for number in numbers}
     for tensor in catalog.tensors.values():
-        for piece in tensor.pieces:
+        for piece in tensor.shards:
             if piece.file in found and piece.view is None:
                 num_bytes = piece.box.size * tensor.dtype.bits // 8
                 found[piece.file].append(piece.offset + num_bytes // 2)

@@ -167,11 +167,11 @@ def _together(a: Catalog, b: Catalog) -> Catalog:
         raise CoverageError(f"{min(twice)} of {a.root} is stored both as weight and as state.")
     shift = len(a.files)
     moved = {
-        t.name: replace(t, pieces=tuple(replace(p, file=p.file + shift) for p in t.pieces))
+        t.name: replace(t, shards=tuple(replace(p, file=p.file + shift) for p in t.shards))
         for t in b.tensors.values()
     }
     return replace(
-        a, files=(*a.files, *b.files), tensors={**a.tensors, **moved}, hyper=a.hyper | b.hyper
+        a, files=(*a.files, *b.files), tensors={**a.tensors, **moved}, scalars=a.scalars | b.scalars
     )
 
 

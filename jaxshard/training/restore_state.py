@@ -115,7 +115,7 @@ def by_strategy(
             f"{len(large)} tensors match no rule and no weight, so each device holds all of them: "
             f"{format_list(large)}. Give the target's leaves shardings to split them."
         )
-    told = replace(catalog, hyper=catalog.hyper | rest)
+    told = replace(catalog, scalars=catalog.scalars | rest)
     layout = lay_out(told, like, strategy, rules)
     found = shardings(layout, rank_devices(strategy, devices), catalog.tensors)
     return dict(found), (*layout.notes, *notes)
@@ -135,7 +135,7 @@ def lay_out(
     alike = _alike(catalog, like)
     told = {n: t for n, t in catalog.tensors.items() if n not in alike}
     layout = lay_out_for(
-        replace(catalog, tensors=told, hyper=catalog.hyper & told.keys()), strategy, rules
+        replace(catalog, tensors=told, scalars=catalog.scalars & told.keys()), strategy, rules
     )
     more = {name: layout.placements[weight] for name, weight in alike.items()}
     return replace(layout, placements={**layout.placements, **more})
@@ -148,7 +148,7 @@ def roles_by_name(catalog: Catalog) -> dict[str, Role]:
         if is_optimizer_name(tensor.name):
             return "optimizer"
         is_small = prod(tensor.shape) <= LARGE_ELEMENTS and tensor.dtype.name[0] not in "FB"
-        is_rest = tensor.name in catalog.hyper or tensor.name in TRAINING_SCALARS or is_small
+        is_rest = tensor.name in catalog.scalars or tensor.name in TRAINING_SCALARS or is_small
         return "rest" if is_rest or tensor.shape == () else "weights"
 
     return {name: role(tensor) for name, tensor in catalog.tensors.items()}
@@ -174,7 +174,7 @@ def _alike(catalog: Catalog, like: Mapping[str, str]) -> dict[str, str]:
 
 def _untold(catalog: Catalog) -> frozenset[str]:
     """The rest of a state, which no rule speaks of, told from weights."""
-    return (catalog.hyper & catalog.tensors.keys()) | {
+    return (catalog.scalars & catalog.tensors.keys()) | {
         t.name
         for t in catalog.tensors.values()
         if t.shape == () or t.name.startswith("opt_state.") or t.dtype.name[0] not in "FB"
@@ -361,7 +361,7 @@ def _left_over(catalog: Catalog, wanted: set[str], parts: str) -> list[str]:
     if parts == "optimizer":
         return [n for n in over if is_optimizer_name(n)]
     lost = [n for n in over if not is_optimizer_name(n)]
-    return [n for n in lost if n not in catalog.hyper and catalog.tensors[n].shape]
+    return [n for n in lost if n not in catalog.scalars and catalog.tensors[n].shape]
 
 
 def _misfit(leaf: Leaf, tensor: Tensor) -> str:
@@ -421,7 +421,7 @@ def _on_host(
     budget = budget_for(where.host_bytes, where.workers if large else 1)
     files = open_source(catalog)
     try:
-        files.check_checksums(piece.file for tensor in tensors for piece in tensor.pieces)
+        files.check_checksums(piece.file for tensor in tensors for piece in tensor.shards)
         run(moves, files, out, budget=budget)
         files.check_unchanged()
     finally:

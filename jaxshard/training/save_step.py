@@ -71,7 +71,7 @@ class Job:
     wish: Wish
     snapshot: Snapshot
     weights: frozenset[str]
-    hyper: frozenset[str]
+    scalars: frozenset[str]
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
     keeping: Keeping = Keeping()
@@ -254,7 +254,7 @@ def check_free(job: Job, units: Iterable[str]) -> tuple[str, ...]:
 
 def all_parts(job: Job) -> list[Part]:
     """The files of a step, and of the further copies; of Orbax's only the copies."""
-    catalog = replace(job.snapshot.catalog, hyper=job.hyper)
+    catalog = replace(job.snapshot.catalog, scalars=job.scalars)
     format = format_of(job.kind)
     found = [] if format.own_library else parts_of(format, catalog, job.weights, job.wish)
     for folder, names in job.copies.items():
@@ -432,12 +432,12 @@ class Recipe:
         numbers = self._numbers(step, loss_scale)
         like = self._likes(leaves, arrays)
         told = weights | like.keys()
-        hyper = {n for n, a in arrays.items() if n not in told and is_number(a)}
+        scalars = {n for n, a in arrays.items() if n not in told and is_number(a)}
         if not format.scalars_in_json:
             added = {n: a for n, a in _number_tensors(numbers).items() if n not in arrays}
             arrays |= added
-            hyper |= added.keys()
-        layout = self._layout(arrays, frozenset(hyper), like)
+            scalars |= added.keys()
+        layout = self._layout(arrays, frozenset(scalars), like)
         name = self.step_name(step)
         wish = Wish(self.prefix, name, step, layout, self.remove_redundancy, numbers, self.config)
         return Job(
@@ -446,7 +446,7 @@ class Recipe:
             wish,
             Snapshot(arrays, how=self.snapshot),
             weights,
-            frozenset(hyper),
+            frozenset(scalars),
             self._copies(weights),
             extras,
             self.keeping,
@@ -480,7 +480,7 @@ class Recipe:
         }
 
     def _layout(
-        self, arrays: Mapping[str, Array], hyper: frozenset[str], like: Mapping[str, str]
+        self, arrays: Mapping[str, Array], scalars: frozenset[str], like: Mapping[str, str]
     ) -> Layout:
         if self.strategy is None:
             return layout_of(arrays)
@@ -488,7 +488,7 @@ class Recipe:
             return self.strategy
         strategy = self.strategy
         strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
-        return lay_out(_described(arrays, hyper), like, strategy, self.rules)
+        return lay_out(_described(arrays, scalars), like, strategy, self.rules)
 
     def _copies(self, weights: frozenset[str]) -> dict[str, tuple[str, ...]]:
         ordered = sorted(weights)
@@ -501,10 +501,10 @@ class Recipe:
         return any(pattern.search(name) for pattern in self.trained)
 
 
-def _described(arrays: Mapping[str, Array], hyper: frozenset[str]) -> Catalog:
+def _described(arrays: Mapping[str, Array], scalars: frozenset[str]) -> Catalog:
     """Arrays as a catalog of names and shapes, which is what rules ask for."""
     tensors = {n: Tensor(n, stored_as(a.dtype), a.shape, ()) for n, a in arrays.items()}
-    return Catalog("memory", "arrays", (), tensors, hyper=hyper)
+    return Catalog("memory", "arrays", (), tensors, scalars=scalars)
 
 
 def _number_tensors(numbers: Mapping[str, Any]) -> dict[str, Array]:

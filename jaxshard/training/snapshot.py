@@ -98,7 +98,7 @@ class Snapshot(Source):
         self._looked_at.clear()
 
     def _whole(self, name: str, array: Array) -> Array:
-        pieces = self.catalog.tensors[name].pieces
+        pieces = self.catalog.tensors[name].shards
         if _is_looked_at(array, self._how):
             return array
         out = np.empty(array.shape, array.dtype)

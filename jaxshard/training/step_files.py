@@ -92,7 +92,7 @@ def copies_of(
     chosen = _only(catalog, names)
     if format.is_by_rank:
         # the job's numbers are no weights here either, though the layout has them
-        return [_rank_part(replace(chosen, hyper=catalog.hyper), wish, folder)]
+        return [_rank_part(replace(chosen, scalars=catalog.scalars), wish, folder)]
     suffix = folder.removeprefix(f"{naming.CHECKPOINT}_")
     name = None if format.own_library else format.name
     return [_complete_part(name, chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
@@ -142,7 +142,7 @@ def _complete(format: Format, catalog: Catalog, weights: frozenset[str], wish: W
 
 
 def _complete_part(format: str | None, catalog: Catalog, wish: Wish, folder: str) -> Part:
-    every = replace(catalog, hyper=frozenset())  # one kind of file, whatever is in it
+    every = replace(catalog, scalars=frozenset())  # one kind of file, whatever is in it
     result = make_result(every, list(catalog.tensors.values()), Request(format=format))
     if wish.config is not None:
         result = replace(result, side_files={**result.side_files, "config.json": wish.config})
@@ -160,7 +160,7 @@ def _only(catalog: Catalog, names: Iterable[str]) -> Catalog:
     wanted = set(names)
     # in the catalog's order: that of a set differs between processes, and so would the files
     tensors: dict[str, Tensor] = {n: t for n, t in catalog.tensors.items() if n in wanted}
-    return replace(catalog, tensors=tensors, hyper=catalog.hyper & tensors.keys())
+    return replace(catalog, tensors=tensors, scalars=catalog.scalars & tensors.keys())
 
 
 # --- Writing: a snapshot becomes the files of a step, and each byte is summed on its way

@@ -159,7 +159,7 @@ class _Work:
             check_alike(self.token, outputs, self._processes.index)
             wait_for(self.folder, self._processes.timeout_s / 2, self._processes.index)
             owner = owners(snapshot.arrays)
-            pieces = ((t.name, p) for t in snapshot.catalog.tensors.values() for p in t.pieces)
+            pieces = ((t.name, p) for t in snapshot.catalog.tensors.values() for p in t.shards)
             writes = {p.file: owner.of_box[name, p.box] for name, p in pieces}
             budget = budget_for(job.host_bytes, job.workers, LENT_BLOCK_BYTES)
             counts = Counts()

@@ -19,13 +19,13 @@ from jaxshard.rules import read_rules
 INDEX = "model.safetensors.index.json"
 
 
-def catalog(*names: str, hyper: tuple[str, ...] = (), **how: object) -> Catalog:
+def catalog(*names: str, scalars: tuple[str, ...] = (), **how: object) -> Catalog:
     tensors = {
         name: Tensor(name, BY_NAME["BF16"], shape, (StoredShard(0, 0, Box.whole(shape)),))
-        for name, shape in {**dict.fromkeys(names, (8, 8)), **dict.fromkeys(hyper, ())}.items()
+        for name, shape in {**dict.fromkeys(names, (8, 8)), **dict.fromkeys(scalars, ())}.items()
     }
     files = (File("f", 10**6),)
-    return Catalog("m", "x", files, tensors, hyper=frozenset(hyper), **how)
+    return Catalog("m", "x", files, tensors, scalars=frozenset(scalars), **how)
 
 
 def made(source: Catalog, **how: object):
@@ -44,7 +44,7 @@ def test_a_complete_checkpoint_is_one_file_or_several_with_an_index():
 
 
 def test_numbers_of_a_job_go_beside_the_weights():
-    result = made(catalog("a", hyper=("global_step",)))
+    result = made(catalog("a", scalars=("global_step",)))
     assert result.outputs.paths == ("model.safetensors", "hyper_param.safetensors")
     assert INDEX not in result.side_files
 
@@ -59,7 +59,7 @@ def test_metadata_says_a_format_that_transformers_loads():
 
 def test_every_rank_has_a_file_and_the_strategy_goes_with_them():
     layout = Layout(2, {"a": (Placement((("mp", 2),), (("mp",),)),)})
-    result = made(catalog("a", hyper=("global_step",)), to=layout, prefix="net_")
+    result = made(catalog("a", scalars=("global_step",)), to=layout, prefix="net_")
     assert result.outputs.paths == tuple(f"rank_{r}/net_rank_{r}-1_1.safetensors" for r in (0, 1))
     assert set(result.side_files) == {f"strategy/ckpt_strategy_rank_{r}.ckpt" for r in (0, 1)}
     assert all(len(c) == 2 for c in result.outputs.contents)  # the number is on every rank

@@ -39,7 +39,7 @@ def read(**contents: bytes) -> Catalog:
 
 def where(catalog: Catalog) -> dict[str, str]:
     """Name to the file that serves it."""
-    return {t.name: catalog.files[t.pieces[0].file].path for t in catalog.tensors.values()}
+    return {t.name: catalog.files[t.shards[0].file].path for t in catalog.tensors.values()}
 
 
 # Which file serves a name ----------------------------------------------------
@@ -54,7 +54,7 @@ def test_a_single_file_is_a_checkpoint():
         {"format": "pt"},
     )
     assert [(f.path, f.num_bytes) for f in catalog.files] == [("model.safetensors", len(content))]
-    piece = catalog["b"].pieces[0]
+    piece = catalog["b"].shards[0]
     assert (catalog["b"].dtype, catalog["b"].shape) == (F32, (2, 3))
     assert (piece.file, piece.offset, piece.box) == (0, len(content) - 24, Box.whole((2, 3)))
 
@@ -137,7 +137,7 @@ def test_the_map_of_a_unified_mindspore_folder_is_an_index(flat):
         }
     )
     assert where(catalog) == {**serves, "global_step": "hyper_param.safetensors"}
-    assert catalog.hyper == {"global_step"}
+    assert catalog.scalars == {"global_step"}
     assert catalog.extras == ()
     assert catalog.metadata == {"format": "ms", "remove_redundancy": "False"}
 
@@ -152,10 +152,10 @@ def test_a_folder_that_mindspore_unified_is_read(folder):
         MemoryFolder({p.name: p.read_bytes() for p in folder.iterdir()}, str(folder))
     )
     told = json.loads((folder / "param_name_map.json").read_text())
-    of_weights = {n: p for n, p in where(catalog).items() if n not in catalog.hyper}
+    of_weights = {n: p for n, p in where(catalog).items() if n not in catalog.scalars}
     assert of_weights == told["weight_map"]
     assert sum(catalog[n].num_bytes for n in of_weights) == told["metadata"]["total_size"]
-    assert {"global_step", "epoch_num", "step_num"} <= catalog.hyper
+    assert {"global_step", "epoch_num", "step_num"} <= catalog.scalars
 
 
 def test_metadata_that_files_disagree_on_is_dropped():

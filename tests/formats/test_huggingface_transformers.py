@@ -21,7 +21,7 @@ def in_memory(folder: Path) -> MemoryFolder:
 
 def where(catalog: Catalog) -> dict[str, str]:
     """Name to the file that serves it."""
-    return {t.name: catalog.files[t.pieces[0].file].path for t in catalog.tensors.values()}
+    return {t.name: catalog.files[t.shards[0].file].path for t in catalog.tensors.values()}
 
 
 def llama(transformers, **kwargs):
@@ -89,7 +89,7 @@ def held(folder: MemoryFolder, catalog: Catalog) -> dict[str, tuple[str, tuple[i
         name: (
             t.dtype.name,
             t.shape,
-            folder.read(catalog.files[t.pieces[0].file].path, t.pieces[0].offset, t.num_bytes),
+            folder.read(catalog.files[t.shards[0].file].path, t.shards[0].offset, t.num_bytes),
         )
         for name, t in catalog.tensors.items()
     }

@@ -105,7 +105,7 @@ def test_ranks_become_a_checkpoint_2_folder_and_come_back(
     wanted = {**ARRAYS, **{f"adam_m.{n}": a * 2 for n, a in ARRAYS.items()}, **NUMBERS}
     check_equal(merged(tmp_path / "o", tmp_path / "back"), wanted)
     again = js.open(tmp_path / "o")
-    assert again.hyper == NUMBERS.keys()
+    assert again.scalars == NUMBERS.keys()
     assert js.verify(again).problems == ()
     for name, (placement,) in LAYOUT.placements.items():
         assert again.layout.placements[name][0].boxes(ARRAYS[name].shape) == placement.boxes(
@@ -307,7 +307,7 @@ def pieces(folder: MemoryFolder) -> dict[str, set[tuple[str, int, Box]]]:
     """Which box of each tensor lies where."""
     catalog = iteration.read(folder)
     return {
-        t.name: {(catalog.files[p.file].path, p.offset, p.box) for p in t.pieces}
+        t.name: {(catalog.files[p.file].path, p.offset, p.box) for p in t.shards}
         for t in catalog.tensors.values()
     }
 

@@ -49,11 +49,13 @@ def full(name: str) -> ms.Tensors:
     return ms.weights(golden(name, "full", "full.safetensors"))
 
 
-def cut(tensors: ms.Tensors, layout: Layout, rank: int, hyper: Mapping[str, object]) -> ms.Tensors:
+def cut(
+    tensors: ms.Tensors, layout: Layout, rank: int, scalars: Mapping[str, object]
+) -> ms.Tensors:
     """What ``rank`` holds of complete tensors, cut by NumPy."""
     found: ms.Tensors = {}
     for name, (dtype, shape, data) in tensors.items():
-        if name in hyper:
+        if name in scalars:
             found[name] = (dtype, shape, data)
         elif (box := layout.box_of(name, shape, rank)) is not None:
             array = np.frombuffer(data, f"V{ms.ITEM_BYTES[dtype]}").reshape(shape)
@@ -117,10 +119,10 @@ def test_more_stages_than_ranks_in_a_stage_of_the_source_are_no_matter(
     """MindSpore's transform raises for these two, with half of the output written."""
     strategy = golden(target, "targets", "dp1mp1pp4_strategy.ckpt")
     js.convert(golden(target, "src_safetensors"), tmp_path / "o", strategy, **QUICK)
-    layout, hyper = open_strategy(strategy), manifest(target)["hyper"]
+    layout, scalars = open_strategy(strategy), manifest(target)["hyper"]
     assert len(layout.placements) > 80
     for rank, held in ms.rank_weights_of(tmp_path / "o").items():
-        assert held == cut(full(target), layout, rank, hyper)
+        assert held == cut(full(target), layout, rank, scalars)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

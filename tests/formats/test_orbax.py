@@ -190,11 +190,11 @@ def test_tensors_of_which_only_parts_are_wanted_go_when_others_need_the_room(tmp
     source = OrbaxSource(catalog, held_bytes=2 * 64 * 64 * 4)
     for name, tensor in catalog.tensors.items():
         out = bytearray(64)
-        source.read(tensor.pieces[0], 128, memoryview(out))
+        source.read(tensor.shards[0], 128, memoryview(out))
         assert bytes(out) == tree[name].tobytes()[128:192]
         assert len(source._held) <= 2
     first = next(iter(catalog.tensors.values()))
-    source.read(first.pieces[0], 0, memoryview(bytearray(64)))  # it had to go, and comes again
+    source.read(first.shards[0], 0, memoryview(bytearray(64)))  # it had to go, and comes again
     assert source.held_bytes == 4 * 64 * 64 * 4
     source.close()
 
@@ -204,7 +204,7 @@ def test_a_tensor_goes_when_all_of_it_has_been_read(tmp_path):
     catalog = open_checkpoint(tmp_path / "there")
     source, out = OrbaxSource(catalog), bytearray(256)
     for at in range(0, 256, 64):
-        source.read(catalog["w"].pieces[0], at, memoryview(out)[at : at + 64])
+        source.read(catalog["w"].shards[0], at, memoryview(out)[at : at + 64])
     assert bytes(out) == np.arange(64, dtype=np.float32).tobytes()
     assert not source._held
 

@@ -41,7 +41,7 @@ def test_ckpt_ranks_are_merged_wherever_their_tensors_are_cut(
         place.parent.mkdir(parents=True)
         place.write_bytes(as_ckpt(held_by(rank), chunk_bytes))
     catalog = js.open(tmp_path / "c")
-    assert len(catalog["wo"].pieces) == {512 << 20: 4, 40: 20, 12: 48}[chunk_bytes]
+    assert len(catalog["wo"].shards) == {512 << 20: 4, 40: 20, 12: 48}[chunk_bytes]
     check_equal(merged(tmp_path / "c", tmp_path / "o"), ARRAYS)
     assert js.verify(catalog).problems == ()
 

@@ -71,7 +71,7 @@ def test_ranks_without_a_strategy_are_refused_and_one_alone_is_whole(
 ) -> None:
     alone = write_ranks(tmp_path / "a" / "b", lambda _: {**ARRAYS, **NUMBERS}, ranks=[0])
     catalog = js.open(alone)
-    assert catalog.hyper == NUMBERS.keys()
+    assert catalog.scalars == NUMBERS.keys()
     assert any("are taken as whole" in note for note in catalog.notes)
     several = write_ranks(tmp_path / "c" / "d")
     with pytest.raises(LayoutError, match=r"has 4 ranks but no strategy files.*--src-strategy"):

@@ -45,7 +45,7 @@ def test_both_shapes_of_the_index_are_read(training: Path, tmp_path: Path) -> No
     place = tmp_path / "u" / "param_name_map.json"
     flat = json.loads(place.read_text())["weight_map"]
     place.write_text(json.dumps(flat))
-    assert js.open(tmp_path / "u").hyper == NUMBERS.keys()
+    assert js.open(tmp_path / "u").scalars == NUMBERS.keys()
     check_equal(merged(tmp_path / "u", tmp_path / "flat"), wanted)
 
 

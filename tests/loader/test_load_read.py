@@ -64,12 +64,12 @@ def test_each_distinct_shard_goes_to_a_device_once_and_from_there_to_its_replica
 def test_one_tensor_is_read_while_another_is_placed(tmp_path, monkeypatch):
     arrays = two_tensors(tmp_path)
     catalog = open_checkpoint(tmp_path)
-    first, second = sorted(catalog.tensors.values(), key=lambda t: t.pieces[0].offset)
+    first, second = sorted(catalog.tensors.values(), key=lambda t: t.shards[0].offset)
     second_is_read, met = threading.Event(), []
     read, place = SourceFiles.read, carrying.place
 
     def reading(self: Any, piece: Any, *args: Any) -> None:
-        if piece == second.pieces[0]:
+        if piece == second.shards[0]:
             second_is_read.set()
         read(self, piece, *args)
 

@@ -123,11 +123,11 @@ def test_where_nothing_must_be_fetched_no_thread_begins(source):
 def test_a_share_is_fetched_from_its_first_byte_to_its_last_unless_it_is_scattered():
     tensor = Tensor("t", BF16, (8, 100), (StoredShard(3, 1000, Box.whole((8, 100))),))
     rows = move_into(tensor, {Box((2, 0), (4, 100)): (0,)})
-    assert list(spans(rows)) == [(tensor.pieces[0], 1000 + 400, 400)]
+    assert list(spans(rows)) == [(tensor.shards[0], 1000 + 400, 400)]
     most = move_into(tensor, {Box((0, 0), (8, 60)): (0,)})
-    assert list(spans(most)) == [(tensor.pieces[0], 1000, 7 * 200 + 120)]
+    assert list(spans(most)) == [(tensor.shards[0], 1000, 7 * 200 + 120)]
     two = move_into(tensor, {Box((0, 25 * n), (8, 25 * n + 25)): (n,) for n in range(4)})
-    assert list(spans(two)) == [(tensor.pieces[0], 1000, 1600)]
+    assert list(spans(two)) == [(tensor.shards[0], 1000, 1600)]
     few = move_into(tensor, {Box((0, 25), (8, 50)): (0,)})
     assert list(spans(few)) == []
 
@@ -253,7 +253,7 @@ def test_a_file_that_vanished_is_for_its_reader_to_tell(tmp_path: Path):
     catalog = open_checkpoint(tmp_path)
     files = SourceFiles(catalog)
     (tmp_path / "model.safetensors").unlink()
-    (piece,) = catalog.tensors["w"].pieces
+    (piece,) = catalog.tensors["w"].shards
     files.prefetch(piece, 0, 8)
     with pytest.raises(NotFoundError):
         files.read(piece, 0, memoryview(bytearray(8)))
@@ -264,7 +264,7 @@ def test_asking_past_the_end_of_a_file_is_no_matter(tmp_path: Path):
     safetensors.numpy.save_file({"w": np.zeros(8, np.float32)}, tmp_path / "model.safetensors")
     catalog = open_checkpoint(tmp_path)
     files = SourceFiles(catalog)
-    (piece,) = catalog.tensors["w"].pieces
+    (piece,) = catalog.tensors["w"].shards
     files.prefetch(piece, 1 << 30, 1 << 20)
     assert files.is_cached(piece, 1 << 30)
     files.close()

@@ -75,7 +75,7 @@ def test_mindformers_legacy_ckpt_is_reproduced(tmp_path) -> None:
     assert made.keys() == expected.tensors.keys()
     data = (GOLDEN / "legacy_ckpt" / "merged_lora.ckpt").read_bytes()
     for name, tensor in expected.tensors.items():
-        (piece,) = tensor.pieces
+        (piece,) = tensor.shards
         stored = data[piece.offset : piece.offset + tensor.num_bytes]
         assert made[name].tobytes() == stored, name
 
@@ -226,7 +226,7 @@ def test_the_config_is_found_above_the_checkpoint(tmp_path) -> None:
     save(small(), tmp_path / "a" / "b")
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 7}')
     catalog = with_adapter(tmp_path / "a" / "b")
-    (piece,) = catalog["l.0.q.weight"].pieces
+    (piece,) = catalog["l.0.q.weight"].shards
     assert piece.view is not None
     assert piece.view.steps[0].scaling == 3.5
 

@@ -14,7 +14,7 @@ from jaxshard.lora import merge_lora, with_adapter
 
 
 def scaling_of(catalog, name: str = "l.0.q.weight") -> float:
-    (piece,) = catalog[name].pieces
+    (piece,) = catalog[name].shards
     return piece.view.steps[0].scaling
 
 

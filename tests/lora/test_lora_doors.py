@@ -60,7 +60,7 @@ def test_adapters_cut_into_ranks_are_merged(tmp_path, spelling, place, format) -
         convert(tmp_path / "whole", tmp_path / "base", "mp2", **how)
         convert(tmp_path / "pair", tmp_path / "cut", "mp2", **how)
         b = next(n for n in pair if n.lower().endswith(("_b", "_b.weight")))
-        assert len(open_checkpoint(tmp_path / "cut")[b].pieces) == 2
+        assert len(open_checkpoint(tmp_path / "cut")[b].shards) == 2
         given["adapter"] = tmp_path / "cut"
         if "one file" in place:
             (tmp_path / "cut" / "strategy").rename(tmp_path / "strategies")

@@ -190,7 +190,7 @@ def only_touched(memory: Memory, rank: int, tp: int) -> bool:
     mine = np.zeros(len(memory.data), bool)
     for stored in memory.catalog.tensors.values():
         share = stored.num_bytes // tp
-        first = stored.pieces[0].offset + rank * share
+        first = stored.shards[0].offset + rank * share
         mine[first : first + share] = True
     return np.array_equal(touched, mine)
 

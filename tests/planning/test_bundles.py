@@ -142,7 +142,7 @@ def test_bundles_hold_every_small_tensor_once_and_read_no_more_than_small_gaps(i
         for piece, offset, start, num_bytes in bundle.reads:
             filled |= {start + k: (piece.file, offset + k) for k in range(num_bytes)}
         for name, start, length in zip(bundle.names, bundle.starts, bundle.lengths, strict=True):
-            stored = by_name[name].pieces[0]
+            stored = by_name[name].shards[0]
             assert ranks[name] == bundle.ranks
             assert [filled[start + k] for k in range(length)] == [
                 (stored.file, stored.offset + k) for k in range(length)

@@ -68,7 +68,7 @@ def test_replicas_are_written_to_all_and_read_once():
 
 
 def test_a_piece_that_is_missing_is_told_with_its_tensor():
-    half = replace(whole("w", (8, 8)), pieces=(StoredShard(0, 64, Box((0, 0), (4, 8))),))
+    half = replace(whole("w", (8, 8)), shards=(StoredShard(0, 64, Box((0, 0), (4, 8))),))
     source = catalog_of(half)
     layout = Layout(1, {"w": (Placement(()),)})
     with pytest.raises(CoverageError, match=r"^w: .*64 elements, of which the source holds 32"):

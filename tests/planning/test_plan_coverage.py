@@ -56,7 +56,7 @@ def test_many_lost_shards_are_counted():
 def test_a_shard_that_files_of_another_cut_hold_is_not_lost():
     catalog = stored(MP, 0)
     whole = StoredShard(0, 0, Box.whole((8, 4)))
-    tensors = {n: replace(t, pieces=(whole,)) for n, t in catalog.tensors.items()}
+    tensors = {n: replace(t, shards=(whole,)) for n, t in catalog.tensors.items()}
     assert remedy(replace(catalog, tensors=tensors)) == "Fetch the missing files."
 
 
@@ -88,8 +88,8 @@ def test_what_is_asked_for_is_what_was_lost(model, data):
     assume(tensor.num_bytes)
     placement = data.draw(st.sampled_from(layout.placements[tensor.name]))
     shard = data.draw(st.sampled_from(placement.shards(tensor.shape)))
-    left = tuple(p for p in tensor.pieces if not p.box.intersect(shard.box) and p.box != shard.box)
-    broken = replace(catalog, tensors={tensor.name: replace(tensor, pieces=left)})
+    left = tuple(p for p in tensor.shards if not p.box.intersect(shard.box) and p.box != shard.box)
+    broken = replace(catalog, tensors={tensor.name: replace(tensor, shards=left)})
     told = remedy(broken)
     for rank in placement.ranks:
         box = layout.box_of(tensor.name, tensor.shape, rank)

@@ -89,7 +89,7 @@ def test_a_hostile_layer_number_costs_nothing() -> None:
 def test_tables_that_are_no_weights_are_on_every_rank() -> None:
     strategy = Strategy.parse("dp2mp2pp2optall")
     shapes = llama(2) | {"model.rotary_emb.inv_freq": (8,), "global_step": (1,)}
-    made = layout(shapes, strategy, LLAMA, hyper=frozenset({"global_step"}))
+    made = layout(shapes, strategy, LLAMA, scalars=frozenset({"global_step"}))
     everywhere = (Placement((("all", 8),)),)
     assert made.placements["model.rotary_emb.inv_freq"] == everywhere
     assert made.placements["global_step"] == everywhere

@@ -59,7 +59,7 @@ def test_rules_without_a_name_are_called_after_their_place() -> None:
     ("text", "said"),
     [
         ("[specs]\n*.weight = 1", "mine.toml: not TOML: .*line 2.*in quotes"),
-        ('[specs]\n"a" = "mp"\n"b" = "mq,-"', r"line 3: \"b\" = \"mq,-\": 'mq' is no axis.*mp"),
+        ('[specs]\n"a" = "mp"\n"b" = "mq,-"', r"line 3: \"b\" = \"mq,-\": unknown axis 'mq'.*mp"),
         ('[specs]\n"a" = "mp,mp"', "line 2: .*names the axis mp twice"),
         ('[specs]\n"a" = ["mp"]', "line 2: a = .'mp'.; write a text in quotes"),
         ("[specs]\n# why\nlm_head.weight = '-'", "line 3: lm_head is read as a table"),

@@ -118,7 +118,7 @@ def test_the_default_budget_is_enough_for_many_threads_and_long_rows(tmp_path, m
     assert not live
     for place in ("many", "little"):
         catalog = open_checkpoint(tmp_path / place)
-        piece = catalog["w"].pieces[0]
+        piece = catalog["w"].shards[0]
         path = tmp_path / place / catalog.files[piece.file].path
         assert path.read_bytes()[piece.offset :] == stacked.tobytes()
 
@@ -157,7 +157,7 @@ def test_different_parts_are_fetched_at_the_same_time(monkeypatch):
 
     monkeypatch.setattr(chunked_fetch, "fetch", fetch_together)
     source = ArraySource({n: jax.numpy.ones(8) for n in "ab"})
-    pieces = [source.catalog[n].pieces[0] for n in "ab"]
+    pieces = [source.catalog[n].shards[0] for n in "ab"]
     with ThreadPoolExecutor(2) as pool:
         read = [pool.submit(source.read, p, 0, memoryview(bytearray(32))) for p in pieces]
     assert [r.exception() for r in read] == [None, None]
@@ -168,7 +168,7 @@ def test_a_part_that_several_need_is_fetched_once(monkeypatch):
     calls, real = [], chunked_fetch.fetch
     monkeypatch.setattr(chunked_fetch, "fetch", lambda *a: calls.append(a) or real(*a))
     source = ArraySource({"a": jax.numpy.arange(64.0)})
-    piece = source.catalog["a"].pieces[0]
+    piece = source.catalog["a"].shards[0]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: source.read(piece, n, memoryview(bytearray(8))), range(64)))
     assert len(calls) == 1
@@ -196,7 +196,7 @@ def test_a_fetch_that_fails_fails_for_all_who_wait_and_is_tried_again(monkeypatc
 def test_no_more_parts_are_kept_than_there_is_room_for():
     shard = jax.device_put(np.arange(256, dtype=np.float32), jax.devices()[0])
     source = ArraySource({"a": shard}, room=Room(parts=3, part_bytes=64))
-    piece, out = StoredShard(0, 0, source.catalog["a"].pieces[0].box), bytearray(1024)
+    piece, out = StoredShard(0, 0, source.catalog["a"].shards[0].box), bytearray(1024)
     source.read(piece, 0, memoryview(out))
     assert bytes(out) == np.asarray(shard).tobytes()
     assert len(source._fetched._parts) == 3

@@ -85,7 +85,7 @@ def test_ranks_are_saved_as_the_arrays_lie(llama, tmp_path, strategy, remove_red
 
 
 def the_size(catalog: Any) -> list[int]:
-    return [p.box.size * t.dtype.bits // 8 for t in catalog.tensors.values() for p in t.pieces]
+    return [p.box.size * t.dtype.bits // 8 for t in catalog.tensors.values() for p in t.shards]
 
 
 def test_ranks_may_be_of_another_strategy_than_the_arrays(llama, tmp_path):
@@ -331,7 +331,7 @@ def test_a_donated_array_is_refused_by_name(tmp_path):
 def test_a_shard_held_twice_is_catalogued_once():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("dp", "mp"))
     array = jax.device_put(np.zeros((8, 8), np.float32), NamedSharding(mesh, P("mp")))
-    assert len(ArraySource({"x": array}).catalog["x"].pieces) == 4
+    assert len(ArraySource({"x": array}).catalog["x"].shards) == 4
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.ckpt"])

@@ -140,7 +140,7 @@ def dequantized(catalog: Catalog, dtype: str | None = None) -> Mapping | None:
         LayoutError: the weights are quantized in another way.
     """
     config = catalog.model.config
-    shapes = {n: t.shape for n, t in catalog.tensors.items() if n not in catalog.hyper}
+    shapes = {n: t.shape for n, t in catalog.tensors.items() if n not in catalog.scalars}
     weights = Factors(shapes, config).weights
     if not weights:
         return None
@@ -214,7 +214,7 @@ def true_config(mapped: Catalog) -> dict[str, bytes]:
         return {}
     shapes = {n: t.shape for n, t in before.tensors.items()}
     factors = Factors(shapes, before.model.config).weights.keys()
-    views = (p.view for t in mapped.tensors.values() for p in t.pieces if p.view)
+    views = (p.view for t in mapped.tensors.values() for p in t.shards if p.view)
     if not factors or not factors <= {t.name for view in views for t in view.operands}:
         return {}
     left = {k: v for k, v in before.model.config.items() if k != "quantization_config"}
@@ -229,7 +229,7 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
             plain = alone.apply(catalog)
             return Mapping((*alone.ops, *_find_table(text, plain).ops))
     if source == "auto":
-        facts, form = form_of(catalog.tensors, catalog.model, hyper=catalog.hyper)
+        facts, form = form_of(catalog.tensors, catalog.model, scalars=catalog.scalars)
         _refuse_twins(facts, form, catalog)
         return _between(facts, form, _parsed(target or "hf")[1])
     if not target:
@@ -251,7 +251,7 @@ def _text_alone(catalog: Catalog) -> Mapping | None:
         LayoutError: there are tensors of other modalities too.
     """
     config = catalog.model.config
-    names = [weight_name(n) for n in catalog.tensors if n not in catalog.hyper]
+    names = [weight_name(n) for n in catalog.tensors if n not in catalog.scalars]
     apart, root = towers(names, config), text_root(names)
     if apart and root is not None:
         patterns = Patterns(apart)
@@ -273,14 +273,14 @@ def form_of(
     names: Iterable[str],
     model: ModelFacts,
     family: str | None = None,
-    hyper: frozenset[str] = frozenset(),
+    scalars: frozenset[str] = frozenset(),
 ) -> tuple[Facts, str]:
     """The family's facts and the form that ``names`` are of.
 
     Raises:
         NotFoundError: of none that is known.
     """
-    weights = [weight_name(n) for n in names if n not in hyper]
+    weights = [weight_name(n) for n in names if n not in scalars]
     facts = facts_of(model, family, _is_prefixed(weights))
     unknown: dict[str, list[str]] = {}
     for form, make in FORMS.items():
