@@ -29,7 +29,7 @@ from ..planning.outputs import Outputs, arrange
 from ..rules.match import text_config
 from .folder import Folder
 from .output_files import Request, Result, SafetensorsContainer
-from .safetensors import Entry, Header, read_header
+from .safetensors import Header, HeaderEntry, read_header
 
 
 def plan_files(tensors: Iterable[tuple[str, int]], max_shard_bytes: int) -> list[list[str]]:
@@ -293,7 +293,7 @@ def _tensors(
     return tensors, tuple(left_out)
 
 
-def _tensor(entry: Entry, file: int, boxes: dict[tuple[int, ...], Box]) -> Tensor:
+def _tensor(entry: HeaderEntry, file: int, boxes: dict[tuple[int, ...], Box]) -> Tensor:
     name, kind, shape, start, _ = entry
     box = boxes.get(shape)
     if box is None:  # thousands of tensors share a shape, and so its box

@@ -34,10 +34,10 @@ from ..rules.match import weight_name
 from . import huggingface
 from .folder import COMMON, ITERATION_METADATA, TRACKER, Folder
 from .huggingface import scalar_names
-from .mindspore_ckpt import TENSOR_TYPES
+from .mindspore_ckpt import TENSOR_TYPES, TYPE_NAMES
 from .output_files import Request, Result, SafetensorsContainer
 from .rank_folder import placed
-from .safetensors import Entry, read_header
+from .safetensors import HeaderEntry, read_header
 
 _MAX_METADATA_BYTES = 1 << 28  # a thousand tensors on a thousand ranks, with all copies
 _MAX_COMMON_BYTES = 1 << 20
@@ -88,7 +88,7 @@ class _Found:
     told: tuple[Described, ...]
     paths: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    _headers: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    _headers: dict[str, dict[str, HeaderEntry]] = field(default_factory=dict)
     _left_out: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class _Found:
             return None
         return Tensor(one.name, one.dtype, one.shape, tuple(pieces))
 
-    def _entry(self, one: Described, path: str) -> Entry:
+    def _entry(self, one: Described, path: str) -> HeaderEntry:
         entry = self._headers[path].get(one.name)
         if entry is None:
             raise FormatError(
@@ -175,10 +175,9 @@ _KEY = re.compile(r"\((?P<name>(['\"]).*\2), \((?P<number>\d{1,9}),\)\)", re.DOT
 _MAX_PARTS = 1 << 20
 _MAX_DIMS = 64
 _MAX_DIM = 1 << 62
-_TYPE_OF = {kind: name for name, kind in TENSOR_TYPES.items() if name != "Int4"}
 
 
-class Stored(NamedTuple):
+class ShardFile(NamedTuple):
     """Shard ``number`` is in the file ``path``, written by ``rank``."""
 
     number: int
@@ -200,7 +199,7 @@ class Described:
     shape: tuple[int, ...]
     parts: tuple[int, ...]
     placement: Placement | None
-    stored: tuple[Stored, ...]
+    stored: tuple[ShardFile, ...]
 
     @property
     def is_cut(self) -> bool:
@@ -247,8 +246,8 @@ def parse(told: Mapping[str, Any], where: str) -> tuple[Described, ...]:
     )
 
 
-def _stored(data: Mapping[str, Any], where: str) -> dict[str, list[Stored]]:
-    found = dict[str, list[Stored]]()
+def _stored(data: Mapping[str, Any], where: str) -> dict[str, list[ShardFile]]:
+    found = dict[str, list[ShardFile]]()
     for key, entries in data.items():
         name, number = _name_and_number(key, where)
         for entry in entries if isinstance(entries, list) else [None]:
@@ -258,7 +257,7 @@ def _stored(data: Mapping[str, Any], where: str) -> dict[str, list[Stored]]:
                 _refuse(f"{where}: {quote_name(key)} is in no file of this folder")
             if type(rank) is not int or not 0 <= rank < _MAX_PARTS:
                 _refuse(f"{where}: {quote_name(key)} has no storage_rank")
-            found.setdefault(name, []).append(Stored(number, path, rank))
+            found.setdefault(name, []).append(ShardFile(number, path, rank))
     for name, all_of_it in found.items():
         shards = {(stored.path, stored.number) for stored in all_of_it}
         if len({path for path, _ in shards}) != len(shards):
@@ -280,7 +279,7 @@ def _name_and_number(key: str, where: str) -> tuple[str, int]:
     return str(name), int(match["number"])
 
 
-def _described(name: str, told: object, stored: tuple[Stored, ...], where: str) -> Described:
+def _described(name: str, told: object, stored: tuple[ShardFile, ...], where: str) -> Described:
     one = _object(told, where)
     shape = _numbers(one.get("global_shape"), f"{where}: global_shape", 0, _MAX_DIM)
     parts = _numbers(one.get("axis_fragmentations"), f"{where}: axis_fragmentations", 1, _MAX_PARTS)
@@ -394,7 +393,7 @@ def metadata_json(tensors: Sequence[tuple[Tensor, Placement | None]], stores: St
 def _to_describe(
     tensor: Tensor, placement: Placement | None, shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    dtype = _TYPE_OF.get(tensor.dtype)
+    dtype = TYPE_NAMES.get(tensor.dtype)
     if dtype is None:
         raise LayoutError(
             f"{quote_name(tensor.name)}: MindSpore has no dtype {tensor.dtype}. Leave it out "

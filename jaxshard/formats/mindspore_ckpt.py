@@ -28,6 +28,7 @@ from ..errors import FormatError, LayoutError, quote_name
 from . import protobuf
 from .folder import Folder, describe_kind, kind_of
 from .protobuf import BYTES, Reader
+from .safetensors import FileLayout, StoredTensor
 
 TENSOR_TYPES: Mapping[str, DType] = {
     ours: BY_NAME[name]
@@ -38,6 +39,7 @@ TENSOR_TYPES: Mapping[str, DType] = {
         ("Int4", "U8"),  # two in a byte (qint4x2), and no format has a name for that
     )
 }  # fmt: skip
+TYPE_NAMES = {kind: name for name, kind in TENSOR_TYPES.items() if name != "Int4"}
 STRING = "str"
 CRC_MARK = b"crc_num"
 CRC_BYTES = len(CRC_MARK) + 10
@@ -50,34 +52,22 @@ _BLOCK_BYTES = 8 << 20
 _ENCRYPTED = ("AES-GCM", "AES-CBC", "SM4-CBC")
 
 
-class Entry(NamedTuple):
-    """One tensor of a file.
-
-    ``pieces`` are (byte offset in the file, box of the tensor), in order. ``tensor_type``
-    is MindSpore's name of the dtype where ours says less: ``Int4``, stored as packed U8.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    pieces: tuple[tuple[int, Box], ...] = ()
-    tensor_type: str = ""
-
-
 @dataclass(frozen=True, slots=True)
-class Header:
+class CkptHeader:
     """What a file holds; ``entries`` in the order of the file.
 
     Attributes:
         entries: the tensors.
         strings: values that are text, by name.
-        has_crc: whether a checksum is at the end; ``check_crc`` compares it.
-        notes: things a person should know that are not errors.
+        has_crc: whether the file ends with a checksum, which ``check_crc`` compares.
+        int4: the names of packed Int4 tensors, stored as U8.
+        notes: remarks for the user.
     """
 
-    entries: tuple[Entry, ...] = field(repr=False)
+    entries: tuple[StoredTensor, ...] = field(repr=False)
     strings: Mapping[str, str] = field(repr=False)
     has_crc: bool
+    int4: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -91,7 +81,7 @@ class _Value(NamedTuple):
     stop: int
 
 
-def read_header(folder: Folder, path: str) -> Header:
+def read_header(folder: Folder, path: str) -> CkptHeader:
     """The tensors in the ``.ckpt`` at ``path`` and where their bytes lie; no tensor is read.
 
     Raises:
@@ -124,7 +114,13 @@ def read_header(folder: Folder, path: str) -> Header:
             raise reader.damaged(start, f"a tensor in more than {_MAX_PIECES} parts")
     if run:
         found.add(run)
-    return Header(tuple(found.entries.values()), found.strings, has_crc, tuple(found.notes))
+    return CkptHeader(
+        tuple(found.entries.values()),
+        found.strings,
+        has_crc,
+        frozenset(found.int4),
+        tuple(found.notes),
+    )
 
 
 def check_crc(folder: Folder, path: str) -> bool:
@@ -289,8 +285,9 @@ class _Found:
     """The tensors and strings met so far."""
 
     def __init__(self, reader: Reader) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, StoredTensor] = {}
         self.strings: dict[str, str] = {}
+        self.int4: list[str] = []
         self.notes: list[str] = []
         self._reader = reader
         self._num_pieces = 0
@@ -315,7 +312,7 @@ class _Found:
         if self._num_pieces > _MAX_PIECES:
             raise self._wrong(first, f"is past the {_MAX_PIECES} pieces that a file may have")
 
-    def _entry(self, run: list[_Value]) -> Entry:
+    def _entry(self, run: list[_Value]) -> StoredTensor:
         tag, dims, tensor_type, *_ = run[0]
         kind = TENSOR_TYPES.get(tensor_type)
         if kind is None:
@@ -334,10 +331,11 @@ class _Found:
                 f"has dims {quote_name(str(dims))} of {tensor_type}, which are "
                 f"{prod(shape) * kind.bits // 8} bytes, but {stored} are stored",
             )
-        return Entry(tag, kind, shape, self._pieces(run, shape, kind), tensor_type)
+        return StoredTensor(tag, kind, shape, self._pieces(run, shape, kind))
 
     def _packed(self, value: _Value, shape: tuple[int, ...], stored: int) -> tuple[int, ...]:
-        """The shape in bytes of a packed Int4 tensor, whose dims may count halves or bytes."""
+        """Return the shape in bytes of a packed Int4 tensor; its dims count halves or bytes."""
+        self.int4.append(value.tag)
         self.notes.append(
             f"{quote_name(value.tag)} is Int4, two in a byte; it is kept as those bytes."
         )
@@ -377,37 +375,6 @@ class _Found:
 # --- MindSpore's ``.ckpt`` files: layout of a file before its tensors are written
 
 CHUNK_BYTES = 512 << 20  # MindSpore cuts larger tensors; protobuf ends at 2 GiB
-
-_TYPE_OF = {kind: name for name, kind in TENSOR_TYPES.items() if name != "Int4"}
-
-
-@dataclass(frozen=True, slots=True)
-class FileLayout:
-    """A file to be written.
-
-    Attributes:
-        segments: (offset, bytes) of everything that is no tensor's, in order.
-        chunks: per tensor, in order, where its parts start in the file.
-        chunk_bytes: how long all but the last part of a tensor are.
-        num_bytes: the size of the whole file.
-        crc_offset: where ``crc_trailer`` goes once all else is written, or None.
-    """
-
-    segments: tuple[tuple[int, bytes], ...] = field(repr=False)
-    chunks: Mapping[str, tuple[int, ...]] = field(repr=False)
-    chunk_bytes: int
-    num_bytes: int
-    crc_offset: int | None = None
-
-    def spans(self, name: str, offset: int, length: int) -> tuple[tuple[int, int], ...]:
-        """Where bytes ``offset … offset + length`` of a tensor lie: (file offset, length)."""
-        out, starts = list[tuple[int, int]](), self.chunks[name]
-        while length:
-            number, into = divmod(offset, self.chunk_bytes)
-            part = min(length, self.chunk_bytes - into)
-            out.append((starts[number] + into, part))
-            offset, length = offset + part, length - part
-        return tuple(out)
 
 
 def layout_file(
@@ -453,9 +420,10 @@ def layout_file(
     end = build.at
     return FileLayout(
         segments=tuple((at, b"".join(parts)) for at, parts in build.segments.items()),
+        offsets=build.offsets,
+        num_bytes=end + CRC_BYTES if crc else end,
         chunks=build.chunks,
         chunk_bytes=chunk_bytes,
-        num_bytes=end + CRC_BYTES if crc else end,
         crc_offset=end if crc else None,
     )
 
@@ -475,6 +443,7 @@ class _Building:
     def __init__(self, chunk_bytes: int) -> None:
         self.at = 0
         self.segments: dict[int, list[bytes]] = {}
+        self.offsets: dict[str, int] = {}
         self.chunks: dict[str, tuple[int, ...]] = {}
         self._chunk_bytes = chunk_bytes
         self._segment: list[bytes] | None = None  # the one that ends where the file ends so far
@@ -487,7 +456,9 @@ class _Building:
             starts.append(self.at)
             self.at += part
             self._segment = None
-        self.chunks[name] = tuple(starts)
+        self.offsets[name] = starts[0]
+        if len(starts) > 1:
+            self.chunks[name] = tuple(starts)
 
     def string(self, name: str, text: str) -> None:
         data = _encoded(text or "\0", "utf-32-le", MAX_STRING_BYTES)  # NumPy's '' is one character
@@ -524,7 +495,7 @@ def _encoded(text: str, encoding: str, max_bytes: int) -> bytes:
 
 
 def _tensor_type(name: str, kind: DType) -> str:
-    found = _TYPE_OF.get(kind)
+    found = TYPE_NAMES.get(kind)
     if found is None:
         raise LayoutError(
             f"{quote_name(name)}: MindSpore's .ckpt has no dtype {kind}. Write safetensors, or "

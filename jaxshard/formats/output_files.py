@@ -14,24 +14,7 @@ from typing import Any, Protocol
 from ..core.layout import Layout
 from ..planning.outputs import Entry, Outputs
 from . import safetensors
-
-
-class FileLayout(Protocol):
-    """Layout of one file: the bytes that are not tensor data, and each tensor's offsets."""
-
-    @property
-    def segments(self) -> Sequence[tuple[int, bytes]]:
-        """(offset, bytes) of everything that is not tensor data."""
-        ...
-
-    @property
-    def num_bytes(self) -> int:
-        """The file's size."""
-        ...
-
-    def spans(self, name: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        """(file offset, length) of bytes ``offset … offset + length`` of a tensor's data."""
-        ...
+from .safetensors import FileLayout
 
 
 class Container(Protocol):

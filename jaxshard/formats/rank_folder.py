@@ -33,8 +33,9 @@ from . import huggingface, rank_names, strategy_files, strategy_layouts
 from .folder import Folder
 from .huggingface import scalar_names
 from .output_files import Request, Result, SafetensorsContainer
+from .safetensors import StoredTensor
 from .strategy_layouts import for_dims
-from .weight_files import CkptContainer, Stored, read_weight_file
+from .weight_files import CkptContainer, read_weight_file
 
 _STRATEGY = re.compile(r"(merged_)?strategy/|merged_strategy\.ckpt")
 _ALL_STRATEGIES = "Give the folder with the strategy files of all ranks."
@@ -170,7 +171,7 @@ class _Gathered:
         self._placed = dict(layout.placements) if layout else {}
         self._found: dict[str, _Found] = {}
 
-    def add(self, rank: int, file: int, entry: Stored, path: str) -> None:
+    def add(self, rank: int, file: int, entry: StoredTensor, path: str) -> None:
         placements = self._placed.get(entry.name)
         if placements is None:
             self.scalars[entry.name] = None
@@ -265,7 +266,7 @@ def _moved(part: Box, held: tuple[int, ...], box: Box) -> Box:
 
 
 def _place(
-    entry: Stored, placements: tuple[Placement, ...], rank: int, path: str
+    entry: StoredTensor, placements: tuple[Placement, ...], rank: int, path: str
 ) -> tuple[tuple[int, ...], Box]:
     """The full shape of a rank's tensor, and the box of it that the rank holds."""
     placement = next((p for p in placements if rank in p.ranks), None)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
+from ..core.box import Box
 from ..core.decoders import FETCH, parse_object
 from ..core.dtypes import BY_NAME, DType, num_bytes
 from ..errors import FormatError, LayoutError, NotFoundError, quote_name
@@ -32,7 +33,7 @@ _TWO_INTS = [int, int]
 _quoted = _dumped = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-class Entry(NamedTuple):  # a tuple, because headers have 100,000 of them
+class HeaderEntry(NamedTuple):  # a tuple, because headers have 100,000 of them
     """One tensor of a file: ``start`` and ``stop`` are byte offsets in the file."""
 
     name: str
@@ -42,37 +43,56 @@ class Entry(NamedTuple):  # a tuple, because headers have 100,000 of them
     stop: int
 
 
+class StoredTensor(NamedTuple):
+    """A tensor stored in pieces: (file offset, box of the tensor) each, in order."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[int, Box], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a file says of itself; ``entries`` are in the order of their bytes."""
 
     metadata: Mapping[str, str]
-    entries: tuple[Entry, ...] = field(repr=False)
+    entries: tuple[HeaderEntry, ...] = field(repr=False)
     data_start: int
 
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """A file to be written.
+    """Offsets of a weight file to be written, and its bytes that are not tensor data.
 
     Attributes:
-        header: its first bytes, up to where the data starts.
-        offsets: where in the file each tensor starts, in the order of the bytes.
-        num_bytes: the size of the whole file.
+        segments: (file offset, bytes) of everything but tensor data, in order.
+        offsets: the file offset of each tensor, in the order of the file.
+        num_bytes: the size of the file.
+        chunks: the file offsets of the parts of tensors that the format splits.
+        chunk_bytes: the size of every part of a split tensor but the last.
+        crc_offset: the offset of the checksum, written after everything else, or None.
     """
 
-    header: bytes = field(repr=False)
+    segments: tuple[tuple[int, bytes], ...] = field(repr=False)
     offsets: Mapping[str, int] = field(repr=False)
     num_bytes: int
-
-    @property
-    def segments(self) -> tuple[tuple[int, bytes], ...]:
-        """(offset, bytes) of everything in the file that is no tensor's."""
-        return ((0, self.header),)
+    chunks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    chunk_bytes: int = 0
+    crc_offset: int | None = None
 
     def spans(self, name: str, offset: int, length: int) -> tuple[tuple[int, int], ...]:
-        """Where bytes ``offset … offset + length`` of a tensor lie: (file offset, length)."""
-        return ((self.offsets[name] + offset, length),)
+        """Return (file offset, length) of ``length`` bytes of a tensor from byte ``offset``."""
+        starts = self.chunks.get(name)
+        if starts is None:
+            return ((self.offsets[name] + offset, length),)
+        out = list[tuple[int, int]]()
+        while length:
+            number, into = divmod(offset, self.chunk_bytes)
+            part = min(length, self.chunk_bytes - into)
+            out.append((starts[number] + into, part))
+            offset, length = offset + part, length - part
+        return tuple(out)
 
 
 def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> Header:
@@ -146,7 +166,8 @@ def layout_file(
         position = end
     header = _header(texts)
     start = len(header)
-    return FileLayout(header, {n: at + start for n, at in relative.items()}, start + position)
+    offsets = {name: start + at for name, at in relative.items()}
+    return FileLayout(((0, header),), offsets, start + position)
 
 
 def _header_bytes(folder: Folder, path: str, file_bytes: int) -> int:
@@ -195,7 +216,7 @@ def _metadata(value: object, path: str) -> dict[str, str]:
     return value
 
 
-def _entry(name: str, value: object, data_start: int, path: str) -> Entry:
+def _entry(name: str, value: object, data_start: int, path: str) -> HeaderEntry:
     """The entry that ``value`` describes, consistent in itself."""
     if not isinstance(value, dict) or value.keys() != _KEYS:
         _refuse(path, name, f"has not exactly the keys {', '.join(sorted(_KEYS))}")
@@ -222,14 +243,14 @@ def _entry(name: str, value: object, data_start: int, path: str) -> Entry:
             f"has bytes {start} to {stop} of the data, but {kind} of shape "
             f"{quote_name(repr(dims))} takes {size * kind.bits / 8:.12g}",
         )
-    return Entry(name, kind, tuple(dims), data_start + start, data_start + stop)
+    return HeaderEntry(name, kind, tuple(dims), data_start + start, data_start + stop)
 
 
 def _refuse(path: str, name: str, what: str) -> NoReturn:
     raise FormatError(f"{path}: tensor {quote_name(name)} {what}. {FETCH}")
 
 
-def _check_cover(entries: list[Entry], data_start: int, file_bytes: int, path: str) -> None:
+def _check_cover(entries: list[HeaderEntry], data_start: int, file_bytes: int, path: str) -> None:
     """Refuse tensors that overlap, leave holes, or do not end where the file ends."""
     at, before = data_start, "the header"
     for name, _, _, start, stop in entries:

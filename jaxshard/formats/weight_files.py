@@ -10,38 +10,28 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ..core.box import Box
 from ..core.catalog import Catalog, File, StoredShard, Tensor
-from ..core.dtypes import DType
 from ..core.layout import Layout, Placement
 from ..errors import FormatError, quote_name
 from ..planning.outputs import Entry, arrange
 from . import huggingface, safetensors
 from .folder import Folder, kind_of
 from .huggingface import scalar_names
-from .output_files import FileLayout, Request, Result
+from .output_files import Request, Result
+from .safetensors import FileLayout, StoredTensor
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
 _NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # said of the file, not kept in it
 _BLOCK_BYTES = 8 << 20
 
 
-class Stored(NamedTuple):
-    """A tensor of one file; ``pieces`` are (byte offset in the file, box of the tensor)."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    pieces: tuple[tuple[int, Box], ...]
-
-
 @dataclass(frozen=True, slots=True)
 class WeightFile:
     """What one file holds, in the order of its bytes."""
 
-    entries: tuple[Stored, ...] = field(repr=False)
+    entries: tuple[StoredTensor, ...] = field(repr=False)
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
@@ -58,15 +48,14 @@ def read_weight_file(folder: Folder, path: str) -> WeightFile:
     from . import mindspore_ckpt  # noqa: PLC0415 - seldom needed, and not small
 
     header = mindspore_ckpt.read_header(folder, path)
-    int4 = {e.name: INT4 for e in header.entries if e.tensor_type == INT4}
-    entries = tuple(Stored(e.name, e.dtype, e.shape, e.pieces) for e in header.entries)
+    int4 = dict.fromkeys(header.int4, INT4)
     kept = {name: text for name, text in header.strings.items() if name not in _NOT_TEXT}
     lost = sorted(header.strings.keys() - kept.keys())
     notes = [
         f"{path}: its text called {name} is left out: that name is the format's own."
         for name in lost
     ]
-    return WeightFile(entries, {**kept, **int4}, (*header.notes, *notes))
+    return WeightFile(header.entries, {**kept, **int4}, (*header.notes, *notes))
 
 
 def _safetensors(header: safetensors.Header) -> WeightFile:
@@ -74,7 +63,7 @@ def _safetensors(header: safetensors.Header) -> WeightFile:
     entries = []
     for name, kind, shape, start, _ in header.entries:
         box = whole.get(shape) or whole.setdefault(shape, Box.whole(shape))
-        entries.append(Stored(name, kind, shape, ((start, box),)))
+        entries.append(StoredTensor(name, kind, shape, ((start, box),)))
     return WeightFile(tuple(entries), header.metadata)
 
 

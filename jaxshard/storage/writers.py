@@ -19,7 +19,8 @@ from pathlib import Path
 from ..core.garbage import paused
 from ..errors import LayoutError, NotFoundError, StorageError
 from ..formats.mindspore_ckpt import CRC_BYTES, crc_trailer
-from ..formats.output_files import Container, FileLayout
+from ..formats.output_files import Container
+from ..formats.safetensors import FileLayout
 from ..planning.bundles import Bundle
 from ..planning.copies import TensorCopy
 from ..planning.outputs import Outputs

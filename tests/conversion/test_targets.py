@@ -52,7 +52,7 @@ def test_numbers_of_a_job_go_beside_the_weights():
 def test_metadata_says_a_format_that_transformers_loads():
     for given in ({}, {"format": "ms"}, {"format": "pt", "more": "kept"}):
         result = made(catalog("a", metadata=given))
-        header = result.container.layout(result.outputs.contents[0]).header
+        header = result.container.layout(result.outputs.contents[0]).segments[0][1]
         told = json.loads(header[8:])["__metadata__"]
         assert told == {**given, "format": "pt"}
 

@@ -26,7 +26,7 @@ ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors
 def weights(*names: str, **metadata: str) -> bytes:
     """A file with a (2, 3) tensor for each name."""
     layout = layout_file([(n, F32, (2, 3)) for n in names], metadata)
-    return layout.header + bytes(layout.num_bytes - len(layout.header))
+    return layout.segments[0][1] + bytes(layout.num_bytes - len(layout.segments[0][1]))
 
 
 def index_of(**serves: str) -> bytes:

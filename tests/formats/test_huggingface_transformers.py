@@ -131,7 +131,7 @@ def test_what_we_lay_out_transformers_loads(saved, tmp_path, max_shard_bytes):
             [(n, catalog[n].dtype, catalog[n].shape) for n in group], catalog.metadata
         )
         content = bytearray(layout.num_bytes)
-        content[: len(layout.header)] = layout.header
+        content[: len(layout.segments[0][1])] = layout.segments[0][1]
         for name, at in layout.offsets.items():
             content[at : at + catalog[name].num_bytes] = data[name][2]
             weight_map[name] = path

@@ -20,10 +20,10 @@ from jaxshard.core.box import Box
 from jaxshard.core.dtypes import BY_NAME, BY_NUMPY, dtype, num_bytes
 from jaxshard.errors import FormatError, LayoutError, NotFoundError
 from jaxshard.formats import mindspore_ckpt as ckpt
-from jaxshard.formats import mindspore_ckpt as writing
 from jaxshard.formats import protobuf
 from jaxshard.formats.folder import MemoryFolder, kind_of
 from jaxshard.formats.protobuf import bytes_field as field
+from jaxshard.formats.safetensors import FileLayout, StoredTensor
 
 READABLE = sorted(
     str(p.relative_to(HERE))
@@ -32,11 +32,11 @@ READABLE = sorted(
 )
 
 
-def header_of(data: bytes) -> ckpt.Header:
+def header_of(data: bytes) -> ckpt.CkptHeader:
     return ckpt.read_header(MemoryFolder({"f.ckpt": data}), "f.ckpt")
 
 
-def content(data: bytes, entry: ckpt.Entry) -> bytes:
+def content(data: bytes, entry: StoredTensor) -> bytes:
     """The tensor put together from its pieces, each box at its place."""
     item = entry.dtype.bits // 8
     whole = np.zeros((*entry.shape, item), np.uint8)
@@ -47,7 +47,7 @@ def content(data: bytes, entry: ckpt.Entry) -> bytes:
     return whole.tobytes()
 
 
-def assemble(layout: writing.FileLayout, tensors: dict[str, bytes]) -> bytes:
+def assemble(layout: FileLayout, tensors: dict[str, bytes]) -> bytes:
     """The file, every tensor written in two halves at the offsets the layout gives."""
     out = bytearray(layout.num_bytes)
     for at, data in layout.segments:
@@ -61,7 +61,7 @@ def assemble(layout: writing.FileLayout, tensors: dict[str, bytes]) -> bytes:
                 done += length
             assert done == last
     if layout.crc_offset is not None:
-        out[layout.crc_offset :] = writing.crc_trailer(zlib.crc32(out[: layout.crc_offset]))
+        out[layout.crc_offset :] = ckpt.crc_trailer(zlib.crc32(out[: layout.crc_offset]))
     return bytes(out)
 
 
@@ -93,7 +93,10 @@ def test_values_shapes_and_dtypes_are_those_mindspore_saved(name: str) -> None:
             assert entry.shape == tuple(said["shape"])
             assert hashlib.sha256(content(data, entry)).hexdigest() == said["sha256"]
     if name in loaded:
-        shown = {e.name: [e.tensor_type, list(e.shape)] for e in header.entries}
+        shown = {
+            e.name: ["Int4" if e.name in header.int4 else ckpt.TYPE_NAMES[e.dtype], list(e.shape)]
+            for e in header.entries
+        }
         shown |= {n: ["str", text] for n, text in header.strings.items()}
         assert shown == loaded[name]
 
@@ -124,11 +127,11 @@ def test_safetensors_of_the_same_weights_hold_the_same_bytes() -> None:
 def test_what_mindspore_wrote_is_laid_out_byte_for_byte(path: str) -> None:
     data = (HERE / path).read_bytes()
     header = header_of(data)
-    layout = writing.layout_file(
+    layout = ckpt.layout_file(
         [e[:3] for e in header.entries],
         strings=header.strings,
         crc=header.has_crc,
-        chunk_bytes=1024 if "chunked" in path else writing.CHUNK_BYTES,
+        chunk_bytes=1024 if "chunked" in path else ckpt.CHUNK_BYTES,
     )
     ours = assemble(layout, {e.name: content(data, e) for e in header.entries})
     if Path(path).name in ("with_str.ckpt", "chunked_async.ckpt", "crc_damaged.ckpt"):
@@ -241,7 +244,7 @@ def test_a_file_cut_anywhere_is_refused_unless_it_ends_between_values(name: str)
 
 def test_a_file_of_ten_gigabytes_opens_with_one_small_read_a_tensor() -> None:
     entries = [(f"model.layers.{i}.weight", dtype("BF16"), (2560, 2048)) for i in range(1000)]
-    layout = writing.layout_file(entries)
+    layout = ckpt.layout_file(entries)
     folder = SparseFolder("f.ckpt", layout.num_bytes, layout.segments)
     assert layout.num_bytes > 10 * 10**9
     header = ckpt.read_header(folder, "f.ckpt")
@@ -252,7 +255,7 @@ def test_a_file_of_ten_gigabytes_opens_with_one_small_read_a_tensor() -> None:
 
 def test_large_tensors_are_cut_at_512_mib_and_found_again() -> None:
     shape = (300_000, 1021)  # rows that do not divide a chunk
-    layout = writing.layout_file([("w", dtype("F32"), shape), ("b", dtype("F32"), (4,))])
+    layout = ckpt.layout_file([("w", dtype("F32"), shape), ("b", dtype("F32"), (4,))])
     folder = SparseFolder("f.ckpt", layout.num_bytes, layout.segments)
     w, b = ckpt.read_header(folder, "f.ckpt").entries
     assert (w.shape, b.shape) == (shape, (4,))
@@ -266,7 +269,7 @@ def test_large_tensors_are_cut_at_512_mib_and_found_again() -> None:
 
 
 def test_spans_cross_chunks() -> None:
-    layout = writing.layout_file([("w", dtype("U8"), (10,))], chunk_bytes=4)
+    layout = ckpt.layout_file([("w", dtype("U8"), (10,))], chunk_bytes=4)
     a, b, c = layout.chunks["w"]
     assert layout.spans("w", 0, 10) == ((a, 4), (b, 4), (c, 2))
     assert layout.spans("w", 3, 2) == ((a + 3, 1), (b, 1))
@@ -315,8 +318,8 @@ def test_what_is_laid_out_is_read_back(
     if not entries and not texts:
         return
     rng = random.Random(data.draw(st.integers(0, 99)))
-    chunk = data.draw(st.sampled_from([8, 16, 24, writing.CHUNK_BYTES]))
-    layout = writing.layout_file(entries, strings=texts, crc=crc, chunk_bytes=chunk)
+    chunk = data.draw(st.sampled_from([8, 16, 24, ckpt.CHUNK_BYTES]))
+    layout = ckpt.layout_file(entries, strings=texts, crc=crc, chunk_bytes=chunk)
     tensors = {n: rng.randbytes(num_bytes(s, d)) for n, d, s in entries}
     file = assemble(layout, tensors)
     header = header_of(file)
@@ -327,7 +330,7 @@ def test_what_is_laid_out_is_read_back(
 
 
 def test_bytes_are_what_mindspore_reads() -> None:
-    layout = writing.layout_file(
+    layout = ckpt.layout_file(
         [("w", dtype("F32"), (1, 2)), ("s", dtype("I64"), ())],
         strings={"n": "", "t": "é"},
         crc=True,
@@ -358,7 +361,7 @@ def test_bytes_are_what_mindspore_reads() -> None:
 )
 def test_what_the_format_cannot_hold_is_refused(entries: list, more: dict, why: str) -> None:
     with pytest.raises(LayoutError, match=why):
-        writing.layout_file([(n, BY_NAME[d], s) for n, d, s in entries], **more)
+        ckpt.layout_file([(n, BY_NAME[d], s) for n, d, s in entries], **more)
 
 
 # ------------------------------------------------------------------ oddities and strangers
@@ -376,9 +379,9 @@ def test_int4_is_kept_as_packed_bytes_and_written_back() -> None:
     for dims, data in (((2, 4), b"abcd"), ((2, 2), b"abcd")):  # dims in halves, and in bytes
         header = header_of(value(dims=dims, kind=b"Int4", data=data))
         (entry,) = header.entries
-        assert (entry.dtype.name, entry.shape, entry.tensor_type) == ("U8", (2, 2), "Int4")
+        assert (entry.dtype.name, entry.shape, header.int4) == ("U8", (2, 2), {"w"})
         assert header.notes == ("w is Int4, two in a byte; it is kept as those bytes.",)
-    layout = writing.layout_file([entry[:3]], int4=["w"])
+    layout = ckpt.layout_file([entry[:3]], int4=["w"])
     assert assemble(layout, {"w": b"abcd"}) == value(dims=(2, 2), kind=b"Int4", data=b"abcd")
 
 

@@ -17,7 +17,6 @@ from jaxshard.core.dtypes import dtype, num_bytes
 from jaxshard.core.layout import Layout
 from jaxshard.errors import CoverageError, FormatError, LayoutError
 from jaxshard.formats import mindspore_ckpt as ckpt
-from jaxshard.formats import mindspore_ckpt as writing
 from jaxshard.formats import strategy_codec as messages
 from jaxshard.formats import strategy_files as sf
 from jaxshard.formats.folder import MemoryFolder
@@ -159,7 +158,7 @@ def weight_files() -> list[bytes]:
         golden("ckpt_formats", f"{n}.ckpt").read_bytes()
         for n in ("all_dtypes", "with_str", "chunked", "chunked_async", "crc")
     ]
-    small = writing.layout_file(
+    small = ckpt.layout_file(
         [("w", dtype("F32"), (3, 5)), ("s", dtype("I64"), ()), ("e", dtype("U8"), (2, 0))],
         strings={"t": "x"},
         chunk_bytes=8,
@@ -189,7 +188,7 @@ def test_mutated_weight_files_are_refused_or_read_consistently() -> None:
     assert min(outcomes.values()) > 500, outcomes
 
 
-def header_or_error(data: bytes) -> ckpt.Header | str:
+def header_or_error(data: bytes) -> ckpt.CkptHeader | str:
     try:
         return ckpt.read_header(MemoryFolder({"f": data}), "f")
     except FormatError as error:

@@ -70,7 +70,7 @@ def test_what_is_laid_out_the_package_reads(entries, metadata):
 @given(entry_lists())
 def test_data_is_aligned_and_the_header_lists_it_in_its_order_without_holes(entries):
     layout = layout_file(entries, {"format": "pt"})
-    assert len(layout.header) % 64 == 0
+    assert len(layout.segments[0][1]) % 64 == 0
     sizes = {name: num_bytes(shape, kind) for name, kind, shape in entries}
     whole_lines = [name for name, size in sizes.items() if size % 64 == 0]
     assert list(layout.offsets)[: len(whole_lines)] == whole_lines
@@ -79,13 +79,13 @@ def test_data_is_aligned_and_the_header_lists_it_in_its_order_without_holes(entr
         if kind.bits >= 8:
             assert layout.offsets[name] % kind.unit_bytes == 0
     at = 0  # as a reader does that trusts the header's order
-    described = json.loads(layout.header[8:])
+    described = json.loads(layout.segments[0][1][8:])
     del described["__metadata__"]
     for name, entry in described.items():
         assert entry["data_offsets"] == [at, at + sizes[name]]
-        assert layout.offsets[name] == len(layout.header) + at
+        assert layout.offsets[name] == len(layout.segments[0][1]) + at
         at += sizes[name]
-    assert len(layout.header) + at == layout.num_bytes
+    assert len(layout.segments[0][1]) + at == layout.num_bytes
 
 
 def test_the_same_tensors_give_the_same_bytes_whatever_the_order_of_metadata():
@@ -110,8 +110,8 @@ def test_a_file_of_every_dtype_opens_with_safe_open(tmp_path):
 
 def test_a_file_without_tensors_or_metadata_is_a_file():
     layout = layout_file([], {})
-    assert (len(layout.header), layout.num_bytes, layout.offsets) == (64, 64, {})
-    assert read_by_package(layout.header) == {} == read_all(layout.header)
+    assert (len(layout.segments[0][1]), layout.num_bytes, layout.offsets) == (64, 64, {})
+    assert read_by_package(layout.segments[0][1]) == {} == read_all(layout.segments[0][1])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_what_no_file_can_hold_is_refused(entries, metadata, says):
 
 def test_a_header_over_the_formats_limit_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(ours, "MAX_HEADER_BYTES", 56)  # a line of 64 with the length before it
-    assert len(layout_file([("a", U8, (1,))], {}).header) == 64
+    assert len(layout_file([("a", U8, (1,))], {}).segments[0][1]) == 64
     with pytest.raises(LayoutError, match=r"2 tensors needs a header of 120 bytes.* allows 56"):
         layout_file([("a", U8, (1,)), ("b", U8, (1,))], {})
 

@@ -66,8 +66,8 @@ def read_by_package(content: bytes) -> dict[str, tuple[str, tuple[int, ...], byt
 
 
 def filled(layout: FileLayout, seed: int = 0) -> bytes:
-    rest = layout.num_bytes - len(layout.header)
-    return layout.header + random.Random(seed).randbytes(rest)
+    rest = layout.num_bytes - len(layout.segments[0][1])
+    return layout.segments[0][1] + random.Random(seed).randbytes(rest)
 
 
 def disagreement(content: bytes) -> str | None:
