@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,28 +95,30 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
     """The answer, if the source is the directory of a training run; else None."""
     if not any(os.path.isdir(os.path.join(a.source, f)) for f in (".jaxshard", "checkpoint")):
         return None
-    from ..training import listing  # noqa: PLC0415 - only for runs
+    from ..training import open_step, run_directory  # noqa: PLC0415 - only for runs
+    from ..training import steps as run_steps  # noqa: PLC0415 - only for runs
 
-    steps = listing.steps_of_run(a.source)
+    steps = run_steps.steps_of_run(a.source)
     if not steps:
         return None
     with _progress("checking", a.quiet or a.json) as told:
         progress = told(sum(s.num_bytes for s in steps)) if deep else None
-        steps = listing.examined(a.source, steps, deep=deep, progress=progress)
-    well = listing.is_well(steps)
-    best = listing.resumes_from(steps)
+        place = run_directory.Places.of(a.source)
+        steps = open_step.examine_all(place, steps, deep=deep, progress=progress)
+    well = run_steps.is_well(steps)
+    best = run_steps.resumes_from(steps)
     if a.json:
         write_json(
             {
-                "steps": listing.facts(steps),
+                "steps": run_steps.facts(steps),
                 "resumes_from": str(best.name) if best else None,
                 "replicas_compared": False,
             }
         )
     elif not a.quiet:
         head = ("step", "number", "state", "format", "size", "age", "")
-        write(pictures.table(head, listing.rows(steps, pictures.size, listing.clock())))
-        write(listing.verdict(best, deep=deep))
+        write(pictures.table(head, run_steps.rows(steps, pictures.size, time.time())))
+        write(run_steps.verdict(best, deep=deep))
         newest = os.path.join(a.source, "checkpoint")
         if a.command == "verify" and os.path.isdir(newest):
             write(f"note: replicas are not compared; jaxshard verify {newest} does that.")

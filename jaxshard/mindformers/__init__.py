@@ -183,7 +183,7 @@ class Loading:
 
     def _resumed(self) -> Catalog | None:
         """The newest good step that training goes on from, where there are steps."""
-        from ..training.resuming import open_newest  # noqa: PLC0415 - only to resume
+        from ..training.open_step import open_newest  # noqa: PLC0415 - only to resume
 
         kind = self.said.get("load_ckpt_format")
         return open_newest(

@@ -25,7 +25,7 @@ _HOME = {
     "Progress": "policy",
     "Restored": "restore",
     "ResumePoint": "policy",
-    "StepName": "naming",
+    "StepName": "records",
     "resume_point": "policy",
 }
 

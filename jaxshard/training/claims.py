@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import FormatError, LayoutError, format_list
-from . import naming
-from .naming import StepName
-from .records import MOVING, REMOVED, WHOLE
+from . import records
+from .records import MOVING, REMOVED, WHOLE, StepName
 from .run_directory import Places, read_record
 from .steps import find_steps, of_prefix
 
@@ -69,7 +68,9 @@ def task_for(
 
     def is_free(task: int) -> bool:
         name = replace(step, task=task)
-        units = (f"{k}/{naming.rank_file(prefix, r, name, k)}" for k in kinds for r in range(ranks))
+        units = (
+            f"{k}/{records.rank_file(prefix, r, name, k)}" for k in kinds for r in range(ranks)
+        )
         known = _prefix_of(places, name)
         if known is not None and (known not in ("", prefix) or claim.owns(name)):
             return True  # what it holds is refused, or replaced, when it is saved
@@ -90,7 +91,9 @@ def task_for(
         places.steps,
         replace(step, task=claim.task),
         prefix,
-        Path(naming.rank_file(prefix, 0, name)).name if ranks else naming.step_folder(prefix, name),
+        Path(records.rank_file(prefix, 0, name)).name
+        if ranks
+        else records.step_folder(prefix, name),
     )
     return task
 

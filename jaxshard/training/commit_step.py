@@ -19,11 +19,22 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import FormatError, StorageError
+from ..errors import (
+    FormatError,
+    StorageError,
+    format_list,
+)
+from ..formats.registry import format_of
 from ..storage.fs import publish_new
-from . import naming, records
-from .naming import StepName
-from .records import MOVING, REMOVED, WHOLE, Record
+from . import records
+from .records import (
+    MOVING,
+    REMOVED,
+    WHOLE,
+    Record,
+    StepName,
+    is_strategy_file,
+)
 from .run_directory import (
     Places,
     Unreadable,
@@ -36,7 +47,7 @@ from .run_directory import (
 
 REMOVED_FOLDER = "removed"
 _SCRATCH = re.compile(  # of files that were being written
-    rf"\.((_\d+-)?\d+_\d+({MOVING}|{WHOLE})|rollback-.*{WHOLE}|{records.STRATEGY.pattern})\.new"
+    rf"\.((_\d+-)?\d+_\d+({MOVING}|{WHOLE})|rollback-.*{WHOLE}|{records.KEPT_STRATEGY.pattern})\.new"
 )
 
 
@@ -217,7 +228,7 @@ def drop_unused_strategies(places: Places) -> None:
 
 
 def _drop_unused(places: Places) -> None:
-    kept = sorted(filter(records.STRATEGY.fullmatch, os.listdir(places.own)))
+    kept = sorted(filter(records.KEPT_STRATEGY.fullmatch, os.listdir(places.own)))
     if len(kept) < 2:
         return
     used = set()
@@ -249,7 +260,7 @@ def _leftovers(places: Places) -> Iterator[Path]:
         if step not in moving:
             yield places.staging(step)
     for name in sorted(os.listdir(places.own)):
-        staged = naming.parse_step(name.removeprefix(".").removesuffix(".saving.partial"))
+        staged = records.parse_step(name.removeprefix(".").removesuffix(".saving.partial"))
         if _SCRATCH.fullmatch(name) or (staged and name == f".{staged}.saving.partial"):
             yield places.own / name
     removed = places.own / REMOVED_FOLDER
@@ -261,7 +272,7 @@ def _leftovers(places: Places) -> Iterator[Path]:
 
 def _was_a_step(name: str) -> bool:
     """Whether a folder of that name is one that is set aside when a step goes."""
-    return naming.parse_iteration(name) is not None or naming.parse_folder(name) is not None
+    return records.parse_iteration(name) is not None or records.parse_folder(name) is not None
 
 
 def _remove(path: Path) -> None:
@@ -269,3 +280,60 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# --- The "latest" files of a run
+
+
+def point_at(places: Places, record: Record) -> None:
+    """Have the pointer files say that the step of ``record`` is the newest.
+
+    One that cannot be written keeps no other one from being written.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    failed: list[str] = []
+    for path, data in _pointers(places, record, failed):
+        try:
+            _put(path, data)
+        except OSError as error:
+            failed.append(f"{path}: {error.strerror}")
+    if failed:
+        raise StorageError(f"step {record.step} of {places.root}: {format_list(failed)}.")
+
+
+def _pointers(places: Places, record: Record, failed: list[str]) -> Iterator[tuple[Path, bytes]]:
+    """The pointer files of a step and their contents."""
+    format = format_of(record.format)
+    if format.own_step_folder:
+        yield places.steps / records.TRACKER, str(record.global_step).encode()
+    if not format.steps_in_names:
+        return
+    head = f"{records.CHECKPOINT}/"
+    for unit in record.units:
+        file = records.parse_rank_file(unit.removeprefix(head))
+        if unit.startswith(head) and file:
+            said = records.meta_json(file.prefix, file.rank, record.step)
+            yield places.root / unit.rsplit("/", 1)[0] / records.META, said
+    if record.strategy:
+        try:
+            _show_strategy(places.root / records.STRATEGY, places.root / record.strategy)
+        except OSError as error:
+            failed.append(f"{error.filename or records.STRATEGY}: {error.strerror}")
+
+
+def _show_strategy(place: Path, kept: Path) -> None:
+    """Make the strategy files at ``place`` those that are ``kept``; foreign files are ignored."""
+    wanted = set(filter(is_strategy_file, os.listdir(kept)))
+    for name in sorted(wanted):
+        _put(place / name, (kept / name).read_bytes())
+    for name in set(filter(is_strategy_file, os.listdir(place))) - wanted:
+        # of a run on more ranks, or of a layout before: readers would take it for ours
+        (place / name).unlink(missing_ok=True)
+
+
+def _put(path: Path, data: bytes) -> None:
+    if path.is_file() and path.read_bytes() == data:
+        return
+    replace_file(path, data, durable=False)

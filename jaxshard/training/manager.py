@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,17 +29,20 @@ from .. import rules as family_rules
 from ..core.layout import Layout
 from ..core.strategy import Strategy
 from ..distributed.barriers import DEFAULT_TIMEOUT_S
-from ..errors import LayoutError, StorageError
+from ..errors import (
+    JaxshardError,
+    LayoutError,
+    StorageError,
+)
 from ..formats.huggingface import check_config
 from ..formats.registry import format_of, names_where
 from ..storage.resources import budget_for, parse_size
-from . import naming, records
-from .background import Background
+from . import records
 from .claims import Claim, task_for
 from .commit_step import is_on_disk
-from .naming import StepName
 from .open_step import examine_all, newest_good
 from .policy import Cadence, Line, Schedule
+from .records import StepName
 from .restore import Restored, restore, tidied, true_number
 from .restore_state import Parts, Where
 from .run_directory import Places
@@ -132,7 +136,7 @@ class CheckpointManager:
         Raises:
             LayoutError: an option is impossible.
         """
-        naming.check_prefix(prefix)
+        records.check_prefix(prefix)
         one_of("format", format, names_where("as_steps"))
         check_config(config)
         one_of("snapshot", snapshot, get_args(How))
@@ -449,7 +453,7 @@ def _task(job: Job, claim: Claim) -> int:
     """The number that keeps the files of ``job`` apart from those of other jobs."""
     if format_of(job.kind).own_step_folder:
         return 0  # the names of its folders have no place for one
-    folders = (naming.CHECKPOINT, *job.copies)
+    folders = (records.CHECKPOINT, *job.copies)
     ranks = job.wish.layout.num_ranks if format_of(job.kind).is_by_rank else 0
     return task_for(job.places, job.wish.prefix, job.wish.step, folders, ranks, claim)
 
@@ -459,3 +463,62 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise LayoutError(f"trainable: {text!r} is not a regular expression: {error}.") from None
+
+
+# --- Background task: one at a time, its failure raised by the next call
+
+
+class Background:
+    """At most one thread, that does what it was given last."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[str, BaseException] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread is still at it."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, what: str, work: Callable[[], None]) -> None:
+        """Wait for what went before, and then do ``work`` in a thread.
+
+        Raises:
+            JaxshardError: what went before had failed; ``work`` is not begun.
+        """
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._failure = (what, error)
+                # said at once as well: the next call may never come
+                _log.error("%s failed in the background: %s", what, error)
+
+        # not a daemon: a program that ends has its last save finished first
+        self._thread = threading.Thread(target=run, name=f"jaxshard {what}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is going on.
+
+        Raises:
+            JaxshardError: it had failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what failed since last asked; waits for nothing.
+
+        Raises:
+            JaxshardError: it had failed.
+        """
+        if self._failure is None or self.is_busy:
+            return
+        (what, error), self._failure = self._failure, None
+        kind = type(error) if isinstance(error, JaxshardError) else StorageError
+        raise kind(f"{what} failed in the background: {error}") from error

@@ -7,21 +7,41 @@ the reading.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from dataclasses import (
+    dataclass,
+    replace,
+)
 from pathlib import Path
 
-from ..conversion.open import open_checkpoint, open_strategy, strategy_of
+from ..conversion.open import (
+    open_checkpoint,
+    open_some,
+    open_strategy,
+    strategy_of,
+)
 from ..conversion.select import refuse_lost
 from ..core.catalog import Catalog, File
 from ..core.layout import Layout
-from ..errors import CoverageError, FormatError, NotFoundError, StorageError
-from ..formats import rank_folder
+from ..errors import (
+    CoverageError,
+    FormatError,
+    JaxshardError,
+    NotFoundError,
+    StorageError,
+)
+from ..formats import rank_folder, rank_names
 from ..formats.folder import Folder, MemoryFolder
 from ..formats.registry import Format, format_of
 from ..storage.checksum_file import Checksums, check_files
 from ..storage.local import LocalFolder
-from . import naming
+from ..storage.readers import open_source
+from . import records
 from .records import Record, is_strategy_file, kept_strategy
 from .run_directory import Places
 from .steps import Step, find_steps, of_one_job
@@ -109,7 +129,7 @@ def _layout(places: Places, record: Record | None, num_ranks: int) -> Layout:
         if place.is_dir():
             return open_strategy(place)
     raise CoverageError(
-        f"{places.root} has no {naming.STRATEGY}/ folder, so nothing says which part of a tensor "
+        f"{places.root} has no {records.STRATEGY}/ folder, so nothing says which part of a tensor "
         "each rank holds. Put the strategy files there."
     )
 
@@ -120,7 +140,7 @@ def _kept_strategy(places: Places, kept: str, num_ranks: int) -> Folder:
     They are kept by content, so what is damaged is known; and the newest layout's files lie
     in the open as well. Foreign files in both folders are ignored.
     """
-    for place in (places.root / kept, places.root / naming.STRATEGY):
+    for place in (places.root / kept, places.root / records.STRATEGY):
         try:
             names = [p for p in place.iterdir() if is_strategy_file(p.name) and p.is_file()]
             held = {path.name: path.read_bytes() for path in names}
@@ -264,3 +284,127 @@ def check_sums(
     """
     checksums = Checksums(record.algorithm, record.files)
     check_files(places.root, checksums, workers=workers, progress=progress)
+
+
+# --- Resuming from the newest good step below a path
+
+_BAD = (FormatError, CoverageError, StorageError, NotFoundError)
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save that may be resumed from: what notes call it, and how it is opened."""
+
+    label: str
+    open: Callable[[], Catalog]
+
+
+def open_newest(
+    path: Path, *, strategy: Path | None = None, prefix: str = "", kind: str | None = None
+) -> Catalog | None:
+    """Open the newest good save below ``path``, with a note for each that is passed over.
+
+    Args:
+        path: a run's directory, or its folder of steps.
+        strategy: the strategy files that the steps were saved with, if not their own.
+        prefix: whose steps count, where several jobs share the folder.
+        kind: of rank files, where both lie there: ``"ckpt"`` or ``"safetensors"``.
+
+    Returns:
+        None where the names are those of no steps, or of several jobs or kinds: then the formats
+        decide what the checkpoint is.
+
+    Raises:
+        JaxshardError: what is wrong with the newest save, if none is good.
+    """
+    notes: list[str] = []
+    failure: JaxshardError | None = None
+    for save in _saves(path, strategy, prefix, kind):
+        try:
+            catalog = _examined(save.open())
+        except _BAD as error:
+            failure = failure or error
+            notes.append(f"step {save.label} is passed over: {error}")
+            continue
+        if notes:
+            notes.append(f"step {save.label} is resumed from instead.")
+        return replace(catalog, notes=(*notes, *catalog.notes))
+    if failure:
+        raise failure
+    return None
+
+
+def _examined(catalog: Catalog) -> Catalog:
+    """``catalog``, of which the checksums that its files carry are right."""
+    files = open_source(catalog)
+    try:
+        files.check_checksums()
+    finally:
+        files.close()
+    return catalog
+
+
+def _saves(path: Path, strategy: Path | None, prefix: str, kind: str | None) -> Iterator[_Save]:
+    """The saves below ``path``, the newest first."""
+    if not path.is_dir():
+        return
+    places = Places.of(path)
+    steps = [s for s in find_steps(places) if not s.format or format_of(s.format).is_by_rank]
+    if kind is not None and len(_kinds(steps)) > 1:
+        steps = [step for step in steps if _kinds([step]) <= {kind}]
+    if not any(step.format for step in steps):
+        yield from _unnamed(path, strategy)
+        return
+    jobs = {step.prefix for step in steps if step.prefix}
+    if len(_kinds(steps)) > 1 or (len(jobs) > 1 and prefix not in jobs):
+        return
+    for step in reversed(of_one_job(steps, prefix)):
+        yield _save_of(places, step, strategy)
+
+
+def _kinds(steps: Iterable[Step]) -> set[str]:
+    """The kinds of the rank files of ``steps``."""
+    paths = [
+        path for step in steps for path in _paths(step) if format_of(step.format).steps_in_names
+    ]
+    return {path.rpartition(".")[2] for path in paths}
+
+
+def _paths(step: Step) -> tuple[str, ...]:
+    """The files or the folder of a step, relative to the folder of steps."""
+    if step.record is None:
+        return step.paths
+    head = f"{records.CHECKPOINT}/"
+    return tuple(u.removeprefix(head) for u in step.record.units if u.startswith(head))
+
+
+def _save_of(places: Places, step: Step, strategy: Path | None) -> _Save:
+    def opened() -> Catalog:
+        if step.state != "complete":
+            error = CoverageError if step.state == "incomplete" else FormatError
+            raise error(f"it is {step.state}: {step.reason}")
+        paths = _paths(step)
+        if format_of(step.format).own_step_folder:
+            return open_checkpoint(places.steps / paths[0], src_strategy=strategy)
+        if step.record and strategy is None:
+            return open_step(places, step.record, step.format)
+        return open_some(places.steps, paths, src_strategy=strategy)
+
+    return _Save(str(step.name), opened)
+
+
+def _unnamed(path: Path, strategy: Path | None) -> Iterator[_Save]:
+    """The saves of rank files whose names are of another form than MindFormers'."""
+    for place in (path, path / records.CHECKPOINT):
+        left = set(LocalFolder(place).files()) if place.is_dir() else set[str]()
+        while any(map(rank_names.is_rank_file, left)):
+            try:
+                names = tuple(rank_names.choose(left).paths.values())
+            except CoverageError:
+                return  # the formats tell why
+            left -= {*names}
+            yield _named(place, names, strategy)
+
+
+def _named(place: Path, names: tuple[str, ...], strategy: Path | None) -> _Save:
+    return _Save(names[0], lambda: open_some(place, names, src_strategy=strategy))

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ..errors import LayoutError
-from .naming import StepName
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +121,16 @@ class Schedule:
 
 # --- Retention: which steps may go
 
+_Name = TypeVar("_Name")
+
 
 def expired(
-    past: Mapping[StepName, int],
-    left: Mapping[StepName, int],
+    past: Mapping[_Name, int],
+    left: Mapping[_Name, int],
     *,
     keep_max: int = 0,
     keep_every: int = 0,
-) -> tuple[StepName, ...]:
+) -> tuple[_Name, ...]:
     """The steps that may be removed now that the last of ``past`` is whole.
 
     Steps of a run that was left behind by going back to an earlier one neither count nor go
@@ -142,9 +144,8 @@ def expired(
         keep_max: how many of the newest to keep; 0 for all.
         keep_every: keep steps that this divides for good; 0 for none.
 
-    >>> steps = {StepName(1, n): n for n in (10, 20, 30, 40)}
-    >>> expired(steps, {}, keep_max=2, keep_every=20)
-    (StepName(epoch=1, step=10, task=0),)
+    >>> expired({"1_10": 10, "1_20": 20, "1_30": 30, "1_40": 40}, {}, keep_max=2, keep_every=20)
+    ('1_10',)
     """
     if not keep_max or not past:
         return ()

@@ -36,10 +36,14 @@ from ..formats.huggingface import TRAINING_SCALARS
 from ..formats.registry import format_of
 from ..storage.identity import check_same, identity
 from .commit_step import is_interrupted, is_on_disk, recover
-from .naming import StepName, parse_step, parse_wish
 from .open_step import check_sums, open_step
 from .policy import Line, Progress
-from .records import MOVING
+from .records import (
+    MOVING,
+    StepName,
+    parse_step,
+    parse_wish,
+)
 from .restore_state import Filling, Parts, Where, filling
 from .run_directory import Places, names_in, only_writer, read_record
 from .state import one_of

@@ -26,9 +26,8 @@ from pathlib import Path
 from ..errors import FormatError, StorageError
 from ..formats.rank_names import rank_of_folder
 from ..storage.fs import fsync_dir, write_file_atomic
-from . import naming, records
-from .naming import StepName
-from .records import Record, Rollback
+from . import records
+from .records import Record, Rollback, StepName
 
 _ITERATION = re.compile(r"iteration_\d+")
 WAIT_S = 10.0  # for another writer: the job before may be about to end
@@ -47,15 +46,15 @@ class Places:
     """
 
     root: Path
-    main: str = naming.CHECKPOINT
+    main: str = records.CHECKPOINT
 
     @classmethod
     def of(cls, directory: str | os.PathLike[str]) -> Places:
         """The places of ``directory``: the run's, or its ``checkpoint`` folder."""
         root = Path(os.path.abspath(directory))
-        if (root / naming.CHECKPOINT).is_dir() or (root / records.FOLDER).is_dir():
+        if (root / records.CHECKPOINT).is_dir() or (root / records.FOLDER).is_dir():
             return cls(root)
-        if root.name == naming.CHECKPOINT and (root.parent / records.FOLDER).is_dir():
+        if root.name == records.CHECKPOINT and (root.parent / records.FOLDER).is_dir():
             return cls(root.parent)
         with suppress(OSError):
             names = os.listdir(root)
@@ -84,8 +83,8 @@ class Places:
     @property
     def strategies(self) -> tuple[Path, ...]:
         """Where the strategy files of a run without records may lie."""
-        return (self.root / naming.STRATEGY, self.steps / naming.STRATEGY) + (
-            () if self.main else (self.root.parent / naming.STRATEGY,)
+        return (self.root / records.STRATEGY, self.steps / records.STRATEGY) + (
+            () if self.main else (self.root.parent / records.STRATEGY,)
         )
 
 
@@ -100,7 +99,7 @@ def names_in(places: Places, ending: str) -> list[StepName]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     stems = (entry.removesuffix(ending) for entry in entries if entry.endswith(ending))
-    found = ((stem, naming.parse_step(stem)) for stem in stems)
+    found = ((stem, records.parse_step(stem)) for stem in stems)
     return sorted(step for stem, step in found if step and str(step) == stem)
 
 

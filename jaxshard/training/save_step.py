@@ -30,13 +30,11 @@ from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..formats.registry import format_of
 from ..storage.checksums import FileSums
 from ..storage.transaction import Staging
-from . import naming
+from . import records
 from .claims import Claim, replaceable
-from .commit_step import commit, drop_unused_strategies, recover, remove
-from .latest import point_at
-from .naming import StepName
+from .commit_step import commit, drop_unused_strategies, point_at, recover, remove
 from .policy import Line, expired, following
-from .records import MOVING, REMOVED, WHOLE, Record, Rollback, strategy_folder
+from .records import MOVING, REMOVED, WHOLE, Record, Rollback, StepName, strategy_folder
 from .restore_state import lay_out
 from .run_directory import Places, check_units, only_writer, replace_file
 from .snapshot import How, Snapshot
@@ -303,7 +301,7 @@ def _write_by_library(
     job: Job, staging: Staging
 ) -> tuple[dict[str, FileSums], str, tuple[str, ...]]:
     root = staging.files
-    unit = f"{naming.CHECKPOINT}/{naming.step_folder(job.wish.prefix, job.wish.step)}"
+    unit = f"{records.CHECKPOINT}/{records.step_folder(job.wish.prefix, job.wish.step)}"
     place = root / unit
     check_units(job.places, [unit])
     check_free(job, [unit])
@@ -408,7 +406,7 @@ class Recipe:
         """The name of step number ``step`` of the whole run."""
         # Checkpoint-2.0 folders are named by the step of the whole run
         epochs = None if format_of(self.format).own_step_folder else self.steps_per_epoch
-        return naming.step_name(step, epochs)
+        return records.step_name(step, epochs)
 
     def job(
         self,
@@ -462,7 +460,7 @@ class Recipe:
 
     def _numbers(self, step: int, loss_scale: float | None) -> dict[str, Any]:
         return {
-            "epoch_num": naming.step_name(step, self.steps_per_epoch).epoch,
+            "epoch_num": records.step_name(step, self.steps_per_epoch).epoch,
             "step_num": step,
             "global_step": step,
             "loss_scale": loss_scale,
@@ -494,8 +492,8 @@ class Recipe:
         ordered = sorted(weights)
         if self.save_trainable_only:
             names = [n for n in ordered if not self.trained or self._is_trained(n)]
-            return {naming.TRAINABLE: tuple(names)}
-        return {naming.NETWORK: tuple(ordered)} if self.save_network_only else {}
+            return {records.TRAINABLE: tuple(names)}
+        return {records.NETWORK: tuple(ordered)} if self.save_network_only else {}
 
     def _is_trained(self, name: str) -> bool:
         return any(pattern.search(name) for pattern in self.trained)

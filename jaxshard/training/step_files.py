@@ -27,9 +27,9 @@ from ..storage.io import Sink, Source
 from ..storage.resources import LENT_BLOCK_BYTES, budget_for
 from ..storage.transaction import Staging
 from ..storage.writers import OutputFiles
-from . import naming
-from .naming import StepName
+from . import records
 from .open_step import STATE_FOLDER
+from .records import StepName
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def parts_of(format: Format, catalog: Catalog, weights: frozenset[str], wish: Wi
         LayoutError: the layout does not fit the tensors.
     """
     if format.steps_in_names:
-        return [_rank_part(catalog, wish, naming.CHECKPOINT)]
+        return [_rank_part(catalog, wish, records.CHECKPOINT)]
     if format.own_step_folder:
         return [_own_folder(format, catalog, wish)]
     return _complete(format, catalog, weights, wish)
@@ -93,7 +93,7 @@ def copies_of(
     if format.is_by_rank:
         # the job's numbers are no weights here either, though the layout has them
         return [_rank_part(replace(chosen, scalars=catalog.scalars), wish, folder)]
-    suffix = folder.removeprefix(f"{naming.CHECKPOINT}_")
+    suffix = folder.removeprefix(f"{records.CHECKPOINT}_")
     name = None if format.own_library else format.name
     return [_complete_part(name, chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
 
@@ -102,7 +102,7 @@ def _rank_part(catalog: Catalog, wish: Wish, folder: str) -> Part:
     request = Request(wish.layout, remove_redundancy=wish.remove_redundancy)
     result = make_result(catalog, list(catalog.tensors.values()), request)
     paths = [
-        f"{folder}/{naming.rank_file(wish.prefix, rank, wish.step, folder)}"
+        f"{folder}/{records.rank_file(wish.prefix, rank, wish.step, folder)}"
         for rank in range(wish.layout.num_ranks)
     ]
     head = f"{STRATEGY_FOLDER}/"
@@ -124,13 +124,13 @@ def _own_folder(format: Format, catalog: Catalog, wish: Wish) -> Part:
         numbers=wish.numbers,
     )
     result = make_result(catalog, list(catalog.tensors.values()), request)
-    result = _below(result, naming.CHECKPOINT, but=naming.TRACKER)
-    folder = f"{naming.CHECKPOINT}/{naming.iteration_folder(wish.global_step)}"
+    result = _below(result, records.CHECKPOINT, but=records.TRACKER)
+    folder = f"{records.CHECKPOINT}/{records.iteration_folder(wish.global_step)}"
     return Part(result, catalog, (folder,))
 
 
 def _complete(format: Format, catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
-    folder = f"{naming.CHECKPOINT}/{naming.step_folder(wish.prefix, wish.step)}"
+    folder = f"{records.CHECKPOINT}/{records.step_folder(wish.prefix, wish.step)}"
     found = []
     if weights:
         found.append(_complete_part(format.name, _only(catalog, weights), wish, folder))

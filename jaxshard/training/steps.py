@@ -18,20 +18,24 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..formats.folder import is_orbax_item
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import HuggingFace, Iteration, Orbax, RankFolders
-from . import naming
-from .naming import StepName
+from . import records
 from .policy import Line
-from .records import MOVING, REMOVED, WHOLE, Record, Rollback
+from .records import MOVING, REMOVED, WHOLE, Record, Rollback, StepName
 from .run_directory import Places, names_in, read_record, rollbacks_in
 
 State = Literal["complete", "incomplete", "corrupt", "partial"]
@@ -272,7 +276,7 @@ def _staged(places: Places) -> list[StepName]:
     found = []
     for entry in sorted(os.listdir(places.own)):
         for ending in _STAGED:
-            step = naming.parse_step(entry.removeprefix(".").removesuffix(ending))
+            step = records.parse_step(entry.removeprefix(".").removesuffix(ending))
             if step and entry.removeprefix(".") == f"{step}{ending}":
                 found.append(step)
     return found
@@ -288,11 +292,11 @@ def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
             continue
         if (rank := rank_of_folder(entry.name)) is not None:
             ranks[rank] = _listed(entry.path)
-        elif (number := naming.parse_iteration(entry.name)) is not None:
+        elif (number := records.parse_iteration(entry.name)) is not None:
             name = StepName(1, number)
             if not _is_ours(own, name):
                 yield _folder(entry, name, Iteration.name)
-        elif found := naming.parse_folder(entry.name):
+        elif found := records.parse_folder(entry.name):
             prefix, name = found
             if not _is_ours(own, name, prefix):
                 is_orbax = is_orbax_item(_listed(entry.path))
@@ -344,7 +348,7 @@ def _rank_steps(
     of_job: dict[str, set[int]] = {}
     for rank, names in ranks.items():
         for name in names:
-            file = naming.parse_rank_file(f"rank_{rank}/{name}")
+            file = records.parse_rank_file(f"rank_{rank}/{name}")
             if file:
                 key = (file.prefix, replace(file.step, task=file.task), file.extension)
                 found.setdefault(key, {})[rank] = f"rank_{rank}/{name}"
@@ -367,3 +371,87 @@ def _rank_steps(
             paths=tuple(by_rank[r] for r in sorted(by_rank)),
             prefix=prefix,
         )
+
+
+# --- Listing of a run's steps, as text and as data
+
+_UNITS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def steps_of_run(path: str | os.PathLike[str]) -> list[Step]:
+    """The steps in ``path`` if it is the directory of a run, else none.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        return []
+    places = Places.of(root)
+    return find_steps(places) if places.main and places.root == root.absolute() else []
+
+
+def rows(steps: Iterable[Step], size: Callable[[float], str], now: float) -> list[list[str]]:
+    """A row for each of ``steps``, backwards: step, number, state, format, size, age, reason."""
+    return [
+        [
+            str(s.name),
+            str(s.global_step),
+            s.state,
+            s.format or "-",
+            size(s.num_bytes) if s.num_bytes else "-",
+            age(now - s.saved_at) if s.saved_at else "-",
+            s.reason,
+        ]
+        for s in reversed(list(steps))
+    ]
+
+
+def facts(steps: Iterable[Step]) -> list[dict[str, Any]]:
+    """The same for a program."""
+    return [
+        {
+            "step": str(s.name),
+            "global_step": s.global_step,
+            "state": s.state,
+            "reason": s.reason,
+            "format": s.format,
+            "num_bytes": s.num_bytes,
+            "saved_at": s.saved_at,
+            "checksums": s.record.algorithm if s.record else None,
+        }
+        for s in steps
+    ]
+
+
+def resumes_from(steps: Iterable[Step]) -> Step | None:
+    """The step that a restore would take: the last complete one."""
+    return next((s for s in reversed(list(steps)) if s.state == "complete"), None)
+
+
+def verdict(best: Step | None, *, deep: bool) -> str:
+    """A sentence on the step that a restore would take."""
+    if best is None:
+        return "no step is complete"
+    if best.record is None:
+        return f"a run resumes from {best.name} (whoever saved it kept no checksums)"
+    how = "every byte is as it was saved" if deep else "bytes are not compared: verify --deep does"
+    return f"a run resumes from {best.name} ({how})"
+
+
+def is_well(steps: Iterable[Step]) -> bool:
+    """Whether nothing is broken. What is on its way is not broken."""
+    states = [s.state for s in steps]
+    return "complete" in states and not {"corrupt", "incomplete"} & set(states)
+
+
+def age(seconds: float) -> str:
+    """How long ago, in the largest unit that makes sense.
+
+    >>> age(59.6), age(3700), age(200_000)
+    ('60 s', '62 min', '2 days')
+    """
+    for unit, name in _UNITS:
+        if seconds >= 2 * unit or unit == 1.0:
+            return f"{max(seconds, 0) / unit:.0f} {name}"
+    return ""

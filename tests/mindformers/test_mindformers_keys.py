@@ -14,8 +14,8 @@ from jaxshard import mindformers
 from jaxshard.errors import FormatError, NotFoundError
 from jaxshard.mindformers.config_keys import SECTIONS
 from jaxshard.training import CheckpointManager, resume_point
-from jaxshard.training.naming import step_name
 from jaxshard.training.policy import Progress
+from jaxshard.training.records import step_name
 
 VERBS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "load": mindformers.from_config,

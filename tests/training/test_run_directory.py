@@ -17,7 +17,7 @@ import pytest
 from jaxshard.errors import StorageError
 from jaxshard.training import CheckpointManager, records, steps
 from jaxshard.training import run_directory as places
-from jaxshard.training.naming import StepName
+from jaxshard.training.records import StepName
 from jaxshard.training.run_directory import Places, only_writer
 from jaxshard.training.steps import find_steps
 

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from jaxshard.errors import JaxshardError, LayoutError, StorageError
 from jaxshard.training import CheckpointManager, commit_step, save_step
-from jaxshard.training.naming import StepName
+from jaxshard.training.records import StepName
 
 FOLDERS = {"iteration": "iteration_00000010", "huggingface": "net-1_10", "orbax": "net-1_10"}
 

@@ -24,7 +24,7 @@ from jaxshard.errors import FormatError, JaxshardError, NotFoundError, StorageEr
 from jaxshard.storage.fs import publish_new
 from jaxshard.storage.local import Handles
 from jaxshard.training import CheckpointManager, commit_step, records
-from jaxshard.training.naming import StepName
+from jaxshard.training.records import StepName
 from jaxshard.training.run_directory import Places, only_writer
 from jaxshard.training.steps import find_steps
 
@@ -504,7 +504,7 @@ def test_a_step_whose_pointers_cannot_be_written_is_there_all_the_same(
 ):
     manager = _saved(tmp_path, range(1, 2))
     with monkeypatch.context() as patched:
-        patched.setattr("jaxshard.training.latest.replace_file", _no_room)
+        patched.setattr("jaxshard.training.commit_step.replace_file", _no_room)
         with caplog.at_level(logging.WARNING):
             manager.save(2, state_of(2))
     assert "pointers to it are not" in caplog.text

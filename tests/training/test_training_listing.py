@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import golden_files
@@ -13,7 +14,7 @@ import pytest
 
 from jaxshard.cli import main
 from jaxshard.planning.pictures import size
-from jaxshard.training import CheckpointManager, listing
+from jaxshard.training import CheckpointManager, steps
 from jaxshard.training.run_directory import Places
 from jaxshard.training.steps import find_steps
 
@@ -38,7 +39,7 @@ def test_a_table_of_steps_newest_first(run, capsys):
 
 def test_sizes_and_ages_are_told(run, capsys, monkeypatch):
     (record,) = (s.record for s in find_steps(Places.of(run)) if s.name.step == 30)
-    monkeypatch.setattr(listing, "clock", lambda: record.saved_at + 125)
+    monkeypatch.setattr(time, "time", lambda: record.saved_at + 125)
     assert main(["inspect", str(run)]) == 0
     row = capsys.readouterr().out.splitlines()[1].split()
     on_disk = (run / "checkpoint/rank_0/net_rank_0-1_30.safetensors").stat().st_size
@@ -54,7 +55,7 @@ def test_sizes_and_ages_are_told(run, capsys, monkeypatch):
     [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (-5, "0 s"), (172_800, "2 days")],
 )
 def test_ages_are_in_the_largest_unit_that_makes_sense(seconds, said):
-    assert listing.age(seconds) == said
+    assert steps.age(seconds) == said
 
 
 def test_what_was_left_behind_is_listed_as_such(run, capsys):

@@ -16,7 +16,11 @@ import training_beside
 from training_kills import CUT, is_state_of, state_of
 
 from jaxshard.errors import JaxshardError, NotFoundError, StorageError
-from jaxshard.training import CheckpointManager, latest, restore
+from jaxshard.training import (
+    CheckpointManager,
+    commit_step,
+    restore,
+)
 from jaxshard.training import open_step as examining
 from jaxshard.training.run_directory import Places, only_writer
 
@@ -97,7 +101,7 @@ def test_a_layout_file_of_the_strategy_before_does_not_stay_in_the_open(tmp_path
     (place / "layout.json").write_text("{}")
     (place / "notes.json").write_text("{}")
     (kept / "ckpt_strategy_rank_0.ckpt").write_bytes(b"new")
-    latest._show_strategy(place, kept)
+    commit_step._show_strategy(place, kept)
     assert sorted(os.listdir(place)) == ["ckpt_strategy_rank_0.ckpt", "notes.json"]
 
 

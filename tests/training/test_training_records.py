@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 
 from jaxshard.errors import FormatError, LayoutError
 from jaxshard.storage import checksums
-from jaxshard.training import naming, records
-from jaxshard.training.naming import NETWORK, TRAINABLE, RankFile, StepName
+from jaxshard.training import records
 from jaxshard.training.policy import Cadence, Line, Progress, ResumePoint, expired, resume_point
+from jaxshard.training.records import (
+    NETWORK,
+    TRAINABLE,
+    RankFile,
+    StepName,
+)
 
 # --- where a run resumes -----------------------------------------------------------------
 
@@ -164,20 +169,20 @@ def test_the_step_just_saved_and_enough_others_always_stay(past, left, most, eve
 
 def test_names_are_those_of_mindformers():
     step = StepName(1, 10)
-    assert naming.rank_file("llama", 0, step) == "rank_0/llama_rank_0-1_10.safetensors"
+    assert records.rank_file("llama", 0, step) == "rank_0/llama_rank_0-1_10.safetensors"
     assert (
-        naming.rank_file("llama", 7, step, NETWORK)
+        records.rank_file("llama", 7, step, NETWORK)
         == "rank_7/llama_rank_7-network-1_10.safetensors"
     )
     assert (
-        naming.rank_file("llama", 7, step, TRAINABLE)
+        records.rank_file("llama", 7, step, TRAINABLE)
         == "rank_7/llama_rank_7-trainable_params-1_10.safetensors"
     )
-    assert naming.iteration_folder(10) == "iteration_00000010"
+    assert records.iteration_folder(10) == "iteration_00000010"
 
 
 def test_meta_json_is_byte_for_byte_what_json_dump_writes():
-    said = naming.meta_json("llama", 3, StepName(2, 5))
+    said = records.meta_json("llama", 3, StepName(2, 5))
     assert (
         said == b'{"last_epoch": 2, "last_step": 5, "last_ckpt_file": '
         b'"llama_rank_3-2_5.safetensors"}'
@@ -186,7 +191,7 @@ def test_meta_json_is_byte_for_byte_what_json_dump_writes():
 
 @given(st.integers(1, 10**6), st.none() | st.integers(1, 1000))
 def test_step_numbers_are_within_their_epoch_and_count_from_one(number, per_epoch):
-    name = naming.step_name(number, per_epoch)
+    name = records.step_name(number, per_epoch)
     if per_epoch is None:
         assert name == StepName(1, number)
     else:
@@ -194,11 +199,11 @@ def test_step_numbers_are_within_their_epoch_and_count_from_one(number, per_epoc
         assert (name.epoch - 1) * per_epoch + name.step == number
 
 
-@given(st.sampled_from([naming.CHECKPOINT, NETWORK, TRAINABLE]), st.integers(0, 9999))
+@given(st.sampled_from([records.CHECKPOINT, NETWORK, TRAINABLE]), st.integers(0, 9999))
 def test_what_is_named_is_recognised(kind, rank):
     step = StepName(3, 14)
-    path = naming.rank_file("net-v2_rank_1", rank, step, kind)
-    assert naming.parse_rank_file(path, kind) == RankFile(rank, "net-v2_rank_1", step)
+    path = records.rank_file("net-v2_rank_1", rank, step, kind)
+    assert records.parse_rank_file(path, kind) == RankFile(rank, "net-v2_rank_1", step)
 
 
 @pytest.mark.parametrize(
@@ -212,29 +217,29 @@ def test_what_is_named_is_recognised(kind, rank):
     ],
 )
 def test_other_files_are_not_taken_for_a_ranks(path):
-    assert naming.parse_rank_file(path) is None
+    assert records.parse_rank_file(path) is None
 
 
 def test_a_file_of_a_second_task_is_recognised():
-    found = naming.parse_rank_file("rank_0/llama_rank_0_1-2_5.safetensors")
+    found = records.parse_rank_file("rank_0/llama_rank_0_1-2_5.safetensors")
     assert found == RankFile(0, "llama", StepName(2, 5), task=1)
 
 
 def test_mindformers_default_files_are_recognised():
-    found = naming.parse_rank_file("rank_0/llama_rank_0-2_5.ckpt")
+    found = records.parse_rank_file("rank_0/llama_rank_0-2_5.ckpt")
     assert found == RankFile(0, "llama", StepName(2, 5), extension="ckpt")
 
 
 @pytest.mark.parametrize("wish", ["latest", "", "1-10", True, 1.5, object()])
 def test_what_names_no_step_is_refused(wish):
     with pytest.raises(LayoutError, match="names no step"):
-        naming.parse_wish(wish)
+        records.parse_wish(wish)
 
 
 @pytest.mark.parametrize("prefix", ["", "../x", "a/b", ".hidden", "a\0"])
 def test_a_prefix_cannot_lead_elsewhere(prefix):
     with pytest.raises(LayoutError, match="prefix"):
-        naming.check_prefix(prefix)
+        records.check_prefix(prefix)
 
 
 # --- what is kept beside the data ----------------------------------------------------------
