@@ -42,13 +42,13 @@ from measure import Sample
 from models import SMOKE, Llama, write_llama
 
 import jaxshard as js
+from jaxshard.devices.host_shards import Snapshot
 from jaxshard.loader import load
 from jaxshard.storage import checksums
 from jaxshard.storage.resources import default_budget
 from jaxshard.training import CheckpointManager
 from jaxshard.training.open_step import check_sums, open_step
 from jaxshard.training.run_directory import Places
-from jaxshard.training.snapshot import Snapshot
 from jaxshard.training.state import as_array, take_apart
 from jaxshard.training.steps import find_steps
 
@@ -338,7 +338,7 @@ def pieces(bench: Bench) -> dict[str, object]:
     return {
         "checksum": checksums.BEST,
         "look_s": timed(lambda: Snapshot(arrays)).wall_s,
-        "copy_s": timed(lambda: Snapshot(arrays, how="copy")).wall_s,
+        "copy_s": timed(lambda: Snapshot(arrays, mode="copy")).wall_s,
         "check_sums_s": timed(lambda: check_sums(Places.of(bench.kept), step.record)).wall_s,
     }
 

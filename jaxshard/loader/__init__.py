@@ -35,11 +35,16 @@ from ..storage.resources import Counts, default_workers, parse_size
 from .balanced import gathered, kept_bytes, spread
 from .memory_budget import check_dtypes, check_memory, need_of, share_out
 from .orbax_arrays import restore, restored_by_orbax
-from .participants import of_shardings, sharers
 from .read import carry
 from .requests import Job, Want, files_of, jobs
 from .small_arrays import load_small, small_of
-from .target_shardings import Devices, asked_dtype, resolve
+from .target_shardings import (
+    Devices,
+    asked_dtype,
+    of_shardings,
+    resolve,
+    sharers,
+)
 
 __all__ = ["load", "load_opened"]
 

@@ -32,7 +32,13 @@ from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement, check_divides
 from ..core.numpy_dtypes import NumpyDType, can_become, is_plain_float, numpy_dtype
 from ..core.strategy import Strategy
-from ..devices.mesh import named_sharding, placement_of, rank_devices, shardings
+from ..devices.mesh import (
+    layout_devices,
+    named_sharding,
+    placement_of,
+    rank_devices,
+    shardings,
+)
 from ..devices.pytree import (
     Keys,
     is_array_like,
@@ -454,3 +460,70 @@ def _check_fits(name: str, named: Sharding, shape: tuple[int, ...]) -> None:
 
 def _listed(devices: Devices) -> Sequence[jax.Device] | None:
     return tuple(devices.devices.flat) if isinstance(devices, Mesh) else devices
+
+
+# --- Participants: the processes whose devices take part in one load
+#
+# They build the arrays together, so they compare the checkpoints that they opened, and an error
+# in one process is raised in all. The participants must be known before a checkpoint is opened,
+# because opening may fail; so they follow from the target. A load onto devices of one process
+# involves no other process.
+
+
+def sharers(target: Any, devices: Devices) -> frozenset[int]:
+    """The processes that ``target`` has devices of; see ``load`` for the arguments.
+
+    Of a function of the name nothing is known before it is called: then there are none.
+    """
+    try:
+        return _processes(_devices(target, devices))
+    except JaxshardError:  # which all processes find again, and raise
+        return _processes(jax.devices())
+
+
+def of_shardings(shardings: Iterable[Sharding]) -> frozenset[int]:
+    """The processes that have devices of ``shardings``."""
+    return _processes(device for named in set(shardings) for device in named.device_set)
+
+
+def _processes(devices: Iterable[Any]) -> frozenset[int]:
+    return frozenset(device.process_index for device in devices)
+
+
+def _devices(target: Any, devices: Devices) -> Iterable[Any]:
+    listed = list(devices.devices.flat) if isinstance(devices, Mesh) else devices
+    if isinstance(target, str) and not os.path.exists(target) and target != SAME:
+        target = Strategy.parse(target)
+    if isinstance(target, Strategy):
+        return rank_devices(target, listed)
+    if isinstance(target, Layout):
+        return (layout_devices(target) if listed is None else listed)[: target.num_ranks]
+    if isinstance(target, str | os.PathLike):
+        return jax.devices() if listed is None else listed
+    if callable(target) and jax.tree_util.all_leaves([target]):
+        return ()
+    if isinstance(target, Mesh | Sharding | PartitionSpec | jax.Device):
+        return _of_place(target, devices)
+    leaves = (leaf for _, leaf in named_leaves(target, unique=False)[0])
+    places = {place for leaf in leaves if (place := _place(leaf)) is not None}
+    return {device for place in places for device in _of_place(place, devices)}
+
+
+def _place(leaf: Any) -> Any:
+    """Where a leaf says that its array is to be; None if it does not."""
+    if isinstance(leaf, Sharding | PartitionSpec | jax.Device):
+        return leaf
+    return getattr(leaf, "sharding", None)
+
+
+def _of_place(place: Any, devices: Devices) -> Iterable[Any]:
+    if isinstance(place, jax.Device):
+        return (place,)
+    if isinstance(place, Mesh):
+        return list(place.devices.flat)
+    if isinstance(place, NamedSharding) and not isinstance(place.mesh, Mesh):
+        place = place.spec  # its mesh is abstract
+    if isinstance(place, PartitionSpec):
+        mesh = devices if isinstance(devices, Mesh) else jax.sharding.get_mesh()
+        return list(mesh.devices.flat) if isinstance(mesh, Mesh) else ()
+    return place.device_set if isinstance(place, Sharding) else ()

@@ -34,6 +34,8 @@ from ..core.garbage import paused
 from ..core.layout import Layout
 from ..core.notes import log_notes
 from ..core.strategy import Strategy
+from ..devices.chunked_fetch import share_out
+from ..devices.host_shards import Array, HostShards, num_fetched
 from ..devices.mesh import layout_of
 from ..devices.pytree import is_array_like, named_leaves
 from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
@@ -48,11 +50,17 @@ from ..rules import Rules
 from ..storage import side_files as carrying
 from ..storage.resources import Counts, default_budget, default_workers, parse_size
 from ..storage.strategy_folder import put_beside
-from . import publish
-from .chunked_fetch import share_out
-from .host_shards import Array, ArraySource, num_fetched
-from .multiprocess import Work, check_across, check_alone, commit_across, commit_own
-from .publish import commit
+from ..storage.transaction import real_place
+from .publish import (
+    Publication,
+    check_across,
+    check_alone,
+    commit,
+    commit_own,
+    commit_shared,
+    save_tree,
+    write_files,
+)
 
 
 def save(
@@ -129,7 +137,7 @@ def save(
         StorageError: the disk is full or refuses, or another process fails or does not come.
     """
     processes = Processes() if alone else processes_of_jax(timeout_s)
-    where, keep = Path(path), {"overwrite": overwrite, "durable": fsync}
+    where, options = Path(path), {"overwrite": overwrite, "durable": fsync}
     with processes.about(str(where)).together("saving: preparing"), paused():
         kind = find_format(format)
         single_file.refuse(where)
@@ -159,7 +167,7 @@ def save(
             limit = default_budget() if host_bytes is None else parse_size(host_bytes, "host_bytes")
             threads = default_workers() if workers is None else workers
             budget, room = share_out(limit, threads, num_fetched(arrays))
-            source = ArraySource(
+            source = HostShards(
                 arrays,
                 model=model,
                 metadata=metadata,
@@ -176,19 +184,22 @@ def save(
         if names is not None:
             arrays = _mapped(arrays, names, model)
         own = tree if name_of is None and names is None else arrays
-        counts = publish.save(kind, own, arrays, where, carried, **keep)
-        return _report(path, counts, 0, notes, carried)
+        publication = Publication(
+            destination=real_place(where), carried=carried, overwrite=overwrite, durable=fsync
+        )
+        return _report(path, save_tree(kind, own, arrays, publication), 0, notes, carried)
     source, result, budget = ready
+    publication = Publication.of(result, where, carried, **options)
     try:
         if processes.are_several:
-            work = Work(source, result, where, carried, budget, processes, **keep)
-            counts = (commit_across if shared else commit_own)(work, arrays)
+            commit_all = commit_shared if shared else commit_own
+            counts = commit_all(source, result, publication, budget, processes)
         else:
-            counts = commit(source, result, where, carried, budget, **keep)
+            counts = commit(publication, lambda s: write_files(source, result, s, budget))
     finally:
         source.close()
     side_files = result.side_files if processes.index == 0 or not shared else {}
-    notes = (*notes, *result.outputs.layout.notes, *put_beside(where, side_files, **keep))
+    notes = (*notes, *result.outputs.layout.notes, *put_beside(where, side_files, **options))
     return _report(path, counts, len(result.outputs.paths), notes, carried)
 
 
@@ -258,7 +269,7 @@ def _mapped(
     arrays: dict[str, Array], names: NamesAndShapes | str, model: Model
 ) -> dict[str, Array]:
     """``arrays`` with other names and shapes, computed where they are."""
-    source = ArraySource(arrays, model=model)
+    source = HostShards(arrays, model=model)
     mapping = find_mapping(names, source.catalog)
     source.close()
     return mapping.apply_arrays(arrays)

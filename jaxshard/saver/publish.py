@@ -1,21 +1,29 @@
-"""Publishing of a save: staged, then published by one rename.
+"""Publishing a save: write to a staging directory, then rename it atomically.
 
-What a save leaves behind when it is cut short cannot be gone on with, because the arrays
-are gone; so the next save clears it away. The leavings of a conversion are not touched.
+An interrupted save cannot be resumed, because its arrays are gone; the next save removes
+its staging directory. An interrupted conversion is left alone.
 """
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import jax
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey, keystr, tree_flatten_with_path
 
 from ..core.catalog import Catalog
-from ..errors import LayoutError, StorageError
+from ..devices.host_shards import Array, HostShards
+from ..devices.mesh import rank_devices_of
+from ..distributed.barriers import Processes
+from ..errors import LayoutError
+from ..formats import rank_folder
 from ..formats.output_files import Result
 from ..formats.registry import Format
 from ..planning.plan import make_plan
@@ -23,48 +31,124 @@ from ..storage.engine import run
 from ..storage.resources import Budget, Counts
 from ..storage.transaction import Staging, real_place, told
 from ..storage.writers import OutputFiles
-from .host_shards import Array, ArraySource
+from .shared_write import SharedWrite, check_room
 
 _REQUEST = '{"made from": "arrays in memory"}'
 
 
-def commit(
-    source: ArraySource,
-    result: Result,
-    destination: Path,
-    carried: Catalog | None,
-    budget: Budget,
-    *,
-    overwrite: bool,
-    durable: bool,
-) -> Counts:
-    """Write the files of ``result`` from ``source`` and publish them as ``destination``.
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """Destination of a save, and the files of the result that hold no tensors.
+
+    Attributes:
+        destination: a real path.
+        side_files: contents by path; they take precedence over carried files.
+        carried: a checkpoint whose other files are copied.
+        extras_to: folder of the carried files and of ``checksums.json``.
+        checksums: write ``checksums.json``.
+        overwrite: replace an existing checkpoint.
+        durable: fsync every file before the result is published.
+    """
+
+    destination: Path
+    side_files: Mapping[str, bytes] = field(default_factory=dict)
+    carried: Catalog | None = None
+    extras_to: str = ""
+    checksums: bool = False
+    overwrite: bool = False
+    durable: bool = True
+
+    @classmethod
+    def of(cls, result: Result, destination: Path, carried: Catalog | None, **how: bool) -> Self:
+        """Describe the publication of ``result`` at ``destination``."""
+        return cls(
+            destination=real_place(destination),
+            side_files={str(path): data for path, data in result.side_files.items()},
+            carried=carried,
+            extras_to=result.extras_to,
+            checksums=result.checksums,
+            **how,
+        )
+
+    def begin(self) -> Staging:
+        """Open a staging directory; remains of an earlier save are removed.
+
+        Raises:
+            LayoutError: the destination exists, or holds an interrupted conversion.
+            StorageError: the filesystem refuses.
+        """
+        if self.overwrite:
+            self._refuse_inside()
+        return Staging(
+            self.destination,
+            _REQUEST,
+            overwrite=self.overwrite,
+            durable=self.durable,
+            resumable=False,
+        )
+
+    def publish(self, staging: Staging) -> None:
+        """Add the other files and publish ``staging`` atomically."""
+        staging.publish(partial(self._add_files, staging))
+
+    def _add_files(self, staging: Staging) -> None:
+        for path in self.carried.extras if self.carried else ():
+            if path in self.side_files or self.carried is None:
+                continue
+            place = staging.files / self.extras_to / path
+            with told(f"{place} cannot be written"):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(self.carried.root) / path, place)
+                staging.sync(place)
+        for path, data in self.side_files.items():
+            place = staging.files / path
+            with told(f"{place} cannot be written"):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(data)
+                staging.sync(place)
+        if self.checksums:
+            from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
+
+            add_checksums(staging.files / self.extras_to, staging.sync)
+
+    def _refuse_inside(self) -> None:
+        """Refuse to replace the checkpoint whose files are carried."""
+        if self.carried is None:
+            return
+        source = Path(self.carried.root).resolve()
+        if source == self.destination or self.destination in source.parents:
+            raise LayoutError(
+                f"{self.destination} holds the checkpoint whose files are to be carried along. "
+                "Choose another destination."
+            )
+
+
+def commit(publication: Publication, write: Callable[[Staging], Counts]) -> Counts:
+    """Let ``write`` fill a staging directory, and publish it.
 
     Raises:
-        LayoutError: the destination exists, or an interrupted conversion lies there.
+        LayoutError: the destination exists, or holds an interrupted conversion.
         StorageError: the disk is full or refuses.
     """
-    return publish(
-        destination,
-        lambda files, staging: write_files(source, result, staging, budget),
-        side_files={f"{path}": data for path, data in result.side_files.items()},
-        carried=carried,
-        extras_to=result.extras_to,
-        checksums=result.checksums,
-        overwrite=overwrite,
-        durable=durable,
-    )
+    staging = publication.begin()
+    try:
+        counts = write(staging)
+        publication.publish(staging)
+    except BaseException:
+        staging.abandon()
+        raise
+    return counts
 
 
 def write_files(
-    source: ArraySource,
+    source: HostShards,
     result: Result,
     staging: Staging,
     budget: Budget,
     *,
     only: frozenset[int] | None = None,
 ) -> Counts:
-    """Write the files of ``result``, or of its ranks ``only``.
+    """Write the files of ``result``, or those of the ranks ``only``.
 
     Raises:
         StorageError: the disk is full or refuses.
@@ -81,112 +165,155 @@ def write_files(
         files.close()
 
 
-def publish(
-    destination: Path,
-    write: Callable[[Path, Staging], Counts],
-    *,
-    side_files: Mapping[str, bytes],
-    carried: Catalog | None = None,
-    extras_to: str = "",
-    checksums: bool = False,
-    overwrite: bool,
-    durable: bool,
+# --- Several processes: one result on a shared disk, or one on each process's own disk
+
+
+def commit_shared(
+    source: HostShards,
+    result: Result,
+    publication: Publication,
+    budget: Budget,
+    processes: Processes,
 ) -> Counts:
-    """Have ``write`` fill a folder, add the other files, and give it its name.
+    """Write and publish one result from all processes; all must call it with the same arguments.
 
     Raises:
-        LayoutError: the destination exists, or an interrupted conversion lies there.
-        StorageError: the disk is full or refuses.
+        LayoutError: the destination exists or holds an interrupted conversion, or the
+            processes were given different arrays.
+        StorageError: the disk refuses here or in another process, or one is missing.
     """
-    destination = real_place(destination)
-    staging = begin(destination, carried, overwrite=overwrite, durable=durable)
-    try:
-        counts = write(staging.files, staging)
-        staging.publish(partial(add_files, staging, side_files, carried, extras_to, checksums))
-    except BaseException:
-        staging.abandon()
-        raise
+    processes = processes.about(str(publication.destination))
+    shared = SharedWrite(
+        source,
+        [(source.catalog, result)],
+        publication.destination,
+        processes,
+        durable=publication.durable,
+    )
+    with ExitStack() as on_error:
+        staging: Staging | None = None
+
+        def begin() -> str:
+            nonlocal staging
+            staging = publication.begin()
+            on_error.callback(staging.abandon)
+            return shared.begin(staging)
+
+        def publish() -> str:
+            assert staging is not None
+            shared.finish(staging)
+            publication.publish(staging)
+            return ""
+
+        token = processes.agree("saving: beginning", begin)
+        counts = shared.write("saving: writing", token, budget)
+        processes.agree("saving: publishing", publish)
+        on_error.pop_all()
     return counts
 
 
-def begin(destination: Path, carried: Catalog | None, *, overwrite: bool, durable: bool) -> Staging:
-    """A staging for ``destination`` (a real place); what an earlier save left there is gone.
+def commit_own(
+    source: HostShards,
+    result: Result,
+    publication: Publication,
+    budget: Budget,
+    processes: Processes,
+) -> Counts:
+    """Write the files of the ranks of this process's devices to its own disk.
+
+    The results are published when every process has written its own; otherwise none is.
 
     Raises:
-        LayoutError: the destination exists, or an interrupted conversion lies there.
-        StorageError: the disk refuses.
+        LayoutError: the ranks are not the devices, or the destination exists.
+        StorageError: the disk refuses here or in another process, or one is missing.
     """
-    if overwrite:
-        _refuse_inside(destination, carried)
-    return Staging(destination, _REQUEST, overwrite=overwrite, durable=durable, resumable=False)
+    processes = processes.about(str(publication.destination))
+    with ExitStack() as on_error:
+        with processes.together("saving: beginning own"):
+            only = own_ranks(source.arrays, result.outputs.layout.num_ranks)
+            staging = publication.begin()
+            on_error.callback(staging.abandon)
+        with processes.together("saving: writing own") as meeting:
+            counts = write_files(source, result, staging, budget, only=only)
+            meeting.says = secrets.token_hex(8)
+        token = meeting.heard[0] if meeting.heard else ""
+        remote = {rank_folder.REMOTE_TENSORS: _remote_tensors(source.catalog, result, only, token)}
+        with processes.together("saving: publishing own"):
+            replace(publication, side_files={**publication.side_files, **remote}).publish(staging)
+        on_error.pop_all()
+    return counts
 
 
-def add_files(
-    staging: Staging,
-    side_files: Mapping[str, bytes],
-    carried: Catalog | None,
-    extras_to: str,
-    checksums: bool = False,
-) -> None:
-    """Write the other files: those of the format go before those carried along."""
-    for path in carried.extras if carried else ():
-        if path in side_files or carried is None:
-            continue
-        place = staging.files / extras_to / path
-        with told(f"{place} cannot be written"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(carried.root) / path, place)
-            staging.sync(place)
-    for path, data in side_files.items():
-        place = staging.files / path
-        with told(f"{place} cannot be written"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
-            staging.sync(place)
-    if checksums:
-        from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
-
-        add_checksums(staging.files / extras_to, staging.sync)
+def _remote_tensors(catalog: Catalog, result: Result, only: frozenset[int], token: str) -> bytes:
+    """Return the file that names this save, and the tensors that only other folders of it hold."""
+    placements = result.outputs.layout.placements
+    remote = [
+        tensor
+        for name, tensor in catalog.tensors.items()
+        if not any(only.intersection(p.ranks) for p in placements.get(name, ()))
+    ]
+    return rank_folder.remote_tensors_json(remote, token)
 
 
-def _refuse_inside(destination: Path, carried: Catalog | None) -> None:
-    """Refuse to replace the checkpoint that files are carried from."""
-    if carried is None:
-        return
-    source = Path(carried.root).resolve()
-    if source == destination or destination in source.parents:
+def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
+    """The ranks whose devices this process has; ranks are as in ``array_layouts``.
+
+    Raises:
+        LayoutError: the ranks are not the devices that the arrays lie on.
+    """
+    devices: tuple[jax.Device, ...] = rank_devices_of(arrays)
+    if len(devices) != num_ranks:
         raise LayoutError(
-            f"{destination} holds the checkpoint whose files are to be carried along. Choose "
-            "another destination."
+            f"the arrays lie on {len(devices)} devices, and {num_ranks} ranks are to be saved. "
+            "With shared=False each process writes the ranks of its own devices: leave strategy= "
+            "out, or save to a shared disk."
         )
+    here = jax.process_index()
+    return frozenset(r for r, device in enumerate(devices) if device.process_index == here)
 
 
-def check_room(place: Path, num_bytes: int) -> None:
-    """Refuse to begin what cannot end.
+def check_alone(arrays: Mapping[str, Array], format: Format) -> None:
+    """Refuse what this process, of several, cannot save by itself.
 
     Raises:
-        StorageError: fewer bytes are free.
+        LayoutError: other processes hold parts, or the format is not one for it.
     """
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise StorageError(
-            f"{place} has {free} bytes free, and the result needs {num_bytes}. Make room, or "
-            "choose another disk."
+    if format.own_library and jax.process_count() > 1:
+        raise LayoutError(
+            f"format {format.name!r}: its library synchronizes all {jax.process_count()} processes "
+            "when it saves, so alone=True is not possible. Save as huggingface or ranks."
+        )
+    for name, array in arrays.items():
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise LayoutError(
+                f"{name}: other processes hold parts of it, so alone=True cannot save it. Call "
+                "save in all processes, without alone=True."
+            )
+
+
+def check_across(format: Format, *, shared: bool) -> None:
+    """Refuse what several processes cannot write.
+
+    Raises:
+        LayoutError: the format is not one for it.
+    """
+    if format.own_library:
+        raise LayoutError(
+            f"format {format.name!r} is written by one process only. Save as huggingface or ranks, "
+            "or call its own library in every process."
+        )
+    if not shared and not format.on_own_disks:
+        raise LayoutError(
+            f"format {format.name!r}: each file holds data of several processes, so all of them "
+            'must share a disk. With shared=False, save with format="ranks".'
         )
 
 
-# --- Saving for Orbax: arrays in, Orbax's own library out, committed like every other format
+# --- Formats with a library of their own: it writes the arrays, the commit is the same
 
 
-def save(
-    format: Format,
-    tree: Any,
-    arrays: Mapping[str, Array],
-    destination: Path,
-    carried: Catalog | None,
-    *,
-    overwrite: bool,
-    durable: bool,
+def save_tree(
+    format: Format, tree: Any, arrays: Mapping[str, Array], publication: Publication
 ) -> Counts:
     """Write ``tree`` with the format's own library, or ``arrays`` by name if it cannot store it.
 
@@ -195,18 +322,16 @@ def save(
         StorageError: the disk is full or refuses.
     """
     format.check_shapes({name: tuple(array.shape) for name, array in arrays.items()})
-    as_it_is = _is_restorable(tree, len(arrays))
+    is_whole = _is_restorable(tree, len(arrays))
 
-    def write(files: Path, staging: Staging) -> Counts:
-        format.write_tree(files, tree if as_it_is else dict(arrays))
-        for path in sorted(files.rglob("*")):
+    def write(staging: Staging) -> Counts:
+        format.write_tree(staging.files, tree if is_whole else dict(arrays))
+        for path in sorted(staging.files.rglob("*")):
             if path.is_file():
                 staging.sync(path)
         return Counts(bytes_written=sum(array.nbytes for array in arrays.values()))
 
-    return publish(
-        destination, write, side_files={}, carried=carried, overwrite=overwrite, durable=durable
-    )
+    return commit(publication, write)
 
 
 def _is_restorable(tree: Any, num_arrays: int) -> bool:

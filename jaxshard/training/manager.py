@@ -28,6 +28,7 @@ import jax
 from .. import rules as family_rules
 from ..core.layout import Layout
 from ..core.strategy import Strategy
+from ..devices.host_shards import SnapshotMode
 from ..distributed.barriers import DEFAULT_TIMEOUT_S
 from ..errors import (
     JaxshardError,
@@ -47,7 +48,6 @@ from .restore import Restored, restore, tidied, true_number
 from .restore_state import Parts, Where
 from .run_directory import Places
 from .save_step import Job, Keeping, Recipe, record_rollback, save_step
-from .snapshot import How
 from .state import Roles, one_of, optional, real, whole
 from .steps import Step, find_steps
 from .together import Company, save_together
@@ -82,7 +82,7 @@ class CheckpointManager:
         save_trainable_only: bool = False,
         trainable: Iterable[str] = (),
         async_save: bool = False,
-        snapshot: How = "auto",
+        snapshot: SnapshotMode = "auto",
         fsync: bool = True,
         on_storage_error: Literal["raise", "warn"] = "raise",
         roles: Roles = Roles(),  # noqa: B008 - frozen
@@ -121,7 +121,7 @@ class CheckpointManager:
                 are, if none is given.
             async_save: ``save`` waits for the snapshot only. What fails afterwards is raised
                 by the next call.
-            snapshot: see ``snapshots``; ``"copy"`` copies on the CPU backend too.
+            snapshot: see ``devices.host_shards``; ``"copy"`` copies on the CPU backend too.
             fsync: have a step on disk before it counts.
             on_storage_error: when the disk is full or refuses, raise, or warn and let the
                 training go on without that step.
@@ -139,7 +139,7 @@ class CheckpointManager:
         records.check_prefix(prefix)
         one_of("format", format, names_where("as_steps"))
         check_config(config)
-        one_of("snapshot", snapshot, get_args(How))
+        one_of("snapshot", snapshot, get_args(SnapshotMode))
         one_of("on_storage_error", on_storage_error, ("raise", "warn"))
         budget_for(host_bytes, workers)  # refused now, and not in the background
         keep_max, keep_every = whole("keep_max", keep_max), whole("keep_every", keep_every)

@@ -25,6 +25,7 @@ from ..core.layout import Layout
 from ..core.notes import log_once
 from ..core.numpy_dtypes import stored_as
 from ..core.strategy import Strategy
+from ..devices.host_shards import Snapshot, SnapshotMode
 from ..devices.mesh import layout_of
 from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..formats.registry import format_of
@@ -37,7 +38,6 @@ from .policy import Line, expired, following
 from .records import MOVING, REMOVED, WHOLE, Record, Rollback, StepName, strategy_folder
 from .restore_state import lay_out
 from .run_directory import Places, check_units, only_writer, replace_file
-from .snapshot import How, Snapshot
 from .state import Array, Leaf, Roles, as_array, is_number, take_apart
 from .step_files import Part, Wish, check_room, copies_of, parts_of, sums_of, write_parts
 from .steps import Step, find_steps, of_prefix, past_of
@@ -393,7 +393,7 @@ class Recipe:
     save_network_only: bool
     save_trainable_only: bool
     trained: tuple[re.Pattern[str], ...]
-    snapshot: How
+    snapshot: SnapshotMode
     roles: Roles
     rename: Callable[[str], str] | None
     config: bytes | None
@@ -442,7 +442,7 @@ class Recipe:
             places,
             self.format,
             wish,
-            Snapshot(arrays, how=self.snapshot),
+            Snapshot(arrays, mode=self.snapshot),
             weights,
             frozenset(scalars),
             self._copies(weights),

@@ -22,18 +22,15 @@ import jax
 from ..distributed.barriers import Processes, processes_of_jax
 from ..distributed.partition import cut_evenly
 from ..errors import StorageError
-from ..formats.output_files import Result
-from ..saver.multiprocess import lay_out, write_share
-from ..saver.shard_owners import check_shares, owners, share
+from ..saver.shared_write import SharedWrite
 from ..storage.checksums import BEST, FileSums, Gathered
-from ..storage.resources import LENT_BLOCK_BYTES, Counts, budget_for
+from ..storage.resources import LENT_BLOCK_BYTES, budget_for
 from ..storage.transaction import Staging, staging_folder
-from ..storage.writers import bring_in, check_alike, shared_folder, token_of, wait_for
 from .policy import Line
 from .records import Record
 from .run_directory import check_units
 from .save_step import Job, all_parts, check_free, record_of, save_step, units_of
-from .step_files import Part, check_room, sums_of, write_file
+from .step_files import Part, sums_of, write_file
 
 _BEGIN, _WRITE, _SUM, _COMMIT = (
     f"saving a step: {what}" for what in ("beginning", "writing", "summing", "committing")
@@ -60,7 +57,8 @@ def save_together(job: Job, processes: Processes) -> Line | None:
 def _follow(job: Job, processes: Processes) -> None:
     try:
         token = processes.agree(_BEGIN, lambda: "")
-        work = _Work(job, token, processes)
+        work = _Work(job, processes)
+        work.token = token
         work.write()
         work.sum_up()
         processes.agree(_COMMIT, lambda: "")
@@ -99,8 +97,7 @@ class _Leader:
             staged, str(job.wish.step), overwrite=True, durable=job.durable, kind="own"
         )
         try:
-            outputs = [part.result.outputs for part in all_parts(job)]
-            work = _Work(job, token_of(outputs), self._processes)
+            work = _Work(job, self._processes)
             self._begin(work, staging)
             work.write()
             own = work.sum_up()
@@ -114,22 +111,19 @@ class _Leader:
 
     def _begin(self, work: _Work, staging: Staging) -> None:
         def begin() -> str:
-            check_units(self._job.places, units_of(work.parts))
-            check_free(self._job, units_of(work.parts))
-            check_room(staging.files, sum(sum(r.outputs.rank_bytes()) for r in work.results))
-            work.folder.mkdir()
-            for result in work.results:
-                lay_out(result, work.folder, durable=self._job.durable)
-            return work.token
+            units = units_of(work.parts)
+            check_units(self._job.places, units)
+            check_free(self._job, units)
+            return work.shared.begin(staging)
 
         name, self._next = self._next, ""  # the others hear what fails from here on
-        self._processes.agree(name, begin)
+        work.token = self._processes.agree(name, begin)
 
     def _finish(self, work: _Work, staging: Staging, own: Mapping[str, FileSums]) -> Record:
         sums = dict(own)
         for process in range(1, self._processes.count):
             sums |= _fetch(work.place(process))
-        bring_in(staging, work.folder)
+        work.shared.finish(staging)
         gathered = Gathered()
         for part in work.parts:
             for path, data in part.result.side_files.items():
@@ -142,48 +136,28 @@ class _Leader:
 class _Work:
     """One process's part in one attempt."""
 
-    def __init__(self, job: Job, token: str, processes: Processes) -> None:
-        self.token, self._job, self._processes = token, job, processes
+    def __init__(self, job: Job, processes: Processes) -> None:
+        self.token, self._job, self._processes = "", job, processes
         self.parts: Sequence[Part] = all_parts(job)
-        self.folder = shared_folder(job.places.staging(job.wish.step), token)
-
-    @property
-    def results(self) -> list[Result]:
-        return [part.result for part in self.parts]
+        self.shared = SharedWrite(
+            job.snapshot,
+            [(part.catalog, part.result) for part in self.parts],
+            job.places.staging(job.wish.step),
+            processes,
+            durable=job.durable,
+        )
 
     def write(self) -> None:
         """Write what this process alone writes; when it returns, all have."""
-        job, snapshot = self._job, self._job.snapshot
-        with self._processes.together(_WRITE) as meeting:
-            outputs = [result.outputs for result in self.results]
-            check_alike(self.token, outputs, self._processes.index)
-            wait_for(self.folder, self._processes.timeout_s / 2, self._processes.index)
-            owner = owners(snapshot.arrays)
-            pieces = ((t.name, p) for t in snapshot.catalog.tensors.values() for p in t.shards)
-            writes = {p.file: owner.of_box[name, p.box] for name, p in pieces}
-            budget = budget_for(job.host_bytes, job.workers, LENT_BLOCK_BYTES)
-            counts = Counts()
-            for part in self.parts:
-                counts += write_share(
-                    part.catalog,
-                    part.result,
-                    self.folder,
-                    snapshot,
-                    owner_of=lambda piece: writes[piece.file],
-                    here=self._processes.index,
-                    budget=budget,
-                    durable=job.durable,
-                )
-            snapshot.check_still()
-            meeting.says = share(owner, counts)
-        check_shares(meeting.heard, sum(sum(r.outputs.rank_bytes()) for r in self.results))
+        budget = budget_for(self._job.host_bytes, self._job.workers, LENT_BLOCK_BYTES)
+        self.shared.write(_WRITE, self.token, budget)
 
     def sum_up(self) -> dict[str, FileSums]:
         """The sums of the files that fall to this process; process 0 finds those of all."""
         here = self._processes.index
         with self._processes.together(_SUM) as meeting:
             budget = budget_for(self._job.host_bytes, self._job.workers)
-            found, meeting.says = _sums(self.folder, self._paths(), budget.workers)
+            found, meeting.says = _sums(self.shared.folder, self._paths(), budget.workers)
             if here:
                 _leave(self.place(here), found)
         _check_sums(meeting.heard)
@@ -193,8 +167,10 @@ class _Work:
         """Files next to each other, which a process has mostly written itself."""
         sized = [
             pair
-            for result in self.results
-            for pair in zip(result.outputs.paths, result.outputs.rank_bytes(), strict=True)
+            for part in self.parts
+            for pair in zip(
+                part.result.outputs.paths, part.result.outputs.rank_bytes(), strict=True
+            )
         ]
         cuts = cut_evenly([num_bytes for _, num_bytes in sized], self._processes.count)
         here = self._processes.index

@@ -143,8 +143,8 @@ def test_all_hear_at_once_of_what_is_wrong_in_one_process(formed):
     assert last["format"][0] == "LayoutError"
     assert "process 1: OSError: [Errno 28] No space left" in first["own"][1]
     for refused in (first, last):
-        assert "arrays that lie otherwise than those of process 0" in refused["unlike"][1]
-        assert "the devices of none of them hold the rest" in refused["nobody"][1]
+        assert "the arrays have other shardings than in process 0" in refused["unlike"][1]
+        assert "none of their devices holds the rest" in refused["nobody"][1]
         assert "exists" in refused["exists"][1]
         assert "Call save in all processes" in refused["alone"][1]
         assert max(seconds for _, _, seconds in refused.values()) < 30  # of 60

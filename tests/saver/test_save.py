@@ -17,11 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from jaxshard.api import convert, verify
 from jaxshard.conversion.open import open_checkpoint
+from jaxshard.devices.chunked_fetch import Room
+from jaxshard.devices.host_shards import HostShards
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.loader import load
 from jaxshard.saver import save
-from jaxshard.saver.chunked_fetch import Room
-from jaxshard.saver.host_shards import ArraySource
 from jaxshard.storage.resources import fit_budget
 from jaxshard.storage.transaction import Staging
 from jaxshard.storage.writers import OutputFiles
@@ -85,7 +85,7 @@ def test_ranks_are_saved_as_the_arrays_lie(llama, tmp_path, strategy, remove_red
 
 
 def the_size(catalog: Any) -> list[int]:
-    return [p.box.size * t.dtype.bits // 8 for t in catalog.tensors.values() for p in t.shards]
+    return [p.box.size * t.dtype.bits // 8 for t in catalog.tensors.values() for p in t.pieces]
 
 
 def test_ranks_may_be_of_another_strategy_than_the_arrays(llama, tmp_path):
@@ -209,14 +209,14 @@ def test_an_array_can_be_donated_after_it_was_saved(tmp_path):
 @pytest.mark.parametrize("room", [Room(1, 64), Room(16, 64), Room(1, 1 << 20), Room()])
 def test_parts_come_from_devices_that_the_host_does_not_see(llama, tmp_path, monkeypatch, room):
     folder, arrays = llama
-    monkeypatch.setattr("jaxshard.saver.host_shards.is_on_host", lambda shard: False)
+    monkeypatch.setattr("jaxshard.devices.host_shards.is_on_host", lambda shard: False)
     monkeypatch.setattr("jaxshard.saver.share_out", lambda *_: (fit_budget(64 << 20, 2), room))
     save(load(folder, "dp2mp4"), tmp_path / "out")
     assert the_bytes(tmp_path / "out") == expected_bytes(arrays)
 
 
 def test_a_budget_too_small_for_one_thread_is_refused(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxshard.saver.host_shards.is_on_host", lambda shard: False)
+    monkeypatch.setattr("jaxshard.devices.host_shards.is_on_host", lambda shard: False)
     with pytest.raises(LayoutError, match="Give host_bytes=1048576 or more"):
         save(load(llama[0], "dp2mp4"), tmp_path / "out", host_bytes=1024)
 
@@ -262,7 +262,7 @@ def test_what_a_killed_save_left_behind_is_cleared_away(llama, tmp_path, monkeyp
         patched.setattr(
             "jaxshard.storage.transaction.Staging.abandon", lambda self: self._release()
         )
-        patched.setattr("jaxshard.saver.publish.add_files", lambda *a: 1 / 0)
+        patched.setattr("jaxshard.saver.publish.Publication._add_files", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save({"old": np.zeros(4, np.float32)}, tmp_path / "out")
     assert (left / "finished").exists()
@@ -331,7 +331,7 @@ def test_a_donated_array_is_refused_by_name(tmp_path):
 def test_a_shard_held_twice_is_catalogued_once():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("dp", "mp"))
     array = jax.device_put(np.zeros((8, 8), np.float32), NamedSharding(mesh, P("mp")))
-    assert len(ArraySource({"x": array}).catalog["x"].shards) == 4
+    assert len(HostShards({"x": array}).catalog["x"].shards) == 4
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.ckpt"])

@@ -6,8 +6,10 @@ import checkpoints
 import pytest
 
 from jaxshard.conversion.prepare import prepare
+from jaxshard.devices.host_shards import HostShards
+from jaxshard.distributed.barriers import Processes
 from jaxshard.errors import StorageError
-from jaxshard.saver.multiprocess import lay_out, seal
+from jaxshard.saver.shared_write import SharedWrite
 from jaxshard.storage.local import Handles
 from jaxshard.storage.transaction import Staging
 from jaxshard.storage.writers import SharedFiles, bring_in, shared_folder, wait_for
@@ -23,7 +25,9 @@ def begun(result, destination, token):
     staging = Staging(destination, "a save", overwrite=True, durable=False)
     folder = shared_folder(destination, token)
     folder.mkdir()
-    lay_out(result, folder, durable=False)
+    files = SharedFiles(result.outputs, folder, result.container)
+    files.lay_out()
+    files.close()
     return staging, folder
 
 
@@ -54,14 +58,17 @@ def test_headers_and_checksums_are_on_the_disk_too(result, tmp_path, monkeypatch
         plain(self, path)
 
     monkeypatch.setattr(Handles, "sync", sync)
-    folder = tmp_path / "files"
-    folder.mkdir()
-    for step in (lay_out, seal):
-        step(result, folder, durable=True)
-        assert sorted(synced) == sorted(result.outputs.paths)
-        synced.clear()
-        step(result, folder, durable=False)
-        assert synced == []
+    source = HostShards({})
+    for durable in (True, False):
+        out = tmp_path / f"{durable}"
+        staging = Staging(out, "a save", durable=durable, resumable=False)
+        results = [(source.catalog, result)]
+        shared = SharedWrite(source, results, out, Processes(), durable=durable)
+        for step in (shared.begin, shared.finish):
+            step(staging)
+            assert sorted(synced) == (sorted(result.outputs.paths) if durable else [])
+            synced.clear()
+        staging.abandon()
 
 
 def test_a_folder_that_is_not_seen_is_said_to_be_on_no_common_disk(tmp_path):

@@ -21,7 +21,8 @@ import jaxshard as js
 from jaxshard import loader, saver
 from jaxshard.distributed.environment import part_of
 from jaxshard.errors import JaxshardError
-from jaxshard.saver import multiprocess
+from jaxshard.saver import shared_write
+from jaxshard.saver.publish import Publication
 from jaxshard.storage import writers
 from jaxshard.storage.transaction import Staging
 
@@ -195,7 +196,7 @@ def _refused(index, count, arrays, mixed, out):
     other = {"w": placed(np.zeros((8, 8), np.float32), on_process(0 if last else count - 1, "own"))}
     nowhere = {"x": arrays["model.norm.weight"]} | other
     full = f"{out}/ckpt"
-    plain = multiprocess.begin
+    plain = Publication.begin
 
     def begin(*args, **kwargs):
         if last:
@@ -210,10 +211,10 @@ def _refused(index, count, arrays, mixed, out):
         "alone": refusal(lambda: saver.save(arrays, f"{out}/x", alone=True)),
     }
     own = f"{out}/host{index}"
-    multiprocess.begin = begin
+    Publication.begin = begin
     how = {"format": "ranks", "shared": False, "fsync": False, "timeout_s": 60}
     found["own"] = refusal(lambda: saver.save(arrays, own, **how))
-    multiprocess.begin = plain
+    Publication.begin = plain
     saver.save(arrays, own, **how)  # nobody keeps the lock of what was given up
     return found
 
@@ -224,10 +225,10 @@ def _after(arrays, source, out):
 
 
 PHASES = {  # what is called in the middle of each
-    "begin": (multiprocess, "lay_out"),
+    "begin": (writers.SharedFiles, "lay_out"),
     "write": (writers.SharedFiles, "write"),
     "publish": (Staging, "publish"),
-    "wait": (multiprocess, "wait_for"),
+    "wait": (shared_write, "wait_for"),
 }
 
 

@@ -15,6 +15,7 @@ from training_weights import SHAPES, SPECS
 
 from jaxshard.distributed.barriers import processes_of_jax
 from jaxshard.errors import StorageError
+from jaxshard.saver import shared_write
 from jaxshard.storage import writers
 from jaxshard.training import CheckpointManager, commit_step, together
 from jaxshard.training import run_directory as places
@@ -122,14 +123,14 @@ def _due_again(index, out):
     )
     due = [manager.maybe_save(10, state_of(10, 2, 4))]
     manager.wait()
-    plain = together.write_share
-    together.write_share = _full_disk if index else plain
+    plain = shared_write.run
+    shared_write.run = _full_disk if index else plain
     try:
         due.append(manager.maybe_save(20, state_of(20, 2, 4)))
         due.append(manager.maybe_save(10, state_of(10, 2, 4)))
         manager.wait()
     finally:
-        together.write_share = plain
+        shared_write.run = plain
     due += [manager.maybe_save(20, state_of(20, 2, 4)) for _ in range(2)]
     manager.wait()
     manager.restore(state_of(0, 2, 4), step=10)
@@ -153,12 +154,12 @@ def _refused(index, out):
         )
 
     def full_disk():
-        plain = together.write_share
-        together.write_share = _no_room if index else plain
+        plain = shared_write.run
+        shared_write.run = _no_room if index else plain
         try:
             manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))
         finally:
-            together.write_share = plain
+            shared_write.run = plain
 
     def locked():  # by somebody else, whom process 0 alone meets
         places.WAIT_S = 0.1
@@ -229,10 +230,10 @@ def damaged(index, count, out):
 
 
 PHASES = {
-    "wait": (together, "wait_for"),
-    "write": (together, "write_share"),
+    "wait": (shared_write, "wait_for"),
+    "write": (shared_write, "run"),
     "sum": (together, "_sums"),
-    "lay out": (together, "lay_out"),
+    "lay out": (writers.SharedFiles, "lay_out"),
     "record": (together, "record_of"),
     "commit": (commit_step, "_put_in_place"),
 }

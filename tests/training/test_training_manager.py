@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec as P
 from training_states import SPECS, described, lies_as, mesh, same, state
 
 import jaxshard as js
+from jaxshard.devices.host_shards import Snapshot
 from jaxshard.errors import FormatError, LayoutError, NotFoundError, StorageError
 from jaxshard.training import CheckpointManager, restore_state, resume_point, save_step
-from jaxshard.training.snapshot import Snapshot
 from jaxshard.training.state import Roles
 
 FORMATS = ("ranks", "iteration", "huggingface", "orbax")
@@ -108,7 +108,7 @@ def test_an_array_that_was_given_away_during_a_save_is_found_out(tmp_path, monke
 @pytest.mark.parametrize("how", ["auto", "copy"])
 def test_a_snapshot_holds_each_distinct_shard_once(how):
     arrays = state(2, 4)["params"]
-    snapshot = Snapshot(arrays, how=how)
+    snapshot = Snapshot(arrays, mode=how)
     assert snapshot.num_bytes == sum(a.nbytes for a in arrays.values())
     shared = [
         any(
@@ -116,7 +116,7 @@ def test_a_snapshot_holds_each_distinct_shard_once(how):
             for a in arrays.values()
             for shard in a.addressable_shards
         )
-        for memory in snapshot._shards
+        for memory in snapshot._views.values()
     ]
     assert all(shared) == (how == "auto")
 
@@ -125,8 +125,8 @@ def test_a_snapshot_holds_each_distinct_shard_once(how):
 def test_whole_arrays_are_put_together_from_shards_where_the_host_cannot_look(how, monkeypatch):
     arrays = state(2, 4)["params"]
     if how == "auto":
-        monkeypatch.setattr("jaxshard.training.snapshot.is_on_host", lambda shard: False)
-    whole = Snapshot(arrays, how=how).whole()
+        monkeypatch.setattr("jaxshard.devices.host_shards.is_on_host", lambda shard: False)
+    whole = Snapshot(arrays, mode=how).whole()
     assert all(isinstance(whole[n], np.ndarray) for n in arrays)
     assert all(np.array_equal(whole[n], arrays[n]) for n in arrays)
 

@@ -30,9 +30,14 @@ from ..core.box import Box
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import Bytes
 from ..core.ranges import block_dim
-from ..devices.host_transfer import to_host
 from ..errors import LayoutError
-from ..storage.resources import LEAST_BYTES, LENT_BLOCK_BYTES, Budget, fit_budget
+from ..storage.resources import (
+    LEAST_BYTES,
+    LENT_BLOCK_BYTES,
+    Budget,
+    fit_budget,
+)
+from .host_transfer import to_host
 
 _MOST_BYTES = 8 << 20  # of one part: longer transfers are no faster
 _LEAST_PARTS = 2  # a thread: the one it reads, and the next

@@ -19,10 +19,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxshard.conversion.open import open_checkpoint
 from jaxshard.core.catalog import StoredShard
 from jaxshard.core.numpy_dtypes import stored_as
+from jaxshard.devices import chunked_fetch
+from jaxshard.devices.chunked_fetch import (
+    Fetched,
+    Room,
+    cut_of,
+    fetch,
+    share_out,
+)
+from jaxshard.devices.host_shards import HostShards
 from jaxshard.errors import LayoutError
-from jaxshard.saver import chunked_fetch, save
-from jaxshard.saver.chunked_fetch import Fetched, Room, cut_of, fetch, share_out
-from jaxshard.saver.host_shards import ArraySource
+from jaxshard.saver import save
 from jaxshard.storage.resources import LEAST_BYTES
 
 
@@ -103,7 +110,7 @@ def test_less_than_one_thread_needs_is_refused_with_a_number_that_works():
 @pytest.fixture
 def unseen(monkeypatch):
     """Devices whose memory the host does not see."""
-    monkeypatch.setattr("jaxshard.saver.host_shards.is_on_host", lambda shard: False)
+    monkeypatch.setattr("jaxshard.devices.host_shards.is_on_host", lambda shard: False)
 
 
 @pytest.mark.usefixtures("unseen")
@@ -156,7 +163,7 @@ def test_different_parts_are_fetched_at_the_same_time(monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(chunked_fetch, "fetch", fetch_together)
-    source = ArraySource({n: jax.numpy.ones(8) for n in "ab"})
+    source = HostShards({n: jax.numpy.ones(8) for n in "ab"})
     pieces = [source.catalog[n].shards[0] for n in "ab"]
     with ThreadPoolExecutor(2) as pool:
         read = [pool.submit(source.read, p, 0, memoryview(bytearray(32))) for p in pieces]
@@ -167,7 +174,7 @@ def test_different_parts_are_fetched_at_the_same_time(monkeypatch):
 def test_a_part_that_several_need_is_fetched_once(monkeypatch):
     calls, real = [], chunked_fetch.fetch
     monkeypatch.setattr(chunked_fetch, "fetch", lambda *a: calls.append(a) or real(*a))
-    source = ArraySource({"a": jax.numpy.arange(64.0)})
+    source = HostShards({"a": jax.numpy.arange(64.0)})
     piece = source.catalog["a"].shards[0]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: source.read(piece, n, memoryview(bytearray(8))), range(64)))
@@ -195,7 +202,7 @@ def test_a_fetch_that_fails_fails_for_all_who_wait_and_is_tried_again(monkeypatc
 @pytest.mark.usefixtures("unseen")
 def test_no_more_parts_are_kept_than_there_is_room_for():
     shard = jax.device_put(np.arange(256, dtype=np.float32), jax.devices()[0])
-    source = ArraySource({"a": shard}, room=Room(parts=3, part_bytes=64))
+    source = HostShards({"a": shard}, room=Room(parts=3, part_bytes=64))
     piece, out = StoredShard(0, 0, source.catalog["a"].shards[0].box), bytearray(1024)
     source.read(piece, 0, memoryview(out))
     assert bytes(out) == np.asarray(shard).tobytes()
