@@ -85,7 +85,7 @@ def test_ranks_are_saved_as_the_arrays_lie(llama, tmp_path, strategy, remove_red
 
 
 def the_size(catalog: Any) -> list[int]:
-    return [p.box.size * t.dtype.bits // 8 for t in catalog.tensors.values() for p in t.pieces]
+    return [p.box.size * t.dtype.bits // 8 for t in catalog.tensors.values() for p in t.shards]
 
 
 def test_ranks_may_be_of_another_strategy_than_the_arrays(llama, tmp_path):
