@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..storage import side_files
 from ..storage.resources import budget_for, parse_size
 from . import single_file
-from .open import PathLike, open_strategy, opened
+from .open import PathLike, opened
 from .select import (
     chooser,
     missed,
@@ -43,11 +42,13 @@ from .select import (
     without_unplaced_states,
 )
 from .targets import (
+    FULL,
     SAME,
     check_factors,
     check_request,
     lay_out_for,
     make_result,
+    parse_target,
     same_layout,
     step_of_numbers,
 )
@@ -196,15 +197,16 @@ def prepare(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
     is_whole = takes_whole(catalog, include, exclude)
-
-    def lay_out(strategy: Strategy) -> Layout:
-        if is_whole:
-            refuse_half(catalog)
-        return lay_out_for(chosen, strategy, rules=rules, unmatched=unmatched, uneven=uneven)
-
-    layout = same_layout(chosen) if to == SAME else _target_layout(chosen, to, lay_out)
-    if to == "full" and is_whole:
+    target = parse_target(to)
+    if is_whole and (target == FULL or isinstance(target, Strategy)):
         refuse_half(catalog)
+    if isinstance(target, Strategy):
+        target = lay_out_for(chosen, target, rules=rules, unmatched=unmatched, uneven=uneven)
+    elif isinstance(target, Layout):
+        check_factors(chosen, target)
+    layout = target if isinstance(target, Layout) else None
+    if target == SAME:
+        layout = same_layout(chosen)  # None for a source that is complete
     only = _check_ranks(rank, layout)
     refuse_lost(catalog, chooser(include, exclude, drop_prefixes), layout, only)
     if layout is not None:
@@ -275,33 +277,6 @@ def _of_keys(catalog: Catalog) -> tuple[str, ...]:
         f"{len(found)} random keys are written as their data, integers, without their generator: "
         f"{format_list(found)}.",
     )
-
-
-def _target_layout(
-    source: Catalog,
-    to: str | PathLike | Strategy | Layout,
-    lay_out: Callable[[Strategy], Layout],
-) -> Layout | None:
-    if isinstance(to, Layout):
-        check_factors(source, to)
-        return to
-    if isinstance(to, Strategy):
-        return lay_out(to)
-    text = os.fspath(to)
-    if text in ("full", SAME):  # the same as a source that is complete
-        return None
-    try:
-        strategy = Strategy.parse(text)  # before files: a result called mp4 may lie here too
-    except LayoutError as error:
-        if os.path.exists(text):
-            layout = open_strategy(text)
-            check_factors(source, layout)
-            return layout
-        raise LayoutError(
-            "the target (to=, --to) is neither full, nor an existing strategy file or folder; "
-            f"{error}"
-        ) from None
-    return lay_out(strategy)
 
 
 def _step_in_names(step: str | None, catalog: Catalog, chosen: Catalog) -> tuple[int, int] | None:

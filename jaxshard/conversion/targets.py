@@ -5,12 +5,13 @@
     DIR or FILE     one file a rank, cut as those strategy files say
     same            as the source is
 
-It decides, and writes nothing: ``conversion`` does. Only ``job_values`` reads, a handful of bytes.
+It decides, and writes nothing: ``conversion`` does. Only strategy files are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,19 +24,54 @@ from ..formats.registry import find_format, names_where
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
 from ..rules.tensor_dims import Factors
+from .open import PathLike, open_strategy
 
 __all__ = [
+    "FULL",
     "SAME",
+    "Target",
     "check_factors",
     "check_request",
     "lay_out_for",
     "make_result",
+    "parse_target",
     "same_layout",
     "step_of_numbers",
 ]
 
-#: The target that is laid out as the source is.
-SAME = "same"
+FULL, SAME = "full", "same"  # targets that are words: complete; laid out as the source
+
+Target = str | PathLike | Strategy | Layout
+
+
+def parse_target(target: Target, words: Collection[str] = (FULL, SAME)) -> Strategy | Layout | str:
+    """Parse a target: one of ``words``, a strategy, or the path of strategy files.
+
+    A text that is a strategy is never a path, so a folder called ``mp2`` in the working directory
+    does not change the meaning of ``"mp2"``; ``"./mp2"`` is that folder.
+
+    Args:
+        target: as the caller typed it; a strategy or a layout is returned as it is.
+        words: the words that the verb accepts, which are returned as they are.
+
+    Raises:
+        LayoutError: none of these.
+        FormatError, CoverageError: the strategy files are damaged or incomplete.
+    """
+    if isinstance(target, Strategy | Layout):
+        return target
+    text = os.fspath(target)
+    if text in words:
+        return text
+    try:
+        return Strategy.parse(text)
+    except LayoutError as error:
+        if os.path.exists(text):
+            return open_strategy(text)
+        other = f"neither {', '.join(words)}, nor" if words else "not"
+        raise LayoutError(
+            f"the target is {other} an existing strategy file or folder; {error}"
+        ) from None
 
 
 def lay_out_for(

@@ -117,6 +117,11 @@ class Strategy:
         """
         return cls(text)
 
+    @classmethod
+    def of(cls, target: str | Strategy) -> Strategy:
+        """Return ``target``, parsed if it is a text (errors as ``parse``)."""
+        return target if isinstance(target, Strategy) else cls.parse(target)
+
     @property
     def stage_axes(self) -> Axes:
         """The mesh axes of one pipeline stage, slowest first.

@@ -41,9 +41,8 @@ def target_of(
     Raises:
         LayoutError: the strategy does not fit the arrays, or ``devices``.
     """
-    if isinstance(target, str):
-        target = Strategy.parse(target)
-    if isinstance(target, Strategy):
+    if isinstance(target, str | Strategy):
+        target = Strategy.of(target)
         return strategy_shardings(tree, target, devices=devices, rules=rules)
     if devices is not None or rules is not None:
         raise LayoutError(

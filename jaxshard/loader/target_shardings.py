@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from ..conversion.open import open_strategy
 from ..conversion.select import (
     refuse_absent,
     refuse_half,
@@ -27,7 +27,7 @@ from ..conversion.select import (
     without_merged,
     without_unplaced_states,
 )
-from ..conversion.targets import SAME, check_factors, lay_out_for, same_layout
+from ..conversion.targets import SAME, check_factors, lay_out_for, parse_target, same_layout
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement, check_divides
 from ..core.numpy_dtypes import NumpyDType, can_become, is_plain_float, numpy_dtype
@@ -199,8 +199,7 @@ def _read_target(catalog: Catalog, target: Any) -> Any:
                 "Give a strategy, a device or shardings."
             )
         return layout
-    where = os.fspath(target)
-    return open_strategy(where) if os.path.exists(where) else Strategy.parse(where)
+    return parse_target(target, ())
 
 
 def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[str], Any]:
@@ -492,8 +491,9 @@ def _processes(devices: Iterable[Any]) -> frozenset[int]:
 
 def _devices(target: Any, devices: Devices) -> Iterable[Any]:
     listed = list(devices.devices.flat) if isinstance(devices, Mesh) else devices
-    if isinstance(target, str) and not os.path.exists(target) and target != SAME:
-        target = Strategy.parse(target)
+    if isinstance(target, str):
+        with suppress(LayoutError):  # "same", or the path of strategy files
+            target = Strategy.parse(target)
     if isinstance(target, Strategy):
         return rank_devices(target, listed)
     if isinstance(target, Layout):

@@ -9,7 +9,6 @@ where the host sees it; the result appears whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,14 @@ import numpy as np
 
 from ..conversion import single_file
 from ..conversion.execute import Report
-from ..conversion.open import PathLike, open_strategy, opened
+from ..conversion.open import PathLike, opened
 from ..conversion.targets import (
     SAME,
     check_factors,
     check_request,
     lay_out_for,
     make_result,
+    parse_target,
     step_of_numbers,
 )
 from ..core.catalog import Catalog, Model
@@ -323,15 +323,12 @@ def _layout(
         return catalog.origin.place(own) if catalog.origin else own
     if strategy is None:
         return None
-    if not isinstance(strategy, Strategy | Layout):
-        text = os.fspath(strategy)
-        strategy = open_strategy(text) if os.path.exists(text) else text
-    if isinstance(strategy, Layout):
-        check_factors(catalog, strategy)
-        return strategy
-    if isinstance(strategy, str):
-        strategy = Strategy.parse(strategy)
-    return lay_out_for(catalog, strategy, rules)
+    target = parse_target(strategy, ())
+    if isinstance(target, Layout):
+        check_factors(catalog, target)
+        return target
+    assert isinstance(target, Strategy)
+    return lay_out_for(catalog, target, rules)
 
 
 def _model(config: Mapping[str, Any] | None, carried: Catalog | None) -> Model:

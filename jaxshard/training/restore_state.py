@@ -106,7 +106,7 @@ def by_strategy(
     Raises:
         LayoutError: the strategy does not fit.
     """
-    strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    strategy = Strategy.of(strategy)
     rest = _untold(catalog) - _alike(catalog, like).keys()
     large = sorted(n for n in rest if prod(catalog.tensors[n].shape) > LARGE_ELEMENTS)
     notes = []

@@ -484,8 +484,7 @@ class Recipe:
             return layout_of(arrays)
         if isinstance(self.strategy, Layout):
             return self.strategy
-        strategy = self.strategy
-        strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+        strategy = Strategy.of(self.strategy)
         return lay_out(_described(arrays, scalars), like, strategy, self.rules)
 
     def _copies(self, weights: frozenset[str]) -> dict[str, tuple[str, ...]]:

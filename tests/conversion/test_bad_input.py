@@ -337,7 +337,7 @@ def flags(*given: object) -> Callable[[Path], list[object]]:
 
 
 REQUESTS: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
-    "no strategy": (flags("--to", "fast"), 2, "neither full, nor an existing"),
+    "no strategy": (flags("--to", "fast"), 2, "neither full, same, nor an existing"),
     "axis of size 0": (flags("--to", "dp0"), 2, "1 or more"),
     "absurdly many ranks": (flags("--to", "dp99999mp99999"), 2, "ranks"),
     "absurdly many digits": (flags("--to", "dp" + "9" * 5000), 2, "strategy"),
@@ -372,10 +372,14 @@ REQUESTS: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "no redundancy of a complete one": (
         flags("--remove-redundancy"),
         2,
-        "(--remove-redundancy) is for files of ranks",
+        "(--remove-redundancy) is for files by rank",
     ),
     "a checksum where none goes": (flags("--to", "mp2", "--crc"), 2, "--format ckpt"),
-    "a prefix where none goes": (flags("--prefix", "net_"), 2, "(--prefix) net_ is for files of"),
+    "a prefix where none goes": (
+        flags("--prefix", "net_"),
+        2,
+        "(--prefix) net_ is for files by rank",
+    ),
     "rules that are no TOML": (
         lambda p: [*rule_file("specs = [")(p), "--to", "mp2"],
         2,
