@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice, permutations, product, takewhile
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from .. import mapping as mappings
 from ..core.catalog import Catalog, Model, Tensor
@@ -26,7 +26,7 @@ from ..errors import LayoutError, NotFoundError, format_list
 from ..rules.match import text_type
 from .adapters import Adapter
 
-AdapterNames = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]
+AdapterNames: TypeAlias = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]
 
 _LONGEST, _MOST_COMPARED = 256, 20_000  # names that are compared letter by letter for a message
 _PREFIXES = ("model.", "transformer.", "base_model.")

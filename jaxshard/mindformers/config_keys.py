@@ -1,12 +1,11 @@
-"""Keys of MindFormers' configurations: used, ignored with a note, or unknown.
+"""Keys of MindFormers' configurations, and the values of those for saving and resuming.
 
-    parallel_config: {data_parallel: 2}     used           no note
-    seed: 0                                 not of weights no note
-    transform_process_num: 8                no effect      a note with the reason
-    load_chekpoint: ./output                unknown        a note with the nearest key
+    parallel_config: {data_parallel: 2}     used                  no note
+    seed: 0                                 not about weights     no note
+    transform_process_num: 8                ignored               a note with the reason
+    load_chekpoint: ./output                unknown               a note with the nearest key
 
-A section is named by its path, the top level by the empty one. This module reads values of no
-key that ``mindformers`` uses.
+A section is identified by its path, the top level by "". This module reads no file.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from ..errors import FormatError, format_list, quote_name
 Config = Mapping[str, Any]
 Verb = Literal["load", "save", "resume"]
 
-_CUTOFF = 0.8  # of similarity: load_chekpoint is load_checkpoint, load_ckpt_async is no other key
+_CUTOFF = 0.8  # load_chekpoint is similar to load_checkpoint; load_ckpt_async to no other key
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """A key without effect here.
+    """A key that is ignored.
 
     Attributes:
         why: what happens instead.
-        verb: the verb that it would be about.
-        usual: values that change nothing, and so need no note.
+        verb: the verb that the key concerns.
+        usual: values that would have no effect in MindFormers either, and so need no note.
     """
 
     why: str
@@ -47,10 +46,10 @@ class Section:
 
     Attributes:
         used: keys that ``mindformers`` reads.
-        idle: keys without effect here, which need a note.
-        other: keys that concern no weights.
+        idle: keys that are ignored with a note.
+        other: keys that do not concern weights.
         verbs: the verbs that read the section.
-        is_open: further keys are expected, and only near misses are worth a note.
+        is_open: unknown keys are expected; only misspellings get a note.
     """
 
     used: frozenset[str]
@@ -82,11 +81,11 @@ TOP = Section(
     ),
     idle={
         "transform_process_num": Idle(_THREADS, usual=(None, 1, "")),
-        "transform_by_rank": Idle("the share of each rank is read by itself anyway"),
-        "npu_num_per_node": Idle("JAX knows which devices each host has"),
+        "transform_by_rank": Idle("each rank reads only its own share anyway"),
+        "npu_num_per_node": Idle("JAX knows the devices of each host"),
         "load_ckpt_async": Idle("load returns when the arrays are complete"),
         "remote_save_url": Idle("steps are saved to the directory only", "save"),
-        "use_checkpoint_health_monitor": Idle("no health of a step is recorded", "save"),
+        "use_checkpoint_health_monitor": Idle("the health of a step is not recorded", "save"),
         "enable_mindio_ttp_save_ckpt": Idle("steps are saved by the manager only", "save"),
         "parallelism": Idle("the strategy is that of parallel_config", usual=(None, {})),
     },
@@ -128,8 +127,9 @@ SECTIONS: Mapping[str, Section] = {
         ),
         idle={
             "strategy_ckpt_load_file": Idle(
-                "parallel_config says how tensors are cut; jaxshard.load and load_rank take such a "
-                "file as their target"
+                "parallel_config decides how tensors are sharded; pass such a file to "
+                "jaxshard.load "
+                "or load_rank as the target"
             )
         },
         other=_words(
@@ -147,8 +147,8 @@ SECTIONS: Mapping[str, Section] = {
         used=_words("optimizer_weight_shard_size"),
         idle={
             "parallel_optimizer_threshold": Idle(
-                "small tensors are cut among the ranks of an optimizer shard like all others; the "
-                "job's strategy files, as the target, have what it left whole"
+                "small tensors are sharded over the optimizer shard like all others; to keep them "
+                "whole pass the job's strategy files as the target"
             )
         },
         other=_words("gradient_accumulation_shard optimizer_level"),
@@ -194,11 +194,11 @@ SECTIONS: Mapping[str, Section] = {
                 "keep_checkpoint_max decides which steps stay", "save", (None, 0)
             ),
             "config": Idle("the other keys of the callback decide", "save"),
-            "saved_network": Idle("what is saved is what the manager is given", "save"),
-            "append_info": Idle("extras= of save keeps what goes along", "save", (None, [])),
+            "saved_network": Idle("the manager saves the state that it is passed", "save"),
+            "append_info": Idle("extras= of save stores additional values", "save", (None, [])),
             "enc_key": Idle("files are not encrypted", "save"),
-            "exception_save": Idle("nothing is saved when a step fails", "save"),
-            "use_checkpoint_health_monitor": Idle("no health of a step is recorded", "save"),
+            "exception_save": Idle("a failing step is not saved", "save"),
+            "use_checkpoint_health_monitor": Idle("the health of a step is not recorded", "save"),
         },
         other=_words(
             """type enc_mode embedding_size embedding_local_norm_threshold
@@ -210,7 +210,7 @@ SECTIONS: Mapping[str, Section] = {
 
 
 def notes_of(path: str, keys: Mapping[Any, Any], verb: Verb) -> list[str]:
-    """Notes on those of ``keys`` in the section at ``path`` that ``verb`` has no use for."""
+    """Return notes on those of ``keys`` in the section at ``path`` that ``verb`` ignores."""
     section = SECTIONS[path]
     if verb not in section.verbs:
         return []
@@ -218,7 +218,7 @@ def notes_of(path: str, keys: Mapping[Any, Any], verb: Verb) -> list[str]:
 
 
 def nearest_key(key: str, known: Collection[str]) -> str | None:
-    """The one of ``known`` that ``key`` is a slip of, if there is one.
+    """Return the one of ``known`` that ``key`` is a misspelling of, or None.
 
     >>> nearest_key("load_chekpoint", TOP.known), nearest_key("my_key", TOP.known)
     ('load_checkpoint', None)
@@ -240,51 +240,51 @@ def _note(path: str, key: str, value: Any, verb: Verb) -> str | None:
     if key in section.known:
         return None
     if near := nearest_key(key, section.known):
-        return f"{name} is not known, and has no effect. Did you mean {near}?"
+        return f"{name} is unknown and has no effect. Did you mean {near}?"
     home = next(_homes(path, key), None)
     if home is not None:
-        where = f"below {home}" if home else "at the top"
-        return f"{name} has no effect there. It belongs {where}."
-    return None if section.is_open else f"{name} is not known, and has no effect."
+        where = f"below {home}" if home else "to the top level"
+        return f"{name} has no effect there. Move it {where}."
+    return None if section.is_open else f"{name} is unknown and has no effect."
 
 
 def _is(value: Any, usual: object) -> bool:
-    """Whether a value is the usual one: 1 is not True."""
+    """Return whether a value is the usual one; 1 is not True."""
     return type(value) is type(usual) and bool(value == usual)
 
 
 def _homes(path: str, key: str) -> Iterator[str]:
-    """The sections in which ``key`` has a meaning for weights."""
+    """Yield the sections in which ``key`` concerns weights."""
     for home, section in SECTIONS.items():
         if home != path and "_" in key and (key in section.used or key in section.idle):
             yield home
 
 
-def section(told: Config, path: str) -> Config:
-    """The section of a configuration at ``path``, empty where there is none.
+def section(config: Config, path: str) -> Config:
+    """Return the section of a configuration at ``path``, or an empty one.
 
     Raises:
         FormatError: it is not a mapping.
     """
     for key in path.split(".") if path else ():
-        value = told.get(key)
+        value = config.get(key)
         if value is None:
             return {}
         if not isinstance(value, Mapping):
             raise FormatError(
                 f"{path}: {quote_name(repr(value))} is not a mapping of keys to values."
             )
-        told = value
-    return told
+        config = value
+    return config
 
 
-def either(told: Config, path: str, key: str) -> Any:
-    """The value of ``key`` in the section at ``path``, or else at the top of a configuration."""
-    value = section(told, path).get(key)
-    return told.get(key) if value is None else value
+def either(config: Config, path: str, key: str) -> Any:
+    """Return the value of ``key`` in the section at ``path``, or else at the top level."""
+    value = section(config, path).get(key)
+    return config.get(key) if value is None else value
 
 
-# --- MindFormers configurations for saving and resuming
+# --- Arguments for saving and resuming
 
 _CALLBACK = "CheckpointMonitor"
 _MONITOR = {
@@ -314,99 +314,99 @@ _LEGACY = ("use_legacy_format", "ckpt_use_legacy_format")
 _OUTPUT = "./output"
 
 
-def saving_of(told: Config) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of a ``CheckpointManager`` that saves so, and notes; none if nothing is saved.
+def saving_of(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of a ``CheckpointManager``, empty if nothing is saved, and notes.
 
     Raises:
-        FormatError: a key has a value that means nothing.
+        FormatError: a key has an invalid value.
     """
-    new = section(told, "checkpoint")
-    monitor, notes = _monitor(told)
-    notes += _idle(told, "save")
-    keys, said = (_SECTION, new) if new else (_MONITOR, monitor)
-    if not said:
-        return {}, notes + _unsaved(told)
-    found = {ours: said[theirs] for theirs, ours in keys.items() if said.get(theirs) is not None}
-    if any(key in said and said[key] is None for key in _KEEP):
-        found["keep_max"] = 0  # all of them stay
+    new = section(config, "checkpoint")
+    monitor, notes = _monitor(config)
+    notes += _idle(config, "save")
+    keys, stated = (_SECTION, new) if new else (_MONITOR, monitor)
+    if not stated:
+        return {}, notes + _unsaved(config)
+    found = {
+        ours: stated[theirs] for theirs, ours in keys.items() if stated.get(theirs) is not None
+    }
+    if any(key in stated and stated[key] is None for key in _KEEP):
+        found["keep_max"] = 0  # keep all steps
     if "no_save_optim" in new:
         found["save_optimizer"] = not new["no_save_optim"]
     if "async_save" in found:
-        found["async_save"] = bool(found["async_save"])  # it may name the kind of worker
+        found["async_save"] = bool(found["async_save"])  # "thread" or "process" in MindFormers
     directory = found.pop("directory", None)
     place, of_place = _in_iterations(directory) if new and directory else (directory, [])
-    place = _folder(place or told.get("output_dir") or _OUTPUT)
-    steps, of_steps = _steps_per_epoch(told)
-    is_legacy = not new and _is_legacy(told, monitor)
+    place = _folder(place or config.get("output_dir") or _OUTPUT)
+    steps, of_steps = _steps_per_epoch(config)
+    is_legacy = not new and _is_legacy(config, monitor)
     notes += [*of_place, *of_steps, *(_beside(monitor) if new else _of_files(monitor))]
-    notes += unshared(place, "all processes of the manager share its directory")
+    notes += unshared(place, "all processes of the manager use one directory")
     form = "ranks" if is_legacy else "iteration"
     return {"directory": str(place), **found, **steps, "format": form}, notes
 
 
-def prefix_of(told: Config) -> str:
-    """The prefix of the files that a job saves; empty where it is not said.
+def prefix_of(config: Config) -> str:
+    """Return the prefix of the files that a job saves, or "" if none is stated.
 
     Raises:
-        FormatError: a section has a value that means nothing.
+        FormatError: a section has an invalid value.
     """
-    said = section(told, "checkpoint").get("prefix") or _monitor(told)[0].get("prefix")
-    return str(said or "")
+    prefix = section(config, "checkpoint").get("prefix") or _monitor(config)[0].get("prefix")
+    return str(prefix or "")
 
 
-def resuming_of(told: Config) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of ``resume_point`` by which a run goes on so, and notes.
+def resuming_of(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of ``resume_point`` that continue the run, and notes.
 
     Raises:
-        FormatError: a key has a value that means nothing.
+        FormatError: a key has an invalid value.
     """
-    monitor, _ = _monitor(told)
+    monitor, _ = _monitor(config)
     found = {
-        **data_keys(told),
-        "sink_mode": either(told, "runner_config", "sink_mode"),
+        **data_keys(config),
+        "sink_mode": either(config, "runner_config", "sink_mode"),
         "global_batch_size": monitor.get("global_batch_size"),
     }
     given = {key: value for key, value in found.items() if value is not None}
-    return given, _idle(told, "resume")
+    return given, _idle(config, "resume")
 
 
-def data_keys(told: Config) -> dict[str, Any]:
-    """What is said of data that were seen: ``ignore_data_skip`` and ``data_skip_steps``, or None.
+def data_keys(config: Config) -> dict[str, Any]:
+    """Return ``ignore_data_skip`` and ``data_skip_steps``; None for a key that is absent.
 
     Raises:
-        FormatError: not a truth value, or not a number of steps.
+        FormatError: not a bool, or not a number of steps.
     """
-    ignore = either(told, "trainer", "ignore_data_skip")
-    steps = either(told, "trainer", "data_skip_steps")
+    ignore = either(config, "trainer", "ignore_data_skip")
+    steps = either(config, "trainer", "data_skip_steps")
     if not isinstance(ignore, bool | None):
-        raise FormatError(f"ignore_data_skip: {ignore!r} is neither True nor False.")
+        raise FormatError(f"ignore_data_skip: {ignore!r} is not True or False.")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise FormatError(f"data_skip_steps: {steps!r} is not a number of steps.")
     return {"ignore_data_skip": ignore, "data_skip_steps": steps}
 
 
 def unshared(place: str | os.PathLike[str], instead: str) -> list[str]:
-    """A note, with what is done instead, where ``SHARED_PATHS`` does not have ``place``.
+    """Return a note if no path of ``SHARED_PATHS`` contains ``place``.
 
-    What lies below one of these paths of the environment is seen by all hosts.
+    All hosts see the files below the paths of this environment variable. ``instead`` is the
+    behaviour here.
     """
     shared = [path for path in os.environ.get("SHARED_PATHS", "").split(",") if path]
     real = os.path.realpath(place)
     if not shared or any(_is_below(real, os.path.realpath(path)) for path in shared):
         return []
-    return [
-        f"SHARED_PATHS is {','.join(shared)}, which does not have {place}, but has no effect: "
-        f"{instead}."
-    ]
+    return [f"SHARED_PATHS is {','.join(shared)} without {place}, which has no effect: {instead}."]
 
 
 def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-def _monitor(told: Config) -> tuple[Config, list[str]]:
-    """The arguments of the callback that saves, none where there is none; and notes."""
-    callbacks = told.get("callbacks") or []
+def _monitor(config: Config) -> tuple[Config, list[str]]:
+    """Return the arguments of the callback that saves, empty without one, and notes."""
+    callbacks = config.get("callbacks") or []
     if not isinstance(callbacks, list):
         raise FormatError(f"callbacks: {callbacks!r} is not a list. Check the file.")
     notes = []
@@ -416,31 +416,33 @@ def _monitor(told: Config) -> tuple[Config, list[str]]:
             notes = notes_of(f"callbacks.{_CALLBACK}", one, "save")
             return {**_DEFAULTS, **one}, notes
         if isinstance(kind, str) and nearest_key(kind, (_CALLBACK,)):
-            notes.append(f"callbacks: {kind} is not known. Did you mean {_CALLBACK}?")
+            notes.append(f"callbacks: {kind} is unknown. Did you mean {_CALLBACK}?")
     return {}, notes
 
 
-def _unsaved(told: Config) -> list[str]:
-    """A note, where an output folder is named and nothing is saved there."""
-    place = told.get("output_dir")
+def _unsaved(config: Config) -> list[str]:
+    """Return a note if an output folder is set but nothing is saved there."""
+    place = config.get("output_dir")
     why = f"there is neither a callback {_CALLBACK} nor a section checkpoint"
     return [f"output_dir is {place}, but nothing is saved: {why}."] if place else []
 
 
-def _idle(told: Config, verb: Verb) -> list[str]:
-    """Notes on keys of the sections that ``verb`` has no use for."""
+def _idle(config: Config, verb: Verb) -> list[str]:
+    """Return notes on keys that ``verb`` ignores."""
     paths = ("", "checkpoint", "trainer", "runner_config")
-    return [note for path in paths for note in notes_of(path, section(told, path), verb)]
+    return [note for path in paths for note in notes_of(path, section(config, path), verb)]
 
 
-def _is_legacy(told: Config, monitor: Config) -> bool:
-    """Whether rank files are saved, as in Checkpoint 1.0: the callback says it, or the top does."""
-    said = [monitor.get("use_legacy_format"), *(told.get(key) for key in _LEGACY)]
-    return bool(next((value for value in said if value is not None), True))
+def _is_legacy(config: Config, monitor: Config) -> bool:
+    """Return whether rank files are saved, as in Checkpoint 1.0, by the callback or the top "
+    "level.
+    """
+    stated = [monitor.get("use_legacy_format"), *(config.get(key) for key in _LEGACY)]
+    return bool(next((value for value in stated if value is not None), True))
 
 
 def _in_iterations(save_path: Any) -> tuple[Path, list[str]]:
-    """The run's directory whose steps lie in ``save_path``, as near as there is one."""
+    """Return the run directory whose steps are in ``save_path``, or the closest one, and notes."""
     path = Path(str(save_path))
     if path.name == "checkpoint":
         return path.parent, []
@@ -448,10 +450,10 @@ def _in_iterations(save_path: Any) -> tuple[Path, list[str]]:
 
 
 def _folder(value: Any) -> Path | str:
-    """``value`` as a path.
+    """Return ``value``, checked to be a path.
 
     Raises:
-        FormatError: it is none.
+        FormatError: it is not a path.
     """
     if not isinstance(value, str | Path) or "\0" in str(value):
         raise FormatError(
@@ -460,10 +462,10 @@ def _folder(value: Any) -> Path | str:
     return value
 
 
-def _steps_per_epoch(told: Config) -> tuple[dict[str, int], list[str]]:
-    """How steps count in names: a sink is an epoch, if data are fed in sinks."""
-    is_sinking = either(told, "runner_config", "sink_mode")
-    size = either(told, "runner_config", "sink_size")
+def _steps_per_epoch(config: Config) -> tuple[dict[str, int], list[str]]:
+    """Return the steps of an epoch in file names: with data sinking a sink is an epoch."""
+    is_sinking = either(config, "runner_config", "sink_mode")
+    size = either(config, "runner_config", "sink_size")
     if size is None and is_sinking is None:
         return {}, []
     if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
@@ -474,35 +476,36 @@ def _steps_per_epoch(told: Config) -> tuple[dict[str, int], list[str]]:
         why = "sink_mode is True without a sink_size"
     else:
         key, value = ("sink_mode", False) if is_sinking is False else ("sink_size", size)
-        why = f"{key} is {value}, so names count the steps of an epoch of the data"
+        why = f"{key} is {value}, so names count the steps of a data epoch"
     return {}, [
-        f"{why}: how many those are is not known here. Give CheckpointManager steps_per_epoch=, or "
-        "all steps are of epoch 1."
+        f"{why}, whose number is unknown. Pass steps_per_epoch= to CheckpointManager; otherwise "
+        "all "
+        "steps belong to epoch 1."
     ]
 
 
 def _beside(monitor: Config) -> list[str]:
-    """A note on what the callback says beside the section that decides."""
+    """Return a note on keys of the callback that the section ``checkpoint`` overrides."""
     keys = [k for k, v in monitor.items() if k in _MONITOR and _DEFAULTS.get(k) != v]
     if not keys:
         return []
     return [
-        f"callbacks.{_CALLBACK} has no effect beside the section checkpoint, which decides: "
+        f"callbacks.{_CALLBACK} has no effect, because the section checkpoint overrides it: "
         f"{format_list(keys)}."
     ]
 
 
 def _of_files(monitor: Config) -> list[str]:
-    """Notes on what the callback says of the kind of files, and is not so here."""
+    """Return notes on file formats of the callback that are not supported."""
     notes = []
     if monitor.get("checkpoint_format") == "ckpt":
         notes.append(
             "checkpoint_format is ckpt, but steps are saved as safetensors, which MindFormers "
-            'reads with load_ckpt_format: safetensors. convert(…, format="ckpt") makes the others.'
+            'reads with load_ckpt_format: safetensors. convert(…, format="ckpt") writes ckpt files.'
         )
     if monitor.get("integrated_save"):
         notes.append(
-            "integrated_save is True, but each rank's file is its own part, as MindFormers saves "
-            'those of parallel jobs; CheckpointManager(format="huggingface") saves whole ones.'
+            "integrated_save is True, but each rank's file holds its own part, as in parallel jobs "
+            'of MindFormers. CheckpointManager(format="huggingface") saves whole tensors.'
         )
     return notes

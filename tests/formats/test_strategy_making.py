@@ -240,8 +240,8 @@ def test_fused_and_biased_models_have_their_names() -> None:
 @pytest.mark.parametrize(
     ("told", "flags", "why"),
     [
-        ({}, [], "no checkpoint is named, and model.model_config says nothing"),
-        ({"model": {"model_config": {"type": "GLMConfig"}}}, [], "says the type 'GLMConfig'"),
+        ({}, [], "model.model_config: has no model"),
+        ({"model": {"model_config": {"type": "GLMConfig"}}}, [], "has the type 'GLMConfig'"),
         (
             {"model": {"model_config": {**MODEL, "num_heads": None}}},
             [],

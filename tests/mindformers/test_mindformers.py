@@ -240,7 +240,7 @@ def test_load_checkpoint_wins_over_the_pretrained_model(job: Path, tmp_path: Pat
                 "model": {"model_config": {"offset": [1, -1]}},
             },
             "dp1mp1pp2",
-            r"offset is \[1, -1\], but layers are given to the 2 stages in order and evenly",
+            r"offset is \[1, -1\], but layers are assigned to the 2 stages in order and evenly",
         ),
         (
             {
@@ -254,7 +254,7 @@ def test_load_checkpoint_wins_over_the_pretrained_model(job: Path, tmp_path: Pat
         (
             {"parallel_config": {"data_parallel": 2, "expert_model_parallel": 2}},
             "dp2mp1",
-            "expert_model_parallel is 2, but experts are cut as mp says",
+            "expert_model_parallel is 2, but experts are sharded over mp",
         ),
     ],
 )
@@ -277,7 +277,7 @@ def test_the_strategy_is_that_of_the_parallel_config(
         ({}, None),
         ({"load_ckpt_format": "ckpt"}, "load_ckpt_format is ckpt, but the files are safetensors"),
         ({"load_ckpt_format": "safetensors"}, None),
-        ({"auto_trans_ckpt": False}, "but the checkpoint is one of 8 ranks and the job has 2"),
+        ({"auto_trans_ckpt": False}, "but the checkpoint has 8 ranks and the job has 2"),
     ],
 )
 def test_what_files_contradict_is_said_and_the_files_are_right(
@@ -325,7 +325,7 @@ def test_states_are_loaded_when_training_goes_on(job: Path) -> None:
         ({"parallel_config": {"model_parallel": "2"}}, FormatError, "'2' is not a number of ranks"),
         ({"parallel_config": {"model_parallel": 0}}, LayoutError, "mp=0"),
         ({"parallel_config": 3}, FormatError, "parallel_config: 3 is not a mapping"),
-        ({"resume_training": 1.5}, FormatError, "neither True, False nor a file's name"),
+        ({"resume_training": 1.5}, FormatError, "not True, False or a file's name"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(
@@ -434,7 +434,7 @@ callbacks:
 def test_what_is_no_configuration_is_refused(text: str, tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(FormatError, match=r"run.yaml(: not YAML| is no mapping)"):
+    with pytest.raises(FormatError, match=r"run.yaml(: not YAML| is not a mapping)"):
         asked(tmp_path / "run.yaml")
 
 
@@ -445,7 +445,7 @@ def test_a_missing_file_and_a_missing_library_are_said(
         mindformers.read_yaml(tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_text("a: 1")
     monkeypatch.setitem(__import__("sys").modules, "yaml", None)
-    with pytest.raises(StorageError, match=r"Install jaxshard\[yaml\], or give the configuration"):
+    with pytest.raises(StorageError, match=r"Install jaxshard\[yaml\], or pass the configuration"):
         mindformers.read_yaml(tmp_path / "run.yaml")
 
 

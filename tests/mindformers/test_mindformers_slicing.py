@@ -101,10 +101,11 @@ def test_a_rank_gets_what_its_own_file_has(job: str, tmp_path: Path) -> None:
         assert {n: np.asarray(a).tobytes() for n, a in shards.items()} == {
             n: data for n, (_, _, data) in files[rank].items()
         }
-    notes = [n for n in mindformers.from_config(told).open().notes if "lie otherwise" in n]
+    notes = [n for n in mindformers.from_config(told).open().notes if "are sliced differently" in n]
     assert len(notes) == (job != "as the configuration")
     assert all(
-        "each rank has what its own file has, as auto_trans_ckpt is False" in n for n in notes
+        "each rank keeps the part in its own file, because auto_trans_ckpt is False" in n
+        for n in notes
     )
 
 
@@ -181,7 +182,7 @@ def test_a_rank_of_a_real_job_gets_what_its_own_file_has(name: str) -> None:
     ("switch", "note"),
     [
         (True, None),
-        (None, "parallel_config counts; auto_trans_ckpt: False keeps what each rank has"),
+        (None, "parallel_config is used; auto_trans_ckpt: False keeps the part of each rank"),
     ],
 )
 def test_otherwise_the_configuration_says_how_ranks_are_cut(
@@ -197,10 +198,10 @@ def test_otherwise_the_configuration_says_how_ranks_are_cut(
     share = mindformers.load_rank(told, 0)
     assert sorted(share) == sorted(js.load_rank(source, "mp2pp2vocabdp", 0))
     assert LAYER.format(1) in share  # by the files on the second stage
-    notes = [n for n in mindformers.from_config(told).open().notes if "lie otherwise" in n]
+    notes = [n for n in mindformers.from_config(told).open().notes if "are sliced differently" in n]
     assert len(notes) == (note is not None)
     assert note is None or note in notes[0]
-    assert all(n.startswith("2 of 7 weights lie otherwise") for n in notes)
+    assert all(n.startswith("2 of 7 weights are sliced differently") for n in notes)
 
 
 def test_another_number_of_ranks_is_laid_out_by_the_configuration(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_another_number_of_ranks_is_laid_out_by_the_configuration(tmp_path: Path
     asked = mindformers.from_config(_config(source, parallel_config={"model_parallel": 2}))
     catalog = asked.open()
     assert asked.target(catalog) == Strategy.parse("mp2vocabdp")
-    assert "the checkpoint is one of 4 ranks and the job has 2" in " ".join(catalog.notes)
+    assert "the checkpoint has 4 ranks and the job has 2" in " ".join(catalog.notes)
 
 
 def test_names_without_rules_are_loaded_as_they_lie_and_not_compared(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_names_of_no_family_are_held_against_the_number_of_ranks(
     source = _written(tmp_path, layout, ranks=range(2))
     parallel = {"model_parallel": 2, "pipeline_stage": 2}
     told = _config(source, auto_trans_ckpt=switch, parallel_config=parallel)
-    text = "the strategy files are of 2 ranks, as many as 1 of the 2 pipeline stages"
+    text = "the strategy files have 2 ranks, as many as 1 of the 2 pipeline stages"
     assert text in " ".join(mindformers.from_config(told).open().notes)
     rules = js.read_rules(RULES_OF_ODD)
     if refused:
@@ -335,7 +336,7 @@ def test_the_config_of_the_checkpoint_counts_and_the_contradiction_is_noted(tmp_
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
     told = _config(tmp_path, parallel_config={}, model={"model_config": {"num_layers": 4}})
     notes = mindformers.from_config(told).open().notes
-    assert any("model has 4 layers, but 2 by the config.json" in note for note in notes)
+    assert any("4 layers, but config.json of the checkpoint has 2" in note for note in notes)
 
 
 def test_a_smaller_job_is_loaded_by_a_larger_one() -> None:
