@@ -223,7 +223,7 @@ def test_a_budget_too_small_for_one_thread_is_refused(llama, tmp_path, monkeypat
 
 @pytest.mark.parametrize("host_bytes", [0, 1])
 def test_no_budget_at_all_is_not_the_default(tmp_path, host_bytes):
-    with pytest.raises(LayoutError, match="too few|not a size"):
+    with pytest.raises(LayoutError, match=r"too few|not a size"):
         save({"x": np.ones(4, np.float32)}, tmp_path / "out", host_bytes=host_bytes)
 
 
