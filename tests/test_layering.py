@@ -34,7 +34,7 @@ APPS = 5
 #: May import JAX when called, and only then.
 INSIDE_FUNCTIONS = {"cli.demo", "mapping.arrays", "distributed.barriers"}
 #: Import JAX, and so are themselves imported only when such a checkpoint is met.
-DEVICE_FORMATS = {"formats.orbax", "formats.orbax_items", "storage.orbax_source"}
+DEVICE_FORMATS = {"formats.orbax", "storage.orbax_source"}
 WITH_ORBAX = ("formats.orbax", "storage.orbax_source")
 
 

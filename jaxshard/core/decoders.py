@@ -1,9 +1,9 @@
-"""Bounded decoders of TOML and YAML: any text ends in a value or in one of our errors.
+"""Bounded decoders of TOML, YAML and JSON: any text ends in a value or in one of our errors.
 
-The libraries' own parsers raise whatever Python raises (RecursionError, ValueError of a
+The libraries' own parsers raise any Python exception (RecursionError, ValueError of a
 date), need quadratic time for some texts, and let a few lines of YAML stand for millions
-of values. JSON has a decoder of its own kind in ``formats/strict_json``. This module
-opens no file and does not know what the values mean.
+of values. Python's JSON parser also accepts repeated keys, UTF-16 and NaN. This module opens no
+file and does not depend on the meaning of the values.
 """
 
 from __future__ import annotations
@@ -137,12 +137,12 @@ def _yaml_loader() -> Any:
     return BoundedLoader
 
 
-# --- Strict, bounded JSON decoder for untrusted files
+# --- JSON
 
 FETCH = "Fetch the file again."
 
-# A header of a few megabytes parses into a few hundred at worst. Above that, text which
-# is denser than any list of tensors is refused before the parser multiplies it.
+# A header of a few megabytes parses into a few hundred at worst. Larger text that is denser
+# than any list of tensors is refused before the parser multiplies its size.
 _DENSE_BYTES = 4 << 20
 
 # An escape that JSON can spell and UTF-8 cannot, unless its other half follows.
@@ -150,23 +150,23 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _RefusedError(ValueError):
-    """Raised inside the parser's hooks, which know no subject."""
+    """Raised inside the parser's hooks, which do not have the subject of the message."""
 
 
 def parse_object(
     raw: bytes, subject: str, *, num_texts: Callable[[dict[str, Any]], int] | None = None
 ) -> dict[str, Any]:
-    """The JSON object that ``raw`` holds; ``subject`` begins the message of an error.
+    """Parse a JSON object strictly, from an untrusted file.
 
     Args:
         raw: the text.
-        subject: begins the message of an error.
-        num_texts: how many keys and texts an object of the expected form has, which the caller
-            goes on to check. Where ``raw`` has as many, none of its keys is repeated, and
-            they need not be looked at one by one.
+        subject: the start of error messages.
+        num_texts: counts the keys and strings of an object of the expected form, which the
+            caller validates afterwards. If ``raw`` has that many, no key is repeated, and
+            the slow check of each object is skipped.
 
     Raises:
-        FormatError: it is no JSON object, repeats a key, or nests too deep.
+        FormatError: the text is not a JSON object, repeats a key, or is nested too deep.
 
     >>> parse_object(b' {"a": [1]} ', "index.json")
     {'a': [1]}
@@ -182,11 +182,11 @@ def parse_object(
                 parse_float=_finite,
             )
         if _SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()  # pairs are one character by now
+            json.dumps(
+                value, ensure_ascii=False
+            ).encode()  # surrogate pairs are single characters by now
     except UnicodeEncodeError:
-        raise FormatError(
-            f"{subject} has text that is not Unicode (a lone surrogate). {FETCH}"
-        ) from None
+        raise FormatError(f"{subject}: a text is not Unicode (lone surrogate). {FETCH}") from None
     except UnicodeDecodeError as error:
         raise FormatError(
             f"{subject} is not UTF-8 text (byte {error.start} of {len(raw)}). {FETCH}"
@@ -197,22 +197,24 @@ def parse_object(
             + FETCH
         ) from None
     except RecursionError:
-        raise FormatError(f"{subject} nests its JSON too deep to be read. {FETCH}") from None
+        raise FormatError(f"{subject}: JSON is nested too deep. {FETCH}") from None
     except ValueError as error:  # _RefusedError, or an integer of thousands of digits
-        why = error if isinstance(error, _RefusedError) else "a number in it has too many digits"
-        raise FormatError(f"{subject} is refused: {why}. {FETCH}") from None
+        why = error if isinstance(error, _RefusedError) else "a number has too many digits"
+        raise FormatError(f"{subject}: {why}. {FETCH}") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{subject} holds a JSON {type(value).__name__}, not an object. {FETCH}")
+        raise FormatError(
+            f"{subject} is a JSON {type(value).__name__} (expected an object). {FETCH}"
+        )
     return value
 
 
 def _counted(raw: bytes, num_texts: Callable[[dict[str, Any]], int]) -> dict[str, Any] | None:
-    """The object, if the number of its texts shows that no key is repeated; else None.
+    """Return the object if its number of strings proves that no key is repeated, else None.
 
-    A repeated key leaves fewer in the object than there are in ``raw``.
+    The parser drops repeated keys, so the object then has fewer strings than ``raw``.
     """
     if b"\\" in raw:
-        return None  # a quote that is escaped begins no text
+        return None  # an escaped quote does not start a string
     value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     if isinstance(value, dict) and 2 * num_texts(value) == raw.count(b'"'):
         return value
@@ -225,7 +227,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _RefusedError(f"the key {quote_name(key)} stands twice in one object")
+                raise _RefusedError(f"duplicate key {quote_name(key)} in one object")
             seen.add(key)
     return found
 
@@ -235,15 +237,15 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _finite(digits: str) -> float:
-    """Refuse ``1e999``, which Python reads as infinity and writes as no JSON."""
+    """Return the number; refuse ``1e999``, which Python reads as infinity."""
     value = float(digits)
     if isinf(value):
-        raise _RefusedError(f"{quote_name(digits)} is larger than any 64-bit float")
+        raise _RefusedError(f"{quote_name(digits)} exceeds a 64-bit float")
     return value
 
 
 def _refuse_dense(raw: bytes, subject: str) -> None:
-    """Refuse large text with more structure than a list of tensors can have.
+    """Raise FormatError for large text that is denser than any list of tensors.
 
     The shortest entry, ``"a":{"dtype":"U8","shape":[],"data_offsets":[0,0]},``, is 51 bytes
     with 3 brackets, 4 colons and 10 quotes. ``[[],[],[],…`` costs 27 times its bytes.
@@ -257,3 +259,44 @@ def _refuse_dense(raw: bytes, subject: str) -> None:
                 f"{subject} has {count} {marks.decode()} in {len(raw)} bytes, denser than any "
                 f"list of tensors. {FETCH}"
             )
+
+
+def as_object(value: object, subject: str) -> dict[str, Any]:
+    """Return a JSON object, or raise FormatError."""
+    if not isinstance(value, dict):
+        refuse(subject, value, "an object")
+    return value
+
+
+def as_list(value: object, subject: str, max_items: int | None = None) -> list[Any]:
+    """Return a JSON list of at most ``max_items``, or raise FormatError."""
+    if not isinstance(value, list) or (max_items is not None and len(value) > max_items):
+        refuse(subject, value, "a list" if max_items is None else f"a list of at most {max_items}")
+    return value
+
+
+def as_int(value: object, subject: str, low: int, high: int) -> int:
+    """Return a JSON integer from ``low`` to ``high``, or raise FormatError.
+
+    >>> as_int(3, "index.json: version", 1, 4)
+    3
+    """
+    if type(value) is not int or not low <= value <= high:  # isinstance would accept a bool
+        refuse(subject, value, f"an integer from {low} to {high}")
+    return value
+
+
+def as_ints(
+    value: object, subject: str, low: int, high: int, max_items: int | None = None
+) -> tuple[int, ...]:
+    """Return a JSON list of integers from ``low`` to ``high``, or raise FormatError."""
+    items = as_list(value, subject, max_items)
+    for item in items:
+        if type(item) is not int or not low <= item <= high:
+            refuse(subject, value, f"integers from {low} to {high}")
+    return tuple(items)
+
+
+def refuse(subject: str, value: object, expected: str) -> NoReturn:
+    """Raise FormatError: ``subject`` has ``value`` instead of ``expected``."""
+    raise FormatError(f"{subject} is {quote_name(repr(value))} (expected {expected}). {FETCH}")

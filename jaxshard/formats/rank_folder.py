@@ -22,11 +22,11 @@ from typing import Any
 
 from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor
-from ..core.decoders import FETCH, parse_object
-from ..core.dtypes import DType, dtype
+from ..core.decoders import as_ints, as_list, as_object, parse_object, refuse
+from ..core.dtypes import BY_NAME, DType
 from ..core.layout import Layout, Placement, Spec, check_divides
 from ..core.strategy import Axes
-from ..errors import CoverageError, FormatError, JaxshardError, LayoutError, format_list, quote_name
+from ..errors import CoverageError, FormatError, LayoutError, format_list, quote_name
 from ..planning.outputs import arrange
 from ..rules.match import weight_name
 from . import huggingface, rank_names, strategy_files, strategy_layouts
@@ -298,69 +298,63 @@ REMOTE_TENSORS = "elsewhere.json"
 _MARK, _VERSION = "jaxshard_elsewhere", 1
 _MAX_BYTES = 100_000_000
 _MAX_DIMS = 64
+_MAX_DIM = 1 << 62
 
 
 def remote_tensors_json(tensors: Iterable[Tensor], save: str = "") -> bytes:
-    """The file that tells of ``tensors``, and of which ``save`` this folder is."""
-    told = {t.name: [t.dtype.name, t.shape] for t in tensors}
-    return (json.dumps({_MARK: _VERSION, "save": save, "tensors": told}) + "\n").encode()
+    """Return the manifest of ``tensors`` for a folder of the save with identifier ``save``."""
+    described = {t.name: [t.dtype.name, t.shape] for t in tensors}
+    return (json.dumps({_MARK: _VERSION, "save": save, "tensors": described}) + "\n").encode()
 
 
 def read_remote_tensors(folder: Folder) -> dict[str, Tensor]:
-    """The tensors that other folders hold, without pieces; none where nothing tells of any.
+    """Read the tensors of the manifest, without shards; {} without a manifest.
 
     Raises:
-        FormatError: the file is not what it claims to be.
+        FormatError: the file is damaged.
     """
     return {
         name: _remote_tensor(name, entry)
-        for name, entry in _read_json(folder).get("tensors", {}).items()
+        for name, entry in _read_manifest(folder).get("tensors", {}).items()
     }
 
 
 def save_of(folder: Folder) -> str:
-    """The word that the folders of one save share; empty where this is no such folder.
+    """Read the identifier that all folders of one save share; "" without a manifest.
 
     Raises:
-        FormatError: the file is not what it claims to be.
+        FormatError: the file is damaged.
     """
-    save = _read_json(folder).get("save", "")
+    save = _read_manifest(folder).get("save", "")
     if not isinstance(save, str):
-        raise FormatError(
-            f"{REMOTE_TENSORS}: save is {quote_name(repr(save))}, expected a text. {FETCH}"
-        )
+        refuse(f"{REMOTE_TENSORS}: save", save, "a string")
     return save
 
 
-def _read_json(folder: Folder) -> dict[str, Any]:
+def _read_manifest(folder: Folder) -> dict[str, Any]:
     known = folder.files().get(REMOTE_TENSORS)
     if known is None or known.num_bytes > _MAX_BYTES:
         return {}
-    told = parse_object(folder.read(REMOTE_TENSORS, 0, known.num_bytes), REMOTE_TENSORS)
-    if _MARK not in told:
-        return {}  # somebody else's file of that name
-    version = told[_MARK]
-    if type(version) is not int or version != _VERSION or not isinstance(told.get("tensors"), dict):
+    root = parse_object(folder.read(REMOTE_TENSORS, 0, known.num_bytes), REMOTE_TENSORS)
+    if _MARK not in root:
+        return {}  # another program's file of the same name
+    version = root[_MARK]
+    if type(version) is not int or version != _VERSION:
         raise FormatError(
-            f"{REMOTE_TENSORS}: version {quote_name(repr(version))}; this jaxshard reads version "
-            f"{_VERSION}. Upgrade jaxshard, or save again."
+            f"{REMOTE_TENSORS}: version {quote_name(repr(version))} (expected {_VERSION}). Upgrade "
+            "jaxshard, or save again."
         )
-    return dict(told)
+    as_object(root.get("tensors"), f"{REMOTE_TENSORS}: tensors")
+    return root
 
 
 def _remote_tensor(name: str, entry: object) -> Tensor:
-    try:
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise TypeError(f"it is {entry!r}")
-        kind, shape = entry
-        dims = tuple(shape)
-        if len(dims) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in dims):
-            raise FormatError(f"shape {dims}")
-        return Tensor(name, dtype(kind), dims, ())
-    except (TypeError, ValueError, JaxshardError) as error:
-        raise FormatError(
-            f"{REMOTE_TENSORS}: {name} is no dtype and shape ({error}). {FETCH}"
-        ) from None
+    subject = f"{REMOTE_TENSORS}: {quote_name(name)}"
+    fields = as_list(entry, subject)
+    kind = BY_NAME.get(fields[0]) if len(fields) == 2 and isinstance(fields[0], str) else None
+    if kind is None:
+        refuse(subject, entry, "[dtype, shape]")
+    return Tensor(name, kind, as_ints(fields[1], subject, 0, _MAX_DIM, _MAX_DIMS), ())
 
 
 # --- rank redundancy ---------------------------------------------------------------------

@@ -221,12 +221,12 @@ class Orbax(Format):
             )
 
     def write_tree(self, place: Path, tree: object) -> None:
-        from . import orbax_items  # noqa: PLC0415 - imports JAX
+        from . import orbax  # noqa: PLC0415 - imports JAX
 
-        orbax_items.write(place, tree)
+        orbax.write(place, tree)
 
     def write_tensors(self, place: Path, tensors: Mapping[str, LazyArray]) -> None:
-        from .orbax_items import write_streaming  # noqa: PLC0415 - imports JAX
+        from .orbax import write_streaming  # noqa: PLC0415 - imports JAX
 
         write_streaming(place, tensors)
 

@@ -21,9 +21,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
-from ..core.decoders import parse_object
+from ..core.decoders import as_int, as_ints, as_list, as_object, parse_object
 from ..errors import FormatError, LayoutError, format_list, quote_name
 from . import protobuf
 from .folder import Folder
@@ -277,6 +276,7 @@ def _plausible(layout: ParamLayout) -> bool:
     )
 
 
+_JSON_KEYS = {"current_stage", "parallel_strategy_item", "parallel_layout_item"}
 _PREFIXED = re.compile(r"(0|[1-9][0-9]{0,4})-(.+)", re.DOTALL)
 
 
@@ -424,55 +424,56 @@ def to_json(file: StrategyFile) -> bytes:
 
 
 def from_json(data: bytes, path: str) -> StrategyFile:
-    """The strategy file in the JSON ``data``; ``path`` is named in errors.
+    """Parse a JSON strategy file; ``path`` is for error messages.
 
     Raises:
-        FormatError: it is no JSON, or no strategy.
+        FormatError: the text is not JSON, or not a strategy.
     """
-    tree = parse_object(data, path)
-    try:
-        operators = tuple(
-            Operator(name, _number(one["stage"], 0, MAX_STAGE), _lists(one["parallel_strategy"]))
-            for name, one in tree["parallel_strategy_item"].items()
-        )
-        layouts = {
-            name: checked(f"{path}, parameter {quote_name(name)}", _json_layout(one))
-            for name, one in tree["parallel_layout_item"].items()
-        }
-        current_stage = _number(tree["current_stage"], 0, 2 * INT32)
-    except (TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise FormatError(
-            f"{path} is not a JSON strategy file ({type(e).__name__}: {quote_name(str(e))}). It "
-            "needs current_stage, parallel_strategy_item and parallel_layout_item."
-        ) from None
+    root = parse_object(data, path)
+    missing = sorted(_JSON_KEYS - root.keys())
+    if missing:
+        raise FormatError(f"{path} is not a JSON strategy file: {format_list(missing)} is missing.")
+    operators = tuple(
+        _json_operator(name, value, f"{path}, operator {quote_name(name)}")
+        for name, value in as_object(root["parallel_strategy_item"], path).items()
+    )
+    layouts = {
+        name: _json_layout(value, f"{path}, parameter {quote_name(name)}")
+        for name, value in as_object(root["parallel_layout_item"], path).items()
+    }
+    current_stage = as_int(root["current_stage"], f"{path}: current_stage", 0, 2 * INT32)
     return by_stage(path, layouts, operators, current_stage)
 
 
-def _json_layout(one: Mapping[str, Any]) -> ParamLayout:
-    return ParamLayout(
-        dev_matrix=_list(one["dev_matrix"]),
-        tensor_maps=(_list(one["tensor_map"]),),
-        opt_weight_shard_step=_number(one["opt_weight_shard_step"]),
-        opt_weight_shard_size=_number(one["opt_weight_shard_size"]),
-        param_split_shape=(_list(one.get("param_split_shape", [])),),
-        indices_offset=(_list(one.get("indices_offset", [])),),
-        field=_number(one.get("field", 0)),
+def _json_operator(name: str, value: object, where: str) -> Operator:
+    fields = as_object(value, where)
+    subject = f"{where}: parallel_strategy"
+    lists = as_list(fields.get("parallel_strategy"), subject, MAX_LISTS)
+    stage = as_int(fields.get("stage"), f"{where}: stage", 0, MAX_STAGE)
+    return Operator(name, stage, tuple(_json_ints(numbers, subject) for numbers in lists))
+
+
+def _json_layout(value: object, where: str) -> ParamLayout:
+    fields = as_object(value, where)
+    fields = {"param_split_shape": [], "indices_offset": [], "field": 0, **fields}
+
+    def integer(key: str) -> int:
+        return as_int(fields.get(key), f"{where}: {key}", -INT32, INT32)
+
+    def integers(key: str) -> tuple[int, ...]:
+        return _json_ints(fields.get(key), f"{where}: {key}")
+
+    layout = ParamLayout(
+        dev_matrix=integers("dev_matrix"),
+        tensor_maps=(integers("tensor_map"),),
+        opt_weight_shard_step=integer("opt_weight_shard_step"),
+        opt_weight_shard_size=integer("opt_weight_shard_size"),
+        param_split_shape=(integers("param_split_shape"),),
+        indices_offset=(integers("indices_offset"),),
+        field=integer("field"),
     )
+    return checked(where, layout)
 
 
-def _number(value: object, low: int = -INT32, high: int = INT32) -> int:
-    if type(value) is not int or not low <= value <= high:  # bool is an int: not here
-        raise TypeError(f"{quote_name(repr(value))} is not a sensible whole number")
-    return value
-
-
-def _list(values: object) -> tuple[int, ...]:
-    if not isinstance(values, list) or len(values) > MAX_NUMBERS:
-        raise TypeError(f"{quote_name(repr(values))} is not a short list of numbers")
-    return tuple(map(_number, values))
-
-
-def _lists(values: object) -> Lists:
-    if not isinstance(values, list) or len(values) > MAX_LISTS:
-        raise TypeError(f"{quote_name(repr(values))} is not a short list of lists")
-    return tuple(map(_list, values))
+def _json_ints(value: object, subject: str) -> tuple[int, ...]:
+    return as_ints(value, subject, -INT32, INT32, MAX_NUMBERS)

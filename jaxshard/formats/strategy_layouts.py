@@ -20,12 +20,11 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any, NoReturn
 
-from ..core.decoders import FETCH, parse_object
+from ..core.decoders import FETCH, as_int, as_ints, as_list, as_object, parse_object, refuse
 from ..core.layout import Layout, Placement, shard_dim_over_replicas
 from ..core.strategy import Axes
-from ..errors import FormatError, LayoutError, quote_name
+from ..errors import FormatError, LayoutError, format_list, quote_name
 from .folder import Folder
 from .strategy_codec import ParamLayout
 
@@ -270,90 +269,64 @@ def read_layout_file(folder: Folder, path: str) -> Layout:
     """
     size = folder.files()[path].num_bytes
     if size > _MAX_BYTES:
-        raise FormatError(f"{path} has {size} bytes; a layout has at most {_MAX_BYTES}. {FETCH}")
-    told = parse_object(folder.read(path, 0, size), path)
-    if told.get(_MARK) != _VERSION:
+        raise FormatError(f"{path} has {size} bytes (expected at most {_MAX_BYTES}). {FETCH}")
+    root = parse_object(folder.read(path, 0, size), path)
+    if root.get(_MARK) != _VERSION:
         raise FormatError(
-            f"{path} is a layout of version {quote_name(repr(told.get(_MARK)))}; this jaxshard "
-            f"reads version {_VERSION}."
+            f"{path}: layout version {quote_name(repr(root.get(_MARK)))} (expected {_VERSION}). "
+            "Upgrade jaxshard."
         )
-    num_ranks = _number(told.get("num_ranks"), 1, _MAX_RANKS, path, "num_ranks")
+    num_ranks = as_int(root.get("num_ranks"), f"{path}: num_ranks", 1, _MAX_RANKS)
     placements = [
-        _json_placement(one, num_ranks, path)
-        for one in _list(told.get("placements"), path, "placements")
+        _json_placement(value, num_ranks, path)
+        for value in as_list(root.get("placements"), f"{path}: placements")
     ]
     return Layout(
         num_ranks,
-        _json_tensors(told.get("tensors"), placements, path),
-        _json_axes(told.get("stage_axes"), num_ranks, path),
+        _json_tensors(root.get("tensors"), placements, path),
+        _json_axes(root.get("stage_axes"), num_ranks, path),
     )
 
 
 def _json_tensors(
     value: object, placements: list[Placement], path: str
 ) -> Mapping[str, tuple[Placement, ...]]:
-    if not isinstance(value, dict):
-        _refuse(path, "tensors", value)
-    shared: dict[tuple[int, ...], tuple[Placement, ...]] = {}
+    shared: dict[tuple[int, ...], tuple[Placement, ...]] = {}  # thousands of tensors share a few
     found = {}
-    for name, numbers in value.items():
-        key = tuple(
-            _number(n, 0, len(placements) - 1, path, f"the placement of {quote_name(name)}")
-            for n in _list(numbers, path, quote_name(name))
-        )
+    for name, numbers in as_object(value, f"{path}: tensors").items():
+        subject = f"{path}: {quote_name(name)}"
+        key = as_ints(numbers, subject, 0, len(placements) - 1)
         if key not in shared:
             chosen = sorted((placements[n] for n in key), key=lambda p: p.first_rank)
-            for before, after in pairwise(chosen):
-                if after.first_rank < before.ranks.stop:
-                    _refuse(path, f"the placements of {quote_name(name)} (they overlap)", numbers)
-            if not chosen:
-                _refuse(path, f"the placements of {quote_name(name)}", numbers)
+            overlap = any(b.first_rank < a.ranks.stop for a, b in pairwise(chosen))
+            if overlap or not chosen:
+                refuse(subject, numbers, "placements on disjoint ranks")
             shared[key] = tuple(chosen)
         found[name] = shared[key]
     return found
 
 
 def _json_placement(value: object, num_ranks: int, path: str) -> Placement:
-    if not isinstance(value, dict):
-        _refuse(path, "a placement", value)
-    axes = _json_axes(value.get("axes"), num_ranks, path)
+    fields = as_object(value, f"{path}: a placement")
+    axes = _json_axes(fields.get("axes"), num_ranks, path)
     names = {a for a, _ in axes}
-    spec = []
-    for dim in _list(value.get("spec"), path, "spec"):
-        split = _list(dim, path, "spec")
-        if not all(isinstance(a, str) and a in names for a in split):
-            _refuse(path, "spec", value)
-        spec.append(tuple(split))
-    used = [a for split in spec for a in split]
-    if len(used) != len(set(used)) or len(spec) > _MAX_DIMS:
-        _refuse(path, "spec", value)
+    subject = f"{path}: spec"
+    spec = [as_list(dim, subject) for dim in as_list(fields.get("spec"), subject, _MAX_DIMS)]
+    used = [axis for dim in spec for axis in dim]
+    if not all(isinstance(a, str) and a in names for a in used) or len(used) != len(set(used)):
+        refuse(subject, fields.get("spec"), f"each of {format_list(names)} at most once")
     ranks = prod(n for _, n in axes)
-    first = _number(value.get("first_rank"), 0, num_ranks - ranks, path, "first_rank")
-    return Placement(axes, tuple(spec), first)
+    first = as_int(fields.get("first_rank"), f"{path}: first_rank", 0, num_ranks - ranks)
+    return Placement(axes, tuple(map(tuple, spec)), first)
 
 
 def _json_axes(value: object, num_ranks: int, path: str) -> Axes:
     axes = []
-    for one in _list(value, path, "axes"):
-        if not isinstance(one, list) or len(one) != 2 or not isinstance(one[0], str):
-            _refuse(path, "an axis", one)
-        axes.append((one[0], _number(one[1], 1, num_ranks, path, f"axis {quote_name(one[0])}")))
+    for pair in as_list(value, f"{path}: axes"):
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
+            refuse(f"{path}: an axis", pair, "[name, size]")
+        name, size = pair
+        axes.append((name, as_int(size, f"{path}: axis {quote_name(name)}", 1, num_ranks)))
     if len(dict(axes)) != len(axes) or prod(n for _, n in axes) > num_ranks:
-        _refuse(path, "axes", value)
+        refuse(f"{path}: axes", value, f"distinct names and at most {num_ranks} ranks")
     return tuple(axes)
-
-
-def _list(value: object, path: str, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        _refuse(path, what, value)
-    return value
-
-
-def _number(value: object, least: int, most: int, path: str, what: str) -> int:
-    if type(value) is not int or not least <= value <= most:  # a bool is an int to isinstance
-        _refuse(path, what, value)
-    return value
-
-
-def _refuse(path: str, what: str, value: object) -> NoReturn:
-    raise FormatError(f"{path}: {what} cannot be {quote_name(repr(value))}. {FETCH}")

@@ -15,7 +15,10 @@ import orbax.checkpoint as ocp
 
 from ..core.catalog import Catalog, StoredShard
 from ..core.numpy_dtypes import Bytes, held_as, pack
-from ..formats.orbax_items import OrbaxItem, check
+from ..formats.orbax import (
+    OrbaxItem,
+    check,
+)
 from .io import Source
 from .local import FolderVersions
 

@@ -36,7 +36,7 @@ def folder(kind: str) -> Path:
     return golden("mf_iteration_dir", kind, "checkpoint")
 
 
-def told(where: Path) -> Metadata:
+def read_metadata(where: Path) -> Metadata:
     return json.loads((where / "metadata.json").read_text())
 
 
@@ -68,8 +68,8 @@ def test_what_we_write_says_what_mindformers_said(tmp_path: Path) -> None:
     js.convert(folder("full_copies"), tmp_path / "o", "same", **how)
     theirs = folder("full_copies")
     assert (tmp_path / "o" / "latest_checkpointed_iteration.txt").read_text() == "10"
-    ours = told(tmp_path / "o" / STEP)
-    assert without_axis_names(ours) == without_axis_names(told(theirs / STEP))
+    ours = read_metadata(tmp_path / "o" / STEP)
+    assert without_axis_names(ours) == without_axis_names(read_metadata(theirs / STEP))
     for path in (theirs / STEP).glob("*.safetensors"):
         assert ms.weights(tmp_path / "o" / STEP / path.name) == ms.weights(path)
     for name in ("common.json", "metadata.json"):
@@ -82,8 +82,8 @@ def test_stored_once_it_is_balanced_and_whole(tmp_path: Path) -> None:
     source = folder("full_copies")
     how = {"format": "iteration", "remove_redundancy": True, **QUICK}
     js.convert(source, tmp_path / "o", "same", **how)
-    data = told(tmp_path / "o" / STEP)["storage_data"]
-    assert data.keys() == told(folder("balanced") / STEP)["storage_data"].keys()
+    data = read_metadata(tmp_path / "o" / STEP)["storage_data"]
+    assert data.keys() == read_metadata(folder("balanced") / STEP)["storage_data"].keys()
     assert {len(entries) for entries in data.values()} == {1}
     assert js.verify(tmp_path / "o", source).problems == ()
 
@@ -115,7 +115,7 @@ def test_ranks_become_a_checkpoint_2_folder_and_come_back(
 
 def test_a_complete_checkpoint_has_one_file_of_weights(tmp_path: Path) -> None:
     js.merge(folder("balanced"), tmp_path / "o", format="iteration", **QUICK)
-    described = told(tmp_path / "o" / STEP)["state_dict_metadata"]
+    described = read_metadata(tmp_path / "o" / STEP)["state_dict_metadata"]
     assert {one["layout"] for one in described.values()} == {None}
     assert js.verify(tmp_path / "o", folder("balanced")).problems == ()
 
@@ -126,7 +126,7 @@ def test_the_files_of_one_rank_may_be_written_alone(training: Path, tmp_path: Pa
     assert names == {f"checkpoint-{k}-0000002-0000004.safetensors" for k in ("model", "opt")}
 
 
-def test_a_tied_embedding_of_two_stages_is_told_of_once_and_stored_twice() -> None:
+def test_a_tied_embedding_of_two_stages_is_listed_once_and_stored_twice() -> None:
     tied = Tensor("e", dtype("F32"), (4, 2), (StoredShard(0, 0, Box((0, 0), (4, 2))),))
     placement = Placement((("mp", 2),), (("mp",),), 2)
     stores: Callable = lambda name, placement, shard: [(2 + shard.holders[0], "f")]  # noqa: E731
@@ -176,7 +176,7 @@ def test_an_unhealthy_checkpoint_is_said_to_be(tmp_path: Path) -> None:
 # --- files that are missing or wrong --------------------------------------------------------
 
 
-def test_missing_states_are_left_out_and_missing_copies_are_no_matter(tmp_path: Path) -> None:
+def test_missing_states_are_left_out_and_replicas_replace_missing_shards(tmp_path: Path) -> None:
     where = tmp_path / "c"
     shutil.copytree(folder("full_copies") / STEP, where)
     for path in where.glob("*-opt-*"):
@@ -184,7 +184,7 @@ def test_missing_states_are_left_out_and_missing_copies_are_no_matter(tmp_path: 
     (where / "llama-model-0000002-0000004.safetensors").unlink()
     (where / "llama-model-0000003-0000004.safetensors").rename(where / "elsewhere")
     catalog = js.open(where)
-    assert any("5 optimizer states are in no file" in note for note in catalog.notes)
+    assert any("5 optimizer states are only in missing files" in note for note in catalog.notes)
     assert len(catalog.tensors) == 5
     assert js.verify(catalog).problems[0].startswith("decoder.layers.0.mlp.linear_fc1.weight")
     (where / "elsewhere").rename(where / "llama-model-0000003-0000004.safetensors")
@@ -193,11 +193,11 @@ def test_missing_states_are_left_out_and_missing_copies_are_no_matter(tmp_path: 
     assert js.verify(left).problems  # rank 1's part of linear_fc1 has no copy
 
 
-def test_weights_that_are_in_no_file_are_missed(tmp_path: Path) -> None:
+def test_weights_that_are_only_in_missing_files_are_refused(tmp_path: Path) -> None:
     where = tmp_path / "c"
     shutil.copytree(folder("balanced") / STEP, where)
     (where / "llama-model-0000002-0000004.safetensors").unlink()
-    with pytest.raises(NotFoundError, match=r"input_layernorm.weight is in llama-model-0000002"):
+    with pytest.raises(NotFoundError, match="input_layernorm.weight: .* lacks llama-model-0000002"):
         js.open(where)
 
 
@@ -239,36 +239,42 @@ def said(**values: object) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda m: m.pop(STORED), "storage_data is not an object"),
-        (lambda m: m.update({DESCRIBED: []}), "state_dict_metadata is not an object"),
-        (change(global_shape=[25, 16]), r"shape \(25, 16\) is not cut into \(2, 1\)"),
-        (change(global_shape=[48, 16]), r"BF16 \(12, 16\), but metadata.json says BF16 \(24, 16\)"),
-        (change(global_shape="24"), "global_shape is not a list of numbers"),
-        (change(global_shape=[24, -16]), "has what is not a number from 0"),
-        (change(axis_fragmentations=[1, 2]), r"fragmentations \(1, 2\) are not what its layout"),
-        (change(axis_fragmentations=[0, 1]), "has what is not a number from 1"),
-        (change(axis_fragmentations=[2]), "is not cut into"),
+        (lambda m: m.pop(STORED), "storage_data is None .expected an object"),
+        (lambda m: m.update({DESCRIBED: []}), r"state_dict_metadata is \[\] .expected an object"),
+        (change(global_shape=[25, 16]), r"shape \(25, 16\) is not divisible into \(2, 1\)"),
+        (
+            change(global_shape=[48, 16]),
+            r"BF16 \(12, 16\) \(expected BF16 \(24, 16\) per metadata.json",
+        ),
+        (change(global_shape="24"), "global_shape is '24' .expected a list"),
+        (change(global_shape=[24, -16]), "expected integers from 0"),
+        (change(axis_fragmentations=[1, 2]), r"fragmentations \(1, 2\) contradict its layout"),
+        (change(axis_fragmentations=[0, 1]), "expected integers from 1"),
+        (change(axis_fragmentations=[2]), "is not divisible into"),
         (change(properties={"dtype": "Float32"}), "is BF16"),
-        (change(properties={"dtype": "Float7"}), "dtype Float7 is not known"),
-        (change(properties=3), "properties is not an object"),
-        (layout(interleaved_parallel=True), "its parts are interleaved"),
+        (change(properties={"dtype": "Float7"}), "unknown dtype Float7"),
+        (change(properties=3), "properties is 3 .expected an object"),
+        (layout(interleaved_parallel=True), "interleaved_parallel is not supported"),
         (layout(rank_list=[0, 1, 2]), "does not fit the device_matrix"),
-        (layout(rank_list=[1, 0, 3, 2]), r"rank 2 has not shard 0"),
+        (layout(rank_list=[1, 0, 3, 2]), "shard 0 is stored in .* by rank 2, which does not"),
         (layout(tensor_map=[0]), "does not fit"),
-        (layout(tensor_map=[5, -1]), "has what is not a number from -1 to 1"),
-        (layout(tensor_map=[[0, 0], -1]), "has an axis twice"),
-        (layout(tensor_map=[-1, 0]), "are not what its layout gives"),
-        (layout(device_matrix=[2, 0]), "has what is not a number from 1"),
-        (stored(said(file_name="a"), 2), "there is no shard 2 of 2"),
-        (stored(said(), 1), "one file is to hold several shards"),
-        (stored(said(storage_rank=3)), "rank 3 has not shard 0"),
-        (stored(said(storage_rank=None)), "has no storage_rank"),
-        (stored(said(file_name="../../etc/passwd")), "is in no file of this folder"),
-        (stored(said(file_name="llama-opt-0000002-0000004.safetensors")), "but it does not"),
-        (stored(7), "is in no file of this folder"),
-        (lambda m: m[STORED].update({"('unknown', (0,))": said()}), "which is not described"),
-        (lambda m: m[STORED].update({"QKV 0": said()}), "is not like"),
-        (lambda m: m[STORED].update({"('\\x', (0,))": said()}), "has no name"),
+        (layout(tensor_map=[5, -1]), "expected integers from -1 to 1"),
+        (layout(tensor_map=[[0, 0], -1]), "uses an axis twice"),
+        (layout(tensor_map=[-1, 0]), "contradict its layout"),
+        (layout(device_matrix=[2, 0]), "expected integers from 1"),
+        (stored(said(file_name="a"), 2), "no shard 2 .expected 0 to 1"),
+        (stored(said(), 1), "one file stores several shards"),
+        (stored(said(storage_rank=3)), "shard 0 is stored in .* by rank 3, which does not"),
+        (stored(said(storage_rank=None)), "has no valid storage_rank"),
+        (stored(said(file_name="../../etc/passwd")), "has no file_name in this folder"),
+        (stored(said(file_name="llama-opt-0000002-0000004.safetensors")), "does not contain"),
+        (stored(7), "has no file_name in this folder"),
+        (
+            lambda m: m[STORED].update({"('unknown', (0,))": said()}),
+            "which state_dict_metadata lacks",
+        ),
+        (lambda m: m[STORED].update({"QKV 0": said()}), "is not of the form"),
+        (lambda m: m[STORED].update({"('\\x', (0,))": said()}), "has an invalid name"),
     ],
 )
 def test_metadata_that_contradicts_itself_or_the_files_is_refused(
@@ -276,7 +282,7 @@ def test_metadata_that_contradicts_itself_or_the_files_is_refused(
 ) -> None:
     where = tmp_path / "c"
     shutil.copytree(folder("balanced") / STEP, where)
-    metadata = told(where)
+    metadata = read_metadata(where)
     damage(metadata)
     (where / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(FormatError, match=why):

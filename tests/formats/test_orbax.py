@@ -27,7 +27,10 @@ from jaxshard.conversion.open import open_checkpoint
 from jaxshard.conversion.prepare import fitted, prepare
 from jaxshard.errors import FormatError, LayoutError, StorageError
 from jaxshard.formats.folder import is_orbax, orbax_item_folder
-from jaxshard.formats.orbax_items import OrbaxItem, quiet
+from jaxshard.formats.orbax import (
+    OrbaxItem,
+    quiet,
+)
 from jaxshard.loader import load
 from jaxshard.saver import save
 from jaxshard.storage.engine import COUNTED
@@ -277,7 +280,7 @@ def test_orbaxs_own_reader_of_safetensors_opens_what_is_saved(tmp_path):
 def test_damaged_metadata_is_an_error_with_the_path(tmp_path):
     by_checkpointer(tmp_path / "there", {"w": np.ones(4, np.float32)})
     (tmp_path / "there" / "_METADATA").write_text("{")
-    with pytest.raises(FormatError, match="there: Orbax finds no arrays for its metadata"):
+    with pytest.raises(FormatError, match="there: Orbax finds no arrays that match the metadata"):
         open_checkpoint(tmp_path / "there")
 
 

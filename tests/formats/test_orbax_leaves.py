@@ -23,7 +23,7 @@ import jaxshard as js
 from jaxshard.core.dtypes import OF_ARRAYS
 from jaxshard.devices.pytree import is_key
 from jaxshard.errors import FormatError, LayoutError, NotFoundError
-from jaxshard.formats.orbax_items import leaf_names
+from jaxshard.formats.orbax import leaf_names
 
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
 P = PartitionSpec

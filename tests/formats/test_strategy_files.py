@@ -260,7 +260,7 @@ def test_json_of_one_rank_is_read() -> None:
         ({"w.pt": b"PK\x03\x04"}, FormatError, "a PyTorch checkpoint"),
         ({"w.ckpt": b""}, FormatError, "w.ckpt is empty"),
         ({"a.txt": b"", "b": b""}, NotFoundError, "no strategy file at memory .found a.txt, b"),
-        ({"s.json": b'{"a": 1}'}, FormatError, "not a JSON strategy file .KeyError"),
+        ({"s.json": b'{"a": 1}'}, FormatError, "not a JSON strategy file: current_stage"),
         ({"s.json": b'{"parallel_strategy_item": []}'}, FormatError, "not a JSON strategy file"),
         ({"s.ckpt": b"\x08\x02"}, FormatError, "without a single parameter"),
         ({"s.ckpt": raw(0, w=W)[:-1]}, FormatError, "s.ckpt, byte .* are left in its message"),

@@ -247,7 +247,7 @@ def test_a_failed_save_leaves_nothing_and_does_not_stand_in_the_way(tmp_path, mo
     save({"x": np.zeros(4, np.float32)}, tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(OutputFiles, "write", full)
-        patched.setattr("jaxshard.formats.orbax_items.write", full)
+        patched.setattr("jaxshard.formats.orbax.write", full)
         with pytest.raises(StorageError):
             save({"x": np.ones(4, np.float32)}, tmp_path / "out", overwrite=True, format=format)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
