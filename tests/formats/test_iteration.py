@@ -197,7 +197,9 @@ def test_weights_that_are_only_in_missing_files_are_refused(tmp_path: Path) -> N
     where = tmp_path / "c"
     shutil.copytree(folder("balanced") / STEP, where)
     (where / "llama-model-0000002-0000004.safetensors").unlink()
-    with pytest.raises(NotFoundError, match="input_layernorm.weight: .* lacks llama-model-0000002"):
+    with pytest.raises(
+        NotFoundError, match=r"input_layernorm.weight: .* lacks llama-model-0000002"
+    ):
         js.open(where)
 
 
