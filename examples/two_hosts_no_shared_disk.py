@@ -27,7 +27,7 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
 
     own = folder / f"host{index}"
     params = js.load(own / "model", "mp4pp2")  # host 0 has the first stage, host 1 the second
-    js.save(params, own / "saved", format="ranks", shared=False, timeout_s=60)
+    js.save(params, own / "saved", format="ranks", shared_filesystem=False, timeout_s=60)
     say(f"host {index}: {' '.join(sorted(p.name for p in (own / 'saved').iterdir()))}")
 
     again = js.load(own / "saved", "mp4pp2")  # every name is there, with what its devices hold

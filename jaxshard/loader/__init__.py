@@ -63,7 +63,7 @@ def load(
     name_of: Callable[[str], str] | None = None,
     names: Mapping | str | None = None,
     mmap: bool = False,
-    owned: bool = False,
+    copy: bool = False,
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
     workers: int | None = None,
@@ -75,7 +75,7 @@ def load(
     """The tensors of a checkpoint as arrays: ``{name: jax.Array}``, or the tree given as target.
 
     Arrays can be donated, and do not depend on the files (but see ``mmap``). On CPU devices
-    they are the memory that was read into, which replicas share (but see ``owned``); small ones
+    they are the memory that was read into, which replicas share (but see ``copy``); small ones
     that lie together are copied, so that none keeps the memory of thousands.
 
     Args:
@@ -104,7 +104,7 @@ def load(
         mmap: use tensors where they lie in the files, if they are aligned as files written by
             jaxshard are. Nobody may change those files in place while the arrays live: what
             is written there shows through, and truncating one kills the process.
-        owned: have arrays on CPU devices in memory of XLA's own, each replica in its own. XLA
+        copy: have arrays on CPU devices in memory of XLA's own, each replica in its own. XLA
             writes to no other: the first step to which other arrays are donated makes new
             ones, and memory is twice the arrays until it is done. Slower, by a copy.
         src_strategy: the strategy files of a source cut into ranks.
@@ -128,9 +128,9 @@ def load(
         LayoutError: the target does not fit the tensors, the devices or the memory.
         StorageError: the disk refused, or another process failed or did not come in time.
     """
-    if mmap and owned:
+    if mmap and copy:
         raise LayoutError(
-            "mmap=True uses tensors where they lie in the files, owned=True copies them to memory "
+            "mmap=True uses tensors where they lie in the files, copy=True copies them to memory "
             "of their own. Choose one."
         )
     everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
@@ -156,7 +156,7 @@ def load(
         name_of=name_of,
         names=names,
         mmap=mmap,
-        owned=owned,
+        copy=copy,
         workers=workers,
         balanced=together if balanced else None,
         verify=verify,
@@ -203,7 +203,7 @@ def load_opened(
     name_of: Callable[[str], str] | None = None,
     names: Mapping | str | None = None,
     mmap: bool = False,
-    owned: bool = False,
+    copy: bool = False,
     workers: int | None = None,
     balanced: Processes | None = None,
     verify: bool = False,
@@ -218,7 +218,7 @@ def load_opened(
     Raises:
         JaxshardError: as ``load``.
     """
-    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, owned, verify)
+    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, copy, verify)
     processes = (balanced or Processes()).about(catalog.root)
     with processes.together("loading"):
         include, exclude = texts(include), texts(exclude)
@@ -244,7 +244,7 @@ def load_opened(
             decided(wanted.wants)
         notes = (*chosen.notes, *notes, *wanted.notes)
         log_notes(catalog.root, notes, catalog.logged)
-        by_orbax = restored_by_orbax(catalog, wanted.wants) and not owned
+        by_orbax = restored_by_orbax(catalog, wanted.wants) and not copy
         if by_orbax:
             arrays, counts = restore(catalog, wanted.wants, host_bytes)
         else:
@@ -266,7 +266,7 @@ class _How:
     host_bytes: int | None
     workers: int
     mmap: bool
-    owned: bool
+    copy: bool
     verify: bool
 
 
@@ -277,7 +277,7 @@ def _read(
     small, rest = small_of(wants, mmap=how.mmap)
     found = jobs([wants[place] for place in rest])
     todo = [job for job, _ in found]
-    need = need_of(todo, extra_bytes + small.num_bytes, adopted=not how.owned)
+    need = need_of(todo, extra_bytes + small.num_bytes, adopted=not how.copy)
     budget, in_flight = share_out(need, how.host_bytes, how.workers)
     check_memory(need, budget.host_bytes, in_flight or 0)
     check_dtypes(todo, small.samples())
@@ -290,7 +290,7 @@ def _read(
         staging = Staging(in_flight or 0, _pin_for(todo))
         arrays: dict[int, jax.Array] = {}
         counts = load_small(small, files, arrays, workers=budget.workers)
-        made, more = carry(todo, files, budget=budget, staging=staging, adopted=not how.owned)
+        made, more = carry(todo, files, budget=budget, staging=staging, adopted=not how.copy)
         files.check_unchanged()
     finally:
         files.close()

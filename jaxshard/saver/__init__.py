@@ -84,8 +84,8 @@ def save(
     overwrite: bool = False,
     fsync: bool = True,
     checksums: bool = False,
-    shared: bool = True,
-    alone: bool = False,
+    shared_filesystem: bool = True,
+    single_process: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Report:
     """Write the arrays of ``tree`` as a checkpoint at ``path``; what was done.
@@ -124,10 +124,10 @@ def save(
         fsync: have every file on disk before the result is published.
         checksums: write ``checksums.json`` beside the files, for ``verify`` and
             ``load(verify=True)``; other readers pass over it.
-        shared: of several processes, all see one disk at ``path``. If not, each writes there,
-            on its own disk, the files of the ranks whose devices it has, and ``load`` in the
-            same process finds what its devices need; only for files by rank.
-        alone: of several processes, this one alone calls, and saves what it has to itself.
+        shared_filesystem: all processes see the same files at ``path``. If not, each writes the
+            files of the ranks whose devices it has to its own disk, where ``load`` in the same
+            process finds what its devices need; only for files by rank.
+        single_process: only this process calls, and saves arrays that it holds completely.
         timeout_s: how long several processes wait for each other.
 
     Raises:
@@ -136,15 +136,15 @@ def save(
         FormatError: ``config`` has numbers that ``names`` cannot be about.
         StorageError: the disk is full or refuses, or another process fails or does not come.
     """
-    processes = Processes() if alone else processes_of_jax(timeout_s)
+    processes = Processes() if single_process else processes_of_jax(timeout_s)
     where, options = Path(path), {"overwrite": overwrite, "durable": fsync}
     with processes.about(str(where)).together("saving: preparing"), paused():
         kind = find_format(format)
         single_file.refuse(where)
         arrays, notes = arrays_of(tree, name_of)
         if processes.are_several:
-            check_across(kind, shared=shared)
-        elif alone:
+            check_across(kind, shared=shared_filesystem)
+        elif single_process:
             check_alone(arrays, kind)
         carried, more = _carried(extras)
         notes = (*notes, *more)
@@ -192,13 +192,13 @@ def save(
     publication = Publication.of(result, where, carried, **options)
     try:
         if processes.are_several:
-            commit_all = commit_shared if shared else commit_own
+            commit_all = commit_shared if shared_filesystem else commit_own
             counts = commit_all(source, result, publication, budget, processes)
         else:
             counts = commit(publication, lambda s: write_files(source, result, s, budget))
     finally:
         source.close()
-    side_files = result.side_files if processes.index == 0 or not shared else {}
+    side_files = result.side_files if processes.index == 0 or not shared_filesystem else {}
     notes = (*notes, *result.outputs.layout.notes, *put_beside(where, side_files, **options))
     return _report(path, counts, len(result.outputs.paths), notes, carried)
 

@@ -265,8 +265,8 @@ def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
     if len(devices) != num_ranks:
         raise LayoutError(
             f"the arrays lie on {len(devices)} devices, and {num_ranks} ranks are to be saved. "
-            "With shared=False each process writes the ranks of its own devices: leave strategy= "
-            "out, or save to a shared disk."
+            "With shared_filesystem=False each process writes the ranks of its own devices: leave "
+            "strategy= out, or save to a shared filesystem."
         )
     here = jax.process_index()
     return frozenset(r for r, device in enumerate(devices) if device.process_index == here)
@@ -281,13 +281,13 @@ def check_alone(arrays: Mapping[str, Array], format: Format) -> None:
     if format.own_library and jax.process_count() > 1:
         raise LayoutError(
             f"format {format.name!r}: its library synchronizes all {jax.process_count()} processes "
-            "when it saves, so alone=True is not possible. Save as huggingface or ranks."
+            "when it saves, so single_process=True is not possible. Save as huggingface or ranks."
         )
     for name, array in arrays.items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise LayoutError(
-                f"{name}: other processes hold parts of it, so alone=True cannot save it. Call "
-                "save in all processes, without alone=True."
+                f"{name}: other processes hold parts of it, so single_process=True cannot save "
+                "it. Call save in all processes, without single_process=True."
             )
 
 
@@ -305,7 +305,7 @@ def check_across(format: Format, *, shared: bool) -> None:
     if not shared and not format.on_own_disks:
         raise LayoutError(
             f"format {format.name!r}: each file holds data of several processes, so all of them "
-            'must share a disk. With shared=False, save with format="ranks".'
+            'must share a disk. With shared_filesystem=False, save with format="ranks".'
         )
 
 

@@ -239,8 +239,8 @@ def wait_for(folder: Path, within_s: float, process: int) -> None:
         if time.monotonic() > until:
             raise StorageError(
                 f"process {process} does not see {folder}, which process 0 has made. Save to a "
-                "disk that all hosts share, or give shared=False: each process then writes the "
-                "files of its own devices to its own disk."
+                "filesystem that all hosts share, or pass shared_filesystem=False: each process "
+                "then writes the files of its own devices to its own disk."
             )
         time.sleep(0.05)
 

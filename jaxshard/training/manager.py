@@ -181,7 +181,15 @@ class CheckpointManager:
 
     # --- saving --------------------------------------------------------------------------
 
-    def maybe_save(self, step: int, state: Any, **what: Any) -> bool:
+    def maybe_save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        extras: Mapping[str, Any] | None = None,
+        loss_scale: float | None = None,
+        overwrite: bool = False,
+    ) -> bool:
         """``save`` if it is time to; whether it was. Arguments and errors as ``save``.
 
         What counts is the newest step of this run that is saved and good: a save that failed,
@@ -197,7 +205,7 @@ class CheckpointManager:
             is_due = self._company.of_process_0(is_due)
         if not is_due:
             return False
-        self.save(step, state, **what)
+        self.save(step, state, extras=extras, loss_scale=loss_scale, overwrite=overwrite)
         return True
 
     def save(

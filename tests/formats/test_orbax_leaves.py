@@ -100,7 +100,7 @@ def rows(array: np.ndarray) -> PartitionSpec:
     return P("x") if array.ndim and array.shape[0] % 8 == 0 else P()
 
 
-@pytest.mark.parametrize("how", [{}, {"owned": True}, {"host_bytes": 1 << 20}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"copy": True}, {"host_bytes": 1 << 20}], ids=str)
 def test_every_array_is_loaded_as_orbax_restores_it(place, expected, how) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     lies = {name: NamedSharding(mesh, rows(array)) for name, array in expected.items()}

@@ -349,7 +349,7 @@ def _check_apart(index, answer):
     refused = answer["refused"]
     assert "Of 8 ranks" in refused["other layout"]
     assert "copy the other ranks' folders" in refused["other layout"]
-    assert "shared=False" in refused["shared"]
+    assert "shared_filesystem=False" in refused["shared"]
     assert "need a disk that all of them share" in refused["complete"]
     assert "Orbax" in refused["orbax"]
 

@@ -85,7 +85,7 @@ lengths = st.sampled_from([0, 4, 12, 16, 64, 300, 4096, 20_000])
 @given(
     st.lists(st.tuples(kinds, lengths), min_size=1, max_size=30),
     st.sampled_from(["a device", "replicas", "by name"]),
-    st.sampled_from([{}, {"owned": True}, {"mmap": True}, {"dtype": "float32"}]),
+    st.sampled_from([{}, {"copy": True}, {"mmap": True}, {"dtype": "float32"}]),
 )
 def test_loading_small_arrays_together_is_loading_each_alone_and_saving_gives_them_back(
     tmp_path_factory, tensors, place, how

@@ -72,5 +72,5 @@ def test_headers_and_checksums_are_on_the_disk_too(result, tmp_path, monkeypatch
 
 
 def test_a_folder_that_is_not_seen_is_said_to_be_on_no_common_disk(tmp_path):
-    with pytest.raises(StorageError, match=r"process 3 does not see .*shared=False"):
+    with pytest.raises(StorageError, match=r"process 3 does not see .*shared_filesystem=False"):
         wait_for(tmp_path / "nowhere", 0.1, 3)

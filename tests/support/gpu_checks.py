@@ -52,7 +52,7 @@ def check_loads(folder: Path, device: jax.Device) -> None:
     """Every dtype arrives; memory that was used for one tensor is not seen by another."""
     values = model()
     checkpoints.write_folder(folder / "model", values)
-    for how in ({}, {"host_bytes": 32 << 20}, {"workers": 1}, {"owned": True}, {"dtype": None}):
+    for how in ({}, {"host_bytes": 32 << 20}, {"workers": 1}, {"copy": True}, {"dtype": None}):
         arrays = load(folder / "model", device, **how)
         assert all(a.devices() == {device} for a in arrays.values())
         assert_same(arrays, values)

@@ -169,7 +169,7 @@ def forms(index, count, source, out):
         saver.save(tree, place, fsync=False, timeout_s=60)
         right[name] = _is_same(place, {n: truth[n] for n in tree})
     if index == count - 1:  # the others do not call
-        saver.save({"d": mixed["d"]}, f"{out}/own", alone=True, fsync=False)
+        saver.save({"d": mixed["d"]}, f"{out}/own", single_process=True, fsync=False)
         right["own"] = _is_same(f"{out}/own", {"d": truth["d"]})
     with jax.enable_x64(True):
         whole = js.gather({"a": mixed["a"], "d": mixed["d"]}, host=True, from_processes=True)
@@ -208,11 +208,11 @@ def _refused(index, count, arrays, mixed, out):
         "unlike": refusal(lambda: saver.save(unlike, f"{out}/x", timeout_s=60)),
         "nobody": refusal(lambda: saver.save(nowhere, f"{out}/x", timeout_s=60)),
         "exists": refusal(lambda: saver.save(arrays, full, timeout_s=60)),
-        "alone": refusal(lambda: saver.save(arrays, f"{out}/x", alone=True)),
+        "alone": refusal(lambda: saver.save(arrays, f"{out}/x", single_process=True)),
     }
     own = f"{out}/host{index}"
     Publication.begin = begin
-    how = {"format": "ranks", "shared": False, "fsync": False, "timeout_s": 60}
+    how = {"format": "ranks", "shared_filesystem": False, "fsync": False, "timeout_s": 60}
     found["own"] = refusal(lambda: saver.save(arrays, own, **how))
     Publication.begin = plain
     saver.save(arrays, own, **how)  # nobody keeps the lock of what was given up
@@ -301,7 +301,8 @@ def apart(index, count, source, out):
     for strategy in ("dp2mp4", "mp4pp2"):
         arrays = loader.load(source, strategy)
         place = f"{own}-{strategy}"
-        saver.save(arrays, place, format="ranks", shared=False, fsync=False, timeout_s=60)
+        how = {"format": "ranks", "shared_filesystem": False, "fsync": False}
+        saver.save(arrays, place, timeout_s=60, **how)
         again = loader.load(place, strategy)
         answer[strategy] = {
             "right": is_right(again, truth),
@@ -313,7 +314,7 @@ def apart(index, count, source, out):
     for name, work in (
         ("other layout", lambda: loader.load(f"{own}-mp4pp2", "dp8")),
         ("shared", lambda: saver.save(arrays, f"{own}-together", timeout_s=4)),
-        ("complete", lambda: saver.save(arrays, f"{own}-x", shared=False)),
+        ("complete", lambda: saver.save(arrays, f"{own}-x", shared_filesystem=False)),
         ("orbax", lambda: saver.save(arrays, f"{own}-x", format="orbax")),
     ):
         try:
@@ -326,7 +327,7 @@ def apart(index, count, source, out):
 def mixed_saves(index, count, source, out):
     """One host dies while all publish: it has an older save than the others, and all hear of it."""
     own = f"{out}/host{index}/mixed"
-    how = {"format": "ranks", "shared": False, "fsync": False, "overwrite": True}
+    how = {"format": "ranks", "shared_filesystem": False, "fsync": False, "overwrite": True}
     arrays = loader.load(source, "mp4pp2")
     saver.save(arrays, own, **how, timeout_s=60)
     again = is_right(loader.load(own, "mp4pp2"), truth_of(source))

@@ -118,7 +118,7 @@ def saved_by_several(*, shared: bool) -> Run:
         Processes.are_several = property(lambda self: True)
         seed = int(world.source.name == "llama")
         arrays = {"x": jax.numpy.full((4, 4), seed, "float32")}
-        js.save(arrays, world.out, format="ranks", shared=shared, workers=1, **flags)
+        js.save(arrays, world.out, format="ranks", shared_filesystem=shared, workers=1, **flags)
 
     return run
 
