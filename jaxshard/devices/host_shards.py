@@ -32,8 +32,12 @@ from ..mapping import Mapping as NamesAndShapes
 from ..planning.bundles import SMALL_BYTES
 from ..resharding.geometry import device_boxes
 from ..storage.io import Source
-from .chunked_fetch import Fetched, Room
-from .host_transfer import is_on_host, to_host
+from .host_transfer import (
+    ChunkBudget,
+    ChunkCache,
+    is_on_host,
+    to_host,
+)
 
 Array = jax.Array | NDArray[np.generic]
 SnapshotMode = Literal["auto", "copy"]
@@ -55,7 +59,7 @@ class HostShards(Source):
         *,
         model: Model = Model(),  # noqa: B008 - frozen
         metadata: Mapping[str, str] | None = None,
-        room: Room = Room(),  # noqa: B008 - frozen
+        room: ChunkBudget = ChunkBudget(),  # noqa: B008 - frozen
         has_numbers: bool = False,
     ) -> None:
         """Catalogue ``arrays``; ``room`` bounds the chunks that are copied from devices.
@@ -72,7 +76,7 @@ class HostShards(Source):
         self._placement = _Placement()
         self._copied_whole: dict[int, int] = {}  # bytes of small shards in host memory
         self._views: dict[int, Bytes] = {}
-        self._fetched = Fetched(room, _stored_bytes)
+        self._fetched = ChunkCache(room, _stored_bytes)
         self._files: list[File] = []
         tensors = {name: self._tensor(name, array) for name, array in arrays.items()}
         self.catalog = Catalog(

@@ -21,7 +21,11 @@ from ..conversion.open import PathLike, opened
 from ..conversion.select import chooser, missed, refuse_lost, select, takes_whole, texts
 from ..core.catalog import Catalog
 from ..core.notes import log_notes
-from ..devices.pinned_memory import Pin, Staging, pin_for
+from ..devices.host_memory import (
+    BufferPool,
+    Pin,
+    pin_for,
+)
 from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..errors import CoverageError, LayoutError, NotFoundError, format_list
 from ..formats.huggingface import CHECKSUMS
@@ -33,10 +37,18 @@ from ..storage.identity import check_same, identity
 from ..storage.readers import open_source
 from ..storage.resources import Counts, default_workers, parse_size
 from .balanced import gathered, kept_bytes, spread
-from .memory_budget import check_dtypes, check_memory, need_of, share_out
-from .orbax_arrays import restore, restored_by_orbax
+from .make_arrays import (
+    check_dtypes,
+    restore,
+    restored_by_orbax,
+)
 from .read import carry
-from .requests import Job, Want, files_of, jobs
+from .requests import ArrayRequest, TensorRequest, files_of, jobs
+from .shard_memory import (
+    check_memory,
+    need_of,
+    share_out,
+)
 from .small_arrays import load_small, small_of
 from .target_shardings import (
     Devices,
@@ -138,7 +150,7 @@ def load(
     together = everyone.of(sharers(target, devices)) if is_asked else everyone
     catalog = _opened_alike(source, src_strategy, suffix, together)
 
-    def compare(wants: Sequence[Want]) -> None:
+    def compare(wants: Sequence[ArrayRequest]) -> None:
         if is_asked and not together.are_several:
             known = everyone.of(of_shardings(want.sharding for want in wants))
             _check_same(catalog, known)  # a function of the name said only now where they go
@@ -207,7 +219,7 @@ def load_opened(
     workers: int | None = None,
     balanced: Processes | None = None,
     verify: bool = False,
-    decided: Callable[[Sequence[Want]], None] | None = None,
+    decided: Callable[[Sequence[ArrayRequest]], None] | None = None,
     counted: Callable[[Counts], None] | None = None,
 ) -> Any:
     """``load`` of what is open, without a meeting to compare it with what others opened.
@@ -271,7 +283,7 @@ class _How:
 
 
 def _read(
-    catalog: Catalog, wants: Sequence[Want], how: _How, extra_bytes: int
+    catalog: Catalog, wants: Sequence[ArrayRequest], how: _How, extra_bytes: int
 ) -> tuple[list[jax.Array], Counts]:
     """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
     small, rest = small_of(wants, mmap=how.mmap)
@@ -287,7 +299,7 @@ def _read(
         if how.verify:
             used = sorted({*files_of(todo), *small.files()})
             _check_sums(catalog, used, without, how.workers)
-        staging = Staging(in_flight or 0, _pin_for(todo))
+        staging = BufferPool(in_flight or 0, _pin_for(todo))
         arrays: dict[int, jax.Array] = {}
         counts = load_small(small, files, arrays, workers=budget.workers)
         made, more = carry(todo, files, budget=budget, staging=staging, adopted=not how.copy)
@@ -322,7 +334,7 @@ def _check_sums(
         )
 
 
-def _pin_for(todo: Sequence[Job]) -> Pin | None:
+def _pin_for(todo: Sequence[TensorRequest]) -> Pin | None:
     """How memory is pinned that passes to the devices of these jobs."""
     devices = (device for job in todo for use in job.uses for device, _ in use[:1])
     return next((pin for device in devices if (pin := pin_for(device))), None)

@@ -25,11 +25,10 @@ from .. import resharding
 from ..devices.mesh import partition_spec, placement_of, sharding
 from ..distributed.partition import cut_by_replicas
 from ..resharding.geometry import all_device_boxes, bits_of
-from .make_arrays import adopts
-from .requests import Want
+from .requests import ArrayRequest, adopts
 
 
-def spread(wants: Sequence[Want]) -> list[Want]:
+def spread(wants: Sequence[ArrayRequest]) -> list[ArrayRequest]:
     """What to read so that no two processes read the same: ``wants`` with other shardings."""
     found, turns = [], 0
     for want in wants:
@@ -45,7 +44,7 @@ def spread(wants: Sequence[Want]) -> list[Want]:
     return found
 
 
-def gathered(arrays: Sequence[jax.Array], wants: Sequence[Want]) -> list[jax.Array]:
+def gathered(arrays: Sequence[jax.Array], wants: Sequence[ArrayRequest]) -> list[jax.Array]:
     """The arrays as they are wanted, from what ``spread`` had read; nothing goes over a host."""
     moved = [n for n, w in enumerate(wants) if arrays[n].sharding != w.sharding]
     found = list(arrays)
@@ -58,7 +57,7 @@ def gathered(arrays: Sequence[jax.Array], wants: Sequence[Want]) -> list[jax.Arr
     return found
 
 
-def kept_bytes(first: Sequence[Want], wants: Sequence[Want]) -> int:
+def kept_bytes(first: Sequence[ArrayRequest], wants: Sequence[ArrayRequest]) -> int:
     """Host memory that the arrays take on CPU devices once they are put together."""
     total = 0
     for before, want in zip(first, wants, strict=True):

@@ -10,32 +10,43 @@ whole NumPy array would, on several processes, gather it from all of them to com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.catalog import Catalog
 from ..core.numpy_dtypes import Bytes
-from .requests import Job, Want
-from .shard_memory import as_array
+from ..errors import LayoutError
+from ..formats.registry import (
+    Orbax,
+    format_of,
+)
+from ..storage.local import FolderVersions
+from ..storage.resources import (
+    Counts,
+    default_budget,
+)
+from .requests import (
+    ArrayRequest,
+    TensorRequest,
+    adopts,
+    jobs,
+)
+from .shard_memory import (
+    as_array,
+    check_memory,
+    need_of,
+)
 
 Shaped = NDArray[np.generic]
 Use = Sequence[tuple[jax.Device, int]]
 
 
-def adopts(devices: Sequence[jax.Device]) -> bool:
-    """Whether arrays on ``devices`` can be made of host memory without a copy."""
-    return all(device.platform == "cpu" for device in devices)
-
-
-def is_kept(job: Job, *, adopted: bool = True) -> bool:
-    """Whether arrays of ``job`` are made of the memory it is read into."""
-    return adopted and any(adopts([device for device, _ in use]) for use in job.uses)
-
-
-def place(job: Job, memory: Sequence[Bytes], *, adopted: bool = True) -> list[jax.Array]:
+def place(job: TensorRequest, memory: Sequence[Bytes], *, adopted: bool = True) -> list[jax.Array]:
     """The arrays of a job whose shards are in ``memory``, one for each want.
 
     Where host memory is copied to the device, the copy is complete. CPU devices copy it too if
@@ -52,7 +63,9 @@ def place(job: Job, memory: Sequence[Bytes], *, adopted: bool = True) -> list[ja
     return arrays
 
 
-def _adopted(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Array:
+def _adopted(
+    job: TensorRequest, want: ArrayRequest, use: Use, shards: Sequence[Shaped]
+) -> jax.Array:
     """An array whose memory is that of ``shards``."""
     shape = job.tensor.shape
     if not use:  # all its devices are other processes'; JAX would still ask for a shard
@@ -64,7 +77,9 @@ def _adopted(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Ar
     )
 
 
-def _transferred(job: Job, want: Want, use: Use, shards: Sequence[Shaped]) -> jax.Array:
+def _transferred(
+    job: TensorRequest, want: ArrayRequest, use: Use, shards: Sequence[Shaped]
+) -> jax.Array:
     """An array on other devices: host to device once a shard, then between devices."""
     at: dict[int, jax.Device] = {}
     for device, number in use:
@@ -89,3 +104,85 @@ def _key(index: tuple[slice, ...] | None) -> tuple[tuple[int | None, int | None]
 def keeping_64_bits(itemsize: int) -> AbstractContextManager[object]:
     """Where JAX leaves 64-bit elements as they are; outside, it cuts them to 32 silently."""
     return jax.enable_x64(True) if itemsize >= 8 else nullcontext()
+
+
+def check_dtypes(
+    jobs: Sequence[TensorRequest],
+    others: Iterable[tuple[str, np.dtype[np.generic], jax.Device]] = (),
+) -> None:
+    """Refuse dtypes that a device cannot hold, by putting one element there.
+
+    Args:
+        jobs: what is loaded.
+        others: names, dtypes and devices of what is loaded besides.
+
+    Raises:
+        LayoutError: with the names of some tensors, and what JAX says.
+    """
+    tried: set[tuple[str, np.dtype[np.generic]]] = set()
+    used = (
+        (job.tensor.name, want.dtype, device)
+        for job in jobs
+        for want, use in zip(job.wants, job.uses, strict=True)
+        for device, _ in use[:1]
+    )
+    for name, dtype, device in chain(used, others):
+        if (device.platform, dtype) in tried:
+            continue
+        tried.add((device.platform, dtype))
+        try:
+            with keeping_64_bits(dtype.itemsize):
+                made = jax.device_put(np.zeros(1, dtype), device)
+        except Exception as error:  # whatever the backend raises, it means no
+            raise _lacks(name, dtype, device, str(error)) from error
+        if made.dtype != dtype:
+            raise _lacks(name, dtype, device, f"it made {made.dtype} of it")
+
+
+def _lacks(name: str, dtype: np.dtype[np.generic], device: jax.Device, said: str) -> LayoutError:
+    return LayoutError(
+        f"{name}: {device} does not take {dtype.name} ({said.splitlines()[0]}). Load it "
+        "with dtype=, or leave such tensors out with exclude=."
+    )
+
+
+# --- Loading through Orbax's library, which makes the arrays itself
+
+
+def restored_by_orbax(catalog: Catalog, wants: Sequence[ArrayRequest]) -> bool:
+    """Whether Orbax can make every array: each is a tensor as stored, and wanted once."""
+    names = [want.tensor.name for want in wants]
+    return (
+        isinstance(format_of(catalog.format), Orbax)
+        and len(set(names)) == len(names)
+        and all(catalog.tensors.get(want.tensor.name) is want.tensor for want in wants)
+    )
+
+
+def restore(
+    catalog: Catalog, wants: Sequence[ArrayRequest], host_bytes: int | None
+) -> tuple[list[jax.Array], Counts]:
+    """The arrays of ``wants``, in their order, and what was read.
+
+    Orbax does not tell how many bytes of its files that took; they are counted as those of
+    the distinct shards, and a request for each tensor.
+
+    Raises:
+        LayoutError: there is not the memory, or a device lacks a dtype.
+        FormatError: Orbax cannot read them.
+    """
+    from ..formats import orbax  # noqa: PLC0415 - a second to import, and rarely needed
+
+    todo = [job for job, _ in jobs(wants)]
+    group_bytes = default_budget() if host_bytes is None else host_bytes
+    largest = max((job.tensor.num_bytes for job in todo), default=0)
+    check_memory(need_of(todo), max(group_bytes, largest))
+    check_dtypes(todo)
+    versions = FolderVersions(catalog.root)
+    found = orbax.load(catalog, {w.tensor.name: (w.dtype, w.sharding) for w in wants}, group_bytes)
+    versions.check()
+    num_bytes = sum(
+        job.tensor.dtype.bits * shard.box.size // 8 for job in todo for shard in job.shards
+    )
+    counts = Counts(bytes_needed=num_bytes, bytes_read=num_bytes, num_reads=len(todo))
+    return [found[want.tensor.name] for want in wants], counts

@@ -26,7 +26,7 @@ from ..resharding.geometry import device_boxes
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
+class ArrayRequest:
     """A tensor of the source, as an array of ``dtype`` with ``sharding``."""
 
     tensor: Tensor
@@ -35,16 +35,16 @@ class Want:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LoadRequest:
     """Everything asked for, and how the arrays become what the caller gets."""
 
-    wants: tuple[Want, ...]
+    wants: tuple[ArrayRequest, ...]
     build: Callable[[Sequence[jax.Array]], Any] = field(repr=False)
     notes: tuple[str, ...] = ()  # of the layout, where one was made
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardRequest:
     """A distinct box of a tensor in one dtype: memory that is filled once."""
 
     box: Box
@@ -57,7 +57,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TensorRequest:
     """All that is wanted of one tensor.
 
     Attributes:
@@ -66,8 +66,8 @@ class Job:
     """
 
     tensor: Tensor
-    wants: tuple[Want, ...]
-    shards: tuple[Shard, ...]
+    wants: tuple[ArrayRequest, ...]
+    shards: tuple[ShardRequest, ...]
     uses: tuple[tuple[tuple[jax.Device, int], ...], ...]
 
     @property
@@ -97,7 +97,17 @@ class Job:
             raise type(error)(f"{self.tensor.name}: {error}") from None
 
 
-def jobs(wants: Sequence[Want]) -> tuple[tuple[Job, tuple[int, ...]], ...]:
+def adopts(devices: Sequence[jax.Device]) -> bool:
+    """Return whether arrays on ``devices`` can alias host memory."""
+    return all(device.platform == "cpu" for device in devices)
+
+
+def is_kept(job: TensorRequest, *, adopted: bool = True) -> bool:
+    """Return whether arrays of ``job`` alias the memory it is read into."""
+    return adopted and any(adopts([device for device, _ in use]) for use in job.uses)
+
+
+def jobs(wants: Sequence[ArrayRequest]) -> tuple[tuple[TensorRequest, tuple[int, ...]], ...]:
     """A job for each tensor, and the places of its wants in ``wants``, in the files' order."""
     by_tensor: dict[str, list[int]] = {}
     for number, want in enumerate(wants):
@@ -106,7 +116,7 @@ def jobs(wants: Sequence[Want]) -> tuple[tuple[Job, tuple[int, ...]], ...]:
     return tuple(sorted(found, key=lambda item: _first_byte(item[0].tensor)))
 
 
-def files_of(jobs: Iterable[Job]) -> Iterator[int]:
+def files_of(jobs: Iterable[TensorRequest]) -> Iterator[int]:
     """The numbers of the files that ``jobs`` are read from, some of them several times."""
     for job in jobs:
         move = job.move()
@@ -118,19 +128,19 @@ def files_of(jobs: Iterable[Job]) -> Iterator[int]:
             yield from (piece.file for piece in operand.shards)
 
 
-def _job(wants: Sequence[Want]) -> Job:
+def _job(wants: Sequence[ArrayRequest]) -> TensorRequest:
     tensor = wants[0].tensor
-    numbers: dict[Shard, int] = {}
+    numbers: dict[ShardRequest, int] = {}
     uses = []
     for want in wants:
         conversion = Conversion(tensor.dtype, want.dtype)
         uses.append(
             tuple(
-                (device, numbers.setdefault(Shard(box, conversion), len(numbers)))
+                (device, numbers.setdefault(ShardRequest(box, conversion), len(numbers)))
                 for device, box in device_boxes(want.sharding, tensor.shape).items()
             )
         )
-    return Job(tensor, tuple(wants), tuple(numbers), tuple(uses))
+    return TensorRequest(tensor, tuple(wants), tuple(numbers), tuple(uses))
 
 
 def _first_byte(tensor: Tensor) -> tuple[int, int]:

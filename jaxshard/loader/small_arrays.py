@@ -1,4 +1,4 @@
-"""Small tensors of a load: read together, placed by one ``device_put``.
+"""SmallArrays tensors of a load: read together, placed by one ``device_put``.
 
     file     |abc|def|ghi|         one read for all
     arrays   a  b  c  d  …         one ``device_put`` for all that go to the same devices
@@ -21,20 +21,20 @@ from numpy.typing import NDArray
 from ..core.catalog import Tensor
 from ..core.garbage import paused
 from ..core.numpy_dtypes import Bytes, Conversion, NumpyDType, numpy_dtype
+from ..devices.host_memory import ALIGNMENT, unaligned_empty
 from ..planning.bundles import SMALL_BYTES, Bundle, bundled, small_bytes
 from ..storage.io import Source
 from ..storage.resources import Counts
 from ..storage.work_queue import Shared, in_threads
-from .make_arrays import adopts, keeping_64_bits
-from .requests import Want
-from .shard_memory import ALIGNMENT, off_line
+from .make_arrays import keeping_64_bits
+from .requests import ArrayRequest, adopts
 
 _BUNDLE_BYTES = 256 << 10
 _Kind = tuple[Sharding, NumpyDType]
 
 
 @dataclass(frozen=True)
-class Small:
+class SmallArrays:
     """The bundles of a load.
 
     Attributes:
@@ -71,7 +71,7 @@ class Small:
 
 
 @paused()
-def small_of(wants: Sequence[Want], *, mmap: bool = False) -> tuple[Small, list[int]]:
+def small_of(wants: Sequence[ArrayRequest], *, mmap: bool = False) -> tuple[SmallArrays, list[int]]:
     """What of ``wants`` is read in bundles, and the places of all others.
 
     With ``mmap``, tensors that can be used where they lie in their files are left out.
@@ -96,7 +96,7 @@ def small_of(wants: Sequence[Want], *, mmap: bool = False) -> tuple[Small, list[
     bundles = tuple(item for item in made if isinstance(item, Bundle))
     names = {name for bundle in bundles for name in bundle.names}
     rest = [place for place, want in enumerate(wants) if want.tensor.name not in names]
-    return Small(bundles, tuple(kinds), found, tensors), rest
+    return SmallArrays(bundles, tuple(kinds), found, tensors), rest
 
 
 def _can_be_small(tensor: Tensor, *, mmap: bool) -> bool:
@@ -120,7 +120,7 @@ def _first_byte(tensor: Tensor) -> tuple[int, int]:
 
 
 def load_small(
-    small: Small, source: Source, arrays: dict[int, jax.Array], *, workers: int
+    small: SmallArrays, source: Source, arrays: dict[int, jax.Array], *, workers: int
 ) -> Counts:
     """Read the bundles, and put each array at the place of its want in ``arrays``."""
     counts = [Counts() for _ in range(min(workers, len(small.bundles)))]
@@ -138,8 +138,10 @@ def load_small(
 
 
 @paused()
-def _carried(bundle: Bundle, small: Small, source: Source, arrays: dict[int, jax.Array]) -> Counts:
-    buffer = off_line(bundle.num_bytes)
+def _carried(
+    bundle: Bundle, small: SmallArrays, source: Source, arrays: dict[int, jax.Array]
+) -> Counts:
+    buffer = unaligned_empty(bundle.num_bytes)
     for span in bundle.reads:
         part = buffer[span.start : span.start + span.num_bytes]
         lent = source.lend(span.piece, span.offset, span.num_bytes)
@@ -181,7 +183,7 @@ def _stored(
         data = buffer[start : start + length]
         at = base + start
         if at % ALIGNMENT == 0 or at % dtype.itemsize:
-            apart = off_line(length)
+            apart = unaligned_empty(length)
             apart[...] = data
             data = apart
         yield data.view(dtype).reshape(tensor.shape)
@@ -190,6 +192,6 @@ def _stored(
 def _as(value: NDArray[np.generic], dtype: NumpyDType, tensor: Tensor) -> NDArray[np.generic]:
     if value.dtype == dtype:
         return value
-    made = off_line(value.size * dtype.itemsize)
+    made = unaligned_empty(value.size * dtype.itemsize)
     Conversion(tensor.dtype, dtype).fill(made, 0, value.reshape(-1).view(np.uint8))
     return made.view(dtype).reshape(value.shape)

@@ -52,7 +52,7 @@ from ..devices.rule_shardings import mesh_shardings
 from ..errors import JaxshardError, LayoutError, NotFoundError, did_you_mean, format_list
 from ..formats.strategy_files import for_tensors
 from ..rules import Rules
-from .requests import Want, Wanted
+from .requests import ArrayRequest, LoadRequest
 
 _SUGGESTED = 3  # looking for near names costs time in a catalog of 100,000
 
@@ -136,7 +136,7 @@ def resolve(
     missed: Callable[[str], bool] = lambda name: True,
     taken: Callable[[str], bool] = lambda name: True,
     is_whole: bool = False,
-) -> Wanted:
+) -> LoadRequest:
     """What ``target`` asks of the tensors of ``catalog``; see ``load`` for the arguments.
 
     ``missed`` tells whether a weight that only the target knows is missed, ``taken`` whether one
@@ -264,7 +264,7 @@ def _with_scalars(layout: Layout, catalog: Catalog) -> Layout:
 
 def _all_tensors(
     catalog: Catalog, place_of: Callable[[str], Any], devices: Devices, cast: NumpyDType | None
-) -> Wanted:
+) -> LoadRequest:
     findings = Findings()
     wants = []
     for name, tensor in catalog.tensors.items():
@@ -275,7 +275,7 @@ def _all_tensors(
     findings.refuse(catalog, catalog.tensors)
     names = [want.tensor.name for want in wants]
     notes = _of_keys(catalog, names)
-    return Wanted(tuple(wants), lambda arrays: dict(zip(names, arrays, strict=True)), notes)
+    return LoadRequest(tuple(wants), lambda arrays: dict(zip(names, arrays, strict=True)), notes)
 
 
 def _tree(
@@ -286,10 +286,10 @@ def _tree(
     *,
     strict: bool,
     name_of: Callable[[str], str] | None,
-) -> Wanted:
+) -> LoadRequest:
     leaves, structure = named_leaves(target)
     findings = Findings()
-    wants: dict[int, Want] = {}
+    wants: dict[int, ArrayRequest] = {}
     generators: dict[int, Any] = {}
     wanted = _names(target, leaves, name_of)
     exact = {name for name, _ in wanted.values()}
@@ -334,7 +334,7 @@ def _tree(
         return structure.unflatten([made.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
 
     data = [w.tensor.name for number, w in wants.items() if number not in generators]
-    return Wanted(tuple(wants.values()), build, _of_keys(catalog, data))
+    return LoadRequest(tuple(wants.values()), build, _of_keys(catalog, data))
 
 
 def _names(
@@ -383,7 +383,7 @@ def _want(
     devices: Devices,
     like: Any,
     cast: NumpyDType | None,
-) -> Want:
+) -> ArrayRequest:
     """The want of one tensor, checked.
 
     Raises:
@@ -395,7 +395,7 @@ def _want(
         )
     named = _sharding(name, place, devices)
     _check_fits(name, named, tensor.shape)
-    return Want(tensor, _dtype(name, tensor, like, cast), named)
+    return ArrayRequest(tensor, _dtype(name, tensor, like, cast), named)
 
 
 def _dtype(name: str, tensor: Tensor, like: Any, cast: NumpyDType | None) -> NumpyDType:

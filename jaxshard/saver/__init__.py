@@ -34,8 +34,8 @@ from ..core.garbage import paused
 from ..core.layout import Layout
 from ..core.notes import log_notes
 from ..core.strategy import Strategy
-from ..devices.chunked_fetch import share_out
 from ..devices.host_shards import Array, HostShards, num_fetched
+from ..devices.host_transfer import share_out
 from ..devices.mesh import layout_of
 from ..devices.pytree import is_array_like, named_leaves
 from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax

@@ -24,13 +24,13 @@ from ..core.catalog import Catalog, Tensor, group_by_bytes
 from ..core.layout import Layout
 from ..core.numpy_dtypes import Bytes, numpy_dtype
 from ..core.strategy import Strategy
+from ..devices.host_memory import aligned_empty
 from ..devices.mesh import rank_devices, shardings
 from ..devices.pytree import is_key, keys_of
 from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
-from ..loader.shard_memory import aligned_empty
 from ..planning.copies import move_into
 from ..storage.engine import HostArrays, run
 from ..storage.readers import open_source

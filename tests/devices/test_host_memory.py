@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxshard.devices import host_memory
-from jaxshard.loader.shard_memory import aligned_empty, is_aligned
+from jaxshard.devices.host_memory import aligned_empty, is_aligned
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="regions are Linux's")
 SIZE = 5 << 20

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxshard.devices.host_memory import pin_for
 from jaxshard.devices.host_transfer import to_host
-from jaxshard.devices.pinned_memory import pin_for
 from jaxshard.loader import load
 from jaxshard.mapping import Mapping, Stack, Transpose
 from jaxshard.resharding import gather

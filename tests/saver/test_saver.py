@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from jaxshard.api import convert, verify
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.devices.chunked_fetch import Room
 from jaxshard.devices.host_shards import HostShards
+from jaxshard.devices.host_transfer import ChunkBudget
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.loader import load
 from jaxshard.saver import save
@@ -206,7 +206,9 @@ def test_an_array_can_be_donated_after_it_was_saved(tmp_path):
 # --- from devices that the host does not see -----------------------------------------------
 
 
-@pytest.mark.parametrize("room", [Room(1, 64), Room(16, 64), Room(1, 1 << 20), Room()])
+@pytest.mark.parametrize(
+    "room", [ChunkBudget(1, 64), ChunkBudget(16, 64), ChunkBudget(1, 1 << 20), ChunkBudget()]
+)
 def test_parts_come_from_devices_that_the_host_does_not_see(llama, tmp_path, monkeypatch, room):
     folder, arrays = llama
     monkeypatch.setattr("jaxshard.devices.host_shards.is_on_host", lambda shard: False)

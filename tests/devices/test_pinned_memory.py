@@ -9,15 +9,18 @@ import time
 import numpy as np
 import pytest
 
-from jaxshard.devices import pinned_memory
-from jaxshard.devices.pinned_memory import Staging, pin_for
+from jaxshard.devices import host_memory
+from jaxshard.devices.host_memory import (
+    BufferPool,
+    pin_for,
+)
 
 KIB = 1 << 10
 
 
 @pytest.fixture(autouse=True)
 def _small_arenas(monkeypatch):
-    monkeypatch.setattr(pinned_memory, "ARENA_BYTES", 64 * KIB)
+    monkeypatch.setattr(host_memory, "ARENA_BYTES", 64 * KIB)
 
 
 class Pins:
@@ -37,7 +40,7 @@ class Pins:
 
 def test_what_is_taken_lies_apart_on_cache_lines_and_within_the_bound():
     pins, rng = Pins(), random.Random(3)
-    there = Staging(256 * KIB, pins)
+    there = BufferPool(256 * KIB, pins)
     held: dict[int, np.ndarray] = {}
     for step in range(2000):
         size = rng.choice([1, 63, 64, 5000, 30 * KIB, 60 * KIB])
@@ -60,7 +63,7 @@ def test_what_is_taken_lies_apart_on_cache_lines_and_within_the_bound():
 
 
 def test_memory_is_used_again():
-    there = Staging(1 << 20)
+    there = BufferPool(1 << 20)
     places = set()
     for size in (30 * KIB, 60 * KIB, 10 * KIB):
         memory = there.take(size)
@@ -72,7 +75,7 @@ def test_memory_is_used_again():
 
 def test_a_tensor_larger_than_the_bound_gets_memory_of_its_own_once_nothing_else_is_there():
     pins = Pins()
-    there = Staging(64 * KIB, pins)
+    there = BufferPool(64 * KIB, pins)
     there.give(there.take(KIB))
     large = there.take(1 << 20)
     assert pins.most == 1 << 20  # what lay idle was let go of first
@@ -81,7 +84,7 @@ def test_a_tensor_larger_than_the_bound_gets_memory_of_its_own_once_nothing_else
 
 
 def test_who_finds_no_room_waits_until_there_is_some():
-    there = Staging(64 * KIB)
+    there = BufferPool(64 * KIB)
     first = there.take(40 * KIB)
     got = []
     thread = threading.Thread(target=lambda: got.append(there.take(40 * KIB)))
@@ -94,7 +97,7 @@ def test_who_finds_no_room_waits_until_there_is_some():
 
 
 def test_who_waits_is_woken_when_all_is_stopped():
-    there = Staging(64 * KIB)
+    there = BufferPool(64 * KIB)
     assert there.take(64 * KIB) is not None
     got = []
     thread = threading.Thread(target=lambda: got.append(there.take(1)))
@@ -106,7 +109,7 @@ def test_who_waits_is_woken_when_all_is_stopped():
 
 
 def test_memory_that_cannot_be_pinned_does_as_well():
-    there = Staging(64 * KIB, Pins(refuses=True))
+    there = BufferPool(64 * KIB, Pins(refuses=True))
     assert there.take(KIB) is not None
     there.close()
 
@@ -121,7 +124,7 @@ class Gpu:
 
 
 def test_only_cuda_devices_with_a_driver_pin(monkeypatch):
-    monkeypatch.setattr(pinned_memory, "_driver", lambda: None)
+    monkeypatch.setattr(host_memory, "_driver", lambda: None)
     cpu = type("Cpu", (), {"platform": "cpu"})
     assert [pin_for(device) for device in (cpu, Gpu("rocm 6"), Gpu())] == [None] * 3
 
@@ -143,8 +146,8 @@ class Driver:
 @pytest.mark.parametrize("refusal", [0, 712])
 def test_the_driver_is_asked_within_a_context_that_is_left_again(monkeypatch, refusal):
     driver = Driver(refusal)
-    monkeypatch.setattr(pinned_memory, "_driver", lambda: driver)
-    monkeypatch.setattr(pinned_memory, "_context", lambda *_: "context")
+    monkeypatch.setattr(host_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(host_memory, "_context", lambda *_: "context")
     pin = pin_for(Gpu())
     unpin = pin(4096, 100)
     within = ["cuCtxPushCurrent_v2", "cuMemHostRegister_v2", "cuCtxPopCurrent_v2"]

@@ -15,13 +15,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.devices.pinned_memory import Staging
+from jaxshard.devices.host_memory import BufferPool
 from jaxshard.errors import StorageError
 from jaxshard.loader import load, make_arrays
 from jaxshard.loader import read as carrying
-from jaxshard.loader.memory_budget import load_budget
 from jaxshard.loader.read import Source, carry
-from jaxshard.loader.requests import Want, jobs
+from jaxshard.loader.requests import ArrayRequest, jobs
+from jaxshard.loader.shard_memory import load_budget
 from jaxshard.storage.readers import SourceFiles
 
 P = PartitionSpec
@@ -31,7 +31,8 @@ P = PartitionSpec
 def unseen(monkeypatch):
     """Devices whose memory the host does not see: what they hold is copied there."""
     monkeypatch.setattr("jaxshard.loader.make_arrays.adopts", lambda devices: False)
-    monkeypatch.setattr("jaxshard.loader.memory_budget.adopts", lambda devices: False)
+    monkeypatch.setattr("jaxshard.loader.requests.adopts", lambda devices: False)
+    monkeypatch.setattr("jaxshard.loader.shard_memory.adopts", lambda devices: False)
 
 
 def two_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -110,10 +111,10 @@ def test_a_failure_anywhere_wakes_who_waits_for_room(tmp_path, monkeypatch, end)
     two_tensors(tmp_path)
     catalog = open_checkpoint(tmp_path)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wants = [Want(t, np.dtype("float32"), here) for t in catalog.tensors.values()]
+    wants = [ArrayRequest(t, np.dtype("float32"), here) for t in catalog.tensors.values()]
     todo = [job for job, _ in jobs(wants)]
     waiting = threading.Event()
-    take = Staging.take
+    take = BufferPool.take
 
     def told(self: Any, num_bytes: int) -> Any:
         if self.num_bytes:
@@ -128,14 +129,18 @@ def test_a_failure_anywhere_wakes_who_waits_for_room(tmp_path, monkeypatch, end)
     def nothing(*args: Any) -> None:
         return None
 
-    monkeypatch.setattr(Staging, "take", told)
+    monkeypatch.setattr(BufferPool, "take", told)
     if end == "place":
-        place = carrying._Carried.place
+        place = carrying._LoadSink.place
         monkeypatch.setattr(
-            carrying._Carried, "place", lambda *a: out_of_memory() if a[-1] else place(*a)
+            carrying._LoadSink, "place", lambda *a: out_of_memory() if a[-1] else place(*a)
         )
-    read = out_of_memory if end == "read" else nothing
-    source = Source(read, out_of_memory if end == "lend" else None)
+
+    class Failing(Source):
+        can_lend = True
+        read = staticmethod(out_of_memory if end == "read" else nothing)
+        lend = staticmethod(out_of_memory if end == "lend" else nothing)
+
     budget = load_budget(64 << 20, workers=2)
     with pytest.raises(MemoryError, match="no page left"):
-        carry(todo, source, budget=budget, staging=Staging(1), adopted=False)
+        carry(todo, Failing(), budget=budget, staging=BufferPool(1), adopted=False)

@@ -24,8 +24,13 @@ from jaxshard.core.strategy import Strategy
 from jaxshard.devices import mesh as devices
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.loader import load
-from jaxshard.loader.memory_budget import Need, load_budget, share_out
-from jaxshard.loader.shard_memory import aligned_empty, is_aligned
+from jaxshard.loader.shard_memory import (
+    MemoryNeed,
+    aligned_empty,
+    is_aligned,
+    load_budget,
+    share_out,
+)
 from jaxshard.rules import read_rules
 from jaxshard.saver import save
 from jaxshard.storage.resources import LEAST_BYTES, Counts
@@ -43,7 +48,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
 def unseen(monkeypatch):
     """Devices whose memory the host does not see: what they hold is copied there."""
     monkeypatch.setattr("jaxshard.loader.make_arrays.adopts", lambda devices: False)
-    monkeypatch.setattr("jaxshard.loader.memory_budget.adopts", lambda devices: False)
+    monkeypatch.setattr("jaxshard.loader.requests.adopts", lambda devices: False)
+    monkeypatch.setattr("jaxshard.loader.shard_memory.adopts", lambda devices: False)
 
 
 def mesh_of(*axes: tuple[str, int]) -> Mesh:
@@ -592,7 +598,7 @@ def test_a_file_that_is_rewritten_while_it_is_read_is_an_error(tmp_path, monkeyp
 
 
 def test_too_little_memory_is_refused_before_reading(llama, monkeypatch):
-    monkeypatch.setattr("jaxshard.loader.memory_budget.available_bytes", lambda: 1000)
+    monkeypatch.setattr("jaxshard.loader.shard_memory.available_bytes", lambda: 1000)
     monkeypatch.setattr("jaxshard.loader.carry", lambda *a, **k: pytest.fail("it began"))
     with pytest.raises(LayoutError, match=r"needs \d+ bytes of host memory.*1000 are available"):
         load(llama[0], "mp2")
@@ -619,11 +625,11 @@ def test_a_tensor_larger_than_the_budget_in_flight_is_refused_with_a_number_that
 def test_what_is_in_flight_and_what_is_read_into_are_within_the_budget(workers):
     default = 256 << 20
     for largest in (1, 30 << 20, default - LEAST_BYTES):
-        budget, in_flight = share_out(Need(0, largest, 1 << 40), default, workers)
+        budget, in_flight = share_out(MemoryNeed(0, largest, 1 << 40), default, workers)
         assert in_flight is not None
         assert in_flight >= largest
         assert budget.host_bytes + in_flight <= default
-    assert share_out(Need(1 << 40, 0, 0), default, workers)[1] is None
+    assert share_out(MemoryNeed(1 << 40, 0, 0), default, workers)[1] is None
 
 
 def test_no_budget_at_all_is_not_the_default(llama):

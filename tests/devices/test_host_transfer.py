@@ -19,15 +19,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxshard.conversion.open import open_checkpoint
 from jaxshard.core.catalog import StoredShard
 from jaxshard.core.numpy_dtypes import stored_as
-from jaxshard.devices import chunked_fetch
-from jaxshard.devices.chunked_fetch import (
-    Fetched,
-    Room,
-    cut_of,
+from jaxshard.devices import host_transfer
+from jaxshard.devices.host_shards import HostShards
+from jaxshard.devices.host_transfer import (
+    ChunkBudget,
+    ChunkCache,
+    chunking_of,
     fetch,
     share_out,
 )
-from jaxshard.devices.host_shards import HostShards
 from jaxshard.errors import LayoutError
 from jaxshard.saver import save
 from jaxshard.storage.resources import LEAST_BYTES
@@ -46,7 +46,7 @@ def test_parts_are_runs_that_follow_each_other_and_fit(dims, part_bytes, name):
     dtype = np.dtype(getattr(ml_dtypes, name, name))
     shape = (*dims, 2) if name.startswith("float4") else tuple(dims)
     kind = stored_as(dtype)
-    cut = cut_of(shape, kind, part_bytes)
+    cut = chunking_of(shape, kind, part_bytes)
     at, total = 0, int(np.prod(shape)) * kind.bits // 8
     numbers = np.arange(int(np.prod(shape))).reshape(shape)
     while at < total:
@@ -70,7 +70,7 @@ def test_a_part_holds_what_the_array_holds_there_and_leaves_no_copy_behind(name,
     values = np.arange(3 * 5 * 7).reshape(3, 5, 7).astype(np.dtype(name))
     with jax.enable_x64(True):
         shard = jax.device_put(values, jax.devices()[1])
-    cut = cut_of(values.shape, stored_as(values.dtype), part_bytes)
+    cut = chunking_of(values.shape, stored_as(values.dtype), part_bytes)
     for offset in range(0, values.nbytes, 13):
         start, box = cut.holding(offset)
         part = as_bytes(fetch(shard, box, cut))
@@ -80,11 +80,11 @@ def test_a_part_holds_what_the_array_holds_there_and_leaves_no_copy_behind(name,
 
 def test_the_parts_of_one_shape_share_one_program():
     shard = jax.device_put(np.zeros((4, 11, 3), np.float32), jax.devices()[0])
-    cut = cut_of(shard.shape, stored_as(shard.dtype), part_bytes=48)
-    before = chunked_fetch._sliced._cache_size()
+    cut = chunking_of(shard.shape, stored_as(shard.dtype), part_bytes=48)
+    before = host_transfer._sliced._cache_size()
     for offset in range(0, shard.nbytes, 48):
         fetch(shard, cut.holding(offset)[1], cut)
-    assert chunked_fetch._sliced._cache_size() == before + 1
+    assert host_transfer._sliced._cache_size() == before + 1
 
 
 # --- room -------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class Live(dict[int, int]):
     @classmethod
     def watching(cls, monkeypatch: pytest.MonkeyPatch) -> tuple[Live, list[int]]:
         """What is held now, and what was at every fetch."""
-        live, most, real = cls(), [0], chunked_fetch.fetch
+        live, most, real = cls(), [0], host_transfer.fetch
 
         def watched(*args: Any) -> np.ndarray:
             part = np.array(real(*args))
@@ -145,7 +145,7 @@ class Live(dict[int, int]):
             most.append(sum(list(live.values())))
             return part
 
-        monkeypatch.setattr(chunked_fetch, "fetch", watched)
+        monkeypatch.setattr(host_transfer, "fetch", watched)
         gc.collect()
         return live, most
 
@@ -156,13 +156,13 @@ class Live(dict[int, int]):
 @pytest.mark.usefixtures("unseen")
 def test_different_parts_are_fetched_at_the_same_time(monkeypatch):
     met = threading.Barrier(2, timeout=20)
-    real = chunked_fetch.fetch
+    real = host_transfer.fetch
 
     def fetch_together(*args: Any) -> np.ndarray:
         met.wait()  # passes only when another thread is fetching too
         return real(*args)
 
-    monkeypatch.setattr(chunked_fetch, "fetch", fetch_together)
+    monkeypatch.setattr(host_transfer, "fetch", fetch_together)
     source = HostShards({n: jax.numpy.ones(8) for n in "ab"})
     pieces = [source.catalog[n].shards[0] for n in "ab"]
     with ThreadPoolExecutor(2) as pool:
@@ -172,8 +172,8 @@ def test_different_parts_are_fetched_at_the_same_time(monkeypatch):
 
 @pytest.mark.usefixtures("unseen")
 def test_a_part_that_several_need_is_fetched_once(monkeypatch):
-    calls, real = [], chunked_fetch.fetch
-    monkeypatch.setattr(chunked_fetch, "fetch", lambda *a: calls.append(a) or real(*a))
+    calls, real = [], host_transfer.fetch
+    monkeypatch.setattr(host_transfer, "fetch", lambda *a: calls.append(a) or real(*a))
     source = HostShards({"a": jax.numpy.arange(64.0)})
     piece = source.catalog["a"].shards[0]
     with ThreadPoolExecutor(8) as pool:
@@ -183,26 +183,26 @@ def test_a_part_that_several_need_is_fetched_once(monkeypatch):
 
 def test_a_fetch_that_fails_fails_for_all_who_wait_and_is_tried_again(monkeypatch):
     shard = jax.device_put(np.arange(16, dtype=np.float32), jax.devices()[0])
-    fetched, begun = Fetched(Room(2, 1 << 20), as_bytes), threading.Event()
-    kind, real = stored_as(shard.dtype), chunked_fetch.fetch
+    fetched, begun = ChunkCache(ChunkBudget(2, 1 << 20), as_bytes), threading.Event()
+    kind, real = stored_as(shard.dtype), host_transfer.fetch
 
     def fail(*args: Any) -> np.ndarray:
         begun.set()
         raise RuntimeError("the link is down")
 
-    monkeypatch.setattr(chunked_fetch, "fetch", fail)
+    monkeypatch.setattr(host_transfer, "fetch", fail)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(fetched.holding, 0, shard, kind, 0) for _ in range(2)]
     assert begun.is_set()
     assert [str(a.exception()) for a in asked] == ["the link is down"] * 2
-    monkeypatch.setattr(chunked_fetch, "fetch", real)
+    monkeypatch.setattr(host_transfer, "fetch", real)
     assert fetched.holding(0, shard, kind, 5)[1].tobytes() == np.asarray(shard).tobytes()
 
 
 @pytest.mark.usefixtures("unseen")
 def test_no_more_parts_are_kept_than_there_is_room_for():
     shard = jax.device_put(np.arange(256, dtype=np.float32), jax.devices()[0])
-    source = HostShards({"a": shard}, room=Room(parts=3, part_bytes=64))
+    source = HostShards({"a": shard}, room=ChunkBudget(parts=3, part_bytes=64))
     piece, out = StoredShard(0, 0, source.catalog["a"].shards[0].box), bytearray(1024)
     source.read(piece, 0, memoryview(out))
     assert bytes(out) == np.asarray(shard).tobytes()

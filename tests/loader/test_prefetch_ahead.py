@@ -19,7 +19,11 @@ from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 from jaxshard.errors import NotFoundError
 from jaxshard.loader import load
-from jaxshard.loader.prefetch_thread import ReadingAhead, portions, spans
+from jaxshard.loader.read import (
+    PrefetchThread,
+    portions,
+    spans,
+)
 from jaxshard.planning.copies import move_into
 from jaxshard.storage import prefetch
 from jaxshard.storage.io import Source
@@ -66,7 +70,7 @@ def wait_for(condition, what: str) -> None:
 
 def test_the_disk_is_told_of_everything_in_order():
     disk, given = Disk(), moves(50)
-    ahead = ReadingAhead(given, disk, window_bytes=8 * 64)
+    ahead = PrefetchThread(given, disk, window_bytes=8 * 64)
     ahead.start()
     for move in given:
         ahead.reached(move)
@@ -77,7 +81,7 @@ def test_the_disk_is_told_of_everything_in_order():
 
 def test_it_stays_near_and_goes_on_as_the_load_does():
     disk, given = Disk(), moves(50)
-    ahead = ReadingAhead(given, disk, window_bytes=8 * 64)
+    ahead = PrefetchThread(given, disk, window_bytes=8 * 64)
     ahead.start()
     wait_for(lambda: len(disk.asked) == 8, "it did not begin")
     time.sleep(0.05)
@@ -114,7 +118,7 @@ def test_spans_that_follow_each_other_are_told_as_one_run():
 @pytest.mark.parametrize("source", [Disk(cached=True), From()])
 def test_where_nothing_must_be_fetched_no_thread_begins(source):
     before = threading.active_count()
-    ahead = ReadingAhead(moves(50), source)
+    ahead = PrefetchThread(moves(50), source)
     ahead.start()
     assert threading.active_count() == before
     ahead.close()
