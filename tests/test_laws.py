@@ -105,10 +105,10 @@ class Carried(Source, Sink):
 def even_short_rows_are_scattered():
     """The streams leave rows as short as these to the engine, were they not told otherwise."""
     before, file_to_file._LEAST_RUN = file_to_file._LEAST_RUN, 1
-    file_to_file._legs.cache_clear()
+    file_to_file._striped_cells.cache_clear()
     yield
     file_to_file._LEAST_RUN = before
-    file_to_file._legs.cache_clear()
+    file_to_file._striped_cells.cache_clear()
 
 
 ways = st.sampled_from([engine, file_to_file])

@@ -24,10 +24,17 @@ from ..core.numpy_dtypes import Bytes, Conversion, NumpyDType, numpy_dtype
 from ..devices.host_memory import ALIGNMENT, unaligned_empty
 from ..planning.bundles import SMALL_BYTES, Bundle, bundled, small_bytes
 from ..storage.io import Source
+<<<<<<< HEAD
 from ..storage.resources import Counts
 from ..storage.work_queue import Shared, in_threads
 from .make_arrays import keeping_64_bits
 from .requests import ArrayRequest, adopts
+=======
+from ..storage.resources import Counts, WorkQueue, run_threads
+from .make_arrays import adopts, keeping_64_bits
+from .requests import Want
+from .shard_memory import ALIGNMENT, off_line
+>>>>>>> 3c85c6d (Vectored I/O has one vocabulary: one loop completes short transfers, one place turns OS errors into StorageError)
 
 _BUNDLE_BYTES = 256 << 10
 _Kind = tuple[Sharding, NumpyDType]
@@ -125,15 +132,15 @@ def load_small(
     """Read the bundles, and put each array at the place of its want in ``arrays``."""
     counts = [Counts() for _ in range(min(workers, len(small.bundles)))]
 
-    def work(number: int) -> Callable[[Shared[Bundle]], None]:
-        def carry(bundles: Shared[Bundle]) -> None:
+    def work(number: int) -> Callable[[WorkQueue[Bundle]], None]:
+        def carry(bundles: WorkQueue[Bundle]) -> None:
             while bundle := bundles.next():
                 counts[number] += _carried(bundle, small, source, arrays)
 
         return carry
 
     if counts:
-        in_threads([work(n) for n in range(len(counts))], Shared(iter(small.bundles)))
+        run_threads([work(n) for n in range(len(counts))], WorkQueue(iter(small.bundles)))
     return sum(counts, Counts())
 
 

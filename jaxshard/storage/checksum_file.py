@@ -29,6 +29,7 @@ from ..errors import (
 )
 from ..formats.huggingface import CHECKSUMS
 from .checksums import BEST, FileSums, Sum, algorithm, first_difference
+from .local import transfer
 from .resources import default_workers
 from .text_files import read_bytes
 from .transaction import told
@@ -231,10 +232,4 @@ class _Reader:
         if len(self._buffer) < length:
             self._buffer = bytearray(length)
         whole = memoryview(self._buffer)[:length]
-        done = 0
-        while done < length:
-            got = os.preadv(self._descriptor, [whole[done:]], offset + done)
-            if not got:
-                return whole[:done]
-            done += got
-        return whole
+        return whole[: transfer(os.preadv, self._descriptor, offset, (whole,))]

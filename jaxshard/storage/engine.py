@@ -25,10 +25,9 @@ from ..planning.bundles import Bundle
 from ..planning.cells import Cell
 from ..planning.copies import Steps, TensorCopy, block_steps, cell_blocks, move_into, permuted_form
 from .io import Sink, Source, copy_bundle
-from .resources import Budget, Counts
+from .resources import BATCH_BLOCKS, Batch, Budget, Counts, WorkQueue, run_threads
 from .transforms import Operands, Viewer, copy_into
-from .vectored_io import places_of, read_runs, scatter_of
-from .work_queue import BATCH_BLOCKS, Batch, Shared, in_threads
+from .vectored_io import iovec_of, read_runs, scatter_of
 
 _Given = tuple[Batch, Operands | None] | Bundle
 
@@ -49,7 +48,9 @@ def run(
     error of any thread stops all of them and is raised.
     """
     workers = [Worker(source, sink, budget, progress) for _ in range(budget.workers)]
-    in_threads([w.work for w in workers], Shared(_batches(moves, budget, source, sink), sink.stop))
+    run_threads(
+        [w.work for w in workers], WorkQueue(_batches(moves, budget, source, sink), sink.stop)
+    )
     return sum((w.counts for w in workers), Counts())
 
 
@@ -120,34 +121,34 @@ class Worker:
         self._spare = np.empty(budget.block_bytes, np.uint8)
         self._viewer = Viewer(source)
 
-    def work(self, batches: Shared[_Given]) -> None:
+    def work(self, batches: WorkQueue[_Given]) -> None:
         """Execute ``batches`` until none are left."""
         while given := batches.next():
             if isinstance(given, Bundle):
-                self._carry_bundle(given)
+                self._copy_bundle(given)
             else:
-                self.carry(*given)
+                self.execute(*given)
 
-    def carry(self, batch: Batch, operands: Operands | None) -> None:
-        """Carry out one batch."""
+    def execute(self, batch: Batch, operands: Operands | None) -> None:
+        """Execute one batch."""
         before = self.counts.bytes_written
         if operands:
             operands.load(self._read_operand)
             self._viewer.values = operands.values
         permuted = permuted_form(batch.cell, batch.move.forms) is not None
-        carry = self._carry_permuted if permuted and self._sink.is_memory else self._carry
+        copy = self._copy_permuted if permuted and self._sink.is_memory else self._copy
         for block in batch.blocks:
-            carry(batch.move, batch.cell, block)
+            copy(batch.move, batch.cell, block)
         if self._progress:
             self._progress(self.counts.bytes_written - before)
 
-    def _carry_bundle(self, bundle: Bundle) -> None:
+    def _copy_bundle(self, bundle: Bundle) -> None:
         done = copy_bundle(bundle, self._block.data, self._source, self._sink)
         self.counts += done
         if self._progress:
             self._progress(done.bytes_written)
 
-    def _carry(self, move: TensorCopy, cell: Cell, block: Box) -> None:
+    def _copy(self, move: TensorCopy, cell: Cell, block: Box) -> None:
         steps = block_steps(cell, block, move.sources, move.forms)
         unit = move.unit_bytes
         if self._scattered(move, steps):
@@ -199,7 +200,7 @@ class Worker:
                 return False
             memory.append(place)
         piece = move.pieces[scatter.source][0]
-        self._source.read_places(piece, scatter.runs.offset, places_of(scatter, memory))
+        self._source.read_scattered(piece, scatter.runs.offset, iovec_of(scatter, memory))
         self._count_reads(scatter.runs)
         for data, (index, at, _) in zip(memory, scatter.parts, strict=True):
             writes = self._sink.write(move, index, at, data.data)
@@ -208,7 +209,7 @@ class Worker:
         self.counts.num_copies += steps.num_copies
         return True
 
-    def _carry_permuted(self, move: TensorCopy, cell: Cell, block: Box) -> None:
+    def _copy_permuted(self, move: TensorCopy, cell: Cell, block: Box) -> None:
         """As ``_carry``, from sources in another order straight into memory, with no block."""
         steps = block_steps(cell, block, move.sources, move.forms)
         for index, part in steps.reads:

@@ -1,17 +1,16 @@
 """File-to-file engine: vectored reads and writes without NumPy.
 
-The columns of a block that one file stores, or wants, are many places in memory but one
-run in that file, so they are one vectored request. Nothing is copied in between, and
-nothing but the standard library is needed:
+The columns of a block that one file stores are one run of that file and many ranges of the block,
+so one vectored request transfers them. No bytes are copied in between, and only the standard
+library is needed:
 
-    rank 0's file  |aaaaaa|                          preadv puts row after row in its place
+    rank 0's file  |aaaaaa|                          preadv puts each row in its place
     rank 1's file  |bbbbbb|      block   aabb        pwrite stores the block
                                          aabb
                                          aabb
 
-What this cannot do is left to the engine, which does everything: elements that change on
-the way, gaps between what is read, and rows so short that the kernel would be slower. Both
-take the same blocks and count the same.
+The general engine does the rest: elements that are converted, reads with gaps, and rows so short
+that the kernel would be slower. Both use the same blocks and count alike.
 """
 
 from __future__ import annotations
@@ -28,16 +27,15 @@ from ..planning.bundles import Bundle
 from ..planning.cells import Cell, cells
 from ..planning.copies import TensorCopy, cell_blocks
 from .io import Source, copy_bundle
-from .resources import Budget, Counts
-from .work_queue import BATCH_BLOCKS, Batch, Shared, in_threads
+from .resources import BATCH_BLOCKS, Batch, Budget, Counts, WorkQueue, run_threads
 from .writers import OutputFiles
 
 if TYPE_CHECKING:
     from .engine import Worker
 
-_LEAST_RUN = 512  # bytes of a row below which a copy by NumPy is quicker than the kernel's
-_MOST_VIEWS = 1 << 14  # kept for reuse by a thread: some megabytes
-_MOST_REQUESTS = 1024  # of a geometry, to be kept for the next tensor that has it: a tenth of one
+_LEAST_RUN = 512  # bytes of a row; NumPy copies shorter ones faster than the kernel
+_MAX_VIEWS = 1 << 14  # that a thread keeps for reuse: some megabytes
+_MAX_REQUESTS = 1024  # of a geometry that are cached for the next tensor that has it
 
 
 def run(
@@ -48,25 +46,25 @@ def run(
     budget: Budget,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
-    """Carry out ``moves`` from files to files; as ``engine.run``, in what it does and counts."""
+    """Execute ``moves`` from files to files, with the results and counts of ``engine.run``."""
     streams = [_Stream(source, target, budget, progress) for _ in range(budget.workers)]
-    in_threads([s.work for s in streams], Shared(_batches(moves, budget)))
+    run_threads([s.work for s in streams], WorkQueue(_batches(moves, budget)))
     return sum((s.all_counts for s in streams), Counts())
 
 
-class Lane(NamedTuple):
-    """A part of a cell, in bytes: where it lies in its file, and in each block of the cell.
+class Stripe(NamedTuple):
+    """A part of a cell: its byte offsets in its file, and in each block of the cell.
 
-    A block is rows ``a`` to ``b`` of one dim; of the dims before it has one element each.
+    A block is a range of rows of one dim, with one element of each dim before.
 
     Attributes:
         which: the number of a source or target of the move.
         first: its first row.
         last: the row after its last.
-        outer: for each dim before, (first, end, bytes between neighbours in the file).
-        base: where row 0 would be, from the first byte of the source or target.
-        row_bytes: bytes of one row of it: what lies between two rows in the file.
-        runs: where one row of it lies in a row of the block; None if that is all of it.
+        outer: for each dim before, (start, stop, bytes between neighbours in the file).
+        base: the offset of row 0 from the first byte of the source or target.
+        row_bytes: bytes of one row, which follow each other in the file.
+        runs: the bytes of one row in a row of the block; None if they are all of it.
     """
 
     which: int
@@ -77,8 +75,8 @@ class Lane(NamedTuple):
     row_bytes: int
     runs: Runs | None
 
-    def request(self, block: Box, dim: int, block_row_bytes: int) -> Request | None:
-        """The request for what it holds of ``block``, if anything."""
+    def request(self, block: Box, dim: int, block_row_bytes: int) -> BlockRequest | None:
+        """Return the request for its part of ``block``, if it has one."""
         at = self.base
         for i, (start, stop, stride) in zip(block.start, self.outer, strict=False):
             if not start <= i < stop:
@@ -89,77 +87,77 @@ class Lane(NamedTuple):
             return None
         start, num_rows = (first - block.start[dim]) * block_row_bytes, end - first
         num_bytes = num_rows * self.row_bytes
-        place = Place(start, num_rows, block_row_bytes, self.runs) if self.runs else None
-        return Request(self.which, at + first * self.row_bytes, num_bytes, start, place)
+        span = BlockSpan(start, num_rows, block_row_bytes, self.runs) if self.runs else None
+        return BlockRequest(self.which, at + first * self.row_bytes, num_bytes, start, span)
 
 
-class Place(NamedTuple):
-    """Where a request's bytes lie in a block: ``runs`` of each of its rows from byte ``start``."""
+class BlockSpan(NamedTuple):
+    """The bytes of a request in a block: ``runs`` of each row from byte ``start`` on."""
 
     start: int
     num_rows: int
     row_bytes: int
     runs: Runs
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """(first byte, bytes) of each, in the order of the file."""
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the (first byte, bytes) of each run, in the order of the file."""
         inner, end = self.runs, self.start + self.num_rows * self.row_bytes
         for base in range(self.start, end, self.row_bytes):
             yield from Runs(base + inner.offset, inner.length, inner.outer)
 
 
-class Request(NamedTuple):
-    """What one call reads into a block, or writes from it.
+class BlockRequest(NamedTuple):
+    """One read into a block, or one write from it.
 
     Attributes:
         which: the number of a source or target of the move.
         offset: from the first byte of that source or target.
-        num_bytes: in all.
-        start: the first byte of the block that it fills or takes.
-        place: where the bytes are in the block; None where they are one run of it.
+        num_bytes: the bytes it transfers.
+        start: the first byte in the block.
+        span: the bytes in the block; None where they are one run.
     """
 
     which: int
     offset: int
     num_bytes: int
     start: int
-    place: Place | None
+    span: BlockSpan | None
 
 
-class Round(NamedTuple):
-    """One block: what fills it, and then what is written from it."""
+class BlockIO(NamedTuple):
+    """The reads that fill one block, and the writes from it."""
 
     num_bytes: int
-    reads: tuple[Request, ...]
-    writes: tuple[Request, ...]
+    reads: tuple[BlockRequest, ...]
+    writes: tuple[BlockRequest, ...]
 
 
-class Lanes(NamedTuple):
-    """A cell as a stream: its blocks are rows of ``dim``, each ``row_bytes`` wide."""
+class StripedCell(NamedTuple):
+    """A cell whose blocks are rows of ``dim``, each ``row_bytes`` wide."""
 
     dim: int
     row_bytes: int
-    sources: tuple[Lane, ...]
-    targets: tuple[Lane, ...]
+    sources: tuple[Stripe, ...]
+    targets: tuple[Stripe, ...]
 
-    def round(self, block: Box) -> Round:
-        """The requests that carry ``block``."""
+    def io(self, block: Box) -> BlockIO:
+        """Return the requests of ``block``."""
         dim, width = self.dim, self.row_bytes
-        reads = (lane.request(block, dim, width) for lane in self.sources)
-        writes = (lane.request(block, dim, width) for lane in self.targets)
+        reads = (stripe.request(block, dim, width) for stripe in self.sources)
+        writes = (stripe.request(block, dim, width) for stripe in self.targets)
         num_bytes = (block.stop[dim] - block.start[dim]) * width
-        return Round(num_bytes, tuple(filter(None, reads)), tuple(filter(None, writes)))
+        return BlockIO(num_bytes, tuple(filter(None, reads)), tuple(filter(None, writes)))
 
 
-def lanes_of(
+def striped(
     cell: Cell, sources: Sequence[Box], targets: Sequence[Box], unit: int, block_bytes: int
-) -> Lanes | None:
-    """The lanes of ``cell`` between boxes that lie as they are, or None: work for the engine.
+) -> StripedCell | None:
+    """Return the stripes of ``cell``, or None if the general engine has to do it.
 
     Args:
-        cell: a part of the journey, of elements of ``unit`` bytes.
+        cell: a part of the copy, of elements of ``unit`` bytes.
         sources: the stored boxes.
-        targets: the wanted ones.
+        targets: the target boxes.
         unit: bytes of an element.
         block_bytes: the most bytes of a block.
     """
@@ -167,17 +165,17 @@ def lanes_of(
         return None
     dim = block_dim(cell.box, unit, block_bytes)
     row_bytes = unit * prod(cell.box.shape[dim + 1 :])
-    into = [_lane(i, part, targets[i], cell.box, dim, unit) for i, part in cell.targets]
-    out_of = [_lane(i, part, sources[i], cell.box, dim, unit) for i, part in cell.sources]
-    good_into = tuple(lane for lane in into if lane)
-    good_out_of = tuple(lane for lane in out_of if lane)
+    into = [_stripe(i, part, targets[i], cell.box, dim, unit) for i, part in cell.targets]
+    out_of = [_stripe(i, part, sources[i], cell.box, dim, unit) for i, part in cell.sources]
+    good_into = tuple(filter(None, into))
+    good_out_of = tuple(filter(None, out_of))
     if len(good_into) + len(good_out_of) < len(into) + len(out_of):
         return None
-    return Lanes(dim, row_bytes, good_out_of, good_into)
+    return StripedCell(dim, row_bytes, good_out_of, good_into)
 
 
-def _lane(index: int, part: Box, stored: Box, cell: Box, dim: int, unit: int) -> Lane | None:
-    """The lane of ``part`` of the box ``stored``."""
+def _stripe(index: int, part: Box, stored: Box, cell: Box, dim: int, unit: int) -> Stripe | None:
+    """Return the stripe of ``part`` of the box ``stored``."""
     shape = stored.shape
     strides = [unit * prod(shape[d + 1 :]) for d in range(dim + 1)]
     row_bytes = unit * prod(part.shape[dim + 1 :])
@@ -189,7 +187,7 @@ def _lane(index: int, part: Box, stored: Box, cell: Box, dim: int, unit: int) ->
         if runs.length < _LEAST_RUN:
             return None
     starts = zip(stored.start, strides, strict=False)
-    return Lane(
+    return Stripe(
         index,
         part.start[dim],
         part.stop[dim],
@@ -204,42 +202,42 @@ def _inner(box: Box, dim: int) -> Box:
     return Box(box.start[dim + 1 :], box.stop[dim + 1 :])
 
 
-_Leg = tuple[Cell, Lanes | None, tuple[Round, ...] | None]
+_Known = tuple[Cell, StripedCell | None, tuple[BlockIO, ...] | None]
 
 
 @lru_cache(maxsize=256)
-def _legs(
+def _striped_cells(
     sources: tuple[Box, ...], targets: tuple[Box, ...], unit: int, block_bytes: int
-) -> tuple[_Leg, ...]:
-    """The cells of a geometry, their lanes, and their rounds as long as those are few."""
-    legs, left = list[_Leg](), _MOST_REQUESTS
+) -> tuple[_Known, ...]:
+    """Return the cells of a geometry, their stripes, and their requests while those are few."""
+    found, left = list[_Known](), _MAX_REQUESTS
     for cell in cells(sources, targets):
-        lanes, rounds = lanes_of(cell, sources, targets, unit, block_bytes), None
-        if lanes:
+        stripes, requests = striped(cell, sources, targets, unit, block_bytes), None
+        if stripes:
             left -= (len(cell.sources) + len(cell.targets)) * (
                 1 + cell.box.size * unit // block_bytes
             )
             if left >= 0:
-                rounds = tuple(map(lanes.round, blocks(cell.box, unit, block_bytes)))
-        legs.append((cell, lanes, rounds))
-    return tuple(legs)
+                requests = tuple(map(stripes.io, blocks(cell.box, unit, block_bytes)))
+        found.append((cell, stripes, requests))
+    return tuple(found)
 
 
-class _Rounds(NamedTuple):
-    """Neighbouring blocks of one cell, as requests."""
+class _Blocks(NamedTuple):
+    """Adjacent blocks of one cell, as requests."""
 
     move: TensorCopy
-    rounds: tuple[Round, ...]
+    blocks: tuple[BlockIO, ...]
 
 
-class _Work(NamedTuple):
-    """Neighbouring blocks of one cell that the engine carries."""
+class _EngineBatch(NamedTuple):
+    """Adjacent blocks of one cell for the general engine."""
 
     batch: Batch
     operands: Any
 
 
-_Given = _Rounds | _Work | Bundle
+_Given = _Blocks | _EngineBatch | Bundle
 
 
 def _batches(moves: Iterable[TensorCopy | Bundle], budget: Budget) -> Iterator[_Given]:
@@ -254,20 +252,22 @@ def _batches(moves: Iterable[TensorCopy | Bundle], budget: Budget) -> Iterator[_
 
             operands = operands_of(move)
         targets = tuple(target.box for target in move.targets)
-        for cell, lanes, known in _legs(move.sources, targets, move.unit_bytes, limit):
-            if lanes is None or any(move.forms[i] for i, _ in cell.sources):
+        for cell, stripes, known in _striped_cells(move.sources, targets, move.unit_bytes, limit):
+            if stripes is None or any(move.forms[i] for i, _ in cell.sources):
                 yield from _for_engine(move, cell, budget, operands)
                 continue
-            rounds = iter(known or map(lanes.round, blocks(cell.box, move.unit_bytes, limit)))
-            while some := tuple(islice(rounds, BATCH_BLOCKS)):
-                yield _Rounds(move, some)
+            requests = iter(known or map(stripes.io, blocks(cell.box, move.unit_bytes, limit)))
+            while some := tuple(islice(requests, BATCH_BLOCKS)):
+                yield _Blocks(move, some)
 
 
-def _for_engine(move: TensorCopy, cell: Cell, budget: Budget, operands: Any) -> Iterator[_Work]:
+def _for_engine(
+    move: TensorCopy, cell: Cell, budget: Budget, operands: Any
+) -> Iterator[_EngineBatch]:
     limit, tile = budget.block_bytes, budget.tile_bytes
     all_blocks = iter(cell_blocks(cell, move.forms, move.unit_bytes, limit, tile))
     while batch := tuple(islice(all_blocks, BATCH_BLOCKS)):
-        yield _Work(Batch(move, cell, batch), operands)
+        yield _EngineBatch(Batch(move, cell, batch), operands)
 
 
 class _Stream:
@@ -284,27 +284,27 @@ class _Stream:
         self._source, self._target = source, target
         self._budget, self._progress = budget, progress
         self._block = memoryview(bytearray(budget.block_bytes))
-        self._views: dict[Place, list[memoryview]] = {}
+        self._views: dict[BlockSpan, list[memoryview]] = {}
         self._num_views = 0
         self._engine: Worker | None = None
 
     @property
     def all_counts(self) -> Counts:
-        """What was done, by the engine too."""
+        """The counts of this thread, with those of the general engine."""
         return self._counts + self._engine.counts if self._engine else self._counts
 
-    def work(self, batches: Shared[_Given]) -> None:
-        """Carry out what ``batches`` gives until it has no more."""
+    def work(self, batches: WorkQueue[_Given]) -> None:
+        """Execute ``batches`` until none are left."""
         while given := batches.next():
-            if isinstance(given, _Work):
-                self._worker().carry(given.batch, given.operands)
+            if isinstance(given, _EngineBatch):
+                self._worker().execute(given.batch, given.operands)
                 continue
             before = self._counts.bytes_written
             if isinstance(given, Bundle):
                 self._counts += copy_bundle(given, self._block, self._source, self._target)
             else:
-                for one in given.rounds:
-                    self._carry(given.move, one)
+                for one in given.blocks:
+                    self._copy(given.move, one)
             if self._progress:
                 self._progress(self._counts.bytes_written - before)
 
@@ -315,7 +315,7 @@ class _Stream:
             self._engine = Worker(self._source, self._target, self._budget, self._progress)
         return self._engine
 
-    def _carry(self, move: TensorCopy, one: Round) -> None:
+    def _copy(self, move: TensorCopy, one: BlockIO) -> None:
         counts = self._counts
         if one.num_bytes > len(self._block):  # one element may exceed the limit
             self._block = memoryview(bytearray(one.num_bytes))
@@ -335,17 +335,17 @@ class _Stream:
             counts.num_writes += writes
             counts.num_copies += len(views) > 1
 
-    def _memory(self, request: Request) -> Sequence[memoryview]:
-        """The parts of the block that ``request`` fills or takes."""
-        place = request.place
-        if place is None:
+    def _memory(self, request: BlockRequest) -> Sequence[memoryview]:
+        """Return the ranges of the block that ``request`` reads or writes."""
+        span = request.span
+        if span is None:
             return (self._block[request.start : request.start + request.num_bytes],)
-        found = self._views.get(place)
+        found = self._views.get(span)
         if found is None:
-            if self._num_views > _MOST_VIEWS:
+            if self._num_views > _MAX_VIEWS:
                 self._views.clear()
                 self._num_views = 0
-            found = [self._block[at : at + length] for at, length in place.spans()]
-            self._views[place] = found
+            found = [self._block[at : at + length] for at, length in span.ranges()]
+            self._views[span] = found
             self._num_views += len(found)
         return found

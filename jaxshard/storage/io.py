@@ -21,7 +21,7 @@ from ..planning.copies import TensorCopy
 from .resources import Counts
 
 if TYPE_CHECKING:  # NumPy, which file to file does without
-    from .vectored_io import Places
+    from .vectored_io import IOVec
 
 
 class Source(ABC):
@@ -29,7 +29,7 @@ class Source(ABC):
 
     Attributes:
         can_lend: ``lend`` may return memory, so the engine tries it before ``read``.
-        can_scatter: ``read_places`` is defined.
+        can_scatter: ``read_scattered`` is defined.
     """
 
     can_lend = False
@@ -51,8 +51,8 @@ class Source(ABC):
         for row, offset in enumerate(offsets):
             self.read(piece, offset, buffer[row * width : (row + 1) * width])
 
-    def read_places(self, piece: StoredShard, offset: int, places: Places) -> None:
-        """Fill ``places`` one after the other, from byte ``offset`` of that file."""
+    def read_scattered(self, piece: StoredShard, offset: int, memory: IOVec) -> None:
+        """Fill ``memory`` from byte ``offset`` of that file."""
         raise NotImplementedError
 
     def lend(self, piece: StoredShard, offset: int, num_bytes: int) -> memoryview | None:

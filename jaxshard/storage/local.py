@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING
 
 from ..core.catalog import File
 from ..errors import MEND_THE_DISK, FormatError, NotFoundError, StorageError
-from .linux import start_writing_back
+from .linux import IOV_MAX, start_writing_back
 from .versions import Versions, changed_while_read, version_of
 
 if TYPE_CHECKING:  # NumPy, which most of what reads files does without
-    from .vectored_io import Places
+    from .vectored_io import IOVec
 
 _SPARE_HANDLES = 64  # left for the rest of the program
 _MOST_HANDLES = 4096
-_MOST_VECTORS = 1024  # IOV_MAX of Linux
 _TICK_NS = 10_000_000  # Linux stamps files 100 to 1000 times a second
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
@@ -191,37 +190,59 @@ def _ended(path: str, size: int, offset: int, length: int) -> FormatError:
     )
 
 
-def _requests(views: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
-    """``views`` in groups that the kernel takes at once."""
-    if len(views) <= _MOST_VECTORS:
-        yield views
-        return
-    for at in range(0, len(views), _MOST_VECTORS):
-        yield views[at : at + _MOST_VECTORS]
+def transfer(
+    call: Callable[[int, Sequence[memoryview], int], int],
+    descriptor: int,
+    offset: int,
+    views: Sequence[memoryview],
+) -> int:
+    """Read or write ``views`` in order from byte ``offset``, and return the number of bytes.
+
+    ``call`` is ``os.preadv`` or ``os.pwritev``, which may do less than requested. Fewer bytes than
+    ``views`` have are returned only where the file ends first.
+    """
+    total = 0
+    for first in range(0, len(views), IOV_MAX):
+        some = views if len(views) <= IOV_MAX else views[first : first + IOV_MAX]
+        left = sum(map(len, some))
+        while left:
+            done = call(descriptor, some, offset + total)
+            if not done:
+                return total
+            total += done
+            left -= done
+            if left:
+                some = list(_rest(some, done))
+    return total
 
 
-def _left(views: Sequence[memoryview], done: int) -> Iterator[tuple[memoryview, int]]:
-    """The views that a request of ``done`` bytes did not finish, and how much of each it did."""
+def _rest(views: Sequence[memoryview], done: int) -> Iterator[memoryview]:
+    """The views after the first ``done`` bytes."""
     for view in views:
         if done < len(view):
-            yield view, done
+            yield view[done:]
         done = max(0, done - len(view))
 
 
 class _Use:
-    """A descriptor in use; a generator would cost as much as the call it is for."""
+    """A descriptor in use, for a ``with`` block; OS errors inside are raised as ``StorageError``.
 
-    __slots__ = ("_held", "_lock")
+    A class, because a generator would cost as much as the system call.
+    """
 
-    def __init__(self, held: list[int], lock: threading.Lock) -> None:
-        self._held, self._lock = held, lock
+    __slots__ = ("_handles", "_held", "_offset", "_path")
+
+    def __init__(self, handles: Handles, held: list[int], path: str, offset: int | None) -> None:
+        self._handles, self._held, self._path, self._offset = handles, held, path, offset
 
     def __enter__(self) -> int:
         return self._held[0]
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self._handles.lock:
             self._held[1] -= 1
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            raise self._handles.error(self._path, self._offset, error) from error
 
 
 class Handles:
@@ -246,61 +267,39 @@ class Handles:
         self._base, self._flags = base, flags | os.O_CLOEXEC | os.O_NONBLOCK  # no pipe hangs
         self._versions = versions
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
-    def use(self, path: str) -> _Use:
-        """A descriptor of ``path``, kept open at least until the ``with`` block ends."""
-        with self._lock:
+    def use(self, path: str, offset: int | None = None) -> _Use:
+        """A descriptor of ``path``, kept open at least until the ``with`` block ends.
+
+        OS errors inside the block become ``StorageError``, with ``offset`` in the message.
+        """
+        with self.lock:
             held = self._open.get(path)
             if held is None:
                 self._make_room()
                 held = self._open[path] = [self._open_file(path), 0]
             held[1] += 1
             self._open.move_to_end(path)
-        return _Use(held, self._lock)
+        return _Use(self, held, path, offset)
 
-    def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
-        """Fill ``buffer`` from byte ``offset`` of ``path``; the number of requests it took.
+    def error(self, path: str, offset: int | None, error: OSError) -> StorageError:
+        """Return the error for a system call on ``path`` that failed."""
+        at = "" if offset is None else f" at byte {offset}"
+        if self._flags & (os.O_WRONLY | os.O_RDWR):
+            what = f"cannot be written{at}: {error.strerror}. {MEND_THE_DISK}"
+        else:
+            what = f"cannot be read{at}: {error.strerror}."
+        return StorageError(f"{self._base / path} {what}")
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` of ``path``.
 
         Raises:
             FormatError: the file ends first.
-            StorageError: the disk refused.
+            StorageError: the disk fails.
         """
-        done = requests = 0
-        with self.use(path) as descriptor:
-            while done < len(buffer):
-                try:
-                    n = os.preadv(descriptor, [buffer[done:]], offset + done)
-                except OSError as error:
-                    raise StorageError(
-                        f"{self._base / path} cannot be read at byte {offset + done}: "
-                        f"{error.strerror}."
-                    ) from error
-                if not n:
-                    size = os.fstat(descriptor).st_size
-                    raise _ended(path, size, offset, len(buffer))
-                done += n
-                requests += 1
-        return requests
-
-    def read_rows(self, path: str, offsets: Sequence[int], buffer: memoryview) -> None:
-        """Fill equal parts of ``buffer``, each from one of ``offsets`` of ``path``.
-
-        Raises:
-            FormatError, StorageError: as ``read_into``.
-        """
-        share, at = len(buffer) // max(1, len(offsets)), 0
-        read = os.preadv
-        with self.use(path) as descriptor:
-            for offset in offsets:
-                row = buffer[at : at + share]
-                at += share
-                try:
-                    done = read(descriptor, (row,), offset)
-                except OSError:
-                    done = 0  # and again, to be told of it
-                if done < share:
-                    self.read_into(path, offset + done, row[done:])
+        self.read_views(path, offset, (buffer,))
 
     def read_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         """Fill ``views`` one after the other from byte ``offset`` of ``path``.
@@ -308,97 +307,71 @@ class Handles:
         Raises:
             FormatError, StorageError: as ``read_into``.
         """
-        if len(views) == 1:
-            self.read_into(path, offset, views[0])
-            return
-        with self.use(path) as descriptor:
-            for some in _requests(views):
-                want = sum(map(len, some))
-                try:
-                    done = os.preadv(descriptor, some, offset)
-                except OSError as error:
-                    raise StorageError(
-                        f"{self._base / path} cannot be read at byte {offset}: {error.strerror}."
-                    ) from error
-                for view, skip in _left(some, done) if done < want else ():
-                    self.read_into(path, offset + done, view[skip:])
-                    done += len(view) - skip
-                offset += want
+        num_bytes = sum(map(len, views))
+        with self.use(path, offset) as descriptor:
+            if transfer(os.preadv, descriptor, offset, views) < num_bytes:
+                raise _ended(path, os.fstat(descriptor).st_size, offset, num_bytes)
 
-    def read_places(self, path: str, offset: int, places: Places) -> None:
-        """Fill ``places`` one after the other from byte ``offset`` of ``path``.
+    def read_rows(self, path: str, offsets: Sequence[int], buffer: memoryview) -> None:
+        """Fill equal parts of ``buffer``, each from one of ``offsets`` of ``path``.
 
         Raises:
             FormatError, StorageError: as ``read_into``.
         """
+        width, at = len(buffer) // max(1, len(offsets)), 0
+        read = os.preadv
         with self.use(path) as descriptor:
-            try:
-                done = places.fill(descriptor, offset)
-            except OSError as error:
-                raise StorageError(
-                    f"{self._base / path} cannot be read at byte {offset}: {error.strerror}."
-                ) from error
-            if done < places.num_bytes:
-                raise _ended(path, os.fstat(descriptor).st_size, offset, places.num_bytes)
+            for offset in offsets:
+                row = buffer[at : at + width]
+                at += width
+                if read(descriptor, (row,), offset) < width:
+                    self.read_into(path, offset, row)
 
-    def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
-        """Write ``views`` one after the other at byte ``offset`` of ``path``.
+    def read_scattered(self, path: str, offset: int, memory: IOVec) -> None:
+        """Fill ``memory`` from byte ``offset`` of ``path``.
 
         Raises:
-            StorageError: the disk is full or refused.
+            FormatError, StorageError: as ``read_into``.
         """
-        if len(views) == 1:
-            self.write(path, offset, views[0])
-            return
-        with self.use(path) as descriptor:
-            for some in _requests(views):
-                want = sum(map(len, some))
-                try:
-                    done = os.pwritev(descriptor, some, offset)
-                except OSError as error:
-                    raise StorageError(
-                        f"{self._base / path} cannot be written: {error.strerror}. {MEND_THE_DISK}"
-                    ) from error
-                for view, skip in _left(some, done) if done < want else ():
-                    self.write(path, offset + done, view[skip:])
-                    done += len(view) - skip
-                offset += want
+        with self.use(path, offset) as descriptor:
+            if memory.fill(descriptor, offset) < memory.num_bytes:
+                raise _ended(path, os.fstat(descriptor).st_size, offset, memory.num_bytes)
 
     def write(self, path: str, offset: int, buffer: memoryview) -> None:
         """Write all of ``buffer`` at byte ``offset`` of ``path``.
 
         Raises:
-            StorageError: the disk is full or refused.
+            StorageError: the disk is full or fails.
         """
-        done = 0
-        with self.use(path) as descriptor:
-            while done < len(buffer):
-                try:
-                    done += os.pwrite(descriptor, buffer[done:], offset + done)
-                except OSError as error:
-                    raise StorageError(
-                        f"{self._base / path} cannot be written: {error.strerror}. {MEND_THE_DISK}"
-                    ) from error
+        self.write_views(path, offset, (buffer,))
+
+    def write_views(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
+        """Write ``views`` one after the other at byte ``offset`` of ``path``.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
+        with self.use(path, offset) as descriptor:
+            if transfer(os.pwritev, descriptor, offset, views) < sum(map(len, views)):
+                raise OSError(errno.EIO, "nothing was written")
 
     def start_writing_back(self, path: str) -> None:
-        """Have the disk begin with ``path``; nobody waits for it."""
+        """Start writing ``path`` to the disk, without waiting."""
         with self.use(path) as descriptor:
             start_writing_back(descriptor)
 
     def sync(self, path: str) -> None:
-        """Wait until ``path`` is on the disk."""
+        """Wait until ``path`` is on the disk.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
         with self.use(path) as descriptor:
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                raise StorageError(
-                    f"{self._base / path} cannot be put on the disk: {error.strerror}. "
-                    f"{MEND_THE_DISK}"
-                ) from error
+            os.fsync(descriptor)
 
     def close(self) -> None:
         """Close every descriptor that nobody uses."""
-        with self._lock:
+        with self.lock:
             for path in [p for p, (_, users) in self._open.items() if not users]:
                 os.close(self._open.pop(path)[0])
 

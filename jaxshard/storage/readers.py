@@ -24,7 +24,7 @@ from .local import Handles, LocalFolder
 from .versions import Versions
 
 if TYPE_CHECKING:
-    from .vectored_io import Places
+    from .vectored_io import IOVec
 
 _AHEAD_HANDLES = 8
 
@@ -56,9 +56,9 @@ class SourceFiles(Source):
         """Fill equal parts of ``buffer``, each from one of ``offsets`` of that file."""
         self._handles.read_rows(self._files[piece.file].path, offsets, buffer)
 
-    def read_places(self, piece: StoredShard, offset: int, places: Places) -> None:
-        """Fill ``places`` one after the other, from byte ``offset`` of that file."""
-        self._handles.read_places(self._files[piece.file].path, offset, places)
+    def read_scattered(self, piece: StoredShard, offset: int, memory: IOVec) -> None:
+        """Fill ``memory`` from byte ``offset`` of that file."""
+        self._handles.read_scattered(self._files[piece.file].path, offset, memory)
 
     def is_cached(self, piece: StoredShard, offset: int) -> bool:
         """Return whether byte ``offset`` of that file is in the page cache, or unknown."""
@@ -135,7 +135,6 @@ class MappedFiles(SourceFiles):
 
     def __init__(self, catalog: Catalog) -> None:
         super().__init__(catalog)
-        self._root = Path(catalog.root)
         self._maps: dict[int, memoryview] = {}
         self._lock = threading.Lock()
 
@@ -153,14 +152,10 @@ class MappedFiles(SourceFiles):
         self._maps.clear()
 
     def _map(self, path: str) -> memoryview:
-        place = self._root / path
         with self._handles.use(path) as descriptor:
             if not os.fstat(descriptor).st_size:
                 return memoryview(b"")
-            try:
-                return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-            except OSError as error:
-                raise StorageError(f"{place} cannot be mapped: {error.strerror}.") from error
+            return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
 
 
 def open_source(catalog: Catalog, *, mapped: bool = False) -> Source:

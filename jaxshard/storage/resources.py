@@ -1,16 +1,22 @@
-"""Resources of a run: threads, memory and counters.
+"""Threads of a run: how many and their memory, the queue they share, and their counters.
 
-Apart from the engine, so that a command that moves nothing needs no NumPy.
+Threads and not processes, because all that takes long (reads, writes, copies) releases the
+interpreter. This module is apart from the engine, so that a dry run needs no NumPy.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
+from typing import Generic, NamedTuple, TypeVar
 
+from ..core.box import Box
 from ..errors import LayoutError
-from ..planning.copies import BLOCK_BYTES, TILE_BYTES
+from ..planning.cells import Cell
+from ..planning.copies import BLOCK_BYTES, TILE_BYTES, TensorCopy
 
 _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
 _TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into
@@ -144,3 +150,73 @@ def default_workers() -> int:
 
 def _power_of_two(limit: int) -> int:
     return 1 << (limit.bit_length() - 1)
+
+
+BATCH_BLOCKS = 16  # blocks that a thread takes at a time: enough to read ahead, few to wait for
+
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """Adjacent blocks of one cell."""
+
+    move: TensorCopy
+    cell: Cell
+    blocks: tuple[Box, ...]
+
+
+class WorkQueue(Generic[T]):
+    """An iterator that several threads take items from.
+
+    ``stopped`` is called when there are no more items, for whatever reason: one thread may wait
+    inside ``items`` for work of another, which has failed.
+    """
+
+    def __init__(self, items: Iterator[T], stopped: Callable[[], None] | None = None) -> None:
+        self._items, self._lock, self._is_stopped = items, threading.Lock(), False
+        self._stopped = stopped
+
+    def next(self) -> T | None:
+        """Return the next item; None if there are no more, or the queue is stopped."""
+        with self._lock:
+            return None if self._is_stopped else next(self._items, None)
+
+    def stop(self) -> None:
+        """Return no more items to any thread."""
+        self._is_stopped = True
+        if self._stopped:
+            self._stopped()
+
+
+def run_threads(jobs: Sequence[Callable[[WorkQueue[T]], None]], queue: WorkQueue[T]) -> None:
+    """Run each of ``jobs`` on ``queue`` in its own thread; a single job runs in this thread.
+
+    The first error of any thread stops all of them and is raised.
+    """
+    if len(jobs) == 1:
+        jobs[0](queue)
+        return
+    errors: list[BaseException] = []
+
+    def guarded(job: Callable[[WorkQueue[T]], None], done: threading.Event) -> None:
+        try:
+            job(queue)
+        except BaseException as error:  # an interrupt too: the caller raises it
+            errors.append(error)
+            queue.stop()
+        finally:
+            done.set()
+
+    # not join(): in Python 3.11 an interrupted join() takes the thread for finished
+    ended = [threading.Event() for _ in jobs]
+    for given in zip(jobs, ended, strict=True):
+        threading.Thread(target=guarded, args=given, name="jaxshard").start()
+    try:
+        for event in ended:
+            event.wait()
+    finally:  # on an interrupt too: no file may be closed while a thread writes to it
+        queue.stop()
+        for event in ended:
+            event.wait()
+    if errors:
+        raise errors[0]

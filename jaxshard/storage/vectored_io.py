@@ -1,9 +1,8 @@
-"""Vectored I/O: one system call for many memory ranges.
+"""Scattered reads: one system call fills many ranges of memory.
 
-``os.preadv`` takes a list, and asks each of its objects for its memory while no other thread
-may run Python. Rows of a few kilobytes take as long that way as copying them once more. So
-the addresses are laid out beforehand, as ``struct iovec`` has them, and the C library's own
-call takes them as they are. Where it is not offered, ``os.preadv`` does the same.
+``os.preadv`` takes a list, and gets the memory of each of its objects while no other thread can
+run Python. With rows of a few kilobytes that takes as long as copying them once more. So the
+addresses are laid out by NumPy as an array of ``struct iovec``, which is passed to the C library.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -26,18 +25,17 @@ from ..core.numpy_dtypes import Bytes
 from ..core.ranges import Runs, byte_runs
 from ..planning.copies import Steps, TensorCopy
 from .io import Source
-
-_MOST = 1024  # IOV_MAX of Linux
+from .linux import IOV_MAX
 
 Table = NDArray[np.uint64]
 
 
-class Places:
-    """Places in memory, in the order in which a file has their bytes.
+class IOVec:
+    """Ranges of memory, in the order in which a file has their bytes.
 
     Args:
-        table: for each place its address and its bytes, any shape of ``(..., 2)``.
-        held: what keeps the memory alive.
+        table: for each range its address and its bytes, any shape of ``(..., 2)``.
+        held: keeps the memory alive.
     """
 
     __slots__ = ("_held", "_table", "num_bytes")
@@ -47,52 +45,42 @@ class Places:
         self.num_bytes = int(self._table[:, 1].sum())
 
     def fill(self, descriptor: int, offset: int) -> int:
-        """Fill them from byte ``offset`` of a file; how many bytes came, fewer if it ends there.
+        """Fill them from byte ``offset`` of a file; return the bytes, fewer where it ends.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the disk fails.
         """
-        total = 0
-        for some in self._requests():
-            want, done = int(some[:, 1].sum()), _read(descriptor, some, offset + total)
-            if done < want:
-                done += _read_rest(descriptor, some, offset + total, done)
-            total += done
-            if done < want:
+        total, left = 0, self._table
+        while total < self.num_bytes:
+            done = _read(descriptor, left[:IOV_MAX], offset + total)
+            if not done:
                 break
+            total += done
+            left = _rest(left, done)
         return total
 
-    def _requests(self) -> Iterator[Table]:
-        for first in range(0, len(self._table), _MOST):
-            yield self._table[first : first + _MOST]
+
+def _rest(table: Table, done: int) -> Table:
+    """The ranges after the first ``done`` bytes, which one request filled."""
+    ends = np.cumsum(table[:IOV_MAX, 1])
+    first = int(np.searchsorted(ends, np.uint64(done), side="right"))
+    rest, skip = table[first:], done - int(ends[first - 1]) if first else done
+    if skip:  # the kernel may stop within a range
+        rest = rest.copy()
+        rest[0] += np.array([skip, -skip], np.int64).view(np.uint64)
+    return rest
 
 
-def _read(descriptor: int, places: Table, offset: int) -> int:
+def _read(descriptor: int, ranges: Table, offset: int) -> int:
     """One request; the bytes that came."""
     call = _preadv()
     if call is None:
-        return os.preadv(descriptor, [_memory(*place) for place in places.tolist()], offset)
-    while (done := call(descriptor, places.ctypes.data, len(places), offset)) < 0:
+        return os.preadv(descriptor, [_memory(*one) for one in ranges.tolist()], offset)
+    while (done := call(descriptor, ranges.ctypes.data, len(ranges), offset)) < 0:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
     return int(done)
-
-
-def _read_rest(descriptor: int, places: Table, offset: int, done: int) -> int:
-    """What a request of which ``done`` bytes came has left, place by place."""
-    more, before = 0, 0
-    for address, length in places.tolist():
-        skip = max(0, min(length, done - before))
-        while skip < length:
-            memory = _memory(address + skip, length - skip)
-            came = os.preadv(descriptor, [memory], offset + before + skip)
-            if not came:
-                return more
-            skip += came
-            more += came
-        before += length
-    return more
 
 
 def _memory(address: int, num_bytes: int) -> memoryview:
@@ -205,11 +193,11 @@ def _cut(block: Box, parts: Sequence[Box]) -> int | None:
     return dim if at == block.stop[dim] else None
 
 
-def places_of(scatter: Scatter, memory: Sequence[Bytes]) -> Places:
-    """The places to fill, where ``memory`` is what each target gets of the block."""
+def iovec_of(scatter: Scatter, memory: Sequence[Bytes]) -> IOVec:
+    """The ranges to fill, where ``memory`` is what each target gets of the block."""
     table = np.empty((scatter.num_rows, len(memory), 2), np.uint64)
     rows = np.arange(scatter.num_rows, dtype=np.uint64)
     for k, (data, (_, _, width)) in enumerate(zip(memory, scatter.parts, strict=True)):
         table[:, k, 0] = data.ctypes.data + rows * np.uint64(width)
         table[:, k, 1] = width
-    return Places(table, memory)
+    return IOVec(table, memory)

@@ -18,8 +18,7 @@ from jaxshard.core.dtypes import BY_NAME
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.planning.copies import move_into
 from jaxshard.storage import engine
-from jaxshard.storage.resources import Budget, fit_budget
-from jaxshard.storage.work_queue import Shared, in_threads
+from jaxshard.storage.resources import Budget, WorkQueue, fit_budget, run_threads
 
 
 def moves(number: int, rows: int = 64) -> list:
@@ -84,13 +83,13 @@ def test_no_moves_are_no_work():
 
 
 def test_batches_are_given_to_one_thread_each():
-    source, taken = Shared(iter(range(1, 1000))), []
+    source, taken = WorkQueue(iter(range(1, 1000))), []
 
     def job(shared):
         while (item := shared.next()) is not None:
             taken.append(item)
 
-    in_threads([job] * 4, source)
+    run_threads([job] * 4, source)
     assert sorted(taken) == list(range(1, 1000))
 
 

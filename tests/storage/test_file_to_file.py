@@ -78,7 +78,7 @@ SLIVERS = tuple(Box((0, i), (64, i + 64)) for i in range(0, 1024, 64))  # rows o
 )
 def test_streams_take_long_rows_without_gaps(sources, targets, is_stream):
     (cell,) = cells(sources, targets)
-    assert (file_to_file.lanes_of(cell, sources, targets, 4, 1 << 20) is not None) == is_stream
+    assert (file_to_file.striped(cell, sources, targets, 4, 1 << 20) is not None) == is_stream
 
 
 def test_a_conversion_that_streams_needs_no_numpy_and_one_that_does_not_still_works(tmp_path):

@@ -36,7 +36,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
 def test_the_columns_of_one_rank_are_read_exactly_and_not_one_call_a_row(wide, monkeypatch):
     folder, values = wide
     calls, real = [], Handles.use
-    monkeypatch.setattr(Handles, "use", lambda self, path: calls.append(path) or real(self, path))
+    monkeypatch.setattr(Handles, "use", lambda *given: calls.append(given) or real(*given))
     planned = js.plan(folder, "mp4", rank=[2]).totals
     calls.clear()
     (share,) = js.load_rank(folder, "mp4", 2).values()

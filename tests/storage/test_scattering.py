@@ -84,7 +84,7 @@ def test_every_cut_fills_its_targets(data, tmp_path_factory):
 
     def scatter(piece, offset, places):
         calls.append(1)
-        handles.read_places("f", offset, places)
+        handles.read_scattered("f", offset, places)
 
     wanted = move(shape, targets, offset=4)
     before, vectored_io._LEAST_BYTES = vectored_io._LEAST_BYTES, 1
@@ -125,13 +125,13 @@ def sharding():
 
 def test_a_load_reads_columns_with_few_requests_and_every_byte_once(weight, monkeypatch):
     folder, values = weight
-    asked, real = [], Handles.read_places
+    asked, real = [], Handles.read_scattered
 
     def read(self, path, offset, places):
         asked.append(places.num_bytes)
         real(self, path, offset, places)
 
-    monkeypatch.setattr(Handles, "read_places", read)
+    monkeypatch.setattr(Handles, "read_scattered", read)
     counts: list = []
     (array,) = load(folder, sharding(), counted=counts.append).values()
     assert np.array_equal(array, values)
@@ -142,12 +142,12 @@ def test_a_load_reads_columns_with_few_requests_and_every_byte_once(weight, monk
 def test_a_file_that_shrinks_meanwhile_is_an_error(weight, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes((weight[0] / "model.safetensors").read_bytes())
-    real = Handles.read_places
+    real = Handles.read_scattered
 
     def read(self, name, offset, places):
         os.truncate(path, 9_000_000)
         real(self, name, offset, places)
 
-    monkeypatch.setattr(Handles, "read_places", read)
+    monkeypatch.setattr(Handles, "read_scattered", read)
     with pytest.raises(FormatError, match="ends at byte 9000000"):
         load(tmp_path, sharding())

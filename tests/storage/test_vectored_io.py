@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from jaxshard.errors import FormatError, StorageError
 from jaxshard.storage import vectored_io
 from jaxshard.storage.local import Handles
-from jaxshard.storage.vectored_io import Places
+from jaxshard.storage.vectored_io import IOVec
 
 DATA = bytes(np.random.default_rng(0).integers(0, 256, 40_000, np.uint8))
 
@@ -22,14 +21,14 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "f"
 
 
-def places(*lengths: int) -> tuple[Places, np.ndarray]:
-    """Places of these lengths, the first of them last in memory, with a byte between them."""
+def places(*lengths: int) -> tuple[IOVec, np.ndarray]:
+    """Ranges of these lengths, the first of them last in memory, with a byte between them."""
     memory = np.zeros(sum(lengths) + len(lengths), np.uint8)
     table, end = [], len(memory)
     for length in lengths:
         end -= length + 1
         table.append((memory.ctypes.data + end, length))
-    return Places(np.array(table, np.uint64), memory), memory
+    return IOVec(np.array(table, np.uint64), memory), memory
 
 
 def parts(memory: np.ndarray, *lengths: int) -> bytes:
@@ -53,7 +52,7 @@ def test_places_are_filled_in_order(file, monkeypatch, how):
     if how == "not offered":
         monkeypatch.setattr(vectored_io, "_preadv", lambda: None)
     wanted, memory = places(*LENGTHS)
-    Handles(file.parent).read_places("f", 11, wanted)
+    Handles(file.parent).read_scattered("f", 11, wanted)
     assert parts(memory, *LENGTHS) == DATA[11 : 11 + sum(LENGTHS)]
 
 
@@ -75,13 +74,13 @@ def _cut(real):
 def test_a_file_that_ends_first_is_an_error(file, offset):
     wanted, _ = places(*[3000] * 15)
     with pytest.raises(FormatError, match="ends at byte 40000"):
-        Handles(file.parent).read_places("f", offset, wanted)
+        Handles(file.parent).read_scattered("f", offset, wanted)
 
 
 def test_what_the_disk_refuses_is_an_error(file):
     wanted, _ = places(10, 10)
-    with pytest.raises(StorageError, match="f cannot be read at byte 5"):
-        Handles(file.parent, os.O_WRONLY).read_places("f", 5, wanted)
+    with pytest.raises(StorageError, match="cannot be read at byte 5: Is a directory"):
+        Handles(file.parent.parent).read_scattered(file.parent.name, 5, wanted)
 
 
 def test_a_request_that_was_interrupted_is_made_again(file, monkeypatch):
@@ -96,6 +95,6 @@ def test_a_request_that_was_interrupted_is_made_again(file, monkeypatch):
 
     monkeypatch.setattr(vectored_io, "_preadv", lambda: call)
     wanted, memory = places(5, 6)
-    Handles(file.parent).read_places("f", 0, wanted)
+    Handles(file.parent).read_scattered("f", 0, wanted)
     assert parts(memory, 5, 6) == DATA[:11]
     assert len(calls) == 2

@@ -16,7 +16,7 @@ class From(Source):
 
     def __init__(self, read: Any = _nothing, lend: Any = None, scatter: Any = None) -> None:
         self.can_lend, self.can_scatter = lend is not None, scatter is not None
-        self.read, self.lend, self.read_places = read, lend, scatter  # type: ignore[method-assign]
+        self.read, self.lend, self.read_scattered = read, lend, scatter  # type: ignore[method-assign]
 
     def read(self, piece: Any, offset: int, buffer: memoryview) -> None: ...
 
