@@ -24,17 +24,9 @@ from ..core.numpy_dtypes import Bytes, Conversion, NumpyDType, numpy_dtype
 from ..devices.host_memory import ALIGNMENT, unaligned_empty
 from ..planning.bundles import SMALL_BYTES, Bundle, bundled, small_bytes
 from ..storage.io import Source
-<<<<<<< HEAD
-from ..storage.resources import Counts
-from ..storage.work_queue import Shared, in_threads
+from ..storage.resources import Counts, WorkQueue, run_threads
 from .make_arrays import keeping_64_bits
 from .requests import ArrayRequest, adopts
-=======
-from ..storage.resources import Counts, WorkQueue, run_threads
-from .make_arrays import adopts, keeping_64_bits
-from .requests import Want
-from .shard_memory import ALIGNMENT, off_line
->>>>>>> 3c85c6d (Vectored I/O has one vocabulary: one loop completes short transfers, one place turns OS errors into StorageError)
 
 _BUNDLE_BYTES = 256 << 10
 _Kind = tuple[Sharding, NumpyDType]
