@@ -62,7 +62,8 @@ def test_a_thousand_tiny_arrays_are_saved_in_one_write(tmp_path, calls, kind):
         arrays = {n: jax.device_put(a, jax.devices()[len(n) % 2]) for n, a in wanted.items()}
     calls.clear()
     report = js.save(arrays, tmp_path / "out", fsync=False, **ONE)
-    assert calls["write_views"] == report.counts.num_writes == 1
+    assert report.counts.num_writes == 1
+    assert calls["write_views"] == 2  # the tensors, and a header
     assert same(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), wanted)
 
 
