@@ -109,7 +109,7 @@ def convert(
             host_bytes, fsync …). Each is a flag of ``jaxshard convert`` too.
 
     Raises:
-        JaxshardError: its five kinds say what to do; see ``errors``.
+        JaxshardError: one of five kinds, each with a remedy; see ``errors``.
     """
     result, run = split(options)
     prepared = prepare(source, to, destination=destination, **result)
@@ -186,23 +186,23 @@ def reshard(
     device_bytes: int | str | None = None,
     route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
-    """The arrays of ``tree`` laid out as ``target`` says, moved from device to device.
+    """Move the arrays of ``tree`` to other shardings, from device to device.
 
     Args:
         tree: a pytree of ``jax.Array``.
-        target: a strategy (``"dp4mp2"``), by the rules of the names' family; or shardings, in
-            any of the forms that ``transfer.reshard`` takes.
-        devices: for a strategy, the device of each rank; by default all there are.
-        rules: for a strategy, rules that go before the family's.
+        target: a strategy (``"dp4mp2"``), resolved by the rules of the names' family; or
+            shardings, in any form that ``resharding.reshard`` accepts.
+        devices: the device of each rank of a strategy; by default all devices.
+        rules: rules for a strategy that precede the family's rules.
         donate: free each source array as soon as it has been moved.
-        copy: share no memory with the sources; by default a shard that stays where it is is shared,
-            and is gone when a later step donates its source.
-        device_bytes: a bound on what is in flight on each device beyond sources and targets.
-        route: see ``transfer.reshard``.
+        copy: share no memory with the sources. By default a shard that stays on its device is
+            aliased, so donating the source in a later step deletes it.
+        device_bytes: memory limit per device for data in flight, besides sources and targets.
+        route: see ``resharding.reshard``.
 
     Raises:
-        LayoutError: the target cannot hold an array, or a device is not there.
-        NotFoundError: the target does not name some arrays.
+        LayoutError: the target cannot hold an array, or names a missing device.
+        NotFoundError: the target lacks some arrays.
     """
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
     from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
@@ -225,10 +225,10 @@ def prepare_reshard(
     device_bytes: int | str | None = None,
     route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
-    """A ``transfer.Resharder`` for trees like ``tree``, planned and compiled once.
+    """Plan and compile once; return a ``resharding.Resharder`` for trees like ``tree``.
 
-    Call it every step with such a tree; print its ``plan``. Arguments and errors as ``reshard``.
-    Where the step donates what it was given, as training steps do, ask for ``copy=True``.
+    Call it in every step, and print its ``plan``. Arguments and errors as ``reshard``.
+    Pass ``copy=True`` if the step donates its arrays, as training steps do.
     """
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
     from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
@@ -243,12 +243,12 @@ def prepare_reshard(
 def gather(
     tree: Any, device: Any = None, *, host: bool = False, from_processes: bool = False
 ) -> Any:
-    """The arrays of ``tree`` whole: on one device, on each of their own, or as NumPy.
+    """Gather whole arrays: on one device, on each of their own devices, or as NumPy arrays.
 
-    With ``from_processes``, ``host`` gives every process also what only others hold.
+    With ``from_processes``, ``host`` also fetches shards that only other processes hold.
 
     Raises:
-        LayoutError: both a device and the host are asked for.
+        LayoutError: ``device`` and ``host`` are both given.
     """
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
 

@@ -1,32 +1,31 @@
-"""The command line: parses arguments, runs one command, returns its exit status.
+"""The command line: entry points, and output to the terminal.
 
-Answers go to standard output, progress and errors to standard error. Exit status:
-0 done · 2 the request · 3 the checkpoint · 4 the disk · 1 a bug, with its traceback.
-Only the parser is imported before a command is known, so that ``--help`` is quick.
+Results are written to standard output, progress and errors to standard error. Exit status:
+0 success · 2 invalid request · 3 invalid checkpoint · 4 storage error · 1 a bug (traceback).
+Only the parser is imported before the command is known, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..errors import JaxshardError, StorageError
-from .output import write_error, write_json
+from ..errors import JaxshardError, StorageError, printable
 from .parsing import parser
 
-_COLLECT_AFTER = 200_000  # objects more; Python's own is 700
+_COLLECT_AFTER = 200_000  # allocations between collections; Python's default is 700
 
 
 def program() -> int:
-    """``main``, as a process of its own; the exit status.
+    """Run ``main`` as the process's only work; return the exit status.
 
-    A plan is many small objects that live until the end, and none of them in a cycle: looking
-    through them again and again for cycles, and once more at the end, would be a tenth of the
-    time that a command takes for anything but data.
+    A plan is many small objects that live until the end and form no cycles. Scanning them for
+    cycles repeatedly, and once more at exit, would cost a tenth of a command's time outside I/O.
     """
     gc.set_threshold(_COLLECT_AFTER)
     status = main()
@@ -35,16 +34,16 @@ def program() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run one command; return the exit status."""
     arguments = parser().parse_args(argv)
     if getattr(arguments, "command", None) is None:
         parser().print_help()
         return 2
     try:
-        # NumPy and all, only once a command is known
+        # imports NumPy, so only after the command is known
         run = getattr(import_module(f".{arguments.module}", __package__), arguments.command)
         status = int(run(arguments))
-        sys.stdout.flush()  # here, and not when Python ends, a reader that has gone is no error
+        sys.stdout.flush()  # before exit, where a closed pipe would be a traceback
         return status
     except JaxshardError as error:
         return _fail(error, arguments)
@@ -52,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_error("jaxshard: interrupted. Finished files are kept for --resume.")
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed the pipe
         return 0
-    except OSError as error:  # none is foreseen here, but it is the machine's refusal and no bug
+    except OSError as error:  # unforeseen, but an error of the system and not a bug
         where = f"{error.filename}: " if error.filename else ""
         return _fail(StorageError(f"{where}{error.strerror or error}."), arguments)
 
@@ -65,3 +64,18 @@ def _fail(error: JaxshardError, arguments: argparse.Namespace) -> int:
         write_json({"error": type(error).__name__, "message": text}, indent=None)
     write_error(f"jaxshard: {type(error).__name__}: {text}")
     return error.exit_status
+
+
+def write(text: str) -> None:
+    """Print ``text`` to standard output; names and notes from untrusted files are escaped."""
+    print(printable(text))
+
+
+def write_error(text: str) -> None:
+    """Print ``text`` to standard error, escaped."""
+    print(printable(text), file=sys.stderr)
+
+
+def write_json(data: object, indent: int | None = 1) -> None:
+    """Print ``data`` as JSON in ASCII, so that nothing needs further escapes."""
+    print(json.dumps(data, indent=indent))

@@ -1,4 +1,4 @@
-"""Commands of the command line; the grammar is in ``parsing``."""
+"""Commands of the command line; ``parsing`` defines their arguments."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ..planning import pictures
 from ..rules import Rules, read_rules
 from ..storage.resources import budget_for
 from ..storage.text_files import read_bytes, read_text
-from .output import write, write_json
+from . import write, write_json
 
 if TYPE_CHECKING:
     from ..conversion.verify import Verdict
 
 _MAX_KEY_BYTES = 4096
-_PROBLEM = 3  # the exit status of a checkpoint that is not right
+_PROBLEM = 3  # exit status for an invalid checkpoint
 
 
 def inspect(a: Namespace) -> int:
-    """Show what a checkpoint holds, or the steps of a training run."""
+    """Show the contents of a checkpoint, or the steps of a training run."""
     if (done := _run_of_steps(a, deep=False)) is not None:
         return done
     catalog = _source(a)
@@ -47,22 +47,22 @@ def inspect(a: Namespace) -> int:
 
 
 def plan(a: Namespace) -> int:
-    """Show what ``convert`` would do."""
+    """Show the plan of ``convert`` without running it."""
     return _show_plan(_fitted(_prepare(a, a.to), a), a)
 
 
 def convert(a: Namespace) -> int:
-    """Make a checkpoint of another layout."""
+    """Write a checkpoint in another layout."""
     return _convert(a, a.to)
 
 
 def merge(a: Namespace) -> int:
-    """Make one complete checkpoint."""
+    """Write one complete checkpoint."""
     return _convert(a, "full")
 
 
 def slice(a: Namespace) -> int:
-    """Cut a checkpoint into one file a rank."""
+    """Write a checkpoint as one file per rank."""
     return _convert(a, a.to)
 
 
@@ -72,27 +72,27 @@ def verify(a: Namespace) -> int:
         return done
     if a.deep:
         raise LayoutError(
-            f"--deep reads every step of a training run, and {a.source} "
-            + ("is compared as one checkpoint" if a.against else "is the directory of none")
-            + ". Leave it out: of a checkpoint, all that is stored twice is read anyway."
+            f"--deep is for the steps of a training run, and {a.source} "
+            + ("is compared as one checkpoint" if a.against else "is not the directory of a run")
+            + ". Omit it: all replicas of a checkpoint are read anyway."
         )
-    from ..conversion.verify import verify as verify_alone  # noqa: PLC0415 - NumPy, not needed by all
+    from ..conversion.verify import verify as verify_alone  # noqa: PLC0415 - NumPy
     from ..conversion.verify import verify_against  # noqa: PLC0415
 
     budget = budget_for(a.host_bytes, a.workers)
     catalog = _source(a)
-    with _progress("checking", a.quiet or a.json) as told:
-        verdict = verify_alone(catalog, budget=budget, progress=told(0))
+    with _progress("checking", a.quiet or a.json) as begin:
+        verdict = verify_alone(catalog, budget=budget, progress=begin(0))
         if a.against and not verdict.problems:
             other = open_checkpoint(a.against, src_strategy=a.against_strategy)
             verdict = verify_against(
-                catalog, other, budget=budget, progress=told(catalog.num_bytes)
+                catalog, other, budget=budget, progress=begin(catalog.num_bytes)
             )
     return _show_verdict(verdict, a)
 
 
 def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
-    """The answer, if the source is the directory of a training run; else None."""
+    """Show the steps if the source is the directory of a training run; otherwise return None."""
     if not any(os.path.isdir(os.path.join(a.source, f)) for f in (".jaxshard", "checkpoint")):
         return None
     from ..training import open_step, run_directory  # noqa: PLC0415 - only for runs
@@ -101,8 +101,8 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
     steps = run_steps.steps_of_run(a.source)
     if not steps:
         return None
-    with _progress("checking", a.quiet or a.json) as told:
-        progress = told(sum(s.num_bytes for s in steps)) if deep else None
+    with _progress("checking", a.quiet or a.json) as begin:
+        progress = begin(sum(s.num_bytes for s in steps)) if deep else None
         place = run_directory.Places.of(a.source)
         steps = open_step.examine_all(place, steps, deep=deep, progress=progress)
     well = run_steps.is_well(steps)
@@ -126,8 +126,8 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
 
 
 def lora(a: Namespace) -> int:
-    """Merge LoRA adapters into their weights."""
-    from ..lora import with_adapter  # noqa: PLC0415 - not needed by all
+    """Merge LoRA adapters into their base weights."""
+    from ..lora import with_adapter  # noqa: PLC0415 - only this command needs it
 
     source = with_adapter(
         _source(a),
@@ -145,11 +145,11 @@ def lora(a: Namespace) -> int:
 
 
 def decrypt(a: Namespace) -> int:
-    """Make a plain file of an encrypted one."""
-    from ..conversion.decrypt import decrypt as decrypt_file  # noqa: PLC0415 - seldom needed
+    """Decrypt a MindSpore checkpoint file."""
+    from ..conversion.decrypt import decrypt as decrypt_file  # noqa: PLC0415 - only this command needs it
 
     key = read_bytes(a.key_file, _MAX_KEY_BYTES, f"--key-file {a.key_file}")
-    key = key.removesuffix(b"\n")  # as editors and echo leave it
+    key = key.removesuffix(b"\n")  # editors and echo append it
     place = decrypt_file(a.source, a.destination, key, overwrite=a.overwrite)
     if a.json:
         write_json({"destination": str(place), "num_bytes": place.stat().st_size})
@@ -159,8 +159,8 @@ def decrypt(a: Namespace) -> int:
 
 
 def demo(a: Namespace) -> int:
-    """Do the main job on a small checkpoint."""
-    from .demo import run_demo  # noqa: PLC0415 - imports JAX, which no other command here does
+    """Run the demo on a small checkpoint."""
+    from .demo import run_demo  # noqa: PLC0415 - JAX, which no other command imports
 
     return run_demo(a.path, keep=a.keep, quiet=a.quiet or a.json, as_json=a.json)
 
@@ -170,8 +170,8 @@ def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:
     if a.dry_run:
         part = part_of(a.process_index, a.process_count, os.environ)
         return _show_plan(replace(prepared, plan=part_plan(prepared.plan, part)), a)
-    with _progress("writing", a.quiet or a.json) as told:
-        report = execute(prepared, a.destination, progress=told, **_run_options(a))
+    with _progress("writing", a.quiet or a.json) as begin:
+        report = execute(prepared, a.destination, progress=begin, **_run_options(a))
     if a.json:
         write_json(asdict(report))
     elif not a.quiet:
@@ -208,7 +208,7 @@ def _source(a: Namespace) -> Catalog:
 
 
 def read_rules_file(path: str | None) -> Rules | None:
-    """The rules in the file that ``--rules`` names."""
+    """Read the rules of ``--rules``, if the user passed it."""
     if path is None:
         return None
     return read_rules(read_text(path, MAX_TOML_BYTES, f"--rules {path}"), path)
@@ -233,11 +233,11 @@ def _run_options(a: Namespace) -> RunOptions:
 
 @contextmanager
 def _progress(what: str, quiet: bool) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A progress bar on a terminal, nothing elsewhere."""
+    """Show a progress bar if standard error is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield lambda total: lambda num_bytes: None
         return
-    from rich import console, progress  # noqa: PLC0415 - a tenth of a second, only on terminals
+    from rich import console, progress  # noqa: PLC0415 - a tenth of a second, for terminals only
 
     bar = progress.Progress(
         progress.TextColumn(what),
@@ -250,11 +250,11 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int], Callable[[int]
     )
     with bar:
 
-        def begin(total: int) -> Callable[[int], None]:
+        def start(total: int) -> Callable[[int], None]:
             task = bar.add_task(what, total=total or None)
             return lambda num_bytes: bar.advance(task, num_bytes)
 
-        yield begin
+        yield start
 
 
 def _show_plan(prepared: Prepared, a: Namespace) -> int:

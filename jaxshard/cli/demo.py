@@ -1,7 +1,6 @@
 """The demo: convert, load, reshard, save and verify one checkpoint, bit for bit.
 
-Cut a checkpoint into ranks, re-cut it, load it onto eight devices, reshard it there,
-save it, merge everything back, and compare each result with the original.
+Each result is compared with the original.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..core.dtypes import dtype
 from ..errors import CoverageError, LayoutError, StorageError, format_list
 from ..formats.safetensors import layout_file
 from ..planning import pictures
-from .output import write_json
+from . import write_json
 
 _LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
 
@@ -33,18 +32,18 @@ _LAYERS, _HIDDEN, _FFN, _VOCAB, _KV = 4, 512, 1408, 8192, 256
 def run_demo(
     path: str | None, *, keep: str | None = None, quiet: bool = False, as_json: bool = False
 ) -> int:
-    """Run the demo on the checkpoint at ``path``, or on one made on the spot.
+    """Run the demo on the checkpoint at ``path``, or on a generated one.
 
-    Results go to the folder ``keep``, which must be new or empty, or to one that is removed at
-    the end. Returns the exit status: 0, since any difference raises.
+    Results are written to ``keep``, which must be new or empty, or to a temporary directory.
+    Returns the exit status, which is 0 because any difference raises.
     """
-    say: Callable[[str], None] = (lambda text: None) if quiet else print
+    echo: Callable[[str], None] = (lambda text: None) if quiet else print
     with _workplace(keep) as place:
         source = Path(path) if path else _make_llama(place / "llama")
         catalog = open_checkpoint(source)
-        say(pictures.catalog_text(catalog))
-        steps = [*_on_files(catalog, place, say), *_on_devices(catalog, place, say)]
-        say(
+        echo(pictures.catalog_text(catalog))
+        steps = [*_on_files(catalog, place, echo), *_on_devices(catalog, place, echo)]
+        echo(
             "\nevery result equals the original, bit for bit"
             + (f"; kept in {keep}" if keep else "")
         )
@@ -54,25 +53,25 @@ def run_demo(
 
 
 def _on_files(
-    catalog: Catalog, place: Path, say: Callable[[str], None]
+    catalog: Catalog, place: Path, echo: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    say("\nfile to file")
-    with _step("cut into 8 ranks, dp2mp4, each shard stored once", say) as done:
+    echo("\nfile to file")
+    with _step("cut into 8 ranks, dp2mp4, each shard stored once", echo) as done:
         slice(catalog, place / "dp2mp4", "dp2mp4", remove_redundancy=True, fsync=False)
         yield done
-    with _step("re-cut into 4 ranks in 2 stages, dp1mp2pp2", say) as done:
+    with _step("re-cut into 4 ranks in 2 stages, dp1mp2pp2", echo) as done:
         convert(place / "dp2mp4", place / "dp1mp2pp2", "dp1mp2pp2", fsync=False)
         yield done
-    with _step("merge, and compare with the original", say) as done:
+    with _step("merge, and compare with the original", echo) as done:
         merge(place / "dp1mp2pp2", place / "merged", fsync=False)
         _compare(place / "merged", catalog)
         yield done
 
 
 def _on_devices(
-    catalog: Catalog, place: Path, say: Callable[[str], None]
+    catalog: Catalog, place: Path, echo: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    import jax  # noqa: PLC0415 - the file-to-file part needs none
+    import jax  # noqa: PLC0415 - the file-to-file part needs no JAX
 
     from ..api import reshard  # noqa: PLC0415
     from ..loader import load  # noqa: PLC0415
@@ -80,20 +79,20 @@ def _on_devices(
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    say(f"\non {jax.device_count()} CPU devices")
+    echo(f"\non {jax.device_count()} CPU devices")
     tensors = {n: t for n, t in catalog.tensors.items() if n not in catalog.scalars}
-    weights = replace(catalog, tensors=tensors)  # a job's numbers are in no family's rules
-    with _step("load as dp2mp4", say) as done:
+    weights = replace(catalog, tensors=tensors)  # rules place weights, not training scalars
+    with _step("load as dp2mp4", echo) as done:
         params = jax.block_until_ready(load(weights, "dp2mp4"))
         yield done
-    with _step("reshard on the devices to dp4mp2", say) as done:
+    with _step("reshard on the devices to dp4mp2", echo) as done:
         params = jax.block_until_ready(reshard(params, "dp4mp2"))
         yield done
-    with _step("save from the devices, and compare with the original", say) as done:
+    with _step("save from the devices, and compare with the original", echo) as done:
         save(params, place / "saved", fsync=False)
         _compare(place / "saved", weights)
         yield done
-    with _step("load the rank files of dp1mp2pp2 as mp8, and compare", say) as done:
+    with _step("load the rank files of dp1mp2pp2 as mp8, and compare", echo) as done:
         _compare_arrays(load(place / "dp1mp2pp2", "mp8"), catalog)
         yield done
 
@@ -105,22 +104,24 @@ def _compare(made: Path, catalog: Catalog) -> None:
 
 
 def _compare_arrays(params: dict[str, Any], catalog: Catalog) -> None:
-    """Compare arrays with what lies in the files, read by the engine into NumPy's."""
+    """Compare arrays with the tensors of ``catalog``, read as NumPy arrays."""
     original = load_rank(catalog, "full", keep_accu_grads=True)
     if params.keys() != original.keys():
-        raise CoverageError(f"{format_list(sorted(params.keys() ^ original.keys()))}: not in both.")
+        raise CoverageError(
+            f"{format_list(sorted(params.keys() ^ original.keys()))}: not in both checkpoints."
+        )
     for name, array in params.items():
         if np.asarray(array).tobytes() != original[name].tobytes():
             raise CoverageError(f"{name} differs from the original.")
 
 
 @contextmanager
-def _step(what: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _step(what: str, echo: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     done: dict[str, Any] = {"step": what}
     start = perf_counter()
     yield done
     done["seconds"] = round(perf_counter() - start, 3)
-    say(f"  {what:<54} {done['seconds']:6.2f} s")
+    echo(f"  {what:<54} {done['seconds']:6.2f} s")
 
 
 @contextmanager
@@ -136,14 +137,14 @@ def _workplace(keep: str | None) -> Iterator[Path]:
         raise StorageError(f"--keep {keep}: {error.strerror}. Choose another folder.") from error
     if found:
         raise LayoutError(
-            f"--keep {keep} holds {format_list(found, 3)}, and nothing of it may be lost. Choose a "
-            "new or an empty folder."
+            f"--keep {keep}: the folder is not empty ({format_list(found, 3)}). Choose a new or an "
+            "empty folder."
         )
     yield Path(keep)
 
 
 def _make_llama(folder: Path) -> Path:
-    """A small checkpoint in the shape of a Llama with grouped-query attention, random bfloat16."""
+    """Write a small Llama checkpoint with grouped-query attention and random bfloat16 weights."""
     shapes = dict(_llama_shapes())
     folder.mkdir(parents=True, exist_ok=True)
     file = layout_file([(n, dtype("BF16"), s) for n, s in shapes.items()], {"format": "pt"})

@@ -1,6 +1,6 @@
-"""The grammar of the command line and its help texts.
+"""The arguments of the command line and their help texts.
 
-Nothing of what the commands do is imported here, so that ``--help`` is quick.
+This module does not import the commands, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ import argparse
 
 from ..formats.registry import FORMATS
 
-_DESTINATION = "the folder to make; or one file: out.safetensors, out.ckpt"
+_DESTINATION = "directory to write, or one file: out.safetensors, out.ckpt"
 _EXAMPLES = """\
 examples:
-  jaxshard inspect llama/                          what is in it
-  jaxshard plan llama/ --to dp2mp4                 what cutting it would cost
-  jaxshard slice llama/ cut/ --to dp2mp4           one file a rank
-  jaxshard convert cut/ other/ --to dp1mp2pp2      any ranks to any others
-  jaxshard merge cut/ whole/                       one complete checkpoint again
-  jaxshard verify whole/ --against llama/          bit for bit
-  jaxshard demo                                    all of it, on a small model
+  jaxshard inspect llama/                          show the contents
+  jaxshard plan llama/ --to dp2mp4                 show the cost of slicing it
+  jaxshard slice llama/ cut/ --to dp2mp4           write one file per rank
+  jaxshard convert cut/ other/ --to dp1mp2pp2      change the strategy
+  jaxshard merge cut/ whole/                       write one complete checkpoint
+  jaxshard verify whole/ --against llama/          compare bit for bit
+  jaxshard demo                                    run all of these on a small model
 """
 
 _CONVERSIONS = {
     "plan": "show what convert would read, copy and write",
-    "convert": "make a checkpoint of another layout",
-    "merge": "make one complete checkpoint (convert --to full)",
-    "slice": "cut a checkpoint into one file a rank",
+    "convert": "write a checkpoint in another layout",
+    "merge": "write one complete checkpoint (convert --to full)",
+    "slice": "write a checkpoint as one file per rank",
 }
-_VERIFY = "check a checkpoint or a run's steps, or compare two of any layouts"
+_VERIFY = "check a checkpoint or the steps of a run, or compare two checkpoints of any layouts"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+    """Build the argument parser."""
     top = argparse.ArgumentParser(
         prog="jaxshard",
         description="Move model weights between any two layouts.",
@@ -42,18 +42,26 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND")
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        made = commands.add_parser(name, help=summary, description=_sentence(summary))
         made.set_defaults(command=name, module="commands")
         return made
 
-    _add_inspect(command("inspect", "show what a checkpoint holds and who holds what"))
+    _add_inspect(
+        command("inspect", "show the tensors of a checkpoint and which rank holds which shard")
+    )
     for name, summary in _CONVERSIONS.items():
         _add_conversion(command(name, summary), name)
     _add_verify(command("verify", _VERIFY))
-    _add_lora(command("lora", "merge LoRA adapters into their weights, in any layout"))
-    _add_strategy(command("strategy", "show, merge and make MindSpore's strategy files"))
-    _add_decrypt(command("decrypt", "make a plain .ckpt of one that MindSpore encrypted"))
-    _add_demo(command("demo", "do the main job on a small checkpoint and check it bit for bit"))
+    _add_lora(command("lora", "merge LoRA adapters into their base weights, in any layout"))
+    _add_strategy(command("strategy", "show, merge or write MindSpore strategy files"))
+    _add_decrypt(command("decrypt", "decrypt a .ckpt that MindSpore encrypted"))
+    _add_demo(
+        command(
+            "demo",
+            "convert, load, reshard and save a small checkpoint, and "
+            "compare the results bit for bit",
+        )
+    )
     return top
 
 
@@ -77,13 +85,13 @@ def _add_conversion(to: argparse.ArgumentParser, name: str) -> None:
 def _add_verify(to: argparse.ArgumentParser) -> None:
     _add_source(to)
     to.add_argument(
-        "--deep", action="store_true", help="compare the checksums of every byte of a run's steps"
+        "--deep", action="store_true", help="compare the checksums of all files of a run's steps"
     )
-    to.add_argument("--against", metavar="PATH", help="compare with this, bit for bit")
+    to.add_argument("--against", metavar="PATH", help="checkpoint to compare with, bit for bit")
     to.add_argument(
         "--against-strategy",
         metavar="PATH",
-        help="strategy files of the other, where it needs them",
+        help="strategy files of --against",
     )
     _add_budget(to)
     _add_output(to)
@@ -100,10 +108,10 @@ def _add_lora(to: argparse.ArgumentParser) -> None:
 
 
 def _add_decrypt(to: argparse.ArgumentParser) -> None:
-    to.add_argument("source", metavar="SRC", help="the encrypted file")
-    to.add_argument("destination", metavar="DST", help="the file to make")
+    to.add_argument("source", metavar="SRC", help="encrypted file")
+    to.add_argument("destination", metavar="DST", help="file to write")
     to.add_argument(
-        "--key-file", metavar="FILE", required=True, help="a file of the key's bytes, enc_key"
+        "--key-file", metavar="FILE", required=True, help="file that contains the key (enc_key)"
     )
     to.add_argument("--overwrite", action="store_true", help="replace DST")
     _add_output(to)
@@ -111,9 +119,9 @@ def _add_decrypt(to: argparse.ArgumentParser) -> None:
 
 def _add_demo(to: argparse.ArgumentParser) -> None:
     to.add_argument(
-        "path", nargs="?", metavar="PATH", help="a checkpoint; default: made on the spot"
+        "path", nargs="?", metavar="PATH", help="checkpoint to use (default: a generated one)"
     )
-    to.add_argument("--keep", metavar="DIR", help="leave the results there")
+    to.add_argument("--keep", metavar="DIR", help="directory in which the results are kept")
     _add_output(to)
 
 
@@ -121,71 +129,87 @@ def _add_strategy(to: argparse.ArgumentParser) -> None:
     verbs = to.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, summary: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        made = verbs.add_parser(name, help=summary, description=_sentence(summary))
         made.set_defaults(command=f"strategy_{name}", module="strategy_commands")
         return made
 
-    show = verb("show", "show how strategy files cut tensors, and which ranks hold what")
-    show.add_argument("path", metavar="PATH", help="a strategy file, or a folder of them")
-    show.add_argument("--include", metavar="REGEX", help="only these tensors")
-    show.add_argument("--all", action="store_true", help="every tensor, not one line for each kind")
+    show = verb(
+        "show", "show how strategy files partition tensors, and which rank holds which shard"
+    )
+    show.add_argument("path", metavar="PATH", help="strategy file, or directory of strategy files")
+    show.add_argument("--include", metavar="REGEX", help="show only matching tensors")
+    show.add_argument(
+        "--all", action="store_true", help="one line per tensor instead of one per kind"
+    )
     _add_output(show)
 
-    merge = verb("merge", "make one file of the strategy files of all pipeline stages")
-    merge.add_argument("path", metavar="DIR", help="the folder of strategy files")
-    merge.add_argument("out", metavar="OUT", help="the file to make: .ckpt, or .json")
+    merge = verb("merge", "merge the strategy files of all pipeline stages into one file")
+    merge.add_argument("path", metavar="DIR", help="directory of strategy files")
+    merge.add_argument("out", metavar="OUT", help="file to write: .ckpt or .json")
     _add_written(merge)
 
-    make = verb("make", "make the strategy files of a model's tensors, without a job")
-    _add_source(make, "a checkpoint, a config.json, or MindFormers' configuration (.yaml)")
-    make.add_argument("out", metavar="OUT", help="the folder to make; with --merged, the file")
+    make = verb("make", "write the strategy files of a model without running a job")
+    _add_source(make, "checkpoint, config.json, or MindFormers configuration (.yaml)")
+    make.add_argument("out", metavar="OUT", help="directory to write; with --merged, file to write")
     make.add_argument(
-        "--to", metavar="STRATEGY", help="dp2mp2pp2, dp4mp2optall … (default: as a .yaml says)"
+        "--to", metavar="STRATEGY", help="strategy, such as dp2mp2pp2 (default: that of the .yaml)"
     )
-    make.add_argument("--names", metavar="A:B", help="other names: llama-hf:llama-mindformers")
     make.add_argument(
-        "--states", action="store_true", help="AdamW's states of each weight too (adam_m, adam_v)"
+        "--names", metavar="A:B", help="rename the tensors: llama-hf:llama-mindformers"
     )
-    make.add_argument("--rules", metavar="FILE", help="layout rules (TOML)")
-    make.add_argument("--merged", action="store_true", help="one file of all stages")
+    make.add_argument(
+        "--states",
+        action="store_true",
+        help="include AdamW's states of each weight (adam_m, adam_v)",
+    )
+    make.add_argument("--rules", metavar="FILE", help="file with layout rules (TOML)")
+    make.add_argument("--merged", action="store_true", help="write one file for all stages")
     _add_written(make)
 
 
 def _add_adapter(to: argparse.ArgumentParser) -> None:
     to.add_argument(
-        "--adapter", metavar="PATH", help="the adapters, where they are not in SRC: a PEFT folder …"
+        "--adapter",
+        metavar="PATH",
+        help="PEFT directory or checkpoint with the adapters (default: SRC)",
     )
-    to.add_argument("--adapter-strategy", metavar="PATH", help="strategy files of cut adapters")
+    to.add_argument("--adapter-strategy", metavar="PATH", help="strategy files of the adapters")
     to.add_argument(
         "--adapter-names",
         metavar="FROM=TO",
-        help="what SRC calls the adapter's tensors, where it is not found: "
-        "model.language_model.{x*}=language_model.model.{x*}, or a TOML file of a mapping",
+        help="names of the adapter's tensors in SRC, if they are not found automatically: "
+        "model.language_model.{x*}=language_model.model.{x*}, or a mapping (TOML)",
     )
     to.add_argument(
-        "--alpha", type=float, help="lora_alpha of the training (default: as its config says)"
+        "--alpha",
+        type=float,
+        help="lora_alpha of the training (default: from the adapter's config)",
     )
-    to.add_argument("--scaling", type=float, help="alpha / rank itself, for all adapters alike")
-    to.add_argument(
-        "--adapter-rank", type=int, metavar="R", help="refuse adapters of another rank than this"
-    )
+    to.add_argument("--scaling", type=float, help="alpha / rank, for all adapters")
+    to.add_argument("--adapter-rank", type=int, metavar="R", help="required rank of the adapters")
     to.add_argument(
         "--fan-in-fan-out",
         action="store_true",
         default=None,
-        help="square weights are stored as (in, out); others tell by their shape",
+        help="square weights are stored as (in, out); other weights are detected by their shape",
     )
     to.add_argument(
         "--reproducible",
         action="store_true",
-        help="the same bits on every machine and in every layout, but slower",
+        help="compute the same bits on every machine and in every layout (slower)",
     )
-    to.add_argument("--unmerge", action="store_true", help="subtract, to get the base back")
+    to.add_argument(
+        "--unmerge", action="store_true", help="subtract the adapters, to restore the base weights"
+    )
 
 
 def _add_written(to: argparse.ArgumentParser) -> None:
     to.add_argument("--overwrite", action="store_true", help="replace OUT")
     _add_output(to)
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
 
 
 def _version() -> str:
@@ -195,16 +219,16 @@ def _version() -> str:
 
 
 def _add_source(
-    to: argparse.ArgumentParser, what: str = "a checkpoint: a folder, or one weight file"
+    to: argparse.ArgumentParser, what: str = "checkpoint: a directory, or one weight file"
 ) -> None:
     to.add_argument("source", metavar="SRC", help=what)
     to.add_argument(
         "--src-strategy",
         metavar="PATH",
-        help="strategy files of a source cut into ranks (default: strategy/ in or beside it)",
+        help="strategy files of SRC (default: strategy/ in SRC or in its parent)",
     )
     to.add_argument(
-        "--suffix", help="which file of each rank, where there are several: 1_10, llama-1_10, .ckpt"
+        "--suffix", help="which file of each rank, if there are several: 1_10, llama-1_10, .ckpt"
     )
 
 
@@ -215,98 +239,130 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
             metavar="TARGET",
             required=command != "convert",
             default="full" if command == "convert" else None,
-            help="full, a strategy (dp2mp4pp2), a strategy file or folder, or same",
+            help="full, a strategy (dp2mp4pp2), strategy files, or same (as SRC)",
         )
-    to.add_argument("--format", choices=tuple(FORMATS), help="default: as --to implies")
+    to.add_argument(
+        "--format", choices=tuple(FORMATS), help="format to write (default: implied by --to)"
+    )
     to.add_argument(
         "--names",
         metavar="A:B",
-        help="other names and shapes: llama-hf:llama-mindformers, or a TOML file of a mapping",
+        help="map names and shapes: llama-hf:llama-mindformers, or a mapping (TOML)",
     )
     to.add_argument(
-        "--rules", metavar="FILE", help="layout rules (TOML) that go before the family's"
+        "--rules",
+        metavar="FILE",
+        help="file with layout rules (TOML) that precede the built-in ones",
     )
     for flag, what in (
-        ("--unmatched", "names without a rule"),
-        ("--uneven", "dims that do not divide"),
+        ("--unmatched", "names that match no rule"),
+        ("--uneven", "dims that are not divisible"),
     ):
         choices = ("error", "replicate")
         to.add_argument(
-            flag, choices=choices, default="error", help=f"{what}: refuse, or leave whole"
+            flag,
+            choices=choices,
+            default="error",
+            help=f"{what}: raise an error, or replicate the tensor",
         )
     to.add_argument(
-        "--include", metavar="REGEX", action="append", default=[], help="only these tensors"
+        "--include",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="only matching tensors (repeatable)",
     )
     to.add_argument(
-        "--exclude", metavar="REGEX", action="append", default=[], help="not these tensors"
+        "--exclude",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="skip matching tensors (repeatable)",
     )
     to.add_argument(
         "--drop-prefix",
         metavar="TEXT",
         action="append",
         default=[],
-        help="not the tensors that begin so: adam_",
+        help="skip tensors whose names start with TEXT: adam_ (repeatable)",
+    )
+    to.add_argument("--keep-accu-grads", action="store_true", help="include accumulated gradients")
+    to.add_argument(
+        "--rank",
+        metavar="R",
+        action="append",
+        type=int,
+        help="write only the file of rank R (repeatable)",
     )
     to.add_argument(
-        "--keep-accu-grads", action="store_true", help="accumulated gradients too (default: not)"
+        "--max-shard-size",
+        metavar="SIZE",
+        help="maximum file size of a complete checkpoint (default: 5GB)",
     )
     to.add_argument(
-        "--rank", metavar="R", action="append", type=int, help="write only this rank's file"
+        "--prefix",
+        default="checkpoint",
+        help="file name prefix of rank files (default: checkpoint)",
     )
-    to.add_argument(
-        "--max-shard-size", metavar="SIZE", help="of a complete checkpoint (default: 5GB)"
-    )
-    to.add_argument("--prefix", default="checkpoint", help="of rank files (default: checkpoint)")
     to.add_argument(
         "--step",
         metavar="E_S",
-        help="epoch and step in the names of rank files, PREFIX_rank_R-E_S (default: the source's, "
-        "or 1_1); none: PREFIX alone, as MindSpore slices",
+        help="epoch and step in the names of rank files, PREFIX_rank_R-E_S (default: those of SRC, "
+        "or 1_1); none: the names that MindSpore's slicing writes",
     )
     to.add_argument(
-        "--remove-redundancy", action="store_true", help="store each shard on one replica only"
+        "--remove-redundancy",
+        action="store_true",
+        help="store each shard once, not on every replica",
     )
-    to.add_argument("--crc", action="store_true", help="end every .ckpt with a checksum")
+    to.add_argument("--crc", action="store_true", help="append a checksum to every .ckpt")
     to.add_argument(
-        "--checksums", action="store_true", help="write checksums.json beside the files, for verify"
+        "--checksums", action="store_true", help="write checksums.json, which verify compares"
     )
 
 
 def _add_budget(to: argparse.ArgumentParser) -> None:
     to.add_argument(
-        "--workers", type=int, metavar="N", help="threads (default: one a core, at most 8)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of threads (default: one per core, at most 8)",
     )
-    to.add_argument("--host-bytes", metavar="SIZE", help="most memory for data (default: 256MiB)")
+    to.add_argument(
+        "--host-bytes", metavar="SIZE", help="memory limit for data in flight (default: 256MiB)"
+    )
 
 
 def _add_running(to: argparse.ArgumentParser) -> None:
-    to.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
-    to.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    to.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    to.add_argument("--resume", action="store_true", help="continue an interrupted run")
     to.add_argument(
         "--process-index",
         metavar="I",
-        help="do part I of the files; others, here or on other hosts, do the rest, in any order",
+        help="index of this process (0-based); each process writes part of the files",
     )
     to.add_argument(
         "--process-count",
         metavar="N",
-        help="in how many parts; auto takes both numbers from SLURM or Open MPI",
+        help="number of processes; auto reads both numbers from SLURM or Open MPI",
     )
     to.add_argument(
-        "--overwrite", action="store_true", help="replace DST, a checkpoint, once the new is whole"
+        "--overwrite",
+        action="store_true",
+        help="replace the checkpoint DST when the new one is complete",
     )
     to.add_argument(
         "--check-replicas",
         action="store_true",
-        help="first read all that SRC stores several times, and refuse it where that differs",
+        help="verify that replicas in SRC are identical before converting",
     )
     to.add_argument(
         "--no-fsync",
         action="store_true",
-        help="leave it to the system when data reaches the disk (a power cut may lose the result)",
+        help="do not flush the files to disk (a power failure may lose the result)",
     )
 
 
 def _add_output(to: argparse.ArgumentParser) -> None:
-    to.add_argument("--json", action="store_true", help="answer in JSON")
-    to.add_argument("--quiet", action="store_true", help="no progress and no report")
+    to.add_argument("--json", action="store_true", help="print the result as JSON")
+    to.add_argument("--quiet", action="store_true", help="print neither progress nor a report")

@@ -1,61 +1,72 @@
-"""The ``strategy`` commands: show, merge and make strategy files."""
+"""The ``strategy`` commands: show, merge and make strategy files.
+
+stages  tensors  name                                device matrix  tensor map  optimizer  parts
+0             4  model.layers.#.attention.wq.weight  4×2            0,-1        2 ways     4×1
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from ..conversion.execute import refuse_inside
 from ..conversion.open import open_checkpoint, strategy_place
 from ..conversion.targets import lay_out_for
 from ..core.catalog import Catalog
-from ..core.layout import Layout
+from ..core.layout import Layout, Placement
+from ..core.patterns import template
 from ..core.strategy import Strategy
 from ..errors import LayoutError, NotFoundError, format_list
 from ..formats import model_shapes, strategy_files, strategy_layouts
 from ..formats.folder import WEIGHTS, kind_of
+from ..formats.strategy_codec import ParamLayout
 from ..formats.strategy_files import Strategies
+from ..planning import pictures
 from ..rules.match import weight_name
 from ..storage.local import LocalFolder
 from ..storage.transaction import Staging, told
-from . import strategy_picture
+from . import write, write_json
 from .commands import read_rules_file
-from .output import write, write_json
 
-_REQUEST = "strategy files"  # for the journal; an interrupted run is never gone on with
+_REQUEST = "strategy files"  # the journal's key; these runs are too short to be resumed
 
-_STATES = ("adam_m.", "adam_v.")  # as MindSpore calls AdamW's
+_STATES = ("adam_m.", "adam_v.")  # MindSpore's name prefixes of AdamW's states
+_HEAD = ("device matrix", "tensor map", "optimizer", "parts")
+
+Named = tuple[int, str, ParamLayout]
+"""A pipeline stage, a tensor name, and the tensor's layout there."""
 
 
 def strategy_show(a: Namespace) -> int:
-    """Show how strategy files cut tensors."""
+    """Show how strategy files partition tensors."""
     if (own := _own_layout(a.path)) is not None:
         return _show_own(a, own)
     strategies = _read(a.path)
     chosen = _chosen(strategies, a.include)
     if a.json:
-        write_json({**strategy_picture.facts(strategies, chosen), "notes": strategies.notes})
+        write_json({**facts(strategies, chosen), "notes": strategies.notes})
     elif not a.quiet:
-        write(strategy_picture.text(a.path, strategies, chosen, one_by_one=a.all))
+        write(text(a.path, strategies, chosen, one_by_one=a.all))
         _write_notes(strategies.notes)
     return 0
 
 
 def strategy_merge(a: Namespace) -> int:
-    """Make one file of the strategy files of all stages."""
+    """Merge the strategy files of all stages into one file."""
     strategies = _read(a.path)
-    strategy_files.layout(strategies)  # refuses stages that are missing
+    strategy_files.layout(strategies)  # raises if a stage is missing
     _refuse_source(Path(a.out), a.path)
     _write_file(Path(a.out), _one_file(strategies, a.out), a.overwrite)
     return _report(a, a.out, strategies, 1, strategies.notes)
 
 
 def strategy_make(a: Namespace) -> int:
-    """Make the strategy files of a model's tensors."""
+    """Write the strategy files of a model's tensors."""
     catalog, strategy, states = _tensors_of(a)
     refuse_inside(catalog, Path(a.out))
     _refuse_own_strategy(catalog, a)
@@ -78,7 +89,7 @@ def strategy_make(a: Namespace) -> int:
 def _with_states(
     layout: Layout, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Layout, dict[str, tuple[int, ...]]]:
-    """The same with AdamW's states of each weight, which lie as it does."""
+    """Add AdamW's states of each weight, which have the weight's layout."""
     weights = [name for name in shapes if weight_name(name) == name]
     states = {f"{state}{name}": name for name in weights for state in _STATES}
     placed = {state: layout.placements[name] for state, name in states.items()}
@@ -88,36 +99,36 @@ def _with_states(
 
 
 def _tensors_of(a: Namespace) -> tuple[Catalog, Strategy, bool]:
-    """The tensors that strategy files are made for, the strategy, and whether with states.
+    """Return the tensors, their strategy, and True if optimizer states are included.
 
     Raises:
-        LayoutError: no strategy is given.
+        LayoutError: ``--to`` is missing.
         JaxshardError: as ``open_checkpoint``.
     """
     given, states = Strategy.parse(a.to) if a.to else None, a.states
     if a.source.endswith((".yaml", ".yml")):
-        from ..mindformers import job_of  # noqa: PLC0415 - PyYAML, seldom needed
+        from ..mindformers import job_of  # noqa: PLC0415 - needs PyYAML
 
         if a.src_strategy or a.suffix:
             raise LayoutError(
-                f"--src-strategy and --suffix say how a checkpoint is opened; {a.source} says that "
-                "itself. Leave them out."
+                f"--src-strategy and --suffix are for a checkpoint, and {a.source} is a "
+                "configuration, which has its own. Omit them."
             )
         catalog, own, is_training = job_of(a.source)
         strategy, states = given or own, states or is_training
     elif given is None:
-        raise LayoutError("--to is missing, which says how tensors are cut: --to dp2mp2pp2.")
+        raise LayoutError("--to is missing. Pass the strategy of the tensors: --to dp2mp2pp2.")
     else:
         catalog, strategy = _with_or_without_weights(a), given
     if a.names:
-        from ..mapping import find_mapping  # noqa: PLC0415 - seldom needed, not small
+        from ..mapping import find_mapping  # noqa: PLC0415 - large, and only for --names
 
         catalog = find_mapping(a.names, catalog).apply(catalog)
     return catalog, strategy, states
 
 
 def _with_or_without_weights(a: Namespace) -> Catalog:
-    """The checkpoint, or what its ``config.json`` says where there are no weights."""
+    """Open the checkpoint, or derive the tensors from ``config.json`` if it has no weights."""
     try:
         return open_checkpoint(a.source, src_strategy=a.src_strategy, suffix=a.suffix)
     except NotFoundError:
@@ -131,14 +142,14 @@ def _with_or_without_weights(a: Namespace) -> Catalog:
         return found
 
 
-# ---------------------------------------------------------------------------- showing
+# --- Showing strategy files
 
 
 def _read(path: str) -> Strategies:
     if _own_layout(path) is not None:
         raise LayoutError(
-            f"{path} is a layout file of jaxshard's, made where MindSpore's format cannot say who "
-            "holds what. It is of all ranks: there is nothing to merge."
+            f"{path} is a layout file of jaxshard, written when MindSpore's format cannot express "
+            "the layout. It covers all ranks: there is nothing to merge."
         )
     folder = LocalFolder(path)
     try:
@@ -148,7 +159,7 @@ def _read(path: str) -> Strategies:
 
 
 def _own_layout(path: str) -> Layout | None:
-    """What our own layout file at ``path`` says, if there is one."""
+    """Read jaxshard's own layout file at ``path``, if it is one."""
     folder = LocalFolder(path)
     try:
         own = strategy_layouts.find_layout_file(folder)
@@ -158,7 +169,7 @@ def _own_layout(path: str) -> Layout | None:
 
 
 def _show_own(a: Namespace, layout: Layout) -> int:
-    """Show a layout file: the ranks, axes and spec of each kind of tensor, or of each tensor."""
+    """Show a layout file: ranks, axes and spec per kind of tensor, or per tensor."""
     names = _matching(sorted(layout.placements), a.include)
     placed = [(name, p) for name in names for p in layout.placements[name]]
     if a.json:
@@ -166,11 +177,11 @@ def _show_own(a: Namespace, layout: Layout) -> int:
         write_json({"num_ranks": layout.num_ranks, "tensors": tensors})
     elif not a.quiet:
         write(f"{a.path}: {layout.num_ranks} ranks\n")
-        write(strategy_picture.placed_text(placed, one_by_one=a.all))
+        write(placed_text(placed, one_by_one=a.all))
     return 0
 
 
-def _chosen(strategies: Strategies, include: str | None) -> list[strategy_picture.Named]:
+def _chosen(strategies: Strategies, include: str | None) -> list[Named]:
     named = [
         (number, name, param)
         for number, stage in strategies.stages.items()
@@ -181,7 +192,7 @@ def _chosen(strategies: Strategies, include: str | None) -> list[strategy_pictur
 
 
 def _matching(names: Iterable[str], include: str | None) -> list[str]:
-    """The names that the expression is found in; there is one, or it is refused."""
+    """Return the names that match ``include``; raise if none does."""
     try:
         pattern = re.compile(include or "")
     except re.error as error:
@@ -192,20 +203,20 @@ def _matching(names: Iterable[str], include: str | None) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------- writing
+# --- Writing strategy files
 
 
 def _one_file(strategies: Strategies, out: str) -> bytes:
-    """All stages in one file, of the kind that its name says."""
+    """Encode all stages as one file, as JSON or protobuf by the suffix of ``out``."""
     if out.endswith(".json"):
         return strategy_files.json_file(strategies)
     return strategy_files.merged_file(strategies)
 
 
 def _write_file(place: Path, data: bytes, overwrite: bool) -> None:
-    """Write one file, which appears whole or not at all."""
+    """Write one file atomically."""
     if place.is_dir():
-        raise LayoutError(f"{place} is a folder. Name the file to make.")
+        raise LayoutError(f"{place} is a folder (expected a file). Name the file to write.")
     _refuse_weights(place)
     made = place.name
     _write(
@@ -217,9 +228,11 @@ def _write_file(place: Path, data: bytes, overwrite: bool) -> None:
 
 
 def _write_folder(place: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
-    """Write a folder of files, which appears whole or not at all."""
+    """Write a directory of files atomically."""
     if place.is_file():
-        raise LayoutError(f"{place} is a file. Name a folder, or make one file with --merged.")
+        raise LayoutError(
+            f"{place} is a file (expected a folder). Name a folder, or pass --merged."
+        )
     _refuse_weights(place)
     _write(Staging(place, _REQUEST, overwrite=overwrite, kind="strategies", resumable=False), files)
 
@@ -239,7 +252,7 @@ def _write(staging: Staging, files: Mapping[str, bytes]) -> None:
 
 
 def _refuse_weights(place: Path) -> None:
-    """Refuse to replace what holds weights: that would be no newer strategy, but a loss."""
+    """Raise if ``place`` holds weights, because ``--overwrite`` is for strategy files only."""
     if not place.exists():
         return
     folder = LocalFolder(place)
@@ -249,24 +262,24 @@ def _refuse_weights(place: Path) -> None:
         folder.close()
     if weights:
         raise LayoutError(
-            f"{place} holds weights ({format_list(weights, 2)}), which no strategy file replaces. "
-            "Choose another name."
+            f"{place} holds weights ({format_list(weights, 2)}), and strategy files never replace "
+            "weights. Choose another name."
         )
 
 
 def _refuse_own_strategy(catalog: Catalog, a: Namespace) -> None:
-    """Refuse to replace the strategy files without which the source cannot be read again."""
+    """Raise if the output would replace the strategy files of the source."""
     own = strategy_place(Path(catalog.root), a.src_strategy) if catalog.layout else None
     out = Path(os.path.realpath(a.out))
     if own is not None and out in (own := Path(os.path.realpath(own)), *own.parents):
         raise LayoutError(
-            f"{a.out} is the strategy of the source, or holds it. Choose another place; the source "
-            "is never changed."
+            f"{a.out} is or contains the strategy of the source, which is never changed. Choose "
+            "another destination."
         )
 
 
 def _refuse_source(out: Path, source: str) -> None:
-    """Refuse to put what was merged in the place of what it was merged from."""
+    """Raise if the merged file would replace one of its inputs."""
     same = Path(source) / out.name if Path(source).is_dir() else Path(source)
     if not (out.exists() and same.exists() and os.path.samefile(out, same)):
         return
@@ -274,8 +287,7 @@ def _refuse_source(out: Path, source: str) -> None:
     try:
         if not strategy_files.read_file(folder, same.name).merged:
             raise LayoutError(
-                f"{out} is one of the files that are merged. Choose another name; the source is "
-                "never changed."
+                f"{out} is one of the input files, which are never changed. Choose another name."
             )
     finally:
         folder.close()
@@ -289,7 +301,7 @@ def _write_notes(notes: Iterable[str]) -> None:
 def _report(
     a: Namespace, out: str, strategies: Strategies, num_files: int, notes: Sequence[str] = ()
 ) -> int:
-    told = {
+    report = {
         "out": out,
         "num_files": num_files,
         "num_ranks": strategies.num_ranks,
@@ -298,11 +310,110 @@ def _report(
         "notes": notes,
     }
     if a.json:
-        write_json(told)
+        write_json(report)
     elif not a.quiet:
         write(
-            f"{out}: {num_files:,} files for {told['num_ranks']:,} ranks in {told['num_stages']} "
-            f"stages, {told['num_tensors']:,} tensors"
+            f"{out}: {num_files:,} files for {strategies.num_ranks:,} ranks in "
+            f"{strategies.num_stages} stages, {report['num_tensors']:,} tensors"
         )
         _write_notes(notes)
     return 0
+
+
+# --- Strategy files as text: tables, and drawings of which rank holds which shard
+
+
+def text(path: str, strategies: Strategies, chosen: list[Named], *, one_by_one: bool) -> str:
+    """Render ``chosen`` as a table with a line per tensor or per kind of name, and drawings."""
+    stages = sorted(strategies.stages)
+    lines = [
+        f"{path}: {strategies.num_ranks} ranks, {strategies.stage_ranks} in each of "
+        f"{strategies.num_stages} stages",
+        "",
+        _table(chosen) if one_by_one else _table_of_kinds(chosen),
+    ]
+    for title, placement, shape in _pictures(chosen):
+        lines += ["", pictures.held_by(title, placement, shape)]
+    missing = [str(n) for n in range(strategies.num_stages) if n not in stages]
+    if missing:
+        lines.append(f"note: the strategy of stage {', '.join(missing)} is missing.")
+    return "\n".join(lines)
+
+
+def _table(chosen: list[Named]) -> str:
+    rows = [[number, name, *_columns(param)] for number, name, param in chosen]
+    return pictures.table(["stage", "tensor", *_HEAD], rows)
+
+
+def _table_of_kinds(chosen: list[Named]) -> str:
+    """Render one line per kind of name and layout, where layer numbers are replaced by #."""
+    kinds: dict[tuple[str, ParamLayout], tuple[set[int], int]] = {}
+    for number, name, param in chosen:
+        seen, count = kinds.get((template(name), param), (set(), 0))
+        kinds[template(name), param] = (seen | {number}, count + 1)
+    rows = [
+        [", ".join(map(str, sorted(seen))), f"{count:,}", kind, *_columns(param)]
+        for (kind, param), (seen, count) in kinds.items()
+    ]
+    return pictures.table(["stages", "tensors", "name", *_HEAD], rows)
+
+
+def _columns(param: ParamLayout) -> tuple[str, str, str, str]:
+    maps = param.tensor_maps
+    drawn = ",".join(map(str, maps[0])) if len(maps) == 1 else str([list(m) for m in maps])
+    size = param.opt_weight_shard_size
+    shard = "" if not param.opt_weight_shard_step else "all" if size == -1 else f"{size} ways"
+    return "×".join(map(str, param.dev_matrix)), drawn, shard, _parts(param)
+
+
+def _parts(param: ParamLayout) -> str:
+    try:
+        made = strategy_layouts.placement(param)
+    except LayoutError:
+        return "uneven"
+    return "×".join(str(made.ways(d)) for d in range(_ndim(param))) or "1"
+
+
+def _ndim(param: ParamLayout) -> int:
+    return len(param.tensor_maps) if len(param.tensor_maps) > 1 else len(param.tensor_maps[0])
+
+
+def _pictures(
+    chosen: list[Named], max_pictures: int = 3
+) -> Iterator[tuple[str, Placement, tuple[int, ...]]]:
+    """Yield the most common placements, each once: (title, placement, shape)."""
+    ways: dict[Placement, list[str]] = {}
+    for number, name, param in chosen:
+        try:
+            made = strategy_layouts.placement(param, number)
+        except LayoutError:
+            continue
+        if any(made.ways(d) > 1 for d in range(_ndim(param))):
+            ways.setdefault(made, []).append(name)
+    for made, names in sorted(ways.items(), key=lambda item: -len(item[1]))[:max_pictures]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        shape = tuple(made.ways(d) for d in range(max(len(made.spec), 1)))
+        yield f"{names[0]}{more}", made, shape
+
+
+def facts(strategies: Strategies, chosen: list[Named]) -> dict[str, Any]:
+    """Return the contents of ``text`` as JSON values."""
+    return {
+        "num_ranks": strategies.num_ranks,
+        "num_stages": strategies.num_stages,
+        "stage_ranks": strategies.stage_ranks,
+        "tensors": [
+            {"stage": number, "name": name, **asdict(param), "parts": _parts(param)}
+            for number, name, param in chosen
+        ],
+    }
+
+
+def placed_text(placed: Iterable[tuple[str, Placement]], *, one_by_one: bool) -> str:
+    """Render the placements of a layout file, one line per tensor or per kind of name."""
+    kinds: dict[tuple[str, str], int] = {}
+    for name, placement in placed:
+        key = (name if one_by_one else template(name), str(placement))
+        kinds[key] = kinds.get(key, 0) + 1
+    rows = [[f"{count:,}", name, where] for (name, where), count in kinds.items()]
+    return pictures.table(["placed", "name", "spec, axes and first rank"], rows)

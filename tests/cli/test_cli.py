@@ -295,7 +295,7 @@ def test_replicas_that_differ_are_refused_where_that_is_asked(llama, capsys, tmp
 def test_deep_is_refused_where_there_are_no_steps(llama, capsys):
     for more in ((), ("--against", llama)):
         assert checkpoints.run("verify", llama, "--deep", *more) == 2
-        assert "--deep reads every step of a training run" in capsys.readouterr().err
+        assert "--deep is for the steps of a training run" in capsys.readouterr().err
 
 
 def test_a_bug_shows_its_traceback(llama, monkeypatch):

@@ -98,7 +98,7 @@ def test_a_wrong_bit_in_an_array_is_seen(llama, as_ranks):
 def test_what_lies_in_the_folder_to_keep_is_not_touched(llama, capsys):
     before = checkpoints.files_of(llama.parent)
     assert checkpoints.run("demo", "--keep", llama.parent) == 2
-    assert "holds llama, and nothing of it may be lost" in capsys.readouterr().err
+    assert "the folder is not empty (llama)" in capsys.readouterr().err
     assert checkpoints.files_of(llama.parent) == before
 
 

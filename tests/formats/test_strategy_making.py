@@ -248,7 +248,7 @@ def test_fused_and_biased_models_have_their_names() -> None:
             "has no num_attention_heads",
         ),
         ({"load_checkpoint": "nowhere"}, [], "load_checkpoint: nowhere does not exist"),
-        ({"model": {"model_config": MODEL}}, ["--suffix", "1_1"], "--suffix say how a checkpoint"),
+        ({"model": {"model_config": MODEL}}, ["--suffix", "1_1"], "--suffix are for a checkpoint"),
     ],
 )
 def test_a_configuration_that_says_too_little_is_refused(
