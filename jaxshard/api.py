@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from .conversion.execute import Report, execute
 from .conversion.open import PathLike, open_checkpoint, opened
 from .conversion.options import ConvertOptions, split, takes_options
-from .conversion.prepare import fitted, part_plan, prepare
+from .conversion.prepare import part_plan, prepare
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
 from .core.catalog import Catalog
@@ -81,7 +81,7 @@ def plan(
     """
     result, run = split(options)
     prepared = prepare(source, to, destination=destination, **result)
-    made = fitted(prepared, run.get("workers"), run.get("host_bytes")).plan
+    made = prepared.plan
     log_notes(made.source.root, made.notes, made.source.logged)
     part = part_of(run.get("process_index"), run.get("process_count"), os.environ)
     return part_plan(made, part)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..conversion.execute import Report, execute
 from ..conversion.open import open_checkpoint
 from ..conversion.options import RunOptions
-from ..conversion.prepare import Prepared, fitted, part_plan, prepare
+from ..conversion.prepare import Prepared, part_plan, prepare
 from ..core.catalog import Catalog
 from ..core.decoders import MAX_TOML_BYTES
 from ..distributed.environment import part_of
@@ -48,7 +48,7 @@ def inspect(a: Namespace) -> int:
 
 def plan(a: Namespace) -> int:
     """Show the plan of ``convert`` without running it."""
-    return _show_plan(_fitted(_prepare(a, a.to), a), a)
+    return _show_plan(_prepare(a, a.to), a)
 
 
 def convert(a: Namespace) -> int:
@@ -166,7 +166,7 @@ def demo(a: Namespace) -> int:
 
 
 def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:
-    prepared = _fitted(_prepare(a, to, source), a)
+    prepared = _prepare(a, to, source)
     if a.dry_run:
         part = part_of(a.process_index, a.process_count, os.environ)
         return _show_plan(replace(prepared, plan=part_plan(prepared.plan, part)), a)
@@ -199,6 +199,8 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
         format=a.format,
         crc=a.crc,
         checksums=a.checksums,
+        workers=a.workers,
+        host_bytes=a.host_bytes,
         destination=getattr(a, "destination", None),
     )
 
@@ -214,14 +216,8 @@ def read_rules_file(path: str | None) -> Rules | None:
     return read_rules(read_text(path, MAX_TOML_BYTES, f"--rules {path}"), path)
 
 
-def _fitted(prepared: Prepared, a: Namespace) -> Prepared:
-    return fitted(prepared, a.workers, a.host_bytes)
-
-
 def _run_options(a: Namespace) -> RunOptions:
     return {
-        "workers": a.workers,
-        "host_bytes": a.host_bytes,
         "resume": a.resume,
         "overwrite": a.overwrite,
         "fsync": not a.no_fsync,

@@ -19,18 +19,18 @@ from ..distributed.partition import Part
 from ..errors import CoverageError, LayoutError, StorageError
 from ..formats.output_files import Result
 from ..formats.registry import FORMATS
-from ..planning.plan import Plan, block_bytes_for
+from ..planning.plan import Plan
 from ..storage import file_to_file, side_files
 from ..storage.io import Source
 from ..storage.readers import open_source
-from ..storage.resources import Budget, Counts, budget_for
+from ..storage.resources import Budget, Counts
 from ..storage.shared_transaction import PartStaging
 from ..storage.strategy_folder import put_beside
 from ..storage.transaction import Staging
 from ..storage.writers import OutputFiles
-from . import single_file
+from . import targets
 from .open import PathLike
-from .prepare import Prepared, fitted, part_plan
+from .prepare import Prepared, part_plan
 
 Progress = Callable[[int], None]
 
@@ -52,8 +52,6 @@ def execute(
     prepared: Prepared,
     destination: PathLike,
     *,
-    workers: int | None = None,
-    host_bytes: int | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     fsync: bool = True,
@@ -67,9 +65,6 @@ def execute(
     Args:
         prepared: the decided conversion.
         destination: a directory, or a file if ``prepared`` is for one.
-        workers: number of threads; by default one per core, at most 8.
-        host_bytes: memory limit for data in flight, such as ``"1GiB"``; by default 256 MiB, or
-            a sixteenth of the machine's memory if that is less.
         resume: continue an interrupted run.
         overwrite: replace an existing destination, if it is a checkpoint.
         fsync: have every file on disk before the result is published.
@@ -94,18 +89,15 @@ def execute(
             f"format {prepared.result.format!r} is written by one process, not in parts. Leave out "
             "process_index= and process_count=."
         )
-    catalog = prepared.plan.source
-    prepared = fitted(prepared, workers, host_bytes)
-    budget = budget_for(host_bytes, workers, block_bytes_for(catalog))
-    plan = prepared.plan
-    place, only = Path(destination), single_file.name_of(prepared.result, destination)
+    catalog, budget = prepared.plan.source, prepared.budget
+    place, only = Path(destination), targets.name_of(prepared.result, destination)
     refuse_inside(catalog, place)
     if check_replicas:
         _refuse_differing(catalog, budget)
-    plan = part_plan(plan, part)
+    plan = part_plan(prepared.plan, part)
     how = {"overwrite": overwrite, "durable": fsync}
     staging = _staging(place, prepared.request, only, part, resume=resume, **how)
-    left = single_file.notes(catalog, prepared.result, only)
+    left = targets.notes(catalog, prepared.result, only)
     notes = (*plan.notes, *left)
     if staging.published:
         return Report(str(destination), Counts(), 0, plan.totals.num_files, notes, part)
@@ -113,13 +105,9 @@ def execute(
         plan, skipped = _without_finished(plan, staging)
         _check_room(plan, staging.files)
         tell = progress(plan.totals.bytes_written) if progress else None
-        source = open_source(catalog)
-        source.check_checksums()
-        try:
+        with open_source(catalog) as source:
+            source.check_checksums()
             counts = _write(plan, prepared.result, source, staging, budget, tell)
-        finally:
-            source.close()
-        source.check_unchanged()
         is_published = staging.publish(
             None if only else partial(_write_side_files, prepared, staging, place)
         )
@@ -142,7 +130,7 @@ def _write(
 ) -> Counts:
     """Write the weight files of ``plan``; what that took."""
     if (format := FORMATS[result.format]).own_library:
-        from .numpy_arrays import LazyTensors  # noqa: PLC0415 - NumPy, not needed by other formats
+        from .load_rank import LazyTensors  # noqa: PLC0415 - NumPy, not needed by other formats
 
         tensors = LazyTensors(source, budget, tell)
         format.write_tensors(staging.files, tensors.of(plan))

@@ -1,24 +1,31 @@
-"""Loading the share of one rank into NumPy arrays: a conversion whose outputs are arrays."""
+"""Tensors of a checkpoint as NumPy arrays in host memory: a rank's share, or one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from ..core.catalog import Catalog
+from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout
 from ..core.notes import log_notes
+from ..core.numpy_dtypes import numpy_dtype
 from ..core.strategy import Strategy
 from ..errors import LayoutError
-from ..planning.plan import block_bytes_for
+from ..formats.output_files import LazyArray
+from ..planning.copies import TensorCopy
+from ..planning.plan import Plan
 from ..rules import Policy, Rules
 from ..storage.engine import HostArrays, run
+from ..storage.io import Source
 from ..storage.readers import open_source
-from ..storage.resources import budget_for
+from ..storage.resources import Budget, Counts
 from .open import PathLike
 from .prepare import prepare
+from .targets import FULL
 
 if TYPE_CHECKING:
     from ..mapping import Mapping
@@ -64,10 +71,10 @@ def load_rank(
     Raises:
         JaxshardError: as ``prepare``.
     """
-    whole = isinstance(to, str) and to == "full"
+    whole = to == FULL
     if whole and rank:
         raise LayoutError(f"rank {rank} of a complete checkpoint: there is rank 0 only.")
-    plan = prepare(
+    prepared = prepare(
         source,
         to,
         src_strategy=src_strategy,
@@ -81,17 +88,51 @@ def load_rank(
         drop_prefix=drop_prefix,
         keep_accu_grads=keep_accu_grads,
         rank=None if whole else rank,
-    ).plan
+        workers=workers,
+        host_bytes=host_bytes,
+    )
+    plan = prepared.plan
     log_notes(plan.source.root, plan.notes, plan.source.logged)
     wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
     share = HostArrays((e.tensor.name, e.tensor.dtype, e.shape) for e in entries)
-    files = open_source(plan.source)
-    try:
+    with open_source(plan.source) as files:
         files.check_checksums()
-        budget = budget_for(host_bytes, workers, block_bytes_for(plan.source))
-        run(plan.moves(), files, share, budget=budget)
-        files.check_unchanged()
-    finally:
-        files.close()
+        run(plan.moves(), files, share, budget=prepared.budget)
     return share.arrays()
+
+
+# --- Whole tensors, read one at a time by the library that writes them
+
+
+class _WholeTensor(HostArrays):
+    is_memory = False  # the counts are those of the plan, which is of files
+
+
+@dataclass
+class LazyTensors:
+    """Whole tensors of a plan, each read when it is needed, and the counts of all reads."""
+
+    source: Source
+    budget: Budget
+    progress: Callable[[int], None] | None = None
+    counts: Counts = field(default_factory=Counts)
+
+    def of(self, plan: Plan) -> dict[str, LazyArray]:
+        """Return the tensors of ``plan`` by name.
+
+        Raises:
+            LayoutError: arrays do not have a tensor's dtype.
+        """
+        found = {}
+        for copy in plan.moves():
+            tensor = plan.source.tensors[copy.name]
+            dtype = numpy_dtype(tensor.dtype)
+            found[copy.name] = LazyArray(tensor.shape, dtype, partial(self.read, copy, tensor))
+        return found
+
+    def read(self, copy: TensorCopy, tensor: Tensor) -> NDArray[Any]:
+        """Read the whole ``tensor``."""
+        into = _WholeTensor([(tensor.name, tensor.dtype, tensor.shape)])
+        self.counts += run([copy], self.source, into, budget=self.budget, progress=self.progress)
+        return into.arrays()[tensor.name]

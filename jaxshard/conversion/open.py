@@ -6,18 +6,21 @@ Each format of the registry recognises its own files, in the registry's order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ..core.catalog import Catalog
+from ..core.catalog import Catalog, Tensor
+from ..core.decoders import FETCH, parse_object
 from ..core.garbage import paused
 from ..core.layout import Layout
 from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
-from ..formats.folder import Folder, latest_iteration
+from ..formats.folder import COMMON, Folder, latest_iteration
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import FORMATS
 from ..storage.local import LocalFolder
+from ..storage.readers import SourceFiles
 from ..storage.transaction import is_unfinished
 
 PathLike = str | os.PathLike[str]
@@ -227,3 +230,66 @@ def _source_layout(where: Path, given: PathLike | None) -> tuple[Layout | None, 
     finally:
         folder.close()
     return layout, (f"the layout is that of {place}.",) if guessed else ()
+
+
+# --- Training scalars (``global_step`` …) of a checkpoint as values
+
+_MAX_COMMON_BYTES = 1 << 20
+
+
+def read_scalars(catalog: Catalog) -> dict[str, Any]:
+    """Return training scalars (``global_step`` …) by name; null in ``common.json`` is unknown.
+
+    They are tensors of one element, or values in the ``common.json`` of a Checkpoint 2.0 folder.
+
+    Raises:
+        FormatError: a scalar does not have the type of its name, or ``common.json`` is damaged.
+    """
+    values = _common(catalog)
+    one = [t for t in catalog.tensors.values() if t.name in catalog.scalars and _is_number(t)]
+    if not one:
+        return values
+    with SourceFiles(catalog) as files:
+        return values | _typed({t.name: _value(files, t) for t in one}, catalog.root)
+
+
+def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from ..formats.huggingface import TRAINING_SCALARS, scalar_value  # noqa: PLC0415 - rarely needed
+
+    known = {n: v for n, v in values.items() if n not in TRAINING_SCALARS or v is not None}
+    return {n: scalar_value(n, v, where) if n in TRAINING_SCALARS else v for n, v in known.items()}
+
+
+def _is_number(tensor: Tensor) -> bool:
+    kind = tensor.dtype
+    is_real = kind.numpy is not None and not kind.name.startswith("C")
+    return tensor.shape in ((), (1,)) and bool(tensor.shards) and is_real
+
+
+def _value(files: SourceFiles, tensor: Tensor) -> bool | int | float:
+    import numpy as np  # noqa: PLC0415 - opening needs no NumPy
+
+    from ..core.numpy_dtypes import numpy_dtype  # noqa: PLC0415
+
+    data = bytearray(tensor.num_bytes)
+    files.read(tensor.shards[0], tensor.shards[0].offset, memoryview(data))
+    value = np.frombuffer(data, numpy_dtype(tensor.dtype))[0]
+    if tensor.dtype.name == "BOOL":
+        return bool(value)
+    return int(value) if tensor.dtype.name[0] in "IU" else float(value)
+
+
+def _common(catalog: Catalog) -> dict[str, Any]:
+    found = [path for path in catalog.extras if PurePosixPath(path).name == COMMON]
+    if not found:
+        return {}
+    folder = LocalFolder(catalog.root, found[:1])
+    try:
+        size = folder.files()[found[0]].num_bytes
+        where = f"{catalog.root}/{found[0]}"
+        if size > _MAX_COMMON_BYTES:
+            raise FormatError(f"{where} has {size} bytes, expected a few numbers. {FETCH}")
+        told = parse_object(folder.read(found[0], 0, size), where)
+    finally:
+        folder.close()
+    return _typed(told, where)

@@ -17,7 +17,7 @@ _R = TypeVar("_R")
 
 
 class ResultOptions(TypedDict, total=False):
-    """Options that decide a conversion's result; ``prepare`` documents them."""
+    """Options that decide a conversion's result and its plan; ``prepare`` documents them."""
 
     src_strategy: PathLike | None
     suffix: str | None
@@ -37,13 +37,13 @@ class ResultOptions(TypedDict, total=False):
     format: str | None
     crc: bool
     checksums: bool
+    workers: int | None
+    host_bytes: int | str | None
 
 
 class RunOptions(TypedDict, total=False):
-    """Options that decide how a conversion runs, not its result; ``execute`` documents them."""
+    """Options that decide how a plan is carried out; ``execute`` documents them."""
 
-    workers: int | None
-    host_bytes: int | str | None
     resume: bool
     overwrite: bool
     fsync: bool

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import rules as family_rules
 from ..core.box import Box
@@ -26,9 +26,9 @@ from ..formats.registry import find_format, format_of
 from ..planning.copies import firsts
 from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..storage import side_files
-from ..storage.resources import budget_for, parse_size
-from . import single_file
-from .open import PathLike, opened
+from ..storage.resources import Budget, budget_for, parse_size
+from . import targets
+from .open import PathLike, opened, read_scalars
 from .select import (
     chooser,
     missed,
@@ -122,6 +122,7 @@ class Prepared:
 
     plan: Plan
     result: Result
+    budget: Budget
 
     @property
     def request(self) -> str:
@@ -152,6 +153,8 @@ def prepare(
     format: str | None = None,
     crc: bool = False,
     checksums: bool = False,
+    workers: int | None = None,
+    host_bytes: int | str | None = None,
     destination: PathLike | None = None,
 ) -> Prepared:
     """Decide a conversion from headers alone; nothing is written.
@@ -182,6 +185,9 @@ def prepare(
         crc: end every ``.ckpt`` with a checksum.
         checksums: write ``checksums.json`` beside the files, for ``verify`` and
             ``load(verify=True)``; other readers pass over it.
+        workers: number of threads; by default one per core, at most 8.
+        host_bytes: memory limit for data in flight, such as ``"1GiB"``; by default 256 MiB, or
+            a sixteenth of the machine's memory if that is less.
         destination: where the result is to be, as far as its name matters: that of one
             weight file (``out.safetensors``) asks for one file and no folder.
 
@@ -213,8 +219,9 @@ def prepare(
         layout = without_merged(chosen, layout)
         chosen = without_unplaced_states(chosen, layout)
         refuse_absent(chosen, layout, missed(names, include, exclude, drop_prefixes))
+    budget = budget_for(host_bytes, workers, block_bytes_for(chosen))
     kind = find_format(format, is_complete=layout is None)
-    numbers = _scalars(chosen) if kind.scalars_in_json else {}
+    numbers = read_scalars(chosen) if kind.scalars_in_json else {}
     request = Request(
         layout,
         None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size"),
@@ -225,22 +232,23 @@ def prepare(
         numbers=numbers,
         checksums=checksums,
     )
-    request = single_file.implied(request, destination)
+    request = targets.implied(request, destination)
     check_request(request, step)
     if layout is not None and kind.steps_in_names:
         request = replace(request, step=_step_in_names(step, catalog, chosen))
     result = make_result(chosen, list(chosen.tensors.values()), request)
-    single_file.name_of(result, destination)  # refuses what is no one file
+    targets.name_of(result, destination)  # refuses what is no one file
     if config:
         result = replace(result, side_files={**config, **result.side_files})
     plan = make_plan(
         chosen,
         result.outputs,
         only=_files_of(only, layout, result.files_per_rank),
-        block_bytes=block_bytes_for(chosen),
+        block_bytes=budget.block_bytes,
+        tile_bytes=budget.tile_bytes,
         is_bundled=not kind.own_library,  # whose library is passed tensors one by one
     )
-    return Prepared(plan, result)
+    return Prepared(replace(plan, host_bytes=budget.host_bytes), result, budget)
 
 
 def _chosen(
@@ -285,13 +293,7 @@ def _step_in_names(step: str | None, catalog: Catalog, chosen: Catalog) -> tuple
         return rank_names.read_step(step)
     named = rank_names.step_of(file.path for file in catalog.files)
     has_numbers = chosen.scalars or format_of(catalog.format).scalars_in_json
-    return named or step_of_numbers(_scalars(chosen) if has_numbers else {})
-
-
-def _scalars(catalog: Catalog) -> dict[str, Any]:
-    from .numpy_arrays import read_scalars  # noqa: PLC0415 - imports NumPy
-
-    return read_scalars(catalog)
+    return named or step_of_numbers(read_scalars(chosen) if has_numbers else {})
 
 
 def _check_ranks(rank: int | Iterable[int] | None, layout: Layout | None) -> frozenset[int] | None:
@@ -319,24 +321,6 @@ def _files_of(
     if ranks is None or layout is None:
         return None
     return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
-
-
-def fitted(
-    prepared: Prepared, workers: int | None = None, host_bytes: int | str | None = None
-) -> Prepared:
-    """Return ``prepared`` with the largest blocks that the threads and the memory allow."""
-    plan = prepared.plan
-    budget = budget_for(host_bytes, workers, block_bytes_for(plan.source))
-    if (plan.block_bytes, plan.tile_bytes) != (budget.block_bytes, budget.tile_bytes):
-        plan = make_plan(
-            plan.source,
-            plan.outputs,
-            only=plan.only,
-            block_bytes=budget.block_bytes,
-            tile_bytes=budget.tile_bytes,
-            is_bundled=plan.is_bundled,
-        )
-    return replace(prepared, plan=replace(plan, host_bytes=budget.host_bytes))
 
 
 def part_plan(plan: Plan, part: Part | None) -> Plan:

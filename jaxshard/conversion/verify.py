@@ -120,14 +120,10 @@ def _compare_replicas(
     """What differs, and the files that have no checksum of their own: their bytes are read once."""
     catalog = _stored(catalog)
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
-    files = open_source(catalog)
-    seen = _ReplicaComparison(catalog, files)
-    try:
+    with open_source(catalog) as files:
         without = files.check_checksums()
+        seen = _ReplicaComparison(catalog, files)
         run(moves, files, seen, budget=budget, progress=progress)
-        files.check_unchanged()
-    finally:
-        files.close()
     verdict = Verdict(len(catalog.tensors), seen.bytes_compared, seen.problems(), catalog.notes)
     return verdict, without
 

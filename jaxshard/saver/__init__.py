@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..conversion import single_file
+from ..conversion import targets
 from ..conversion.execute import Report
 from ..conversion.open import PathLike, opened
 from ..conversion.targets import (
@@ -140,7 +140,7 @@ def save(
     where, options = Path(path), {"overwrite": overwrite, "durable": fsync}
     with processes.about(str(where)).together("saving: preparing"), paused():
         kind = find_format(format)
-        single_file.refuse(where)
+        targets.refuse(where)
         arrays, notes = arrays_of(tree, name_of)
         if processes.are_several:
             check_across(kind, shared=shared_filesystem)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from ..core.catalog import StoredShard
 from ..core.garbage import paused
@@ -87,6 +88,20 @@ class Source(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional
         """Close all files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close all files, and check that none changed, unless there is an error already."""
+        self.close()
+        if error is None:
+            self.check_unchanged()
 
 
 class Sink(ABC):

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from ..conversion.numpy_arrays import read_scalars
+from ..conversion.open import read_scalars
 from ..core.catalog import Catalog
 from ..core.notes import log_notes
 from ..distributed.barriers import Processes
@@ -38,12 +38,7 @@ from ..storage.identity import check_same, identity
 from .commit_step import is_interrupted, is_on_disk, recover
 from .open_step import check_sums, open_step
 from .policy import Line, Progress
-from .records import (
-    MOVING,
-    StepName,
-    parse_step,
-    parse_wish,
-)
+from .records import MOVING, StepName, parse_step, parse_wish
 from .restore_state import Filling, Parts, Where, filling
 from .run_directory import Places, names_in, only_writer, read_record
 from .state import one_of

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import jaxshard as js
+from jaxshard.conversion import execute as executing
+from jaxshard.conversion import prepare as preparing
 from jaxshard.conversion.execute import execute
-from jaxshard.conversion.prepare import fitted, prepare
+from jaxshard.conversion.prepare import prepare
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.mapping import read_mapping
@@ -241,12 +243,11 @@ def test_a_dim_that_does_not_divide_is_padded_by_a_mapping_and_comes_back(tmp_pa
 def test_no_more_memory_is_held_than_the_plan_says(tmp_path, names):
     checkpoints.write_llama(tmp_path / "llama", layers=1, hidden=512)
     budget = {"workers": 2, "host_bytes": 1 << 20}
-    options = {"fsync": False, **budget}
-    prepared = fitted(prepare(tmp_path / "llama", "mp2", names=names), **budget)
-    execute(prepared, tmp_path / "imports all that is needed", **options)
+    prepared = prepare(tmp_path / "llama", "mp2", names=names, **budget)
+    execute(prepared, tmp_path / "imports all that is needed", fsync=False)
     tracemalloc.start()
     try:
-        execute(prepared, tmp_path / "out", **options)
+        execute(prepared, tmp_path / "out", fsync=False)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -270,3 +271,38 @@ def test_the_name_of_a_file_says_its_format_before_that_is_asked_for(llama, tmp_
     js.convert(llama, tmp_path / "out.ckpt", crc=True)
     js.convert(llama, tmp_path / "told.ckpt", crc=True, format="ckpt")
     assert (tmp_path / "out.ckpt").read_bytes() == (tmp_path / "told.ckpt").read_bytes()
+
+
+OPTIONS = {
+    "none": {},
+    "a budget": {"workers": 1, "host_bytes": 1 << 19},
+    "a file": {"destination": "one.safetensors"},
+    "replicas": {"check_replicas": True},
+    "in parts": {"process_index": 0, "process_count": 2},
+    "names": {"names": "llama-hf:llama-mindformers", "host_bytes": "2MiB"},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_conversion_is_planned_once_and_opened_once(case, tmp_path, monkeypatch):
+    """Whatever the options: half a second at 90,000 tensors, and a request for every file."""
+    checkpoints.write_llama(tmp_path / "llama")
+    js.convert(tmp_path / "llama", tmp_path / "cut", "dp2", **QUICK)
+    options = dict(OPTIONS[case])
+    place = tmp_path / str(options.pop("destination", "out"))
+    calls = []
+    for module, name in [
+        (preparing, "make_plan"),
+        (preparing, "budget_for"),
+        (preparing, "opened"),
+        (executing, "open_source"),
+    ]:
+        plain = getattr(module, name)
+
+        def counted(*args, _name=name, _plain=plain, **kwargs):
+            calls.append(_name)
+            return _plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    js.convert(tmp_path / "cut", place, "full", **QUICK, **options)
+    assert sorted(calls) == ["budget_for", "make_plan", "open_source", "opened"]

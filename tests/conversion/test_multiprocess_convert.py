@@ -210,8 +210,8 @@ def dying(self, *args):
     left[0] -= 1
     return plain(self, *args)
 setattr(parts.PartStaging, what, dying)
-how = dict(process_index=index, process_count=count, fsync=False, workers=1)
-execute(prepare(source, "dp2mp2pp2"), out, **how)
+how = dict(process_index=index, process_count=count, fsync=False)
+execute(prepare(source, "dp2mp2pp2", workers=1), out, **how)
 """
 
 

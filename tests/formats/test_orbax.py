@@ -21,10 +21,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from safetensors.numpy import save_file
 
 from jaxshard.api import convert, verify
-from jaxshard.conversion import numpy_arrays
+from jaxshard.conversion import load_rank
 from jaxshard.conversion.execute import execute
 from jaxshard.conversion.open import open_checkpoint
-from jaxshard.conversion.prepare import fitted, prepare
+from jaxshard.conversion.prepare import prepare
 from jaxshard.errors import FormatError, LayoutError, StorageError
 from jaxshard.formats.folder import is_orbax, orbax_item_folder
 from jaxshard.formats.orbax import (
@@ -229,7 +229,7 @@ def test_files_become_an_orbax_checkpoint_one_tensor_at_a_time(tmp_path, monkeyp
     arrays = checkpoints.write_llama(tmp_path / "in", layers=3)
     convert(tmp_path / "in", tmp_path / "cut", "mp2pp2")
     alive: set[int] = set()
-    most, real = [], numpy_arrays.LazyTensors.read
+    most, real = [], load_rank.LazyTensors.read
 
     def watched(self: Any, *args: Any) -> np.ndarray:
         array = np.array(real(self, *args))
@@ -238,12 +238,12 @@ def test_files_become_an_orbax_checkpoint_one_tensor_at_a_time(tmp_path, monkeyp
         most.append(len(alive))
         return array
 
-    monkeypatch.setattr(numpy_arrays.LazyTensors, "read", watched)
+    monkeypatch.setattr(load_rank.LazyTensors, "read", watched)
     prepared = prepare(tmp_path / "cut", "full", format="orbax")
-    report = execute(fitted(prepared), tmp_path / "out")
+    report = execute(prepared, tmp_path / "out")
     assert len(most) == len(arrays)
     assert max(most) <= 2
-    planned = fitted(prepared).plan.totals
+    planned = prepared.plan.totals
     assert {n: getattr(report.counts, n) for n in COUNTED} == {
         n: getattr(planned, n) for n in COUNTED
     }

@@ -144,7 +144,7 @@ def test_any_model_over_any_ranks_comes_back(data: st.DataObject) -> None:
             event("refused")
             assert re.search("lie alike|in stages of as many|ep=|divide", said), said
             return
-        counts = execute(prepared, where / "ranks", **QUICK).counts
+        counts = execute(prepared, where / "ranks", fsync=False).counts
         assert are(prepared.plan.totals, counts)
         assert counts.bytes_read >= counts.bytes_needed
         convert(where / "ranks", where / "back", names=mapping.inverse(), **QUICK)
@@ -190,7 +190,7 @@ def test_a_rank_of_a_fused_transposed_stack_reads_its_own_bytes_and_no_other(
     rules = read_rules(f'[specs]\n"qkv" = "{spec}"\n', "test")
     total = sum(2 * 4 * a * b for a, b in WIDE.values())
     prepared = prepare(wide, "mp8", names=FUSED, rules=rules, rank=[5])
-    counts = execute(prepared, tmp_path / "rank", **QUICK).counts
+    counts = execute(prepared, tmp_path / "rank", fsync=False).counts
     assert are(prepared.plan.totals, counts)
     assert counts.bytes_needed == total // share
     assert counts.bytes_read == counts.bytes_needed

@@ -36,11 +36,11 @@ import jaxshard as js
 from jaxshard.conversion.prepare import prepare
 from jaxshard.conversion.execute import execute
 source, destination, to, overwrite = sys.argv[1:]
-options = dict(workers=2, overwrite=bool(overwrite), host_bytes=1 << 20)
-prepared = prepare(source, to, max_shard_size=2 << 20 if to == "full" else None)
+size = 2 << 20 if to == "full" else None
+prepared = prepare(source, to, max_shard_size=size, workers=2, host_bytes=1 << 20)
 print("ready", flush=True)
 sys.stdin.readline()
-execute(prepared, destination, **options)
+execute(prepared, destination, overwrite=bool(overwrite))
 print("done", flush=True)
 """
 

@@ -118,12 +118,11 @@ def test_a_dry_run_counts_in_the_blocks_of_the_budget(tmp_path, to):
         config={"model_type": "llama"},
     )
     from jaxshard.conversion.execute import execute  # noqa: PLC0415
-    from jaxshard.conversion.prepare import fitted, prepare  # noqa: PLC0415
+    from jaxshard.conversion.prepare import prepare  # noqa: PLC0415
 
-    small = {"host_bytes": 1 << 19, "fsync": False}
-    prepared = prepare(tmp_path / "big", to)
-    plan = fitted(prepared, host_bytes=1 << 19).plan
-    assert plan.totals.num_reads > prepared.plan.totals.num_reads
-    counts = execute(prepared, Path(tmp_path / "out"), **small).counts
+    prepared = prepare(tmp_path / "big", to, host_bytes=1 << 19)
+    plan = prepared.plan
+    assert plan.totals.num_reads > prepare(tmp_path / "big", to).plan.totals.num_reads
+    counts = execute(prepared, Path(tmp_path / "out"), fsync=False).counts
     assert (counts.num_reads, counts.num_writes) == (plan.totals.num_reads, plan.totals.num_writes)
     assert counts.num_copies == plan.totals.num_copies
