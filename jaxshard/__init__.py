@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imp
         stage_meshes,
         verify,
     )
+    from .core.cache import clear_caches
     from .core.catalog import Catalog
     from .core.layout import Layout, Placement
     from .core.strategy import Strategy
@@ -66,6 +67,7 @@ __all__ = [
     "Rules",
     "StorageError",
     "Strategy",
+    "clear_caches",
     "convert",
     "gather",
     "load",
@@ -93,6 +95,7 @@ _HOME = dict.fromkeys(__all__, "api") | {
     "Placement": "core.layout",
     "Rules": "rules",
     "Strategy": "core.strategy",
+    "clear_caches": "core.cache",
     "load": "loader",
     "load_rank": "conversion.load_rank",
     "merge_lora": "lora",

@@ -1,4 +1,4 @@
-"""LRU cache bounded by the total weight of its entries.
+"""LRU caches: bounded by total weight or number of entries, and cleared all at once.
 
 The boxes of one strategy are computed for each of a model's few shapes and looked up often. But
 an untrusted strategy file may specify thousands of placements, each over a hundred thousand
@@ -9,10 +9,44 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import _lru_cache_wrapper, lru_cache
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+_clear: list[Callable[[], object]] = []
+
+
+def clear_caches() -> None:
+    """Free everything that is cached for reuse: compiled programs, plans, host memory.
+
+    Programs and plans refer to meshes and devices, so these live as long as their entries.
+    """
+    for clear in _clear:
+        clear()
+
+
+def clears(clear: Callable[[], None]) -> Callable[[], None]:
+    """Register ``clear``, a function that frees cached objects, with `clear_caches`."""
+    _clear.append(clear)
+    return clear
+
+
+def cached(max_entries: int) -> Callable[[Callable[..., V]], _lru_cache_wrapper[V]]:
+    """Cache the results of a function by its arguments (``lru_cache``) until `clear_caches`.
+
+    >>> double = cached(8)(lambda n: 2 * n)
+    >>> double(4), double.cache_info().currsize
+    (8, 1)
+    """
+
+    def decorate(function: Callable[..., V]) -> _lru_cache_wrapper[V]:
+        found = lru_cache(maxsize=max_entries)(function)
+        _clear.append(found.cache_clear)
+        return found
+
+    return decorate
 
 
 class LRUCache(Generic[K, V]):
@@ -25,6 +59,7 @@ class LRUCache(Generic[K, V]):
         self._max_weight, self._weight = max_weight, 0
         self._entries: dict[K, tuple[V, int]] = {}  # least recently used first
         self._lock = threading.Lock()
+        _clear.append(self.clear)
 
     @property
     def weight(self) -> int:
@@ -53,3 +88,9 @@ class LRUCache(Generic[K, V]):
             while self._weight > self._max_weight and len(self._entries) > 1:
                 self._weight -= self._entries.pop(next(iter(self._entries)))[1]
         return value
+
+    def clear(self) -> None:
+        """Drop all entries."""
+        with self._lock:
+            self._entries.clear()
+            self._weight = 0

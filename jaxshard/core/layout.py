@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import product
 from math import prod
 
 from ..errors import LayoutError
 from .box import Box
-from .cache import LRUCache
+from .cache import LRUCache, cached
 from .strategy import Axes
 
 Spec = tuple[tuple[str, ...], ...]  # per dim, the mesh axes that split it, outer to inner
@@ -175,7 +174,7 @@ def _text(spec: Spec) -> str:
     return ",".join("+".join(axes) or "-" for axes in spec) or "-"
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _local_shape(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[int, ...]:
     placement = Placement(axes, spec)
     check_divides(placement, shape)
@@ -199,7 +198,7 @@ def _all_boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...
     return tuple(boxes)
 
 
-@lru_cache(maxsize=1 << 14)
+@cached(1 << 14)
 def _box(axes: Axes, spec: Spec, shape: tuple[int, ...], number: int) -> Box:
     """The box of rank ``number`` of those of a placement."""
     at: dict[str, int] = {}

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+
+from .cache import cached
 
 _HOLE = re.compile(r"\{([^\W\d]\w*)(\*?)\}")
 _WILD = re.compile(rf"\*|{_HOLE.pattern}")
@@ -179,7 +180,7 @@ def _is_special(pattern: str) -> bool:
     )
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     parts, at, seen = [], 0, set[str]()
     for hole in _HOLE.finditer(pattern):

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.cache import clears
 from ..core.numpy_dtypes import Bytes
 
 HUGE_BYTES = 2 << 20
@@ -236,8 +237,9 @@ class _Region:
             _kept.setdefault(self._size, []).append(self._address)
 
 
+@clears
 def forget() -> None:
-    """Give everything that is kept back to the system."""
+    """Unmap all regions that are kept for reuse."""
     library = linux()
     for size in list(_kept):
         for address in _kept.pop(size, []):

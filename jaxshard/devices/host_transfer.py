@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -26,6 +26,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import Bytes
 from ..core.ranges import block_dim
@@ -45,7 +46,7 @@ def is_on_host(shard: jax.Array) -> bool:
     return _are_hosts(shard.sharding)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _are_hosts(sharding: Sharding) -> bool:
     devices: set[jax.Device] = sharding.device_set
     return all(device.platform == "cpu" for device in devices)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from math import prod
 
 import jax
@@ -21,6 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from ..core.cache import cached
 from ..core.layout import Layout, Placement
 from ..core.strategy import Axes, Strategy
 from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
@@ -195,7 +195,7 @@ def placement_of(named: NamedSharding) -> Placement:
     return Placement(tuple(named.mesh.shape.items()), tuple(spec))
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _mesh(axes: Axes, devices: tuple[jax.Device, ...]) -> Mesh:
     sizes = tuple(n for _, n in axes)
     names = tuple(a for a, _ in axes)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jax import Array
 from jax.sharding import PartitionSpec, Sharding
 from jax.tree_util import DictKey, PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
+from ..core.cache import cached
 from ..errors import LayoutError, format_list
 
 #: Flax's classes that hold one value, by name: it need not be installed to be recognised.
@@ -118,17 +118,17 @@ def _is_box(node: Any) -> bool:
     return _is_box_type(kind)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _is_array_type(kind: type) -> bool:
     return issubclass(kind, Array | np.ndarray)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _is_spec_type(kind: type) -> bool:
     return issubclass(kind, Sharding | PartitionSpec)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _is_box_type(kind: type) -> bool:
     return any(
         base.__name__ in _BOXES and base.__module__.split(".")[0] == "flax" for base in kind.__mro__

@@ -18,11 +18,11 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..core.dtypes import BY_NAME, DType, num_bytes
 from ..errors import FormatError, LayoutError, quote_name
 from . import protobuf
@@ -227,12 +227,12 @@ def _usual(reader: Reader, at: int, stop: int) -> _Value | None:
         return None
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _number(varint: bytes) -> int:
     return sum((byte & 0x7F) << 7 * i for i, byte in enumerate(varint))
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _numbers(fields: bytes) -> tuple[int, ...]:
     return tuple(_number(one[1:]) for one in re.findall(rb"\x08" + _VARINT, fields, re.DOTALL))
 

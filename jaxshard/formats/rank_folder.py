@@ -16,11 +16,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from math import lcm, prod
 from typing import Any
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.decoders import as_ints, as_list, as_object, parse_object, refuse
 from ..core.dtypes import BY_NAME, DType
@@ -284,7 +284,7 @@ def _place(
     return _whole(placement, entry.shape, rank)
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _whole(placement: Placement, held: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], Box]:
     """The shape of which ``rank`` holds a box of the shape ``held``, and that box."""
     shape = tuple(n * placement.ways(dim) for dim, n in enumerate(held))

@@ -20,8 +20,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
+from ..core.cache import cached
 from ..core.decoders import as_int, as_ints, as_list, as_object, parse_object
 from ..errors import FormatError, LayoutError, format_list, quote_name
 from . import protobuf
@@ -260,7 +260,7 @@ def checked(where: str, layout: ParamLayout) -> ParamLayout:
     return layout
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _plausible(layout: ParamLayout) -> bool:
     """Whether every axis has ranks, and every axis of the tensor map exists and is used once."""
     nested = len(layout.tensor_maps) > 1
@@ -338,7 +338,7 @@ def to_bytes(file: StrategyFile) -> bytes:
     return b"".join(out)
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _layout_bytes(layout: ParamLayout) -> bytes:
     out = protobuf.bytes_field(1, protobuf.number_fields(1, layout.dev_matrix))
     for number, lists in (

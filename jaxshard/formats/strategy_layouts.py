@@ -17,10 +17,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
+from ..core.cache import cached
 from ..core.decoders import FETCH, as_int, as_ints, as_list, as_object, parse_object, refuse
 from ..core.layout import Layout, Placement, shard_dim_over_replicas
 from ..core.strategy import Axes
@@ -29,7 +29,7 @@ from .folder import Folder
 from .strategy_codec import ParamLayout
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def placement(param: ParamLayout, stage: int = 0) -> Placement:
     """The boxes that ``param`` gives the ranks of ``stage``.
 
@@ -127,7 +127,7 @@ def for_dims(placement: Placement, ndim: int) -> Placement:
 # ---------------------------------------------------------------------------- the way back
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def param_layout(placement: Placement, ndim: int, *, optimizer_shard: bool = False) -> ParamLayout:
     """``placement`` of a tensor of ``ndim`` dims in MindSpore's numbers.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from math import prod
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from .. import resharding
+from ..core.cache import cached
 from ..devices.mesh import partition_spec, placement_of, sharding
 from ..distributed.partition import cut_by_replicas
 from ..resharding.geometry import all_device_boxes, bits_of
@@ -68,7 +68,7 @@ def kept_bytes(first: Sequence[ArrayRequest], wants: Sequence[ArrayRequest]) -> 
     return total
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def is_shared(named: Sharding, shape: tuple[int, ...]) -> bool:
     """Whether several processes hold one shard."""
     holders: dict[object, set[int]] = {}
@@ -77,7 +77,7 @@ def is_shared(named: Sharding, shape: tuple[int, ...]) -> bool:
     return any(len(processes) > 1 for processes in holders.values())
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _finer(named: Sharding, shape: tuple[int, ...]) -> NamedSharding | None:
     """``named`` cut further by all its replicas, so that every device holds something else."""
     if not isinstance(named, NamedSharding):

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 from numpy.typing import NDArray
 
+from ..core.cache import cached
 from ..core.catalog import Tensor
 from ..core.garbage import paused
 from ..core.numpy_dtypes import Bytes, Conversion, NumpyDType, numpy_dtype
@@ -104,12 +104,12 @@ def _can_be_small(tensor: Tensor, *, mmap: bool) -> bool:
     return not (mmap and tensor.shards[0].offset % ALIGNMENT == 0)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _is_whole_here(sharding: Sharding) -> bool:
     return bool(sharding.is_fully_replicated and sharding.is_fully_addressable)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _devices(sharding: Sharding) -> tuple[jax.Device, ...]:
     return tuple(sharding.device_set)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from ..core.cache import cached
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import numpy_dtype, stored_as
 from ..errors import LayoutError, format_list
@@ -178,7 +178,7 @@ def _numbered(expression: Expression) -> tuple[Expression, tuple[str, ...]]:
     return general(expression), tuple(numbers)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _compiled(expressions: tuple[Expression, ...]) -> Any:
     import jax  # noqa: PLC0415 - only who has arrays on devices has JAX
     import jax.numpy as jnp  # noqa: PLC0415

@@ -15,9 +15,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..errors import CoverageError
 
 Part = tuple[int, Box]  # a shard's index, and the part of it (in tensor coordinates)
@@ -35,7 +35,7 @@ class Cell:
     targets: tuple[Part, ...]
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def cells(sources: tuple[Box, ...], targets: tuple[Box, ...]) -> tuple[Cell, ...]:
     """The cells that fill every distinct target box from the source boxes.
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..core.catalog import ZEROS, StoredShard, Tensor
 from ..core.dtypes import DType, in_units
 from ..core.ranges import Grid, Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
@@ -156,7 +156,7 @@ def firsts(pieces: tuple[StoredShard, ...]) -> tuple[StoredShard, ...]:
     return tuple(found.values())
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def unit_boxes(
     shape: tuple[int, ...], kind: DType, sources: tuple[Box, ...], targets: tuple[Box, ...]
 ) -> tuple[tuple[Box, ...], tuple[Box, ...], int]:

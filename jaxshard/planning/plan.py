@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import DType
 from ..core.garbage import paused
@@ -117,7 +117,7 @@ class _Shape:
         return tensor.fine_shape, tuple(map(tensor.fine, boxes))
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _whole_cost(
     shape: _Shape,
     sources: tuple[Box, ...],
@@ -136,7 +136,7 @@ def _whole_cost(
     return _cost(in_source, forms, counted, unit, limits)
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _cost(
     sources: tuple[Box, ...],
     forms: Forms,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice, pairwise, permutations, product
 from math import prod
 
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ..core.cache import cached
 from ..core.layout import Spec
 from ..core.strategy import Axes
 from ..devices.mesh import placement_of
@@ -50,7 +50,7 @@ def paths(axes: Axes, source: Spec, target: Spec) -> Iterator[list[Spec]]:
                 yield [spec, other]
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _moves(axes: Axes, spec: Spec) -> tuple[Spec, ...]:
     used = {a for dim in spec for a in dim}
     found: dict[Spec, None] = {}
@@ -74,7 +74,7 @@ def _moves(axes: Axes, spec: Spec) -> tuple[Spec, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def _same_counts(axes: Axes, lengths: tuple[int, ...]) -> tuple[Spec, ...]:
     """Every spec with that many axes per dim."""
     names = [a for a, _ in axes]
@@ -117,7 +117,7 @@ class Common:
         )
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def common(source: NamedSharding, target: NamedSharding, num_dims: int) -> Common | None:
     """The factored mesh of two shardings of a tensor of ``num_dims``, or None where none exists."""
     devices = tuple(source.mesh.devices.flat)
@@ -183,7 +183,7 @@ def _primes(n: int) -> list[int]:
     return found
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def _mesh(devices: tuple[jax.Device, ...], axes: Axes) -> Mesh:
     sizes = [n for _, n in axes]
     grid = np.array(devices, dtype=object).reshape(sizes)
@@ -199,7 +199,7 @@ MAX_RATIO = 1.25
 _MAX_WAYS = 12  # ways round that are compiled before giving up; the first has sufficed so far
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def route(move: Move) -> tuple[Move, ...] | None:
     """The moves, one program each, that take ``move`` there within the bound; None if none do.
 
@@ -219,7 +219,7 @@ def route(move: Move) -> tuple[Move, ...] | None:
     return tuple(Move(move.shape, move.dtype, a, b) for a, b in pairwise(stops))
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _between(ends: Common, dtype: np.dtype[np.generic]) -> tuple[Spec, ...] | None:
     round_about = islice(paths(ends.axes, ends.source, ends.target), _MAX_WAYS)
     ways: Iterator[Sequence[Spec]] = chain([()], round_about)
@@ -254,7 +254,7 @@ def _limit(moves: Sequence[Move]) -> int:
     return int(MAX_RATIO * max(m.shard_bytes for m in moves))
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _largest_bytes(move: Move) -> int:
     return program((move,)).executable.largest_bytes
 
@@ -280,7 +280,7 @@ class Program:
         return list(self.executable.call(*arrays))
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def program(moves: tuple[Move, ...]) -> Program:
     """The program for ``moves``, compiled once for each tuple of them."""
     executable = compile_program(

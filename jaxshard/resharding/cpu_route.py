@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.box import Box
+from ..core.cache import cached
 from .geometry import Move, is_contiguous, num_bytes
 
 Bytes = npt.NDArray[np.generic]
@@ -71,7 +72,7 @@ class Filling:
     bits: np.dtype[np.generic]
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def filling(move: Move) -> Filling:
     """The plan for one move; of replicas the first is read."""
     first_holder: dict[Box, int] = {}

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..core.box import Box
+from ..core.cache import cached
 from .geometry import Move, Traffic, all_device_boxes, as_bits, from_bits
 from .programs import Executable, compile_program
 from .shards import data_of
@@ -75,7 +75,7 @@ class Program:
         )
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def program(move: Move) -> Program:
     """The program for ``move``. Every process of the union gets the same."""
     devices = union(move)
@@ -114,7 +114,7 @@ def union(move: Move) -> tuple[jax.Device, ...]:
     return tuple(sorted(both, key=lambda d: d.id))
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def rounds(move: Move) -> tuple[Round, ...]:
     """All pieces, in rounds. No round has two pieces from, or for, one device."""
     num_devices = len(union(move))
@@ -159,7 +159,7 @@ def blank_bytes(move: Move) -> int:
     return max(blank, move.target_shard_bytes if source - target else 0)
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _sends(move: Move) -> tuple[Send, ...]:
     """Every piece that a target device wants, from the nearest replica that has sent least."""
     devices = union(move)

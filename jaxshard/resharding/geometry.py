@@ -14,7 +14,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 
 import jax
@@ -23,6 +22,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from ..core.box import Box
+from ..core.cache import cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +104,13 @@ class Traffic:
         )
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
     """The box of every device of this process, in the order of such an array's shards."""
     return _boxes(sharding.addressable_devices_indices_map(shape), shape)
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def all_device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
     """The box of every device, those of other processes too."""
     return _boxes(sharding.devices_indices_map(shape), shape)
@@ -126,7 +126,7 @@ def _boxes(
     return boxes
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def pieces(move: Move) -> tuple[Piece, ...]:
     """Every piece once, ordered by where it lies in the target shard.
 
@@ -161,7 +161,7 @@ def pieces(move: Move) -> tuple[Piece, ...]:
     )
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def senders(move: Move) -> tuple[int, ...]:
     """For each target device of a relabelling the source device (by number) that has its shard."""
     return tuple(
@@ -170,7 +170,7 @@ def senders(move: Move) -> tuple[int, ...]:
     )
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def traffic(move: Move) -> Traffic:
     """What the pieces of ``move`` weigh on each kind of link."""
     same = cross = 0

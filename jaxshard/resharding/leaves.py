@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from ..core.cache import cached
 from ..core.layout import Layout, check_divides
 from ..devices.mesh import named_sharding, placement_of, shardings
 from ..devices.pytree import is_key, keys_of, named_leaves
@@ -144,7 +144,7 @@ def _check_devices(name: str, sharding: Sharding) -> None:
         )
 
 
-@lru_cache
+@cached(128)
 def present(platform: str) -> frozenset[jax.Device]:
     """The devices of this process on a platform."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import product
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..core.box import Box
+from ..core.cache import cached
 from .geometry import Move, Piece, as_bits, from_bits, is_carried, pieces
 from .programs import Executable, compile_program
 from .shards import data_of, gathered_from
@@ -64,7 +65,7 @@ class Wave:
     peak_bytes: int
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def waves(move: Move, limit_bytes: int) -> tuple[Wave, ...]:
     """The whole move, in as few waves as keep each within ``limit_bytes`` on every device.
 
@@ -271,7 +272,7 @@ class _Round:
         return made
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def program(moves: tuple[Move, ...], limit_bytes: tuple[int, ...]) -> Program:
     """The program for moves between the same devices, each held to its own limit if possible."""
     planned = [waves(m, limit) for m, limit in zip(moves, limit_bytes, strict=True)]
@@ -395,7 +396,7 @@ def _compile(function: Callable[..., Any], mesh: Mesh, inputs: Sequence[Any]) ->
     return compile_program(mapped, inputs, in_shardings=sharding, out_shardings=sharding)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _line(devices: tuple[jax.Device, ...]) -> Mesh:
     return Mesh(np.array(devices, dtype=object), (_AXIS,), axis_types=(AxisType.Auto,))
 

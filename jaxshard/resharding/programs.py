@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from jax.experimental.layout import Format
 from jax.sharding import Sharding
 
+from ..core.cache import cached
 from .geometry import bits_of
 
 _INDEX_BYTES = 1024  # tables of device numbers and offsets, which do not grow with the tensor
@@ -90,7 +90,7 @@ def _as_held(inputs: Sequence[Any], shardings: Any) -> list[Any]:
     return [jax.tree.map(lambda x: held(x, shardings), each) for each in inputs]
 
 
-@lru_cache
+@cached(128)
 def _layout(dtype: np.dtype[np.generic], num_dims: int, device: jax.Device) -> Any:
     return jax.device_put(np.zeros((1,) * num_dims, dtype), device).format.layout
 

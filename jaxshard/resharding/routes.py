@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, get_args
 
 import jax
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
+from ..core.cache import cached
 from ..errors import LayoutError, format_list
 from . import compiled
 from .exchange import exchange_traffic
@@ -71,7 +71,7 @@ class Way:
         return sum((traffic_of(s.move) for s in self.steps), Traffic())
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def choose(move: Move, route: Route = "auto") -> Way:
     """The way for ``move``.
 

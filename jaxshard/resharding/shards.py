@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from ..core.cache import cached
 from .geometry import Move, device_boxes
 
 
@@ -47,7 +47,7 @@ def gathered_from(
     return jax.make_array_from_callback(shape, sharding, lambda _: next(left))
 
 
-@lru_cache(maxsize=8192)
+@cached(8192)
 def shared_shards(move: Move) -> tuple[bool, ...]:
     """For each source shard, whether the target wants it where it is: it may hold its memory."""
     if memory_kind_of(move.source) != memory_kind_of(move.target):

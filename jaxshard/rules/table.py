@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
+from ..core.cache import cached
 from ..core.decoders import parse_toml
 from ..errors import LayoutError, did_you_mean
 
@@ -155,7 +156,7 @@ class Rules:
         return tuple(parse_spec(text, self.name) for _, text in self.specs)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def parse_spec(text: str, where: str) -> Spec:
     """What a spec text says.
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
 from itertools import islice
 from math import prod
 from typing import Any, NamedTuple
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..core.layout import Placement
 from ..core.patterns import Patterns, template
 from ..errors import LayoutError, format_list
@@ -348,7 +348,7 @@ def _end(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Granule, ...]:
     """What factors of the shape ``own``, whose name ends so, ask of a weight of ``shape``."""
     kind = _KINDS[_kind_end(f".{end}")]

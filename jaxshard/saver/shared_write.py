@@ -23,12 +23,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import jax
 
 from ..core.box import Box
+from ..core.cache import cached
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import in_units
 from ..core.ranges import Runs, byte_runs
@@ -305,7 +305,7 @@ def share(owner: Owners, counts: Counts) -> str:
     return json.dumps([owner.digest, counts.bytes_written])
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _holders(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> _Holders:
     found: dict[Box, dict[int, None]] = {}
     for device, box in all_device_boxes(sharding, shape).items():
@@ -343,7 +343,7 @@ def _shared_copy(tensor: Tensor, outputs: Outputs) -> SharedCopy:
     return SharedCopy(move_into(fine, wanted), tuple(spans))
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def joined(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
     """Join adjacent boxes of a disjoint set, the last dim first.
 

@@ -1,8 +1,15 @@
-"""LRUCache evicts the least recently used entries, by their weight."""
+"""Caches evict the least recently used entries, and are cleared all at once."""
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxshard as js
 from jaxshard.core.cache import LRUCache
+from jaxshard.devices import host_memory
+from jaxshard.resharding import geometry
 
 
 def misses(cache: LRUCache[str, str], keys: str, weight: int = 1) -> str:
@@ -35,3 +42,17 @@ def test_only_a_single_entry_may_exceed_the_maximum_weight():
         misses(cache, chr(ord("a") + weight) + str(weight), weight)
         assert cache.weight <= max(10, weight)
     assert cache.weight == 6
+
+
+def test_clearing_caches_frees_programs_plans_and_host_memory():
+    mesh = jax.make_mesh((2, 4), ("dp", "mp"), axis_types=(AxisType.Auto,) * 2)
+    first, second = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("dp",), ("mp",)))
+    array = jax.device_put(np.arange(64.0, dtype=np.float32), first)
+    js.reshard([array], [second])
+    host_memory.region(host_memory.MIN_REGION_BYTES)
+    assert geometry.device_boxes.cache_info().currsize
+    js.clear_caches()
+    assert not geometry.device_boxes.cache_info().currsize
+    assert not host_memory.kept_bytes()
+    again = js.reshard([array], [second])[0]
+    assert np.array_equal(again, array)
