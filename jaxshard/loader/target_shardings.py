@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from ..conversion.targets import SAME, check_factors, lay_out_for, parse_target,
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement, check_divides
 from ..core.numpy_dtypes import NumpyDType, can_become, is_plain_float, numpy_dtype
+from ..core.problems import Problems
 from ..core.strategy import Strategy
 from ..devices.mesh import (
     layout_devices,
@@ -49,73 +50,10 @@ from ..devices.pytree import (
     whole_paths,
 )
 from ..devices.rule_shardings import mesh_shardings
-from ..errors import JaxshardError, LayoutError, NotFoundError, did_you_mean, format_list
+from ..errors import JaxshardError, LayoutError, NotFoundError, format_list
 from ..formats.strategy_files import for_tensors
 from ..rules import Rules
 from .requests import ArrayRequest, LoadRequest
-
-_SUGGESTED = 3  # looking for near names costs time in a catalog of 100,000
-
-
-@dataclass
-class Findings:
-    """What was found wrong, by kind."""
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misfits: list[str] = field(default_factory=list)
-
-    def refuse(self, catalog: Catalog, names: Iterable[str]) -> None:
-        """Raise if anything was found; ``names`` are those of the target.
-
-        Raises:
-            NotFoundError: names are missing on either side.
-            LayoutError: only shapes, dtypes or shardings do not fit.
-        """
-        parts = []
-        if self.missing:
-            parts.append(
-                f"{len(self.missing)} names of the target are not among the "
-                f"{len(catalog.tensors)} tensors of {catalog.root}: {format_list(self.missing)}."
-                + self._suggestions(self.missing, catalog.tensors)
-                + self._tied(catalog)
-                + " Map names with name_of=, or leave them as they are with strict=False."
-            )
-        if self.unexpected:
-            parts.append(
-                f"{len(self.unexpected)} tensors of {catalog.root} are not in the target: "
-                f"{format_list(self.unexpected)}."
-                + self._suggestions(self.unexpected, names)
-                + " Leave them out with exclude= or strict=False."
-            )
-        if self.misfits:
-            listed = "\n  ".join(self.misfits[:20])
-            more = len(self.misfits) - 20
-            parts.append(
-                f"{len(self.misfits)} tensors do not fit the target:\n  {listed}"
-                + (f"\n  and {more} more" if more > 0 else "")
-            )
-        if parts:
-            kind = NotFoundError if self.missing or self.unexpected else LayoutError
-            raise kind("\n".join(parts))
-
-    @staticmethod
-    def _suggestions(names: list[str], known: Iterable[str]) -> str:
-        listed = list(known)
-        return "".join(
-            f" For {name}:{hint}"
-            for name in names[:_SUGGESTED]
-            if (hint := did_you_mean(name, listed))
-        )
-
-    def _tied(self, catalog: Catalog) -> str:
-        if not catalog.model.tied_embeddings or not any("head" in n for n in self.missing):
-            return ""
-        return (
-            " The config ties the head to the embedding, which is stored once: let name_of map "
-            "both names to it."
-        )
-
 
 # --- Targets: from what a person asks for to one want for each array
 
@@ -265,17 +203,33 @@ def _with_scalars(layout: Layout, catalog: Catalog) -> Layout:
 def _all_tensors(
     catalog: Catalog, place_of: Callable[[str], Any], devices: Devices, cast: NumpyDType | None
 ) -> LoadRequest:
-    findings = Findings()
+    problems = Problems(catalog.root)
     wants = []
     for name, tensor in catalog.tensors.items():
         try:
             wants.append(_want(name, tensor, place_of(name), devices, None, cast))
         except JaxshardError as error:
-            findings.misfits.append(str(error))
-    findings.refuse(catalog, catalog.tensors)
+            problems.misfits.append(str(error))
+    _check(problems, catalog, catalog.tensors)
     names = [want.tensor.name for want in wants]
     notes = _of_keys(catalog, names)
     return LoadRequest(tuple(wants), lambda arrays: dict(zip(names, arrays, strict=True)), notes)
+
+
+def _check(problems: Problems, catalog: Catalog, names: Iterable[str]) -> None:
+    """Raise all ``problems`` of a load; ``names`` are those of the target."""
+    tied = catalog.model.tied_embeddings and any("head" in name for name in problems.missing)
+    hint = (
+        "The config ties the head to the embedding, which is stored once: map both names to it "
+        "with name_of=. "
+    )
+    problems.check(
+        catalog.tensors,
+        names,
+        if_missing=(hint if tied else "")
+        + "Map names with name_of=, or leave them as they are with strict=False.",
+        if_unexpected="Leave them out with exclude= or strict=False.",
+    )
 
 
 def _tree(
@@ -288,7 +242,7 @@ def _tree(
     name_of: Callable[[str], str] | None,
 ) -> LoadRequest:
     leaves, structure = named_leaves(target)
-    findings = Findings()
+    problems = Problems(catalog.root)
     wants: dict[int, ArrayRequest] = {}
     generators: dict[int, Any] = {}
     wanted = _names(target, leaves, name_of)
@@ -299,7 +253,7 @@ def _tree(
         stored = spelled(name, whole, catalog.tensors, exact)
         names.append(stored or name)
         if stored is None:
-            findings.missing.append(name if name == path else f"{name} (for {path})")
+            problems.missing.append(name if name == path else f"{name} (for {path})")
             continue
         try:
             shape_dtype = leaf if is_array_like(leaf) else None
@@ -311,9 +265,9 @@ def _tree(
                 stored, catalog.tensors[stored], place, devices, shape_dtype, cast
             )
         except JaxshardError as error:
-            findings.misfits.append(str(error))
+            problems.misfits.append(str(error))
     known = set(names)
-    findings.unexpected += [name for name in catalog.tensors if name not in known]
+    problems.unexpected += [name for name in catalog.tensors if name not in known]
     if not names:
         raise LayoutError(
             f"a target of type {type(target).__name__} without shardings is none. Give a strategy "
@@ -321,10 +275,10 @@ def _tree(
             "jax.ShapeDtypeStruct or shardings."
         )
     if not strict:
-        findings.missing, findings.unexpected = [], []
-    gone = {name.partition(" (for ")[0] for name in findings.missing} & catalog.lost.keys()
+        problems.missing, problems.unexpected = [], []
+    gone = {name.partition(" (for ")[0] for name in problems.missing} & catalog.lost.keys()
     refuse_lost(catalog, gone.__contains__)
-    findings.refuse(catalog, names)
+    _check(problems, catalog, names)
 
     def build(arrays: Sequence[jax.Array]) -> Any:
         made = dict(zip(wants, arrays, strict=True))

@@ -23,11 +23,12 @@ from ..core.box import Box
 from ..core.catalog import Catalog, Tensor, group_by_bytes
 from ..core.layout import Layout
 from ..core.numpy_dtypes import Bytes, numpy_dtype
+from ..core.problems import Problems
 from ..core.strategy import Strategy
 from ..devices.host_memory import aligned_empty
 from ..devices.mesh import rank_devices, shardings
 from ..devices.pytree import is_key, keys_of
-from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
+from ..errors import LayoutError, format_list
 from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
@@ -331,25 +332,23 @@ def _by_name(
 
 
 def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> list[Leaf]:
-    """The leaves that the step has; everything that does not fit is told at once."""
+    """Return the leaves that the step has, if all of them fit it."""
+    problems = Problems("the step")
+    names = [leaf.name for leaf in wanted]
     missing = [leaf for leaf in wanted if leaf.name not in catalog.tensors]
-    if missing and (strict or any(isinstance(m.value, jax.ShapeDtypeStruct) for m in missing)):
-        names = [leaf.name for leaf in missing]
-        raise NotFoundError(
-            f"{len(names)} leaves of the target are not in the step: {format_list(names)}."
-            f"{did_you_mean(names[0], catalog.tensors)} Restore weights only with parts='weights', "
-            "or what is there with strict=False."
-        )
-    over = _left_over(catalog, {leaf.name for leaf in wanted}, parts)
-    if over and strict:
-        raise NotFoundError(
-            f"{len(over)} tensors of the step are not in the target: {format_list(over)}. They "
-            "would be lost; give a target that has them, or strict=False."
-        )
+    if strict or any(isinstance(leaf.value, jax.ShapeDtypeStruct) for leaf in missing):
+        problems.missing += [leaf.name for leaf in missing]
+    if strict:
+        problems.unexpected += _left_over(catalog, set(names), parts)
     found = [leaf for leaf in wanted if leaf.name in catalog.tensors]
-    wrong = [why for leaf in found if (why := _misfit(leaf, catalog.tensors[leaf.name]))]
-    if wrong:
-        raise LayoutError(f"{len(wrong)} leaves do not fit the step: {format_list(wrong)}.")
+    misfits = (_misfit(leaf, catalog.tensors[leaf.name]) for leaf in found)
+    problems.misfits += filter(None, misfits)
+    problems.check(
+        catalog.tensors,
+        names,
+        if_missing="Restore weights only with parts='weights', or what is there with strict=False.",
+        if_unexpected="They would be lost; give a target that has them, or strict=False.",
+    )
     return found
 
 

@@ -22,15 +22,10 @@ from jaxshard.conversion.open import open_checkpoint
 from jaxshard.conversion.targets import lay_out_for
 from jaxshard.core.strategy import Strategy
 from jaxshard.devices import mesh as devices
+from jaxshard.devices.host_memory import aligned_empty, is_aligned
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.loader import load
-from jaxshard.loader.shard_memory import (
-    MemoryNeed,
-    aligned_empty,
-    is_aligned,
-    load_budget,
-    share_out,
-)
+from jaxshard.loader.shard_memory import MemoryNeed, load_budget, share_out
 from jaxshard.rules import read_rules
 from jaxshard.saver import save
 from jaxshard.storage.resources import LEAST_BYTES, Counts
@@ -466,7 +461,7 @@ def test_narrow_floats_are_loaded_and_four_bit_ones_unpacked(tmp_path):
     body = b"".join(
         data[n].tobytes() for n in sorted(layout.offsets, key=layout.offsets.__getitem__)
     )
-    (tmp_path / "model.safetensors").write_bytes(layout.header + body)
+    (tmp_path / "model.safetensors").write_bytes(layout.segments[0][1] + body)
     arrays = load(tmp_path, NamedSharding(mesh_of(("mp", 8)), P("mp")))
     halves = np.stack([packed & 15, packed >> 4], -1).reshape(8, 8)
     check(
