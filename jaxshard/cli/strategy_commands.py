@@ -29,6 +29,7 @@ from ..formats.strategy_files import Strategies
 from ..planning import pictures
 from ..rules.match import weight_name
 from ..storage.local import LocalFolder
+from ..storage.places import place_at
 from ..storage.transaction import Staging, told
 from . import write, write_json
 from .commands import read_rules_file
@@ -269,9 +270,9 @@ def _refuse_weights(place: Path) -> None:
 
 def _refuse_own_strategy(catalog: Catalog, a: Namespace) -> None:
     """Raise if the output would replace the strategy files of the source."""
-    own = strategy_place(Path(catalog.root), a.src_strategy) if catalog.layout else None
+    own = strategy_place(place_at(catalog.root), a.src_strategy) if catalog.layout else None
     out = Path(os.path.realpath(a.out))
-    if own is not None and out in (own := Path(os.path.realpath(own)), *own.parents):
+    if isinstance(own, Path) and out in (own := Path(os.path.realpath(own)), *own.parents):
         raise LayoutError(
             f"{a.out} is or contains the strategy of the source, which is never changed. Choose "
             "another destination."

@@ -22,6 +22,7 @@ from ..formats.registry import FORMATS
 from ..planning.plan import Plan
 from ..storage import file_to_file, side_files
 from ..storage.io import Source
+from ..storage.places import is_remote
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
 from ..storage.shared_transaction import PartStaging
@@ -140,6 +141,11 @@ def _write(
         return counts
     files = OutputFiles(plan, staging, result.container)
     try:
+        if source.request_bytes:
+            from ..storage import engine  # noqa: PLC0415 - NumPy
+
+            moves, ahead = plan.journeys(), plan.journeys()
+            return engine.run(moves, source, files, budget=budget, progress=tell, ahead=ahead)
         return file_to_file.run(plan.journeys(), source, files, budget=budget, progress=tell)
     finally:
         files.close()
@@ -186,6 +192,8 @@ def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
 
 def refuse_inside(catalog: Catalog, destination: Path) -> None:
     """Refuse a destination whose replacement would take the source, or a file of it, away."""
+    if is_remote(catalog.root):
+        return
     source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
     linked = (Path(os.path.realpath(source / f.path)) for f in catalog.files)
     if any(p == place or place in p.parents for p in (source, *linked)):
@@ -222,7 +230,7 @@ def _write_side_files(
         return inside in path.resolve().parents
 
     side_files.copy_extras(
-        Path(source.root),
+        source.root,
         source.extras,
         staging.files / prepared.result.extras_to,
         leave_out=is_an_earlier_result,

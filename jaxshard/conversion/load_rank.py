@@ -98,7 +98,7 @@ def load_rank(
     share = HostArrays((e.tensor.name, e.tensor.dtype, e.shape) for e in entries)
     with open_source(plan.source) as files:
         files.check_checksums()
-        run(plan.moves(), files, share, budget=prepared.budget)
+        run(plan.moves(), files, share, budget=prepared.budget, ahead=plan.moves())
     return share.arrays()
 
 

@@ -20,6 +20,7 @@ from ..formats.folder import COMMON, Folder, latest_iteration
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import FORMATS
 from ..storage.local import LocalFolder
+from ..storage.places import Place, ReadFolder, folder_at, place_at, refuse_repository
 from ..storage.readers import SourceFiles
 from ..storage.transaction import is_unfinished
 
@@ -67,15 +68,16 @@ def open_checkpoint(
     """
     if not os.fspath(path):
         raise NotFoundError("the path of the checkpoint is empty. Name a folder, or a weight file.")
-    where = Path(path)
+    refuse_repository(path)
+    where = place_at(path)
     if _is_index(where):
         where = where.parent  # it tells of the files beside it
-    if is_unfinished(where):
+    if isinstance(where, Path) and is_unfinished(where):
         raise FormatError(
             f"{where} is an unfinished conversion. Complete it with {RESUME}, or delete it."
         )
     for place in _places(where):
-        folder = LocalFolder(place)
+        folder = folder_at(place)
         try:
             catalog = _read(folder, place, src_strategy, suffix)
         except (CoverageError, NotFoundError) as error:
@@ -88,7 +90,7 @@ def open_checkpoint(
     raise NotFoundError(
         f"{where} holds no checkpoint that jaxshard can read: neither *.safetensors, nor rank_0/ "
         "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
-        + "".join(f" {text}" for text in _links(LocalFolder(where)))
+        + "".join(f" {text}" for text in _links(folder_at(where)))
     )
 
 
@@ -111,7 +113,7 @@ def open_some(
     return catalog
 
 
-def _is_index(where: Path) -> bool:
+def _is_index(where: Place) -> bool:
     """Whether ``where`` is the list of a checkpoint's files, and not one of them."""
     if where.suffix != ".json":
         return False
@@ -120,7 +122,7 @@ def _is_index(where: Path) -> bool:
     return where.name in (INDEX, MINDSPORE_INDEX) and where.is_file()
 
 
-def _links(folder: LocalFolder) -> tuple[str, ...]:
+def _links(folder: ReadFolder) -> tuple[str, ...]:
     """What to say of links to folders that were not followed."""
     names = folder.not_followed
     if not names:
@@ -132,7 +134,7 @@ def _links(folder: LocalFolder) -> tuple[str, ...]:
     )
 
 
-def _refuse_other_weights(where: Path) -> None:
+def _refuse_other_weights(where: Place) -> None:
     """Say what is missing where there are weights, but in no format or place that is read.
 
     Raises:
@@ -140,22 +142,22 @@ def _refuse_other_weights(where: Path) -> None:
     """
     from ..formats import huggingface  # noqa: PLC0415
 
-    folder = LocalFolder(where)
+    folder = folder_at(where)
     if huggingface.carried(folder.files(), ())[1]:
         huggingface.read(folder)
 
 
-def _places(where: Path) -> Iterator[Path]:
+def _places(where: Place) -> Iterator[Place]:
     """``where``, and the folders in it that MindFormers has checkpoints in."""
     yield where
     for place in (where, where / "checkpoint"):
         if place.is_dir():
-            newest = latest_iteration(LocalFolder(place))
+            newest = latest_iteration(folder_at(place))
             yield place / newest if newest else place
 
 
 def _read(
-    folder: LocalFolder, where: Path, strategy: PathLike | None, suffix: str | None
+    folder: ReadFolder, where: Place, strategy: PathLike | None, suffix: str | None
 ) -> Catalog | None:
     """Read ``folder`` with the first format that recognises it; None if no format does."""
     files = folder.files()
@@ -187,7 +189,7 @@ def open_strategy(path: PathLike) -> Layout:
         FormatError: not strategy files.
         CoverageError: files of one stage contradict each other, or a stage is missing.
     """
-    folder = LocalFolder(path)
+    folder = folder_at(path)
     try:
         return strategy_of(folder)
     finally:
@@ -207,10 +209,10 @@ def strategy_of(folder: Folder, *, partial: bool = False) -> Layout:
     return strategy_files.layout(strategy_files.read(folder), partial=partial)
 
 
-def strategy_place(where: Path, given: PathLike | None = None) -> Path | None:
+def strategy_place(where: Place, given: PathLike | None = None) -> Place | None:
     """Where the strategy files of rank folders in ``where`` are: as given, or as jobs have them."""
     if given is not None:
-        return Path(given)
+        return place_at(given)
     for place in (where / "strategy", where.parent / "strategy"):
         if place.is_dir():
             return place
@@ -218,13 +220,13 @@ def strategy_place(where: Path, given: PathLike | None = None) -> Path | None:
     return next((place for place in merged if place.is_file()), None)
 
 
-def _source_layout(where: Path, given: PathLike | None) -> tuple[Layout | None, tuple[str, ...]]:
+def _source_layout(where: Place, given: PathLike | None) -> tuple[Layout | None, tuple[str, ...]]:
     """What the strategy files say, or None: then ``rank_files`` says what it misses."""
     place = strategy_place(where, given)
     if place is None:
         return None, ()
     guessed = given is None and place.is_file()
-    folder = LocalFolder(place)
+    folder = folder_at(place)
     try:
         layout = strategy_of(folder, partial=True)  # a server may have those of its own stage only
     finally:

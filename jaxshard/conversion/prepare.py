@@ -26,6 +26,7 @@ from ..formats.registry import find_format, format_of
 from ..planning.copies import firsts
 from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..storage import side_files
+from ..storage.places import is_remote
 from ..storage.resources import Budget, budget_for, parse_size
 from . import targets
 from .open import PathLike, opened, read_scalars
@@ -81,10 +82,11 @@ def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -
         if id(data) not in told:
             told[id(data)] = hashlib.sha256(data).digest()
         digest.update(name.encode() + told[id(data)])
+    root = catalog.root
     return json.dumps(
         {
-            "source": str(Path(catalog.root).absolute()),
-            "files": [[f.path, f.num_bytes, f.mtime_ns] for f in catalog.files],
+            "source": root if is_remote(root) else str(Path(root).absolute()),
+            "files": [[f.path, f.num_bytes, f.version or f.mtime_ns] for f in catalog.files],
             "format": [result.format, result.container.crc],
             "ranks": sorted(only) if only is not None else None,
             "result": digest.hexdigest(),

@@ -123,7 +123,7 @@ def _compare_replicas(
     with open_source(catalog) as files:
         without = files.check_checksums()
         seen = _ReplicaComparison(catalog, files)
-        run(moves, files, seen, budget=budget, progress=progress)
+        run(moves, files, seen, budget=budget, progress=progress, ahead=moves)
     verdict = Verdict(len(catalog.tensors), seen.bytes_compared, seen.problems(), catalog.notes)
     return verdict, without
 
@@ -163,7 +163,7 @@ def verify_against(
     try:
         here.check_checksums()
         there.check_checksums()
-        run(moves(), here, seen, budget=budget, progress=progress)
+        run(moves(), here, seen, budget=budget, progress=progress, ahead=moves())
         here.check_unchanged()
         there.check_unchanged()
     finally:

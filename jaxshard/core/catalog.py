@@ -28,7 +28,8 @@ TENSOR_AXES = frozenset({"mp", "tp", "model", "tensor"})
 class File:
     """A file of the checkpoint: its path relative to the checkpoint's root, and its version.
 
-    Times and inode are those of the system's ``stat``; 0 where the storage has none.
+    Times and inode are those of the system's ``stat``; 0 where the storage has none. ``version``
+    is what a remote store calls a version, an entity tag for example.
     """
 
     path: str
@@ -36,6 +37,7 @@ class File:
     mtime_ns: int = 0
     ctime_ns: int = 0
     inode: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,6 +198,11 @@ class Orbax(Format):
     def read(
         self, folder: Folder, layout: Layout | None = None, suffix: str | None = None
     ) -> Catalog:
+        if "://" in folder.root:
+            raise LayoutError(
+                f"{folder.root} is an Orbax checkpoint, which cannot be read by byte ranges. Copy "
+                "it to a disk first."
+            )
         from . import orbax  # noqa: PLC0415 - imports JAX
 
         return orbax.read(folder, folder.files())

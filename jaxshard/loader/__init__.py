@@ -34,6 +34,7 @@ from ..formats.registry import format_of
 from ..mapping import Mapping, find_mapping
 from ..rules import Rules
 from ..storage.identity import check_same, identity
+from ..storage.places import is_remote
 from ..storage.readers import open_source
 from ..storage.resources import Counts, default_workers, parse_size
 from .balanced import gathered, kept_bytes, spread
@@ -286,7 +287,7 @@ def _read(
     catalog: Catalog, wants: Sequence[ArrayRequest], how: _How, extra_bytes: int
 ) -> tuple[list[jax.Array], Counts]:
     """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
-    small, rest = small_of(wants, mmap=how.mmap)
+    small, rest = small_of(wants, mmap=how.mmap, fetched=is_remote(catalog.root))
     found = jobs([wants[place] for place in rest])
     todo = [job for job, _ in found]
     need = need_of(todo, extra_bytes + small.num_bytes, adopted=not how.copy)
@@ -321,6 +322,12 @@ def _check_sums(
         NotFoundError: there are no checksums beside the files, and some have none in them.
     """
     from ..storage.checksum_file import check_folder  # noqa: PLC0415 - on request only
+
+    if is_remote(catalog.root):
+        raise LayoutError(
+            f"{catalog.root}: verify=True reads whole files. Copy the folder to a disk first, or "
+            "leave it out."
+        )
 
     paths = [catalog.files[number].path for number in used]
     if format_of(catalog.format).own_library or check_folder(catalog.root, paths, workers=workers):

@@ -54,7 +54,14 @@ def carry(
     """
     carried = _LoadSink(jobs, source, staging or BufferPool(0), adopted=adopted)
     try:
-        counts = run(carried.moves(), source, carried, budget=budget, progress=progress)
+        counts = run(
+            carried.moves(),
+            source,
+            carried,
+            budget=budget,
+            progress=progress,
+            ahead=[move for *_, move in carried.todo if move],
+        )
     finally:
         carried.close()
     return carried.arrays(), counts
@@ -76,11 +83,11 @@ class _LoadSink(Sink):
         self._jobs, self._staging, self._adopted = jobs, staging, adopted
         mapped = source if isinstance(source, MappedFiles) else None
         given = [in_place(job, mapped) if mapped else {} for job in jobs]
-        self._todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
+        self.todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
         self._memory: dict[str, RequestBuffers] = {}
         self._done: dict[str, list[jax.Array]] = {}
         self._lock = threading.Lock()
-        self._ahead = PrefetchThread([move for *_, move in self._todo if move], source)
+        self._ahead = PrefetchThread([move for *_, move in self.todo if move], source)
 
     def stop(self) -> None:
         """Wake the threads that wait for memory."""
@@ -89,7 +96,7 @@ class _LoadSink(Sink):
     def moves(self) -> Iterator[TensorCopy]:
         """The journeys, each once there is memory for it."""
         self._ahead.start()
-        for job, given, move in self._todo:
+        for job, given, move in self.todo:
             memory = self._memory_for(job, given)
             if memory is None:
                 return

@@ -22,8 +22,9 @@ from ..core.catalog import Tensor
 from ..core.decoders import parse_object
 from ..core.numpy_dtypes import is_plain_float
 from ..errors import FormatError, LayoutError, NotFoundError, format_list
+from ..formats.folder import Folder
 from ..rules import weight_name
-from ..storage.local import LocalFolder
+from ..storage.places import folder_at, is_remote
 from .peft_patterns import ByPattern, check_patterns
 
 _HALF = re.compile(
@@ -358,25 +359,27 @@ def find_settings(root: str) -> Settings:
         LayoutError: it describes another kind of adapter.
     """
     at = Path(root).absolute()
+    places = [root] if is_remote(root) else [at, *list(at.parents)[:_PARENTS]]
     looked = []
-    for place in (at, *list(at.parents)[:_PARENTS]):
+    for place in places:
         for name in (PEFT_CONFIG, OWN_CONFIG):
-            path = place / name
-            looked.append(str(path))
-            if path.is_file():
-                return replace(_read(path), looked_in=tuple(looked))
+            looked.append(f"{place}/{name}")
+            if isinstance(place, Path) and not (place / name).is_file():
+                continue
+            folder = folder_at(place)
+            try:
+                if name in folder.files():
+                    return replace(_read(folder, name, looked[-1]), looked_in=tuple(looked))
+            finally:
+                folder.close()
     return Settings(looked_in=tuple(looked))
 
 
-def _read(path: Path) -> Settings:
-    folder = LocalFolder(path)
-    try:
-        size = folder.files()[path.name].num_bytes
-        if size > _MAX_BYTES:
-            raise FormatError(f"{path} has {size} bytes; an adapter's config has a few thousand.")
-        config = parse_object(folder.read(path.name, 0, size), str(path))
-    finally:
-        folder.close()
+def _read(folder: Folder, name: str, path: str) -> Settings:
+    size = folder.files()[name].num_bytes
+    if size > _MAX_BYTES:
+        raise FormatError(f"{path} has {size} bytes; an adapter's config has a few thousand.")
+    config = parse_object(folder.read(name, 0, size), path)
     inner = config.get("lora_config")
     said = {**config, **inner} if isinstance(inner, dict) else config
     kind = said.get("peft_type")
@@ -410,7 +413,7 @@ def _read(path: Path) -> Settings:
     )
 
 
-def _check_start(start: object, path: Path) -> None:
+def _check_start(start: object, path: str) -> None:
     """Refuse an adapter whose first values were taken out of the base's weights.
 
     https://huggingface.co/docs/peft/developer_guides/lora#initialization
@@ -424,14 +427,14 @@ def _check_start(start: object, path: Path) -> None:
         )
 
 
-def _saved_modules(said: Mapping[str, Any], kind: object, path: Path) -> tuple[str, ...] | None:
+def _saved_modules(said: Mapping[str, Any], kind: object, path: str) -> tuple[str, ...] | None:
     if kind is None:
         return None  # MindFormers' config, which does not say
     names = _texts(said, "modules_to_save", path)
     return (*names, *_HEADS.get(str(said.get("task_type")), ()))
 
 
-def _texts(said: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+def _texts(said: Mapping[str, Any], key: str, path: str) -> tuple[str, ...]:
     names = said.get(key) or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise FormatError(f"{path}: {key} is not a list of names. Fetch the adapter again.")
@@ -443,7 +446,7 @@ def _texts(said: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _number(said: Mapping[str, Any], key: str, path: Path) -> float:
+def _number(said: Mapping[str, Any], key: str, path: str) -> float:
     value = said[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FormatError(
@@ -462,7 +465,7 @@ def _number(said: Mapping[str, Any], key: str, path: Path) -> float:
     return number
 
 
-def _rank(said: Mapping[str, Any], key: str, path: Path) -> int:
+def _rank(said: Mapping[str, Any], key: str, path: str) -> int:
     number = _number(said, key, path)
     if number < 1 or number != int(number):
         raise FormatError(
@@ -472,7 +475,7 @@ def _rank(said: Mapping[str, Any], key: str, path: Path) -> int:
     return int(number)
 
 
-def _patterns(said: Mapping[str, Any], key: str, path: Path) -> list[str]:
+def _patterns(said: Mapping[str, Any], key: str, path: str) -> list[str]:
     """The patterns of a table of modules, each an expression that can be tried."""
     value = said.get(key) or {}
     if not isinstance(value, dict):

@@ -20,6 +20,7 @@ from ..core.numpy_dtypes import is_plain_float
 from ..errors import LayoutError, NotFoundError
 from ..formats.huggingface import NO_CONFIG
 from ..mapping.tensors import cut, join, reshape, with_step
+from ..storage.places import is_remote
 from .adapters import OWN_CONFIG, PEFT_CONFIG, Adapter, Settings, find_adapters, is_adapter
 from .base_weights import (
     AdapterNames,
@@ -375,7 +376,7 @@ def _with_files(base: Catalog, adapter: Catalog | None) -> tuple[tuple[File, ...
     """The files of both, and how much later the adapter's are numbered."""
     if adapter is None:
         return base.files, 0
-    root = os.path.abspath(adapter.root)
+    root = adapter.root if is_remote(adapter.root) else os.path.abspath(adapter.root)
     more = tuple(replace(f, path=os.path.join(root, f.path)) for f in adapter.files)
     return (*base.files, *more), len(base.files)
 

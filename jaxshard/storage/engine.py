@@ -7,7 +7,7 @@ a few blocks, whatever the size of the tensors. Memory at either end saves a cop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from math import prod
@@ -24,7 +24,7 @@ from ..core.ranges import Runs, byte_runs
 from ..planning.bundles import Bundle
 from ..planning.cells import Cell
 from ..planning.copies import Steps, TensorCopy, block_steps, cell_blocks, move_into, permuted_form
-from .io import Sink, Source, copy_bundle
+from .io import GAP_BYTES, Sink, Source, Span, copy_bundle
 from .resources import BATCH_BLOCKS, Batch, Budget, Counts, WorkQueue, run_threads
 from .transforms import Operands, Viewer, copy_into
 from .vectored_io import iovec_of, read_runs, scatter_of
@@ -41,17 +41,66 @@ def run(
     *,
     budget: Budget,
     progress: Callable[[int], None] | None = None,
+    ahead: Iterable[TensorCopy | Bundle] | None = None,
 ) -> Counts:
     """Execute ``moves`` and return the counts of what was done.
 
     ``progress`` is called with the bytes written since its last call, from any thread. The first
-    error of any thread stops all of them and is raised.
+    error of any thread stops all of them and is raised. ``ahead`` are the same moves again, for a
+    source that fetches: its walk over them waits for no memory of ``sink``.
     """
     workers = [Worker(source, sink, budget, progress) for _ in range(budget.workers)]
-    run_threads(
-        [w.work for w in workers], WorkQueue(_batches(moves, budget, source, sink), sink.stop)
-    )
+    batches = _batches(moves, budget, source, sink)
+    if source.request_bytes and ahead is not None:
+        _run_fetched(workers, batches, _batches(ahead, budget, source, sink), source, sink)
+    else:
+        run_threads([w.work for w in workers], WorkQueue(batches, sink.stop))
     return sum((w.counts for w in workers), Counts())
+
+
+def _run_fetched(
+    workers: Sequence[Worker],
+    batches: Iterator[_Given],
+    ahead: Iterator[_Given],
+    source: Source,
+    sink: Sink,
+) -> None:
+    """Execute ``batches``, each once its bytes are fetched; the two walks give equal batches."""
+
+    def stop() -> None:
+        sink.stop()
+        source.stop()
+
+    fetched = source.fetched(_spans(batch) for batch in ahead)
+    try:
+        both = zip(batches, fetched, strict=False)  # either may be stopped before its end
+        run_threads([w.work_fetched for w in workers], WorkQueue(both, stop))
+    finally:
+        source.stop()
+        fetched.close()
+
+
+def _spans(given: _Given) -> list[Span]:
+    """Return what a batch reads, in the order of the file, without large gaps."""
+    if isinstance(given, Bundle):
+        return sorted((s.piece.file, s.offset, s.offset + s.num_bytes) for s in given.reads)
+    (move, cell, blocks), _ = given
+    spans: list[Span] = []
+    for block in blocks:
+        for index, part in block_steps(cell, block, move.sources, move.forms).reads:
+            piece, stored, form = move.pieces[index][0], move.sources[index], move.forms[index]
+            if form is None:
+                runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
+            else:
+                runs, _ = form.runs(part, stored, piece.offset)
+            if not runs.num_bytes:
+                continue
+            if runs.outer and min(stride for _, stride in runs.outer) - runs.length > GAP_BYTES:
+                spans.extend((piece.file, at, at + length) for at, length in runs)
+            else:
+                last = sum((n - 1) * stride for n, stride in runs.outer)
+                spans.append((piece.file, runs.offset, runs.offset + last + runs.length))
+    return sorted(spans)
 
 
 def _batches(
@@ -60,25 +109,36 @@ def _batches(
     for move in moves:
         if isinstance(move, Bundle):
             yield move
-            continue
-        operands = operands_of(move)
-        for cell in move.cells:
-            limit = budget.block_bytes
-            if _needs_no_block(move, cell, source, sink):
-                limit = max(limit, _STRAIGHT_BYTES)
-            all_blocks = iter(
-                cell_blocks(
-                    cell,
-                    move.forms,
-                    move.unit_bytes,
-                    limit,
-                    budget.tile_bytes,
-                    in_memory=sink.is_memory,
-                )
+        elif source.request_bytes:  # a request covers what is near in the file, whatever the cells
+            yield from sorted(_batches_of(move, budget, source, sink), key=_spans)
+        else:
+            yield from _batches_of(move, budget, source, sink)
+
+
+def _batches_of(
+    move: TensorCopy, budget: Budget, source: Source, sink: Sink
+) -> Iterator[tuple[Batch, Operands | None]]:
+    operands = operands_of(move)
+    for cell in move.cells:
+        limit = budget.block_bytes
+        if source.request_bytes:  # a batch is one request at most, whatever memory there is
+            limit = min(limit, source.request_bytes)
+        elif _needs_no_block(move, cell, source, sink):
+            limit = max(limit, _STRAIGHT_BYTES)
+        all_blocks = iter(
+            cell_blocks(
+                cell,
+                move.forms,
+                move.unit_bytes,
+                limit,
+                budget.tile_bytes,
+                in_memory=sink.is_memory,
             )
-            most = max(1, BATCH_BLOCKS * budget.block_bytes // limit)
-            while batch := tuple(islice(all_blocks, most)):
-                yield Batch(move, cell, batch), operands
+        )
+        batch_bytes = source.request_bytes or BATCH_BLOCKS * budget.block_bytes
+        most = max(1, batch_bytes // limit)
+        while batch := tuple(islice(all_blocks, most)):
+            yield Batch(move, cell, batch), operands
 
 
 def operands_of(move: TensorCopy) -> Operands | None:
@@ -128,6 +188,18 @@ class Worker:
                 self._copy_bundle(given)
             else:
                 self.execute(*given)
+
+    def work_fetched(self, batches: WorkQueue[tuple[_Given, Callable[[], None]]]) -> None:
+        """Execute ``batches``, and release the bytes that were fetched for each."""
+        while fetched := batches.next():
+            given, release = fetched
+            try:
+                if isinstance(given, Bundle):
+                    self._copy_bundle(given)
+                else:
+                    self.execute(*given)
+            finally:
+                release()
 
     def execute(self, batch: Batch, operands: Operands | None) -> None:
         """Execute one batch."""

@@ -28,6 +28,7 @@ from ..formats.folder import ORBAX_FILES
 from ..formats.huggingface import CHECKSUMS
 from ..formats.registry import format_of
 from .local import LocalFolder
+from .places import is_remote
 from .readers import SourceFiles
 
 _T = TypeVar("_T")
@@ -54,6 +55,9 @@ def identity(catalog: Catalog) -> str:
     Raises:
         FormatError, StorageError: a file is damaged, changed or cannot be read.
     """
+    if is_remote(catalog.root):  # the listing has a version of each file
+        versions = "\n".join(sorted(map(repr, catalog.files)))
+        return json.dumps({"tensors": _tensors(catalog), "contents": _short(versions.encode())})
     said: dict[str, Any] = {"save": _save_of(catalog), "checksums": _checksums(catalog)}
     if format_of(catalog.format).own_library:
         said |= {"tensors": _tensors(catalog), "contents": _orbax(catalog)}

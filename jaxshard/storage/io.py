@@ -11,7 +11,7 @@ offset. Both ends are called from several threads at a time. This module imports
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -24,6 +24,10 @@ from .resources import Counts
 if TYPE_CHECKING:  # NumPy, which file to file does without
     from .vectored_io import IOVec
 
+Span = tuple[int, int, int]
+"""A file's number in the catalog, the first byte, and the byte after the last."""
+GAP_BYTES = 1 << 20  # fetched along with what is wanted: a request of 20 ms costs as much
+
 
 class Source(ABC):
     """The bytes of a catalog; a subclass has to define ``read`` only.
@@ -31,10 +35,13 @@ class Source(ABC):
     Attributes:
         can_lend: ``lend`` may return memory, so the engine tries it before ``read``.
         can_scatter: ``read_scattered`` is defined.
+        request_bytes: ``fetched`` is defined, because a read by itself waits for long; how many
+            bytes it fetches by one request. 0 for other sources.
     """
 
     can_lend = False
     can_scatter = False
+    request_bytes = 0
 
     @abstractmethod
     def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
@@ -68,6 +75,16 @@ class Source(ABC):
         self, piece: StoredShard, offset: int, num_bytes: int, *, before: int, ends: bool
     ) -> None:
         """Start fetching these bytes of that file, without waiting (see ``prefetch.Portion``)."""
+
+    def fetched(self, batches: Iterable[Sequence[Span]]) -> Generator[Callable[[], None]]:
+        """Fetch what each of ``batches`` reads, ahead and in their order (see ``fetch``).
+
+        Yields, for each batch once its bytes are here, what to call when the batch is done.
+        """
+        raise NotImplementedError
+
+    def stop(self) -> None:  # noqa: B027 - optional
+        """Wake every thread that waits in ``fetched``: the run has failed, or is complete."""
 
     def check_unchanged(self) -> None:  # noqa: B027 - optional
         """Check that no file changed since its header was read.

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.catalog import Catalog, StoredShard
-from ..errors import NotFoundError, StorageError
+from ..errors import LayoutError, NotFoundError, StorageError
 from ..formats.registry import Orbax, format_of
 from . import prefetch
 from .io import Source
 from .local import Handles, LocalFolder
+from .places import is_remote
 from .versions import Versions
 
 if TYPE_CHECKING:
@@ -159,7 +160,17 @@ class MappedFiles(SourceFiles):
 
 
 def open_source(catalog: Catalog, *, mapped: bool = False) -> Source:
-    """Open what reads the tensors of ``catalog``; its files are ``mapped`` on request."""
+    """Open what reads the tensors of ``catalog``; its files are ``mapped`` on request.
+
+    Raises:
+        LayoutError: remote files are to be mapped.
+    """
+    if is_remote(catalog.root) or any("://" in file.path for file in catalog.files):
+        from .fetch import RemoteFiles  # noqa: PLC0415 - obstore
+
+        if mapped:
+            raise LayoutError(f"{catalog.root}: remote files cannot be mapped. Leave out mmap=.")
+        return RemoteFiles(catalog)
     if isinstance(format_of(catalog.format), Orbax):
         from .orbax_source import OrbaxSource  # noqa: PLC0415 - imports JAX
 

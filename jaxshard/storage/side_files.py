@@ -14,11 +14,14 @@ from pathlib import Path
 
 from ..core.catalog import Catalog
 from ..errors import format_list
+from .places import folder_at, is_remote
 from .transaction import told
 
 
 def carried(catalog: Catalog) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The extras of ``catalog`` that are carried along, and what to say of the others."""
+    if is_remote(catalog.root):  # a store has no links
+        return tuple(catalog.extras), ()
     root = os.path.realpath(catalog.root)
     homes = {os.path.dirname(os.path.realpath(os.path.join(root, f.path))) for f in catalog.files}
     kept, left = list[str](), list[str]()
@@ -38,7 +41,7 @@ def carried(catalog: Catalog) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def copy_extras(
-    root: Path,
+    root: str,
     extras: Iterable[str],
     into: Path,
     *,
@@ -50,11 +53,17 @@ def copy_extras(
     Raises:
         StorageError: the disk is full or refuses.
     """
+    if is_remote(root):
+        folder = folder_at(root)
+        sizes = folder.files()
+        found = ((path, folder.read(path, 0, sizes[path].num_bytes)) for path in extras)
+        write_files(found, into, sync)
+        return
     for path in extras:
-        if not leave_out(root / path):
+        if not leave_out(Path(root, path)):
             with told(f"{into / path} cannot be written"):
                 (into / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(root / path, into / path)
+                shutil.copyfile(Path(root, path), into / path)
                 sync(into / path)
 
 

@@ -38,6 +38,7 @@ from . import ownership
 from .fs import delete, exchange, fsync_path, publish_new, write_file_atomic
 from .linux import is_mount_point
 from .ownership import JOURNAL, LOCK, PLACING, request_in
+from .places import refuse_remote
 
 if TYPE_CHECKING:  # the formats' names, seldom needed
     from .overwrite import Kind
@@ -242,8 +243,9 @@ def real_place(destination: Path) -> Path:
     """Where ``destination`` is, links followed.
 
     Raises:
-        LayoutError: it is the root of the disk.
+        LayoutError: it is the root of the disk, or a remote store.
     """
+    refuse_remote(destination)
     real = Path(os.path.realpath(destination))
     if not real.name:
         raise LayoutError(f"{destination} cannot be replaced. Choose another destination.")

@@ -1,0 +1,305 @@
+"""Remote folders: of object stores, of web servers and of the Hub, as formats read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from ..core.catalog import File
+from ..errors import FormatError, LayoutError, NotFoundError
+from .object_store import (
+    CredentialsError,
+    at_once,
+    get_range,
+    obstore_module,
+    store_at,
+    store_errors_as,
+)
+
+HEAD_BYTES = 64 << 10  # of each weight file at first: dense models have headers of about 10 KB
+
+_INDEX = "model.safetensors.index.json"
+# A web server lists nothing, so these names are tried.
+_USUAL = (
+    _INDEX,
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+)
+_WEIGHTS = (".safetensors", ".ckpt")
+
+
+class Listing(Protocol):
+    """The files of one remote folder, and where each is fetched from."""
+
+    @property
+    def root(self) -> str:
+        """The URL of the folder, known once its files are listed."""
+        ...
+
+    def files(self) -> Iterable[File]:
+        """List them."""
+        ...
+
+    def place(self, path: str) -> tuple[Any, str]:
+        """Return the client and the path of a file for it."""
+        ...
+
+    def forget(self, path: str, place: tuple[Any, str]) -> bool:
+        """Forget a place that refused its credentials; whether a new one may be had."""
+        ...
+
+    def local_copy(self) -> Path | None:
+        """Return where all of it is on the disk already."""
+        ...
+
+
+class Bucket:
+    """A folder of an object store."""
+
+    root: str
+
+    def __init__(self, url: str) -> None:
+        self.root = url
+
+    def files(self) -> Iterator[File]:
+        obstore = obstore_module()
+        with store_errors_as(self.root):
+            found = [entry for page in obstore.list(store_at(self.root)) for entry in page]
+        if not found:
+            found = list(self._single())
+        for entry in found:
+            if not any(part.startswith(".") for part in entry["path"].split("/")):
+                yield File(entry["path"], entry["size"], version=entry["e_tag"] or "")
+
+    def _single(self) -> Iterator[Any]:
+        """The object of this name, if that is what the URL is of."""
+        folder, _, name = self.root.rpartition("/")
+        if folder.count("/") < 2:
+            return
+        try:
+            with store_errors_as(self.root):
+                entry = obstore_module().head(store_at(folder), name)
+        except NotFoundError:
+            return
+        self.root = folder
+        yield {**entry, "path": name}
+
+    def place(self, path: str) -> tuple[Any, str]:
+        return store_at(self.root), path
+
+    def forget(self, path: str, place: tuple[Any, str]) -> bool:
+        return False
+
+    def local_copy(self) -> Path | None:
+        return None
+
+
+class WebFolder(Bucket):
+    """A folder of a web server, of which the names in an index and the usual names exist."""
+
+    def files(self) -> Iterator[File]:
+        folder, _, name = self.root.rpartition("/")
+        if urlsplit(self.root).query or urlsplit(self.root).fragment:
+            raise LayoutError(f"{self.root.partition('?')[0]}: a query in a URL is not supported.")
+        if name.endswith(_WEIGHTS):
+            self.root = folder
+            return self._existing([name])
+        found = list(self._existing(_USUAL))
+        index = next((f for f in found if f.path == _INDEX), None)
+        if index is None:
+            return iter(found)
+        what = f"{self.root}/{_INDEX}"
+        data = get_range(store_at(self.root), _INDEX, index, 0, index.num_bytes, what)
+        return iter([*found, *self._existing(_names_in(bytes(data), what))])
+
+    def _existing(self, names: Iterable[str]) -> Iterator[File]:
+        def head(name: str) -> File | None:
+            try:
+                with store_errors_as(f"{self.root}/{name}"):
+                    entry = obstore_module().head(store_at(self.root), name)
+            except NotFoundError:
+                return None
+            return File(name, entry["size"], version=entry["e_tag"] or "")
+
+        return (file for file in at_once(head, names) if file is not None)
+
+
+def _names_in(index: bytes, what: str) -> list[str]:
+    """The files that an index names, none of which may be outside its folder."""
+    try:
+        names = set(json.loads(index)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FormatError(f"{what} is not an index of weight files.") from None
+    for name in names:
+        if not isinstance(name, str) or name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise FormatError(f"{what} names a file outside its folder.")
+    return sorted(names - set(_USUAL))
+
+
+class RemoteFolder:
+    """A remote folder, or one file of it, as formats read it."""
+
+    not_followed: tuple[str, ...] = ()
+
+    def __init__(self, url: str, files: Iterable[File] | None = None) -> None:
+        """Refer to ``url``; with ``files``, which were listed before, it is not listed again."""
+        self._url = url.rstrip("/")
+        self._listing = listing_of(self._url)
+        self._files: Mapping[str, File] | None = None
+        if files is not None:
+            self._files = {f.path: f for f in files}
+        self._heads: dict[str, memoryview] | None = None
+        self._lock = threading.Lock()
+        self.num_requests = self.bytes_read = 0
+
+    @property
+    def root(self) -> str:
+        """The URL of the folder; on the Hub with the commit, so that it opens the same again."""
+        self.files()
+        return self._listing.root
+
+    def files(self) -> Mapping[str, File]:
+        """List the files below the folder; listed once."""
+        if self._files is None:
+            found = sorted(self._listing.files(), key=lambda f: f.path)
+            if not found:
+                raise NotFoundError(f"{self._url} does not exist, or is empty. Check the URL.")
+            self._files = {f.path: f for f in found}
+        return self._files
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Fetch a part of a file; of small files and headers, all are fetched at once.
+
+        Raises:
+            NotFoundError, FormatError, StorageError: as ``get_range``.
+        """
+        file = self.files().get(path)
+        if file is None:
+            raise NotFoundError(f"{self.root} has no file {path}.")
+        stop = offset + length
+        if stop > file.num_bytes:
+            raise FormatError(
+                f"{self.root}/{path} ends at byte {file.num_bytes}; bytes {offset} to {stop} were "
+                "requested."
+            )
+        if not length:
+            return b""
+        head = self._head(file)
+        if stop <= len(head):
+            return bytes(head[offset:stop])
+        have = bytes(head[offset:])
+        return have + bytes(self.get(file, offset + len(have), stop))
+
+    def local_copy(self) -> Path | None:
+        """Return where all of it is on the disk already."""
+        return self._listing.local_copy()
+
+    def get(self, file: File, start: int, stop: int) -> memoryview:
+        """Fetch bytes of a file; with a new link where the old one has expired."""
+        what = f"{self._url.partition('?')[0]}: {file.path}"
+        with self._lock:
+            self.num_requests += 1
+            self.bytes_read += stop - start
+        place = self._listing.place(file.path)
+        try:
+            return get_range(*place, file, start, stop, what)
+        except CredentialsError:
+            if not self._listing.forget(file.path, place):
+                raise
+        return get_range(*self._listing.place(file.path), file, start, stop, what)
+
+    def _head(self, file: File) -> memoryview:
+        with self._lock:
+            first = self._heads is None
+            if first:
+                self._heads = {}
+        assert self._heads is not None
+        if first:
+            wanted = [f for f in self.files().values() if _has_header(f)]
+            fetched = at_once(lambda f: self.get(f, 0, min(f.num_bytes, HEAD_BYTES)), wanted)
+            self._heads.update(zip([f.path for f in wanted], fetched, strict=True))
+        return self._heads.get(file.path, memoryview(b""))
+
+    def close(self) -> None:
+        """Forget the headers."""
+        self._heads = {}
+
+
+def _has_header(file: File) -> bool:
+    """Whether the first bytes of ``file`` are read when a checkpoint is opened."""
+    small = file.path.endswith(".json") and file.num_bytes <= HEAD_BYTES
+    return bool(file.num_bytes) and (small or file.path.endswith(_WEIGHTS))
+
+
+def listing_of(url: str) -> Listing:
+    """Return what lists the files of ``url``."""
+    scheme = url.partition("://")[0].lower()
+    if scheme == "hf":
+        from .hub import Repository  # noqa: PLC0415 - another extra
+
+        return Repository(url)
+    return WebFolder(url) if scheme.startswith("http") else Bucket(url)
+
+
+class RemotePath:
+    """A URL with as much of ``pathlib.Path`` as opening a checkpoint needs."""
+
+    def __init__(self, url: str, folder: RemoteFolder | None = None, below: str = "") -> None:
+        self.url, self._below = url.rstrip("/"), below
+        self.folder = folder or RemoteFolder(self.url)
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.name)[1]
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self.url.rpartition("/")[0])
+
+    def __truediv__(self, name: str) -> RemotePath:
+        below = f"{self._below}/{name}" if self._below else name
+        return RemotePath(f"{self.url}/{name}", self.folder, below)
+
+    def __str__(self) -> str:
+        return self.url
+
+    __fspath__ = __str__
+
+    def local_copy(self) -> Path | None:
+        """Return where all of it is on the disk already, in the cache of the Hub."""
+        return self.folder.local_copy()
+
+    def opened(self) -> RemoteFolder:
+        """Return the folder at this URL; that of the root is listed once."""
+        return RemoteFolder(self.url) if self._below else self.folder
+
+    def is_dir(self) -> bool:
+        prefix = f"{self._below}/" if self._below else ""
+        return not self.is_file() and any(p.startswith(prefix) for p in self._files())
+
+    def is_file(self) -> bool:
+        files = self._files()
+        return self._below in files if self._below else self.name in files and len(files) == 1
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def _files(self) -> Mapping[str, File]:
+        try:
+            return self.folder.files()
+        except NotFoundError:
+            return {}
