@@ -12,17 +12,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import ModuleType
 from urllib.parse import urlsplit
 
 from ..core.catalog import File
 from ..errors import LayoutError, NotFoundError, StorageError
-from .object_store import store_at
+from .object_store import Client, store_at
 
 _URL = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import huggingface_hub  # noqa: PLC0415 - an extra, and a second to import
     except ImportError:
@@ -83,7 +83,7 @@ class Repository:
         self._revision: str | None = found["revision"]
         # A commit needs no request: that of a root which was listed before.
         self._commit = self._revision if re.fullmatch("[0-9a-f]{40}", self._revision or "") else ""
-        self._places: dict[str, tuple[Any, str]] = {}
+        self._places: dict[str, tuple[Client, str]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -139,7 +139,7 @@ class Repository:
         root = Path(found[0]).parents[len(PurePosixPath(prefix + names[0]).parts) - 1]
         return root / folder
 
-    def place(self, path: str) -> tuple[Any, str]:
+    def place(self, path: str) -> tuple[Client, str]:
         """Resolve a file once, whatever the number of threads that ask for it."""
         with self._lock:
             lock = self._locks.setdefault(path, threading.Lock())
@@ -148,7 +148,7 @@ class Repository:
                 self._places[path] = self._resolve(path)
             return self._places[path]
 
-    def _resolve(self, path: str) -> tuple[Any, str]:
+    def _resolve(self, path: str) -> tuple[Client, str]:
         library = _library()
         full = f"{self._folder}/{path}" if self._folder else path
         url = library.hf_hub_url(self._name, full, revision=self._commit)
@@ -158,7 +158,7 @@ class Repository:
         same_host = urlsplit(link)[:2] == urlsplit(url)[:2]
         return store_at(link, (library.get_token() or "") if same_host else ""), ""
 
-    def forget(self, path: str, place: tuple[Any, str]) -> bool:
+    def forget(self, path: str, place: tuple[Client, str]) -> bool:
         """Resolve ``path`` again when it is next needed: its link has expired."""
         with self._lock:
             if self._places.get(path) is place:

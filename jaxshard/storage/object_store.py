@@ -14,10 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from ..core.catalog import File
 from ..errors import FormatError, LayoutError, NotFoundError, StorageError
+
+A = TypeVar("A")
+B = TypeVar("B")
+Client = Any  # the stores of obstore, which have no common type
 
 REQUESTS_AT_ONCE = 64  # a store that answers after 50 ms with 50 MB/s each needs them all
 
@@ -43,7 +48,7 @@ _RETRY = {
 _process = 0  # that used obstore first
 
 
-def obstore_module() -> Any:
+def obstore_module() -> ModuleType:
     """Import obstore.
 
     Raises:
@@ -99,7 +104,7 @@ def _changed(what: str) -> FormatError:
 
 
 @lru_cache(maxsize=64)
-def store_at(url: str, token: str = "") -> Any:
+def store_at(url: str, token: str = "") -> Client:
     """Return obstore's client for the folder ``url``."""
     obstore_module()
     from obstore.store import HTTPStore, from_url  # noqa: PLC0415
@@ -114,7 +119,7 @@ def store_at(url: str, token: str = "") -> Any:
         return make(url, client_options=client, retry_config=_RETRY)
 
 
-def get_range(store: Any, path: str, file: File, start: int, stop: int, what: str) -> memoryview:
+def get_range(store: Client, path: str, file: File, start: int, stop: int, what: str) -> memoryview:
     """Fetch bytes ``start`` to ``stop`` of the version ``file`` of an object.
 
     Raises:
@@ -139,7 +144,7 @@ def get_range(store: Any, path: str, file: File, start: int, stop: int, what: st
     return data
 
 
-def at_once(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+def at_once(function: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
     """Call ``function`` with each argument, all at once: one round of latency."""
     todo = list(arguments)
     if not todo:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from ..core.catalog import File
 from ..errors import FormatError, LayoutError, NotFoundError
 from .object_store import (
+    Client,
     CredentialsError,
     at_once,
     get_range,
@@ -50,11 +51,11 @@ class Listing(Protocol):
         """List them."""
         ...
 
-    def place(self, path: str) -> tuple[Any, str]:
+    def place(self, path: str) -> tuple[Client, str]:
         """Return the client and the path of a file for it."""
         ...
 
-    def forget(self, path: str, place: tuple[Any, str]) -> bool:
+    def forget(self, path: str, place: tuple[Client, str]) -> bool:
         """Forget a place that refused its credentials; whether a new one may be had."""
         ...
 
@@ -94,10 +95,10 @@ class Bucket:
         self.root = folder
         yield {**entry, "path": name}
 
-    def place(self, path: str) -> tuple[Any, str]:
+    def place(self, path: str) -> tuple[Client, str]:
         return store_at(self.root), path
 
-    def forget(self, path: str, place: tuple[Any, str]) -> bool:
+    def forget(self, path: str, place: tuple[Client, str]) -> bool:
         return False
 
     def local_copy(self) -> Path | None:
