@@ -7,10 +7,10 @@ no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..errors import LayoutError, NotFoundError, did_you_mean
 from .box import Box
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Axes whose ranks compute with what they hold, and so need whole heads of it.
 TENSOR_AXES = frozenset({"mp", "tp", "model", "tensor"})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,18 +346,33 @@ def places(step: Step) -> tuple[Affine, ...]:
     return () if isinstance(step, RoundTo) else step.at
 
 
-def group_by_bytes(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
-    """Names, in their order, in groups of at most ``max_bytes``, and at least one each.
+def group_by_bytes(
+    sized: Iterable[tuple[T, int]],
+    max_bytes: int,
+    *,
+    max_items: int | None = None,
+    large_alone: bool = False,
+) -> Iterator[list[T]]:
+    """Group (item, bytes) pairs, in order, into groups of at most ``max_bytes``.
 
-    >>> list(group_by_bytes({"a": 3, "b": 2, "c": 9, "d": 1}, max_bytes=5))
+    A larger item gets a group of its own. It also ends the group before it, unless
+    ``large_alone``: then that group continues after it.
+
+    >>> sized = [("a", 3), ("b", 2), ("c", 9), ("d", 1)]
+    >>> list(group_by_bytes(sized, 6))
     [['a', 'b'], ['c'], ['d']]
+    >>> list(group_by_bytes(sized, 6, large_alone=True))
+    [['c'], ['a', 'b', 'd']]
     """
-    group, total = list[str](), 0
-    for name, size in sizes.items():
-        if group and total + size > max_bytes:
+    group, total = list[T](), 0
+    for item, size in sized:
+        if large_alone and size > max_bytes:
+            yield [item]
+            continue
+        if group and (total + size > max_bytes or len(group) == max_items):
             yield group
             group, total = [], 0
-        group.append(name)
+        group.append(item)
         total += size
     if group:
         yield group

@@ -1,7 +1,9 @@
-"""The reader protocol that formats use instead of opening files.
+"""Folders of files: the protocol that formats read through, and recognition of formats.
 
-A format turns bytes into a catalog and back and opens nothing itself, so that it
-can be tested in memory and used on any storage.
+A format turns bytes into a catalog and back without opening files, so it can be tested in
+memory and works on any storage. Formats are recognised by file names and first bytes. File kinds
+need their first bytes because MindSpore calls weights and strategies alike ``.ckpt``, as PyTorch
+calls its own, and an encrypted file differs in its first four bytes only.
 """
 
 from __future__ import annotations
@@ -19,29 +21,29 @@ class Folder(Protocol):
 
     @property
     def root(self) -> str:
-        """Where the folder is, for messages and for opening it again."""
+        """Path of the folder, for messages and for reopening."""
         ...
 
     def files(self) -> Mapping[str, File]:
-        """Every file below the folder by its relative path (``/`` between parts), sorted.
+        """Return every file below the folder by relative path (``/`` between parts), sorted.
 
-        Links to files are followed; hidden files and folders are left out.
+        Links to files are followed; hidden files and folders are skipped.
         """
         ...
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes of the file at ``path`` from ``offset``.
+        """Read exactly ``length`` bytes of the file at ``path`` from ``offset``.
 
         Raises:
             NotFoundError: no such file.
             FormatError: the file ends before ``offset + length``.
-            StorageError: the disk refused.
+            StorageError: an I/O error.
         """
         ...
 
 
 class MemoryFolder:
-    """Files held in memory: what tests and generated files use."""
+    """Files in memory, for tests and generated files."""
 
     def __init__(self, contents: Mapping[str, bytes], root: str = "memory") -> None:
         self._contents = dict(sorted(contents.items()))
@@ -61,12 +63,12 @@ class MemoryFolder:
         if len(data) != length:
             raise FormatError(
                 f"{path} ends at byte {len(self._contents[path])}; bytes {offset} to "
-                f"{offset + length} were asked for."
+                f"{offset + length} were requested."
             )
         return data
 
 
-# --- Detection of file kinds by their first bytes
+# --- Kinds of files, by their first bytes
 
 Kind = Literal[
     "weights.ckpt",
@@ -90,22 +92,22 @@ _ENCRYPTED: dict[bytes, Kind] = {  # the first four bytes, little-endian 0x7F3A5
 WEIGHTS: frozenset[Kind] = frozenset(
     {"weights.ckpt", "safetensors", "torch", "AES-GCM", "AES-CBC", "SM4-CBC"}
 )
-_TOLD: dict[Kind, str] = {
+_DESCRIPTIONS: dict[Kind, str] = {
     "weights.ckpt": "a MindSpore weight checkpoint",
     "strategy.ckpt": "a MindSpore strategy file",
     "strategy.json": "JSON",
     "safetensors": "a safetensors file",
     "torch": "a PyTorch checkpoint",
     "empty": "empty",
-    "unknown": "in no format known here",
+    "unknown": "of an unknown format",
 }
 
 
 def kind_of(folder: Folder, path: str) -> Kind:
-    """What the file at ``path`` seems to be.
+    """Return the apparent kind of the file at ``path``, from 16 bytes.
 
     Raises:
-        NotFoundError: there is no such file.
+        NotFoundError: no such file.
     """
     file = folder.files().get(path)
     if file is None:
@@ -117,7 +119,7 @@ def kind_of(folder: Folder, path: str) -> Kind:
 
 
 def kind_of_head(head: bytes) -> Kind:
-    r"""What a file beginning with the 16 bytes ``head`` seems to be.
+    r"""Return the apparent kind of a file that starts with the 16 bytes ``head``.
 
     >>> kind_of_head(b"\n\x10\n\x03f32"), kind_of_head(b"\x08\x02\x12<")
     ('weights.ckpt', 'strategy.ckpt')
@@ -132,20 +134,20 @@ def kind_of_head(head: bytes) -> Kind:
         return "torch"
     if head[:1] == b"{":
         return "strategy.json"
-    first = head[0]  # the key of the first field: bytes for a value, a number for a strategy
+    first = head[0]  # the first protobuf key: field 1 is bytes in weights, a number in strategies
     return "weights.ckpt" if first == 0x0A else "strategy.ckpt" if first == 0x08 else "unknown"
 
 
 def describe_kind(kind: Kind) -> str:
-    """``kind`` as a noun in a sentence: "… is *a MindSpore strategy file*".
+    """Return a noun phrase for ``kind``, as in "… is a MindSpore strategy file".
 
     >>> describe_kind("AES-GCM")
     'a checkpoint encrypted with AES-GCM'
     """
-    return _TOLD.get(kind) or f"a checkpoint encrypted with {kind}"
+    return _DESCRIPTIONS.get(kind) or f"a checkpoint encrypted with {kind}"
 
 
-# --- File names of Checkpoint 2.0 folders
+# --- Checkpoint 2.0 folders, by file names
 
 ITERATION_METADATA, COMMON, TRACKER = (
     "metadata.json",
@@ -158,9 +160,9 @@ _ITERATION_FILE = re.compile(r"(?:[^/]*-)?(?:model|opt)-\d{7}-\d{7}\.safetensors
 
 
 def latest_iteration(folder: Folder) -> str | None:
-    """The iteration folder below ``folder`` that counts, or None if there is none.
+    """Return the newest iteration folder below ``folder``, or None.
 
-    It is the one that the tracker names, if it is there, else the one with the largest number.
+    It is the one that the tracker file names, or else the one with the largest number.
     """
     files = folder.files()
     found = dict[int, str]()
@@ -180,16 +182,16 @@ def latest_iteration(folder: Folder) -> str | None:
 
 
 def is_iteration(files: Iterable[str]) -> bool:
-    """Whether these are the files of one iteration, with its metadata."""
+    """Return whether ``files`` are one Checkpoint 2.0 iteration with metadata."""
     names = set(files)
     return ITERATION_METADATA in names and any(map(_ITERATION_FILE.fullmatch, names))
 
 
-# --- File and leaf names of Orbax checkpoints
+# --- Orbax checkpoints, by file names
 
 _ORBAX_METADATA = "_METADATA"
 
-#: The files of an item that lie at its top; others there are not Orbax's.
+#: Orbax's files at the top of an item; other files there are extras.
 ORBAX_FILES = frozenset(
     {
         _ORBAX_METADATA,
@@ -205,20 +207,20 @@ ORBAX_FILES = frozenset(
 
 
 def is_orbax(files: Iterable[str]) -> bool:
-    """Whether these files are an Orbax item, or a folder of items."""
+    """Return whether ``files`` are an Orbax item or contain items."""
     return bool(_orbax_items(files))
 
 
 def is_orbax_item(files: Iterable[str]) -> bool:
-    """Whether these files are an item themselves, and none lies in a folder of theirs only."""
+    """Return whether ``files`` are an Orbax item themselves."""
     return _ORBAX_METADATA in set(files)
 
 
 def orbax_item_folder(files: Iterable[str]) -> str:
-    """The folder of the item, relative to the checkpoint: "" where it is the item itself.
+    """Return the folder of the item in a checkpoint; "" if the checkpoint is the item.
 
     Raises:
-        FormatError: there are several items.
+        FormatError: the checkpoint has several items.
 
     >>> orbax_item_folder(["_METADATA", "d/0f"]), orbax_item_folder(["default/_METADATA", "x"])
     ('', 'default')
@@ -228,14 +230,14 @@ def orbax_item_folder(files: Iterable[str]) -> str:
         return ""
     if len(items) != 1:
         raise FormatError(
-            f"this Orbax checkpoint has {len(items)} items or steps ({format_list(items)}). Name "
-            "the folder of one of them."
+            f"this Orbax checkpoint has {len(items)} items or steps ({format_list(items)}; "
+            "expected one). Pass the folder of one of them."
         )
     return items[0]
 
 
 def _orbax_items(files: Iterable[str]) -> list[str]:
-    """Folders with an item, at most two below: a step, and an item of it."""
+    """List folders with an item, at most two levels deep: a step and its item."""
     found = [f.removesuffix(_ORBAX_METADATA).rstrip("/") for f in files if _is_orbax_metadata(f)]
     return sorted(found)
 

@@ -21,7 +21,7 @@ from posixpath import basename, normpath
 from typing import Any
 
 from ..core.box import Box
-from ..core.catalog import Catalog, File, Model, StoredShard, Tensor
+from ..core.catalog import Catalog, File, Model, StoredShard, Tensor, group_by_bytes
 from ..core.decoders import FETCH, parse_object
 from ..core.layout import Layout, Placement
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list, quote_name
@@ -41,19 +41,7 @@ def plan_files(tensors: Iterable[tuple[str, int]], max_shard_bytes: int) -> list
     >>> plan_files([("a", 3), ("b", 3), ("big", 9), ("c", 1)], max_shard_bytes=4)
     [['a'], ['big'], ['b', 'c']]
     """
-    groups: list[list[str]] = []
-    current: list[str] = []
-    room = max_shard_bytes
-    for name, num_bytes in tensors:
-        if num_bytes > max_shard_bytes:
-            groups.append([name])
-            continue
-        if num_bytes > room:
-            groups.append(current)
-            current, room = [], max_shard_bytes
-        current.append(name)
-        room -= num_bytes
-    return [*groups, current] if current or not groups else groups
+    return list(group_by_bytes(tensors, max_shard_bytes, large_alone=True)) or [[]]
 
 
 def file_names(num_files: int) -> list[str]:

@@ -1,15 +1,16 @@
-"""MindSpore's ``.ckpt`` files: reader of their contents and byte offsets.
+"""MindSpore's ``.ckpt`` files: byte offsets of stored tensors, and layout of new files.
 
-The file is one protobuf message, a list of values one after another. A large tensor is
-several values with the same tag and the *whole* tensor's dims in each; where it is cut
-has nothing to do with rows.
+The file is one protobuf message, a sequence of values. A large tensor is stored as several values
+with the same tag and the *whole* tensor's dims in each; the parts end at arbitrary bytes, not at
+rows.
 
     0a len | 0a tag | 12 len | 08 dim 08 dim | 12 "Float32" | 1a len  ...bytes... |   × n
-    "crc_num", 10 bytes: zlib.crc32 of everything before                (if asked for)
+    "crc_num", 10 bytes: zlib.crc32 of everything before                (if requested)
 
-Only what stands between the tensors is read here: a file of ten gigabytes costs one small
-read for each large tensor. This module knows nothing of ranks or models, and does not
-move tensors' bytes. Laying out a file to be written is ``mindspore_ckpt_writing``.
+Reading visits only the bytes between tensors: a file of ten gigabytes needs one small read per
+large tensor. Every length follows from shapes, so writing starts with everything that is not
+tensor data, and tensors are written at their offsets in any order. This module does not depend on
+ranks or models.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TENSOR_TYPES: Mapping[str, DType] = {
         ("Int8", "I8"), ("UInt8", "U8"), ("Int16", "I16"), ("UInt16", "U16"), ("Int32", "I32"),
         ("UInt32", "U32"), ("Int64", "I64"), ("UInt64", "U64"), ("Float16", "F16"),
         ("Float32", "F32"), ("Float64", "F64"), ("Bool", "BOOL"), ("BFloat16", "BF16"),
-        ("Int4", "U8"),  # two in a byte (qint4x2), and no format has a name for that
+        ("Int4", "U8"),  # packed two per byte (qint4x2); other formats have no such dtype
     )
 }  # fmt: skip
 TYPE_NAMES = {kind: name for name, kind in TENSOR_TYPES.items() if name != "Int4"}
@@ -54,11 +55,11 @@ _ENCRYPTED = ("AES-GCM", "AES-CBC", "SM4-CBC")
 
 @dataclass(frozen=True, slots=True)
 class CkptHeader:
-    """What a file holds; ``entries`` in the order of the file.
+    """Contents of a file; ``entries`` in the order of the file.
 
     Attributes:
         entries: the tensors.
-        strings: values that are text, by name.
+        strings: text values by name.
         has_crc: whether the file ends with a checksum, which ``check_crc`` compares.
         int4: the names of packed Int4 tensors, stored as U8.
         notes: remarks for the user.
@@ -72,7 +73,7 @@ class CkptHeader:
 
 
 class _Value(NamedTuple):
-    """One value as stored: all of a tensor or a part of one; bytes ``start`` to ``stop``."""
+    """A stored value: a tensor or a part of one, in bytes ``start`` to ``stop``."""
 
     tag: str
     dims: tuple[int, ...]
@@ -82,15 +83,15 @@ class _Value(NamedTuple):
 
 
 def read_header(folder: Folder, path: str) -> CkptHeader:
-    """The tensors in the ``.ckpt`` at ``path`` and where their bytes lie; no tensor is read.
+    """Read names, dtypes, shapes and byte offsets of the tensors in a ``.ckpt``.
 
     Raises:
-        FormatError: it is damaged, encrypted, or no weight file.
-        NotFoundError: there is no such file.
+        FormatError: the file is damaged, encrypted, or not a weight file.
+        NotFoundError: no such file.
     """
     _check_kind(folder, path)
     reader = Reader(folder, path)
-    found = _Found(reader)
+    found = _Contents(reader)
     at, stop, has_crc = 0, reader.num_bytes, False
     run = list[_Value]()
     while at < stop and not has_crc:
@@ -104,7 +105,7 @@ def read_header(folder: Folder, path: str) -> CkptHeader:
         else:
             number, kind, start, end = reader.field(at, stop)
             if number != 1 or kind != BYTES:
-                raise reader.damaged(at, f"field {number} where every field is a value")
+                raise reader.damaged(at, f"field {number} (expected a value, field 1)")
             value, at = _value(reader, start, end), end
         if run and value.tag != run[0].tag:
             found.add(run)
@@ -124,28 +125,28 @@ def read_header(folder: Folder, path: str) -> CkptHeader:
 
 
 def check_crc(folder: Folder, path: str) -> bool:
-    """Whether the file has a checksum, after comparing it with the file's bytes.
+    """Verify the checksum of a ``.ckpt``; return whether the file has one.
 
     Raises:
-        FormatError: the checksum is another one: the file is damaged.
-        NotFoundError: there is no such file.
+        FormatError: the checksum differs, so the file is damaged.
+        NotFoundError: no such file.
     """
     size = Reader(folder, path).num_bytes
     end = size - CRC_BYTES
     trailer = folder.read(path, end, CRC_BYTES) if end >= 0 else b""
     if not trailer.startswith(CRC_MARK):
         return False
-    told_crc, crc = int.from_bytes(trailer[len(CRC_MARK) :], "big"), checksum(folder, path, end)
-    if told_crc != crc:
+    expected, crc = int.from_bytes(trailer[len(CRC_MARK) :], "big"), checksum(folder, path, end)
+    if expected != crc:
         raise FormatError(
-            f"{path}: its checksum says crc32 {told_crc:#010x}, but its bytes have {crc:#010x}. "
-            "The file is damaged; fetch it again."
+            f"{path}: the bytes have crc32 {crc:#010x} (expected {expected:#010x}). The file is "
+            "damaged; fetch it again."
         )
     return True
 
 
 def checksum(folder: Folder, path: str, stop: int) -> int:
-    """The crc32 of the first ``stop`` bytes, read in blocks."""
+    """Return the crc32 of the first ``stop`` bytes, read in blocks."""
     crc = 0
     for at in range(0, stop, _BLOCK_BYTES):
         crc = zlib.crc32(folder.read(path, at, min(_BLOCK_BYTES, stop - at)), crc)
@@ -153,9 +154,10 @@ def checksum(folder: Folder, path: str, stop: int) -> int:
 
 
 def boxes_of_run(start: int, stop: int, shape: tuple[int, ...]) -> list[tuple[int, Box]]:
-    """Elements ``start`` to ``stop`` of a row-major tensor as boxes, each with its first element.
+    """Split elements ``start`` to ``stop`` of a row-major tensor into contiguous boxes.
 
-    Every box is contiguous; there are at most two for each dim, less one.
+    Each box comes with the number of its first element. There are at most two boxes per dim,
+    less one.
 
     >>> [(at, str(box)) for at, box in boxes_of_run(2, 9, (4, 3))]
     [(2, '[0:1, 2:3]'), (3, '[1:3, 0:3]')]
@@ -184,13 +186,13 @@ def _check_kind(folder: Folder, path: str) -> None:
         )
     if kind != "weights.ckpt":
         raise FormatError(
-            f"{path} is {describe_kind(kind)}, not a MindSpore weight checkpoint. Weights lie in "
-            "rank_0, rank_1 …; strategy files in strategy."
+            f"{path} is {describe_kind(kind)}, not a MindSpore weight checkpoint. MindSpore stores "
+            "weights in rank_0, rank_1 … and strategy files in strategy."
         )
 
 
-# What MindSpore writes before a tensor's bytes: the length of the value, the tag; the length of
-# the tensor, its dims, its type, and the length of its content, which is the last of all.
+# The bytes before a tensor's content, as MindSpore writes them: the length of the value, the tag,
+# the length of the tensor, its dims, its type, and the length of the content.
 _VARINT = rb"[\x80-\xff]{0,4}[\x00-\x7f]"
 _HEAD = re.compile(
     rb"\x0a(%b)\x0a([\x00-\x7f])([^\x12]*)\x12(%b)((?:\x08%b)*)\x12([\x00-\x7f])([A-Za-z0-9]+)\x1a(%b)"
@@ -201,9 +203,10 @@ _HEAD_BYTES = 512
 
 
 def _usual(reader: Reader, at: int, stop: int) -> _Value | None:
-    """The value at byte ``at`` if it is as MindSpore writes it, else None: then field by field.
+    """Parse the value at byte ``at`` by one regex match; None if its form is unusual.
 
-    A file of ten gigabytes has thousands, and opens in half the time.
+    The caller then parses field by field. The match halves the time to open a file of ten
+    gigabytes, which has thousands of values.
     """
     block, index = reader.around(at, _HEAD_BYTES)
     found = _HEAD.match(block, index)
@@ -238,7 +241,7 @@ def _numbers(fields: bytes) -> tuple[int, ...]:
 
 
 def _value(reader: Reader, start: int, stop: int) -> _Value:
-    """The value in bytes ``start`` to ``stop``, its tensor's bytes not read."""
+    """Parse the value in bytes ``start`` to ``stop`` without reading the tensor."""
     tag, tensor = None, None
     for number, kind, a, b in reader.fields(start, stop):
         if number > 3:
@@ -250,13 +253,13 @@ def _value(reader: Reader, start: int, stop: int) -> _Value:
         elif number == 3 and kind == BYTES:
             raise FormatError(
                 f"{reader.path}: {quote_name(tag or 'a value')} is a hash-map embedding "
-                "(MapTensor), which is not a tensor. Export it as one from MindSpore, or leave it "
-                "out there."
+                "(MapTensor), which is not supported. In MindSpore, export it as a tensor or leave "
+                "it out."
             )
         else:
-            raise reader.damaged(a, f"field {number} is not what a value has there")
+            raise reader.damaged(a, f"invalid field {number} of a value")
     if tag is None or tensor is None:
-        raise reader.damaged(start, "a value without a name or without a tensor")
+        raise reader.damaged(start, "a value without name or tensor")
     return _Value(tag, *tensor)
 
 
@@ -275,14 +278,14 @@ def _tensor(reader: Reader, start: int, stop: int) -> tuple[tuple[int, ...], str
         elif number == 3 and kind == BYTES and content is None:
             content = a, b
         elif number <= 3:
-            raise reader.damaged(a, f"field {number} is not what a tensor has there")
+            raise reader.damaged(a, f"invalid field {number} of a tensor")
     if tensor_type is None or content is None:
-        raise reader.damaged(start, "a tensor without a dtype or without content")
+        raise reader.damaged(start, "a tensor without dtype or content")
     return dims, tensor_type, *content
 
 
-class _Found:
-    """The tensors and strings met so far."""
+class _Contents:
+    """Tensors and strings parsed so far."""
 
     def __init__(self, reader: Reader) -> None:
         self.entries: dict[str, StoredTensor] = {}
@@ -293,16 +296,16 @@ class _Found:
         self._num_pieces = 0
 
     def add(self, run: list[_Value]) -> None:
-        """Add the tensor or string of which ``run`` has all parts.
+        """Add a tensor or string from the list of all its parts.
 
         Raises:
-            FormatError: the parts contradict each other, or the name was there before.
+            FormatError: the parts contradict each other, or the name is a duplicate.
         """
         first = run[0]
         if first.tag in self.entries or first.tag in self.strings:
-            raise self._wrong(first, "is there twice, in different places")
+            raise self._wrong(first, "is stored twice, in different places")
         if any(v.dims != first.dims or v.tensor_type != first.tensor_type for v in run[1:]):
-            raise self._wrong(first, "is in parts of different dims or dtypes")
+            raise self._wrong(first, "has parts of different dims or dtypes")
         if first.tensor_type == STRING:
             self.strings[first.tag] = self._text(run)
             return
@@ -310,7 +313,7 @@ class _Found:
         self.entries[first.tag] = entry
         self._num_pieces += len(entry.pieces)
         if self._num_pieces > _MAX_PIECES:
-            raise self._wrong(first, f"is past the {_MAX_PIECES} pieces that a file may have")
+            raise self._wrong(first, f"exceeds the limit of {_MAX_PIECES} pieces per file")
 
     def _entry(self, run: list[_Value]) -> StoredTensor:
         tag, dims, tensor_type, *_ = run[0]
@@ -318,27 +321,26 @@ class _Found:
         if kind is None:
             raise self._wrong(
                 run[0],
-                f"has dtype {quote_name(tensor_type)}, which is none of MindSpore's "
-                f"({', '.join(TENSOR_TYPES)})",
+                f"has dtype {quote_name(tensor_type)} (expected one of {', '.join(TENSOR_TYPES)})",
             )
         stored = sum(v.stop - v.start for v in run)
-        shape = () if dims == (0,) and stored else dims  # how MindSpore writes some scalars
+        shape = (
+            () if dims == (0,) and stored else dims
+        )  # MindSpore writes some scalars with dims (0,)
         if tensor_type == "Int4":
             shape = self._packed(run[0], shape, stored)
         if num_bytes(shape, kind) != stored:
             raise self._wrong(
                 run[0],
-                f"has dims {quote_name(str(dims))} of {tensor_type}, which are "
-                f"{prod(shape) * kind.bits // 8} bytes, but {stored} are stored",
+                f"has {stored} bytes (expected {prod(shape) * kind.bits // 8} for dims "
+                f"{quote_name(str(dims))} of {tensor_type})",
             )
         return StoredTensor(tag, kind, shape, self._pieces(run, shape, kind))
 
     def _packed(self, value: _Value, shape: tuple[int, ...], stored: int) -> tuple[int, ...]:
         """Return the shape in bytes of a packed Int4 tensor; its dims count halves or bytes."""
         self.int4.append(value.tag)
-        self.notes.append(
-            f"{quote_name(value.tag)} is Int4, two in a byte; it is kept as those bytes."
-        )
+        self.notes.append(f"{quote_name(value.tag)} is packed Int4; its bytes are kept as U8.")
         if shape and shape[-1] % 2 == 0 and prod(shape) == 2 * stored:
             return (*shape[:-1], shape[-1] // 2)
         return shape
@@ -352,7 +354,7 @@ class _Found:
         for value in run:
             after = before + value.stop - value.start
             if before % each or after % each:
-                raise self._wrong(value, "is cut in the middle of an element")
+                raise self._wrong(value, "is split in the middle of an element")
             for first, box in boxes_of_run(before // each, after // each, shape):
                 out.append((value.start + first * each - before, box))
             before = after
@@ -366,15 +368,15 @@ class _Found:
         try:
             return data.decode("utf-32-le").rstrip("\0")
         except UnicodeDecodeError:
-            raise self._wrong(run[0], "is text, but not in UTF-32") from None
+            raise self._wrong(run[0], "is text, but not UTF-32") from None
 
     def _wrong(self, value: _Value, what: str) -> FormatError:
         return self._reader.damaged(value.start, f"{quote_name(value.tag)} {what}")
 
 
-# --- MindSpore's ``.ckpt`` files: layout of a file before its tensors are written
+# --- layout of a new file
 
-CHUNK_BYTES = 512 << 20  # MindSpore cuts larger tensors; protobuf ends at 2 GiB
+CHUNK_BYTES = 512 << 20  # MindSpore splits larger tensors: protobuf is limited to 2 GiB
 
 
 def layout_file(
@@ -385,32 +387,30 @@ def layout_file(
     crc: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> FileLayout:
-    """The file that holds ``entries`` in the order given, and ``strings`` after them.
+    """Lay out the file of ``entries`` in the given order, followed by ``strings``.
 
     Args:
         entries: (name, dtype, shape) of every tensor.
         strings: text values.
         int4: the names of U8 tensors that are packed Int4.
-        crc: leave room for a checksum at the end.
-        chunk_bytes: where larger tensors are cut.
+        crc: reserve space for a checksum at the end.
+        chunk_bytes: the largest part; larger tensors are split.
 
     Raises:
-        LayoutError: a name stands twice, MindSpore has no such dtype, or a tensor has shape (0,).
+        LayoutError: a name is a duplicate, MindSpore lacks a dtype, or a tensor has shape (0,).
 
     >>> from ..core.dtypes import dtype
     >>> layout_file([("w", dtype("F32"), (2, 3))]).spans("w", 4, 8)
     ((26, 8),)
     """
-    build, packed, seen = _Building(chunk_bytes), frozenset(int4), set[str]()
+    build, packed, seen = _FileBuilder(chunk_bytes), frozenset(int4), set[str]()
     texts = dict(strings or {})
     for name, kind, shape in entries:
         if name in seen or name in texts:
-            raise LayoutError(
-                f"a file cannot hold two values called {quote_name(name)}. Rename one."
-            )
+            raise LayoutError(f"duplicate value name {quote_name(name)}. Rename one.")
         if len(shape) > MAX_DIMS:
             raise LayoutError(
-                f"{quote_name(name)} has {len(shape)} dims; more than {MAX_DIMS} fail."
+                f"{quote_name(name)} has {len(shape)} dims (expected at most {MAX_DIMS})."
             )
         seen.add(name)
         tensor_type = "Int4" if name in packed and kind.name == "U8" else _tensor_type(name, kind)
@@ -429,7 +429,7 @@ def layout_file(
 
 
 def crc_trailer(crc: int) -> bytes:
-    r"""The last bytes of a file whose others have the crc32 ``crc``.
+    r"""Return the trailer of a file whose other bytes have the crc32 ``crc``.
 
     >>> crc_trailer(258)
     b'crc_num\x00\x00\x00\x00\x00\x00\x00\x00\x01\x02'
@@ -437,8 +437,8 @@ def crc_trailer(crc: int) -> bytes:
     return CRC_MARK + crc.to_bytes(CRC_BYTES - len(CRC_MARK), "big")
 
 
-class _Building:
-    """A file as far as it is laid out."""
+class _FileBuilder:
+    """Builder of a file layout, value by value."""
 
     def __init__(self, chunk_bytes: int) -> None:
         self.at = 0
@@ -446,11 +446,11 @@ class _Building:
         self.offsets: dict[str, int] = {}
         self.chunks: dict[str, tuple[int, ...]] = {}
         self._chunk_bytes = chunk_bytes
-        self._segment: list[bytes] | None = None  # the one that ends where the file ends so far
+        self._segment: list[bytes] | None = None  # the segment at the current end of the file
 
     def tensor(self, name: str, shape: tuple[int, ...], tensor_type: str, length: int) -> None:
         starts = list[int]()
-        for offset in range(0, max(length, 1), self._chunk_bytes):  # an empty one has a value too
+        for offset in range(0, max(length, 1), self._chunk_bytes):  # an empty tensor has one value
             part = min(self._chunk_bytes, length - offset)
             self._put(_value_head(name, shape, tensor_type, part))
             starts.append(self.at)
@@ -461,10 +461,13 @@ class _Building:
             self.chunks[name] = tuple(starts)
 
     def string(self, name: str, text: str) -> None:
-        data = _encoded(text or "\0", "utf-32-le", MAX_STRING_BYTES)  # NumPy's '' is one character
+        data = _encoded(
+            text or "\0", "utf-32-le", MAX_STRING_BYTES
+        )  # NumPy stores '' as one character
         if text.endswith("\0"):
             raise LayoutError(
-                f"{quote_name(name)}: NumPy, and so MindSpore, drops the zeros at its end."
+                f"{quote_name(name)}: the text ends with a NUL, which NumPy and MindSpore drop. "
+                "Remove it."
             )
         self._put(_value_head(name, (0,), STRING, len(data)) + data)
 
@@ -476,7 +479,7 @@ class _Building:
 
 
 def _value_head(name: str, shape: tuple[int, ...], tensor_type: str, length: int) -> bytes:
-    """All of a value but the ``length`` bytes of content that follow."""
+    """Encode a value up to its content of ``length`` bytes."""
     tensor = protobuf.number_fields(1, shape) + protobuf.bytes_field(2, tensor_type.encode())
     tensor += protobuf.bytes_head(3, length)
     value = protobuf.bytes_field(1, _encoded(name, "utf-8", MAX_TAG_BYTES))
@@ -488,9 +491,11 @@ def _encoded(text: str, encoding: str, max_bytes: int) -> bytes:
     try:
         data = text.encode(encoding)
     except UnicodeEncodeError:
-        raise LayoutError(f"{quote_name(text)} is not Unicode text (a lone surrogate).") from None
+        raise LayoutError(f"{quote_name(text)} is not Unicode text (lone surrogate).") from None
     if len(data) > max_bytes:
-        raise LayoutError(f"{quote_name(text)} takes {len(data)} bytes; {max_bytes} are the most.")
+        raise LayoutError(
+            f"{quote_name(text)} needs {len(data)} bytes (expected at most {max_bytes})."
+        )
     return data
 
 
@@ -511,8 +516,7 @@ def _bytes_of(name: str, kind: DType, shape: tuple[int, ...]) -> int:
         raise LayoutError(f"{quote_name(name)}: {error} Cast it.") from None
     if shape == (0,):
         raise LayoutError(
-            f"{quote_name(name)} has shape (0,), which MindSpore's .ckpt takes for a number "
-            "without dims. Write safetensors, or leave it out (exclude= of a conversion, "
-            "--exclude)."
+            f"{quote_name(name)}: shape (0,) stands for a scalar in MindSpore's .ckpt. Write "
+            "safetensors, or leave it out (exclude= of a conversion, --exclude)."
         )
     return size

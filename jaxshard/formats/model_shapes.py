@@ -2,8 +2,9 @@
 
     {"model_type": "llama", "hidden_size": 4096, …}   →   model.layers.0.self_attn.q_proj.weight …
 
-For what needs no bytes, such as the strategy files of a job that has not begun. Only decoders
-are known whose modules follow from the config's numbers. This module opens no file.
+For operations without weights, such as planning the strategy files of a job that has not
+started. Supports decoders whose modules follow from the numbers in the config. This module opens
+no file.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from .huggingface import CONFIG, read_model
 
 Shapes = dict[str, tuple[int, ...]]
 
-_MOST_TENSORS = 2_000_000
-_MOST = 1 << 40
+_MAX_TENSORS = 2_000_000
+_MAX_NUMBER = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """What tells the decoders of one model type from llama's.
+class _Decoder:
+    """Differences of one model type from llama.
 
     Attributes:
-        bias: which attention projections have one: a key of the config, or always.
-        head_norms: q and k are normalised, head by head.
-        norms: of a layer, beside the two that all have.
-        experts: the name of a layer's sparse part, of the gate's and of each expert's matrices.
-        shared: the name of the expert that every token passes.
+        bias: the attention projections with a bias.
+        bias_key: the config key that enables these biases; qkv_bias (true by default) if "".
+        mlp_bias_key: the config key that enables biases of the MLP.
+        head_norms: q and k are normalised per head.
+        norms: further norms of a layer.
+        experts: the names of a layer's sparse part and of each expert's three matrices.
+        shared: the name of the expert that processes every token.
     """
 
     bias: tuple[str, ...] = ()
@@ -49,27 +52,27 @@ class _Kind:
 _QKV, _QKVO = ("q", "k", "v"), ("q", "k", "v", "o")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _QWEN = ("mlp", *_PROJECTIONS)
-_KINDS: Mapping[str, _Kind] = {
-    "llama": _Kind(_QKVO, "attention_bias", "mlp_bias"),
-    "mistral": _Kind(),
-    "qwen2": _Kind(_QKV),
-    "qwen3": _Kind(_QKVO, "attention_bias", head_norms=True),
-    "gemma": _Kind(_QKVO, "attention_bias"),
-    "gemma2": _Kind(
+_DECODERS: Mapping[str, _Decoder] = {
+    "llama": _Decoder(_QKVO, "attention_bias", "mlp_bias"),
+    "mistral": _Decoder(),
+    "qwen2": _Decoder(_QKV),
+    "qwen3": _Decoder(_QKVO, "attention_bias", head_norms=True),
+    "gemma": _Decoder(_QKVO, "attention_bias"),
+    "gemma2": _Decoder(
         _QKVO, "attention_bias", norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")
     ),
-    "mixtral": _Kind(experts=("block_sparse_moe", "w1", "w3", "w2")),
-    "qwen2_moe": _Kind(_QKV, experts=_QWEN, shared="shared_expert"),
-    "qwen3_moe": _Kind(_QKVO, "attention_bias", head_norms=True, experts=_QWEN),
+    "mixtral": _Decoder(experts=("block_sparse_moe", "w1", "w3", "w2")),
+    "qwen2_moe": _Decoder(_QKV, experts=_QWEN, shared="shared_expert"),
+    "qwen3_moe": _Decoder(_QKVO, "attention_bias", head_norms=True, experts=_QWEN),
 }
 
 
 def read(folder: Folder) -> Catalog | None:
-    """The tensors of the model whose ``config.json`` lies in ``folder``; None without one.
+    """Return the tensors of the model with ``config.json`` in ``folder``; None without it.
 
     Raises:
-        NotFoundError: nothing is known of models of its type, or a number is missing.
-        FormatError: it cannot be read, or a number means nothing.
+        NotFoundError: the model type is unsupported, or a number is missing.
+        FormatError: the config is invalid, or a number in it.
     """
     listed = folder.files().get(CONFIG)
     if listed is None:
@@ -81,7 +84,7 @@ def read(folder: Folder) -> Catalog | None:
 
 
 def catalog_of(model: Model, root: str, file: File) -> Catalog:
-    """The tensors that ``model`` has by its config, which is in ``file`` of ``root``.
+    """Return the tensors of ``model``, whose config is ``file`` in ``root``.
 
     Raises:
         NotFoundError, FormatError: as ``read``.
@@ -91,29 +94,32 @@ def catalog_of(model: Model, root: str, file: File) -> Catalog:
         name: Tensor(name, kind, shape, (StoredShard(0, 0, Box.whole(shape)),))
         for name, shape in shapes_of(model).items()
     }
-    note = f"there are no weights: names and shapes follow from {file.path} ({model.type})."
+    note = f"no weights found: names and shapes are derived from {file.path} ({model.type})."
     return Catalog(root, "config", (file,), tensors, model=model, notes=(note,))
 
 
 def shapes_of(model: Model) -> Shapes:
-    """The name and the shape of every tensor that the config of ``model`` says it has.
+    """Derive the name and shape of every tensor from the config of ``model``.
 
     Raises:
         NotFoundError, FormatError: as ``read``.
     """
-    kind = _KINDS.get(model.type or "")
+    kind = _DECODERS.get(model.type or "")
     if kind is None:
         raise NotFoundError(
-            f"{CONFIG} is of the model_type {quote_name(repr(model.type))}, whose tensors do not "
-            f"follow from it here.{did_you_mean(model.type or '', _KINDS)} Known are "
-            f"{', '.join(_KINDS)}; for others name a checkpoint, whose names and shapes are taken."
+            f"{CONFIG}: unsupported model_type {quote_name(repr(model.type))} (expected one of "
+            f"{', '.join(_DECODERS)}).{did_you_mean(model.type or '', _DECODERS)} For other types, "
+            "pass a checkpoint, whose names and shapes are used."
         )
     numbers = _Numbers(model.config)
     vocab, hidden, layers = (
         numbers.of(key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")
     )
-    if layers * (1 + numbers.experts) > _MOST_TENSORS:
-        raise FormatError(f"{CONFIG}: {layers} layers are more than any model has.")
+    if layers * (1 + numbers.experts) > _MAX_TENSORS:
+        raise FormatError(
+            f"{CONFIG}: {layers} layers with {numbers.experts} experts (expected at most "
+            f"{_MAX_TENSORS})."
+        )
     shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(layers):
         for name, shape in _layer(kind, numbers, layer):
@@ -125,26 +131,26 @@ def shapes_of(model: Model) -> Shapes:
 
 
 class _Numbers:
-    """The numbers of a config, checked."""
+    """Validated integers of a config."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
 
     def of(self, *keys: str, default: int | None = None) -> int:
-        """The number under the first of ``keys`` that the config has.
+        """Return the number under the first of ``keys`` in the config.
 
         Raises:
-            NotFoundError: it has none of them.
-            FormatError: it is no number of 1 or more.
+            NotFoundError: the config lacks all of them.
+            FormatError: the value is not a number of 1 or more.
         """
         for key in keys:
             value = self.config.get(key)
             if value is None:
                 continue
-            if type(value) is not int or not 0 < value < _MOST:
+            if type(value) is not int or not 0 < value < _MAX_NUMBER:
                 raise FormatError(
-                    f"{CONFIG}: {key} is {quote_name(repr(value))}, not a number of 1 or more. "
-                    "Fetch it again."
+                    f"{CONFIG}: {key} is {quote_name(repr(value))} (expected a number of 1 or "
+                    "more). Fetch it again."
                 )
             return value
         if default is None:
@@ -153,18 +159,18 @@ class _Numbers:
 
     @property
     def experts(self) -> int:
-        """How many experts a sparse layer has; 0 where there are none."""
+        """Number of experts of a sparse layer; 0 for a dense model."""
         keys = ("num_experts", "num_local_experts")
         return self.of(*keys) if any(self.config.get(key) for key in keys) else 0
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Return whether a layer has experts."""
         dense = self.config.get("mlp_only_layers") or ()
         step = self.of("decoder_sparse_step", default=1)
         return self.experts > 0 and layer not in dense and (layer + 1) % step == 0
 
 
-def _layer(kind: _Kind, numbers: _Numbers, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer(kind: _Decoder, numbers: _Numbers, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, heads = numbers.of("hidden_size"), numbers.of("num_attention_heads")
     groups = numbers.of("num_key_value_heads", default=heads)
     head = numbers.of("head_dim", default=max(1, hidden // heads))

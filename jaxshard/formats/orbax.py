@@ -121,7 +121,7 @@ def load(
         FormatError: Orbax cannot read them.
     """
     item, found = OrbaxItem(catalog.root), dict[str, jax.Array]()
-    for names in group_by_bytes({n: catalog.tensors[n].num_bytes for n in asked}, group_bytes):
+    for names in group_by_bytes(((n, catalog.tensors[n].num_bytes) for n in asked), group_bytes):
         arguments = {
             name: ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
             if name not in catalog.keys

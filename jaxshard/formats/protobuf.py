@@ -1,18 +1,17 @@
 """Protobuf wire format: fields and their byte offsets.
 
 MindSpore's strategy files and weight files are protobuf messages. A protobuf library
-turns a whole file into objects; what is wanted here is the *offset* of a tensor's
-bytes in a file that may be larger than memory. So this reader walks a file by small
-blocks, jumps over what it is not asked for, and never recurses: a message inside a
-message is one more range of bytes. Files come from strangers, so a length that leaves
-its message, a number that never ends and a field of no known kind are refused.
+parses a whole file into objects, but jaxshard needs the *offset* of each tensor in a file
+that may be larger than memory. So this reader walks a file in small blocks, skips payloads,
+and never recurses: a nested message is one more range of bytes. Files are untrusted: a length
+beyond its message, an endless varint and an unknown wire type are refused.
 
     key     number << 3 | kind         one varint before every field
-    kind 0  varint                     7 bits a byte, low ones first, top bit says "more"
+    kind 0  varint                     7 bits per byte, low bits first, top bit set but in the last
     kind 2  length, then bytes         text, bytes, nested messages, packed numbers
     kind 1  8 bytes      kind 5  4 bytes
 
-This module knows no message of MindSpore's.
+This module does not depend on the messages of MindSpore.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _WORD = 1 << 64
 
 
 class Reader:
-    """The fields of one file, read by blocks of ``block_bytes`` around a moving position."""
+    """Reader of the fields of one file, in blocks of ``block_bytes`` at a moving position."""
 
     def __init__(self, folder: Folder, path: str, block_bytes: int = 4096) -> None:
         file = folder.files().get(path)
@@ -47,16 +46,16 @@ class Reader:
         self._block = b""
 
     def damaged(self, at: int, what: str) -> FormatError:
-        """The error that says what is wrong at byte ``at``."""
+        """Return the error for damage at byte ``at``."""
         return FormatError(
-            f"{self.path}, byte {at}: {what}. The file is damaged, cut short or of another kind; "
+            f"{self.path}, byte {at}: {what}. The file is damaged, truncated or of another kind; "
             "fetch it again."
         )
 
     def around(self, at: int, num_bytes: int) -> tuple[bytes, int]:
-        """What is read around byte ``at``, and that byte's index in it.
+        """Return a block with ``num_bytes`` from byte ``at``, and the index of that byte.
 
-        From there it goes on for ``num_bytes``, or to the end of the file.
+        At the end of the file the block may be shorter.
         """
         index = at - self._base
         if index < 0 or index + num_bytes > len(self._block):
@@ -64,10 +63,10 @@ class Reader:
         return self._block, index
 
     def varint(self, at: int, stop: int) -> tuple[int, int]:
-        """The unsigned number at byte ``at`` and the offset after it, which is not past ``stop``.
+        """Read the unsigned number at byte ``at``; also return the offset after it.
 
         Raises:
-            FormatError: it has no end before ``stop``, or more than 64 bits.
+            FormatError: the number has no end before ``stop``, or more than 64 bits.
         """
         index = at - self._base
         if index < 0 or index + _MAX_VARINT_BYTES > len(self._block):
@@ -83,17 +82,20 @@ class Reader:
                 if value >= _WORD:
                     break
                 return value, at + shift // 7
-        raise self.damaged(at, "a number runs past 64 bits or past the end of its message")
+        raise self.damaged(at, "a number exceeds 64 bits or the end of its message")
 
     def field(self, at: int, stop: int) -> Field:
-        """The field whose key is at byte ``at`` of a message that ends at ``stop``.
+        """Read the field whose key is at byte ``at`` of a message that ends at ``stop``.
 
         Raises:
-            FormatError: it is of no known kind, or longer than its message.
+            FormatError: the wire type is unknown, or the field exceeds its message.
         """
         index, block = at - self._base, self._block
         if 0 <= index < len(block) - 1 and at + 1 < stop and block[index] < 0x80:
-            key, start = block[index], at + 1  # most keys: one byte, and its number or length too
+            key, start = (
+                block[index],
+                at + 1,
+            )  # the usual case: one byte each for key and number or length
             value = block[index + 1]
             if value < 0x80 and key > 7:
                 if key & 7 == VARINT:
@@ -110,12 +112,12 @@ class Reader:
         elif kind in (FIXED64, FIXED32):
             length = 8 if kind == FIXED64 else 4
         else:
-            raise self.damaged(at, f"a field of wire type {kind}, which no MindSpore file has")
+            raise self.damaged(at, f"a field of wire type {kind}, which MindSpore does not write")
         if number == 0:
             raise self.damaged(at, "a field numbered 0")
         if length > stop - start:
             raise self.damaged(
-                at, f"a field of {length} bytes where {stop - start} are left in its message"
+                at, f"a field of {length} bytes with {stop - start} left in its message"
             )
         if kind == BYTES:
             return number, kind, start, start + length
@@ -123,7 +125,7 @@ class Reader:
         return number, kind, value, start + length
 
     def fields(self, start: int, stop: int) -> Iterator[Field]:
-        """Every field of the message in bytes ``start`` to ``stop``, in order.
+        """Yield every field of the message in bytes ``start`` to ``stop``.
 
         Raises:
             FormatError: as ``field``.
@@ -134,14 +136,14 @@ class Reader:
             start = one[3]
 
     def take(self, start: int, stop: int, max_bytes: int, what: str) -> bytes:
-        """Bytes ``start`` to ``stop`` of the file.
+        """Read bytes ``start`` to ``stop`` of the file.
 
         Raises:
-            FormatError: they are more than ``max_bytes``, which no honest ``what`` has.
+            FormatError: a ``what`` of more than ``max_bytes``.
         """
         if stop - start > max_bytes:
             raise self.damaged(
-                start, f"{what} of {stop - start} bytes; more than {max_bytes} is absurd"
+                start, f"{what} of {stop - start} bytes (expected at most {max_bytes})"
             )
         index = start - self._base
         if index < 0 or stop - self._base > len(self._block):
@@ -151,10 +153,10 @@ class Reader:
         return self._block[index : index + stop - start]
 
     def text(self, start: int, stop: int, max_bytes: int, what: str) -> str:
-        """Bytes ``start`` to ``stop`` as UTF-8.
+        """Decode bytes ``start`` to ``stop`` as UTF-8.
 
         Raises:
-            FormatError: they are not UTF-8, or more than ``max_bytes``.
+            FormatError: the bytes are not UTF-8, or more than ``max_bytes``.
         """
         data = self.take(start, stop, max_bytes, what)
         try:
@@ -163,10 +165,10 @@ class Reader:
             raise self.damaged(start, f"{what} that is not UTF-8") from None
 
     def numbers(self, field: Field, max_numbers: int) -> tuple[int, ...]:
-        """The signed numbers of one field of a repeated integer, packed or not.
+        """Return the signed numbers of one field of a repeated integer, packed or not.
 
         Raises:
-            FormatError: there are more than ``max_numbers``, or the field is no integer.
+            FormatError: more than ``max_numbers``, or a field that is not an integer.
         """
         _, kind, start, stop = field
         if kind == VARINT:
@@ -182,7 +184,7 @@ class Reader:
         return tuple(out)
 
     def _fill(self, at: int) -> int:
-        """Read the block at ``at`` unless it is there up to the end; its index in the block."""
+        """Load the block at ``at`` unless it is loaded; return the index of ``at`` in it."""
         index = at - self._base
         whole = self._base + len(self._block) == self.num_bytes
         if index < 0 or index > len(self._block) or not whole:
@@ -193,7 +195,7 @@ class Reader:
 
 
 def signed(value: int) -> int:
-    """The 64-bit two's complement number written as ``value``.
+    """Return the signed number with the 64-bit two's complement ``value``.
 
     >>> signed(2**64 - 1)
     -1
@@ -202,7 +204,7 @@ def signed(value: int) -> int:
 
 
 def varint(value: int) -> bytes:
-    """``value`` as a varint; a negative one takes ten bytes.
+    """Encode ``value`` as a varint; a negative number needs ten bytes.
 
     >>> varint(300).hex(), len(varint(-1))
     ('ac02', 10)
@@ -217,7 +219,7 @@ def varint(value: int) -> bytes:
 
 
 def number_field(number: int, value: int) -> bytes:
-    """Field ``number`` holding an integer.
+    """Encode field ``number`` with an integer.
 
     >>> number_field(5, 0).hex()
     '2800'
@@ -226,12 +228,12 @@ def number_field(number: int, value: int) -> bytes:
 
 
 def bytes_head(number: int, length: int) -> bytes:
-    """What stands before the ``length`` bytes of field ``number``."""
+    """Encode the key and length that precede the payload of field ``number``."""
     return varint(number << 3 | BYTES) + varint(length)
 
 
 def bytes_field(number: int, payload: bytes) -> bytes:
-    r"""Field ``number`` holding bytes, text or a message.
+    r"""Encode field ``number`` with bytes, text or a message.
 
     >>> bytes_field(1, b"f32")
     b'\n\x03f32'
@@ -240,7 +242,7 @@ def bytes_field(number: int, payload: bytes) -> bytes:
 
 
 def number_fields(number: int, values: Iterable[int]) -> bytes:
-    """A repeated integer, unpacked as proto2 and MindSpore write it.
+    """Encode a repeated integer, unpacked as in proto2 and MindSpore.
 
     >>> number_fields(1, (4, 2)).hex()
     '08040802'

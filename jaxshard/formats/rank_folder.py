@@ -1,12 +1,12 @@
-"""Rank folders: one weight file for each rank, cut by a strategy.
+"""Rank folders: one weight file per rank, sharded by a strategy.
 
-    model/rank_0/net_rank_0-1_10.safetensors      or .ckpt; several steps may lie here
+    model/rank_0/net_rank_0-1_10.safetensors      or .ckpt; several steps may share a folder
     model/rank_1/net_rank_1-1_10.safetensors
-    model/strategy/ckpt_strategy_rank_0.ckpt …    what says who holds which box
+    model/strategy/ckpt_strategy_rank_0.ckpt …    the layout: the boxes of every rank
+    model/elsewhere.json                          tensors stored on other hosts
 
-A file alone does not say which part of a tensor it holds: the layout does. Replicas
-may be stored by every holder or by some: which, is seen from the headers. This
-module decides nothing about targets; the strategy files' own format is another's.
+A file does not contain the position of its shards: the layout does. A replica may be stored by
+every holder or by some of them, which the headers show. ``strategy_files`` reads the layout.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .strategy_layouts import for_dims
 from .weight_files import CkptContainer, read_weight_file
 
 _STRATEGY = re.compile(r"(merged_)?strategy/|merged_strategy\.ckpt")
-_ALL_STRATEGIES = "Give the folder with the strategy files of all ranks."
-_LARGE_ELEMENTS = 1024  # of a tensor that no strategy tells of: more is no number of a job
+_ALL_STRATEGIES = "Pass the folder with the strategy files of all ranks."
+_LARGE_ELEMENTS = 1024  # a tensor without a strategy and with more elements is not a scalar
 
 
 def recognise(files: Iterable[str]) -> bool:
-    """Whether these are the files of a rank folder."""
+    """Return whether ``files`` include weight files in rank folders."""
     return any(map(rank_names.is_rank_file, files))
 
 
@@ -53,18 +53,18 @@ def read(
     *,
     suffix: str | None = None,
 ) -> Catalog:
-    """The catalog of the rank files below ``folder``.
+    """Read the catalog of the rank files below ``folder``.
 
     Args:
-        folder: has ``rank_0/`` … below it. Ranks may be missing if replicas have their bytes.
-        layout: who holds which box, from the strategy files. A single rank needs none.
-        suffix: which of several files a rank to take: the end of its name, ``1_10``. By
-            default the newest that every rank has, by the numbers in the name.
+        folder: contains ``rank_0/`` …. Ranks may be missing if replicas are present.
+        layout: the layout of the strategy files; optional for a single rank.
+        suffix: selects one of several files per rank by the end of its name, ``1_10``; by
+            default the newest step that every rank has.
 
     Raises:
-        LayoutError: there are several ranks but no layout.
+        LayoutError: several ranks without a layout.
         FormatError: a file is damaged, or a shard's shape contradicts the layout.
-        CoverageError: ranks disagree about a tensor, or about which files there are.
+        CoverageError: ranks disagree on a tensor or on the files.
     """
     listed = folder.files()
     chosen = rank_names.choose(listed, suffix)
@@ -90,17 +90,18 @@ def read(
     if layout is not None and layout.unknown:
         unknown = format_list(map(str, layout.unknown), 8)
         notes.append(
-            f"there are no strategy files of rank {unknown}, so what these hold is not known, and "
-            f"what needs it is refused. {_ALL_STRATEGIES}"
+            f"the strategy files of rank {unknown} are missing, so tensors that need these ranks "
+            f"are refused. {_ALL_STRATEGIES}"
         )
     if missing:
         notes.append(
-            f"no files of rank {format_list(map(str, missing))}; replicas serve where they can."
+            f"no files of rank {format_list(map(str, missing))}; replicas are read instead where "
+            "possible."
         )
     model, _ = huggingface.read_model(folder, listed)
     others = [p for p in listed if not _is_own(p)]
     extras, _ = huggingface.carried(others, [f.path for f in files])
-    gathered.metadata.pop("remove_redundancy", None)  # what the files hold decides
+    gathered.metadata.pop("remove_redundancy", None)  # the headers decide
     return Catalog(
         root=folder.root,
         format="ranks",
@@ -123,38 +124,38 @@ def _is_own(path: str) -> bool:
 
 
 def _check_alone(by_rank: Mapping[int, str], root: str) -> str:
-    """What to say of ranks without a strategy: fine if there is only one."""
+    """Return a note on a single rank without a strategy; refuse several ranks."""
     if len(by_rank) > 1:
         raise LayoutError(
-            f"{root} has {len(by_rank)} ranks but no strategy files, so nothing says which part "
-            "of a tensor each holds. Name them: open(path, strategy=…), or src_strategy= of a "
-            "conversion (--src-strategy PATH)."
+            f"{root} has {len(by_rank)} ranks but no strategy files, so the shards' positions are "
+            "unknown. Pass them: open(path, strategy=…), or src_strategy= of a conversion "
+            "(--src-strategy PATH)."
         )
-    return f"no strategy files: the tensors in {next(iter(by_rank.values()))} are taken as whole."
+    return f"no strategy files: the tensors in {next(iter(by_rank.values()))} are read as whole."
 
 
 def _check_ranks(by_rank: Mapping[int, str], layout: Layout, root: str) -> None:
     beyond = sorted(r for r in by_rank if r >= layout.num_ranks)
     if beyond:
         raise CoverageError(
-            f"{root} has rank {format_list(map(str, beyond))}, but its strategy is one of "
-            f"{layout.num_ranks} ranks. Give the strategy files it was written with."
+            f"{root} has rank {format_list(map(str, beyond))}, but its strategy has "
+            f"{layout.num_ranks} ranks. Pass the strategy files it was written with."
         )
     unknown = sorted(set(by_rank).intersection(layout.unknown))
     if unknown:
         stage = min(p.first_rank // p.num_ranks for ps in layout.placements.values() for p in ps)
         raise CoverageError(
-            f"{root} has rank {format_list(map(str, unknown))}, but only the strategy of stage "
-            f"{stage} is given, and theirs is another. {_ALL_STRATEGIES}"
+            f"{root} has rank {format_list(map(str, unknown))}, but got the strategy of stage "
+            f"{stage} only. {_ALL_STRATEGIES}"
         )
 
 
-# --- what the files hold ---------------------------------------------------------------
+# --- headers of the files ---------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Found:
-    """One tensor as seen so far."""
+class _SeenTensor:
+    """A tensor with the shards seen so far."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -163,13 +164,13 @@ class _Found:
 
 
 class _Gathered:
-    """Tensors gathered from the ranks' headers."""
+    """Tensors merged from the headers of all ranks."""
 
     def __init__(self, layout: Layout | None) -> None:
         self.metadata: dict[str, str] = {}
         self.scalars: dict[str, None] = {}
         self._placed = dict(layout.placements) if layout else {}
-        self._found: dict[str, _Found] = {}
+        self._found: dict[str, _SeenTensor] = {}
 
     def add(self, rank: int, file: int, entry: StoredTensor, path: str) -> None:
         placements = self._placed.get(entry.name)
@@ -183,33 +184,33 @@ class _Gathered:
             shape, box = _place(entry, placements, rank, path)
         found = self._found.get(entry.name)
         if found is None:
-            found = self._found[entry.name] = _Found(entry.dtype, shape, path)
+            found = self._found[entry.name] = _SeenTensor(entry.dtype, shape, path)
         if (found.shape, found.dtype) != (shape, entry.dtype):
             raise CoverageError(
-                f"{entry.name} is {found.dtype} {found.shape} by {found.where}, but "
-                f"{entry.dtype} {shape} by {path}. Give the strategy files these were written with."
+                f"{entry.name}: {found.dtype} {found.shape} in {found.where}, but {entry.dtype} "
+                f"{shape} in {path}. Pass the strategy files these were written with."
             )
         found.pieces += [
             StoredShard(file, at, _moved(part, entry.shape, box)) for at, part in entry.pieces
         ]
 
     def add_elsewhere(self, tensors: Mapping[str, Tensor]) -> None:
-        """Know of ``tensors`` that are in no file here, but in another host's."""
+        """Add tensors that only other hosts store, without shards."""
         for name, tensor in tensors.items():
             if name in self._placed and name not in self._found:
-                self._found[name] = _Found(tensor.dtype, tensor.shape, REMOTE_TENSORS)
+                self._found[name] = _SeenTensor(tensor.dtype, tensor.shape, REMOTE_TENSORS)
 
     def check_names(self, root: str) -> None:
-        """Refuse a strategy that knows none of the tensors: every one would pass for whole."""
+        """Raise CoverageError if the strategy has none of the tensors, as all would seem whole."""
         if self._placed and self._found and not self._found.keys() & self._placed.keys():
             raise CoverageError(
-                f"none of the {len(self._found)} tensors of the files is in the strategy: {root} "
-                f"has {format_list(self._found, 3)}, the strategy {format_list(self._placed, 3)}. "
-                "Give the strategy files these were written with."
+                f"the strategy lacks all {len(self._found)} tensors of the files: {root} has "
+                f"{format_list(self._found, 3)}, the strategy {format_list(self._placed, 3)}. "
+                "Pass the strategy files these were written with."
             )
 
     def lost(self, present: Collection[int]) -> dict[str, tuple[int, ...]]:
-        """Weights of which no rank has a file here, with their ranks."""
+        """Return weights whose ranks have no files here, with these ranks."""
         return {
             name: tuple(sorted(ranks))
             for name, placed in self._placed.items()
@@ -224,33 +225,36 @@ class _Gathered:
         }
 
     def layout(self, layout: Layout) -> Layout:
-        """``layout`` of what the files hold, and apart from it what they do not."""
+        """Return the layout of the tensors in the files; all others become ``absent``."""
         everywhere = (Placement((("all", layout.num_ranks),)),)
         held = {name: self._placed.get(name, everywhere) for name in self._found}
         absent = {name: placed for name, placed in self._placed.items() if name not in held}
         return replace(layout, placements=held, absent=absent)
 
     def notes(self, lost: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What a strategy tells of and files lack, and the other way round."""
+        """Return notes on tensors that only the strategy, or only the files, contain."""
         absent = [n for n in self._placed if n not in self._found and weight_name(n) not in lost]
         states = [n for n in absent if weight_name(n) != n]
         weights = [n for n in absent if weight_name(n) == n]
         large = [n for n in self.scalars if prod(self._found[n].shape) > _LARGE_ELEMENTS]
-        told = (
+        texts = (
             (
                 list(lost),
-                f"weights lie on ranks without files here (rank {_ranks_of(lost)}): {{}}. What "
-                "needs them is refused.",
+                f"weights are on ranks without files here (rank {_ranks_of(lost)}): {{}}. Tensors "
+                "that need them are refused.",
             ),
-            (weights, "weights of the strategy are in no file: {}. Is the checkpoint whole?"),
-            (states, "optimizer states of the strategy are in no file: {}."),
+            (
+                weights,
+                "weights of the strategy are missing in the files: {}. Is the checkpoint complete?",
+            ),
+            (states, "optimizer states of the strategy are missing in the files: {}."),
             (
                 large if self._placed else [],
-                "tensors are not in the strategy and taken to be whole on every rank: {}. "
-                "jaxshard verify compares them.",
+                "tensors are missing in the strategy and read as whole on every rank: {}. "
+                "jaxshard verify compares the ranks.",
             ),
         )
-        return [f"{len(names)} {text.format(format_list(names))}" for names, text in told if names]
+        return [f"{len(names)} {text.format(format_list(names))}" for names, text in texts if names]
 
 
 def _ranks_of(lost: Mapping[str, tuple[int, ...]]) -> str:
@@ -258,7 +262,7 @@ def _ranks_of(lost: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _moved(part: Box, held: tuple[int, ...], box: Box) -> Box:
-    """``part`` of what a rank holds, of the shape ``held``, in coordinates of the whole tensor."""
+    """Return ``part`` of a shard of shape ``held`` in coordinates of the whole tensor."""
     if part.stop == held and not any(part.start):
         return box  # shared by thousands of tensors
     start = tuple(a + o for a, o in zip(part.start, box.start, strict=True))
@@ -268,30 +272,39 @@ def _moved(part: Box, held: tuple[int, ...], box: Box) -> Box:
 def _place(
     entry: StoredTensor, placements: tuple[Placement, ...], rank: int, path: str
 ) -> tuple[tuple[int, ...], Box]:
-    """The full shape of a rank's tensor, and the box of it that the rank holds."""
+    """Return the full shape of a rank's tensor, and the rank's box of it."""
     placement = next((p for p in placements if rank in p.ranks), None)
     if placement is None:
         held = ", ".join(f"{p.ranks.start} to {p.ranks.stop - 1}" for p in placements)
         raise CoverageError(
-            f"{path} holds {entry.name}, which by the strategy lies on ranks {held} only. Give the "
-            "strategy files it was written with."
+            f"{path} contains {entry.name}, which is on ranks {held} only per the strategy. Pass "
+            "the strategy files it was written with."
         )
     if len(placement.spec) > len(entry.shape):
         raise FormatError(
-            f"{path}: {entry.name} has shape {entry.shape}, but its strategy cuts "
-            f"{len(placement.spec)} dims. Give the strategy files it was written with."
+            f"{path}: {entry.name} has shape {entry.shape}, but its strategy splits "
+            f"{len(placement.spec)} dims. Pass the strategy files it was written with."
         )
     return _whole(placement, entry.shape, rank)
 
 
 @cached(4096)
 def _whole(placement: Placement, held: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], Box]:
-    """The shape of which ``rank`` holds a box of the shape ``held``, and that box."""
+    """Return the full shape if ``rank`` holds a box of shape ``held``, and that box."""
     shape = tuple(n * placement.ways(dim) for dim, n in enumerate(held))
     return shape, placement.box(shape, rank)
 
 
-# --- The manifest of tensors that are stored on other hosts
+# --- manifest of tensors stored on other hosts -------------------------------------------
+
+# Hosts without a shared disk each keep the files of their own ranks. The manifest gives each host
+# the names and shapes of all tensors, so requests for remote bytes fail with a clear message.
+#
+#   {"jaxshard_elsewhere": 1, "save": "7c01…",
+#    "tensors": {"model.layers.9.mlp.up_proj.weight": ["BF16", [64, 16]]}}
+#
+# "save" is equal in all folders of one save. A host that died while publishing may still have an
+# older manifest; then the identifiers differ.
 
 REMOTE_TENSORS = "elsewhere.json"
 
@@ -363,20 +376,22 @@ Holders = tuple[tuple[int, ...], ...]
 
 
 def keepers(layout: Layout) -> dict[tuple[str, int], int]:
-    """For each name and first rank of a placement, the index of the keeper among the holders.
+    """Return the holder that keeps each shard, as MindSpore chooses it.
+
+    Keys are (name, first rank of the placement); values index the holders.
 
     >>> rows = Placement((("dp", 2), ("mp", 2)), (("mp",),))
     >>> keepers(Layout(4, {"w2": (rows,), "w1": (rows,)}))
     {('w1', 0): 0, ('w2', 0): 1}
     """
     alike: dict[Holders, int] = {}
-    groups: dict[tuple[Axes, Spec], tuple[int, int]] = {}  # which of alike, and how many replicas
+    groups: dict[tuple[Axes, Spec], tuple[int, int]] = {}  # index in alike, number of replicas
     turns: dict[tuple[int, int], int] = {}
     found: dict[tuple[str, int], int] = {}
     for name in sorted(layout.placements):
         for placed in layout.placements[name]:
             cut = placed.axes, placed.spec
-            if cut not in groups:  # seldom: the holders may be thousands
+            if cut not in groups:  # computed once per placement: there may be thousands of holders
                 holders = _holders(placed)
                 groups[cut] = alike.setdefault(holders, len(alike)), len(holders[0])
             group, replicas = groups[cut]
@@ -387,12 +402,12 @@ def keepers(layout: Layout) -> dict[tuple[str, int], int]:
 
 
 def _holders(placement: Placement) -> Holders:
-    """For each shard the ranks that hold it, counted from the first of the placement."""
+    """Return the holders of each shard, counted from the first rank of the placement."""
     shape = tuple(placement.ways(dim) for dim in range(len(placement.spec)))
     return tuple(shard.holders for shard in placement.shards(shape))
 
 
-# --- Output files of rank folders: one weight file a rank, and the strategy files
+# --- output files -----------------------------------------------------------------------
 
 STRATEGY_FOLDER = "strategy"
 
@@ -425,7 +440,7 @@ def plan_files(
 
 
 def placed(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Layout:
-    """The layout asked for, with the job's numbers on every rank.
+    """Return the requested layout, with training scalars on every rank.
 
     Raises:
         LayoutError: a tensor is not in the layout.
@@ -439,25 +454,25 @@ def placed(source: Catalog, tensors: Sequence[Tensor], request: Request) -> Layo
 def _strategy(
     source: Catalog, tensors: Sequence[Tensor], layout: Layout
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The strategy files of all ranks, or one of our own where those cannot say it; and notes.
+    """Return the strategy files of all ranks, or a layout file if they cannot express it.
 
-    Hyper parameters are not told of: they are never cut.
+    Training scalars are left out, because they are never split. Also returns notes.
     """
     weights = [t for t in tensors if t.name not in source.scalars]
-    told = weights or tensors
-    for tensor in told:
+    included = weights or tensors
+    for tensor in included:
         for placement in layout.placements[tensor.name]:
             check_divides(placement, tensor.shape, tensor.name)
     every = _of_strategy(layout, source.scalars if weights else frozenset())
     absent = _absent_shapes(every, {t.name: t.shape for t in tensors}, source.lost)
-    shapes = {t.name: t.shape for t in told} | absent
+    shapes = {t.name: t.shape for t in included} | absent
     every = strategy_files.for_tensors(every, absent)
     try:
         return strategy_files.raw_files(strategy_files.from_layout(every, shapes)), ()
     except LayoutError as error:
         note = (
-            f"{STRATEGY_FOLDER}/{strategy_layouts.LAYOUT_FILE} says who holds what; MindSpore's "
-            f"own format cannot: {str(error).split('. ')[0]}."
+            f"the layout is in {STRATEGY_FOLDER}/{strategy_layouts.LAYOUT_FILE}, because "
+            f"MindSpore's strategy files cannot express it: {str(error).split('. ')[0]}."
         )
         own = strategy_layouts.layout_file_bytes(every, shapes)
         return {strategy_layouts.LAYOUT_FILE: own}, (note,)
@@ -466,10 +481,10 @@ def _strategy(
 def _absent_shapes(
     layout: Layout, shapes: Mapping[str, tuple[int, ...]], lost: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of what the strategy has and no file: it stays in the result's strategy.
+    """Return shapes of tensors that only the strategy contains; the result's strategy keeps them.
 
-    A state keeps its turn there, and has the shape of its weight. Of weights on ranks whose
-    files are elsewhere only the cut is known; any shape that it divides says the same.
+    An optimizer state takes part in rank redundancy and has the shape of its weight. Only the
+    split of weights on other hosts is known; any shape that it divides is equivalent.
     """
     found = {}
     for name, placements in layout.placements.items():
@@ -490,7 +505,7 @@ def _least_shape(placements: Sequence[Placement]) -> tuple[int, ...]:
 
 
 def _by_stages(layout: Layout, source: Catalog) -> Layout:
-    """``layout`` with what lies on several stages told stage by stage, the job's numbers apart."""
+    """Return ``layout`` with a placement per stage, except for training scalars."""
     stage = prod(n for _, n in layout.stage_axes) if layout.stage_axes else layout.num_ranks
     placements = {
         name: tuple(s for p in placed for s in _by_stage(p, stage))
@@ -501,13 +516,13 @@ def _by_stages(layout: Layout, source: Catalog) -> Layout:
 
 
 def _of_strategy(layout: Layout, scalars: frozenset[str]) -> Layout:
-    """All names of the strategy, also those that no file has: MindSpore counts them all."""
+    """Return all names of the strategy, absent ones too, because MindSpore counts them."""
     every = {**layout.absent, **layout.placements}
     return replace(layout, placements={n: p for n, p in every.items() if n not in scalars})
 
 
 def _by_stage(placement: Placement, stage: int) -> list[Placement]:
-    """A tensor that lies whole on the ranks of several stages, stage by stage."""
+    """Split the placement of an unsplit tensor over several stages into one per stage."""
     if placement.spec or placement.num_ranks <= stage:
         return [placement]
     firsts = range(placement.first_rank, placement.ranks.stop, stage)
@@ -515,7 +530,7 @@ def _by_stage(placement: Placement, stage: int) -> list[Placement]:
 
 
 def _with_scalars(layout: Layout, source: Catalog, tensors: Iterable[Tensor]) -> Layout:
-    """``layout`` with the tensors that are no weights on every rank."""
+    """Return ``layout`` with training scalars on every rank."""
     everywhere = (Placement((("all", layout.num_ranks),)),)
     added = {t.name: everywhere for t in tensors if t.name in source.scalars}
     return replace(layout, placements={**layout.placements, **added})
@@ -528,5 +543,5 @@ def _check_names(source: Catalog, tensors: Iterable[Tensor], layout: Layout) -> 
         raise LayoutError(
             f"{len(unplaced)} tensors are not in the target's strategy: {format_list(unplaced)}. "
             "Leave them out (of a conversion with exclude=, --exclude; optimizer states with "
-            "drop_prefix=, --drop-prefix adam_), or give a strategy that has them."
+            "drop_prefix=, --drop-prefix adam_), or pass a strategy that has them."
         )

@@ -1,17 +1,16 @@
-"""MindSpore strategy files as protobuf messages.
+"""Codec of MindSpore strategy files: protobuf and JSON.
 
-A strategy file says, for every parameter of one pipeline stage, by which device matrix
-and tensor map it is cut. It has no full shapes and no dtypes, and it never says which
-rank it is of: all ranks of a stage have the same one. A *merged* file is several stages
-in one, with ``{stage}-`` before every name.
+A strategy file contains the device matrix and tensor map of every parameter of one pipeline
+stage. It has no full shapes, dtypes or rank: all ranks of a stage have equal files. A *merged*
+file contains several stages, with ``{stage}-`` before every name.
 
-    ParallelStrategyMap    current_stage=1 (times saved: no stage!)  operators=2  layouts=3
+    ParallelStrategyMap    current_stage=1 (a count of saves!)    operators=2  layouts=3
       operator             node_name=1   { stage=1   { dim=1 }=2 * }=2
       layout               param_name=1  { dev_matrix=1 tensor_map=2 param_split_shape=3
                                            indices_offset=4 field=5 opt step=6 opt size=7 }=2
 
-This module turns bytes into these and back. What a device matrix *means* is the
-business of ``strategy_files``.
+The JSON form has room for one axis per dim only. This module only converts between bytes and
+these values; ``strategy_layouts`` converts device matrices to placements.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from .protobuf import BYTES, VARINT, Reader
 
 MAX_FILE_BYTES = 1 << 28  # a million parameters are about 150 MB
 _MAX_NAME_BYTES = 4096
-_SHORT_BYTES = 512  # of a layout that is worth remembering: usual ones have 30 to 60
+_SHORT_BYTES = 512  # larger layouts are not cached; usual ones have 30 to 60 bytes
 MAX_NUMBERS = 64  # of one list: mesh axes or tensor dims
-MAX_LISTS = 4096  # one per input of an operator, and a concatenation may have hundreds
+MAX_LISTS = 4096  # one per input of an operator; a concatenation may have hundreds
 MAX_STAGE = (1 << 16) - 1
 INT32 = 1 << 31
 
@@ -41,17 +40,17 @@ Lists = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class ParamLayout:
-    """How one parameter is cut, in MindSpore's numbers.
+    """Layout of one parameter, in MindSpore's numbers.
 
     Attributes:
         dev_matrix: the ranks of a stage in row-major order, last axis fastest.
-        tensor_maps: one list: per tensor dim the axis that splits it, counted from the
-            *right*, or -1. Several lists: per tensor dim the axes, outer to inner.
-        opt_weight_shard_step: ranks between neighbours of the optimizer shard; 0 for none.
-        opt_weight_shard_size: parts dim 0 is cut into once more; -1 for all replicas.
-        param_split_shape: uneven parts, of old embeddings only.
-        indices_offset: the same.
-        field: the same.
+        tensor_maps: one list: the axis that splits each dim, counted from the *right*, or
+            -1. Several lists: the axes of each dim, outer to inner.
+        opt_weight_shard_step: rank distance of adjacent optimizer shards; 0 for none.
+        opt_weight_shard_size: further parts of dim 0; -1 for one per replica.
+        param_split_shape: uneven parts, used by old embeddings only.
+        indices_offset: as param_split_shape.
+        field: as param_split_shape.
     """
 
     dev_matrix: tuple[int, ...]
@@ -65,7 +64,7 @@ class ParamLayout:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """An operator's strategy. All that matters is that it names the stage."""
+    """Strategy of an operator; only its stage is used."""
 
     name: str
     stage: int
@@ -74,14 +73,14 @@ class Operator:
 
 @dataclass(frozen=True)
 class StrategyFile:
-    """The contents of one strategy file, with the ``{stage}-`` of merged ones taken off.
+    """Contents of one strategy file, without the ``{stage}-`` prefixes of merged files.
 
     Attributes:
-        path: where it was read, for messages.
-        stages: per pipeline stage its parameters.
-        operators: the operators' strategies, of all stages.
-        merged: whether names have ``{stage}-`` before them in the file.
-        current_stage: a count of savings; not the pipeline stage.
+        path: the file, for messages.
+        stages: the parameters of each pipeline stage.
+        operators: the operators of all stages.
+        merged: whether the names in the file have ``{stage}-`` prefixes.
+        current_stage: a count of saves, not the pipeline stage.
     """
 
     path: str
@@ -92,7 +91,7 @@ class StrategyFile:
 
     @property
     def stage(self) -> int:
-        """The pipeline stage of a raw file; the first of a merged one."""
+        """Pipeline stage of a raw file; the first stage of a merged file."""
         return next(iter(self.stages))
 
 
@@ -100,10 +99,10 @@ class StrategyFile:
 
 
 def parse(folder: Folder, path: str) -> StrategyFile:
-    """The binary strategy file at ``path``.
+    """Parse the binary strategy file at ``path``.
 
     Raises:
-        FormatError: it is damaged, or no strategy file.
+        FormatError: the file is damaged or not a strategy file.
     """
     reader = Reader(folder, path, block_bytes=1 << 16)
     check_size(path, reader.num_bytes)
@@ -111,10 +110,10 @@ def parse(folder: Folder, path: str) -> StrategyFile:
 
 
 def first_stage(folder: Folder, path: str) -> int | None:
-    """The pipeline stage that the file's first operator names, without reading the rest.
+    """Read the pipeline stage of the file's first operator only.
 
     Raises:
-        FormatError: the file is damaged before that.
+        FormatError: the file is damaged before the operator.
     """
     reader = Reader(folder, path)
     for number, kind, start, stop in reader.fields(0, reader.num_bytes):
@@ -124,10 +123,10 @@ def first_stage(folder: Folder, path: str) -> int | None:
 
 
 def items(folder: Folder, path: str) -> frozenset[bytes]:
-    """The file's operators and layouts as bytes, in no order: equal sets mean equal files.
+    """Return the file's operators and layouts as a set of bytes, to compare files.
 
-    MindSpore writes the files of a stage in different orders, and comparing these costs
-    a tenth of parsing them.
+    MindSpore writes the files of a stage in different orders. Comparing the sets needs a tenth
+    of the time to parse them.
 
     Raises:
         FormatError: the file is damaged.
@@ -144,7 +143,7 @@ def items(folder: Folder, path: str) -> frozenset[bytes]:
 def _parse(reader: Reader) -> StrategyFile:
     current_stage, operators = -1, list[Operator]()
     layouts = dict[str, ParamLayout]()
-    known = dict[bytes, ParamLayout]()  # most parameters of a model lie as others do
+    known = dict[bytes, ParamLayout]()  # most parameters share a layout
     for number, kind, start, stop in reader.fields(0, reader.num_bytes):
         if number == 1 and kind == VARINT:
             current_stage = start
@@ -153,11 +152,11 @@ def _parse(reader: Reader) -> StrategyFile:
         elif number == 3 and kind == BYTES:
             name, layout = _layout_item(reader, start, stop, known)
             if layouts.setdefault(name, layout) != layout:
-                raise reader.damaged(start, f"parameter {name} is there twice and differs")
+                raise reader.damaged(start, f"parameter {name} has two different layouts")
         elif number <= 3:
-            raise reader.damaged(start, f"field {number} is not what a strategy file has there")
+            raise reader.damaged(start, f"invalid field {number} of a strategy file")
     if not 0 <= current_stage < 2 * INT32:
-        raise reader.damaged(reader.num_bytes, "no current_stage, which strategy files have")
+        raise reader.damaged(reader.num_bytes, "current_stage is missing")
     return by_stage(reader.path, layouts, tuple(operators), current_stage)
 
 
@@ -174,9 +173,11 @@ def _operator(reader: Reader, start: int, stop: int) -> Operator:
                 elif inner == 2 and inner_kind == BYTES:
                     _append(reader, strategies, c, d)
         elif number <= 2:
-            raise reader.damaged(a, f"field {number} is not what an operator's strategy has there")
+            raise reader.damaged(a, f"invalid field {number} of an operator")
     if name is None or not 0 <= stage <= MAX_STAGE:
-        raise reader.damaged(start, "an operator without a name or a sensible pipeline stage")
+        raise reader.damaged(
+            start, f"an operator without name or with stage {stage} (expected 0 to {MAX_STAGE})"
+        )
     return Operator(name, stage, tuple(strategies))
 
 
@@ -190,16 +191,16 @@ def _layout_item(
         elif number == 2 and kind == BYTES and layout is None:
             layout = _known_layout(reader, a, b, known)
         elif number <= 2:
-            raise reader.damaged(a, f"field {number} is not what a parameter's layout has there")
+            raise reader.damaged(a, f"invalid field {number} of a parameter's layout")
     if name is None or layout is None:
-        raise reader.damaged(start, "a parameter without a name or without a layout")
+        raise reader.damaged(start, "a parameter without name or layout")
     return name, layout
 
 
 def _known_layout(
     reader: Reader, start: int, stop: int, known: dict[bytes, ParamLayout]
 ) -> ParamLayout:
-    """The layout in bytes ``start`` to ``stop``; equal bytes are parsed once."""
+    """Parse the layout in bytes ``start`` to ``stop``; equal bytes are parsed once."""
     if stop - start > _SHORT_BYTES:
         return _param_layout(reader, start, stop)
     data = reader.take(start, stop, _SHORT_BYTES, "a layout")
@@ -218,10 +219,10 @@ def _param_layout(reader: Reader, start: int, stop: int) -> ParamLayout:
         elif 5 <= number <= 7 and kind == VARINT:
             values[number] = protobuf.signed(a)
         elif number <= 7:
-            raise reader.damaged(a, f"field {number} is not what a parameter's layout has there")
+            raise reader.damaged(a, f"invalid field {number} of a parameter's layout")
     if len(values) != 3 or len(lists[1]) != 1 or not lists[2]:
-        raise reader.damaged(  # MindSpore writes one matrix for every parameter
-            start, "a layout needs one device matrix, a tensor map and three numbers; some lack"
+        raise reader.damaged(  # MindSpore writes one matrix per parameter
+            start, "a layout without device matrix, tensor map or one of three numbers"
         )
     return checked(
         f"{reader.path}, byte {start}",
@@ -238,7 +239,7 @@ def _param_layout(reader: Reader, start: int, stop: int) -> ParamLayout:
 
 
 def _append(reader: Reader, lists: list[tuple[int, ...]], start: int, stop: int) -> None:
-    """Add to ``lists`` the message in bytes ``start`` to ``stop``: a repeated integer, field 1."""
+    """Append the message in bytes ``start`` to ``stop``, a repeated integer, to ``lists``."""
     out = tuple[int, ...]()
     for one in reader.fields(start, stop):
         if one[0] == 1:
@@ -251,18 +252,15 @@ def _append(reader: Reader, lists: list[tuple[int, ...]], start: int, stop: int)
 
 
 def checked(where: str, layout: ParamLayout) -> ParamLayout:
-    """``layout``, unless a number in it cannot be what it says."""
-    if not _plausible(layout):
-        raise FormatError(
-            f"{where}: {layout} cannot be a parameter's layout. The file is damaged; fetch it "
-            "again."
-        )
+    """Return ``layout`` if its numbers are valid, or raise FormatError."""
+    if not _is_valid(layout):
+        raise FormatError(f"{where}: invalid layout {layout}. The file is damaged; fetch it again.")
     return layout
 
 
 @cached(4096)
-def _plausible(layout: ParamLayout) -> bool:
-    """Whether every axis has ranks, and every axis of the tensor map exists and is used once."""
+def _is_valid(layout: ParamLayout) -> bool:
+    """Return whether axes have ranks, and the tensor map uses existing axes at most once."""
     nested = len(layout.tensor_maps) > 1
     used = [v for dims in layout.tensor_maps for v in dims if v != -1]
     return (
@@ -286,15 +284,15 @@ def by_stage(
     operators: tuple[Operator, ...],
     current_stage: int,
 ) -> StrategyFile:
-    """``layouts`` sorted into stages, by their prefixes if the file is a merged one.
+    """Split ``layouts`` into stages, by name prefix if the file is merged.
 
-    A parameter's own name may begin with digits and a dash, so it is a merged file only
-    if all names do and the stages they say are those of the operators.
+    A parameter's own name may start with digits and a dash. So a file is merged only if all
+    names do, and these stages are those of the operators.
     """
     named = {o.stage for o in operators}
     if not layouts:
         raise FormatError(
-            f"{path}: a strategy file without a single parameter. It was cut short; fetch it again."
+            f"{path}: a strategy file without parameters. It was truncated; fetch it again."
         )
     stages = dict[int, dict[str, ParamLayout]]()
     for name, layout in layouts.items():
@@ -307,9 +305,8 @@ def by_stage(
             return StrategyFile(path, stages, operators, True, current_stage)
     if len(named) != 1:
         raise FormatError(
-            f"{path}: a strategy file of one stage names its stage in its operators; this one "
-            f"names {format_list(map(str, sorted(named))) or 'none'}. It is damaged; fetch it "
-            "again."
+            f"{path}: the operators name stage {format_list(map(str, sorted(named))) or '(none)'} "
+            "(expected one stage in a file that is not merged). It is damaged; fetch it again."
         )
     return StrategyFile(path, {named.pop(): dict(layouts)}, operators, False, current_stage)
 
@@ -318,10 +315,10 @@ def by_stage(
 
 
 def to_bytes(file: StrategyFile) -> bytes:
-    """``file`` as MindSpore writes it: proto2, integers unpacked, required fields there.
+    """Encode ``file`` as MindSpore does: proto2 with unpacked integers.
 
     Raises:
-        LayoutError: it has no parameter or no operator, which MindSpore takes for empty.
+        LayoutError: the file has no parameter or no operator.
     """
     check_full(file)
     out = [protobuf.number_field(1, file.current_stage)]
@@ -330,7 +327,7 @@ def to_bytes(file: StrategyFile) -> bytes:
         body = protobuf.bytes_field(1, o.name.encode())
         body += protobuf.bytes_field(2, protobuf.number_field(1, o.stage) + dims)
         out.append(protobuf.bytes_field(2, body))
-    for name, layout in named(file):
+    for name, layout in named_layouts(file):
         body = protobuf.bytes_field(1, name.encode()) + protobuf.bytes_field(
             2, _layout_bytes(layout)
         )
@@ -359,49 +356,49 @@ def _layout_bytes(layout: ParamLayout) -> bytes:
     )
 
 
-def named(file: StrategyFile) -> Iterable[tuple[str, ParamLayout]]:
-    """Every layout by the name it has in the file."""
+def named_layouts(file: StrategyFile) -> Iterable[tuple[str, ParamLayout]]:
+    """Yield every layout with its name in the file."""
     for stage, params in file.stages.items():
         for name, layout in params.items():
             yield (f"{stage}-{name}" if file.merged else name), layout
 
 
 def check_full(file: StrategyFile) -> None:
-    """Refuse to write a file that MindSpore takes for empty (LayoutError)."""
+    """Raise LayoutError for a file that MindSpore refuses as empty."""
     empty = [s for s, params in file.stages.items() if not params]
     if empty or not file.stages or not file.operators:
         raise LayoutError(
-            f"strategy file {file.path}: stage {format_list(map(str, empty)) or 0} holds no "
-            "parameter or no operator, and MindSpore refuses such a file as empty. Use fewer "
-            "pipeline stages."
+            f"strategy file {file.path}: stage {format_list(map(str, empty)) or 0} has no "
+            "parameters or no operators, and MindSpore refuses such a file. Use fewer pipeline "
+            "stages."
         )
 
 
 def check_size(path: str, num_bytes: int) -> None:
-    """Refuse a file too large to be a strategy file (FormatError)."""
+    """Raise FormatError for a file too large to be a strategy file."""
     if num_bytes > MAX_FILE_BYTES:
         raise FormatError(
-            f"{path} has {num_bytes} bytes; no strategy file has more than {MAX_FILE_BYTES}. "
-            "Is it a weight checkpoint?"
+            f"{path} has {num_bytes} bytes (expected at most {MAX_FILE_BYTES} in a strategy file). "
+            "Check that it is not a weight checkpoint."
         )
 
 
-# --- MindSpore strategy files as JSON
+# ---------------------------------------------------------------------------- JSON
 
 
 def to_json(file: StrategyFile) -> bytes:
-    """``file`` in the JSON form.
+    """Encode ``file`` as JSON.
 
     Raises:
-        LayoutError: a dim is split over several axes, for which JSON has no place.
+        LayoutError: a dim is split over several axes, which JSON cannot express.
     """
     check_full(file)
     layouts = {}
-    for name, one in named(file):
+    for name, one in named_layouts(file):
         if len(one.tensor_maps) != 1:
             raise LayoutError(
-                f"{name}: a dim split over several axes ({one.tensor_maps}) does not fit in a JSON "
-                "strategy. Write the binary form (.ckpt)."
+                f"{name}: JSON strategies cannot express a dim split over several axes "
+                f"({one.tensor_maps}). Write the binary form (.ckpt)."
             )
         layouts[name] = {
             "dev_matrix": list(one.dev_matrix),

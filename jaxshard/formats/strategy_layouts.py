@@ -1,15 +1,14 @@
-"""Device matrices and tensor maps as placements, and back.
+"""Conversions between placements and their stored forms: strategy numbers and layout files.
 
-    dev_matrix [4, 2]      axes   (d1, 4), (d0, 2)      an axis is called by its number in
+    dev_matrix [4, 2]      axes   (d1, 4), (d0, 2)      an axis is named by its number in
     tensor_map [0, -1]     spec   (d0,), ()             the tensor map, counted from the right
     opt step 2, size 2     axes   (d1_outer, 2), (d1, 2), (d0, 2)     spec  (d0, d1), ()
 
-The optimizer shard splits dim 0 once more over ranks that would hold replicas, from the
-innermost axis outward. So every parameter of a strategy file becomes a placement, and
-nothing further on knows of MindSpore. The way back is not unique; what is written means
-the same boxes, in the form in which MindSpore's own tools make the fewest mistakes.
-
-This module reads no file.
+The optimizer shard splits dim 0 further over ranks that would hold replicas, from the
+innermost axis outward. So every parameter of a strategy file has a placement, and other modules
+do not depend on MindSpore's form. The inverse is not unique: it returns the equivalent form that
+MindSpore's own tools handle best. Layouts that strategy files cannot express are stored in
+``layout.json``.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from .strategy_codec import ParamLayout
 
 @cached(4096)
 def placement(param: ParamLayout, stage: int = 0) -> Placement:
-    """The boxes that ``param`` gives the ranks of ``stage``.
+    """Convert the layout of a parameter in pipeline stage ``stage`` to a placement.
 
     Raises:
-        LayoutError: the parts are uneven, or the optimizer shard does not fit the replicas.
+        LayoutError: the split is uneven, or the optimizer shard does not match the replicas.
 
     >>> print(placement(ParamLayout((4, 2), ((0, -1),), 2, 2), stage=1))
     [d0+d1,-] over d1_outer2 d12 d02 from rank 8
     """
     if any(param.param_split_shape) or any(param.indices_offset):
         raise LayoutError(
-            f"it is cut into uneven parts (param_split_shape {param.param_split_shape}), which is "
-            "supported by no operation here. Save it from MindSpore with an even split."
+            f"uneven splits are not supported (param_split_shape {param.param_split_shape}). Save "
+            "it from MindSpore with an even split."
         )
     last = len(param.dev_matrix) - 1
     axes = tuple((f"d{last - i}", size) for i, size in enumerate(param.dev_matrix))
@@ -59,20 +58,20 @@ def _optimizer_sharded(plain: Placement, param: ParamLayout) -> Placement:
     ways = param.opt_weight_shard_size
     try:
         out = shard_dim_over_replicas(plain, ways)
-    except LayoutError:  # 3 ways of the 6 replicas of [3, 2]: neighbouring axes are one
+    except LayoutError:  # such as 3 of the 6 replicas on axes [3, 2]: merge adjacent axes
         out = shard_dim_over_replicas(_joined_replicas(plain), ways)
     step = _step(plain, out)
     if step and step != param.opt_weight_shard_step:
         raise LayoutError(
-            f"its optimizer shard has step {param.opt_weight_shard_step}, but neighbours among the "
-            f"replicas of {plain} are {step} ranks apart. Save it again without optimizer "
-            "parallelism, or report how it was written."
+            f"the optimizer shard has step {param.opt_weight_shard_step} (expected {step}, the "
+            f"distance of replicas of {plain}). Save it again without optimizer parallelism, or "
+            "report how it was written."
         )
     return out
 
 
 def _step(plain: Placement, sharded: Placement) -> int:
-    """Ranks between neighbours of the optimizer shard; 0 if there is only one part."""
+    """Return the rank distance of adjacent optimizer shards; 0 if there is only one."""
     chosen = [a for a in sharded.spec[0] if not plain.spec or a not in plain.spec[0]]
     if not chosen:
         return 0
@@ -81,7 +80,7 @@ def _step(plain: Placement, sharded: Placement) -> int:
 
 
 def _joined_replicas(plain: Placement) -> Placement:
-    """``plain`` with neighbouring axes that split nothing made one."""
+    """Merge adjacent axes that split no dim."""
     used = {a for axes in plain.spec for a in axes}
     axes = list[tuple[str, int]]()
     for name, size in plain.axes:
@@ -93,27 +92,27 @@ def _joined_replicas(plain: Placement) -> Placement:
 
 
 def full_shape(placement: Placement, local_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the whole tensor of which every rank has a box of ``local_shape``.
+    """Return the shape of the whole tensor if every rank has a box of ``local_shape``.
 
     Raises:
-        FormatError: the strategy tells of more dims than the tensor has.
+        FormatError: the strategy has more dims than the tensor.
 
     >>> full_shape(Placement((("mp", 2),), (("mp",),)), (16, 32))
     (32, 32)
     """
     if len(placement.spec) > len(local_shape):
         raise FormatError(
-            f"the strategy tells of {len(placement.spec)} dims, but the stored tensor has shape "
-            f"{local_shape}. Is the strategy of another model?"
+            f"the strategy has {len(placement.spec)} dims, but the stored tensor has shape "
+            f"{local_shape}. Check that the strategy belongs to this model."
         )
     return tuple(n * placement.ways(d) for d, n in enumerate(local_shape))
 
 
 def for_dims(placement: Placement, ndim: int) -> Placement:
-    """``placement`` as what it means for a tensor of ``ndim`` dims.
+    """Resolve the ambiguity of tensor maps for a tensor of ``ndim`` dims.
 
-    A tensor map is a list for each dim, or one list with a number for each dim. So one dim that
-    two axes split looks like two dims with an axis each, and only the tensor's shape tells.
+    A tensor map is one list per dim, or one list with a number per dim. So one dim split over
+    two axes looks like two dims with an axis each, until the tensor's shape is known.
 
     >>> two = Placement((("d1", 2), ("d0", 2)), (("d1",), ("d0",)))
     >>> print(for_dims(two, 1))
@@ -124,18 +123,18 @@ def for_dims(placement: Placement, ndim: int) -> Placement:
     return replace(placement, spec=(tuple(axes[0] for axes in placement.spec),))
 
 
-# ---------------------------------------------------------------------------- the way back
+# ---------------------------------------------------------------------------- to strategies
 
 
 @cached(4096)
 def param_layout(placement: Placement, ndim: int, *, optimizer_shard: bool = False) -> ParamLayout:
-    """``placement`` of a tensor of ``ndim`` dims in MindSpore's numbers.
+    """Convert the placement of a tensor of ``ndim`` dims to MindSpore's numbers.
 
-    A dim split over several axes is said, where possible, with the axes joined: MindSpore
-    loses data when it removes replicas of tensors with nested maps.
+    Axes that split one dim are merged where possible, because MindSpore loses data when it
+    removes replicas of tensors with nested maps.
 
     Raises:
-        LayoutError: a strategy file has no way to say it.
+        LayoutError: a strategy file cannot express the placement.
     """
     size = dict(placement.axes)
     spec = tuple(tuple(a for a in axes if size[a] > 1) for axes in placement.spec)
@@ -145,18 +144,18 @@ def param_layout(placement: Placement, ndim: int, *, optimizer_shard: bool = Fal
         return found
     flat = _joined_splits(placement)
     if all(len(axes) <= 1 for axes in flat.spec):
-        return _said(flat)
+        return _param_layout_of(flat)
     if found := _as_optimizer_shard(placement):
         return found
     if ndim == 1:
         raise LayoutError(
-            f"{placement}: a strategy file cannot say that the only dim of a tensor is split over "
-            "axes that are not neighbours. Reorder the mesh axes."
+            f"{placement}: strategy files cannot express a one-dim tensor split over axes that are "
+            "not adjacent. Reorder the mesh axes."
         )
-    return _said(placement)
+    return _param_layout_of(placement)
 
 
-def _said(placement: Placement, step: int = 0, ways: int = 0) -> ParamLayout:
+def _param_layout_of(placement: Placement, step: int = 0, ways: int = 0) -> ParamLayout:
     names = [a for a, _ in placement.axes]
     number = {a: len(names) - 1 - i for i, a in enumerate(names)}
     maps = tuple(tuple(number[a] for a in axes) or (-1,) for axes in placement.spec)
@@ -166,7 +165,7 @@ def _said(placement: Placement, step: int = 0, ways: int = 0) -> ParamLayout:
 
 
 def _joined_splits(placement: Placement) -> Placement:
-    """``placement`` with axes that are neighbours in the mesh and in a dim made one."""
+    """Merge axes that are adjacent both in the mesh and in a dim."""
     follows = {b: a for axes in placement.spec for a, b in pairwise(axes)}
     axes, alias = list[tuple[str, int]](), dict[str, str]()
     for name, size in placement.axes:
@@ -180,10 +179,10 @@ def _joined_splits(placement: Placement) -> Placement:
 
 
 def _as_optimizer_shard(placement: Placement) -> ParamLayout | None:
-    """``placement`` with as much of dim 0 as can be said as an optimizer shard, or None.
+    """Express as much of the split of dim 0 as possible as an optimizer shard, or return None.
 
-    MindSpore's offline tools get such a tensor right only if its other splits use the
-    innermost axes in the order of the dims; others are left to be said as tensor maps.
+    MindSpore's offline tools handle such a tensor correctly only if its other splits use the
+    innermost axes in the order of the dims; other placements become tensor maps.
     """
     first = placement.spec[0] if placement.spec else ()
     size = dict(placement.axes)
@@ -198,12 +197,12 @@ def _as_optimizer_shard(placement: Placement) -> ParamLayout | None:
             step, parts = _step(plain, placement), prod(map(base.ways, range(len(base.spec))))
             if same and step == parts and _in_order(base):
                 whole = base.num_ranks // parts == ways
-                return _said(base, step, -1 if whole else ways)
+                return _param_layout_of(base, step, -1 if whole else ways)
     return None
 
 
 def _unfactored(plain: Placement, chosen: Sequence[str]) -> Placement:
-    """``plain`` with the factors of axes in ``chosen`` made one again."""
+    """Merge the two factors of each axis in ``chosen`` again."""
     used = {a for axes in plain.spec for a in axes}
     axes = list[tuple[str, int]]()
     for name, size in plain.axes:
@@ -216,13 +215,21 @@ def _unfactored(plain: Placement, chosen: Sequence[str]) -> Placement:
 
 
 def _in_order(placement: Placement) -> bool:
-    """Whether no dim is split over several axes, and earlier dims over slower ones."""
+    """Return whether each dim has at most one axis, and earlier dims have slower axes."""
     names = [a for a, _ in placement.axes]
     used = [names.index(a) for axes in placement.spec for a in axes]
     return used == sorted(used) and all(len(axes) <= 1 for axes in placement.spec)
 
 
-# --- Layout files: a layout as JSON, where strategy files cannot express it
+# ---------------------------------------------------------------------------- layout files
+
+# Strategy files need stages of equally many ranks, each of which holds a part of every tensor of
+# the stage. Experts with names of their own, and custom rules, use a part of a stage. Tensors refer
+# to placements by number, because thousands share a few.
+#
+#   {"jaxshard_layout": 1, "num_ranks": 4, "stage_axes": [["dp", 2], ["mp", 2]],
+#    "placements": [{"axes": [["mp", 2]], "spec": [["mp"], []], "first_rank": 2}, …],
+#    "tensors": {"model.layers.0.mlp.experts.3.w1.weight": [0], …}}
 
 LAYOUT_FILE = "layout.json"
 
@@ -234,7 +241,7 @@ _MAX_DIMS = 64
 
 
 def find_layout_file(folder: Folder) -> str | None:
-    """The layout file at the top of ``folder``, or the one file it is, if there is one."""
+    """Return the layout file at the top of ``folder``, or its only file if that is one."""
     files = folder.files()
     path = next(iter(files)) if len(files) == 1 else LAYOUT_FILE
     if path not in files or "/" in path or not path.endswith(".json"):
@@ -244,28 +251,28 @@ def find_layout_file(folder: Folder) -> str | None:
 
 
 def layout_file_bytes(layout: Layout, names: Iterable[str]) -> bytes:
-    """The file that says where ``layout`` has the tensors ``names``."""
+    """Return the layout file of the tensors ``names``."""
     numbers: dict[Placement, int] = {}
     tensors = {
         name: [numbers.setdefault(p, len(numbers)) for p in layout.placements[name]]
         for name in names
     }
     placements = [{"axes": p.axes, "spec": p.spec, "first_rank": p.first_rank} for p in numbers]
-    told = {
+    root = {
         _MARK: _VERSION,
         "num_ranks": layout.num_ranks,
         "stage_axes": layout.stage_axes,
         "placements": placements,
         "tensors": tensors,
     }
-    return (json.dumps(told, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(root, ensure_ascii=False) + "\n").encode()
 
 
 def read_layout_file(folder: Folder, path: str) -> Layout:
-    """The layout that the file at ``path`` says.
+    """Read the layout file at ``path``.
 
     Raises:
-        FormatError: it is damaged, or says something that is no layout.
+        FormatError: the file is damaged or not a valid layout.
     """
     size = folder.files()[path].num_bytes
     if size > _MAX_BYTES:

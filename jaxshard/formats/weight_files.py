@@ -1,8 +1,8 @@
 """Single weight files, ``.safetensors`` and ``.ckpt``, behind one interface.
 
-What a safetensors header keeps in its metadata, a ``.ckpt`` has among its tensors: text,
-and which tensors are packed Int4. Here both become metadata, so that either kind can be
-written from either. This module knows nothing of ranks.
+A ``.ckpt`` stores text, and the names of packed Int4 tensors, among its tensors; safetensors
+stores them in the header's metadata. Both become metadata here, so either kind converts to the
+other. Also reads complete ``.ckpt`` checkpoints. This module does not depend on ranks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .output_files import Request, Result
 from .safetensors import FileLayout, StoredTensor
 
 INT4 = "Int4"  # MindSpore's safetensors have a metadata key for each such tensor, with this value
-_NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # said of the file, not kept in it
+_NOT_TEXT = {"format", "remove_redundancy", "crc_num"}  # describe the file itself
 _BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """What one file holds, in the order of its bytes."""
+    """Contents of one file, in byte order."""
 
     entries: tuple[StoredTensor, ...] = field(repr=False)
     metadata: Mapping[str, str]
@@ -37,11 +37,11 @@ class WeightFile:
 
 
 def read_weight_file(folder: Folder, path: str) -> WeightFile:
-    """The tensors in the file at ``path``, whose name says its kind, from headers only.
+    """Read the header of the ``.safetensors`` or ``.ckpt`` file at ``path``.
 
     Raises:
-        FormatError: it is damaged, encrypted, or not what its name says.
-        NotFoundError: there is no such file.
+        FormatError: the file is damaged, encrypted, or of another kind than its name.
+        NotFoundError: no such file.
     """
     if not path.endswith(".ckpt"):
         return _safetensors(safetensors.read_header(folder, path))
@@ -52,8 +52,7 @@ def read_weight_file(folder: Folder, path: str) -> WeightFile:
     kept = {name: text for name, text in header.strings.items() if name not in _NOT_TEXT}
     lost = sorted(header.strings.keys() - kept.keys())
     notes = [
-        f"{path}: its text called {name} is left out: that name is the format's own."
-        for name in lost
+        f"{path}: the text value {name} is dropped: the format reserves that name." for name in lost
     ]
     return WeightFile(header.entries, {**kept, **int4}, (*header.notes, *notes))
 
@@ -68,34 +67,36 @@ def _safetensors(header: safetensors.Header) -> WeightFile:
 
 
 def check_crc(folder: Folder, path: str) -> bool:
-    """Whether MindSpore put a checksum into the file, after comparing it with the file's bytes.
+    """Verify MindSpore's checksum of a file; return whether the file has one.
 
-    A ``.ckpt`` ends with that of all before. A safetensors file has in its metadata that of
-    every name and its bytes, in the order of the alphabet.
+    A ``.ckpt`` ends with the checksum of all preceding bytes. A safetensors file has in its
+    metadata the checksum of every name and tensor, in alphabetical order.
 
     Raises:
-        FormatError: the checksum is another one: the file is damaged.
-        NotFoundError: there is no such file.
+        FormatError: the checksum differs, so the file is damaged.
+        NotFoundError: no such file.
     """
     if path.endswith(".ckpt"):
         from . import mindspore_ckpt  # noqa: PLC0415 - as above
 
         return mindspore_ckpt.check_crc(folder, path)
-    if not safetensors.mentions(folder, path, b'"crc_num"'):  # nearly all: not worth parsing twice
+    if not safetensors.mentions(
+        folder, path, b'"crc_num"'
+    ):  # true of nearly all files, so the header is not parsed twice
         return False
     header = safetensors.read_header(folder, path)
-    told = header.metadata.get("crc_num")
-    if told is None or header.metadata.get("format") != "ms":
+    expected = header.metadata.get("crc_num")
+    if expected is None or header.metadata.get("format") != "ms":
         return False  # a tensor's name, or another program's number
     crc = 0
     for name, _, _, start, stop in sorted(header.entries):
         crc = zlib.crc32(name.encode(), crc)
         for at in range(start, stop, _BLOCK_BYTES):
             crc = zlib.crc32(folder.read(path, at, min(_BLOCK_BYTES, stop - at)), crc)
-    if told != str(crc):
+    if expected != str(crc):
         raise FormatError(
-            f"{path}: its checksum says crc32 {quote_name(told)}, but its tensors have {crc}. The "
-            "file is damaged; fetch it again."
+            f"{path}: the tensors have crc32 {crc} (expected {quote_name(expected)}). The file is "
+            "damaged; fetch it again."
         )
     return True
 
@@ -124,22 +125,22 @@ class CkptContainer:
         )
 
 
-# --- Complete ``.ckpt`` files: a model that MindSpore saved whole, in one file or a few
+# --- Complete .ckpt checkpoints: a whole model in one file or a few
 
 NAME = "model.ckpt"
 
 
 def recognise(folder: Folder, files: Mapping[str, File]) -> bool:
-    """Whether there are MindSpore weight files at the top; one alone may be encrypted too."""
+    """Return whether ``files`` have MindSpore weight files, perhaps encrypted, at their top."""
     kinds = [kind_of(folder, path) for path in _top(files)]
     return any(k in ("weights.ckpt", "AES-GCM", "AES-CBC", "SM4-CBC") for k in kinds)
 
 
 def read(folder: Folder) -> Catalog:
-    """The catalog of the ``.ckpt`` files at the top of ``folder``.
+    """Read the catalog of the ``.ckpt`` files at the top of ``folder``.
 
     Raises:
-        FormatError: a file is damaged or no weight file, or two hold the same name.
+        FormatError: a file is damaged or not a weight file, or two files hold the same name.
     """
     listed = folder.files()
     paths = _top(listed)
@@ -152,8 +153,8 @@ def read(folder: Folder) -> Catalog:
             if name in tensors:
                 first = paths[tensors[name].shards[0].file]
                 raise FormatError(
-                    f"{quote_name(name)} is in both {first} and {path}. Name the file that counts, "
-                    "not the folder."
+                    f"{quote_name(name)} is in both {first} and {path}. Pass one file instead of "
+                    "the folder."
                 )
             stored = tuple(StoredShard(number, at, box) for at, box in pieces)
             tensors[name] = Tensor(name, kind, shape, stored)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from ..core.catalog import group_by_bytes
 from ..errors import LayoutError
 from . import compiled, exchange, piecewise
 from .geometry import Move, all_device_boxes, device_boxes, senders
@@ -119,28 +120,16 @@ def _rounds(geometries: list[list[int]], ways: Sequence[Way]) -> Iterator[tuple[
     size = 1 if len(geometries) <= _FEW_GEOMETRIES else _MAX_TOGETHER
     while geometries:
         left = []
-        for chunk in _chunks(sorted(geometries, key=len), size, ways):
+        sized = (
+            (numbers, 2 * ways[numbers[0]].steps[0].move.shard_bytes)
+            for numbers in sorted(geometries, key=len)
+        )
+        for chunk in group_by_bytes(sized, _TOGETHER_BYTES, max_items=size):
             times = len(chunk[0])
             for nth in range(times):
                 yield tuple(numbers[nth] for numbers in chunk)
             left += [numbers[times:] for numbers in chunk if len(numbers) > times]
         geometries = left
-
-
-def _chunks(
-    ordered: Sequence[list[int]], size: int, ways: Sequence[Way]
-) -> Iterator[list[list[int]]]:
-    chunk: list[list[int]] = []
-    chunk_bytes = 0
-    for numbers in ordered:
-        weight = 2 * ways[numbers[0]].steps[0].move.shard_bytes
-        if chunk and (len(chunk) == size or chunk_bytes + weight > _TOGETHER_BYTES):
-            yield chunk
-            chunk, chunk_bytes = [], 0
-        chunk.append(numbers)
-        chunk_bytes += weight
-    if chunk:
-        yield chunk
 
 
 def _compile(

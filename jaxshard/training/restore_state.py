@@ -393,9 +393,9 @@ def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, ja
     ``load`` makes arrays that stay where they are; only ``device_put`` without a device does not.
     """
     found = {}
-    sizes = {name: catalog.tensors[name].num_bytes for name in names}
+    sized = [(name, catalog.tensors[name].num_bytes) for name in names]
     in_flight = default_budget() if where.host_bytes is None else where.host_bytes
-    for batch in group_by_bytes(sizes, in_flight):
+    for batch in group_by_bytes(sized, in_flight):
         values = _on_host(catalog, batch, where, allocate=aligned_empty)
         for name, value in values.items():
             with keeping_64_bits(value.itemsize):

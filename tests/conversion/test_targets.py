@@ -70,7 +70,7 @@ def test_what_strategy_files_cannot_say_our_own_does_and_a_note_tells():
     result = made(catalog("a", "b"), to=layout)
     assert set(result.side_files) == {"strategy/layout.json"}
     (note,) = result.outputs.layout.notes
-    assert note.startswith("strategy/layout.json says who holds what")
+    assert note.startswith("the layout is in strategy/layout.json, because")
 
 
 def test_a_dim_that_does_not_divide_is_refused_by_its_name():

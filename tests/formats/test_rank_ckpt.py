@@ -75,7 +75,7 @@ def test_a_damaged_checksum_stops_a_conversion_before_anything_is_made(
     path.write_bytes(data)
     for work in (lambda: js.verify(out), lambda: js.merge(out, tmp_path / "o", **QUICK)):
         with pytest.raises(
-            FormatError, match=r"rank_2/checkpoint_rank_2-1_10\.ckpt: its checksum says"
+            FormatError, match=r"rank_2/checkpoint_rank_2-1_10\.ckpt: the bytes have crc32"
         ):
             work()
     assert not (tmp_path / "o").exists()
@@ -96,7 +96,7 @@ def test_the_checksum_in_a_safetensors_file_is_compared_too(tmp_path: Path) -> N
     damaged(path, ms.weights(path)["a"][2])
     for work in (lambda: js.verify(path), lambda: js.merge(path, tmp_path / "p", **QUICK)):
         with pytest.raises(
-            FormatError, match=r"model\.safetensors: its checksum says crc32 [0-9]+,"
+            FormatError, match=r"model\.safetensors: the tensors have crc32 [0-9]+ .expected"
         ):
             work()
     other = path.read_bytes().replace(b'"format":"ms"', b'"format":"pt"')
@@ -115,7 +115,9 @@ def test_checksums_of_rank_files_are_compared_before_anything_is_made(
         write_ranks(ranks, lambda _, h=held: h, ranks=[rank], metadata={"crc_num": str(crc)})
     check_equal(merged(ranks, tmp_path / "o"), ARRAYS)
     damaged(ranks / "rank_2" / STEP.format(r=2), held_by(2)["wo"].tobytes())
-    with pytest.raises(FormatError, match=r"rank_2/net_rank_2-1_10\.safetensors: its checksum"):
+    with pytest.raises(
+        FormatError, match=r"rank_2/net_rank_2-1_10\.safetensors: the tensors have crc32"
+    ):
         js.load_rank(ranks, LAYOUT, 0)
 
 
@@ -138,7 +140,7 @@ def test_text_whose_name_is_the_formats_own_is_left_out_aloud(tmp_path: Path) ->
     strings = {"format": "mine", "crc_num": "7", "note": "kept"}
     (tmp_path / "model.ckpt").write_bytes(as_ckpt(ARRAYS, strings=strings))
     notes = js.open(tmp_path / "model.ckpt").notes
-    assert [n for n in notes if "is left out: that name is the format's own" in n] == [*notes]
+    assert [n for n in notes if "is dropped: the format reserves that name" in n] == [*notes]
     assert len(notes) == 2
     js.convert(tmp_path / "model.ckpt", tmp_path / "s", **QUICK)
     (written,) = (tmp_path / "s").glob("*.safetensors")

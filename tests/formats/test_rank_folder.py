@@ -306,8 +306,8 @@ def test_a_note_tells_which_weights_and_states_are_in_no_file(training: Path) ->
         held = {n: a for n, a in with_states(rank).items() if n not in ("wq", "adam_m.wq")}
         write_ranks(training, lambda _, held=held: held, ranks=[rank])
     notes = " ".join(js.open(training).notes)
-    assert "1 weights of the strategy are in no file: wq." in notes
-    assert "1 optimizer states of the strategy are in no file: adam_m.wq." in notes
+    assert "1 weights of the strategy are missing in the files: wq." in notes
+    assert "1 optimizer states of the strategy are missing in the files: adam_m.wq." in notes
 
 
 def test_a_tensor_of_no_strategy_is_kept_whichever_rank_has_it(tmp_path: Path) -> None:

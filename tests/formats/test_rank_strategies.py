@@ -72,7 +72,7 @@ def test_ranks_without_a_strategy_are_refused_and_one_alone_is_whole(
     alone = write_ranks(tmp_path / "a" / "b", lambda _: {**ARRAYS, **NUMBERS}, ranks=[0])
     catalog = js.open(alone)
     assert catalog.scalars == NUMBERS.keys()
-    assert any("are taken as whole" in note for note in catalog.notes)
+    assert any("are read as whole" in note for note in catalog.notes)
     several = write_ranks(tmp_path / "c" / "d")
     with pytest.raises(LayoutError, match=r"has 4 ranks but no strategy files.*--src-strategy"):
         js.open(several)
@@ -89,12 +89,12 @@ def test_the_wrong_thing_given_as_a_strategy_is_said_to_be_so(ranks: Path) -> No
     weights = write_ranks(ranks.parent / "w", name="net_rank_{r}-1_1.ckpt")
     with pytest.raises(FormatError, match="is a MindSpore weight checkpoint, not a strategy file"):
         js.open(ranks, src_strategy=weights / "rank_0" / "net_rank_0-1_1.ckpt")
-    with pytest.raises(CoverageError, match="none of the 3 tensors of the files is in"):
+    with pytest.raises(CoverageError, match="the strategy lacks all 3 tensors of the files"):
         js.open(ranks, src_strategy=golden("dp1mp4", "strategy"))
 
 
 @pytest.mark.parametrize(
-    ("stage", "why"), [(0, "has rank 4, 5, 6, 7, but"), (4, "stage 1 is given")]
+    ("stage", "why"), [(0, "has rank 4, 5, 6, 7, but"), (4, "got the strategy of stage 1 only")]
 )
 def test_the_strategy_of_one_stage_is_not_enough(stage: int, why: str) -> None:
     """MindSpore writes half a model, or none, and returns."""

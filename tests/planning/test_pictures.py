@@ -132,5 +132,5 @@ model.layers.0.input_layernorm.weight  BF16 (16,)
 │ 0 to 3 │
 └────────┘
 
-note: no files of rank 1, 4; replicas serve where they can.
+note: no files of rank 1, 4; replicas are read instead where possible.
 """
