@@ -211,7 +211,7 @@ def test_a_restored_step_logs_its_notes_once(
             n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for n, a in large.items()
         }
         manager.restore(target)
-    assert _logged(caplog, "are not in the strategy") == 1
+    assert _logged(caplog, "are missing in the strategy") == 1
 
 
 def test_a_restored_step_of_the_managers_own_returns_and_logs_its_notes(

@@ -350,7 +350,7 @@ def test_bytes_are_what_mindspore_reads() -> None:
     [
         ([("w", "F8_E4M3", (2,))], {}, "w: MindSpore's .ckpt has no dtype F8_E4M3"),
         ([("w", "C64", (2,))], {}, "has no dtype C64"),
-        ([("w", "F32", (0,))], {}, r"w has shape \(0,\)"),
+        ([("w", "F32", (0,))], {}, r"w: shape \(0,\) stands for a scalar"),
         ([("w", "F32", (2,)), ("w", "F32", (2,))], {}, "duplicate value name w"),
         ([("w", "F32", (2,))], {"strings": {"w": "x"}}, "duplicate value name w"),
         ([("w", "F32", (1,) * 33)], {}, "33 dims"),
@@ -426,7 +426,7 @@ def test_empty_parts_of_a_tensor_are_nothing() -> None:
         ),
         (
             field(1, field(2, b"")),
-            "a tensor without a dtype or without",
+            "a tensor without dtype or content",
         ),
         (value() + b"\x12\x00", "field 2 .expected a value"),
         (value() + b"crc_num123", "wire type 3"),

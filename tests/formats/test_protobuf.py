@@ -73,9 +73,9 @@ def test_a_list_may_be_packed_or_not() -> None:
         (b"\x08" + b"\xff" * 9 + b"\x7f", "a number"),  # 70 bits
         (b"\x08\x80", "a number"),  # ends with the file
         (b"\x08", "a number"),
-        (b"\x0a\x05abc", "a field of 5 bytes where 3 are left"),
-        (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "where 0 are left"),
-        (b"\x09\x00", "a field of 8 bytes where 1 are left"),
+        (b"\x0a\x05abc", "a field of 5 bytes with 3 left"),
+        (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "with 0 left"),
+        (b"\x09\x00", "a field of 8 bytes with 1 left"),
         (b"\x0b", "wire type 3"),  # groups nest without a length: no file here has them
         (b"\x0c", "wire type 4"),
         (b"\x0f\x00", "wire type 7"),
@@ -91,14 +91,14 @@ def test_a_field_cannot_leave_the_message_it_is_in() -> None:
     inner = b"\x0a\x04ab"  # claims 4 bytes; the file has them, the message does not
     data = protobuf.bytes_field(1, inner) + b"cd"
     _, _, start, stop = reader(data).field(0, len(data))
-    with pytest.raises(FormatError, match="4 bytes where 2 are left"):
+    with pytest.raises(FormatError, match="4 bytes with 2 left"):
         list(reader(data).fields(start, stop))
 
 
 def test_text_must_be_utf8_and_short() -> None:
     with pytest.raises(FormatError, match="a name that is not UTF-8"):
         reader(b"\xff\xfe").text(0, 2, 10, "a name")
-    with pytest.raises(FormatError, match="a name of 20 bytes .expected at most 10"):
+    with pytest.raises(FormatError, match=r"a name of 20 bytes .expected at most 10"):
         reader(b"a" * 20).text(0, 20, 10, "a name")
     assert reader("ü".encode()).text(0, 2, 2, "a name") == "ü"
 

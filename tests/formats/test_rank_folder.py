@@ -317,5 +317,5 @@ def test_a_tensor_of_no_strategy_is_kept_whichever_rank_has_it(tmp_path: Path) -
     source = write_ranks(
         tmp_path / "c", lambda r: {**held_by(r), **({"extra.table": table} if r == 3 else {})}
     )
-    assert any("1 tensors are not in the strategy" in note for note in js.open(source).notes)
+    assert any("1 tensors are missing in the strategy" in note for note in js.open(source).notes)
     check_equal(merged(source, tmp_path / "o"), {**ARRAYS, "extra.table": table})
