@@ -261,7 +261,7 @@ _INPUTS_FIRST = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filte
 _MOST_NESTED, _MOST_PARAMETERS = 6, 12
 
 
-class Part(NamedTuple):
+class ParameterPart(NamedTuple):
     """A tensor of the base, the expert whose factors it takes (None: all, one by one), and the
     row of the product that its first row is.
     """
@@ -285,7 +285,7 @@ class Parameter:
     name: str
     shape: tuple[int, int]
     experts: int
-    parts: tuple[Part, ...]
+    parts: tuple[ParameterPart, ...]
 
     def fits(self, pair: Adapter) -> bool:
         """Whether the product of ``pair`` has this shape, or the other way round."""
@@ -393,9 +393,9 @@ def find_parameter(name: str, names: BaseNames) -> Parameter | None:
     if own is not None:
         shape = names.known[own].shape
         if len(shape) == 2:
-            return Parameter(name, (shape[0], shape[1]), 0, (Part(own, None),))
+            return Parameter(name, (shape[0], shape[1]), 0, (ParameterPart(own, None),))
         if len(shape) == 3:
-            return Parameter(name, (shape[1], shape[2]), shape[0], (Part(own, None),))
+            return Parameter(name, (shape[1], shape[2]), shape[0], (ParameterPart(own, None),))
         return None
     for spelling, first in _first_experts(name):
         there = names.find(first)
@@ -420,7 +420,7 @@ def _of_experts(
     name: str, stem: str, spelling: Sequence[str], known: Mapping[str, Tensor]
 ) -> Parameter | None:
     """A parameter whose experts lie apart, each in the matrices of ``spelling``, row after row."""
-    parts: list[Part] = []
+    parts: list[ParameterPart] = []
     experts, shape = 0, (0, 0)
     while all((n := f"{stem}{experts}.{s}.weight") in known for s in spelling):
         row = 0
@@ -429,7 +429,7 @@ def _of_experts(
             tensor = known[n].shape
             if len(tensor) != 2:
                 return None
-            parts.append(Part(n, experts, row))
+            parts.append(ParameterPart(n, experts, row))
             row += tensor[0]
         if experts and shape != (row, tensor[1]):
             return None

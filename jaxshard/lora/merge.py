@@ -26,7 +26,7 @@ from .base_weights import (
     AdapterNames,
     BaseNames,
     Parameter,
-    Part,
+    ParameterPart,
     Targets,
     assigned,
     find_parameter,
@@ -203,10 +203,10 @@ def merged(
         others = {n: t for n, t in found.others.items() if n not in source.scalars}
         replaced = saved_beside(others, names, base, settings, notes)
         kept |= {n: _shifted(replace(t, name=n), shift) for n, t in replaced.items()}
-    how = _How(names, settings, Targets(settings.target_parameters), base, notes)
-    unscaled, done = 0, dict[Part, str]()
+    context = _MergeContext(names, settings, Targets(settings.target_parameters), base, notes)
+    unscaled, done = 0, dict[ParameterPart, str]()
     for pairs in grouped(found.adapters):
-        for pair, parameter, swapped in _parameters(pairs, how):
+        for pair, parameter, swapped in _parameters(pairs, context):
             moved = replace(pair, a=_shifted(pair.a, shift), b=_shifted(pair.b, shift))
             experts = max(1, parameter.experts)
             scaling = sign * settings.scaling_of(pair, parameter.name, experts)
@@ -233,7 +233,9 @@ def merged(
     return Merged(catalog, len(found.adapters), tuple(sorted(replaced)))
 
 
-def _refuse_twice(part: Part, pair: Adapter, done: dict[Part, str], settings: Settings) -> None:
+def _refuse_twice(
+    part: ParameterPart, pair: Adapter, done: dict[ParameterPart, str], settings: Settings
+) -> None:
     """Refuse two pairs that different names of the adapter lead to one tensor of the base."""
     before = done.setdefault(part, pair.a.name)
     if before != pair.a.name and not settings.keeps_ties:
@@ -263,7 +265,7 @@ def _refuse_two(base: Catalog, adapter: Catalog) -> None:
 
 
 @dataclass(frozen=True)
-class _How:
+class _MergeContext:
     """What is known while pairs are matched with the base's tensors."""
 
     names: BaseNames
@@ -273,42 +275,46 @@ class _How:
     notes: list[str]
 
 
-def _parameters(pairs: list[Adapter], how: _How) -> list[tuple[Adapter, Parameter, bool]]:
+def _parameters(
+    pairs: list[Adapter], context: _MergeContext
+) -> list[tuple[Adapter, Parameter, bool]]:
     """What each of ``pairs``, which adapt one module, is added to, and whether transposed."""
-    settings, module = how.settings, pairs[0].module
-    targets = how.targets.of(module)
+    settings, module = context.settings, pairs[0].module
+    targets = context.targets.of(module)
     named = [f"{module}.{target}" for target in targets if target != "weight"]
-    found = [p for name in named if (p := find_parameter(name, how.names)) is not None]
+    found = [p for name in named if (p := find_parameter(name, context.names)) is not None]
     if found:
         given = settings.fan_in_fan_out if settings.fan_is_given else None
         return [
-            (pair, to, to.is_swapped(pair, given, how.base.model, how.notes))
+            (pair, to, to.is_swapped(pair, given, context.base.model, context.notes))
             for pair, to in assigned(pairs, found)
         ]
     if len(pairs) > 1 or pairs[0].depth:
         if named:
-            raise how.names.missing(pairs[0].a.name, spellings(named[0]))
+            raise context.names.missing(pairs[0].a.name, spellings(named[0]))
         raise LayoutError(
             f"{pairs[-1].a.name} adapts a parameter of {module} other than its weight, and "
             f"{settings.where or 'no config'} does not name it in target_parameters. Put the "
             "adapter_config.json that PEFT saved with the adapter into its folder."
         )
-    return [_of_module(pairs[0], how, is_parameter="weight" in targets, otherwise=named)]
+    return [_of_module(pairs[0], context, is_parameter="weight" in targets, otherwise=named)]
 
 
 def _of_module(
-    pair: Adapter, how: _How, *, is_parameter: bool, otherwise: list[str]
+    pair: Adapter, context: _MergeContext, *, is_parameter: bool, otherwise: list[str]
 ) -> tuple[Adapter, Parameter, bool]:
     """The weight of the module that ``pair`` adapts, and whether the product is transposed."""
-    names = how.names
-    name = tied_to(pair.weight, names, how.base, how.settings, how.notes) or names.find(pair.weight)
+    names = context.names
+    name = tied_to(pair.weight, names, context.base, context.settings, context.notes) or names.find(
+        pair.weight
+    )
     if name is None:
         tried = [pair.weight, *(s for n in otherwise for s in spellings(n))]
         raise names.missing(pair.a.name, tried)
-    swapped = _is_swapped(names.known[name], pair, how.settings, how.notes)
+    swapped = _is_swapped(names.known[name], pair, context.settings, context.notes)
     rows, columns = names.known[name].shape
     known_as = pair.weight if is_parameter else pair.module
-    return pair, Parameter(known_as, (rows, columns), 0, (Part(name, None),)), swapped
+    return pair, Parameter(known_as, (rows, columns), 0, (ParameterPart(name, None),)), swapped
 
 
 @dataclass(frozen=True)
@@ -333,7 +339,7 @@ class _Product:
         return AddProduct(a, b, self.scaling, (rows, columns), some, self.reproducible)
 
 
-def _added(weight: Tensor, part: Part, product: _Product) -> Tensor:
+def _added(weight: Tensor, part: ParameterPart, product: _Product) -> Tensor:
     """``weight`` with what ``part`` says of ``product`` added."""
     if not is_plain_float(weight.dtype):
         raise LayoutError(

@@ -4,7 +4,7 @@ q  (n·d, H) ──┐
 k  (m·d, H) ──┼─ Fuse ── Transpose ── Stack over layers ──→ one tensor; a rank reads of
 v  (m·d, H) ──┘                                             each file what its shard holds
 
-Each name is fetched when it is first used: who only needs how boxes lie reads no tables.
+Names are imported on first access, so that layouts do not import the tables.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..core.lazy_imports import lazy_getattr
 
 if TYPE_CHECKING:
     from .group_ops import ROWS, Dequantize, Fuse, Stack, Tie, Unfuse, Unstack, Untie
-    from .mapping import Mapping, Origin, read_mapping, write_mapping
+    from .mapping import MappedFrom, Mapping, read_mapping, write_mapping
     from .ops import (
         Cast,
         Drop,
@@ -44,7 +44,7 @@ _HOME = {
     "Mapping": "mapping",
     "Merge": "ops",
     "Op": "ops",
-    "Origin": "mapping",
+    "MappedFrom": "mapping",
     "Pad": "ops",
     "ROWS": "group_ops",
     "Rename": "ops",
@@ -77,10 +77,10 @@ __all__ = [
     "Drop",
     "Expect",
     "Fuse",
+    "MappedFrom",
     "Mapping",
     "Merge",
     "Op",
-    "Origin",
     "Pad",
     "Rename",
     "Repeat",

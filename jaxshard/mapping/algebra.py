@@ -1,7 +1,7 @@
-"""The tensor algebra in which every mapping operation is written.
+"""The tensor algebra of mapping operations, and the checks that all its implementations share.
 
-The same operation runs on tensors in files (as geometry, see ``geometry``), on values in
-memory (as expressions, see ``expressions``) and on placements (see ``placing``).
+The same operation runs on tensors in files (``tensors.Geometry``), on arrays in memory
+(``arrays.Expressions``) and on placements (``layouts.Placing``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Algebra(Protocol[T]):
-    """What can be done with a tensor ``T``; shapes are always known."""
+    """Operations on a tensor type ``T`` with known shapes."""
 
     def shape(self, x: T) -> tuple[int, ...]:
         """Elements along each dim."""
@@ -37,7 +37,7 @@ class Algebra(Protocol[T]):
         ...
 
     def join(self, xs: Sequence[T], dim: int, name: str) -> T:
-        """``xs`` one after the other along ``dim``; ``name`` is for errors."""
+        """``xs`` concatenated along ``dim``; ``name`` is for errors."""
         ...
 
     def repeat(self, x: T, dim: int, times: int) -> T:
@@ -45,7 +45,7 @@ class Algebra(Protocol[T]):
         ...
 
     def pad(self, x: T, dim: int, length: int) -> T:
-        """``x`` with zeros after it along ``dim``, up to ``length``."""
+        """``x`` padded with zeros along ``dim`` to ``length``."""
         ...
 
     def cast(self, x: T, dtype: DType) -> T:
@@ -53,28 +53,28 @@ class Algebra(Protocol[T]):
         ...
 
     def scaled(self, x: T, scale: T, block: tuple[int, int], dtype: DType) -> T:
-        """The true values of a matrix whose blocks each have a factor in ``scale``."""
+        """The dequantized values of a matrix with a factor for each block in ``scale``."""
         ...
 
 
-# --- Checks: what every algebra refuses, said alike of tensors in files and of arrays in memory
+# --- Checks: one message for tensors in files and for arrays in memory
 
 Shape = tuple[int, ...]
 
 
 def check_numbers(word: str, least: int = 0, **numbers: int) -> None:
-    """Refuse fields of an operation that are less than ``least``."""
+    """Refuse fields of an operation below ``least``."""
     for name, n in numbers.items():
         if n < least:
             why = " Dims are counted from 0." if name == "dim" else ""
-            raise LayoutError(f"{word}: {name} = {n}; it must be {least} or more.{why}")
+            raise LayoutError(f"{word}: {name} = {n} must be {least} or more.{why}")
 
 
 def length_of(shape: Shape, dim: int, what: str = "") -> int:
-    """The elements along ``dim``; ``what`` goes before a message.
+    """Return the length of ``dim``; ``what`` is the prefix of errors.
 
     Raises:
-        LayoutError: there is no such dim.
+        LayoutError: no such dim.
     """
     if not 0 <= dim < len(shape):
         raise LayoutError(
@@ -84,15 +84,16 @@ def length_of(shape: Shape, dim: int, what: str = "") -> int:
 
 
 def check_order(name: str, order: Sequence[int], shape: Shape) -> None:
-    """Refuse what is no order of the dims of ``shape``."""
+    """Refuse an order that is not a permutation of the dims of ``shape``."""
     if sorted(order) != list(range(len(shape))):
         raise LayoutError(
-            f"{name}: {tuple(order)} is not an order of the {len(shape)} dims of shape {shape}."
+            f"{name}: {tuple(order)} is not a permutation of the {len(shape)} dims of shape "
+            f"{shape}."
         )
 
 
 def check_reshape(name: str, old: Shape, new: Shape) -> None:
-    """Refuse another number of elements."""
+    """Refuse a shape with another number of elements."""
     if prod(new) != prod(old):
         raise LayoutError(
             f"{name}: shape {old} has {prod(old)} elements and cannot become {new}, which has "
@@ -101,15 +102,15 @@ def check_reshape(name: str, old: Shape, new: Shape) -> None:
 
 
 def check_cut(name: str, shape: Shape, dim: int, start: int, stop: int) -> None:
-    """Refuse a part that is empty or outside."""
+    """Refuse a slice that is empty or out of bounds."""
     if not 0 <= start < stop <= length_of(shape, dim, name):
-        raise LayoutError(f"{name}: {start}:{stop} is no part of dim {dim} of shape {shape}.")
+        raise LayoutError(f"{name}: {start}:{stop} is not a slice of dim {dim} of shape {shape}.")
 
 
 def check_join(
     target: str, dim: int, parts: Sequence[tuple[str, Shape, DType | str | None]]
 ) -> None:
-    """Refuse tensors (name, shape, dtype) whose dtypes, or whose other dims, differ."""
+    """Refuse tensors (name, shape, dtype) with different dtypes or other dims."""
     first, shape, dtype = parts[0]
     length_of(shape, dim, target)
     for name, other, kind in parts[1:]:
@@ -118,46 +119,45 @@ def check_join(
         )
         if not same or kind != dtype:
             raise LayoutError(
-                f"{target}: {first} ({dtype}, {shape}) and {name} ({kind}, {other}) do not join "
+                f"{target}: {first} ({dtype}, {shape}) and {name} ({kind}, {other}) cannot be "
+                "joined "
                 f"along dim {dim}. Cast or reshape one of them first."
             )
 
 
 def check_repeat(name: str, shape: Shape, dim: int) -> None:
-    """Refuse a dim of several elements."""
+    """Refuse to repeat a dim that is not of length 1."""
     if length_of(shape, dim, name) != 1:
         raise LayoutError(
-            f"{name}: dim {dim} of shape {shape} has {shape[dim]} elements; only 1 can be repeated."
+            f"{name}: dim {dim} of shape {shape} has {shape[dim]} elements, expected 1 to repeat."
         )
 
 
 def check_cast(old: DType, new: DType) -> None:
-    """Refuse to cut off what is behind the point."""
+    """Refuse a cast that truncates values."""
     if old.name.startswith("C") and not new.name.startswith("C"):
         raise LayoutError(f"{old} to {new} would lose the imaginary parts.")
     if is_float(old) and not is_float(new):
-        raise LayoutError(
-            f"{old} to {new} would cut off fractions, and what is too large. Cast to a float."
-        )
+        raise LayoutError(f"{old} to {new} would truncate fractions and overflow. Cast to a float.")
 
 
 def check_scales(
     name: str, shape: Shape, scale: str, scale_shape: Shape, block: tuple[int, int]
 ) -> None:
-    """Refuse factors that are not one for each block of a matrix."""
+    """Refuse factors whose shape is not that of the blocks of a matrix."""
     expected = tuple(-(-n // b) for n, b in zip(shape, block, strict=False))
     if len(shape) != 2 or scale_shape != expected:
         raise LayoutError(
             f"{name}: shape {shape} in blocks of {block[0]} x {block[1]} needs scales of shape "
-            f"{expected}, and {scale} has {scale_shape}."
+            f"{expected}, but {scale} has {scale_shape}."
         )
 
 
 def dtype_of(word: str, name: str) -> DType:
-    """The dtype that an operation says.
+    """Return the dtype of an operation by its name.
 
     Raises:
-        LayoutError: there is none of that name.
+        LayoutError: no such dtype.
     """
     try:
         return dtypes.dtype(name)

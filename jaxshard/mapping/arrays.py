@@ -1,7 +1,7 @@
-"""Mappings applied to arrays in memory, by NumPy or JAX.
+"""Mappings applied to arrays in memory, with NumPy or JAX.
 
-Layers of a model have one expression between them, with other leaves, so it is compiled
-once. This module imports JAX only where it evaluates with it.
+All layers of a model share one expression with different leaves, so it is compiled once. JAX
+is imported only to evaluate JAX arrays.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from .algebra import (
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A value made from others: ``kind`` says how. A leaf has none, and a name or a number.
+    """A lazy array: an operation ``kind`` on ``inputs``; a leaf is a named or numbered array.
 
     Attributes:
-        dtype: NumPy's name of it.
-        name: of the tensor that it is made of, for messages.
+        dtype: the NumPy name of the dtype.
+        how: the operation's arguments.
+        name: the source tensor, for messages.
     """
 
     kind: str
@@ -45,12 +46,12 @@ class Expression:
 
 
 def leaf(name: str | int, shape: tuple[int, ...], dtype: str) -> Expression:
-    """A value that is given."""
+    """Return the expression of an existing array."""
     return Expression("leaf", shape, dtype, (), (name,), str(name))
 
 
 class Expressions:
-    """The algebra of values in memory: what to compute is written down, and nothing is."""
+    """The algebra of lazy arrays: it records operations and computes nothing."""
 
     @staticmethod
     def shape(x: Expression) -> tuple[int, ...]:
@@ -77,7 +78,7 @@ class Expressions:
 
     @staticmethod
     def join(xs: Sequence[Expression], dim: int, name: str) -> Expression:
-        """``xs`` one after the other along ``dim``."""
+        """``xs`` concatenated along ``dim``."""
         check_join(name, dim, [(x.name, x.shape, x.dtype) for x in xs])
         shape = _with_length(xs[0].shape, dim, sum(x.shape[dim] for x in xs))
         return Expression("join", shape, xs[0].dtype, tuple(xs), (dim,), name)
@@ -90,7 +91,7 @@ class Expressions:
 
     @staticmethod
     def pad(x: Expression, dim: int, length: int) -> Expression:
-        """``x`` with zeros after it along ``dim``, up to ``length``."""
+        """``x`` padded with zeros along ``dim`` to ``length``."""
         return _of(x, "pad", _with_length(x.shape, dim, length), dim)
 
     @staticmethod
@@ -104,7 +105,7 @@ class Expressions:
     def scaled(
         x: Expression, scale: Expression, block: tuple[int, int], dtype: DType
     ) -> Expression:
-        """The true values of a matrix whose blocks each have a factor in ``scale``."""
+        """The dequantized values of a matrix with a factor for each block in ``scale``."""
         check_scales(x.name, x.shape, scale.name, scale.shape, block)
         name = numpy_dtype(dtype).name
         return Expression("scaled", x.shape, name, (x, scale), (block, dtype), x.name)
@@ -119,10 +120,10 @@ def _with_length(shape: tuple[int, ...], dim: int, length: int) -> tuple[int, ..
 
 
 def evaluate(made: Mapping[str, Expression], arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of ``made``: on the devices if ``arrays`` are JAX's, else with NumPy.
+    """Evaluate ``made``: on the devices of JAX arrays, otherwise with NumPy.
 
     Raises:
-        LayoutError: a value would be made of arrays on different devices.
+        LayoutError: the inputs of one result are on different devices.
     """
     import numpy as np  # noqa: PLC0415 - descriptions do without it
 
@@ -140,34 +141,33 @@ def evaluate(made: Mapping[str, Expression], arrays: Mapping[str, Any]) -> dict[
             result[name] = np.asarray(value(general, inputs, np), order="C")
         else:
             together.setdefault(leaves, []).append(name)
-    for leaves, names in together.items():  # layers of one stack are one program, not one each
+    for leaves, names in together.items():  # the layers of one stack share one program
         program = _compiled(tuple(numbered[name][0] for name in names))
         result |= zip(names, program(*(arrays[x] for x in leaves)), strict=True)
     return {name: result[name] for name in made}
 
 
 def _check_together(name: str, leaves: Sequence[str], arrays: Mapping[str, Any]) -> None:
-    """Refuse what no one program can compute: its inputs are on different devices."""
+    """Refuse inputs on different devices, which no single program can read."""
     sets: dict[frozenset[Any], str] = {}
     for x in leaves:
         sharding = getattr(arrays[x], "sharding", None)
         if sharding is not None and len(leaves) > 1:
             sets.setdefault(frozenset(sharding.device_set), x)
     if len(sets) > 1:
-        said = (
+        places = (
             f"{x} on {format_list((str(n) for n in sorted(d.id for d in devices)), 8)}"
             for devices, x in sets.items()
         )
         raise LayoutError(
-            f"{name} is made of arrays that lie on different devices ({format_list(said, 2)}), "
-            "as those "
-            "of several pipeline stages do. Bring them onto one mesh first: "
-            'jaxshard.reshard(arrays, "dp1mp8"), with as many ranks as there are devices.'
+            f"{name}: its sources are on different devices ({format_list(places, 2)}), such as "
+            "those of several pipeline stages. Move them onto one mesh first: "
+            'jaxshard.reshard(arrays, "dp1mp8"), with as many ranks as devices.'
         )
 
 
 def _numbered(expression: Expression) -> tuple[Expression, tuple[str, ...]]:
-    """``expression`` with numbers for its leaves' names, the same for every layer; the names."""
+    """Replace leaf names by numbers, which all layers share; also return the names."""
     numbers: dict[str, int] = {}
 
     def general(x: Expression) -> Expression:
@@ -180,7 +180,7 @@ def _numbered(expression: Expression) -> tuple[Expression, tuple[str, ...]]:
 
 @cached(1024)
 def _compiled(expressions: tuple[Expression, ...]) -> Any:
-    import jax  # noqa: PLC0415 - only who has arrays on devices has JAX
+    import jax  # noqa: PLC0415 - only for JAX arrays
     import jax.numpy as jnp  # noqa: PLC0415
 
     def program(*inputs: Any) -> tuple[Any, ...]:
@@ -190,7 +190,7 @@ def _compiled(expressions: tuple[Expression, ...]) -> Any:
 
 
 def value(expression: Expression, inputs: Sequence[Any], xp: Any) -> Any:
-    """The value of an expression whose leaves are numbers of ``inputs``, with NumPy or jnp."""
+    """Evaluate an expression whose leaves are indices of ``inputs``, with NumPy or jnp."""
     kind, how, shape = expression.kind, expression.how, expression.shape
     if kind == "leaf":
         return inputs[how[0]]

@@ -19,20 +19,20 @@ from ..errors import LayoutError, NotFoundError, format_list
 from .algebra import Algebra, T, check_numbers, dtype_of, length_of
 from .ops import Op, check_same_holes, put
 
-WITHOUT_BLOCKS = (0, 0)  # a factor is for all of a tensor, or for a row
-ROWS = -1  # as many groups as rows: what is fused alternates row by row
+WITHOUT_BLOCKS = (0, 0)  # one factor for the tensor, or one for each row
+ROWS = -1  # as many groups as rows: the sources alternate row by row
 
 
 @dataclass(frozen=True, slots=True)
 class Fuse(Op):
-    """Several tensors as one: in each of ``groups`` equal parts of ``dim``, one after the other.
+    """Concatenate several tensors along ``dim`` in each of ``groups`` equal parts.
 
     Attributes:
         sources: their names, in order.
         target: the fused name.
-        parts: how many rows of each go together, in any common measure (heads, say).
+        parts: rows of each source in a group, in any common unit (such as heads).
         groups: 1 for blocks, kv heads for grouped attention, -1 for row by row.
-        dim: the dim that becomes longer.
+        dim: the dim that grows.
     """
 
     word: ClassVar[str] = "fuse"
@@ -47,7 +47,7 @@ class Fuse(Op):
         _check_parts(self.word, self.sources, self.parts, self.groups, self.dim)
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors, those of each set as one."""
+        """The tensors with each set joined."""
         result: dict[str, T] = {}
         for name, tensor in tensors.items():
             which, found = _which(self.sources, name)
@@ -58,7 +58,7 @@ class Fuse(Op):
             missing = [n for n in names if n not in tensors]
             if missing:
                 raise NotFoundError(
-                    f"{self.word} {fill(self.target, found)}: {name} is there, but "
+                    f"{self.word} {fill(self.target, found)}: {name} exists, but "
                     f"{format_list(missing)} "
                     f"{'is' if len(missing) == 1 else 'are'} missing."
                 )
@@ -74,8 +74,8 @@ class Fuse(Op):
         unit, rest = divmod(sum(lengths), groups * sum(self.parts))
         if rest or lengths != [groups * p * unit for p in self.parts]:
             raise LayoutError(
-                f"{self.word} {name}: the sources have {lengths} rows along dim {self.dim}; in "
-                f"{groups} groups of parts {self.parts} that does not go."
+                f"{self.word} {name}: the sources have {lengths} rows along dim {self.dim}, which "
+                f"cannot be divided into {groups} groups with parts {self.parts}."
             )
         if groups == 1:
             return algebra.join(xs, self.dim, name)
@@ -88,13 +88,13 @@ class Fuse(Op):
         return algebra.reshape(joined, (*shapes[0][:d], sum(lengths), *shapes[0][d + 1 :]))
 
     def inverse(self) -> Unfuse:
-        """Take them apart."""
+        """Return the operation that splits them again."""
         return Unfuse(self.target, self.sources, self.parts, self.groups, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Unfuse(Op):
-    """One tensor as the several that ``Fuse`` made it of."""
+    """Split a fused tensor into its sources: the inverse of ``Fuse``."""
 
     word: ClassVar[str] = "unfuse"
     source: str
@@ -108,7 +108,7 @@ class Unfuse(Op):
         _check_parts(self.word, self.targets, self.parts, self.groups, self.dim)
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors, the fused ones taken apart."""
+        """The tensors with fused ones split."""
         result: dict[str, T] = {}
         for name, tensor in tensors.items():
             found = match(self.source, name)
@@ -126,8 +126,8 @@ class Unfuse(Op):
         unit, rest = divmod(length, groups * total)
         if rest:
             raise LayoutError(
-                f"{self.word} {name}: dim {d} of shape {shape} is not {groups} groups of parts "
-                f"{self.parts}."
+                f"{self.word} {name}: dim {d} of shape {shape} cannot be divided into {groups} "
+                f"groups with parts {self.parts}."
             )
         grouped = algebra.reshape(x, (*shape[:d], groups, total * unit, *shape[d + 1 :]))
         parts, at = [], 0
@@ -139,19 +139,19 @@ class Unfuse(Op):
         return parts
 
     def inverse(self) -> Fuse:
-        """Fuse them again."""
+        """Return the fusion."""
         return Fuse(self.targets, self.source, self.parts, self.groups, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Dequantize(Op):
-    """Matrices stored in blocks with a factor each (FP8), as their true values.
+    """Dequantize matrices whose blocks share a factor each (FP8).
 
     Attributes:
-        weight: their name; one without a scale stays as it is.
-        scale: the name of the factors, which are then gone.
-        block: rows and columns that share a factor; (0, 0) for one factor of the tensor, or
-            one of each row, as the shape of the factors is.
+        weight: pattern of the weights; one without factors stays unchanged.
+        scale: pattern of the factors, which are dropped.
+        block: rows and columns that share a factor; (0, 0) for one factor for the tensor or
+            for each row, depending on the shape of the factors.
         dtype: of the values.
     """
 
@@ -165,12 +165,12 @@ class Dequantize(Op):
         if len(self.block) != 2 or (min(self.block) < 1 and self.block != WITHOUT_BLOCKS):
             raise LayoutError(
                 f"dequantize: block {self.block} must be two numbers of 1 or more (rows, columns), "
-                "or [0, 0] for a factor of the tensor or of each row."
+                "or [0, 0] for one factor for the tensor or for each row."
             )
         dtype_of(self.word, self.dtype)
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors with true values, less the factors."""
+        """The dequantized tensors without the factors."""
         kind = dtype_of(self.word, self.dtype)
         result: dict[str, T] = {}
         for name, tensor in tensors.items():
@@ -193,23 +193,22 @@ class Dequantize(Op):
         shape, own = algebra.shape(tensor), algebra.shape(factors)
         if len(shape) != 2 or own not in ((), (1,), (1, 1), shape[:1], (*shape[:1], 1)):
             raise LayoutError(
-                f"{self.word}: factors of shape {own} are neither one for a weight of shape "
-                f"{shape} nor one for each of its rows. Give the rows and columns that share a "
-                "factor as block."
+                f"{self.word}: factors of shape {own} for a weight of shape {shape}; expected one "
+                "for the weight or one for each row. Set block to the rows and columns that share "
+                "a factor."
             )
         rows = prod(own)
         factors = algebra.reshape(factors, (rows, 1))
         return algebra.scaled(tensor, factors, (max(1, shape[0] // rows), max(1, shape[1])), kind)
 
     def inverse(self) -> Op:
-        """There is none.
+        """Raise, because the factors cannot be recovered.
 
         Raises:
             LayoutError: always.
         """
         raise LayoutError(
-            "dequantize has no inverse: the factors would have to be chosen anew. Save the values "
-            f"as {self.dtype}."
+            f"dequantize has no inverse: the factors are lost. Save the values as {self.dtype}."
         )
 
 
@@ -225,26 +224,26 @@ def _check_parts(
 ) -> None:
     if not names or len(names) != len(parts) or min(parts) < 1:
         raise LayoutError(
-            f"{word}: {len(names)} names need as many parts of 1 or more, not {parts}."
+            f"{word}: {len(names)} names need {len(names)} parts of 1 or more, got {parts}."
         )
     check_numbers(word, dim=dim)
     if groups != ROWS:
         check_numbers(word, 1, groups=groups)
 
 
-# --- Operations on layers and experts: many tensors of one kind as one, and tensors that are copies
+# --- Stacks of layers and experts, and tied tensors
 
-_MOST = 1_000_000  # of what is stacked: no model has more, and a loop over more would not end
+_MAX_STACKED = 1_000_000  # no model has more; an untrusted length must not loop for hours
 
 
 @dataclass(frozen=True, slots=True)
 class Stack(Op):
-    """The tensors that differ in ``index`` as one, along a new ``dim``.
+    """Stack the tensors that differ in ``index`` along a new ``dim``.
 
     Attributes:
-        source: their name; ``target`` has the same placeholders but ``index``.
-        first: the number of the first (of layers of a second kind, say).
-        count: how many there are; others stay as they are. By default all that there are.
+        source: pattern of the sources; ``target`` has the same placeholders except ``index``.
+        first: the first index (not 0 for a second kind of layers).
+        count: how many to stack, by default all; tensors with other indices stay unchanged.
     """
 
     word: ClassVar[str] = "stack"
@@ -260,7 +259,7 @@ class Stack(Op):
         _check_stack(self.word, self.dim, self.first, self.count)
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors, those of each set as one."""
+        """The tensors with each set joined."""
         sets: dict[str, dict[int, str]] = {}
         targets: dict[str, str] = {}
         for name in tensors:
@@ -271,7 +270,7 @@ class Stack(Op):
             other = sets.setdefault(target, {}).setdefault(number, name)
             if other != name:
                 raise LayoutError(
-                    f"two sources for one target: {other} and {name} would both be {self.index} "
+                    f"two sources for one target: {other} and {name} both become {self.index} "
                     f"{number} of {target}."
                 )
         result: dict[str, T] = {}
@@ -291,16 +290,16 @@ class Stack(Op):
         last = max(members) if self.count is None else self.first + self.count - 1
         if min(members) < self.first:
             raise NotFoundError(
-                f"{self.word} {target}: {members[min(members)]} comes before the first, "
+                f"{self.word} {target}: {members[min(members)]} precedes the first, "
                 f"{self.index} {self.first}."
             )
         num_missing = last + 1 - self.first - len(members)
         if num_missing:
             missing = (i for i in itertools.count(self.first) if i not in members)
-            said = ", ".join(str(i) for i in itertools.islice(missing, min(num_missing, 5)))
+            listed = ", ".join(str(i) for i in itertools.islice(missing, min(num_missing, 5)))
             more = f" and {num_missing - 5} more" if num_missing > 5 else ""
             raise NotFoundError(
-                f"{self.word} {target}: {self.index} {said}{more} of {self.first} to {last} "
+                f"{self.word} {target}: {self.index} {listed}{more} of {self.first} to {last} "
                 f"{'is' if num_missing == 1 else 'are'} missing."
             )
         return [members[i] for i in sorted(members)]
@@ -308,18 +307,20 @@ class Stack(Op):
     def _stacked(self, xs: Sequence[T], target: str, algebra: Algebra[T]) -> T:
         d = self.dim
         if d > len(algebra.shape(xs[0])):
-            raise LayoutError(f"{self.word} {target}: there is no dim {d} to stack along.")
+            raise LayoutError(
+                f"{self.word} {target}: no dim {d} to stack along in shape {algebra.shape(xs[0])}."
+            )
         thick = [algebra.reshape(x, (*(s := algebra.shape(x))[:d], 1, *s[d:])) for x in xs]
         return algebra.join(thick, d, target)
 
     def inverse(self) -> Unstack:
-        """Take them apart."""
+        """Return the operation that splits them again."""
         return Unstack(self.target, self.source, self.index, self.dim, self.first, self.count)
 
 
 @dataclass(frozen=True, slots=True)
 class Unstack(Op):
-    """One tensor as many, one for each element of ``dim``: what ``Stack`` made one of."""
+    """Split a tensor along ``dim`` into one for each index: the inverse of ``Stack``."""
 
     word: ClassVar[str] = "unstack"
     source: str
@@ -334,7 +335,7 @@ class Unstack(Op):
         _check_stack(self.word, self.dim, self.first, self.count)
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors, the stacked ones taken apart."""
+        """The tensors with stacked ones split."""
         result: dict[str, T] = {}
         for name, tensor in tensors.items():
             found = match(self.source, name)
@@ -343,10 +344,10 @@ class Unstack(Op):
                 continue
             shape, d = algebra.shape(tensor), self.dim
             length = length_of(shape, d, f"{self.word} {name}")
-            if length > _MOST or self.count not in (None, length):
+            if length > _MAX_STACKED or self.count not in (None, length):
                 raise LayoutError(
-                    f"{self.word} {name}: dim {d} of shape {shape} has {length} elements; there "
-                    f"can be {self.count or f'{_MOST} at most'}."
+                    f"{self.word} {name}: dim {d} of shape {shape} has {length} elements, "
+                    f"expected {self.count or f'at most {_MAX_STACKED}'}."
                 )
             for i in range(length):
                 one = algebra.cut(tensor, d, i, i + 1)
@@ -356,50 +357,49 @@ class Unstack(Op):
         return result
 
     def inverse(self) -> Stack:
-        """Stack them again."""
+        """Return the stacking."""
         return Stack(self.target, self.source, self.index, self.dim, self.first, self.count)
 
 
 @dataclass(frozen=True, slots=True)
 class Tie(Op):
-    """Leave out tensors that are copies of others (of the embedding, say).
+    """Drop tensors that are copies of others (such as a tied head).
 
     Attributes:
-        copies: (copy, original), by name.
-        beside: a name; a model that has it gets its copies again on the way back.
+        copies: pairs (copy, original) of names.
     """
 
     word: ClassVar[str] = "tie"
     copies: tuple[tuple[str, str], ...]
-    beside: str
+    beside: str  # the inverse restores the copies only in models with this tensor
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors less the copies."""
+        """The tensors without the copies."""
         result = dict(tensors)
         for copy, original in self.copies:
             if copy in result and original not in result:
                 raise NotFoundError(
-                    f"{self.word}: {copy} is a copy of {original}, which is missing. Add that, or "
-                    "leave the copy out (exclude=, --exclude)."
+                    f"{self.word}: {copy} is a copy of {original}, which is missing. Add it, or "
+                    "exclude the copy (exclude=, --exclude)."
                 )
             result.pop(copy, None)
         return result
 
     def inverse(self) -> Untie:
-        """Copy again."""
+        """Return the operation that restores the copies."""
         return Untie(self.copies, self.beside)
 
 
 @dataclass(frozen=True, slots=True)
 class Untie(Op):
-    """Tensors twice, where a model that has ``beside`` wants copies of them."""
+    """Duplicate tied tensors: the inverse of ``Tie``."""
 
     word: ClassVar[str] = "untie"
     copies: tuple[tuple[str, str], ...]
     beside: str
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors and their copies, as far as the originals are there."""
+        """The tensors and a copy of each original that exists."""
         result = dict(tensors)
         if self.beside in tensors:
             for copy, original in self.copies:
@@ -408,20 +408,20 @@ class Untie(Op):
         return result
 
     def inverse(self) -> Tie:
-        """Leave the copies out."""
+        """Return the operation that drops the copies."""
         return Tie(self.copies, self.beside)
 
 
 def _number(name: str, digits: str) -> int:
-    """The number of a layer or an expert.
+    """Parse the number of a layer or an expert.
 
     Raises:
-        LayoutError: it is none.
+        LayoutError: not a number.
     """
     if not digits.isdecimal() or len(digits) > 9:
         raise LayoutError(
-            f"{name[:80]}: {digits[:20]!r} is no number of a layer or an expert. Placeholders "
-            "called {layer}, {expert} or {index} stand for numbers only."
+            f"{name[:80]}: {digits[:20]!r} is not a number of a layer or an expert. Name the "
+            "placeholder {layer}, {expert} or {index}: these match numbers only."
         )
     return int(digits)
 
@@ -435,7 +435,7 @@ def _check_stack(word: str, dim: int, first: int, count: int | None) -> None:
 def _check_index(word: str, many: str, one: str, index: str) -> None:
     if index not in holes(many) or index in holes(one):
         raise LayoutError(
-            f"{word}: {{{index}}} must be in the name of the many ({many}) and not in that of "
-            f"the one ({one})."
+            f"{word}: {{{index}}} must be in the name of the unstacked tensors ({many}) and not in "
+            f"that of the stack ({one})."
         )
     check_same_holes(word, (many, one), but=(index,))

@@ -1,8 +1,8 @@
-"""Layouts of mapped models, derived from those of their sources.
+"""Layouts of mapped models, derived from the layouts of their sources.
 
-A dim that ranks share stays shared wherever the mapping takes it: rows become columns with
-``Transpose``, fused heads stay with their ranks, and layers of several pipeline stages that
-are stacked become one dim which the stages share.
+A sharded dim stays sharded through every operation: ``Transpose`` turns rows into columns,
+fused heads stay on their ranks, and stacked layers of several pipeline stages become one dim
+that is sharded over the stages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STAGES = "pp"
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A shape, and where it is: one placement for each set of ranks that holds it."""
+    """A shape and its placements, one for each set of ranks that holds it."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,12 +30,12 @@ class Placed:
 
     @property
     def spec(self) -> Spec:
-        """The axes that split each dim; the same in every placement."""
+        """The axes that split each dim, equal in all placements."""
         spec = self.placements[0].spec
         return spec + ((),) * (len(self.shape) - len(spec))
 
     def ways(self, dim: int) -> int:
-        """Into how many parts ``dim`` is split."""
+        """Return the number of parts of ``dim``."""
         return self.placements[0].ways(dim)
 
 
@@ -54,14 +54,14 @@ class Placing:
 
     @staticmethod
     def reshape(x: Placed, shape: tuple[int, ...]) -> Placed:
-        """A dim that is split keeps its axes where it is the outermost of those it becomes."""
+        """A sharded dim keeps its axes if it becomes the outermost of its new dims."""
         spec: list[tuple[str, ...]] = []
         for old, new in _groups(x.shape, shape):
             outer = next((d for d in old if x.shape[d] != 1), None)
             split = [d for d in old if x.spec[d]]
             target = next((d for d in new if shape[d] != 1), None)
             if split and (split != [outer] or shape[target or 0] % x.ways(split[0])):
-                raise LayoutError(_uncut(x, split[0], shape, target))
+                raise LayoutError(_indivisible(x, split[0], shape, target))
             spec += [
                 x.spec[outer] if split and outer is not None and d == target else () for d in new
             ]
@@ -75,7 +75,7 @@ class Placing:
 
     @staticmethod
     def join(xs: Sequence[Placed], dim: int, name: str) -> Placed:
-        """What lies alike stays so; what lies in several stages becomes split by stages."""
+        """Equal placements are kept; those of several stages become a dim split by stages."""
         first = xs[0]
         shape = (*first.shape[:dim], sum(x.shape[dim] for x in xs), *first.shape[dim + 1 :])
         if all(x.placements == first.placements for x in xs):
@@ -94,17 +94,17 @@ class Placing:
 
     @staticmethod
     def cast(x: Placed, dtype: DType) -> Placed:
-        """The same place."""
+        """The same placements."""
         return x
 
     @staticmethod
     def scaled(x: Placed, scale: Placed, block: tuple[int, int], dtype: DType) -> Placed:
-        """The same place."""
+        """The same placements."""
         return x
 
 
 def placed(tensors: Dict[str, Tensor], layout: Layout) -> dict[str, Placed]:
-    """The tensors that ``layout`` places."""
+    """Return the tensors that ``layout`` places."""
     return {
         n: Placed(n, t.shape, layout.placements[n])
         for n, t in tensors.items()
@@ -119,7 +119,7 @@ def _with(x: Placed, shape: tuple[int, ...], spec: Spec) -> Placed:
 def _groups(
     old: tuple[int, ...], new: tuple[int, ...]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Dims of two shapes with the same elements, in groups that have equal products."""
+    """Group the dims of two shapes so that the products of each group are equal."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         a, b = [i] if i < len(old) else [], [j] if j < len(new) else []
@@ -133,13 +133,13 @@ def _groups(
     return groups
 
 
-def _uncut(x: Placed, dim: int, shape: tuple[int, ...], target: int | None) -> str:
+def _indivisible(x: Placed, dim: int, shape: tuple[int, ...], target: int | None) -> str:
     axes = ", ".join(f"{a}={dict(x.placements[0].axes)[a]}" for a in x.spec[dim])
     groups = shape[target or 0]
     return (
-        f"{x.name}: {axes} cuts dim {dim} of shape {x.shape} in {x.ways(dim)}, but as {shape} it "
-        f"has {groups} groups (kv heads, say), which that does not divide. Use a divisor of "
-        f"{groups}, repeat the kv heads, or give rules for the new names."
+        f"{x.name}: {axes} splits dim {dim} of shape {x.shape} in {x.ways(dim)}, which does not "
+        f"divide the {groups} groups (such as kv heads) of its new shape {shape}. Use a divisor of "
+        f"{groups}, repeat the kv heads, or pass rules for the new names."
     )
 
 
@@ -155,11 +155,11 @@ def _over_stages(xs: Sequence[Placed], dim: int, name: str) -> Placement:
         raise LayoutError(
             f"{name}: {xs[0].name} is {xs[0].placements[0]}, but "
             + next(f"{x.name} is {x.placements[0]}" for x in xs if x.placements != xs[0].placements)
-            + ". What is joined must lie alike, or in stages of as many tensors each."
+            + ". Joined tensors must have equal placements, or equally many must be in each stage."
         )
     axes = xs[0].placements[0].axes
     axis = STAGES
-    while axis in dict(axes):  # of experts that are split already, say
+    while axis in dict(axes):  # such as experts that are split already
         axis += "_outer"
     spec = tuple((axis,) if d == dim else before for d, before in enumerate(xs[0].spec))
     return Placement(((axis, len(stages)), *axes), spec, stages[0])

@@ -1,10 +1,20 @@
-"""Mappings: a list of operations that makes one model's tensors from another's.
+"""Mappings: lists of operations that turn one model's tensors into another's, and their TOML.
 
     catalog of files ──→ catalog whose tensors are strided views of the same files
     arrays           ──→ arrays, computed where they are
 
-Optimizer states (``adam_m.NAME`` …) go the way of the weight whose name follows; tensors
-that are no weights (``global_step``) stay as they are.
+Optimizer states (``adam_m.NAME``) are mapped like the weight NAME; training scalars
+(``global_step``) stay unchanged.
+
+    name = "mine:theirs"
+
+    [[op]]
+    op = "rename"
+    rules = [["h.{layer}.{rest*}", "layers.{layer}.{rest*}"]]
+
+    [[op]]
+    op = "transpose"
+    names = ["layers.{layer}.mlp.kernel"]
 """
 
 from __future__ import annotations
@@ -30,7 +40,7 @@ from .tensors import Geometry
 
 @dataclass(frozen=True)
 class Mapping:
-    """Operations, in order. Plain data: it prints, compares, pickles and is saved as TOML.
+    """A sequence of operations: plain data that can be printed, pickled and saved as TOML.
 
     >>> from .ops import Rename, Transpose
     >>> there = Mapping((Rename((("{x*}.weight", "{x*}.kernel"),)), Transpose(("{x*}.kernel",))))
@@ -43,21 +53,23 @@ class Mapping:
     name: str = ""
 
     def apply(self, catalog: Catalog) -> Catalog:
-        """``catalog`` with the target's names and shapes. Nothing is read.
+        """Return ``catalog`` with the target's names and shapes, without reading data.
 
         Raises:
-            NotFoundError: a tensor is missing, or has no rule.
-            LayoutError: shapes do not fit, or two sources make one target.
+            NotFoundError: a tensor is missing, or no rule matches it.
+            LayoutError: shapes do not fit, or two sources have one target.
         """
         made = self.tensors(catalog.tensors, Geometry(), catalog.scalars)
         renamed = {n: t if t.name == n else replace(t, name=n) for n, t in made.items()}
-        origin = Origin(catalog, self)
-        told = {k: v for k, v in catalog.metadata.items() if k not in catalog.tensors}
-        told |= {n: catalog.metadata[t.name] for n, t in made.items() if t.name in catalog.metadata}
-        return replace(catalog, tensors=renamed, layout=None, metadata=told, origin=origin)
+        origin = MappedFrom(catalog, self)
+        metadata = {k: v for k, v in catalog.metadata.items() if k not in catalog.tensors}
+        metadata |= {
+            n: catalog.metadata[t.name] for n, t in made.items() if t.name in catalog.metadata
+        }
+        return replace(catalog, tensors=renamed, layout=None, metadata=metadata, origin=origin)
 
     def inverse(self) -> Mapping:
-        """The mapping back.
+        """Return the inverse mapping.
 
         Raises:
             LayoutError: an operation has no inverse.
@@ -67,30 +79,30 @@ class Mapping:
         return Mapping(tuple(op.inverse() for op in reversed(self.ops)), back)
 
     def then(self, other: Mapping) -> Mapping:
-        """This mapping, and ``other`` on its result."""
+        """Compose with ``other``, which is applied second."""
         names = (self.name.split(":")[0], other.name.split(":")[-1])
         return Mapping((*self.ops, *other.ops), ":".join(n for n in names if n))
 
     def place(
         self, layout: Layout, tensors: Dict[str, Tensor], scalars: frozenset[str] = frozenset()
     ) -> Layout:
-        """The layout of what ``tensors`` become, when they lie as ``layout`` says.
+        """Return the layout of the mapped ``tensors`` if theirs is ``layout``.
 
         Raises:
-            LayoutError: what ranks share is no whole part of a target (fewer kv heads than mp).
+            LayoutError: a sharded dim cannot be divided in the target (fewer kv heads than mp).
         """
         made = self.tensors(placed(tensors, layout), Placing(), scalars)
         placements = {n: x.placements for n, x in made.items()}
         return replace(layout, placements=placements)
 
     def apply_arrays(self, arrays: Dict[str, Any], scalars: Iterable[str] = ()) -> dict[str, Any]:
-        """Arrays by name as arrays by the target's names: JAX's stay on their devices.
+        """Apply the mapping to arrays; JAX arrays stay on their devices.
 
-        A dim that devices share stays shared wherever the mapping takes it.
+        Sharded dims stay sharded.
 
         Raises:
             JaxshardError: as ``apply``.
-            LayoutError: one result is made of arrays on different devices (pipeline stages).
+            LayoutError: one result has sources on different devices (pipeline stages).
         """
         kept = frozenset(scalars)
         leaves = {n: leaf(n, tuple(x.shape), x.dtype.name) for n, x in arrays.items()}
@@ -100,7 +112,7 @@ class Mapping:
     def tensors(
         self, tensors: Dict[str, T], algebra: Algebra[T], scalars: frozenset[str] = frozenset()
     ) -> dict[str, T]:
-        """What becomes of ``tensors``, in the words of ``algebra``."""
+        """Apply the operations to ``tensors`` with ``algebra``."""
         result = {n: t for n, t in tensors.items() if n in scalars}
         for prefix, group in _by_prefix(tensors, scalars).items():
             made = group
@@ -119,14 +131,14 @@ class Mapping:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a mapped catalog comes from; see ``catalog.Origin``."""
+class MappedFrom:
+    """The source and mapping of a mapped catalog; implements ``catalog.Origin``."""
 
     catalog: Catalog
     mapping: Mapping
 
     def place(self, layout: Layout) -> Layout:
-        """The layout of the mapped tensors, when the catalog's own lie as ``layout`` says."""
+        """Return the layout of the mapped tensors if the catalog's own is ``layout``."""
         return self.mapping.place(layout, self.catalog.tensors, self.catalog.scalars)
 
 
@@ -153,10 +165,10 @@ _KINDS: dict[str, type[Op]] = {
 
 
 def read_mapping(text: str, where: str = "the mapping") -> Mapping:
-    r"""The mapping that ``text`` says, in TOML.
+    r"""Parse a mapping from TOML.
 
     Raises:
-        LayoutError: not TOML, an unknown operation, or a field that is missing or wrong.
+        LayoutError: not TOML, an unknown operation, or a field that is missing or invalid.
 
     >>> read_mapping('[[op]]\nop = "transpose"\nnames = ["w"]').ops
     (Transpose(names=('w',), order=(1, 0)),)
@@ -164,16 +176,16 @@ def read_mapping(text: str, where: str = "the mapping") -> Mapping:
     data = parse_toml(text, where)
     strange = data.keys() - {"name", "op"}
     if strange:
-        raise LayoutError(f"{where}: {sorted(strange)[0]} is not known; there are name and [[op]].")
+        raise LayoutError(f"{where}: unknown key {sorted(strange)[0]}; expected name and [[op]].")
     listed = data.get("op", [])
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-        raise LayoutError(f"{where}: operations are tables in a list; write [[op]] above each.")
+        raise LayoutError(f"{where}: operations must be a list of tables. Write [[op]] above each.")
     made = [from_dict(entry, f"{where}, operation {i + 1}") for i, entry in enumerate(listed)]
     return Mapping(tuple(made), str(data.get("name", "")))
 
 
 def write_mapping(mapping: Mapping) -> str:
-    """``mapping`` as TOML, which ``read_mapping`` reads back."""
+    """Write ``mapping`` as TOML, which ``read_mapping`` parses."""
     lines = [f"name = {json.dumps(mapping.name)}"] if mapping.name else []
     for op in mapping.ops:
         lines += ["", "[[op]]"]
@@ -184,7 +196,7 @@ def write_mapping(mapping: Mapping) -> str:
 
 
 def to_dict(op: Op) -> dict[str, Any]:
-    """``op`` as plain data."""
+    """Convert ``op`` to plain data."""
     found: dict[str, Any] = {"op": op.word}
     for f in fields(op):
         value = getattr(op, f.name)
@@ -194,16 +206,16 @@ def to_dict(op: Op) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any], where: str = "operation") -> Op:
-    """The operation that ``to_dict`` gave as ``data``.
+    """Convert the result of ``to_dict`` back to an operation.
 
     Raises:
-        LayoutError: unknown, or a field is missing or wrong.
+        LayoutError: unknown operation, or a field is missing or invalid.
     """
     word = data.get("op")
     kind = _KINDS.get(word) if isinstance(word, str) else None
     if kind is None:
         raise LayoutError(
-            f"{where}: op = {word!r} is not known; there are {', '.join(_KINDS)}."
+            f"{where}: unknown op = {word!r} (known: {', '.join(_KINDS)})."
             f"{did_you_mean(str(word), _KINDS)}"
         )
     known = {f.name: f for f in fields(kind)}
@@ -224,7 +236,7 @@ _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "str": (str,), "bool": (bo
 
 
 def _checked(value: Any, kind: str, where: str) -> Any:
-    """``value``, lists as tuples, if it is what the field's type (as text) says."""
+    """Return ``value`` with lists as tuples, checked against the field's type (a text)."""
     frozen = _frozen(value)
     base = kind.removesuffix(" | None")
     if base in _TYPES:

@@ -1,8 +1,8 @@
 """Operations on single tensors, with their inverses.
 
-An operation says which tensors it is about by names with placeholders (see ``names``) and
-what becomes of them in the words of an ``Algebra``; it never knows what a tensor is. Those
-that make one tensor of several, or several of one, are in ``joins``.
+An operation selects tensors by names with placeholders (``core.patterns``) and transforms them
+with an ``Algebra``; it does not depend on the type of a tensor. Operations that join several
+tensors or split one are in ``group_ops``.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Op:
         raise NotImplementedError
 
     def inverse(self) -> Op:
-        """The operation that undoes this one.
+        """Return the operation that undoes this one.
 
         Raises:
-            LayoutError: there is none; what was lost is said.
+            LayoutError: no inverse exists; the message states what was lost.
         """
         raise LayoutError(f"{self.word} has no inverse: {self}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Rename(Op):
-    """Each name by the first rule that matches; a name without a rule stays.
+    """Rename by the first rule that matches; a name without a rule stays.
 
     >>> Rename((("h.{layer}.{x*}", "layers.{layer}.{x*}"),)).apply({"h.0.w": 1}, None)
     {'layers.0.w': 1}
@@ -68,16 +68,16 @@ class Rename(Op):
         return fill(new, found)
 
     def inverse(self) -> Rename:
-        """The rules the other way round."""
+        """Return the rules with old and new names swapped."""
         return Rename(tuple((new, old) for old, new in self.rules))
 
 
 @dataclass(frozen=True, slots=True)
 class Drop(Op):
-    """Leave tensors out.
+    """Drop tensors.
 
-    With ``rebuilt`` the model that lacks them makes them itself (rotary frequencies …), so
-    that going back does not need them either.
+    With ``rebuilt`` the target model computes them itself (rotary frequencies), so the inverse
+    does not need them either.
     """
 
     word: ClassVar[str] = "drop"
@@ -85,27 +85,27 @@ class Drop(Op):
     rebuilt: bool = False
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors but those."""
+        """The remaining tensors."""
         patterns = Patterns(self.names, placeholders)
         return {n: t for n, t in tensors.items() if patterns.find(n) is None}
 
     def inverse(self) -> Drop:
-        """Itself, where nothing was lost."""
+        """Return this operation, if ``rebuilt``."""
         if not self.rebuilt:
-            raise LayoutError(f"drop has no inverse: {', '.join(self.names)} would be missing.")
+            raise LayoutError(f"drop has no inverse: {', '.join(self.names)} is lost.")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Expect(Op):
-    """Refuse a name that is none of these: what no rule is about is said, not carried along."""
+    """Refuse names that match no pattern, so that no tensor is passed through unnoticed."""
 
     word: ClassVar[str] = "expect"
     names: Names
     what: str = "the table"
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """The tensors as they are."""
+        """The unchanged tensors."""
         patterns = Patterns(self.names, placeholders)
         strange = [name for name in tensors if patterns.find(name) is None]
         if strange:
@@ -118,18 +118,18 @@ class Expect(Op):
         return dict(tensors)
 
     def inverse(self) -> Expect:
-        """Itself."""
+        """Return this operation."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class _Each(Op):
-    """An operation on each tensor that ``names`` are about."""
+    """An operation on each tensor whose name matches ``names``."""
 
     names: Names
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
-        """All tensors, those changed."""
+        """All tensors; those that match are changed."""
         patterns = Patterns(self.names, placeholders)
         result = dict(tensors)
         for name, tensor in tensors.items():
@@ -141,13 +141,13 @@ class _Each(Op):
         return result
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
-        """``x`` after the operation."""
+        """Return ``x`` after the operation."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Transpose(_Each):
-    """Dim ``i`` becomes what dim ``order[i]`` was."""
+    """Transpose: dim ``i`` of the result is dim ``order[i]`` of the source."""
 
     word: ClassVar[str] = "transpose"
     order: tuple[int, ...] = (1, 0)
@@ -155,8 +155,8 @@ class Transpose(_Each):
     def __post_init__(self) -> None:
         if sorted(self.order) != list(range(len(self.order))):
             raise LayoutError(
-                f"transpose: order {self.order} must name each of its {len(self.order)} dims once, "
-                f"from 0 to {len(self.order) - 1}."
+                f"transpose: order must list each dim from 0 to {len(self.order) - 1} once, got "
+                f"{self.order}."
             )
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
@@ -164,14 +164,14 @@ class Transpose(_Each):
         return algebra.transpose(x, self.order)
 
     def inverse(self) -> Transpose:
-        """The order that undoes this one."""
+        """Return the transpose with the inverse order."""
         back = tuple(self.order.index(i) for i in range(len(self.order)))
         return replace(self, order=back)
 
 
 @dataclass(frozen=True, slots=True)
 class Split(_Each):
-    """One dim becomes several, of ``sizes``; one of them may be -1, for what is left."""
+    """Split one dim into several of ``sizes``, of which one may be -1 for the rest."""
 
     word: ClassVar[str] = "split"
     dim: int
@@ -181,7 +181,7 @@ class Split(_Each):
         check_numbers(self.word, dim=self.dim)
         _check_sizes(self.word, self.sizes)
         if self.sizes.count(-1) > 1:
-            raise LayoutError(f"split: of sizes {self.sizes} only one may be -1, for what is left.")
+            raise LayoutError(f"split: at most one of sizes may be -1, got {self.sizes}.")
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
         """``x`` with more dims."""
@@ -190,13 +190,13 @@ class Split(_Each):
         return algebra.reshape(x, (*shape[: self.dim], *sizes, *shape[self.dim + 1 :]))
 
     def inverse(self) -> Merge:
-        """Merge them again."""
+        """Return the merge of the dims."""
         return Merge(self.names, self.dim, self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
 class Merge(_Each):
-    """Several dims, the first of which is ``dim``, become one; ``sizes`` are theirs."""
+    """Merge the dims of ``sizes`` that begin at ``dim`` into one."""
 
     word: ClassVar[str] = "merge"
     dim: int
@@ -219,22 +219,22 @@ class Merge(_Each):
         return algebra.reshape(x, (*shape[: self.dim], prod(found), *shape[end:]))
 
     def inverse(self) -> Split:
-        """Split it again.
+        """Return the split into ``sizes``.
 
         Raises:
-            LayoutError: ``sizes`` leave open how.
+            LayoutError: more than one size is -1.
         """
         if self.sizes.count(-1) > 1:
             raise LayoutError(
-                f"merge of {', '.join(self.names)} has no inverse, for sizes {self.sizes} do not "
-                "say how to split again. Give all but one."
+                f"merge of {', '.join(self.names)} has no inverse: sizes {self.sizes} leave more "
+                "than one length open. Set all but one."
             )
         return Split(self.names, self.dim, self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
 class Slice(_Each):
-    """The elements ``start:stop`` along ``dim``; the rest is lost."""
+    """Keep the elements ``start:stop`` along ``dim``; the rest is lost."""
 
     word: ClassVar[str] = "slice"
     dim: int
@@ -246,67 +246,63 @@ class Slice(_Each):
         check_numbers(self.word, self.start + 1, stop=self.stop)
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
-        """A part of ``x``."""
+        """Return a slice of ``x``."""
         return algebra.cut(x, self.dim, self.start, self.stop)
 
 
 @dataclass(frozen=True, slots=True)
-class Pad(_Each):
-    """Zeros after the ``length`` elements of ``dim``, up to ``to``."""
-
-    word: ClassVar[str] = "pad"
+class _Padding(_Each):
     dim: int
     length: int
     to: int
 
     def __post_init__(self) -> None:
-        _check_padding(self.word, self.dim, self.length, self.to)
+        check_numbers(self.word, dim=self.dim, length=self.length)
+        check_numbers(self.word, self.length, to=self.to)
+
+
+@dataclass(frozen=True, slots=True)
+class Pad(_Padding):
+    """Pad ``dim`` with zeros from ``length`` to ``to`` elements."""
+
+    word: ClassVar[str] = "pad"
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
-        """``x`` and zeros."""
+        """Return ``x``, padded."""
         shape = algebra.shape(x)
         length = length_of(shape, self.dim)
         if length != self.length:
             raise LayoutError(
-                f"dim {self.dim} of shape {shape} has {length} elements; it is to be padded from "
-                f"{self.length} to {self.to}."
+                f"dim {self.dim} of shape {shape} has {length} elements, expected {self.length} to "
+                f"pad to {self.to}."
             )
         return x if self.to == self.length else algebra.pad(x, self.dim, self.to)
 
     def inverse(self) -> Unpad:
-        """Cut the zeros off."""
+        """Return the removal of the padding."""
         return Unpad(self.names, self.dim, self.length, self.to)
 
 
 @dataclass(frozen=True, slots=True)
-class Unpad(_Each):
-    """The first ``length`` of the ``to`` elements of ``dim``; the rest is padding."""
+class Unpad(_Padding):
+    """Remove padding: keep the first ``length`` of the ``to`` elements of ``dim``."""
 
     word: ClassVar[str] = "unpad"
-    dim: int
-    length: int
-    to: int
-
-    def __post_init__(self) -> None:
-        _check_padding(self.word, self.dim, self.length, self.to)
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
-        """``x`` less its padding."""
+        """Return ``x`` without its padding."""
         shape = algebra.shape(x)
         if length_of(shape, self.dim) != self.to:
-            raise LayoutError(f"dim {self.dim} of shape {shape} was to have {self.to} elements.")
+            raise LayoutError(f"dim {self.dim} of shape {shape} must have {self.to} elements.")
         return algebra.cut(x, self.dim, 0, self.length)
 
     def inverse(self) -> Pad:
-        """Pad again."""
+        """Return the padding."""
         return Pad(self.names, self.dim, self.length, self.to)
 
 
 @dataclass(frozen=True, slots=True)
-class Repeat(_Each):
-    """``dim`` in ``groups`` (kv heads), each ``times`` times in a row."""
-
-    word: ClassVar[str] = "repeat"
+class _Repetition(_Each):
     groups: int
     times: int
     dim: int = 0
@@ -315,8 +311,15 @@ class Repeat(_Each):
         check_numbers(self.word, dim=self.dim)
         check_numbers(self.word, 1, groups=self.groups, times=self.times)
 
+
+@dataclass(frozen=True, slots=True)
+class Repeat(_Repetition):
+    """Repeat each of ``groups`` groups of ``dim`` (kv heads) ``times`` times."""
+
+    word: ClassVar[str] = "repeat"
+
     def change(self, x: T, algebra: Algebra[T]) -> T:
-        """``x``, longer."""
+        """Return ``x`` with repeated groups."""
         shape = algebra.shape(x)
         (groups, inner) = _filled((self.groups, -1), shape, self.dim)
         before, after = shape[: self.dim], shape[self.dim + 1 :]
@@ -325,28 +328,21 @@ class Repeat(_Each):
         return algebra.reshape(x, (*before, groups * self.times * inner, *after))
 
     def inverse(self) -> Unrepeat:
-        """Keep the first of each."""
+        """Return the operation that keeps the first copy of each group."""
         return Unrepeat(self.names, self.groups, self.times, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
-class Unrepeat(_Each):
-    """Of each of ``groups`` groups that is there ``times`` times, the first.
+class Unrepeat(_Repetition):
+    """Keep the first of ``times`` copies of each of ``groups`` groups.
 
-    The others are not compared with it: nothing of them is read.
+    The other copies are not read, and so not compared with the first.
     """
 
     word: ClassVar[str] = "unrepeat"
-    groups: int
-    times: int
-    dim: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self.word, dim=self.dim)
-        check_numbers(self.word, 1, groups=self.groups, times=self.times)
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
-        """``x``, shorter."""
+        """Return ``x`` without repeated groups."""
         shape = algebra.shape(x)
         groups, times, inner = _filled((self.groups, self.times, -1), shape, self.dim)
         before, after = shape[: self.dim], shape[self.dim + 1 :]
@@ -355,13 +351,13 @@ class Unrepeat(_Each):
         return algebra.reshape(x, (*before, groups * inner, *after))
 
     def inverse(self) -> Repeat:
-        """Repeat again."""
+        """Return the repetition."""
         return Repeat(self.names, self.groups, self.times, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Cast(_Each):
-    """Other elements of the same values, rounded; ``was`` says what to go back to."""
+    """Cast to ``dtype``, rounding values; the inverse casts to ``was``."""
 
     word: ClassVar[str] = "cast"
     dtype: str
@@ -372,15 +368,16 @@ class Cast(_Each):
         dtype_of(self.word, self.was or self.dtype)
 
     def change(self, x: T, algebra: Algebra[T]) -> T:
-        """``x`` in another dtype."""
+        """Return ``x`` in ``dtype``."""
         return algebra.cast(x, dtype_of(self.word, self.dtype))
 
     def inverse(self) -> Cast:
-        """Back to ``was``: the values stay rounded."""
+        """Return the cast to ``was``; values stay rounded."""
         if self.was is None:
             raise LayoutError(
-                f"cast of {', '.join(self.names)} to {self.dtype} has no inverse, for it does not "
-                "say what the dtype was. Give it was=."
+                f"cast of {', '.join(self.names)} to {self.dtype} has no inverse: was= is "
+                "missing. Set "
+                "it to the original dtype."
             )
         try:
             check_cast(dtype_of(self.word, self.dtype), dtype_of(self.word, self.was))
@@ -392,20 +389,20 @@ class Cast(_Each):
 
 
 def renamed(tensors: Mapping[str, T], new_name: Callable[[str], str]) -> dict[str, T]:
-    """The tensors by the names that ``new_name`` gives for theirs.
+    """Rename tensors with ``new_name``.
 
     Raises:
-        LayoutError: two get the same.
+        LayoutError: two tensors get the same name.
     """
     result: dict[str, T] = {}
-    came: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name, tensor in tensors.items():
         new = new_name(name)
         if new in result:
             raise LayoutError(
-                f"two sources for one target: {came[new]} and {name} would both be {new}."
+                f"two sources for one target: {sources[new]} and {name} both become {new}."
             )
-        result[new], came[new] = tensor, name
+        result[new], sources[new] = tensor, name
     return result
 
 
@@ -413,23 +410,23 @@ def put(result: dict[str, T], name: str, tensor: T) -> None:
     """Add a tensor to a result.
 
     Raises:
-        LayoutError: the name is there already.
+        LayoutError: the name exists already.
     """
     if name in result:
-        raise LayoutError(f"two sources for one target: {name} is there twice.")
+        raise LayoutError(f"two sources for one target: {name} is written twice.")
     result[name] = tensor
 
 
 def _filled(sizes: tuple[int, ...], shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    """``sizes`` with the number that -1 stands for.
+    """Return ``sizes`` with -1 replaced by its value.
 
     Raises:
-        LayoutError: they do not multiply to the length of the dim.
+        LayoutError: their product is not the length of the dim.
     """
     length, known = length_of(shape, dim), prod(n for n in sizes if n != -1)
     if length % known or (-1 not in sizes and known != length):
         raise LayoutError(
-            f"dim {dim} of shape {shape} has {length} elements, which is not "
+            f"dim {dim} of shape {shape} has {length} elements, expected "
             f"{' x '.join('?' if n == -1 else str(n) for n in sizes)}."
         )
     return tuple(length // known if n == -1 else n for n in sizes)
@@ -437,12 +434,7 @@ def _filled(sizes: tuple[int, ...], shape: tuple[int, ...], dim: int) -> tuple[i
 
 def _check_sizes(word: str, sizes: tuple[int, ...]) -> None:
     if any(n < 1 and n != -1 for n in sizes):
-        raise LayoutError(f"{word}: sizes {sizes} must be 1 or more, or -1 for what is left.")
-
-
-def _check_padding(word: str, dim: int, length: int, to: int) -> None:
-    check_numbers(word, dim=dim, length=length)
-    check_numbers(word, length, to=to)
+        raise LayoutError(f"{word}: sizes {sizes} must be 1 or more, or -1 for the rest.")
 
 
 # --- Renaming by regular expressions
@@ -473,15 +465,15 @@ class Substitute(Op):
                 re.compile(expression).sub(replacement, "")
             except (re.error, IndexError) as error:
                 raise LayoutError(
-                    f"substitute: {expression!r} with {replacement!r} is no regular expression "
-                    f"with its replacement ({error})."
+                    f"substitute: invalid regular expression {expression!r} with replacement "
+                    f"{replacement!r} ({error})."
                 ) from None
 
     def apply(self, tensors: Mapping[str, T], algebra: Algebra[T]) -> dict[str, T]:
         """The tensors by their new names.
 
         Raises:
-            LayoutError: two get the same name, or one would not come back by ``back``.
+            LayoutError: two tensors get the same name, or ``back`` does not restore a name.
         """
         return renamed(tensors, self._new_name)
 
@@ -489,8 +481,9 @@ class Substitute(Op):
         new = _substituted(self.rules, name)
         if self.back and (again := _substituted(self.back, new)) != name:
             raise LayoutError(
-                f"substitute: {name} becomes {new}, and the way back makes {again} of it. Give "
-                "back= rules that undo the rules, or expressions that find less."
+                f"substitute: {name} becomes {new}, but back= turns that into {again}. Set back= "
+                "to "
+                "rules that undo rules=, or use expressions that match less."
             )
         return new
 
@@ -515,12 +508,12 @@ def _substituted(rules: Rules, name: str) -> str:
 
 
 def check_same_holes(what: str, patterns: Iterable[str], but: Iterable[str] = ()) -> None:
-    """Refuse names of one operation that have different placeholders, ``but`` some.
+    """Refuse names of one operation with different placeholders; those of ``but`` may differ.
 
     Raises:
-        LayoutError: with the placeholders of each.
+        LayoutError: the placeholders differ.
     """
     every = {p: holes(p) - set(but) for p in patterns}
     if len(set(every.values())) > 1:
-        said = "; ".join(f"{p} has {', '.join(sorted(h)) or 'none'}" for p, h in every.items())
-        raise LayoutError(f"{what}: the placeholders differ ({said}). Use the same in each name.")
+        each = "; ".join(f"{p} has {', '.join(sorted(h)) or 'none'}" for p, h in every.items())
+        raise LayoutError(f"{what}: placeholders differ ({each}). Use the same in each name.")

@@ -125,7 +125,7 @@ def _adapter_spec(base: Spec | None, part: str) -> Spec | None:
     return Spec(((), into)) if part[-1] in "aA" else Spec((out, ()))
 
 
-# --- Findings: what did not go as the rules say, gathered for one report
+# --- PlacementProblems: what did not go as the rules say, gathered for one report
 
 Policy = Literal["error", "replicate"]
 
@@ -150,7 +150,7 @@ def check_policy(name: str, value: str) -> None:
         raise LayoutError(f'{name}={value!r}: write "error" or "replicate".')
 
 
-class Findings:
+class PlacementProblems:
     """Names by what was found of them, and by their kind.
 
     Attributes:
@@ -170,7 +170,7 @@ class Findings:
         """Raise what the policies forbid.
 
         Raises:
-            LayoutError: all findings of one sort.
+            LayoutError: all problems of one sort.
         """
         if unmatched == "error" and "unmatched" in self._names:
             raise LayoutError(

@@ -19,7 +19,7 @@ from ..core.layout import Spec as AxisSpec
 from ..core.patterns import Patterns, numbered, template
 from ..core.strategy import Axes, Strategy
 from ..errors import LayoutError, format_list
-from .match import Findings, Matcher, Policy, check_policy, text_config, weight_name
+from .match import Matcher, PlacementProblems, Policy, check_policy, text_config, weight_name
 from .table import Dims, ModelFacts, Rules, Spec, check_rules
 from .tensor_dims import EXPERT_COUNTS, Factors, Granule, Heads, Orientations
 
@@ -229,13 +229,13 @@ def layout(
     for name in sorted(following, key=len):  # after its weight, which may have factors itself
         placements[name] = factors.follow(name, placements[factors.weights[name]])
     absent = {name: decided.place_unseen(name, stages) for name in others}
-    decided.findings.refuse(rules, strategy, unmatched, uneven)
+    decided.problems.refuse(rules, strategy, unmatched, uneven)
     factors.check(placements, [n for n in factors.weights if n not in following])
     return Layout(
         num_ranks=strategy.num_ranks,
         placements={name: placements[name] for name in shapes},
         stage_axes=strategy.stage_axes,
-        notes=(*decided.findings.notes(), *_idle(rules, decided.matcher)),
+        notes=(*decided.problems.notes(), *_idle(rules, decided.matcher)),
         absent=absent,
     )
 
@@ -255,7 +255,7 @@ class _Decisions:
         self.matcher = Matcher(rules)
         self.factors = Factors(shapes, config)
         self._placer = _Placer(strategy)
-        self.findings = self._placer.findings
+        self.problems = self._placer.problems
         self._orientations = Orientations(rules, self.matcher, shapes, config)
         self._heads = Heads(rules, config)
         self._alike: dict[str, tuple[int, ...]] | None = None
@@ -271,10 +271,10 @@ class _Decisions:
         kind = template(weight)
         spec, home = self._spec(name, weight, kind), stages.home(weight, kind)
         if home.apart and spec.buffer:
-            self.findings.add("apart", home.apart, "")
+            self.problems.add("apart", home.apart, "")
         placed = self._placer.place(name, shape, spec, home, self.factors.granules(name))
         if name == weight and (parts := self._heads.cut(weight, kind, shape, placed[0])):
-            self.findings.add("heads", name, parts)
+            self.problems.add("heads", name, parts)
         return placed
 
     def place_unseen(self, name: str, stages: Stages) -> tuple[Placement, ...]:
@@ -290,7 +290,7 @@ class _Decisions:
     def _spec(self, name: str, weight: str, kind: str) -> Spec:
         spec = self.matcher.find(weight, kind)
         if spec is None:
-            self.findings.add("unmatched", name, str(tuple(self._shapes[name])))
+            self.problems.add("unmatched", name, str(tuple(self._shapes[name])))
             return _WHOLE
         if not spec.other:
             return spec
@@ -298,7 +298,7 @@ class _Decisions:
             return spec.straight()
         chosen = self._orientations.choose(name, spec)
         if isinstance(chosen, str):
-            self.findings.add("order", name, f"{chosen}, {spec}")
+            self.problems.add("order", name, f"{chosen}, {spec}")
             return _WHOLE
         return chosen
 
@@ -324,7 +324,7 @@ class _Placer:
         self._strategy = strategy
         self._made: dict[tuple[object, ...], tuple[tuple[Placement, ...], list[_Event]]] = {}
         self._shared: dict[tuple[Placement, ...], tuple[Placement, ...]] = {}
-        self.findings = Findings()
+        self.problems = PlacementProblems()
 
     def place(
         self,
@@ -343,7 +343,7 @@ class _Placer:
             known = self._made[key] = (self._shared.setdefault(placed, placed), events)
         placed, events = known
         for what, numbers in events:
-            self.findings.add(what, name, numbers)
+            self.problems.add(what, name, numbers)
         return placed
 
     def _make(
@@ -366,7 +366,7 @@ class _Placer:
             events.append(("no stage", ""))
         if home.stages and not spec.buffer and shape and s.optimizer_shard != 1:
             sharded = _optimizer_sharded(placement, shape, s.optimizer_shard, granules, events)
-            self.findings.sharded |= sharded is not placement
+            self.problems.sharded |= sharded is not placement
             placement = sharded
         if not home.stages and not cut and home.slot is None:
             return (Placement((("all", s.num_ranks),)),)

@@ -194,7 +194,7 @@ def _axes(part: str, text: str, where: str) -> tuple[str, ...]:
     for axis in axes:
         if axis not in AXES:
             raise LayoutError(
-                f'{where} = "{text}": {axis!r} is no axis.{did_you_mean(axis, AXES)} Write for '
+                f'{where} = "{text}": unknown axis {axis!r}.{did_you_mean(axis, AXES)} Write for '
                 "each "
                 f"dim, with commas between, - for whole or axes joined by + ({', '.join(AXES)})."
             )
@@ -258,7 +258,7 @@ def read_rules(text: str, where: str = "rules") -> Rules:
     (('*.weight', 'mp,-'),)
     """
     data = parse_toml(text, where, "Patterns and specs stand in quotes.")
-    reader = _Reader(text, where)
+    reader = _TomlReader(text, where)
     reader.check_keys("", data, ("name", *_TABLES))
     tables = {table: reader.table(data, table) for table in _TABLES}
     for table, keys in _TABLES.items():
@@ -279,7 +279,7 @@ def read_rules(text: str, where: str = "rules") -> Rules:
     )
 
 
-class _Reader:
+class _TomlReader:
     """Checks one value after another and knows on which line a key stands."""
 
     def __init__(self, text: str, where: str) -> None:

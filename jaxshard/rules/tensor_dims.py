@@ -161,7 +161,7 @@ Shape = tuple[int, ...]
 Placements = tuple[Placement, ...]
 
 
-class _Kind(NamedTuple):
+class FactorKind(NamedTuple):
     """What the end of a factor's name says.
 
     Attributes:
@@ -185,20 +185,20 @@ class _Kind(NamedTuple):
 
 _PACKS = (2, 4, 8, 16)
 _PACKED = tuple(Fraction(2) ** n for n in range(-4, 5))
-_SCALE = _Kind(("", "_packed"), ratios=_PACKED)
-_KINDS = {
-    "_scale_inv": _Kind(("",), alone=(128,)),
+_SCALE = FactorKind(("", "_packed"), ratios=_PACKED)
+_FACTOR_KINDS = {
+    "_scale_inv": FactorKind(("",), alone=(128,)),
     **dict.fromkeys(("_scale", "_scale_2", "_global_scale"), _SCALE),
     "_zero_point": _SCALE._replace(alone=_PACKS, packs=True),
-    "_scales": _Kind(("_blocks",), ratios=_PACKED),
-    ".scales": _Kind((".qweight",), ratios=_PACKED),
-    ".qzeros": _Kind((".qweight",), ratios=_PACKED, alone=_PACKS, packs=True),
-    ".g_idx": _Kind((".qweight",), order=True),
-    ".weight_g_idx": _Kind((".weight_packed",), first=1, order=True),
-    ".SCB": _Kind((".weight",)),
-    ".absmax": _Kind(("",), whole=True),
+    "_scales": FactorKind(("_blocks",), ratios=_PACKED),
+    ".scales": FactorKind((".qweight",), ratios=_PACKED),
+    ".qzeros": FactorKind((".qweight",), ratios=_PACKED, alone=_PACKS, packs=True),
+    ".g_idx": FactorKind((".qweight",), order=True),
+    ".weight_g_idx": FactorKind((".weight_packed",), first=1, order=True),
+    ".SCB": FactorKind((".weight",)),
+    ".absmax": FactorKind(("",), whole=True),
 }
-_ENDS = tuple(sorted(_KINDS, key=len, reverse=True))
+_ENDS = tuple(sorted(_FACTOR_KINDS, key=len, reverse=True))
 _ROWS_COLUMNS = ("weight_block_size", "block_structure")
 _GROUPS = ("group_size", "q_group_size")
 _MOST_SETTINGS = 10_000
@@ -247,13 +247,13 @@ class Factors:
     def __init__(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> None:
         self._shapes = shapes
         self._stated = _stated_by(config)
-        self._kinds: dict[str, _Kind] = {}
+        self._kinds: dict[str, FactorKind] = {}
         #: The weight of each factor.
         self.weights: dict[str, str] = {}
         self._of: dict[str, list[str]] = {}
         for name in shapes:
             end = _kind_end(name)
-            kind, stem = _KINDS.get(end), name.removesuffix(end)
+            kind, stem = _FACTOR_KINDS.get(end), name.removesuffix(end)
             weight = (
                 next((w for e in kind.weights if (w := stem + e) in shapes), "") if kind else ""
             )
@@ -351,7 +351,7 @@ def _end(name: str) -> str:
 @cached(4096)
 def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Granule, ...]:
     """What factors of the shape ``own``, whose name ends so, ask of a weight of ``shape``."""
-    kind = _KINDS[_kind_end(f".{end}")]
+    kind = _FACTOR_KINDS[_kind_end(f".{end}")]
     first = kind.first
     strange = any(n > 1 for n in own[len(shape) - first :])  # dims that the weight does not have
     if kind.whole or strange:
@@ -366,7 +366,7 @@ def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Gran
 
 
 def _block(
-    elements: int, count: int, kind: _Kind, stated: tuple[int, ...]
+    elements: int, count: int, kind: FactorKind, stated: tuple[int, ...]
 ) -> tuple[Fraction, bool] | None:
     """The length of the blocks of a dim, and whether all have it; None where any cut fits."""
     if count in (0, 1, elements):

@@ -125,7 +125,7 @@ def test_a_users_own_table_is_a_file(folders, tmp_path) -> None:
     ("names", "kind", "said"),
     [
         ("hf:mindformer", NotFoundError, "Did you mean mindformers?"),
-        ("llama-hf:gpt2-nnx", LayoutError, "are two families"),
+        ("llama-hf:gpt2-nnx", LayoutError, "must belong to the same model family"),
         ("llama", NotFoundError, "neither a file nor a table"),
         ("mindformers:hf", NotFoundError, "llama-mindformers has no rule for 29 of 30 names"),
     ],
@@ -144,8 +144,8 @@ def test_a_table_that_is_not_there_is_said(folders, names, kind, said) -> None:
         ('[[op]]\nop = "cast"\nnames = ["a"]\ndtype = 3', "dtype = 3 is not str"),
         ('[[op]]\nop = "drop"\nnames = "a"', "not a list of names"),
         ('[[op]]\nop = "drop"\nnames = ["a"]\nx = 1', "drop has no x"),
-        ("op = 3", r"write \[\[op\]\] above each"),
-        ('[[op]]\nop = "rename"\nrules = [["a.{x}", "b"]]', "the placeholders differ"),
+        ("op = 3", r"Write \[\[op\]\] above each"),
+        ('[[op]]\nop = "rename"\nrules = [["a.{x}", "b"]]', "placeholders differ"),
     ],
 )
 def test_a_table_that_is_wrong_is_said_with_its_place(text, said) -> None:
@@ -157,7 +157,7 @@ def test_a_table_needs_the_numbers_of_the_model() -> None:
     class Model:
         type, num_layers, tied_embeddings, config = "llama", 2, False, {}
 
-    with pytest.raises(NotFoundError, match="needs num_attention_heads or n_head"):
+    with pytest.raises(NotFoundError, match="num_attention_heads or n_head is missing"):
         table("hf", "mcore-fused", Model())
     assert table("hf", "mcore", Model()).ops
 

@@ -220,11 +220,11 @@ def test_a_cast_there_and_back_keeps_the_rounding() -> None:
 @pytest.mark.parametrize(
     ("mapping", "kind", "said"),
     [
-        (Mapping((Fuse(("a", "c"), "d", (1, 1)),)), NotFoundError, "fuse d: a is there, but c is"),
+        (Mapping((Fuse(("a", "c"), "d", (1, 1)),)), NotFoundError, "fuse d: a exists, but c is"),
         (Mapping((Fuse(("a", "b"), "d", (1, 2)),)), LayoutError, r"\[4, 4\] rows along dim 0"),
         (Mapping((Rename((("a", "b"),)),)), LayoutError, "two sources for one target"),
-        (Mapping((Split(("a",), 0, (3, -1)),)), LayoutError, "has 4 elements, which is not 3 x ?"),
-        (Mapping((Transpose(("a",), (0, 1, 2)),)), LayoutError, "is not an order"),
+        (Mapping((Split(("a",), 0, (3, -1)),)), LayoutError, "has 4 elements, expected 3 x ?"),
+        (Mapping((Transpose(("a",), (0, 1, 2)),)), LayoutError, "is not a permutation"),
     ],
 )
 def test_what_does_not_fit_is_said_with_names_and_numbers(mapping, kind, said) -> None:

@@ -89,28 +89,28 @@ def test_an_operation_that_cannot_be_is_refused_when_it_is_made(make) -> None:
     ("op", "said"),
     [
         (Split(W, 7, (2, 2)), "has no dim 7"),
-        (Split(W, 1, (5, -1)), "6 elements, which is not 5"),
+        (Split(W, 1, (5, -1)), "6 elements, expected 5"),
         (Merge(W, 1, (6, 1)), r"dims 1 to 2 of \(4, 6\) are not"),
         (Merge(W, 7, (-1,)), "dims 7 to 7"),
-        (Cast(W, "I8"), "F32 to I8 would cut off fractions"),
+        (Cast(W, "I8"), "F32 to I8 would truncate fractions"),
         (Slice(W, 7, 0, 1), "has no dim 7"),
-        (Slice(W, 0, 0, 5), "0:5 is no part"),
+        (Slice(W, 0, 0, 5), "0:5 is not a slice"),
         (Pad(W, 7, 1, 2), "has no dim 7"),
         (Unpad(W, 7, 1, 2), "has no dim 7"),
         (Repeat(W, 2, 2, 7), "has no dim 7"),
         (Unrepeat(W, 2, 2, 7), "has no dim 7"),
-        (Unrepeat(W, 3, 2), "4 elements, which is not 3 x 2"),
-        (Transpose(W, (0, 1, 2)), "is not an order"),
+        (Unrepeat(W, 3, 2), "4 elements, expected 3 x 2"),
+        (Transpose(W, (0, 1, 2)), "is not a permutation"),
         (Fuse(("w", "v"), "x", (1, 1), dim=7), "has no dim 7"),
-        (Fuse(("w", "v"), "x", (9, 1), ROWS), "that does not go"),
+        (Fuse(("w", "v"), "x", (9, 1), ROWS), "cannot be divided into"),
         (Unfuse("w", ("a", "b"), (1, 1), dim=7), "has no dim 7"),
-        (Unfuse("w", ("a", "b"), (9, 9), ROWS), "is not 1 groups"),
-        (Unfuse("w", ("a", "b"), (2, 1)), "is not 1 groups of parts"),
-        (Fuse(("w", "narrow"), "x", (1, 1)), "do not join"),
-        (Fuse(("w", "wide"), "x", (1, 1)), "do not join"),
+        (Unfuse("w", ("a", "b"), (9, 9), ROWS), "cannot be divided into 1 groups"),
+        (Unfuse("w", ("a", "b"), (2, 1)), "cannot be divided into 1 groups with parts"),
+        (Fuse(("w", "narrow"), "x", (1, 1)), "cannot be joined"),
+        (Fuse(("w", "wide"), "x", (1, 1)), "cannot be joined"),
         (Unstack("w", "l.{layer}", dim=7), "has no dim 7"),
         (Stack("l.{layer}", "l", dim=7), "no dim 7 to stack along"),
-        (Dequantize("{n*}.weight", "{n*}.scale", (2, 2)), r"scales of shape \(2, 2\), and q.scale"),
+        (Dequantize("{n*}.weight", "{n*}.scale", (2, 2)), r"scales of shape \(2, 2\), but q.scale"),
     ],
 )
 def test_what_does_not_fit_is_said_alike_in_files_and_in_memory(op, said) -> None:
@@ -247,7 +247,10 @@ def model_of(**config: object) -> Model:
     [
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0 .expected a number of 1"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 heads in groups of 3"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_attention_heads=4 is not divisible by num_key_value_heads=3",
+        ),
         ({"num_attention_heads": "4"}, "num_attention_heads is 4, not a number"),
         ({"num_attention_heads": True}, "num_attention_heads is True"),
     ],
@@ -260,7 +263,9 @@ def test_numbers_of_heads_that_cannot_be_are_said(config, said) -> None:
 
 @pytest.mark.parametrize("form", ["nnx-scan", "mcore", "mcore-fused"])
 def test_absurd_numbers_of_layers_are_refused_and_take_no_time(form) -> None:
-    with pytest.raises(FormatError, match="num_nextn_predict_layers is 1000000000; 100 are more"):
+    with pytest.raises(
+        FormatError, match="num_nextn_predict_layers is 1000000000, expected at most 100"
+    ):
         table("hf", form, model_of(num_nextn_predict_layers=10**9))
     table("hf", form, model_of(first_k_dense_replace=10**9))
     table("hf", form, model_of(num_hidden_layers=10**9))
@@ -286,7 +291,7 @@ def test_blocks_of_factors_are_as_said_or_refused(quantization, block) -> None:
     catalog = Memory(QUANTIZED).catalog
     object.__setattr__(catalog, "model", model_of(quantization_config=quantization))
     if block is None:
-        with pytest.raises(FormatError, match=r"weight_block_size is .*, not two numbers"):
+        with pytest.raises(FormatError, match=r"weight_block_size is .*, expected two numbers"):
             dequantized(catalog)
     else:
         found = dequantized(catalog)
@@ -308,12 +313,12 @@ def test_a_file_that_is_no_mapping_is_said(tmp_path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(b"\xff\xfe" + weights.read_bytes())
     catalog = Memory({}).catalog
-    with pytest.raises(LayoutError, match="is a file, but no text"):
+    with pytest.raises(LayoutError, match="the file is not text"):
         find_mapping(str(weights), catalog)
     large = tmp_path / "large.toml"
     with large.open("wb") as file:
         file.truncate(17_000_000)
-    with pytest.raises(LayoutError, match="larger than any mapping"):
+    with pytest.raises(LayoutError, match="exceeds 16000000 bytes"):
         find_mapping(str(large), catalog)
     with pytest.raises((LayoutError, NotFoundError)):
         find_mapping(str(folder / "config.json"), catalog)
@@ -321,7 +326,7 @@ def test_a_file_that_is_no_mapping_is_said(tmp_path) -> None:
 
 def test_an_error_of_a_users_table_says_which_operation() -> None:
     text = '[[op]]\nop = "split"\nnames = ["w"]\ndim = -1\nsizes = [2, 2]'
-    with pytest.raises(LayoutError, match=r"own\.toml, operation 1: split: dim = -1; it must be 0"):
+    with pytest.raises(LayoutError, match=r"own\.toml, operation 1: split: dim = -1 must be 0"):
         read_mapping(text, "own.toml")
 
 
@@ -332,7 +337,7 @@ def test_text_that_is_no_toml_is_an_error_and_no_crash(text) -> None:
 
 
 def test_what_a_cast_would_lose_is_said_of_its_inverse_too() -> None:
-    with pytest.raises(LayoutError, match="from I32 has no inverse: F32 to I32 would cut off"):
+    with pytest.raises(LayoutError, match="from I32 has no inverse: F32 to I32 would truncate"):
         Cast(W, "F32", "I32").inverse()
     assert Cast(W, "BF16", "F32").inverse() == Cast(W, "F32", "BF16")
     with pytest.raises(LayoutError, match="C64 to F32 would lose the imaginary parts"):

@@ -58,7 +58,7 @@ def test_the_command_line_takes_a_users_own_table(folder, tmp_path, capsys) -> N
     weights_file = folder / "model.safetensors"
     status = checkpoints.run("convert", folder, tmp_path / "x", "--names", weights_file, "--json")
     assert status == 2
-    assert "no text" in json.loads(capsys.readouterr().out)["message"]
+    assert "not text" in json.loads(capsys.readouterr().out)["message"]
 
 
 def test_plain_auto_goes_to_hugging_faces_names(folder, tmp_path) -> None:
@@ -75,7 +75,7 @@ def test_auto_does_not_choose_between_forms_of_the_same_names(folder, tmp_path) 
         convert(folder, there, names=f"hf:{form}", **QUICK)
         expected = mcore_fused(SOURCE, SIZES.kv, interleaved=form == "mcore-fused")
         assert same(weights(there), expected)
-        with pytest.raises(LayoutError, match="of mcore-fused and of mcore-fused-blocks, which di"):
+        with pytest.raises(LayoutError, match="mcore-fused and mcore-fused-blocks, which di"):
             find_mapping("auto", open_checkpoint(there))
         convert(there, tmp_path / f"{form} back", names=f"{form}:hf", **QUICK)
         assert same(weights(tmp_path / f"{form} back"), SOURCE)

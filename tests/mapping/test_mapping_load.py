@@ -127,7 +127,7 @@ def test_a_scanned_model_on_fused_weights_computes_what_transformers_does(folder
 
 
 def test_fewer_kv_heads_than_ranks_are_told_of_by_the_mapping(folder) -> None:
-    with pytest.raises(LayoutError, match=r"mp=4 cuts .* it has 2 groups \(kv heads, say\)"):
+    with pytest.raises(LayoutError, match=r"mp=4 splits .* the 2 groups \(such as kv heads\)"):
         load(folder, "mp4", names=FUSED)
 
 

@@ -81,7 +81,7 @@ def test_a_model_without_tables_is_no_other_architecture(kind: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         table("hf", "tunix", model)
     said = str(caught.value)
-    assert f"no tables for the model_type '{kind}' (its text model is '{kind}_text')" in said
+    assert f"no tables for model_type '{kind}' (its text model is '{kind}_text')" in said
     assert "Did you mean" not in said
 
 

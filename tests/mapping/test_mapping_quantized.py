@@ -137,7 +137,7 @@ def test_a_quantized_folder_becomes_a_plain_one(tmp_path) -> None:
         (
             {"a.weight": np.zeros((8, 8), FP8), "a.weight_scale_inv": np.ones((3, 2), np.float32)},
             LayoutError,
-            r"needs scales of shape \(2, 2\), and a.weight_scale_inv has \(3, 2\)",
+            r"needs scales of shape \(2, 2\), but a.weight_scale_inv has \(3, 2\)",
         ),
         (
             {"a.weight_scale_inv": np.ones((3, 2), np.float32)},
@@ -152,7 +152,7 @@ def test_factors_that_do_not_fit_are_refused(arrays, kind, said) -> None:
 
 
 def test_dequantizing_has_no_inverse_and_says_so() -> None:
-    with pytest.raises(LayoutError, match="the factors would have to be chosen anew"):
+    with pytest.raises(LayoutError, match="the factors are lost"):
         Mapping((Dequantize(),)).inverse()
 
 
@@ -245,7 +245,7 @@ def test_factors_of_another_kind_are_refused_by_name(
 ) -> None:
     arrays = {end: np.ones(shape, np.float32) for end, shape in factors.items()}
     quantized_folder(tmp_path / "a", weight, arrays, settings_of(**stated))
-    with pytest.raises(LayoutError, match="are no factors that tables know") as caught:
+    with pytest.raises(LayoutError, match="unsupported factors") as caught:
         convert(tmp_path / "a", tmp_path / "b", names=names, **QUICK)
     assert str(caught.value).startswith("model.layers.0.self_attn.q_proj.weight_")
 
@@ -256,7 +256,7 @@ def test_packed_weights_of_other_libraries_are_refused_by_name(tmp_path) -> None
     arrays = {"qweight": np.zeros((8, 8), np.int32), "scales": np.ones((2, 8), np.float16)}
     save_file({f"{name}.{n}": x for n, x in arrays.items()}, tmp_path / "a" / "model.safetensors")
     (tmp_path / "a" / "config.json").write_text(json.dumps(settings_of()))
-    with pytest.raises(LayoutError, match=r"q_proj.scales: F16 .* are no factors that tables know"):
+    with pytest.raises(LayoutError, match=r"q_proj.scales: unsupported factors of F16"):
         convert(tmp_path / "a", tmp_path / "b", names="auto", **QUICK)
 
 

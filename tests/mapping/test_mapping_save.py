@@ -102,7 +102,7 @@ def test_numpys_arrays_padding_and_config_will_do(tmp_path) -> None:
     config = config_of("llama", SIZES)
     save(source, tmp_path / "m", names="hf:mcore-fused", config=config, fsync=False)
     assert "decoder.layers.3.mlp.linear_fc1.weight" in weights(tmp_path / "m")
-    with pytest.raises(NotFoundError, match="to save, give config= or extras="):
+    with pytest.raises(NotFoundError, match="for a save pass config= or extras="):
         save(source, tmp_path / "x", names="llama-hf:llama-mcore-fused", fsync=False)
     with pytest.raises(NotFoundError, match="has no rule for"):
         save(source, tmp_path / "x", names="llama-nnx:llama-hf", fsync=False)
@@ -129,7 +129,7 @@ def test_a_rank_that_holds_part_of_a_group_is_refused_before_anything_is_written
         SIZES.kv,
     )
     arrays = load(source, "mp4")
-    with pytest.raises(LayoutError, match=r"mp=4 cuts .* it has 2 groups"):
+    with pytest.raises(LayoutError, match=r"mp=4 splits .* the 2 groups"):
         save(arrays, tmp_path / "x", format="ranks", names=Mapping((fuse,)), fsync=False)
     assert not (tmp_path / "x").exists()
 

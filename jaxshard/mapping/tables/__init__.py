@@ -1,8 +1,8 @@
-"""Tables: the mappings between the forms in which a known model's weights are kept.
+"""Tables: mappings between the forms of a known model's weights.
 
-    table("llama-hf", "llama-mindformers", model)       and back, and between any two forms
+    table("llama-hf", "llama-mindformers", model)       any two forms, in both directions
 
-Every form is described by what Hugging Face's own becomes; others are composed.
+Each form is defined by a mapping from Hugging Face's form; other pairs are composed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["FORMS", "dequantized", "find_mapping", "form_of", "table", "true_con
 
 CONFIG = "config.json"
 
-_MOST_BYTES = 16_000_000  # of a mapping that a person wrote
+_MAX_BYTES = 16_000_000  # of a mapping in TOML
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _QUANTIZED = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
 _SCALES = ("_scale_inv", "_scale")
@@ -48,7 +48,7 @@ def _hf(facts: Facts) -> Mapping:
     return Mapping((Drop(family.buffers, rebuilt=True), Expect(family.names, f"{family.name}-hf")))
 
 
-#: What becomes of Hugging Face's form, by the name of the form.
+#: The mapping from Hugging Face's form, by the name of the form.
 FORMS: dict[str, Callable[[Facts], Mapping]] = {
     "hf": _hf,
     "mindformers": mindformers,
@@ -64,39 +64,37 @@ FORMS: dict[str, Callable[[Facts], Mapping]] = {
     "tunix": tunix,
 }
 
-#: Forms that names cannot tell apart.
+#: Forms with equal names.
 _TWINS = ("mcore-fused", "mcore-fused-blocks")
 
 
 def table(source: str, target: str, model: ModelFacts | None = None) -> Mapping:
-    """The mapping from one form to another: ``FAMILY-FORM``, or ``FORM`` of ``model``'s family.
+    """Return the mapping between two forms: ``FAMILY-FORM``, or ``FORM`` of ``model``'s family.
 
     Raises:
         NotFoundError: no such form or family, or ``config.json`` lacks a number.
-        LayoutError: two families, or a family that does not have the form.
+        LayoutError: different families, or a family without that form.
 
     >>> class model: type, config = "llama", {}
     >>> print(table("hf", "mindformers", model).ops[2].rules[0][1])
     model.tok_embeddings.embedding_weight
     """
-    (family, a), (other, b) = _parsed(source), _parsed(target)
-    if family and other and FAMILIES[family] != FAMILIES[other]:
-        raise LayoutError(f"{source}:{target} are two families; a table is about one.")
-    return _between(facts_of(model, family or other), a, b)
+    family, a, b = _parsed_pair(source, target)
+    return _between(facts_of(model, family), a, b)
 
 
 def find_mapping(
     names: Mapping | str | os.PathLike[str], catalog: Catalog, dtype: str | None = None
 ) -> Mapping:
-    """The mapping that a person means by ``names``, for the tensors of ``catalog``.
+    """Return the mapping that ``names`` specifies for the tensors of ``catalog``.
 
     ``"llama-hf:llama-mindformers"`` is a table; ``"auto:mindformers"`` finds the family in
-    ``config.json`` and the form in the names; ``"auto"`` goes to Hugging Face's form; the
-    path of a TOML file is a mapping of one's own. Quantized weights get their true values first,
-    in ``dtype`` (NumPy's name of a float), or as ``dequantized`` says.
+    ``config.json`` and the form in the names; ``"auto"`` maps to Hugging Face's form; the path
+    of a TOML file is a user's own mapping. Quantized weights are dequantized first, to ``dtype``
+    (the NumPy name of a float), or as documented in ``dequantized``.
 
     Raises:
-        NotFoundError: none of these.
+        NotFoundError: no such table or file.
         LayoutError: as ``table`` and ``read_mapping``.
     """
     if isinstance(names, Mapping):
@@ -113,31 +111,31 @@ def find_mapping(
 
 def _text_of(path: str) -> str:
     try:
-        if os.path.getsize(path) > _MOST_BYTES:
+        if os.path.getsize(path) > _MAX_BYTES:
             raise LayoutError(
-                f"names={path} is larger than any mapping. Name a TOML file, or a table."
+                f"names={path}: the file exceeds {_MAX_BYTES} bytes. Pass a TOML file, or a table."
             )
         with open(path, encoding="utf-8") as file:
             return file.read()
     except UnicodeDecodeError:
         raise LayoutError(
-            f"names={path} is a file, but no text: a mapping is written in TOML. Name such a file, "
-            "or a table such as llama-hf:llama-mindformers."
+            f"names={path}: the file is not text. Pass a mapping in TOML, or a table such as "
+            "llama-hf:llama-mindformers."
         ) from None
     except OSError as error:
         raise StorageError(f"names={path} cannot be read: {error.strerror}.") from error
 
 
 def dequantized(catalog: Catalog, dtype: str | None = None) -> Mapping | None:
-    """The mapping that gives quantized weights their true values; None if there are none.
+    """Return the mapping that dequantizes weights, or None without quantized weights.
 
-    They are FP8, or int8 without zero points, with a factor for each block, each row or all. They
-    become ``dtype`` (NumPy's name), if that is a float of 16 bits or more, else what
-    ``config.json`` says that the model computes with, else BF16.
+    Supported are FP8, and int8 without zero points, with a factor for each block, for each row or
+    for the tensor. The result is of ``dtype`` (NumPy's name), if that is a float of 16 bits or
+    more, otherwise of the dtype in ``config.json``, otherwise BF16.
 
     Raises:
-        FormatError: ``config.json`` says no blocks where it says that there are some.
-        LayoutError: the weights are quantized in another way.
+        FormatError: ``config.json`` has an invalid block size.
+        LayoutError: another kind of quantization.
     """
     config = catalog.model.config
     shapes = {n: t.shape for n, t in catalog.tensors.items() if n not in catalog.scalars}
@@ -169,16 +167,16 @@ def dequantized(catalog: Catalog, dtype: str | None = None) -> Mapping | None:
 
 
 def _lone(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a factor for all of a weight of ``shape``, or for each of its rows."""
+    """Return the shapes of one factor for a weight of ``shape``, or one for each row."""
     return ((), (1,), (1, 1), shape[:1], (*shape[:1], 1))
 
 
 def _unknown_factor(factor: Tensor, weight: Tensor) -> LayoutError:
     return LayoutError(
-        f"{factor.name}: {factor.dtype} of shape {factor.shape} beside {weight.name}, "
-        f"{weight.dtype} of shape {weight.shape}, are no factors that tables know (for FP8 or I8: "
-        "one for the tensor, for each row, or for each block of weight_block_size). Dequantize "
-        "the model with the library that quantized it, or give a mapping in TOML."
+        f"{factor.name}: unsupported factors of {factor.dtype} and shape {factor.shape} for "
+        f"{weight.name} of {weight.dtype} and shape {weight.shape} (supported for FP8 and I8: one "
+        "for the tensor, for each row, or for each block of weight_block_size). Dequantize the "
+        "model with the library that quantized it, or pass a mapping in TOML."
     )
 
 
@@ -188,7 +186,7 @@ def _float(word: object) -> DType | None:
 
 
 def _block_of(config: Dict[str, object], key: str = "weight_block_size") -> tuple[int, int]:
-    """Rows and columns that share a factor; 128 of each where nothing is stated."""
+    """Return the rows and columns that share a factor, by default 128 of each."""
     stated = [value for name, value in settings(config) if name == key]
     if not stated:
         return 128, 128
@@ -201,14 +199,14 @@ def _block_of(config: Dict[str, object], key: str = "weight_block_size") -> tupl
         or any(type(n) is not int or n < 1 for n in block)
     ):
         raise FormatError(
-            f"config.json: {key} is {str(block)[:40]}, not two numbers of 1 or more "
+            f"config.json: {key} is {str(block)[:40]}, expected two numbers of 1 or more "
             "(rows, columns). Fetch it again."
         )
     return block[0], block[1]
 
 
 def true_config(mapped: Catalog) -> dict[str, bytes]:
-    """``config.json`` for tensors that are no longer quantized, if it says that they are."""
+    """Return a ``config.json`` without quantization, if the mapping dequantized the tensors."""
     before = mapped.origin.catalog if mapped.origin else mapped
     if CONFIG not in mapped.extras or "quantization_config" not in before.model.config:
         return {}
@@ -234,21 +232,19 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
         return _between(facts, form, _parsed(target or "hf")[1])
     if not target:
         raise NotFoundError(
-            f"names={text!r} is neither a file nor a table; write FROM:TO, such as "
-            f"llama-hf:llama-mindformers. Forms are {', '.join(FORMS)}."
+            f"names={text!r} is neither a file nor a table. Write FROM:TO, such as "
+            f"llama-hf:llama-mindformers (forms: {', '.join(FORMS)})."
         )
     prefixed = _is_prefixed(catalog.tensors)
-    (family, a), (other, b) = _parsed(source), _parsed(target)
-    if family and other and FAMILIES[family] != FAMILIES[other]:
-        raise LayoutError(f"{text} are two families; a table is about one.")
-    return _between(facts_of(catalog.model, family or other, prefixed), a, b)
+    family, a, b = _parsed_pair(source, target)
+    return _between(facts_of(catalog.model, family, prefixed), a, b)
 
 
 def _text_alone(catalog: Catalog) -> Mapping | None:
-    """The mapping of a larger model's text part to the names it has alone; None if it has them.
+    """Return the mapping of a multimodal model's text part to plain names, or None if plain.
 
     Raises:
-        LayoutError: there are tensors of other modalities too.
+        LayoutError: tensors of other modalities exist.
     """
     config = catalog.model.config
     names = [weight_name(n) for n in catalog.tensors if n not in catalog.scalars]
@@ -258,8 +254,8 @@ def _text_alone(catalog: Catalog) -> Mapping | None:
         count = sum(patterns.find(n, template(n)) is not None for n in names)
         raise LayoutError(
             f"{count} of {len(names)} tensors are not of the text model ({format_list(apart)}), "
-            "and "
-            f"tables are for text models. Leave them out: exclude=, --exclude "
+            "but "
+            "tables are for text models. Leave them out: exclude=, --exclude "
             f"'^({'|'.join(p.removesuffix('*').replace('.', '[.]') for p in apart)})'."
         )
     if root is None or not TEXT_MODEL.search(root):
@@ -275,10 +271,10 @@ def form_of(
     family: str | None = None,
     scalars: frozenset[str] = frozenset(),
 ) -> tuple[Facts, str]:
-    """The family's facts and the form that ``names`` are of.
+    """Return the family's facts and the form of ``names``.
 
     Raises:
-        NotFoundError: of none that is known.
+        NotFoundError: no known form.
     """
     weights = [weight_name(n) for n in names if n not in scalars]
     facts = facts_of(model, family, _is_prefixed(weights))
@@ -287,7 +283,7 @@ def form_of(
         try:
             ops = make(facts).ops
         except (LayoutError, NotFoundError):
-            continue  # a form that this family does not have
+            continue  # this family does not have the form
         last = next((op for op in reversed(ops) if isinstance(op, Expect)), None)
         if last is not None:
             patterns = Patterns((*last.names, *facts.family.buffers), placeholders)
@@ -298,30 +294,28 @@ def form_of(
     strange = unknown.get(near, weights)
     if len(strange) == len(weights):
         raise NotFoundError(
-            f"the names are of no form of {facts.family.name} that is known "
-            f"({format_list(weights, 3)}); "
-            f"forms are {', '.join(FORMS)}. Say it: FROM:TO."
+            f"the names match no known form of {facts.family.name} ({format_list(weights, 3)}; "
+            f"forms: {', '.join(FORMS)}). Specify FROM:TO."
         )
     raise NotFoundError(
         f"{facts.family.name}-{near} has no rule for {len(strange)} of {len(weights)} names: "
-        f"{format_list(strange)}. Leave them out (exclude=, --exclude), or give the form "
-        "(FROM:TO; forms "
-        f"are {', '.join(FORMS)})."
+        f"{format_list(strange)}. Leave them out (exclude=, --exclude), or specify the form "
+        f"(FROM:TO; forms: {', '.join(FORMS)})."
     )
 
 
 def _refuse_twins(facts: Facts, form: str, catalog: Catalog) -> None:
-    """Refuse to choose between forms whose names are the same and whose rows are not.
+    """Refuse to choose between forms with equal names and different row orders.
 
     Raises:
-        LayoutError: with both.
+        LayoutError: always for such forms.
     """
     fused = [n for n in catalog.tensors if n.endswith(".linear_fc1.weight")]
     if form in _TWINS and fused:
         family = facts.family.name
         raise LayoutError(
-            f"the names are those of {' and of '.join(_TWINS)}, which differ in how gate and up "
-            f"lie in {fused[0]}: row by row, or one after the other. Say which: "
+            f"the names match {' and '.join(_TWINS)}, which differ in the order of gate and up in "
+            f"{fused[0]}: alternating rows, or one after the other. Specify "
             + ", or ".join(f"{family}-{twin}:{family}-hf" for twin in _TWINS)
             + "."
         )
@@ -333,8 +327,18 @@ def _between(facts: Facts, source: str, target: str) -> Mapping:
     return Mapping(ops, f"{facts.family.name}-{source}:{facts.family.name}-{target}")
 
 
+def _parsed_pair(source: str, target: str) -> tuple[str | None, str, str]:
+    """Return the family, if stated, and both forms."""
+    (family, a), (other, b) = _parsed(source), _parsed(target)
+    if family and other and FAMILIES[family] != FAMILIES[other]:
+        raise LayoutError(
+            f"{source}:{target}: source and target must belong to the same model family."
+        )
+    return family or other, a, b
+
+
 def _parsed(text: str) -> tuple[str | None, str]:
-    """The family, if it is said, and the form."""
+    """Return the family, if stated, and the form."""
     if text in FORMS:
         return None, text
     for family in sorted(FAMILIES, key=len, reverse=True):
@@ -343,11 +347,11 @@ def _parsed(text: str) -> tuple[str | None, str]:
             return family, form
     every = [*FORMS, *(f"{family}-{form}" for family in FAMILIES for form in FORMS)]
     raise NotFoundError(
-        f"there is no table {text!r}.{did_you_mean(text, every)} Write FAMILY-FORM; families are "
-        f"{', '.join(FAMILIES)}, forms {', '.join(FORMS)}."
+        f"no such table {text!r}.{did_you_mean(text, every)} Write FAMILY-FORM (families: "
+        f"{', '.join(FAMILIES)}; forms: {', '.join(FORMS)})."
     )
 
 
 def _is_prefixed(names: Iterable[str]) -> bool:
-    """Whether gpt2's and bert's names have the prefix that a model with a head has."""
+    """Return whether gpt2's or bert's names have the prefix of a model with a head."""
     return any("transformer." in n or "bert." in n for n in names)

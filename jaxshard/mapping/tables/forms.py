@@ -1,4 +1,4 @@
-"""Common forms of weights in JAX programs.
+"""Forms of weights in JAX programs and in MindFormers.
 
     nnx       model.layers.0.self_attn.q_proj.kernel (in, out), norms .scale, .embedding
     linen     the same under params, layers_0
@@ -6,8 +6,12 @@
     maxtext   a tree like MaxText's: heads apart, layers stacked along dim 1
     tunix     a tree like Tunix's: heads apart, layers apart
 
-Only names and shapes are mapped. Some programs also keep other values (a query scaled by
-1/√d, rotary halves in another order); those are theirs to convert.
+    hf                                mindformers             mcore
+    model.layers.0.self_attn.q_proj   model.layers.0.         decoder.layers.0.self_attention.
+                                        attention.wq            linear_q
+
+Only names and shapes are mapped. Programs that also store other values (a query scaled by
+1/√d, rotary halves in another order) must convert those themselves.
 """
 
 from __future__ import annotations
@@ -16,18 +20,16 @@ from ...errors import LayoutError
 from ..group_ops import ROWS, Fuse, Stack, Tie
 from ..mapping import Mapping
 from ..ops import Drop, Expect, Merge, Op, Rename, Split, Transpose
-from .hf_weights import Facts
-
-_LAYER = "model.layers.{layer}."
+from .hf_weights import LAYER, Facts
 
 
 def nnx(facts: Facts) -> Mapping:
-    """Kernels instead of weights."""
+    """Return the mapping to NNX names, with kernels instead of weights."""
     return Mapping((*_before(facts), *_kernels(facts), Expect(_kernel_names(facts), "nnx")))
 
 
 def linen(facts: Facts) -> Mapping:
-    """As ``nnx``, with the names that Linen gives."""
+    """Return the mapping to Linen names: as ``nnx``, with ``layers_0`` under params."""
     layers = facts.family.layers
     inside = layers.replace(".{layer}.", "_{layer}.")
     rules = (
@@ -39,17 +41,17 @@ def linen(facts: Facts) -> Mapping:
 
 
 def nnx_scan(facts: Facts) -> Mapping:
-    """As ``nnx``, all layers in one.
+    """Return the mapping to NNX names with stacked layers.
 
-    The first, if they have no experts, are one of their own; those after the last, which predict
-    further tokens and have more weights than others, stay apart.
+    Leading layers without experts are a stack of their own. Multi-token prediction layers, which
+    follow the last and have more weights, are not stacked.
     """
     names = Expect(_stacked_names(facts), "nnx-scan")
     return Mapping((*_before(facts), *_kernels(facts), *_stacked(facts), names))
 
 
 def linen_scan(facts: Facts) -> Mapping:
-    """As ``nnx_scan``, under params."""
+    """Return the mapping to Linen names with stacked layers."""
     names = tuple("params." + n for n in _stacked_names(facts))
     rename = Rename((("{x*}", "params.{x*}"),))
     ops = nnx_scan(facts).ops[:-1]
@@ -57,7 +59,7 @@ def linen_scan(facts: Facts) -> Mapping:
 
 
 def maxtext(facts: Facts) -> Mapping:
-    """A tree like MaxText's, of a model whose layers are scanned along dim 1."""
+    """Return the mapping to a tree like MaxText's, with layers stacked along dim 1."""
     _check_llama(facts, "maxtext")
     layer = "params.decoder.layers."
     attention = {"q": "query", "k": "key", "v": "value"}
@@ -80,8 +82,8 @@ def maxtext(facts: Facts) -> Mapping:
         ("model.norm.scale", "params.decoder.decoder_norm.scale"),
         ("lm_head.kernel", "params.decoder.logits_dense.kernel"),
     )
-    biases = tuple(_LAYER + f"self_attn.{x}_proj.bias" for x in "qkv")
-    stacks = [Stack(_LAYER + a, layer + b, dim=1) for a, b in apart.items()]
+    biases = tuple(LAYER + f"self_attn.{x}_proj.bias" for x in "qkv")
+    stacks = [Stack(LAYER + a, layer + b, dim=1) for a, b in apart.items()]
     return Mapping(
         (
             *_before(facts),
@@ -97,18 +99,18 @@ def maxtext(facts: Facts) -> Mapping:
 
 
 def tunix(facts: Facts) -> Mapping:
-    """A tree like Tunix's."""
+    """Return the mapping to a tree like Tunix's."""
     _check_llama(facts, "tunix")
     attn = "layers.{layer}.attn."
     rules = (
         ("model.embed_tokens.embedding", "embedder.input_embedding"),
         ("model.norm.scale", "final_norm.w"),
         ("lm_head.kernel", "lm_head.w"),
-        *((f"{_LAYER}self_attn.{x}_proj.kernel", f"{attn}{x}_proj.w") for x in "qkvo"),
-        *((f"{_LAYER}self_attn.{x}_norm.scale", f"{attn}{x}_norm.w") for x in "qk"),
-        *((f"{_LAYER}self_attn.{x}_proj.bias", f"{attn}{x}_bias") for x in "qkv"),
-        (_LAYER + "mlp.{x}.kernel", "layers.{layer}.mlp.{x}.kernel"),
-        (_LAYER + "{x}.scale", "layers.{layer}.{x}.w"),
+        *((f"{LAYER}self_attn.{x}_proj.kernel", f"{attn}{x}_proj.w") for x in "qkvo"),
+        *((f"{LAYER}self_attn.{x}_norm.scale", f"{attn}{x}_norm.w") for x in "qk"),
+        *((f"{LAYER}self_attn.{x}_proj.bias", f"{attn}{x}_bias") for x in "qkv"),
+        (LAYER + "mlp.{x}.kernel", "layers.{layer}.mlp.{x}.kernel"),
+        (LAYER + "{x}.scale", "layers.{layer}.{x}.w"),
     )
     made = tuple(b for _, b in rules)
     return Mapping(
@@ -163,13 +165,15 @@ def _stacked_names(facts: Facts) -> tuple[str, ...]:
 
 
 def _kind(layers: str, kind: str) -> str:
-    """The name of layers of another kind."""
+    """Return the name of layers of another kind."""
     return layers.replace("layers.", f"{kind}_layers.")
 
 
 def _heads_apart(facts: Facts) -> tuple[Op, ...]:
-    """(hidden, heads·d) as (hidden, heads, d), and (heads·d, hidden) as (heads, d, hidden)."""
-    names = {x: _LAYER + f"self_attn.{x}_proj.kernel" for x in "qkvo"}
+    """Split (hidden, heads·d) to (hidden, heads, d), and (heads·d, hidden) to (heads, d, "
+    "hidden).
+    """
+    names = {x: LAYER + f"self_attn.{x}_proj.kernel" for x in "qkvo"}
     return (
         Split((names["q"],), 1, (facts.heads, -1)),
         Split((names["k"], names["v"]), 1, (facts.kv_heads, -1)),
@@ -199,7 +203,7 @@ def _stacked(facts: Facts) -> tuple[Op, ...]:
 
 
 def _predictions_apart(facts: Facts) -> Rename:
-    """Layers after the last, numbered by themselves."""
+    """Renumber the prediction layers, which follow the last layer, from 0."""
     layers = facts.family.layers
     first, apart = facts.layers, _kind(layers, "mtp")
     return Rename(
@@ -216,24 +220,23 @@ def _predictions_apart(facts: Facts) -> Rename:
 def _check_llama(facts: Facts, form: str) -> None:
     if facts.family.name != "llama":
         raise LayoutError(
-            f"there is no {form} table for {facts.family.name}, only for llama's relatives (llama, "
-            "mistral, qwen2, qwen3, gemma). Give a mapping in TOML, or use nnx or nnx-scan."
+            f"no {form} table for {facts.family.name} (only for llama, mistral, qwen2, qwen3, "
+            "gemma). Pass a mapping in TOML, or use nnx or nnx-scan."
         )
 
 
 # --- The names of MindFormers: the older ones, and those of its Megatron-like models
 
-_OLD = "model.layers.{layer}."
-_NEW = "decoder.layers.{layer}."
+_MCORE_LAYER = "decoder.layers.{layer}."
 _KINDS = ("weight", "bias")
 _WITH_MCORE = ("llama", "qwen3_moe", "deepseek_v3")
 
 
 def mindformers(facts: Facts, *, concat: bool = False) -> Mapping:
-    """From Hugging Face to the older names; with ``concat`` q, k, v and gate, up are fused."""
+    """Return the mapping to the older names; ``concat`` fuses q, k, v and gate, up."""
     if facts.family.name != "llama":
         raise LayoutError(
-            f"MindFormers' older names are those of llama; {facts.family.name} has none."
+            f"MindFormers' older names exist only for llama, not for {facts.family.name}."
             + (" Use mcore." if facts.family.name in _WITH_MCORE else "")
         )
     modules = {
@@ -249,7 +252,7 @@ def mindformers(facts: Facts, *, concat: bool = False) -> Mapping:
     }
     rules = (
         ("model.embed_tokens.weight", "model.tok_embeddings.embedding_weight"),
-        *((f"{_OLD}{a}.{{x}}", f"{_OLD}{b}.{{x}}") for a, b in modules.items()),
+        *((f"{LAYER}{a}.{{x}}", f"{LAYER}{b}.{{x}}") for a, b in modules.items()),
         ("model.norm.weight", "model.norm_out.weight"),
         ("lm_head.weight", "lm_head.weight"),
     )
@@ -262,17 +265,17 @@ def mindformers(facts: Facts, *, concat: bool = False) -> Mapping:
     if concat:
         for x in _KINDS:
             ops.append(_qkv(facts, "{base*}attention.w", "_qkv", x))
-        gate = tuple(f"{_OLD}feed_forward.{w}.weight" for w in ("w1", "w3"))
-        ops.append(Fuse(gate, f"{_OLD}feed_forward.w_gate_hidden.weight", (1, 1), ROWS))
-        made += [f"{_OLD}attention.w_qkv.{{x}}", f"{_OLD}feed_forward.w_gate_hidden.{{x}}"]
+        gate = tuple(f"{LAYER}feed_forward.{w}.weight" for w in ("w1", "w3"))
+        ops.append(Fuse(gate, f"{LAYER}feed_forward.w_gate_hidden.weight", (1, 1), ROWS))
+        made += [f"{LAYER}attention.w_qkv.{{x}}", f"{LAYER}feed_forward.w_gate_hidden.{{x}}"]
     ops.append(Expect(tuple(made), "llama-mindformers"))
     return Mapping(tuple(ops))
 
 
 def mcore(facts: Facts, *, fused: bool = False, interleaved: bool = True) -> Mapping:
-    """From Hugging Face to the Megatron-like names, of inference or (``fused``) of training."""
+    """Return the mapping to the Megatron-like names of inference, or (``fused``) of training."""
     if facts.family.name not in _WITH_MCORE:
-        raise LayoutError(f"{facts.family.name} has no mcore names in MindFormers.")
+        raise LayoutError(f"{facts.family.name}: no mcore names exist in MindFormers.")
     rules = _mcore_rules(facts, fused)
     ops: list[Op] = [
         Drop(facts.family.buffers, rebuilt=True),
@@ -330,12 +333,12 @@ def _mcore_rules(facts: Facts, training: bool) -> tuple[tuple[str, str], ...]:
         ("model.norm.weight", "decoder.final_layernorm.weight"),
         ("lm_head.weight", "output_layer.weight"),
         *(_prediction_rules(facts, inside, training) if facts.family.name == "deepseek_v3" else ()),
-        *((_OLD + a, _NEW + b) for a, b in inside.items()),
+        *((LAYER + a, _MCORE_LAYER + b) for a, b in inside.items()),
     )
 
 
 def _copies(facts: Facts) -> list[Tie]:
-    """What a prediction layer has copies of: the embedding and the head, kept once here."""
+    """Tie the copies of the embedding and the head in prediction layers."""
     if facts.family.name != "deepseek_v3":
         return []
     found = []
@@ -352,7 +355,7 @@ def _copies(facts: Facts) -> list[Tie]:
 def _prediction_rules(
     facts: Facts, inside: dict[str, str], training: bool
 ) -> list[tuple[str, str]]:
-    """The multi-token prediction layers, which come after the last."""
+    """Return the rules for the multi-token prediction layers, which follow the last."""
     found: list[tuple[str, str]] = []
     for i in range(facts.predictions):
         layer = f"model.layers.{facts.layers + i}."
@@ -389,7 +392,7 @@ def _qkv(facts: Facts, before: str, name: str, kind: str) -> Fuse:
 
 
 def _experts(facts: Facts) -> list[Op]:
-    """All experts of a layer as two matrices: (E·in, gate|up) and (E·ffn, in)."""
+    """Join all experts of a layer to two matrices: (E·in, gate|up) and (E·ffn, in)."""
     one, many = "{base*}.experts.{expert}.", "{base*}.experts."
     count = (facts.experts, -1)
     return [

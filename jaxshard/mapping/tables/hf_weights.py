@@ -1,4 +1,4 @@
-"""The weights of known families, under the names Hugging Face gives them, by what they are.
+"""The weights of known families under their Hugging Face names, by kind.
 
 A *linear* weight is (out, in), or (in, out) in ``kernels`` (GPT-2); a *norm* and a *plain*
 weight have no orientation; an *embedding* is (tokens, hidden).
@@ -16,7 +16,7 @@ from ...rules.match import text_config, text_type
 
 LAYER = "model.layers.{layer}."
 
-_MOST_PREDICTIONS = 100
+_MAX_PREDICTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Family:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name a checkpoint may have."""
+        """All names that a checkpoint may have."""
         modules = (*self.linear, *self.kernels, *self.norms)
         return (
             *(f"{m}.{x}" for m in modules for x in ("weight", "bias")),
@@ -51,11 +51,11 @@ class Facts:
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def number(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """A number of ``config.json``, under the first of ``keys`` that it has.
+        """Return a number of ``config.json`` by the first of ``keys`` that exists.
 
         Raises:
-            NotFoundError: it has none of them.
-            FormatError: it is no number of ``least`` or more.
+            NotFoundError: no such key.
+            FormatError: not a number of ``least`` or more.
         """
         for key in keys:
             value = self.config.get(key)
@@ -70,8 +70,8 @@ class Facts:
         if default is not None:
             return default
         raise NotFoundError(
-            f"the table needs {' or '.join(keys)} of the model, and config.json does not say it. "
-            "Put config.json beside the weights; to save, give config= or extras=."
+            f"config.json: {' or '.join(keys)} is missing, which the table needs. Put config.json "
+            "into the folder of the weights; for a save pass config= or extras=."
         )
 
     @property
@@ -89,7 +89,8 @@ class Facts:
         found = self.number("num_key_value_heads", default=self.heads)
         if self.heads % found:
             raise FormatError(
-                f"config.json: {self.heads} heads in groups of {found} kv heads do not go."
+                f"config.json: num_attention_heads={self.heads} is not divisible by "
+                f"num_key_value_heads={found}. Fetch it again."
             )
         return found
 
@@ -100,27 +101,27 @@ class Facts:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer that has some."""
+        """Experts of a layer with experts."""
         return self.number("n_routed_experts", "num_local_experts", "num_experts")
 
     @property
     def dense_layers(self) -> int:
-        """Layers at the beginning that have no experts, in a model whose others have."""
+        """Leading layers without experts in a model with experts."""
         dense = self.number("first_k_dense_replace", default=0, least=0)
         return min(dense, self.layers) if dense else 0
 
     @property
     def predictions(self) -> int:
-        """Layers after the last that predict further tokens (MTP).
+        """Multi-token prediction layers, which follow the last layer.
 
         Raises:
-            FormatError: more than any model has.
+            FormatError: implausibly many.
         """
         found = self.number("num_nextn_predict_layers", default=0, least=0)
-        if found > _MOST_PREDICTIONS:
+        if found > _MAX_PREDICTIONS:
             raise FormatError(
-                f"config.json: num_nextn_predict_layers is {found}; {_MOST_PREDICTIONS} are more "
-                "than any model has. Fetch it again."
+                f"config.json: num_nextn_predict_layers is {found}, expected at most "
+                f"{_MAX_PREDICTIONS}. Fetch it again."
             )
         return found
 
@@ -225,7 +226,7 @@ def _bert(prefix: str) -> Family:
     )
 
 
-#: By the model_type of config.json. Those with a tuple keep their names under a prefix or not.
+#: By the model_type of config.json; the first of two has a prefix before its names.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_LLAMA,)
@@ -239,10 +240,10 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
 
 
 def facts_of(model: ModelFacts | None, family: str | None, prefixed: bool = True) -> Facts:
-    """The facts of ``model``, which is of ``family`` if that is given.
+    """Return the facts of ``model``, of ``family`` if that is given.
 
     Raises:
-        NotFoundError: no such family, or none is known.
+        NotFoundError: no such family, or the family is unknown.
     """
     config = model.config if model else {}
     inner = text_config(config)
@@ -250,16 +251,16 @@ def facts_of(model: ModelFacts | None, family: str | None, prefixed: bool = True
     kind = family or (model.type if model else None) or text
     if kind is None:
         raise NotFoundError(
-            "the model's family is not known, for there is no config.json with a model_type. "
-            f"Say it: llama-hf:llama-mindformers. Known are {', '.join(FAMILIES)}."
+            "the model's family is unknown without a config.json with a model_type. Specify it, "
+            f"as in llama-hf:llama-mindformers (families: {', '.join(FAMILIES)})."
         )
     if kind not in FAMILIES and family is None and text in FAMILIES:
         kind = text
     if kind not in FAMILIES:
         part = f" (its text model is {text!r})" if text and text != kind else ""
         raise NotFoundError(
-            f"there are no tables for the model_type {kind!r}{part}. Known are "
-            f"{', '.join(FAMILIES)}; for others give a mapping in TOML."
+            f"no tables for model_type {kind!r}{part} (known: {', '.join(FAMILIES)}). Pass a "
+            "mapping in TOML."
         )
     forms = FAMILIES[kind]
     return Facts(forms[0] if prefixed else forms[-1], {**config, **inner})
