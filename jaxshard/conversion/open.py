@@ -19,9 +19,10 @@ from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundEr
 from ..formats.folder import COMMON, Folder, latest_iteration
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import FORMATS
+from ..storage.io import Source
 from ..storage.local import LocalFolder
 from ..storage.places import Place, ReadFolder, folder_at, place_at, refuse_repository
-from ..storage.readers import SourceFiles
+from ..storage.readers import open_source
 from ..storage.transaction import is_unfinished
 
 PathLike = str | os.PathLike[str]
@@ -251,7 +252,7 @@ def read_scalars(catalog: Catalog) -> dict[str, Any]:
     one = [t for t in catalog.tensors.values() if t.name in catalog.scalars and _is_number(t)]
     if not one:
         return values
-    with SourceFiles(catalog) as files:
+    with open_source(catalog) as files:
         return values | _typed({t.name: _value(files, t) for t in one}, catalog.root)
 
 
@@ -268,7 +269,7 @@ def _is_number(tensor: Tensor) -> bool:
     return tensor.shape in ((), (1,)) and bool(tensor.shards) and is_real
 
 
-def _value(files: SourceFiles, tensor: Tensor) -> bool | int | float:
+def _value(files: Source, tensor: Tensor) -> bool | int | float:
     import numpy as np  # noqa: PLC0415 - opening needs no NumPy
 
     from ..core.numpy_dtypes import numpy_dtype  # noqa: PLC0415
@@ -285,7 +286,7 @@ def _common(catalog: Catalog) -> dict[str, Any]:
     found = [path for path in catalog.extras if PurePosixPath(path).name == COMMON]
     if not found:
         return {}
-    folder = LocalFolder(catalog.root, found[:1])
+    folder = folder_at(catalog.root, found[:1])
     try:
         size = folder.files()[found[0]].num_bytes
         where = f"{catalog.root}/{found[0]}"

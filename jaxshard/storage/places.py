@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,10 +63,12 @@ def place_at(path: str | os.PathLike[str]) -> Path | RemotePath:
     return place.local_copy() or place
 
 
-def folder_at(place: str | os.PathLike[str]) -> LocalFolder | RemoteFolder:
-    """Return the folder at ``place``, to be read by a format."""
+def folder_at(
+    place: str | os.PathLike[str], names: Iterable[str] | None = None
+) -> LocalFolder | RemoteFolder:
+    """Return the folder at ``place``, of a local one only the files ``names``."""
     if isinstance(place, Path) or not is_remote(place):
-        return LocalFolder(place)
+        return LocalFolder(place, names)
     from .remote import RemoteFolder, RemotePath  # noqa: PLC0415 - only for remote paths
 
     return place.opened() if isinstance(place, RemotePath) else RemoteFolder(os.fspath(place))

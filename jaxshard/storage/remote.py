@@ -201,6 +201,11 @@ class RemoteFolder:
         have = bytes(head[offset:])
         return have + bytes(self.get(file, offset + len(have), stop))
 
+    def read_whole(self, path: str) -> bytes:
+        """Fetch a file, without the headers of the others (errors as ``read``)."""
+        file = self.files()[path]
+        return bytes(self.get(file, 0, file.num_bytes)) if file.num_bytes else b""
+
     def local_copy(self) -> Path | None:
         """Return where all of it is on the disk already."""
         return self._listing.local_copy()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.catalog import Catalog
 from ..errors import format_list
-from .places import folder_at, is_remote
+from .places import is_remote
 from .transaction import told
 
 
@@ -54,9 +54,10 @@ def copy_extras(
         StorageError: the disk is full or refuses.
     """
     if is_remote(root):
-        folder = folder_at(root)
-        sizes = folder.files()
-        found = ((path, folder.read(path, 0, sizes[path].num_bytes)) for path in extras)
+        from .remote import RemoteFolder  # noqa: PLC0415 - only for remote paths
+
+        folder = RemoteFolder(root)
+        found = ((path, folder.read_whole(path)) for path in extras)
         write_files(found, into, sync)
         return
     for path in extras:
