@@ -14,6 +14,7 @@ from .conversion.options import ConvertOptions, split, takes_options
 from .conversion.prepare import part_plan, prepare
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
+from .core.cache import clear_caches
 from .core.catalog import Catalog
 from .core.layout import Layout
 from .core.notes import log_notes, with_notes_logged
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .saver import save
 
 __all__ = [
+    "clear_caches",
     "convert",
     "gather",
     "load",
