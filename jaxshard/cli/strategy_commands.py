@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..conversion.execute import refuse_inside
 from ..conversion.open import open_checkpoint, strategy_place
 from ..conversion.targets import lay_out_for
 from ..core.catalog import Catalog
@@ -29,6 +28,7 @@ from ..formats.strategy_files import Strategies
 from ..planning import pictures
 from ..rules.match import weight_name
 from ..storage.local import LocalFolder
+from ..storage.overwrite import refuse_source
 from ..storage.places import place_at
 from ..storage.transaction import Staging, told
 from . import write, write_json
@@ -69,7 +69,7 @@ def strategy_merge(a: Namespace) -> int:
 def strategy_make(a: Namespace) -> int:
     """Write the strategy files of a model's tensors."""
     catalog, strategy, states = _tensors_of(a)
-    refuse_inside(catalog, Path(a.out))
+    refuse_source(catalog, Path(a.out))
     _refuse_own_strategy(catalog, a)
     layout = lay_out_for(catalog, strategy, read_rules_file(a.rules))
     shapes = {t.name: t.shape for t in catalog.tensors.values() if t.name not in catalog.scalars}

@@ -7,7 +7,6 @@ interrupted run finished is kept for the next.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +15,14 @@ from pathlib import Path
 from ..core.catalog import Catalog
 from ..distributed.environment import part_of
 from ..distributed.partition import Part
-from ..errors import CoverageError, LayoutError, StorageError
+from ..errors import CoverageError, LayoutError
 from ..formats.output_files import Result
 from ..formats.registry import FORMATS
 from ..planning.plan import Plan
 from ..storage import file_to_file, side_files
+from ..storage.fs import check_free_space
 from ..storage.io import Source
-from ..storage.places import is_remote
+from ..storage.overwrite import refuse_source
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
 from ..storage.shared_transaction import PartStaging
@@ -92,7 +92,7 @@ def execute(
         )
     catalog, budget = prepared.plan.source, prepared.budget
     place, only = Path(destination), targets.name_of(prepared.result, destination)
-    refuse_inside(catalog, place)
+    refuse_source(catalog, place)
     if check_replicas:
         _refuse_differing(catalog, budget)
     plan = part_plan(prepared.plan, part)
@@ -104,7 +104,7 @@ def execute(
         return Report(str(destination), Counts(), 0, plan.totals.num_files, notes, part)
     try:
         plan, skipped = _without_finished(plan, staging)
-        _check_room(plan, staging.files)
+        check_free_space(staging.files, plan.totals.bytes_written)
         tell = progress(plan.totals.bytes_written) if progress else None
         with open_source(catalog) as source:
             source.check_checksums()
@@ -190,35 +190,12 @@ def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
         raise CoverageError(f"{problems[0]}{more}")
 
 
-def refuse_inside(catalog: Catalog, destination: Path) -> None:
-    """Refuse a destination whose replacement would take the source, or a file of it, away."""
-    if is_remote(catalog.root):
-        return
-    source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
-    linked = (Path(os.path.realpath(source / f.path)) for f in catalog.files)
-    if any(p == place or place in p.parents for p in (source, *linked)):
-        raise LayoutError(
-            f"{destination} is the source, or holds it or files that it links to. Choose another "
-            "destination; the source is never changed."
-        )
-
-
 def _without_finished(plan: Plan, staging: Staging | PartStaging) -> tuple[Plan, int]:
     """``plan`` less the files that an earlier run finished."""
     paths = plan.outputs.paths
     wanted = set(range(len(paths))) if plan.only is None else set(plan.only)
     done = {rank for rank in wanted if paths[rank] in staging.finished}
     return (plan.of(frozenset(wanted - done)), len(done)) if done else (plan, 0)
-
-
-def _check_room(plan: Plan, place: Path) -> None:
-    free = shutil.disk_usage(place).free
-    need = plan.totals.bytes_written
-    if need > free:
-        raise StorageError(
-            f"{place} has {free} bytes free, and the result needs {need}. Make room, or choose "
-            "another disk."
-        )
 
 
 def _write_side_files(

@@ -28,10 +28,12 @@ from ..formats.output_files import Result
 from ..formats.registry import Format
 from ..planning.plan import make_plan
 from ..storage.engine import run
+from ..storage.fs import check_free_space
+from ..storage.overwrite import refuse_source
 from ..storage.resources import Budget, Counts
 from ..storage.transaction import Staging, real_place, told
 from ..storage.writers import OutputFiles
-from .shared_write import SharedWrite, check_room
+from .shared_write import SharedWrite
 
 _REQUEST = '{"made from": "arrays in memory"}'
 
@@ -77,8 +79,8 @@ class Publication:
             LayoutError: the destination exists, or holds an interrupted conversion.
             StorageError: the filesystem refuses.
         """
-        if self.overwrite:
-            self._refuse_inside()
+        if self.overwrite and self.carried is not None:
+            refuse_source(self.carried, self.destination, "the source of extras=")
         return Staging(
             self.destination,
             _REQUEST,
@@ -110,17 +112,6 @@ class Publication:
             from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
 
             add_checksums(staging.files / self.extras_to, staging.sync)
-
-    def _refuse_inside(self) -> None:
-        """Refuse to replace the checkpoint whose files are carried."""
-        if self.carried is None:
-            return
-        source = Path(self.carried.root).resolve()
-        if source == self.destination or self.destination in source.parents:
-            raise LayoutError(
-                f"{self.destination} holds the checkpoint whose files are to be carried along. "
-                "Choose another destination."
-            )
 
 
 def commit(publication: Publication, write: Callable[[Staging], Counts]) -> Counts:
@@ -157,7 +148,7 @@ def write_files(
     plan = make_plan(
         source.catalog, outputs, only=only, block_bytes=budget.block_bytes, is_bundled=True
     )
-    check_room(staging.files, plan.totals.bytes_written)
+    check_free_space(staging.files, plan.totals.bytes_written)
     files = OutputFiles(plan, staging, result.container)
     try:
         return run(plan.journeys(), source, files, budget=budget)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from ..planning.copies import TensorCopy, move_into
 from ..planning.outputs import Outputs
 from ..resharding.geometry import all_device_boxes
 from ..storage.engine import run
+from ..storage.fs import check_free_space
 from ..storage.io import Sink
 from ..storage.resources import Budget, Counts
 from ..storage.transaction import Staging
@@ -89,7 +89,7 @@ class SharedWrite:
         Raises:
             StorageError: the disk is full or refuses.
         """
-        check_room(staging.files, self.num_bytes)
+        check_free_space(staging.files, self.num_bytes)
         token = token_of(self._outputs)
         self.folder = shared_folder(self._destination, token)
         self.folder.mkdir()
@@ -174,20 +174,6 @@ class _OwnShards(Sink):
                 self._files.write(span.rank, move.name, at, buffer[done : done + length])
                 done += length
         return len(numbers)
-
-
-def check_room(place: Path, num_bytes: int) -> None:
-    """Refuse a write for which the filesystem has too little space.
-
-    Raises:
-        StorageError: fewer bytes are free.
-    """
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise StorageError(
-            f"{place} has {free} bytes free, and the result needs {num_bytes}. Make room, or "
-            "choose another disk."
-        )
 
 
 # --- Owners: which process writes which shard

@@ -11,9 +11,18 @@ import os
 import shutil
 from pathlib import Path
 
+from ..errors import StorageError
 from .linux import exchange, rename_new
 
-__all__ = ["delete", "exchange", "fsync_dir", "fsync_path", "publish_new", "write_file_atomic"]
+__all__ = [
+    "check_free_space",
+    "delete",
+    "exchange",
+    "fsync_dir",
+    "fsync_path",
+    "publish_new",
+    "write_file_atomic",
+]
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 
@@ -111,6 +120,24 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_free_space(
+    place: Path,
+    num_bytes: int,
+    what: str = "result",
+    remedy: str = "Make room, or choose another disk.",
+) -> None:
+    """Check that the filesystem of ``place`` has ``num_bytes`` free.
+
+    Raises:
+        StorageError: it has fewer.
+    """
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise StorageError(
+            f"{place} has {free} bytes free, and the {what} needs {num_bytes}. {remedy}"
+        )
 
 
 def _is_folder(path: Path) -> bool:

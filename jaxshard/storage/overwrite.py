@@ -17,12 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from ..core.catalog import Catalog
 from ..errors import FormatError, JaxshardError, LayoutError, format_list
 from ..formats import strategy_files, strategy_layouts, weight_files
 from ..formats.folder import WEIGHTS, is_iteration, is_orbax, kind_of, orbax_item_folder
 from ..formats.huggingface import INDEX, MINDSPORE_INDEX, SINGLE, is_weights
 from ..formats.rank_names import is_rank_file, rank_of_folder
 from .local import LocalFolder
+from .places import is_remote
 
 #: What a result is, which decides what it may replace: a folder, a folder of strategy files, one
 #: weight file, one strategy file; "own" is in a folder of jaxshard's own, where all may go.
@@ -59,6 +61,23 @@ def refuse_foreign(destination: Path) -> None:
         LayoutError: with what is there.
     """
     refuse_other("checkpoint", destination, destination)
+
+
+def refuse_source(catalog: Catalog, destination: Path, what: str = "the source") -> None:
+    """Refuse a destination whose replacement would remove ``catalog``, or a file of it.
+
+    Raises:
+        LayoutError: the destination is the checkpoint, or holds it.
+    """
+    if is_remote(catalog.root):
+        return
+    source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
+    linked = (Path(os.path.realpath(source / f.path)) for f in catalog.files)
+    if any(p == place or place in p.parents for p in (source, *linked)):
+        raise LayoutError(
+            f"{destination} is {what}, or holds it or files that it links to. Choose another "
+            f"destination; {what} is never changed."
+        )
 
 
 def files_of(place: Path) -> dict[str, list[int]]:

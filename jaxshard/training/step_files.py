@@ -6,7 +6,6 @@ checksum is taken there, so that it costs no second look at memory.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..planning.copies import TensorCopy
 from ..planning.plan import Plan, make_plan
 from ..storage.checksums import FileSums, Gathered
 from ..storage.engine import run
+from ..storage.fs import check_free_space
 from ..storage.io import Sink, Source
 from ..storage.resources import LENT_BLOCK_BYTES, budget_for
 from ..storage.transaction import Staging
@@ -236,17 +236,9 @@ def sums_of(root: Path, paths: Iterable[str]) -> tuple[dict[str, FileSums], str]
 
 
 def check_room(place: Path, num_bytes: int) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        StorageError: fewer bytes are free.
-    """
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise StorageError(
-            f"{place} has {free} bytes free, and the step needs {num_bytes}. Make room, keep fewer "
-            "steps, or save elsewhere."
-        )
+    """Check that a step of ``num_bytes`` fits at ``place`` (errors as ``check_free_space``)."""
+    remedy = "Make room, keep fewer steps, or save elsewhere."
+    check_free_space(place, num_bytes, "step", remedy)
 
 
 class _Summed(Sink):

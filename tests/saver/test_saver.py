@@ -291,7 +291,7 @@ def test_what_a_conversion_left_behind_is_not_touched(tmp_path):
 def test_the_checkpoint_that_extras_come_from_is_not_replaced(llama, tmp_path):
     folder = tmp_path / "in"
     checkpoints.write_llama(folder)
-    with pytest.raises(LayoutError, match="carried along"):
+    with pytest.raises(LayoutError, match="the source of extras="):
         save(load(folder, "mp2"), folder, extras=folder, overwrite=True)
     load(folder, "mp2")
 

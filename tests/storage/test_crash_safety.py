@@ -328,7 +328,9 @@ def test_a_disk_itself_is_no_destination(small, tiny_disk):
 def test_a_disk_that_fills_up_meanwhile(small, tiny_disk, tmp_path, monkeypatch):
     checkpoints.write_llama(small, layers=3, hidden=32)
     js.slice(small, tmp_path / "right3", "mp4")
-    monkeypatch.setattr("jaxshard.conversion.execute._check_room", lambda plan, place: None)
+    monkeypatch.setattr(
+        "jaxshard.conversion.execute.check_free_space", lambda place, num_bytes: None
+    )
     hog = tiny_disk / "hog"
     hog.write_bytes(bytes(60_000))
     with pytest.raises(StorageError, match="No space left"):
