@@ -9,16 +9,17 @@ be said from headers is said before the first of them is read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import jax
 
 from ..conversion.open import PathLike, opened
-from ..conversion.select import chooser, missed, refuse_lost, select, takes_whole, texts
+from ..conversion.select import refuse_lost, select, takes_whole, texts
 from ..core.catalog import Catalog
 from ..core.notes import log_notes
 from ..devices.host_memory import (
@@ -34,6 +35,7 @@ from ..formats.registry import format_of
 from ..mapping import Mapping, find_mapping
 from ..rules import Rules
 from ..storage.identity import check_same, identity
+from ..storage.io import Source
 from ..storage.places import is_remote
 from ..storage.readers import open_source
 from ..storage.resources import Counts, default_workers, parse_size
@@ -44,20 +46,14 @@ from .make_arrays import (
     restored_by_orbax,
 )
 from .read import carry
-from .requests import ArrayRequest, TensorRequest, files_of, jobs
+from .requests import ArrayRequest, Devices, LoadOptions, LoadRequest, TensorRequest, files_of, jobs
 from .shard_memory import (
     check_memory,
     need_of,
     share_out,
 )
 from .small_arrays import load_small, small_of
-from .target_shardings import (
-    Devices,
-    asked_dtype,
-    of_shardings,
-    resolve,
-    sharers,
-)
+from .target_shardings import asked_dtype, of_shardings, resolve, sharers
 
 __all__ = ["load", "load_opened"]
 
@@ -156,26 +152,27 @@ def load(
             known = everyone.of(of_shardings(want.sharding for want in wants))
             _check_same(catalog, known)  # a function of the name said only now where they go
 
-    return load_opened(
-        catalog,
-        target,
+    options = LoadOptions(
         devices=devices,
         rules=rules,
         dtype=dtype,
-        include=include,
-        exclude=exclude,
+        include=texts(include),
+        exclude=texts(exclude),
         host_bytes=None if host_bytes is None else parse_size(host_bytes, "host_bytes"),
+        workers=default_workers() if workers is None else workers,
         strict=strict,
         name_of=name_of,
         names=names,
         mmap=mmap,
         copy=copy,
-        workers=workers,
-        balanced=together if balanced else None,
         verify=verify,
-        decided=compare,
-        counted=counted,
     )
+    arrays, counts = load_opened(
+        catalog, target, options, balanced=together if balanced else None, decided=compare
+    )
+    if counted is not None:
+        counted(counts)
+    return arrays
 
 
 def _opened_alike(
@@ -205,105 +202,78 @@ def _check_same(catalog: Catalog, processes: Processes) -> None:
 def load_opened(
     catalog: Catalog,
     target: Any,
+    options: LoadOptions,
     *,
-    devices: Devices = None,
-    rules: Rules | None = None,
-    dtype: Any = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    host_bytes: int | None = None,
-    strict: bool = True,
-    name_of: Callable[[str], str] | None = None,
-    names: Mapping | str | None = None,
-    mmap: bool = False,
-    copy: bool = False,
-    workers: int | None = None,
     balanced: Processes | None = None,
-    verify: bool = False,
-    decided: Callable[[Sequence[ArrayRequest]], None] | None = None,
-    counted: Callable[[Counts], None] | None = None,
-) -> Any:
-    """``load`` of what is open, without a meeting to compare it with what others opened.
+    decided: Callable[[Sequence[ArrayRequest]], None] = lambda wants: None,
+) -> tuple[Any, Counts]:
+    """Load an open checkpoint, which is not compared with those of other processes.
 
-    ``balanced`` are the processes that share out the reading, None if each reads all.
-    ``decided`` is called with what will be loaded, before anything is read.
+    Args:
+        catalog: the checkpoint.
+        target: as for ``load``.
+        options: as for ``load``.
+        balanced: the processes that divide the reading; None if this one reads all it needs.
+        decided: called with the requests before any I/O.
+
+    Returns:
+        The arrays, and the read statistics.
 
     Raises:
         JaxshardError: as ``load``.
     """
-    how = _How(host_bytes, default_workers() if workers is None else workers, mmap, copy, verify)
     processes = (balanced or Processes()).about(catalog.root)
     with processes.together("loading"):
-        include, exclude = texts(include), texts(exclude)
-        tensors, notes = select(catalog, include, exclude, may_lack=not strict)
-        if balanced is not None:  # others cannot read what only they know of
-            refuse_lost(catalog, chooser(include, exclude))
-        chosen = replace(catalog, tensors={t.name: t for t in tensors})
-        if names is not None:
-            chosen = find_mapping(names, chosen, asked_dtype(target, dtype)).apply(chosen)
-        wanted = resolve(
-            chosen,
-            target,
-            devices=devices,
-            rules=rules,
-            dtype=dtype,
-            strict=strict,
-            name_of=name_of,
-            missed=missed(names, include, exclude),
-            taken=chooser(include, exclude),
-            is_whole=takes_whole(catalog, include, exclude),
-        )
-        if decided is not None:
-            decided(wanted.wants)
-        notes = (*chosen.notes, *notes, *wanted.notes)
-        log_notes(catalog.root, notes, catalog.logged)
-        by_orbax = restored_by_orbax(catalog, wanted.wants) and not copy
+        wanted = _requests(catalog, target, options, is_shared=balanced is not None)
+        decided(wanted.wants)
+        log_notes(catalog.root, wanted.notes, catalog.logged)
+        by_orbax = restored_by_orbax(catalog, wanted.wants) and not options.copy
         if by_orbax:
-            arrays, counts = restore(catalog, wanted.wants, host_bytes)
+            arrays, counts = restore(catalog, wanted.wants, options.host_bytes)
         else:
             first = list(wanted.wants) if balanced is None else spread(wanted.wants)
             extra = kept_bytes(first, wanted.wants)
-            with _told_of_hosts(catalog):
-                arrays, counts = _read(catalog, first, how, extra)
+            with _explaining_lost_ranks(catalog):
+                arrays, counts = _read(catalog, first, options, extra)
     if balanced is not None and not by_orbax:
         arrays = gathered(arrays, wanted.wants)
-    if counted is not None:
-        counted(counts)
-    return wanted.build(arrays)
+    return wanted.build(arrays), counts
 
 
-@dataclass(frozen=True, slots=True)
-class _How:
-    """How bytes are read, as the caller of ``load`` says."""
-
-    host_bytes: int | None
-    workers: int
-    mmap: bool
-    copy: bool
-    verify: bool
+def _requests(
+    catalog: Catalog, target: Any, options: LoadOptions, *, is_shared: bool
+) -> LoadRequest:
+    """Select and map the tensors, and resolve their target, with all notes."""
+    tensors, notes = select(catalog, options.include, options.exclude, may_lack=not options.strict)
+    if is_shared:  # other processes cannot read tensors that only this target names
+        refuse_lost(catalog, options.takes)
+    chosen = replace(catalog, tensors={t.name: t for t in tensors})
+    if options.names is not None:
+        dtype = asked_dtype(target, options.dtype)
+        chosen = find_mapping(options.names, chosen, dtype).apply(chosen)
+    is_whole = takes_whole(catalog, options.include, options.exclude)
+    wanted = resolve(chosen, target, options, is_whole=is_whole)
+    return replace(wanted, notes=(*chosen.notes, *notes, *wanted.notes))
 
 
 def _read(
-    catalog: Catalog, wants: Sequence[ArrayRequest], how: _How, extra_bytes: int
+    catalog: Catalog, wants: Sequence[ArrayRequest], options: LoadOptions, extra_bytes: int
 ) -> tuple[list[jax.Array], Counts]:
     """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
-    small, rest = small_of(wants, mmap=how.mmap, fetched=is_remote(catalog.root))
+    small, rest = small_of(wants, mmap=options.mmap, fetched=is_remote(catalog.root))
     found = jobs([wants[place] for place in rest])
     todo = [job for job, _ in found]
-    need = need_of(todo, extra_bytes + small.num_bytes, adopted=not how.copy)
-    budget, in_flight = share_out(need, how.host_bytes, how.workers)
+    need = need_of(todo, extra_bytes + small.num_bytes, adopted=not options.copy)
+    budget, in_flight = share_out(need, options.host_bytes, options.workers)
     check_memory(need, budget.host_bytes, in_flight or 0)
     check_dtypes(todo, small.samples())
-    files = open_source(catalog, mapped=how.mmap)
+    files = open_source(catalog, mapped=options.mmap)
     try:
-        without = files.check_checksums(chain(files_of(todo), small.files()))
-        if how.verify:
-            used = sorted({*files_of(todo), *small.files()})
-            _check_sums(catalog, used, without, how.workers)
+        _check_sums(catalog, files, chain(files_of(todo), small.files()), options)
         staging = BufferPool(in_flight or 0, _pin_for(todo))
         arrays: dict[int, jax.Array] = {}
         counts = load_small(small, files, arrays, workers=budget.workers)
-        made, more = carry(todo, files, budget=budget, staging=staging, adopted=not how.copy)
+        made, more = carry(todo, files, budget=budget, staging=staging, adopted=not options.copy)
         files.check_unchanged()
     finally:
         files.close()
@@ -312,28 +282,25 @@ def _read(
     return [arrays[place] for place in range(len(wants))], counts + more
 
 
-def _check_sums(
-    catalog: Catalog, used: Sequence[int], without: Sequence[str], workers: int
-) -> None:
-    """Compare the files number ``used`` with the checksums beside them.
+def _check_sums(catalog: Catalog, files: Source, used: Iterable[int], options: LoadOptions) -> None:
+    """Compare the files numbered ``used`` with their checksums, each file once.
 
     Raises:
-        FormatError: a file is not what was saved.
-        NotFoundError: there are no checksums beside the files, and some have none in them.
+        FormatError: a file is damaged.
+        NotFoundError: ``verify`` is set, and a file has no checksum.
     """
+    if not options.verify or format_of(catalog.format).own_library:
+        files.check_checksums(used)
+        return
     from ..storage.checksum_file import check_folder  # noqa: PLC0415 - on request only
 
-    if is_remote(catalog.root):
-        raise LayoutError(
-            f"{catalog.root}: verify=True reads whole files. Copy the folder to a disk first, or "
-            "leave it out."
-        )
-
-    paths = [catalog.files[number].path for number in used]
-    if format_of(catalog.format).own_library or check_folder(catalog.root, paths, workers=workers):
-        return
-    lacking = [path for path in paths if path in without]
-    if lacking:
+    paths = {number: catalog.files[number].path for number in sorted(set(used))}
+    has_file = check_folder(catalog.root, paths.values(), workers=options.workers)
+    # checksums.json covers the files below the checkpoint's folder, their own checksums included
+    rest = [number for number, path in paths.items() if not has_file or os.path.isabs(path)]
+    without = files.check_checksums(rest)
+    lacking = [path for path in paths.values() if path in without]
+    if lacking and not has_file:
         raise NotFoundError(
             f"verify=True: {catalog.root} has no {CHECKSUMS}, and {len(lacking)} of its files have "
             f"no checksum of their own ({format_list(lacking, 3)}). Leave verify out, or write the "
@@ -348,8 +315,8 @@ def _pin_for(todo: Sequence[TensorRequest]) -> Pin | None:
 
 
 @contextmanager
-def _told_of_hosts(catalog: Catalog) -> Iterator[None]:
-    """What is missing may lie on another host, where ranks are missing altogether."""
+def _explaining_lost_ranks(catalog: Catalog) -> Iterator[None]:
+    """Explain a missing tensor by ranks whose files are on other hosts."""
     try:
         yield
     except CoverageError as error:

@@ -15,14 +15,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
+from ..conversion.select import chooser, missed
 from ..core.box import Box
 from ..core.catalog import Tensor
 from ..core.numpy_dtypes import Conversion, NumpyDType
 from ..errors import JaxshardError
+from ..mapping import Mapping
 from ..planning.copies import TensorCopy, move_into
 from ..resharding.geometry import device_boxes
+from ..rules import Rules
+from ..storage.resources import default_workers
+
+Devices = Sequence[jax.Device] | Mesh | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,35 @@ class LoadRequest:
     wants: tuple[ArrayRequest, ...]
     build: Callable[[Sequence[jax.Array]], Any] = field(repr=False)
     notes: tuple[str, ...] = ()  # of the layout, where one was made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """Arguments of ``load`` with their defaults resolved; see there."""
+
+    devices: Devices = None
+    rules: Rules | None = None
+    dtype: Any = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    host_bytes: int | None = None
+    workers: int = field(default_factory=default_workers)
+    strict: bool = True
+    name_of: Callable[[str], str] | None = None
+    names: Mapping | str | None = None
+    mmap: bool = False
+    copy: bool = False
+    verify: bool = False
+
+    @property
+    def takes(self) -> Callable[[str], bool]:
+        """A function that returns whether a name of the source is selected."""
+        return chooser(self.include, self.exclude)
+
+    @property
+    def misses(self) -> Callable[[str], bool]:
+        """A function that returns whether a weight that only the target has is an error."""
+        return missed(self.names, self.include, self.exclude)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,46 +53,34 @@ from ..devices.rule_shardings import mesh_shardings
 from ..errors import JaxshardError, LayoutError, NotFoundError, format_list
 from ..formats.strategy_files import for_tensors
 from ..rules import Rules
-from .requests import ArrayRequest, LoadRequest
+from .requests import ArrayRequest, Devices, LoadOptions, LoadRequest
 
 # --- Targets: from what a person asks for to one want for each array
-
-Devices = Sequence[jax.Device] | Mesh | None
 
 _HALVES = ("bfloat16", "float16")
 
 
 def resolve(
-    catalog: Catalog,
-    target: Any,
-    *,
-    devices: Devices = None,
-    rules: Rules | None = None,
-    dtype: Any = None,
-    strict: bool = True,
-    name_of: Callable[[str], str] | None = None,
-    missed: Callable[[str], bool] = lambda name: True,
-    taken: Callable[[str], bool] = lambda name: True,
-    is_whole: bool = False,
+    catalog: Catalog, target: Any, options: LoadOptions, *, is_whole: bool = False
 ) -> LoadRequest:
-    """What ``target`` asks of the tensors of ``catalog``; see ``load`` for the arguments.
+    """Return the arrays that ``target`` requests of the tensors of ``catalog``.
 
-    ``missed`` tells whether a weight that only the target knows is missed, ``taken`` whether one
-    of the source is asked for; ``is_whole`` that all of them are.
+    ``is_whole``: all tensors of the source are selected.
 
     Raises:
         NotFoundError: names are missing on either side.
-        CoverageError: strategy files tell of weights that the catalog lacks, or these lie on
-            ranks without files and this process's devices need them.
+        CoverageError: the catalog lacks weights of the strategy files, or they are on ranks
+            without files and this process's devices need them.
         LayoutError: the target does not fit the tensors.
     """
-    cast = None if dtype is None else np.dtype(dtype)
+    devices = options.devices
+    cast = None if options.dtype is None else np.dtype(options.dtype)
     target = _read_target(catalog, target)
     if isinstance(target, Layout):
         target = without_merged(catalog, target)
-        if strict:
-            refuse_absent(catalog, target, missed)
-        refuse_lost(catalog, taken, target, _own_ranks(_listed(devices) or jax.devices()))
+        if options.strict:
+            refuse_absent(catalog, target, options.misses)
+        refuse_lost(catalog, options.takes, target, _own_ranks(_listed(devices) or jax.devices()))
         kept = without_unplaced_states(catalog, target)
         left_out = kept.notes[len(catalog.notes) :]
         made = _all_tensors(kept, _of_layout(kept, target, devices), devices, cast)
@@ -100,15 +88,15 @@ def resolve(
     if is_whole and not _is_tree(target):
         refuse_half(catalog)
     if isinstance(target, Mesh | Strategy):
-        layout, ranks, found = _by_rules(catalog, target, devices, rules)
-        refuse_lost(catalog, taken, layout, _own_ranks(ranks))
+        layout, ranks, found = _by_rules(catalog, target, devices, options.rules)
+        refuse_lost(catalog, options.takes, layout, _own_ranks(ranks))
         made = _all_tensors(catalog, found, devices, cast)
         return replace(made, notes=(*layout.notes, *made.notes))
     place_of = _by_name(target)
     if place_of is not None:
-        refuse_lost(catalog, taken)
+        refuse_lost(catalog, options.takes)
         return _all_tensors(catalog, place_of, devices, cast)
-    return _tree(catalog, target, devices, cast, strict=strict, name_of=name_of)
+    return _tree(catalog, target, options, cast)
 
 
 def _is_tree(target: Any) -> bool:
@@ -233,19 +221,13 @@ def _check(problems: Problems, catalog: Catalog, names: Iterable[str]) -> None:
 
 
 def _tree(
-    catalog: Catalog,
-    target: Any,
-    devices: Devices,
-    cast: NumpyDType | None,
-    *,
-    strict: bool,
-    name_of: Callable[[str], str] | None,
+    catalog: Catalog, target: Any, options: LoadOptions, cast: NumpyDType | None
 ) -> LoadRequest:
     leaves, structure = named_leaves(target)
     problems = Problems(catalog.root)
     wants: dict[int, ArrayRequest] = {}
     generators: dict[int, Any] = {}
-    wanted = _names(target, leaves, name_of)
+    wanted = _names(target, leaves, options.name_of)
     exact = {name for name, _ in wanted.values()}
     names = []
     for number, (name, whole) in wanted.items():
@@ -262,7 +244,7 @@ def _tree(
                 shape_dtype, generators[number] = keys.data, keys.generator
             place = leaf if shape_dtype is None else getattr(shape_dtype, "sharding", None)
             wants[number] = _want(
-                stored, catalog.tensors[stored], place, devices, shape_dtype, cast
+                stored, catalog.tensors[stored], place, options.devices, shape_dtype, cast
             )
         except JaxshardError as error:
             problems.misfits.append(str(error))
@@ -274,7 +256,7 @@ def _tree(
             "such as dp2mp4, a Mesh, a Sharding, a function of the name, or a tree of "
             "jax.ShapeDtypeStruct or shardings."
         )
-    if not strict:
+    if not options.strict:
         problems.missing, problems.unexpected = [], []
     gone = {name.partition(" (for ")[0] for name in problems.missing} & catalog.lost.keys()
     refuse_lost(catalog, gone.__contains__)

@@ -32,6 +32,7 @@ from ..errors import LayoutError, format_list
 from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
+from ..loader.requests import LoadOptions
 from ..planning.copies import move_into
 from ..storage.engine import HostArrays, run
 from ..storage.readers import open_source
@@ -381,9 +382,10 @@ def _on_devices(
         return {}
     tensors = {n: catalog.tensors[n] for n in structs}
     chosen = replace(catalog, tensors=tensors, notes=())  # the manager logs them, with the step
-    found: Mapping[str, jax.Array] = load_opened(
-        chosen, dict(structs), workers=where.workers, host_bytes=where.host_bytes
-    )
+    options = LoadOptions(host_bytes=where.host_bytes)
+    if where.workers is not None:
+        options = replace(options, workers=where.workers)
+    found: Mapping[str, jax.Array] = load_opened(chosen, dict(structs), options)[0]
     return found
 
 

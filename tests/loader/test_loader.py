@@ -28,6 +28,7 @@ from jaxshard.loader import load
 from jaxshard.loader.shard_memory import MemoryNeed, load_budget, share_out
 from jaxshard.rules import read_rules
 from jaxshard.saver import save
+from jaxshard.storage.readers import SourceFiles
 from jaxshard.storage.resources import LEAST_BYTES, Counts
 
 P = PartitionSpec
@@ -651,3 +652,20 @@ def test_rules_are_no_path(tmp_path, use):
     checkpoints.write_llama(tmp_path / "llama")
     with pytest.raises(LayoutError, match=r"'rules.toml' is a str, and no Rules\. .*read_rules"):
         use(tmp_path / "llama", "mp2", rules="rules.toml")
+
+
+def test_verify_reads_a_ckpt_file_once_where_checksums_json_covers_it(tmp_path, monkeypatch):
+    arrays = {"w": np.arange(64, dtype=np.float32)}
+    save(arrays, tmp_path / "c", format="ckpt", checksums=True, fsync=False)
+    calls: list[list[int]] = []
+    plain = SourceFiles.check_checksums
+
+    def counted(self: Any, only: Any = None) -> tuple[str, ...]:
+        calls.append(sorted(only))
+        return plain(self, calls[-1])
+
+    monkeypatch.setattr(SourceFiles, "check_checksums", counted)
+    assert np.array_equal(load(tmp_path / "c", jax.devices()[0], verify=True)["w"], arrays["w"])
+    assert calls == [[]]
+    load(tmp_path / "c", jax.devices()[0])
+    assert calls == [[], [0]]
