@@ -19,7 +19,7 @@ from .core.catalog import Catalog
 from .core.layout import Layout
 from .core.notes import log_notes, with_notes_logged
 from .core.strategy import Strategy
-from .distributed.environment import part_of
+from .distributed.partition import part_of
 from .planning.plan import Plan
 from .rules import Rules
 from .storage.resources import budget_for, parse_size

@@ -17,12 +17,15 @@ from ..conversion.options import RunOptions
 from ..conversion.prepare import Prepared, part_plan, prepare
 from ..core.catalog import Catalog
 from ..core.decoders import MAX_TOML_BYTES
-from ..distributed.environment import part_of
+from ..distributed.partition import part_of
 from ..errors import LayoutError, format_list
 from ..planning import pictures
 from ..rules import Rules, read_rules
+from ..storage.fs import (
+    read_bytes,
+    read_text,
+)
 from ..storage.resources import budget_for
-from ..storage.text_files import read_bytes, read_text
 from . import write, write_json
 
 if TYPE_CHECKING:

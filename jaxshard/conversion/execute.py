@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core.catalog import Catalog
-from ..distributed.environment import part_of
-from ..distributed.partition import Part
+from ..distributed.partition import Part, part_of
 from ..errors import CoverageError, LayoutError
 from ..formats.output_files import Result
 from ..formats.registry import FORMATS
@@ -26,7 +25,7 @@ from ..storage.overwrite import refuse_source
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
 from ..storage.shared_transaction import PartStaging
-from ..storage.strategy_folder import put_beside
+from ..storage.side_files import put_beside
 from ..storage.transaction import Staging
 from ..storage.writers import OutputFiles
 from . import targets
@@ -215,6 +214,6 @@ def _write_side_files(
     )
     side_files.write_files(prepared.result.side_files.items(), staging.files, staging.sync)
     if prepared.result.checksums:
-        from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
+        from ..storage.checksums import add_checksums  # noqa: PLC0415 - on request only
 
         add_checksums(staging.files / prepared.result.extras_to, staging.sync)

@@ -208,7 +208,7 @@ def _checksums(
     catalog: Catalog, without: Sequence[str], budget: Budget
 ) -> tuple[list[str], list[str]]:
     """What is damaged by ``checksums.json``; without one, a note on files ``without`` checksums."""
-    from ..storage.checksum_file import check_folder  # noqa: PLC0415 - verify alone reads them
+    from ..storage.checksums import check_folder  # noqa: PLC0415 - verify alone reads them
 
     stored = _origin(catalog)
     if format_of(stored.format).own_library:  # which compares its own whenever it reads

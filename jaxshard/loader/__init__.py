@@ -292,7 +292,7 @@ def _check_sums(catalog: Catalog, files: Source, used: Iterable[int], options: L
     if not options.verify or format_of(catalog.format).own_library:
         files.check_checksums(used)
         return
-    from ..storage.checksum_file import check_folder  # noqa: PLC0415 - on request only
+    from ..storage.checksums import check_folder  # noqa: PLC0415 - on request only
 
     paths = {number: catalog.files[number].path for number in sorted(set(used))}
     has_file = check_folder(catalog.root, paths.values(), workers=options.workers)

@@ -26,7 +26,7 @@ from ..core.decoders import MAX_YAML_BYTES, parse_yaml
 from ..core.notes import log_notes, with_notes_logged
 from ..core.strategy import Strategy
 from ..errors import CoverageError, FormatError, LayoutError, StorageError, format_list
-from ..storage.text_files import read_text
+from ..storage.fs import read_text
 from .config_keys import Config, prefix_of, resuming_of, saving_of, unshared
 from .configured_checkpoint import (
     checkpoint_of,

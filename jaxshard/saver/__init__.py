@@ -49,7 +49,7 @@ from ..mapping import find_mapping
 from ..rules import Rules
 from ..storage import side_files as carrying
 from ..storage.resources import Counts, default_budget, default_workers, parse_size
-from ..storage.strategy_folder import put_beside
+from ..storage.side_files import put_beside
 from ..storage.transaction import real_place
 from .publish import (
     Publication,

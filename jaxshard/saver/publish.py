@@ -109,7 +109,7 @@ class Publication:
                 place.write_bytes(data)
                 staging.sync(place)
         if self.checksums:
-            from ..storage.checksum_file import add_checksums  # noqa: PLC0415 - on request only
+            from ..storage.checksums import add_checksums  # noqa: PLC0415 - on request only
 
             add_checksums(staging.files / self.extras_to, staging.sync)
 

@@ -6,23 +6,17 @@ where a file system offers no such operation, the fall-back and its gap are docu
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
+import select
 import shutil
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from ..errors import StorageError
-from .linux import exchange, rename_new
-
-__all__ = [
-    "check_free_space",
-    "delete",
-    "exchange",
-    "fsync_dir",
-    "fsync_path",
-    "publish_new",
-    "write_file_atomic",
-]
+from ..errors import FormatError, NotFoundError, StorageError
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 
@@ -142,3 +136,181 @@ def check_free_space(
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+# --- Linux system calls beyond Python's ``os``, with fall-backs
+
+IOV_MAX = 1024  # memory ranges that one preadv or pwritev takes
+_START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+_AT_CWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE
+_NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def reserve(descriptor: int, num_bytes: int) -> None:
+    """Make an empty file ``num_bytes`` long, with its room on the disk reserved if that can be.
+
+    The file system then finds no room while it is written to, and a full disk is heard of
+    before the first byte. ``posix_fallocate`` would do it, or write a byte to every block.
+
+    Raises:
+        OSError: there is no room.
+    """
+    call = _function("fallocate")
+    if num_bytes and call is not None:
+        if call(descriptor, 0, 0, num_bytes) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _NOT_OFFERED:
+            raise OSError(code, os.strerror(code))
+    os.ftruncate(descriptor, num_bytes)
+
+
+def start_writing_back(descriptor: int) -> None:
+    """Have the disk begin with what was written to the file so far; nobody waits for it."""
+    call = _function("sync_file_range")
+    if call is not None:
+        call(descriptor, 0, 0, _START_WRITING)  # if it fails, the later fsync will tell
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two paths in one step (``renameat2``); False where that is not offered.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    return _renamed(a, b, _EXCHANGE)
+
+
+def rename_new(a: Path, b: Path) -> bool:
+    """Rename ``a`` to ``b``, which must not exist (``renameat2``); False where that is not offered.
+
+    Raises:
+        FileExistsError: something lies at ``b``.
+        OSError: the disk refused.
+    """
+    return _renamed(a, b, _NO_REPLACE)
+
+
+def _renamed(a: Path, b: Path, flag: int) -> bool:
+    call = _function("renameat2")
+    if call is None:
+        return False
+    if call(_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_OFFERED:
+        return False
+    raise OSError(code, os.strerror(code), str(a), None, str(b))
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a file system is mounted at ``path`` (absolute): it cannot be renamed or replaced.
+
+    A folder bound to another of the same disk shows nowhere but in the system's own list.
+    """
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    return any(_mounted_at(line) == os.fsencode(path) for line in lines)
+
+
+def is_fuse(path: Path) -> bool:
+    """Whether ``path`` is on a file system in user space, by the system's own list."""
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    place = os.fsencode(os.path.realpath(path))
+    over = [(_mounted_at(line), line) for line in lines]
+    over = [(at, line) for at, line in over if place.startswith(at.rstrip(b"/") + b"/")]
+    if not over:
+        return False
+    line = max(over, key=lambda one: len(one[0]))[1]
+    return line.partition(b" - ")[2].startswith(b"fuse")
+
+
+def _mounted_at(line: bytes) -> bytes:
+    """The fifth field: spaces and backslashes are written as three octal digits."""
+    field = line.split(b" ", 5)[4] if line.count(b" ") > 4 else b""
+    return re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 0xFF]), field)
+
+
+@cache
+def _function(name: str) -> Any:
+    try:
+        function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (OSError, AttributeError):
+        return None
+    wide, path = ctypes.c_int64, ctypes.c_char_p
+    function.argtypes = {
+        "fallocate": [ctypes.c_int, ctypes.c_int, wide, wide],
+        "sync_file_range": [ctypes.c_int, wide, wide, ctypes.c_uint],
+        "renameat2": [ctypes.c_int, path, ctypes.c_int, path, ctypes.c_uint],
+    }[name]
+    return function
+
+
+# --- Bounded reading of small text files that a user names
+
+_WAIT_SECONDS = 10  # for a pipe, as a shell's <(command) makes one
+
+
+def read_bytes(path: str | os.PathLike[str], max_bytes: int, subject: str = "") -> bytes:
+    """Return all bytes of the file or pipe at ``path``; ``subject`` leads error messages.
+
+    Raises:
+        NotFoundError: it does not exist.
+        FormatError: it has more than ``max_bytes``.
+        StorageError: it cannot be read, or a pipe stays silent.
+    """
+    subject = subject or str(path)
+    try:
+        # without O_NONBLOCK, opening a pipe that has no writer would wait forever
+        descriptor = os.open(Path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return _read_all(descriptor, max_bytes, subject)
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"{subject} does not exist.") from None
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{subject} cannot be read: {error.strerror}.") from error
+
+
+def read_text(path: str | os.PathLike[str], max_bytes: int, subject: str = "") -> str:
+    """Return the UTF-8 text of the file or pipe at ``path`` (arguments as ``read_bytes``).
+
+    Raises:
+        NotFoundError, StorageError: as ``read_bytes``.
+        FormatError: it has more than ``max_bytes``, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path, max_bytes, subject).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{subject or path} is not UTF-8 text ({error.reason} at byte {error.start}). "
+            "Check the path."
+        ) from None
+
+
+def _read_all(descriptor: int, max_bytes: int, subject: str) -> bytes:
+    parts = list[bytes]()
+    left = max_bytes + 1
+    while left:
+        try:
+            part = os.read(descriptor, min(left, 1 << 20))
+        except BlockingIOError:
+            if select.select([descriptor], [], [], _WAIT_SECONDS)[0]:
+                continue
+            raise StorageError(f"{subject} sent nothing for {_WAIT_SECONDS} s.") from None
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        left -= len(part)
+    raise FormatError(f"{subject} has more than {max_bytes} bytes. Check the path.")

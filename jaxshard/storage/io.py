@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,27 @@ if TYPE_CHECKING:  # NumPy, which file to file does without
 Span = tuple[int, int, int]
 """A file's number in the catalog, the first byte, and the byte after the last."""
 GAP_BYTES = 1 << 20  # fetched along with what is wanted: a request of 20 ms costs as much
+
+
+@dataclass(slots=True)
+class PrefetchRange:
+    """Bytes of one file that will be read.
+
+    Attributes:
+        piece: names the file.
+        offset: the first byte.
+        num_bytes: the number of bytes.
+        before: the number of bytes just before ``offset`` that will be read as well.
+        ends: whether the bytes that follow will not be read; little is fetched beyond then.
+        total_bytes: the size of all copies that begin before the end of the range.
+    """
+
+    piece: StoredShard
+    offset: int
+    num_bytes: int
+    before: int = 0
+    ends: bool = True
+    total_bytes: int = 0
 
 
 class Source(ABC):
@@ -71,10 +93,8 @@ class Source(ABC):
         """Return whether byte ``offset`` of that file can be read without waiting."""
         return True
 
-    def prefetch(  # noqa: B027 - optional
-        self, piece: StoredShard, offset: int, num_bytes: int, *, before: int, ends: bool
-    ) -> None:
-        """Start fetching these bytes of that file, without waiting (see ``prefetch.Portion``)."""
+    def prefetch(self, wanted: PrefetchRange) -> None:  # noqa: B027 - optional
+        """Start fetching the bytes ``wanted``, without waiting."""
 
     def fetched(self, batches: Iterable[Sequence[Span]]) -> Generator[Callable[[], None]]:
         """Fetch what each of ``batches`` reads, ahead and in their order (see ``fetch``).

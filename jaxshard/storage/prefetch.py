@@ -1,31 +1,165 @@
-"""Readahead hints to the kernel.
+"""Prefetch: reads into the page cache ahead of a load, and the thread that requests them.
 
-Telling it with ``fadvise`` has the kernel make a page for every 4 KiB, which is most of what a
-cold load then costs. A file's own readahead makes pages of up to 2 MiB, larger ones each time
-it is found right. It goes on whenever the first page of what it fetched last is asked for,
-even by a reader that will not wait (``RWF_NOWAIT``). So a long run of bytes is asked for a byte
-here and there, ahead of the disk, and what that should have missed is told the other way.
+A file's own readahead begins with the first read, and stops whenever all threads are busy with
+memory. So one more thread, which reads nothing itself, requests the next bytes of the load in
+order. It stays near, because the page cache would evict what was fetched too early, and it does
+not start if the page cache already has the files.
+
+The hint for this, ``fadvise``, makes the kernel allocate a page for every 4 KiB, which is most of
+the cost of a cold load. A file's own readahead allocates pages of up to 2 MiB, larger ones each
+time it was right, and continues whenever the first page of its last fetch is accessed, even by a
+read that does not wait (``RWF_NOWAIT``). So a long run is accessed at a byte here and there, ahead
+of the disk. ``fadvise`` follows for the bytes which that missed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-_TOLD_BYTES = 1 << 20  # what every device seen takes at once; slower in smaller portions
-# Up to so many bytes after the start of a run, how far apart it is asked for: a readahead that
-# begins is small, and the first page of one may be a small one until they lie evenly.
+from ..core.catalog import StoredShard
+from ..core.ranges import byte_runs
+from ..planning.copies import TensorCopy
+from .io import PrefetchRange, Source
+
+WINDOW_BYTES = 256 << 20  # ahead of the load: little for the page cache, much for any disk
+_RANGES = 8  # in a window: a long run is requested in ranges
+_GAP_BYTES = 4 << 10
+_PROBES = 32
+_SPARSE = 2  # a span of which less than one part in so many is read is not prefetched
+
+_ADVICE_BYTES = 1 << 20  # every device tested accepts this at once; smaller hints are slower
+# (bytes since the start of a run, distance of the accesses up to there): readahead begins small,
+# and its first page may be a small one until the accesses are evenly spaced
 _RAMP = ((64 << 10, 4 << 10), (512 << 10, 16 << 10), (8 << 20, 64 << 10))
 _STEP_BYTES = 1 << 20
 _READAHEADS = ("/sys/class/bdi/{}", "/sys/dev/block/{}/../queue")  # of a file system, a disk
-_WINDOWS = 2  # how many readaheads are under way where the first page of one is asked for
+_WINDOWS = 2  # readaheads under way when the first page of one is accessed
+
+
+class PrefetchThread:
+    """A thread that stays up to ``window_bytes`` ahead of the copy that was started last."""
+
+    def __init__(
+        self, moves: Sequence[TensorCopy], source: Source, *, window_bytes: int = WINDOW_BYTES
+    ) -> None:
+        self._moves, self._source, self._window = moves, source, window_bytes
+        self._changed = threading.Condition()
+        self._started_bytes, self._is_closed = 0, False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, unless everything is cached."""
+        if _is_all_cached(self._moves, self._source):
+            return
+        self._thread = threading.Thread(target=self._work, name="jaxshard prefetch")
+        self._thread.start()
+
+    def reached(self, move: TensorCopy) -> None:
+        """Note that the load has started ``move``; to be called for each, in order."""
+        if self._thread is not None:
+            with self._changed:
+                self._started_bytes += _num_bytes(move)
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._thread is not None:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify()
+            self._thread.join()
+
+    def _work(self) -> None:
+        total_bytes = 0
+        for wanted in ranges(self._moves, self._window // _RANGES):
+            with self._changed:
+                while not self._is_closed and total_bytes >= self._started_bytes + self._window:
+                    self._changed.wait()
+            if self._is_closed:
+                return
+            self._source.prefetch(wanted)
+            total_bytes = wanted.total_bytes
+
+
+def ranges(moves: Iterable[TensorCopy], range_bytes: int) -> Iterator[PrefetchRange]:
+    """Yield the ranges that ``moves`` read, in order; adjacent spans of a file are joined.
+
+    A range is complete when it has ``range_bytes``.
+    """
+    last: PrefetchRange | None = None
+    total_bytes = 0
+    for move in moves:
+        total_bytes += _num_bytes(move)
+        for piece, offset, num_bytes in spans(move):
+            if last is not None and not _continues(last, piece, offset):
+                yield last
+                last = None
+            if last is not None and last.num_bytes >= range_bytes:
+                last.ends = False
+                yield last
+                last = PrefetchRange(piece, offset, 0, last.before + offset - last.offset)
+            if last is None:
+                last = PrefetchRange(piece, offset, 0)
+            last.num_bytes = offset + num_bytes - last.offset
+            last.total_bytes = total_bytes
+    if last is not None:
+        yield last
+
+
+def _continues(last: PrefetchRange, piece: StoredShard, offset: int) -> bool:
+    """Return whether ``offset`` follows ``last``, apart from padding between tensors."""
+    gap = offset - last.offset - last.num_bytes
+    return piece.file == last.piece.file and 0 <= gap < _GAP_BYTES
+
+
+def spans(move: TensorCopy) -> Iterator[tuple[StoredShard, int, int]]:
+    """Yield (piece, file offset, bytes) of the span that ``move`` reads of each source.
+
+    Sparse spans are left out, because most of their bytes would be fetched for nothing.
+    """
+    wanted: dict[int, list[tuple[int, int, int]]] = {}
+    for cell in move.cells:
+        for index, part in cell.sources[:1]:
+            form, piece, stored = move.forms[index], move.pieces[index][0], move.sources[index]
+            if form is None:
+                runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
+            else:
+                runs, _ = form.runs(part, stored, piece.offset)
+            if runs.num_bytes:
+                last = sum((n - 1) * stride for n, stride in runs.outer)
+                span = (runs.offset, runs.offset + last + runs.length, runs.num_bytes)
+                wanted.setdefault(index, []).append(span)
+    for index, found in wanted.items():
+        start, stop = min(a for a, _, _ in found), max(b for _, b, _ in found)
+        if sum(n for _, _, n in found) * _SPARSE >= stop - start:
+            yield move.pieces[index][0], start, stop - start
+
+
+def _num_bytes(move: TensorCopy) -> int:
+    return sum(target.box.size for target in move.targets) * move.unit_bytes
+
+
+def _is_all_cached(moves: Sequence[TensorCopy], source: Source) -> bool:
+    """Return whether a few probed bytes of all files are in the page cache."""
+    some = moves[:: max(1, len(moves) // _PROBES)]
+    places = (span for move in some for span in spans(move))
+    return all(
+        source.is_cached(piece, at)
+        for piece, offset, num_bytes in places
+        for at in (offset, offset + num_bytes - 1)
+    )
+
+
+# --- Hints to the kernel
 
 
 def is_cached(descriptor: int, offset: int) -> bool:
-    """Whether the byte at ``offset`` is in the page cache; True where nobody can say."""
+    """Return whether the byte at ``offset`` is in the page cache; True if that is unknown."""
     try:
         os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
     except BlockingIOError:
@@ -38,26 +172,22 @@ def is_cached(descriptor: int, offset: int) -> bool:
 def begin_reading(
     descriptor: int, offset: int, num_bytes: int, *, before: int = 0, ends: bool = True
 ) -> None:
-    """Have the disk fetch these bytes into the page cache; nobody waits for them.
+    """Start reading bytes into the page cache, without waiting.
 
-    Args:
-        descriptor: of the file, and for nothing else: its readahead is that of one reader.
-        offset: the first byte.
-        num_bytes: how many.
-        before: the bytes just before ``offset`` that were asked for likewise.
-        ends: whether what follows is not wanted; then little beyond the end is fetched.
+    ``descriptor`` must be used for this only, because readahead follows one reader per descriptor.
+    The other arguments are those of ``PrefetchRange``.
     """
     stop = offset + num_bytes
     with suppress(OSError):
-        _go_along(descriptor, offset, before, stop, ends=ends)
+        _drive_readahead(descriptor, offset, before, stop, ends=ends)
     with suppress(OSError, AttributeError):
-        for at in range(offset, stop, _TOLD_BYTES):
-            length = min(_TOLD_BYTES, stop - at)
+        for at in range(offset, stop, _ADVICE_BYTES):
+            length = min(_ADVICE_BYTES, stop - at)
             os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
 
 
-def _go_along(descriptor: int, offset: int, before: int, stop: int, *, ends: bool) -> None:
-    """Have the file's own readahead fetch what it can of these bytes without going far beyond."""
+def _drive_readahead(descriptor: int, offset: int, before: int, stop: int, *, ends: bool) -> None:
+    """Have the file's own readahead fetch bytes up to ``stop``, and few beyond."""
     info = os.fstat(descriptor)
     window = _window_bytes(info.st_dev)
     if window < _STEP_BYTES:
@@ -65,11 +195,11 @@ def _go_along(descriptor: int, offset: int, before: int, stop: int, *, ends: boo
     if ends and stop < info.st_size:
         stop -= _WINDOWS * window
     for at in _marks(offset, before, stop):
-        is_cached(descriptor, at)  # asked for, and not waited for
+        is_cached(descriptor, at)  # an access that does not wait
 
 
 def _marks(offset: int, before: int, stop: int) -> Iterator[int]:
-    """Where a run that began ``before`` bytes ahead of ``offset`` is asked for."""
+    """Yield the bytes to access of a run that began ``before`` bytes ahead of ``offset``."""
     start = offset - before
     at = offset
     for until, step in _RAMP:
@@ -81,7 +211,7 @@ def _marks(offset: int, before: int, stop: int) -> Iterator[int]:
 
 @cache
 def _window_bytes(device: int) -> int:
-    """How much a file's own readahead on this device fetches at once; 0 if nobody can say."""
+    """Return the size of one readahead on this device; 0 if it is unknown."""
     number = f"{os.major(device)}:{os.minor(device)}"
     for place in _READAHEADS:
         with suppress(OSError, ValueError):

@@ -19,10 +19,9 @@ from ..core.catalog import Catalog, StoredShard
 from ..errors import LayoutError, NotFoundError, StorageError
 from ..formats.registry import Orbax, format_of
 from . import prefetch
-from .io import Source
-from .local import Handles, LocalFolder
+from .io import PrefetchRange, Source
+from .local import Handles, LocalFolder, Versions
 from .places import is_remote
-from .versions import Versions
 
 if TYPE_CHECKING:
     from .vectored_io import IOVec
@@ -66,18 +65,22 @@ class SourceFiles(Source):
         with self._handles.use(self._files[piece.file].path) as descriptor:
             return prefetch.is_cached(descriptor, offset)
 
-    def prefetch(
-        self, piece: StoredShard, offset: int, num_bytes: int, *, before: int = 0, ends: bool = True
-    ) -> None:
-        """Start reading these bytes of that file into the page cache, without waiting.
+    def prefetch(self, wanted: PrefetchRange) -> None:
+        """Start reading the bytes ``wanted`` into the page cache, without waiting.
 
         Errors are left to the read that follows.
         """
         with (
             suppress(StorageError, NotFoundError),
-            self._ahead.use(self._files[piece.file].path) as descriptor,
+            self._ahead.use(self._files[wanted.piece.file].path) as descriptor,
         ):
-            prefetch.begin_reading(descriptor, offset, num_bytes, before=before, ends=ends)
+            prefetch.begin_reading(
+                descriptor,
+                wanted.offset,
+                wanted.num_bytes,
+                before=wanted.before,
+                ends=wanted.ends,
+            )
 
     def check_unchanged(self) -> None:
         """Refuse a result made from files that changed meanwhile.

@@ -35,8 +35,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MEND_THE_DISK, OVERWRITE, RESUME, LayoutError, StorageError
 from . import ownership
-from .fs import delete, exchange, fsync_path, publish_new, write_file_atomic
-from .linux import is_mount_point
+from .fs import delete, exchange, fsync_path, is_mount_point, publish_new, write_file_atomic
 from .ownership import JOURNAL, LOCK, PLACING, request_in
 from .places import refuse_remote
 

@@ -24,8 +24,8 @@ from ..core.catalog import StoredShard
 from ..core.numpy_dtypes import Bytes
 from ..core.ranges import Runs, byte_runs
 from ..planning.copies import Steps, TensorCopy
+from .fs import IOV_MAX
 from .io import Source
-from .linux import IOV_MAX
 
 Table = NDArray[np.uint64]
 

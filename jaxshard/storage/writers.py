@@ -25,8 +25,8 @@ from ..planning.bundles import Bundle
 from ..planning.copies import TensorCopy
 from ..planning.outputs import Outputs
 from ..planning.plan import Plan
+from .fs import reserve
 from .io import Sink
-from .linux import reserve
 from .local import Handles
 from .shared_transaction import PartStaging
 from .transaction import FILES, Staging, staging_folder, told

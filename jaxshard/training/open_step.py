@@ -38,7 +38,10 @@ from ..errors import (
 from ..formats import rank_folder, rank_names
 from ..formats.folder import Folder, MemoryFolder
 from ..formats.registry import Format, format_of
-from ..storage.checksum_file import Checksums, check_files
+from ..storage.checksums import (
+    Checksums,
+    check_files,
+)
 from ..storage.local import LocalFolder
 from ..storage.readers import open_source
 from . import records

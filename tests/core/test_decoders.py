@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 import jaxshard as js
 from jaxshard import mindformers
 from jaxshard.core.decoders import MAX_YAML_BYTES, parse_toml, parse_yaml
-from jaxshard.storage.text_files import read_bytes, read_text
+from jaxshard.storage.fs import (
+    read_bytes,
+    read_text,
+)
 
 yaml = pytest.importorskip("yaml")
 

@@ -14,7 +14,11 @@ import jaxshard as js
 from jaxshard.core.box import Box
 from jaxshard.errors import FormatError
 from jaxshard.planning.cells import cells
-from jaxshard.storage import file_to_file, linux, local
+from jaxshard.storage import (
+    file_to_file,
+    fs,
+    local,
+)
 from jaxshard.storage.local import Handles
 
 NUM = 3000  # more views than the kernel takes at once
@@ -103,10 +107,10 @@ def test_a_conversion_that_streams_needs_no_numpy_and_one_that_does_not_still_wo
 @pytest.mark.parametrize("is_offered", [True, False])
 def test_room_is_reserved_or_the_file_is_only_made_long(tmp_path, monkeypatch, is_offered):
     if not is_offered:
-        monkeypatch.setattr(linux, "_function", lambda name: None)
+        monkeypatch.setattr(fs, "_function", lambda name: None)
     with open(tmp_path / "file", "wb") as file:
-        linux.reserve(file.fileno(), 1 << 20)
-        linux.start_writing_back(file.fileno())
+        fs.reserve(file.fileno(), 1 << 20)
+        fs.start_writing_back(file.fileno())
     info = (tmp_path / "file").stat()
     assert info.st_size == 1 << 20
     assert is_offered or info.st_blocks == 0

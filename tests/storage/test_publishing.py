@@ -18,7 +18,10 @@ from jaxshard.cli import main
 from jaxshard.conversion.decrypt import decrypt
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.saver import save
-from jaxshard.storage import fs, linux, transaction
+from jaxshard.storage import (
+    fs,
+    transaction,
+)
 
 Door = Callable[[Path, bool], object]
 MOST = 2  # parts
@@ -116,7 +119,7 @@ def at_the_last_moment(monkeypatch, act: Callable[[], object]) -> None:
 
         return called
 
-    monkeypatch.setattr(fs, "rename_new", first(linux.rename_new))
+    monkeypatch.setattr(fs, "rename_new", first(fs.rename_new))
 
 
 def between(monkeypatch, act: Callable[[], object]) -> None:
@@ -125,7 +128,7 @@ def between(monkeypatch, act: Callable[[], object]) -> None:
 
     def exchange(a: Path, b: Path) -> bool:
         next(acts, lambda: None)()
-        return linux.exchange(a, b)
+        return fs.exchange(a, b)
 
     monkeypatch.setattr(transaction, "exchange", exchange)
 
@@ -290,7 +293,7 @@ def test_what_cannot_be_put_back_is_kept_and_named(llama, tmp_path, monkeypatch)
         if (a / "notes.txt").exists():
             return False
         (out / "notes.txt").write_text("mine")
-        return linux.exchange(a, b)
+        return fs.exchange(a, b)
 
     with monkeypatch.context() as patched:
         patched.setattr(transaction, "exchange", exchange)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from jaxshard.errors import LayoutError, StorageError
-from jaxshard.storage import fs, linux, transaction
+from jaxshard.storage import (
+    fs,
+    transaction,
+)
 from jaxshard.storage.transaction import Staging, is_unfinished
 
 OLD = "model.safetensors"  # what an old result is known by
@@ -382,13 +385,13 @@ def test_mount_points_are_known_by_the_systems_list_too(tmp_path, monkeypatch):
         rb"23 22 8:1 /x /my\040data\134 rw - ext4 /dev/sda1 rw"
         b"\n\n"
     )
-    monkeypatch.setattr(linux, "_MOUNTS", mounts)
-    assert linux.is_mount_point(Path("/"))
-    assert linux.is_mount_point(Path("/my data\\"))
-    assert not linux.is_mount_point(Path("/my data"))
-    monkeypatch.setattr(linux, "_MOUNTS", tmp_path / "absent")
-    assert linux.is_mount_point(Path("/"))
-    assert not linux.is_mount_point(tmp_path)
+    monkeypatch.setattr(fs, "_MOUNTS", mounts)
+    assert fs.is_mount_point(Path("/"))
+    assert fs.is_mount_point(Path("/my data\\"))
+    assert not fs.is_mount_point(Path("/my data"))
+    monkeypatch.setattr(fs, "_MOUNTS", tmp_path / "absent")
+    assert fs.is_mount_point(Path("/"))
+    assert not fs.is_mount_point(tmp_path)
 
 
 @pytest.mark.parametrize("refused", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
@@ -401,7 +404,7 @@ def test_file_systems_that_cannot_exchange_are_told_by_any_of_their_errors(
 
     place.mkdir()
     (place / OLD).write_bytes(b"0")
-    monkeypatch.setattr(linux, "_function", lambda name: renameat2)
+    monkeypatch.setattr(fs, "_function", lambda name: renameat2)
     made = Staging(place, "request", overwrite=True)
     put(made, "new", b"1")
     made.publish()

@@ -15,9 +15,12 @@ import readers_beside_writers
 import jaxshard as js
 from jaxshard.conversion.load_rank import load_rank
 from jaxshard.core.catalog import File
-from jaxshard.storage import linux, readers
-from jaxshard.storage.local import LocalFolder
-from jaxshard.storage.versions import Versions, version_of
+from jaxshard.storage import fs, readers
+from jaxshard.storage.local import (
+    LocalFolder,
+    Versions,
+    version_of,
+)
 
 FORMATS: dict[str, tuple[str, dict[str, object]]] = {
     "huggingface": ("full", {}),
@@ -152,7 +155,7 @@ def test_another_inode_alone_is_no_change_on_file_systems_in_user_space(tmp_path
     before = File(now.path, now.num_bytes, now.mtime_ns, now.ctime_ns, now.inode + 1)
     for mounted, same in ((b"fuse.gcsfuse", True), (b"ext4", False)):
         line = b"1 2 3:4 / / rw - " + mounted + b" none rw\n"
-        monkeypatch.setattr(linux, "_MOUNTS", _Mounts(line))
+        monkeypatch.setattr(fs, "_MOUNTS", _Mounts(line))
         assert Versions(tmp_path)._is_same(before, now) is same
 
 

@@ -43,7 +43,10 @@ from jaxshard.cli import main as command_line
 from jaxshard.conversion.decrypt import decrypt
 from jaxshard.distributed.barriers import Processes
 from jaxshard.errors import JaxshardError
-from jaxshard.storage import fs, linux, transaction
+from jaxshard.storage import (
+    fs,
+    transaction,
+)
 
 CALLS = (
     *("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir"),
@@ -212,13 +215,13 @@ class Counting:
         fcntl.flock = self.around("flock", fcntl.flock)
         builtins.open = io.open = self.opening(io.open)
         os.open = self.opening(os.open)
-        function = linux._function
+        function = fs._function
 
         def called(name: str) -> object:
             call = function(name)
             return call if call is None else self.around(name, call)
 
-        linux._function = called
+        fs._function = called
 
     def opening(self, call: Callable) -> Callable:
         counted = self.around("open", call)

@@ -32,7 +32,7 @@ from typing import Any
 
 from training_kills import CUT, break_it, ended, forked, is_state_of, state_of
 
-from jaxshard.storage import linux
+from jaxshard.storage import fs
 from jaxshard.training import CheckpointManager
 from jaxshard.training.run_directory import Places
 from jaxshard.training.steps import find_steps
@@ -50,7 +50,7 @@ class Countdown:
 
     def begin(self) -> None:
         sys.addaudithook(self._hook)
-        plain = linux._function
+        plain = fs._function
 
         def function(name: str) -> Any:
             call = plain(name)
@@ -63,7 +63,7 @@ class Countdown:
 
             return counted
 
-        linux._function = function
+        fs._function = function
 
     def _hook(self, event: str, given: tuple[Any, ...]) -> None:
         if event in _EVENTS or (event == "open" and self._is_for_writing(*given)):

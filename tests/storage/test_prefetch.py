@@ -1,4 +1,4 @@
-"""Reading ahead: the disk is told what comes, in order, near, and only where it must be fetched."""
+"""Prefetch: in the order of the load, near ahead of it, and only if a file is not cached."""
 
 from __future__ import annotations
 
@@ -19,15 +19,10 @@ from jaxshard.core.catalog import StoredShard, Tensor
 from jaxshard.core.dtypes import dtype
 from jaxshard.errors import NotFoundError
 from jaxshard.loader import load
-from jaxshard.loader.read import (
-    PrefetchThread,
-    portions,
-    spans,
-)
 from jaxshard.planning.copies import move_into
 from jaxshard.storage import prefetch
-from jaxshard.storage.io import Source
-from jaxshard.storage.prefetch import is_cached
+from jaxshard.storage.io import PrefetchRange, Source
+from jaxshard.storage.prefetch import PrefetchThread, is_cached, ranges, spans
 from jaxshard.storage.readers import SourceFiles
 
 BF16 = dtype("BF16")
@@ -46,8 +41,8 @@ class Disk(Source):
     def is_cached(self, piece, offset):
         return self._cached
 
-    def prefetch(self, piece, offset, num_bytes, *, before, ends):
-        self.asked.append((piece.file, offset, num_bytes))
+    def prefetch(self, wanted):
+        self.asked.append((wanted.piece.file, wanted.offset, wanted.num_bytes))
 
 
 def moves(count: int, shape: tuple[int, ...] = (4, 8)):
@@ -96,7 +91,7 @@ def test_it_stays_near_and_goes_on_as_the_load_does():
 
 def test_spans_that_follow_each_other_are_told_as_one_run():
     found = [
-        (p.offset, p.num_bytes, p.before, p.ends, p.told_bytes) for p in portions(moves(5), 128)
+        (p.offset, p.num_bytes, p.before, p.ends, p.total_bytes) for p in ranges(moves(5), 128)
     ]
     assert found == [
         (0, 128, 0, False, 128),
@@ -105,11 +100,11 @@ def test_spans_that_follow_each_other_are_told_as_one_run():
     ]
     apart = moves(5)
     del apart[2]
-    assert [(p.offset, p.num_bytes, p.before, p.ends) for p in portions(apart, 1 << 20)] == [
+    assert [(p.offset, p.num_bytes, p.before, p.ends) for p in ranges(apart, 1 << 20)] == [
         (0, 5 * 64, 0, True)  # a gap of less than a page is none
     ]
     far = moves(2, (64, 64)) + moves(5, (64, 64))[4:]
-    assert [(p.offset, p.num_bytes, p.before, p.ends) for p in portions(far, 1 << 20)] == [
+    assert [(p.offset, p.num_bytes, p.before, p.ends) for p in ranges(far, 1 << 20)] == [
         (0, 2 * 8192, 0, True),
         (4 * 8192, 8192, 0, True),
     ]
@@ -147,10 +142,10 @@ def test_a_cold_file_is_fetched_and_read_right(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(
         SourceFiles,
         "prefetch",
-        lambda self, *what, **how: told.append(what) or begin(self, *what, **how),
+        lambda self, wanted: told.append(wanted.num_bytes) or begin(self, wanted),
     )
     found = load(tmp_path, jax.devices()[0])
-    assert [what[2] for what in told] == [4 << 20]  # of the four, in one run
+    assert told == [4 << 20]  # of the four, in one run
     for name, array in arrays.items():
         assert np.array_equal(np.asarray(found[name]), array)
     told.clear()
@@ -258,7 +253,7 @@ def test_a_file_that_vanished_is_for_its_reader_to_tell(tmp_path: Path):
     files = SourceFiles(catalog)
     (tmp_path / "model.safetensors").unlink()
     (piece,) = catalog.tensors["w"].shards
-    files.prefetch(piece, 0, 8)
+    files.prefetch(PrefetchRange(piece, 0, 8))
     with pytest.raises(NotFoundError):
         files.read(piece, 0, memoryview(bytearray(8)))
     files.close()
@@ -269,6 +264,6 @@ def test_asking_past_the_end_of_a_file_is_no_matter(tmp_path: Path):
     catalog = open_checkpoint(tmp_path)
     files = SourceFiles(catalog)
     (piece,) = catalog.tensors["w"].shards
-    files.prefetch(piece, 1 << 30, 1 << 20)
+    files.prefetch(PrefetchRange(piece, 1 << 30, 1 << 20))
     assert files.is_cached(piece, 1 << 30)
     files.close()

@@ -18,9 +18,13 @@ from hypothesis import strategies as st
 
 import jaxshard as js
 from jaxshard.cli import main
-from jaxshard.distributed.partition import Part
-from jaxshard.storage import checksum_file
-from jaxshard.storage.checksum_file import check_files, compute_checksums, read_checksums, to_bytes
+from jaxshard.storage import checksums
+from jaxshard.storage.checksums import (
+    check_files,
+    compute_checksums,
+    read_checksums,
+    to_bytes,
+)
 
 RESULTS: dict[str, tuple[str, dict[str, object]]] = {
     "huggingface": ("full", {}),
@@ -92,7 +96,8 @@ def _crc32c(data: bytes) -> int:
 
 def test_parts_and_an_interrupted_run_end_with_checksums_of_all_files(llama, tmp_path):
     for index in (0, 1):
-        js.convert(llama, tmp_path / "out", "dp1mp4", part=Part(index, 2), checksums=True)
+        part = {"process_index": index, "process_count": 2}
+        js.convert(llama, tmp_path / "out", "dp1mp4", **part, checksums=True)
     assert set(read_checksums(tmp_path / "out").files) == {
         p.relative_to(tmp_path / "out").as_posix() for p in below(tmp_path / "out")
     }
@@ -169,11 +174,11 @@ def test_checksums_are_read_back_as_written(tmp_path_factory, contents, chunk_by
     folder = tmp_path_factory.mktemp("files")
     for number, data in enumerate(contents):
         (folder / f"{number}").write_bytes(data)
-    before, checksum_file._CHUNK_BYTES = checksum_file._CHUNK_BYTES, chunk_bytes
+    before, checksums._CHUNK_BYTES = checksums._CHUNK_BYTES, chunk_bytes
     try:
         found = compute_checksums(folder, map(str, range(len(contents))))
     finally:
-        checksum_file._CHUNK_BYTES = before
+        checksums._CHUNK_BYTES = before
     (folder / "checksums.json").write_bytes(to_bytes(found))
     assert read_checksums(folder) == found
     check_files(folder, found)
