@@ -15,8 +15,9 @@ import readers_beside_writers
 import jaxshard as js
 from jaxshard.conversion.load_rank import load_rank
 from jaxshard.core.catalog import File
-from jaxshard.storage import fs, readers
+from jaxshard.storage import fs
 from jaxshard.storage.local import (
+    FolderVersions,
     LocalFolder,
     Versions,
     version_of,
@@ -127,9 +128,9 @@ def test_a_change_during_the_reads_of_a_verb_is_refused(source, verb, tmp_path, 
         real(self)
 
     monkeypatch.setattr(Versions, "check", check)
-    folder = readers.FolderVersions.check
+    folder = FolderVersions.check
     monkeypatch.setattr(
-        readers.FolderVersions,
+        FolderVersions,
         "check",
         lambda self: (changed or changed.append(rewrite(place, other)), folder(self)),
     )
