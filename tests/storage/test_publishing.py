@@ -51,7 +51,7 @@ def in_parts(source: Path) -> Door:
                 "process_count": MOST,
             }
             # what was made of the same request is not made again, so another is made
-            js.convert(source, out, "mp4" if overwrite else "mp2", process_count=MOST, **options)
+            js.convert(source, out, "mp4" if overwrite else "mp2", **options)
 
     return door
 
