@@ -106,7 +106,7 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
         return None
     with _progress("checking", a.quiet or a.json) as begin:
         progress = begin(sum(s.num_bytes for s in steps)) if deep else None
-        place = run_directory.Places.of(a.source)
+        place = run_directory.RunDirectory.of(a.source)
         steps = open_step.examine_all(place, steps, deep=deep, progress=progress)
     well = run_steps.is_well(steps)
     best = run_steps.resumes_from(steps)

@@ -23,7 +23,7 @@ _HOME = {
     "CheckpointManager": "manager",
     "Cadence": "policy",
     "Progress": "policy",
-    "Restored": "restore",
+    "RestoreResult": "restore",
     "ResumePoint": "policy",
     "StepName": "records",
     "resume_point": "policy",

@@ -1,42 +1,32 @@
-"""Commit and removal of a step.
+"""Commit, recovery and removal of a step, and which existing files a step may replace.
 
-    saving    files are written below .jaxshard/1_10.saving          a crash: nothing happened
-    moving    .jaxshard/1_10.moving says which, each is renamed      a crash: the next one goes on
-    whole     1_10.moving is renamed to 1_10.json                    the step is there
-    removing  1_10.json is renamed to 1_10.removed, files go         a crash: the next one goes on
+    saving    files are written below .jaxshard/1_10.saving          crash: no step
+    moving    .jaxshard/1_10.moving lists the files, each renamed    crash: continued by the next
+    whole     1_10.moving is renamed to 1_10.json                    the step exists
+    removing  1_10.json is renamed to 1_10.removed, files deleted    crash: continued by the next
 
-Renaming is the only thing that happens to files in their place, so none is ever seen half
-written; and a folder is taken away under its whole name before anything in it is deleted.
-Whoever calls holds the directory (``places.only_writer``).
+Files are only ever renamed into place, so no reader sees one half written. A folder is renamed
+away before anything in it is deleted. The caller holds the lock (``run_directory.writer_lock``).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import (
-    FormatError,
-    StorageError,
-    format_list,
-)
+from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..formats.registry import format_of
 from ..storage.fs import publish_new
 from . import records
-from .records import (
-    MOVING,
-    REMOVED,
-    WHOLE,
-    Record,
-    StepName,
-    is_strategy_file,
-)
+from .records import MOVING, REMOVED, WHOLE, Record, StepName, is_strategy_file
 from .run_directory import (
-    Places,
+    RunDirectory,
     Unreadable,
     check_units,
     names_in,
@@ -44,176 +34,180 @@ from .run_directory import (
     replace_file,
     sync_folder,
 )
+from .steps import find_steps, of_prefix
+
+_log = logging.getLogger("jaxshard.training")
 
 REMOVED_FOLDER = "removed"
-_SCRATCH = re.compile(  # of files that were being written
+_SCRATCH = re.compile(  # temporary files of an interrupted writer
     rf"\.((_\d+-)?\d+_\d+({MOVING}|{WHOLE})|rollback-.*{WHOLE}|{records.KEPT_STRATEGY.pattern})\.new"
 )
 
 
-def commit(places: Places, record: Record, *, durable: bool) -> None:
-    """Put the step in ``places.staging`` in place; see ``places.check_units`` before.
+def commit(run: RunDirectory, record: Record, *, durable: bool) -> None:
+    """Rename the step in ``run.staging`` into place; call ``check_units`` before.
 
     Raises:
-        StorageError: the disk refused; the step is finished when it no longer does.
+        StorageError: the disk refuses; the next process that can completes the commit.
     """
     try:
-        replace_file(places.record(record.step, MOVING), records.to_bytes(record), durable=durable)
-        _put_in_place(places, record, durable=durable)
+        replace_file(run.record(record.step, MOVING), records.to_bytes(record), durable=durable)
+        _put_in_place(run, record, durable=durable)
     except FileExistsError as error:
-        raise StorageError(_in_the_way(places, record.step, error)) from error
+        raise StorageError(_in_the_way(run, record.step, error)) from error
     except OSError as error:
-        raise StorageError(f"step {record.step} of {places.root}: {error}.") from error
+        raise StorageError(f"step {record.step} of {run.root}: {error}.") from error
 
 
-def is_on_disk(places: Places, step: StepName) -> bool:
-    """Whether all of ``step`` is on the disk and waits to be put in place."""
-    return places.record(step, MOVING).is_file()
+def is_on_disk(run: RunDirectory, step: StepName) -> bool:
+    """Return True if ``step`` is completely written, but not yet renamed into place."""
+    return run.record(step, MOVING).is_file()
 
 
-def remove(places: Places, record: Record) -> None:
+def remove(run: RunDirectory, record: Record) -> None:
     """Delete a step.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk refuses.
     """
-    check_units(places, record.units)
+    check_units(run, record.units)
     try:
-        os.rename(places.record(record.step), places.record(record.step, REMOVED))
-        _delete(places, record)
+        os.rename(run.record(record.step), run.record(record.step, REMOVED))
+        _delete(run, record)
     except OSError as error:
-        raise StorageError(f"step {record.step} of {places.root}: {error}.") from error
+        raise StorageError(f"step {record.step} of {run.root}: {error}.") from error
 
 
-def recover(places: Places, *, durable: bool = True) -> list[str]:
-    """Go on with what was interrupted, and clear away what was never finished; what was done.
+def recover(run: RunDirectory, *, durable: bool = True) -> list[str]:
+    """Complete interrupted commits and removals, and delete unfinished saves; return a log.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk refuses.
     """
     done: list[str] = []
     try:
-        for step in names_in(places, MOVING):
-            _go_on(places, step, done, durable=durable)
-        for step in names_in(places, REMOVED):
-            _go_on_removing(places, step, done)
-        for path in _leftovers(places):
-            done.append(_cleared(path))
+        for step in names_in(run, MOVING):
+            _complete_commit(run, step, done, durable=durable)
+        for step in names_in(run, REMOVED):
+            _complete_removal(run, step, done)
+        for path in _leftovers(run):
+            done.append(_delete_leftover(path))
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{places.own} cannot be tidied up: {error}.") from error
+        raise StorageError(f"{run.own} cannot be recovered: {error}.") from error
     return done
 
 
-def is_interrupted(places: Places) -> bool:
-    """Whether there is something to ``recover``."""
-    found = any(names_in(places, state) for state in (MOVING, REMOVED))
-    return found or any(_leftovers(places))
+def is_interrupted(run: RunDirectory) -> bool:
+    """Return True if there is anything to ``recover``."""
+    found = any(names_in(run, state) for state in (MOVING, REMOVED))
+    return found or any(_leftovers(run))
 
 
-def _go_on(places: Places, step: StepName, done: list[str], *, durable: bool) -> None:
+def _complete_commit(run: RunDirectory, step: StepName, done: list[str], *, durable: bool) -> None:
     try:
-        record = read_record(places, step, MOVING)
-        check_units(places, record.units)
-        check_units(places, record.units, places.staging(step))
-        _put_in_place(places, record, durable=durable)
+        record = read_record(run, step, MOVING)
+        check_units(run, record.units)
+        check_units(run, record.units, run.staging(step))
+        _put_in_place(run, record, durable=durable)
     except FileExistsError as error:
-        done.append(_in_the_way(places, step, error))
+        done.append(_in_the_way(run, step, error))
         return
     except Unreadable as error:
-        done.append(f"step {step} was being put in place, and stays as it is: {error}")
+        done.append(f"step {step} was being moved into place, and stays as it is: {error}")
         return
     except FormatError:
-        # it was cut off by a power failure, before anything was moved
-        places.record(step, MOVING).unlink()
+        # a power failure truncated it, before any file was moved
+        run.record(step, MOVING).unlink()
         return
-    done.append(f"step {step} was on the disk and is now in place.")
+    done.append(f"step {step} was complete and is now in place.")
 
 
-def _in_the_way(places: Places, step: StepName, error: OSError) -> str:
+def _in_the_way(run: RunDirectory, step: StepName, error: OSError) -> str:
     return (
-        f"step {step} of {places.root} is on the disk and cannot be put in place: "
-        f"{error.filename or places.steps} is another job's. Move that away; the step follows then."
+        f"step {step} of {run.root} is complete and cannot be moved into place: "
+        f"{error.filename or run.steps} is another job's. Move that away; the next save or restore "
+        "completes the step."
     )
 
 
-def _go_on_removing(places: Places, step: StepName, done: list[str]) -> None:
+def _complete_removal(run: RunDirectory, step: StepName, done: list[str]) -> None:
     try:
-        record = read_record(places, step, REMOVED)
+        record = read_record(run, step, REMOVED)
     except FormatError as error:
-        # which files are the rest is not known; without a record they would pass for a step
+        # its files are unknown; without a record the rest would look like a foreign step
         done.append(f"step {step} was being removed, and the rest of it stays: {error}")
         return
-    check_units(places, record.units)
-    _delete(places, record)
-    done.append(f"step {step} was being removed; the rest of it is gone.")
+    check_units(run, record.units)
+    _delete(run, record)
+    done.append(f"step {step} was being removed; the removal is complete.")
 
 
-def _cleared(path: Path) -> str:
-    """Remove ``path``, which nothing needs; what came of it."""
+def _delete_leftover(path: Path) -> str:
+    """Delete ``path``, which is not needed; return a line for the log."""
     name = path.name.lstrip(".")
     try:
         _remove(path)
-    except OSError as error:  # a reader on NFS has a file of it open: no reason not to save
-        return f"{name} was never finished, and cannot be cleared away yet: {error.strerror}."
-    return f"{name} was never finished, and is cleared away."
+    except OSError as error:  # on NFS, a reader may have a file open: the save continues
+        return f"{name} was never finished, and cannot be deleted yet: {error.strerror}."
+    return f"{name} was never finished, and is deleted."
 
 
-def _put_in_place(places: Places, record: Record, *, durable: bool) -> None:
-    staging = places.staging(record.step)
+def _put_in_place(run: RunDirectory, record: Record, *, durable: bool) -> None:
+    staging = run.staging(record.step)
     parents: set[Path] = set()
     for unit in record.units:
-        source, place = staging / unit, places.root / unit
-        parents |= {p for p in place.parents if p.is_relative_to(places.root)}
+        source, place = staging / unit, run.root / unit
+        parents |= {p for p in place.parents if p.is_relative_to(run.root)}
         if not os.path.lexists(source):
-            continue  # moved by whoever was interrupted
+            continue  # the interrupted process had moved it
         place.parent.mkdir(parents=True, exist_ok=True)
         if unit not in record.replaces:
             publish_new(source, place)
             continue
         if place.is_dir() and not place.is_symlink():
-            _set_aside(places, place)
+            _rename_away(run, place)
         os.replace(source, place)
-    _delete_units(places, _replaced(places, record))
+    _delete_units(run, _replaced(run, record))
     if durable:
-        for parent in sorted(parents, reverse=True):  # they may be new themselves
+        for parent in sorted(parents, reverse=True):  # the folders may be new too
             sync_folder(parent)
-    os.replace(places.record(record.step, MOVING), places.record(record.step, WHOLE))
-    places.record(record.step, REMOVED).unlink(missing_ok=True)  # damaged: nobody could go on
+    os.replace(run.record(record.step, MOVING), run.record(record.step, WHOLE))
+    run.record(record.step, REMOVED).unlink(missing_ok=True)  # left if it was damaged
     if durable:
-        sync_folder(places.own)
+        sync_folder(run.own)
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _replaced(places: Places, record: Record) -> list[str]:
-    """What an earlier save of the same step had and this one has not: files of more ranks."""
+def _replaced(run: RunDirectory, record: Record) -> list[str]:
+    """Return units of an earlier save of the step that this one lacks: files of more ranks."""
     with suppress(FormatError, FileNotFoundError, StorageError):
-        before = read_record(places, record.step)
-        check_units(places, before.units)
+        before = read_record(run, record.step)
+        check_units(run, before.units)
         return [unit for unit in before.units if unit not in record.units]
     return []
 
 
-def _delete(places: Places, record: Record) -> None:
-    _delete_units(places, record.units)
-    places.record(record.step, REMOVED).unlink(missing_ok=True)
-    drop_unused_strategies(places)
+def _delete(run: RunDirectory, record: Record) -> None:
+    _delete_units(run, record.units)
+    run.record(record.step, REMOVED).unlink(missing_ok=True)
+    drop_unused_strategies(run)
 
 
-def _delete_units(places: Places, units: Iterable[str]) -> None:
+def _delete_units(run: RunDirectory, units: Iterable[str]) -> None:
     for unit in units:
-        place = places.root / unit
+        place = run.root / unit
         if place.is_dir() and not place.is_symlink():
-            place = _set_aside(places, place)
+            place = _rename_away(run, place)
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
 
 
-def _set_aside(places: Places, folder: Path) -> Path:
-    """Take ``folder`` away in one step; where it is now, to be deleted at leisure."""
-    aside = places.own / REMOVED_FOLDER / folder.name
+def _rename_away(run: RunDirectory, folder: Path) -> Path:
+    """Rename ``folder`` out of the run atomically; return where it can be deleted."""
+    aside = run.own / REMOVED_FOLDER / folder.name
     aside.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(aside):
         _remove(aside)
@@ -221,32 +215,32 @@ def _set_aside(places: Places, folder: Path) -> Path:
     return aside
 
 
-def drop_unused_strategies(places: Places) -> None:
-    """Delete the strategy files of layouts that no step has any more."""
+def drop_unused_strategies(run: RunDirectory) -> None:
+    """Delete the strategy files of layouts that no step uses."""
     with suppress(OSError):  # they are small, and the next save tries again
-        _drop_unused(places)
+        _drop_unused(run)
 
 
-def _drop_unused(places: Places) -> None:
-    kept = sorted(filter(records.KEPT_STRATEGY.fullmatch, os.listdir(places.own)))
+def _drop_unused(run: RunDirectory) -> None:
+    kept = sorted(filter(records.KEPT_STRATEGY.fullmatch, os.listdir(run.own)))
     if len(kept) < 2:
         return
     used = set()
     for state in (WHOLE, MOVING):
-        for step in names_in(places, state):
+        for step in names_in(run, state):
             try:
-                used.add(read_record(places, step, state).strategy)
+                used.add(read_record(run, step, state).strategy)
             except FileNotFoundError:
                 continue
             except FormatError:
-                return  # which strategy it needs is not known
+                return  # its strategy is unknown
     for name in kept:
         if f"{records.FOLDER}/{name}" not in used:
-            _drop_strategy(places.own / name)
+            _drop_strategy(run.own / name)
 
 
 def _drop_strategy(folder: Path) -> None:
-    """Delete our files in ``folder``, and ``folder`` unless foreign files lie in it."""
+    """Delete jaxshard's files in ``folder``, and ``folder`` if it is empty then."""
     with suppress(OSError):
         for name in os.listdir(folder):
             if records.is_strategy_file(name.removeprefix(".").removesuffix(".new")):
@@ -254,16 +248,16 @@ def _drop_strategy(folder: Path) -> None:
         folder.rmdir()
 
 
-def _leftovers(places: Places) -> Iterator[Path]:
-    moving = set(names_in(places, MOVING))
-    for step in names_in(places, ".saving"):
+def _leftovers(run: RunDirectory) -> Iterator[Path]:
+    moving = set(names_in(run, MOVING))
+    for step in names_in(run, ".saving"):
         if step not in moving:
-            yield places.staging(step)
-    for name in sorted(os.listdir(places.own)):
+            yield run.staging(step)
+    for name in sorted(os.listdir(run.own)):
         staged = records.parse_step(name.removeprefix(".").removesuffix(".saving.partial"))
         if _SCRATCH.fullmatch(name) or (staged and name == f".{staged}.saving.partial"):
-            yield places.own / name
-    removed = places.own / REMOVED_FOLDER
+            yield run.own / name
+    removed = run.own / REMOVED_FOLDER
     if removed.is_symlink():
         yield removed
     elif removed.is_dir():
@@ -271,7 +265,7 @@ def _leftovers(places: Places) -> Iterator[Path]:
 
 
 def _was_a_step(name: str) -> bool:
-    """Whether a folder of that name is one that is set aside when a step goes."""
+    """Return True if ``name`` is that of a step's folder."""
     return records.parse_iteration(name) is not None or records.parse_folder(name) is not None
 
 
@@ -282,58 +276,199 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# --- The "latest" files of a run
+# --- Pointer files of MindSpore and MindFormers; jaxshard does not read them
+#
+#     checkpoint/rank_{r}/meta.json                     MindFormers' rank files
+#     strategy/ckpt_strategy_rank_{r}.ckpt              their strategy files
+#     checkpoint/latest_checkpointed_iteration.txt      Checkpoint-2.0 folders
 
 
-def point_at(places: Places, record: Record) -> None:
-    """Have the pointer files say that the step of ``record`` is the newest.
+def update_latest(run: RunDirectory, record: Record) -> None:
+    """Write the pointer files for the step of ``record``.
 
-    One that cannot be written keeps no other one from being written.
+    A pointer that cannot be written does not prevent the others.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk refuses.
     """
     failed: list[str] = []
-    for path, data in _pointers(places, record, failed):
+    for path, data in _pointers(run, record, failed):
         try:
-            _put(path, data)
+            _write_if_changed(path, data)
         except OSError as error:
             failed.append(f"{path}: {error.strerror}")
     if failed:
-        raise StorageError(f"step {record.step} of {places.root}: {format_list(failed)}.")
+        raise StorageError(f"step {record.step} of {run.root}: {format_list(failed)}.")
 
 
-def _pointers(places: Places, record: Record, failed: list[str]) -> Iterator[tuple[Path, bytes]]:
-    """The pointer files of a step and their contents."""
+def _pointers(run: RunDirectory, record: Record, failed: list[str]) -> Iterator[tuple[Path, bytes]]:
+    """Yield the pointer files of a step with their contents."""
     format = format_of(record.format)
     if format.own_step_folder:
-        yield places.steps / records.TRACKER, str(record.global_step).encode()
+        yield run.steps / records.TRACKER, str(record.global_step).encode()
     if not format.steps_in_names:
         return
     head = f"{records.CHECKPOINT}/"
     for unit in record.units:
         file = records.parse_rank_file(unit.removeprefix(head))
         if unit.startswith(head) and file:
-            said = records.meta_json(file.prefix, file.rank, record.step)
-            yield places.root / unit.rsplit("/", 1)[0] / records.META, said
+            data = records.meta_json(file.prefix, file.rank, record.step)
+            yield run.root / unit.rsplit("/", 1)[0] / records.META, data
     if record.strategy:
         try:
-            _show_strategy(places.root / records.STRATEGY, places.root / record.strategy)
+            _copy_strategy(run.root / records.STRATEGY, run.root / record.strategy)
         except OSError as error:
             failed.append(f"{error.filename or records.STRATEGY}: {error.strerror}")
 
 
-def _show_strategy(place: Path, kept: Path) -> None:
-    """Make the strategy files at ``place`` those that are ``kept``; foreign files are ignored."""
+def _copy_strategy(place: Path, kept: Path) -> None:
+    """Make the strategy files at ``place`` those of ``kept``; other files are ignored."""
     wanted = set(filter(is_strategy_file, os.listdir(kept)))
     for name in sorted(wanted):
-        _put(place / name, (kept / name).read_bytes())
+        _write_if_changed(place / name, (kept / name).read_bytes())
     for name in set(filter(is_strategy_file, os.listdir(place))) - wanted:
-        # of a run on more ranks, or of a layout before: readers would take it for ours
+        # of more ranks or of an earlier layout: readers would combine it with these
         (place / name).unlink(missing_ok=True)
 
 
-def _put(path: Path, data: bytes) -> None:
+def _write_if_changed(path: Path, data: bytes) -> None:
     if path.is_file() and path.read_bytes() == data:
         return
     replace_file(path, data, durable=False)
+
+
+# --- Claims: which names a save may use, and which existing files it may replace
+#
+#     the run's own step, saved before     replaced
+#     a step of another job of the prefix  both are kept: llama_rank_0_1-1_10 (MindSpore's name),
+#                                          llama-_1-1_10; an error for iteration_00000010
+#     a folder without a record            an error
+#     any of these with overwrite=True     replaced
+#
+# A step is the run's own if this manager saved it. After a restore all recorded steps of the
+# prefix are, also those that the run left behind.
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Steps that a manager may replace.
+
+    Attributes:
+        restored: whether the run continues a step of this directory.
+        saved: the steps that the manager saved itself.
+        task: number of the job in the names of its steps; 0 for none.
+        overwrite: replace existing files and folders of other jobs too.
+    """
+
+    restored: bool = False
+    saved: frozenset[StepName] = frozenset()
+    task: int = 0
+    overwrite: bool = False
+
+    def owns(self, step: StepName) -> bool:
+        """Return True if a recorded step of that name and the job's prefix is the run's own."""
+        return self.restored or step in self.saved
+
+
+def task_for(
+    run: RunDirectory, prefix: str, step: StepName, folders: Iterable[str], ranks: int, claim: Claim
+) -> int:
+    """Return the number that keeps ``step`` apart from the same step of other jobs.
+
+    Args:
+        run: the run's directory.
+        prefix: of the files.
+        step: the epoch and the step in it.
+        folders: with rank files of the step: ``checkpoint``, and those of further copies.
+        ranks: number of rank files in each; 0 if the step is one folder.
+        claim: the job's; it keeps its number as long as that is free.
+
+    Raises:
+        StorageError: the directory cannot be listed.
+    """
+    kinds = list(folders)
+
+    def is_free(task: int) -> bool:
+        name = replace(step, task=task)
+        units = (
+            f"{k}/{records.rank_file(prefix, r, name, k)}" for k in kinds for r in range(ranks)
+        )
+        known = _prefix_of(run, name)
+        if known is not None and (known not in ("", prefix) or claim.owns(name)):
+            return True  # the save refuses or replaces it
+        if not ranks:
+            return known is None  # the save refuses a folder without a record
+        return not known and not any(os.path.lexists(run.root / unit) for unit in units)
+
+    if claim.overwrite or is_free(claim.task):
+        return claim.task
+    tasks = [s.name.task for s in of_prefix(find_steps(run), prefix)]
+    task = max([claim.task, *tasks]) + 1
+    while not is_free(task):
+        task += 1
+    name = replace(step, task=task)
+    _log.warning(
+        "%s has a step %s of another job with the prefix %r. Both are kept: this job's is called "
+        "%s. Restore a step first to continue that job.",
+        run.steps,
+        replace(step, task=claim.task),
+        prefix,
+        Path(records.rank_file(prefix, 0, name)).name
+        if ranks
+        else records.step_folder(prefix, name),
+    )
+    return task
+
+
+def _prefix_of(run: RunDirectory, step: StepName) -> str | None:
+    """Return the prefix of a recorded step; empty if unknown, None without a record."""
+    for state in (WHOLE, MOVING, REMOVED):
+        try:
+            return read_record(run, step, state).prefix
+        except FileNotFoundError:
+            continue
+        except FormatError:
+            return ""
+    return None
+
+
+def replaceable(
+    run: RunDirectory, step: StepName, units: Iterable[str], claim: Claim
+) -> tuple[str, ...]:
+    """Return those of ``units`` that exist and that a save of ``step`` may replace.
+
+    Raises:
+        LayoutError: a unit exists that is not the step's own.
+    """
+    units = list(units)
+    there = tuple(unit for unit in units if os.path.lexists(run.root / unit))
+    if claim.overwrite or not there:
+        return there
+    known = _recorded_units(run, step, units)
+    unrecorded = [unit for unit in there if unit not in known]
+    if unrecorded:
+        raise LayoutError(
+            f"{run.root} has {format_list(unrecorded)} already, and no record of a step {step} "
+            "that it belongs to. Give another prefix or directory, move it away, or replace it "
+            "with overwrite=True."
+        )
+    if not claim.owns(step):
+        raise LayoutError(
+            f"{run.root} has a step {step} ({format_list(there)}) that this manager neither "
+            "saved nor restored. Restore a step first to continue that job, give another "
+            "directory, or replace it with overwrite=True."
+        )
+    return there
+
+
+def _recorded_units(run: RunDirectory, step: StepName, units: list[str]) -> set[str]:
+    """Return the units in the records of ``step``; all of ``units`` if one is unreadable."""
+    found = set[str]()
+    for state in (WHOLE, REMOVED):
+        try:
+            found |= {*read_record(run, step, state).units}
+        except FileNotFoundError:
+            continue
+        except FormatError:
+            found |= {*units}
+    return found

@@ -46,13 +46,13 @@ from ..storage.local import LocalFolder
 from ..storage.readers import open_source
 from . import records
 from .records import Record, is_strategy_file, kept_strategy
-from .run_directory import Places
-from .steps import Step, find_steps, of_one_job
+from .run_directory import RunDirectory
+from .steps import RunStep, find_steps, of_one_job
 
 STATE_FOLDER = "training_state"  # in a complete checkpoint: all that is no weight
 
 
-class Chosen:
+class FolderSubset:
     """Some of the files of a folder, as a format sees them."""
 
     def __init__(self, folder: Folder, paths: Iterable[str]) -> None:
@@ -75,15 +75,15 @@ class Chosen:
 
 
 def open_step(
-    places: Places, record: Record | None, kind: str, paths: tuple[str, ...] = ()
+    run: RunDirectory, record: Record | None, kind: str, paths: tuple[str, ...] = ()
 ) -> Catalog:
     """The catalog of a step, from headers only.
 
     Args:
-        places: where it is.
+        run: where it is.
         record: what is known of it; None if somebody else saved it.
         kind: its format.
-        paths: without a record: its files, or its folder, below ``places.steps``.
+        paths: without a record: its files, or its folder, below ``run.steps``.
 
     Raises:
         FormatError: a file is not what it claims to be.
@@ -92,14 +92,14 @@ def open_step(
         StorageError: the disk refused.
     """
     if record:
-        head = f"{places.main}/" if places.main else ""
+        head = f"{run.main}/" if run.main else ""
         paths = tuple(u.removeprefix(head) for u in record.units if u.startswith(head))
     if not paths:
-        raise FormatError(f"a step of {places.root} has no files.")
+        raise FormatError(f"a step of {run.root} has no files.")
     format = format_of(kind)
     if format.steps_in_names:
-        return _open_ranks(places, record, paths)
-    where = places.steps / paths[0]
+        return _open_ranks(run, record, paths)
+    where = run.steps / paths[0]
     if format.own_library or format.own_step_folder or not format.is_complete:
         return open_checkpoint(where)
     folder = LocalFolder(where)
@@ -109,14 +109,14 @@ def open_step(
         folder.close()
 
 
-def _open_ranks(places: Places, record: Record | None, paths: tuple[str, ...]) -> Catalog:
-    layout = _layout(places, record, len(paths))
+def _open_ranks(run: RunDirectory, record: Record | None, paths: tuple[str, ...]) -> Catalog:
+    layout = _layout(run, record, len(paths))
     if record and layout.num_ranks != len(paths):
         raise CoverageError(
             f"step {record.step} has {len(paths)} rank files, but its strategy is one of "
             f"{layout.num_ranks} ranks."
         )
-    folder = LocalFolder(places.steps, paths)  # other steps' files may be on their way
+    folder = LocalFolder(run.steps, paths)  # other steps' files may be on their way
     try:
         catalog = rank_folder.read(folder, layout)
     finally:
@@ -125,25 +125,25 @@ def _open_ranks(places: Places, record: Record | None, paths: tuple[str, ...]) -
     return catalog
 
 
-def _layout(places: Places, record: Record | None, num_ranks: int) -> Layout:
+def _layout(run: RunDirectory, record: Record | None, num_ranks: int) -> Layout:
     if record and record.strategy:
-        return strategy_of(_kept_strategy(places, record.strategy, num_ranks))
-    for place in places.strategies:
+        return strategy_of(_kept_strategy(run, record.strategy, num_ranks))
+    for place in run.strategies:
         if place.is_dir():
             return open_strategy(place)
     raise CoverageError(
-        f"{places.root} has no {records.STRATEGY}/ folder, so nothing says which part of a tensor "
+        f"{run.root} has no {records.STRATEGY}/ folder, so nothing says which part of a tensor "
         "each rank holds. Put the strategy files there."
     )
 
 
-def _kept_strategy(places: Places, kept: str, num_ranks: int) -> Folder:
+def _kept_strategy(run: RunDirectory, kept: str, num_ranks: int) -> Folder:
     """The strategy files that a step was saved with, as they were.
 
     They are kept by content, so what is damaged is known; and the newest layout's files lie
     in the open as well. Foreign files in both folders are ignored.
     """
-    for place in (places.root / kept, places.root / records.STRATEGY):
+    for place in (run.root / kept, run.root / records.STRATEGY):
         try:
             names = [p for p in place.iterdir() if is_strategy_file(p.name) and p.is_file()]
             held = {path.name: path.read_bytes() for path in names}
@@ -163,7 +163,7 @@ def _open_complete(format: Format, folder: LocalFolder) -> Catalog:
     listed = folder.files()
     below = [p for p in listed if p.startswith(f"{STATE_FOLDER}/")]
     found: Catalog | None = None
-    top = Chosen(folder, [p for p in listed if "/" not in p])
+    top = FolderSubset(folder, [p for p in listed if "/" not in p])
     if format.recognise(top, top.files()):
         found = format.read(top)
     if not below:
@@ -202,13 +202,13 @@ def _together(a: Catalog, b: Catalog) -> Catalog:
 
 
 def examine(
-    places: Places,
-    step: Step,
+    run: RunDirectory,
+    step: RunStep,
     *,
     deep: bool = False,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Step:
+) -> RunStep:
     """``step`` with the state that its headers tell, and with ``deep`` its bytes.
 
     Raises:
@@ -218,8 +218,8 @@ def examine(
         return step
     try:
         if deep and step.record:
-            check_sums(places, step.record, workers=workers, progress=progress)
-        open_step(places, step.record, step.format, step.paths)
+            check_sums(run, step.record, workers=workers, progress=progress)
+        open_step(run, step.record, step.format, step.paths)
     except (CoverageError, NotFoundError) as error:
         return replace(step, state="incomplete", reason=str(error))
     except (FormatError, StorageError) as error:
@@ -228,13 +228,13 @@ def examine(
 
 
 def examine_all(
-    places: Places,
-    steps: Iterable[Step],
+    run: RunDirectory,
+    steps: Iterable[RunStep],
     *,
     deep: bool = False,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> list[Step]:
+) -> list[RunStep]:
     """``steps``, each as ``examine`` finds it, but for those that went meanwhile.
 
     Raises:
@@ -242,17 +242,15 @@ def examine_all(
         StorageError: the directory cannot be listed.
     """
     before = list(steps)
-    after = [
-        examine(places, step, deep=deep, workers=workers, progress=progress) for step in before
-    ]
+    after = [examine(run, step, deep=deep, workers=workers, progress=progress) for step in before]
     if all(a.state == b.state for a, b in zip(after, before, strict=True)):
         return after
-    there = {step.identity for step in find_steps(places)}
+    there = {step.identity for step in find_steps(run)}
     pairs = zip(after, before, strict=True)
     return [a for a, b in pairs if a.state == b.state or b.identity in there]
 
 
-def newest_good(places: Places, prefix: str = "") -> Step | None:
+def newest_good(run: RunDirectory, prefix: str = "") -> RunStep | None:
     """The step that the job of ``prefix`` goes on from, by headers; None if there is none.
 
     The directory is listed again after a step that is not good: retention may have removed it.
@@ -263,15 +261,15 @@ def newest_good(places: Places, prefix: str = "") -> Step | None:
     """
     tried: set[object] = set()
     while True:
-        steps = of_one_job(find_steps(places), prefix)
+        steps = of_one_job(find_steps(run), prefix)
         step = next((s for s in reversed(steps) if s.identity not in tried), None)
-        if step is None or (found := examine(places, step)).state == "complete":
+        if step is None or (found := examine(run, step)).state == "complete":
             return found if step else None
         tried.add(step.identity)
 
 
 def check_sums(
-    places: Places,
+    run: RunDirectory,
     record: Record,
     *,
     workers: int | None = None,
@@ -286,7 +284,7 @@ def check_sums(
         LayoutError: no package here computes the checksums.
     """
     checksums = Checksums(record.algorithm, record.files)
-    check_files(places.root, checksums, workers=workers, progress=progress)
+    check_files(run.root, checksums, workers=workers, progress=progress)
 
 
 # --- Resuming from the newest good step below a path
@@ -295,7 +293,7 @@ _BAD = (FormatError, CoverageError, StorageError, NotFoundError)
 
 
 @dataclass(frozen=True)
-class _Save:
+class _ResumableSave:
     """One save that may be resumed from: what notes call it, and how it is opened."""
 
     label: str
@@ -347,12 +345,14 @@ def _examined(catalog: Catalog) -> Catalog:
     return catalog
 
 
-def _saves(path: Path, strategy: Path | None, prefix: str, kind: str | None) -> Iterator[_Save]:
-    """The saves below ``path``, the newest first."""
+def _saves(
+    path: Path, strategy: Path | None, prefix: str, kind: str | None
+) -> Iterator[_ResumableSave]:
+    """Yield the saves below ``path``, the newest first."""
     if not path.is_dir():
         return
-    places = Places.of(path)
-    steps = [s for s in find_steps(places) if not s.format or format_of(s.format).is_by_rank]
+    run = RunDirectory.of(path)
+    steps = [s for s in find_steps(run) if not s.format or format_of(s.format).is_by_rank]
     if kind is not None and len(_kinds(steps)) > 1:
         steps = [step for step in steps if _kinds([step]) <= {kind}]
     if not any(step.format for step in steps):
@@ -362,10 +362,10 @@ def _saves(path: Path, strategy: Path | None, prefix: str, kind: str | None) -> 
     if len(_kinds(steps)) > 1 or (len(jobs) > 1 and prefix not in jobs):
         return
     for step in reversed(of_one_job(steps, prefix)):
-        yield _save_of(places, step, strategy)
+        yield _save_of(run, step, strategy)
 
 
-def _kinds(steps: Iterable[Step]) -> set[str]:
+def _kinds(steps: Iterable[RunStep]) -> set[str]:
     """The kinds of the rank files of ``steps``."""
     paths = [
         path for step in steps for path in _paths(step) if format_of(step.format).steps_in_names
@@ -373,7 +373,7 @@ def _kinds(steps: Iterable[Step]) -> set[str]:
     return {path.rpartition(".")[2] for path in paths}
 
 
-def _paths(step: Step) -> tuple[str, ...]:
+def _paths(step: RunStep) -> tuple[str, ...]:
     """The files or the folder of a step, relative to the folder of steps."""
     if step.record is None:
         return step.paths
@@ -381,22 +381,22 @@ def _paths(step: Step) -> tuple[str, ...]:
     return tuple(u.removeprefix(head) for u in step.record.units if u.startswith(head))
 
 
-def _save_of(places: Places, step: Step, strategy: Path | None) -> _Save:
+def _save_of(run: RunDirectory, step: RunStep, strategy: Path | None) -> _ResumableSave:
     def opened() -> Catalog:
         if step.state != "complete":
             error = CoverageError if step.state == "incomplete" else FormatError
             raise error(f"it is {step.state}: {step.reason}")
         paths = _paths(step)
         if format_of(step.format).own_step_folder:
-            return open_checkpoint(places.steps / paths[0], src_strategy=strategy)
+            return open_checkpoint(run.steps / paths[0], src_strategy=strategy)
         if step.record and strategy is None:
-            return open_step(places, step.record, step.format)
-        return open_some(places.steps, paths, src_strategy=strategy)
+            return open_step(run, step.record, step.format)
+        return open_some(run.steps, paths, src_strategy=strategy)
 
-    return _Save(str(step.name), opened)
+    return _ResumableSave(str(step.name), opened)
 
 
-def _unnamed(path: Path, strategy: Path | None) -> Iterator[_Save]:
+def _unnamed(path: Path, strategy: Path | None) -> Iterator[_ResumableSave]:
     """The saves of rank files whose names are of another form than MindFormers'."""
     for place in (path, path / records.CHECKPOINT):
         left = set(LocalFolder(place).files()) if place.is_dir() else set[str]()
@@ -409,5 +409,5 @@ def _unnamed(path: Path, strategy: Path | None) -> Iterator[_Save]:
             yield _named(place, names, strategy)
 
 
-def _named(place: Path, names: tuple[str, ...], strategy: Path | None) -> _Save:
-    return _Save(names[0], lambda: open_some(place, names, src_strategy=strategy))
+def _named(place: Path, names: tuple[str, ...], strategy: Path | None) -> _ResumableSave:
+    return _ResumableSave(names[0], lambda: open_some(place, names, src_strategy=strategy))

@@ -124,75 +124,89 @@ class Schedule:
 _Name = TypeVar("_Name")
 
 
-def expired(
-    past: Mapping[_Name, int],
-    left: Mapping[_Name, int],
-    *,
-    keep_max: int = 0,
-    keep_every: int = 0,
-) -> tuple[_Name, ...]:
-    """The steps that may be removed now that the last of ``past`` is whole.
+@dataclass(frozen=True, slots=True)
+class RetentionPolicy:
+    """Which older steps stay.
 
-    Steps of a run that was left behind by going back to an earlier one neither count nor go
-    until the new run has come further than they; then they are the oldest. The step just saved
-    never goes.
-
-    Args:
-        past: the step just saved, last, and before it those that it grew from, oldest first;
-            all whole, with their numbers in the whole run.
-        left: the other whole steps, oldest first.
+    Attributes:
         keep_max: how many of the newest to keep; 0 for all.
         keep_every: keep steps that this divides for good; 0 for none.
-
-    >>> expired({"1_10": 10, "1_20": 20, "1_30": 30, "1_40": 40}, {}, keep_max=2, keep_every=20)
-    ('1_10',)
     """
-    if not keep_max or not past:
-        return ()
-    reached = list(past.values())[-1]
-    numbers = {**left, **past}
-    counted = [*(step for step in left if left[step] <= reached), *past]
-    return tuple(s for s in counted[:-keep_max] if not keep_every or numbers[s] % keep_every)
+
+    keep_max: int = 0
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep_max < 0 or self.keep_every < 0:
+            raise LayoutError(
+                f"keep_max={self.keep_max}, keep_every={self.keep_every}: neither may be negative. "
+                "Give 0 to keep all steps, or none for good."
+            )
+
+    def expired(
+        self, past: Mapping[_Name, int], abandoned: Mapping[_Name, int]
+    ) -> tuple[_Name, ...]:
+        """Return the steps that may be removed now that the last of ``past`` is saved.
+
+        Abandoned steps neither count nor expire until the run has passed them; then they are the
+        oldest. The step just saved never expires.
+
+        Args:
+            past: the step just saved, last, and before it its ancestors, oldest first; all
+                complete, with their numbers in the whole run.
+            abandoned: the other complete steps, oldest first.
+
+        >>> steps = {"1_10": 10, "1_20": 20, "1_30": 30, "1_40": 40}
+        >>> RetentionPolicy(keep_max=2, keep_every=20).expired(steps, {})
+        ('1_10',)
+        """
+        if not self.keep_max or not past:
+            return ()
+        reached = list(past.values())[-1]
+        numbers = {**abandoned, **past}
+        counted = [*(step for step in abandoned if abandoned[step] <= reached), *past]
+        every = self.keep_every
+        return tuple(s for s in counted[: -self.keep_max] if not every or numbers[s] % every)
 
 
 # --- Lineage: which steps the newest one grew from, and which were left behind
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Lineage:
     """Where a save stands among all those of a directory.
 
     Attributes:
         order: 1 for the first; 0 where nobody counted.
-        left: first and last of the orders that it did not grow from.
+        abandoned: first and last of the orders that it did not grow from.
     """
 
     order: int = 0
-    left: tuple[tuple[int, int], ...] = ()
+    abandoned: tuple[tuple[int, int], ...] = ()
 
-    def grew_from(self, order: int) -> bool:
+    def descends_from(self, order: int) -> bool:
         """Whether the save of that order is this one's past, or itself.
 
-        >>> [Line(4, ((3, 3),)).grew_from(n) for n in (1, 2, 3, 4, 5)]
+        >>> [Lineage(4, ((3, 3),)).descends_from(n) for n in (1, 2, 3, 4, 5)]
         [True, True, False, True, False]
         """
-        return order <= self.order and not any(a <= order <= b for a, b in self.left)
+        return order <= self.order and not any(a <= order <= b for a, b in self.abandoned)
 
 
-def following(after: Line | None, newest: int) -> Line:
+def next_lineage(after: Lineage | None, newest: int) -> Lineage:
     """The line of a save that grows from ``after``, where ``newest`` is the largest order so far.
 
-    >>> following(Line(2), newest=3)
-    Line(order=4, left=((3, 3),))
-    >>> following(Line(4, ((3, 3),)), newest=4)
-    Line(order=5, left=((3, 3),))
-    >>> following(None, newest=4)
-    Line(order=5, left=((1, 4),))
+    >>> next_lineage(Lineage(2), newest=3)
+    Lineage(order=4, left=((3, 3),))
+    >>> next_lineage(Lineage(4, ((3, 3),)), newest=4)
+    Lineage(order=5, left=((3, 3),))
+    >>> next_lineage(None, newest=4)
+    Lineage(order=5, left=((1, 4),))
     """
-    before = after or Line()
+    before = after or Lineage()
     newest = max(newest, before.order)
     skipped = ((before.order + 1, newest),) if before.order < newest else ()
-    return Line(newest + 1, before.left + skipped)
+    return Lineage(newest + 1, before.abandoned + skipped)
 
 
 # --- Progress: where a run resumes when the batch size or the data has changed

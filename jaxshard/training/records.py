@@ -32,7 +32,7 @@ from ..formats import strategy_layouts
 from ..formats.huggingface import TRAINING_SCALARS, scalar_value
 from ..formats.rank_names import rank_of_strategy_file
 from ..storage.checksums import FileSums
-from .policy import Line
+from .policy import Lineage
 
 FOLDER = ".jaxshard"
 WHOLE, MOVING, REMOVED = ".json", ".moving", ".removed"
@@ -55,7 +55,7 @@ class Record:
         extras: what the training loop wanted kept.
         numbers: the job's numbers, as MindFormers calls them.
         saved_at: seconds since 1970.
-        line: in which order it was saved, and what it did not grow from.
+        lineage: in which order it was saved, and what it did not grow from.
         replaces: which of its units were there before and are this run's own, or were to be
             replaced: putting the step in place refuses to replace anything else.
     """
@@ -70,7 +70,7 @@ class Record:
     extras: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0
-    line: Line = Line()  # noqa: RUF009 - frozen
+    lineage: Lineage = Lineage()  # noqa: RUF009 - frozen
     replaces: tuple[str, ...] = ()
 
     @property
@@ -158,8 +158,8 @@ def to_bytes(record: Record) -> bytes:
         "extras": dict(record.extras),
         "numbers": dict(record.numbers),
         "saved_at": record.saved_at,
-        "order": record.line.order,
-        "left": list(record.line.left),
+        "order": record.lineage.order,
+        "left": list(record.lineage.abandoned),
         "replaces": list(record.replaces),
     }
     if record.step.task:
@@ -198,12 +198,12 @@ class Rollback:
     Attributes:
         prefix: of the job.
         to: the step that was restored.
-        line: the line of the next save.
+        lineage: the line of the next save.
     """
 
     prefix: str
     to: StepName
-    line: Line
+    lineage: Lineage
 
     @property
     def file_name(self) -> str:
@@ -212,14 +212,14 @@ class Rollback:
 
     def to_bytes(self) -> bytes:
         """Return the contents of its file."""
-        to, line = self.to, self.line
+        to, line = self.to, self.lineage
         return _sealed(
             {
                 "version": VERSION,
                 "prefix": self.prefix,
                 "to": [to.epoch, to.step, to.task],
                 "order": line.order,
-                "left": list(line.left),
+                "left": list(line.abandoned),
             }
         )
 
@@ -268,14 +268,14 @@ def _record(said: Any) -> Record:
             for name, value in dict(said["numbers"]).items()
         },
         saved_at=float(said["saved_at"]),
-        line=_line(said),
+        lineage=_line(said),
         replaces=tuple(_inside(unit) for unit in said.get("replaces", said["units"])),
     )
 
 
-def _line(said: Mapping[str, Any]) -> Line:
+def _line(said: Mapping[str, Any]) -> Lineage:
     left = tuple((_whole(a), _whole(b)) for a, b in said.get("left", ()))
-    return Line(_whole(said.get("order", 0)), left)
+    return Lineage(_whole(said.get("order", 0)), left)
 
 
 def _inside(path: Any) -> str:

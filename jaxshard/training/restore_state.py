@@ -1,4 +1,4 @@
-"""Filling a target state from a checkpoint's tensors.
+"""RestorePlan a target state from a checkpoint's tensors.
 
 Leaves that are arrays on devices, or describe them, are loaded where they are to lie (see
 ``laying``); NumPy's and Python's numbers are read on the host. Every complaint about names,
@@ -39,10 +39,10 @@ from ..storage.readers import open_source
 from ..storage.resources import budget_for, default_budget
 from .state import (
     LARGE_ELEMENTS,
-    Leaf,
     Role,
     Roles,
-    State,
+    StateLeaf,
+    StateTree,
     as_array,
     ending,
     is_optimizer_name,
@@ -51,13 +51,13 @@ from .state import (
 )
 
 
-def is_on_devices(leaf: Leaf) -> bool:
+def is_on_devices(leaf: StateLeaf) -> bool:
     """Whether a leaf is an array of JAX's, or describes one."""
     return isinstance(leaf.value, jax.Array | jax.ShapeDtypeStruct)
 
 
-def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    """What is stored for a leaf, and where it is to lie if the leaf says."""
+def struct_of(leaf: StateLeaf) -> jax.ShapeDtypeStruct:
+    """What is stored for a leaf, and its sharding, if it has one."""
     value = leaf.value
     if not is_on_devices(leaf):
         array = as_array(value)
@@ -70,7 +70,7 @@ def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
 
 def placed(
     catalog: Catalog,
-    leaves: Sequence[Leaf],
+    leaves: Sequence[StateLeaf],
     strategy: str | Strategy | None,
     rules: family_rules.Rules | None,
     devices: Sequence[jax.Device] | None,
@@ -78,7 +78,7 @@ def placed(
     """The target sharding of each leaf by name, and notes; leaves not listed stay uncommitted.
 
     Raises:
-        LayoutError: a leaf does not say where, or the strategy does not fit.
+        LayoutError: a leaf has no sharding, or the strategy does not fit.
     """
     structs = {leaf.name: struct_of(leaf) for leaf in leaves if not _is_loose(leaf, strategy)}
     if not structs:
@@ -183,7 +183,7 @@ def _untold(catalog: Catalog) -> frozenset[str]:
     }
 
 
-def _is_loose(leaf: Leaf, strategy: object) -> bool:
+def _is_loose(leaf: StateLeaf, strategy: object) -> bool:
     value = leaf.value
     if isinstance(value, jax.Array):
         if value.committed or len(value.sharding.device_set) > 1:
@@ -193,7 +193,7 @@ def _is_loose(leaf: Leaf, strategy: object) -> bool:
     return _is_number(leaf) or (strategy is None and isinstance(value, jax.Array))
 
 
-def _is_number(leaf: Leaf) -> bool:
+def _is_number(leaf: StateLeaf) -> bool:
     size = prod(struct_of(leaf).shape)
     return size == 1 or (leaf.role != "weights" and not leaf.like and size <= LARGE_ELEMENTS)
 
@@ -205,7 +205,7 @@ def _as_they_say(
     there = devices or jax.devices()
     if unsaid and len(there) > 1:
         raise LayoutError(
-            f"{len(unsaid)} leaves of the target say nothing of where they are to lie, and there "
+            f"{len(unsaid)} leaves of the target have no sharding, and there "
             f"are {len(there)} devices: {format_list(unsaid)}. Give strategy=, or arrays or "
             "jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
         )
@@ -216,7 +216,7 @@ def _as_they_say(
     }
 
 
-# --- Filling: the leaves of a target from the tensors of a catalog
+# --- RestorePlan: the leaves of a target from the tensors of a catalog
 
 Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
 
@@ -230,14 +230,14 @@ _LARGE_BYTES = 1 << 20  # below it, starting threads costs more than reading
 
 
 @dataclass(frozen=True)
-class Where:
-    """How a state is laid out and called, where its own leaves do not say.
+class RestoreOptions:
+    """How a state is laid out and called, options its own leaves do not say.
 
     Attributes:
         strategy: by which leaves without a sharding are laid out.
         rules: layout rules that go before the family's.
         devices: the device of each rank.
-        roles: where a state's weights and its optimizer's state are.
+        roles: keys of a state's weights and its optimizer's state are.
         rename: the names of weights in files.
         strict: refuse leaves that the step has not, and tensors that the target has not.
     """
@@ -253,22 +253,22 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Filling:
+class RestorePlan:
     """What is to be read into a target, whose request is known to be right.
 
     Attributes:
-        structs: what is loaded onto devices, and where it lies.
+        structs: what is loaded onto devices, with shardings.
         state: the target taken apart; None for arrays by name.
         found: the leaves that the step has.
         notes: findings on the layout that are not errors.
     """
 
     catalog: Catalog
-    where: Where
+    options: RestoreOptions
     structs: Mapping[str, jax.ShapeDtypeStruct]
     notes: tuple[str, ...] = ()
-    state: State | None = None
-    found: Sequence[Leaf] = ()
+    state: StateTree | None = None
+    found: Sequence[StateLeaf] = ()
 
     def read(self) -> Any:
         """The target with its leaves as they are in the catalog, or arrays by name.
@@ -278,16 +278,16 @@ class Filling:
             NotFoundError: a file is missing.
             FormatError, CoverageError, StorageError: as ``load``.
         """
-        catalog, where = self.catalog, self.where
+        catalog, options = self.catalog, self.options
         if self.state is None:
-            return dict(_on_devices(catalog, self.structs, where))
+            return dict(_on_devices(catalog, self.structs, options))
         ours = [leaf.name for leaf in self.found if is_on_devices(leaf)]
         arrays = {
-            **_on_devices(catalog, self.structs, where),
-            **_loose(catalog, [name for name in ours if name not in self.structs], where),
+            **_on_devices(catalog, self.structs, options),
+            **_loose(catalog, [name for name in ours if name not in self.structs], options),
         }
         others = [leaf.name for leaf in self.found if not is_on_devices(leaf)]
-        values = _on_host(catalog, others, where)
+        values = _on_host(catalog, others, options)
         names = {leaf.name for leaf in self.found}
         return self.state.build(
             [
@@ -299,8 +299,10 @@ class Filling:
         )
 
 
-def filling(catalog: Catalog, target: Any, where: Where, parts: Parts = "all") -> Filling:
-    """How the leaves of ``target`` are filled from ``catalog``; nothing is read yet.
+def plan_restore(
+    catalog: Catalog, target: Any, options: RestoreOptions, parts: Parts = "all"
+) -> RestorePlan:
+    """Match the leaves of ``target`` with the tensors of ``catalog``, from headers only.
 
     Raises:
         NotFoundError: names are missing on either side.
@@ -308,22 +310,22 @@ def filling(catalog: Catalog, target: Any, where: Where, parts: Parts = "all") -
     """
     one_of("parts", parts, get_args(Parts))
     if isinstance(target, str | Strategy):
-        return Filling(catalog, where, *_by_name(catalog, target, where, parts))
-    state = take_apart(target, where.roles, where.rename)
+        return RestorePlan(catalog, options, *_by_name(catalog, target, options, parts))
+    state = take_apart(target, options.roles, options.rename)
     wanted = [leaf for leaf in state.leaves if leaf.role in _ROLES[parts]]
-    found = _check(catalog, wanted, where.strict, parts)
+    found = _check(catalog, wanted, options.strict, parts)
     ours = [leaf for leaf in found if is_on_devices(leaf)]
-    structs, notes = placed(catalog, ours, where.strategy, where.rules, where.devices)
-    return Filling(catalog, where, structs, notes, state, found)
+    structs, notes = placed(catalog, ours, options.strategy, options.rules, options.devices)
+    return RestorePlan(catalog, options, structs, notes, state, found)
 
 
 def _by_name(
-    catalog: Catalog, strategy: str | Strategy, where: Where, parts: Parts
+    catalog: Catalog, strategy: str | Strategy, options: RestoreOptions, parts: Parts
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[str, ...]]:
     """The tensors of ``parts`` by name with their shardings, and notes."""
     roles = roles_by_name(catalog)
     like = likes_by_name(catalog)
-    found, notes = by_strategy(catalog, like, strategy, where.rules, where.devices)
+    found, notes = by_strategy(catalog, like, strategy, options.rules, options.devices)
     structs = {
         name: jax.ShapeDtypeStruct(t.shape, numpy_dtype(t.dtype), sharding=found[name])
         for name, t in catalog.tensors.items()
@@ -332,7 +334,7 @@ def _by_name(
     return structs, notes
 
 
-def _check(catalog: Catalog, wanted: list[Leaf], strict: bool, parts: str) -> list[Leaf]:
+def _check(catalog: Catalog, wanted: list[StateLeaf], strict: bool, parts: str) -> list[StateLeaf]:
     """Return the leaves that the step has, if all of them fit it."""
     problems = Problems("the step")
     names = [leaf.name for leaf in wanted]
@@ -364,7 +366,7 @@ def _left_over(catalog: Catalog, wanted: set[str], parts: str) -> list[str]:
     return [n for n in lost if n not in catalog.scalars and catalog.tensors[n].shape]
 
 
-def _misfit(leaf: Leaf, tensor: Tensor) -> str:
+def _misfit(leaf: StateLeaf, tensor: Tensor) -> str:
     struct = struct_of(leaf)
     stored = numpy_dtype(tensor.dtype)
     if tuple(struct.shape) != tensor.shape:
@@ -376,29 +378,29 @@ def _misfit(leaf: Leaf, tensor: Tensor) -> str:
 
 
 def _on_devices(
-    catalog: Catalog, structs: Mapping[str, jax.ShapeDtypeStruct], where: Where
+    catalog: Catalog, structs: Mapping[str, jax.ShapeDtypeStruct], options: RestoreOptions
 ) -> Mapping[str, jax.Array]:
     if not structs:
         return {}
     tensors = {n: catalog.tensors[n] for n in structs}
     chosen = replace(catalog, tensors=tensors, notes=())  # the manager logs them, with the step
-    options = LoadOptions(host_bytes=where.host_bytes)
-    if where.workers is not None:
-        options = replace(options, workers=where.workers)
-    found: Mapping[str, jax.Array] = load_opened(chosen, dict(structs), options)[0]
+    load_options = LoadOptions(host_bytes=options.host_bytes)
+    if options.workers is not None:
+        load_options = replace(load_options, workers=options.workers)
+    found: Mapping[str, jax.Array] = load_opened(chosen, dict(structs), load_options)[0]
     return found
 
 
-def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, jax.Array]:
+def _loose(catalog: Catalog, names: Sequence[str], options: RestoreOptions) -> dict[str, jax.Array]:
     """Arrays that lie on JAX's default device and may go to any other.
 
-    ``load`` makes arrays that stay where they are; only ``device_put`` without a device does not.
+    ``load`` makes committed arrays; only ``device_put`` without a device does not.
     """
     found = {}
     sized = [(name, catalog.tensors[name].num_bytes) for name in names]
-    in_flight = default_budget() if where.host_bytes is None else where.host_bytes
+    in_flight = default_budget() if options.host_bytes is None else options.host_bytes
     for batch in group_by_bytes(sized, in_flight):
-        values = _on_host(catalog, batch, where, allocate=aligned_empty)
+        values = _on_host(catalog, batch, options, allocate=aligned_empty)
         for name, value in values.items():
             with keeping_64_bits(value.itemsize):
                 found[name] = jax.device_put(value)
@@ -409,7 +411,7 @@ def _loose(catalog: Catalog, names: Sequence[str], where: Where) -> dict[str, ja
 def _on_host(
     catalog: Catalog,
     names: Sequence[str],
-    where: Where,
+    options: RestoreOptions,
     allocate: Callable[[int], Bytes] | None = None,
 ) -> dict[str, NDArray[np.generic]]:
     """Whole tensors in memory of their own."""
@@ -419,7 +421,7 @@ def _on_host(
     out = HostArrays(((t.name, t.dtype, t.shape) for t in tensors), allocate)
     moves = [move_into(t, {Box.whole(t.shape): (0,)}) for t in tensors if t.num_bytes]
     large = sum(t.num_bytes for t in tensors) > _LARGE_BYTES
-    budget = budget_for(where.host_bytes, where.workers if large else 1)
+    budget = budget_for(options.host_bytes, options.workers if large else 1)
     files = open_source(catalog)
     try:
         files.check_checksums(piece.file for tensor in tensors for piece in tensor.shards)
@@ -430,7 +432,7 @@ def _on_host(
     return out.arrays()
 
 
-def _as_was(leaf: Leaf, array: jax.Array | None, value: NDArray[np.generic] | None) -> Any:
+def _as_was(leaf: StateLeaf, array: jax.Array | None, value: NDArray[np.generic] | None) -> Any:
     """What was stored for a leaf as the kind of leaf it was."""
     if array is not None:
         if not is_key(leaf.value):

@@ -36,7 +36,7 @@ _READER = b"a reader that tidies up"
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class RunDirectory:
     """A run's directory.
 
     Attributes:
@@ -49,8 +49,8 @@ class Places:
     main: str = records.CHECKPOINT
 
     @classmethod
-    def of(cls, directory: str | os.PathLike[str]) -> Places:
-        """The places of ``directory``: the run's, or its ``checkpoint`` folder."""
+    def of(cls, directory: str | os.PathLike[str]) -> RunDirectory:
+        """The run of ``directory``: the run's, or its ``checkpoint`` folder."""
         root = Path(os.path.abspath(directory))
         if (root / records.CHECKPOINT).is_dir() or (root / records.FOLDER).is_dir():
             return cls(root)
@@ -88,14 +88,14 @@ class Places:
         )
 
 
-def names_in(places: Places, ending: str) -> list[StepName]:
+def names_in(run: RunDirectory, ending: str) -> list[StepName]:
     """The steps of the entries of our own folder that end in ``ending``; foreign ones are ignored.
 
     Raises:
         OSError: the folder cannot be listed.
     """
     try:
-        entries = os.listdir(places.own)
+        entries = os.listdir(run.own)
     except (FileNotFoundError, NotADirectoryError):
         return []
     stems = (entry.removesuffix(ending) for entry in entries if entry.endswith(ending))
@@ -103,7 +103,7 @@ def names_in(places: Places, ending: str) -> list[StepName]:
     return sorted(step for stem, step in found if step and str(step) == stem)
 
 
-def read_record(places: Places, step: StepName, state: str = records.WHOLE) -> Record:
+def read_record(run: RunDirectory, step: StepName, state: str = records.WHOLE) -> Record:
     """The record of ``step`` in a state.
 
     Raises:
@@ -111,7 +111,7 @@ def read_record(places: Places, step: StepName, state: str = records.WHOLE) -> R
         FormatError: it is damaged, or another step's.
         Unreadable: the disk refuses to read it.
     """
-    path = places.record(step, state)
+    path = run.record(step, state)
     name = f"{records.FOLDER}/{path.name}"
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
@@ -127,7 +127,7 @@ def read_record(places: Places, step: StepName, state: str = records.WHOLE) -> R
     return record
 
 
-def rollbacks_in(places: Places) -> list[Rollback]:
+def rollbacks_in(run: RunDirectory) -> list[Rollback]:
     """Return the rollbacks after which nothing has been saved; damaged files are ignored.
 
     Raises:
@@ -135,9 +135,9 @@ def rollbacks_in(places: Places) -> list[Rollback]:
     """
     found = []
     with suppress(FileNotFoundError, NotADirectoryError):
-        for name in filter(records.is_rollback_file, sorted(os.listdir(places.own))):
+        for name in filter(records.is_rollback_file, sorted(os.listdir(run.own))):
             with suppress(OSError, FormatError):
-                found.append(Rollback.from_bytes((places.own / name).read_bytes(), name))
+                found.append(Rollback.from_bytes((run.own / name).read_bytes(), name))
     return found
 
 
@@ -158,13 +158,13 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
-def only_writer(
-    places: Places, *, durable: bool = False, is_reader: bool = False
+def writer_lock(
+    run: RunDirectory, *, durable: bool = False, is_reader: bool = False
 ) -> Iterator[None]:
     """Hold the directory, so that there is one writer of it at most.
 
     Args:
-        places: the run's.
+        run: the run's.
         durable: have the folder for the lock on the disk.
         is_reader: the caller only tidies up before it reads. It does not wait for a writer, and
             writers wait for it as long as it takes. They wait ``WAIT_S`` for another writer.
@@ -172,10 +172,10 @@ def only_writer(
     Raises:
         StorageError: another process holds it, or it cannot be made or locked.
     """
-    descriptor = _opened_lock(places, durable=durable)
+    descriptor = _opened_lock(run, durable=durable)
     _held.add(descriptor)
     try:
-        _lock(places, descriptor, 0 if is_reader else WAIT_S)
+        _lock(run, descriptor, 0 if is_reader else WAIT_S)
         _sign(descriptor, _READER if is_reader else b"")
         try:
             yield
@@ -187,19 +187,19 @@ def only_writer(
             os.close(descriptor)
 
 
-def _opened_lock(places: Places, *, durable: bool) -> int:
+def _opened_lock(run: RunDirectory, *, durable: bool) -> int:
     try:
-        if places.own.is_symlink():
+        if run.own.is_symlink():
             raise StorageError(
-                f"{places.own} is a link. Everything in it is written and deleted as jaxshard's "
+                f"{run.own} is a link. Everything in it is written and deleted as jaxshard's "
                 "own: put a folder there, or name the directory that it leads to."
             )
-        make_folder(places.own, durable=durable)
-        return os.open(places.own / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        make_folder(run.own, durable=durable)
+        return os.open(run.own / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        at = error.filename or places.own
+        at = error.filename or run.own
         raise StorageError(f"{at} cannot be made or opened: {error.strerror}.") from error
 
 
@@ -211,17 +211,17 @@ def _sign(descriptor: int, text: bytes) -> None:
             os.pwrite(descriptor, text, 0)
 
 
-def _lock(places: Places, descriptor: int, wait_s: float) -> None:
+def _lock(run: RunDirectory, descriptor: int, wait_s: float) -> None:
     try:
         has_it = _locked(descriptor, wait_s)
     except OSError as error:
         raise StorageError(
-            f"{places.own} cannot be locked: {error.strerror}. Its file system has no locks, so "
+            f"{run.own} cannot be locked: {error.strerror}. Its file system has no locks, so "
             "two writers could not be told from one; save on one that has."
         ) from error
     if not has_it:
         raise StorageError(
-            f"another writer is at work in {places.root}. Wait for it, or save elsewhere."
+            f"another writer is at work in {run.root}. Wait for it, or save elsewhere."
         )
 
 
@@ -240,20 +240,20 @@ def _locked(descriptor: int, wait_s: float) -> bool:
             return True
 
 
-def check_units(places: Places, units: Iterable[str], below: Path | None = None) -> None:
+def check_units(run: RunDirectory, units: Iterable[str], below: Path | None = None) -> None:
     """Refuse units that lie outside of the directory, through a link, or on another disk.
 
     Args:
-        places: the run's.
+        run: the run's.
         units: relative to the directory.
         below: what they are relative to instead.
 
     Raises:
         StorageError: such units.
     """
-    root = Path(os.path.realpath(places.root))
+    root = Path(os.path.realpath(run.root))
     for parent in sorted({os.path.dirname(unit) for unit in units}):
-        at = (below or places.root) / parent
+        at = (below or run.root) / parent
         while not os.path.lexists(at):
             at = at.parent
         real = Path(os.path.realpath(at))
@@ -264,9 +264,9 @@ def check_units(places: Places, units: Iterable[str], below: Path | None = None)
             )
         if not real.is_dir():
             raise StorageError(f"{at} is no folder. Move it away.")
-        if places.own.is_dir() and real.stat().st_dev != places.own.stat().st_dev:
+        if run.own.is_dir() and real.stat().st_dev != run.own.stat().st_dev:
             raise StorageError(
-                f"{at} is on another disk than {places.own}, and a step is put in place by "
+                f"{at} is on another disk than {run.own}, and a step is put in place by "
                 "renaming it. Save in a directory that is on one disk."
             )
 

@@ -1,243 +1,150 @@
-"""Saving a step from a snapshot.
+"""Saving a step from a snapshot, by one process or by all processes of a job.
 
-Everything of a step is written beside the run, summed, recorded and then put in place at
-once (``committing``); only then do older steps go. Whatever fails before leaves the run as
-it was.
+    process 0   takes the lock, creates the files ┤ writes its share ┤ its checksums ┤ commits
+    others                             find them  ┤ write theirs     ┤ theirs        ┤ return
+
+A step is written to a staging directory and committed (``commit_step``); only then are older
+steps removed. A save that fails before the commit changes nothing in the run. Recovery,
+retention and the pointer files are left to process 0.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from .. import rules as family_rules
-from ..core.catalog import Catalog, Tensor
-from ..core.layout import Layout
-from ..core.notes import log_once
-from ..core.numpy_dtypes import stored_as
-from ..core.strategy import Strategy
-from ..devices.host_shards import Snapshot, SnapshotMode
-from ..devices.mesh import layout_of
+from ..distributed.barriers import Processes
+from ..distributed.partition import cut_evenly
 from ..errors import FormatError, LayoutError, StorageError, format_list
-from ..formats.registry import format_of
-from ..storage.checksums import FileSums
-from ..storage.transaction import Staging
-from . import records
-from .claims import Claim, replaceable
-from .commit_step import commit, drop_unused_strategies, point_at, recover, remove
-from .policy import Line, expired, following
+from ..saver.shared_write import SharedWrite
+from ..storage.checksums import BEST, FileSums, Gathered
+from ..storage.resources import LENT_BLOCK_BYTES, Budget, budget_for
+from ..storage.transaction import Staging, staging_folder
+from .commit_step import (
+    commit,
+    drop_unused_strategies,
+    recover,
+    remove,
+    replaceable,
+    update_latest,
+)
+from .policy import Lineage, next_lineage
 from .records import MOVING, REMOVED, WHOLE, Record, Rollback, StepName, strategy_folder
-from .restore_state import lay_out
-from .run_directory import Places, check_units, only_writer, replace_file
-from .state import Array, Leaf, Roles, as_array, is_number, take_apart
-from .step_files import Part, Wish, check_room, copies_of, parts_of, sums_of, write_parts
-from .steps import Step, find_steps, of_prefix, past_of
+from .run_directory import RunDirectory, check_units, replace_file, writer_lock
+from .step_files import (
+    SaveRequest,
+    StepPart,
+    check_room,
+    parts_of,
+    sums_of,
+    units_of,
+    write_parts,
+    write_side_files,
+)
+from .steps import RunStep, find_steps, of_prefix, past_of
 
+_BEGIN, _WRITE, _SUM, _COMMIT = (
+    f"saving a step: {what}" for what in ("beginning", "writing", "summing", "committing")
+)
 _log = logging.getLogger("jaxshard.training")
 
 
-@dataclass(frozen=True)
-class Keeping:
-    """Which older steps stay; see ``retention.expired``."""
+def save_step(request: SaveRequest, processes: Processes) -> Lineage | None:
+    """Save a step and remove the steps that retention allows; all ``processes`` call it.
 
-    keep_max: int = 5
-    keep_every: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that is needed to save one step, away from the loop.
-
-    Attributes:
-        weights: which tensors are the model's.
-        copies: further copies: a folder, and the names of the tensors in it.
-        after: what the step grows from, if the loop's manager knows.
-        claim: what of what is there already may be replaced.
-    """
-
-    places: Places
-    kind: str
-    wish: Wish
-    snapshot: Snapshot
-    weights: frozenset[str]
-    scalars: frozenset[str]
-    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    extras: Mapping[str, Any] = field(default_factory=dict)
-    keeping: Keeping = Keeping()
-    durable: bool = True
-    workers: int | None = None
-    host_bytes: int | None = None
-    after: Line | None = None
-    claim: Claim = Claim()  # noqa: RUF009 - frozen
-
-
-def save_step(job: Job, write: Callable[[Job], Record] | None = None) -> Record:
-    """Save a step, and let go of those that may go; its record. ``write`` puts it beside the run.
+    Returns:
+        The lineage of the step in process 0, None in the others.
 
     Raises:
-        StorageError: the disk is full or refuses, or another writer is at work; nothing of
-            the step is there, and all others are.
-        LayoutError: the layout does not fit the tensors, the step is another job's, or a file or
-            folder that has its name is not the run's own.
+        StorageError: the disk is full or refuses here or in another process, another writer is
+            at work, or a process is missing. The step does not exist; all others do.
+        LayoutError: the layout does not fit the tensors, the processes were given different
+            states, or the step's name is taken by files that the run may not replace.
     """
-    places = job.places
-    with only_writer(places, durable=job.durable):
-        for done in recover(places, durable=job.durable):
+    if not processes.are_several:
+        return _save(request, _write_step).lineage
+    processes = processes.about(f"step {request.step} of {request.directory.root}")
+    if processes.index == 0:
+        return _Leader(request, processes).save().lineage
+    try:
+        token = processes.agree(_BEGIN, lambda: "")
+        work = _SharedStep(request, processes)
+        work.write(token)
+        work.sum_up()
+        processes.agree(_COMMIT, lambda: "")
+    finally:
+        request.snapshot.close()
+    return None
+
+
+def _save(request: SaveRequest, write: Callable[[SaveRequest], Record]) -> Record:
+    """Save a step whose files ``write`` puts into its staging directory."""
+    run, durable = request.directory, request.options.durable
+    with writer_lock(run, durable=durable):
+        for done in recover(run, durable=durable):
             _log.info("%s", done)
         try:
-            _refuse_blocked(places, job.wish.step)
-            line = _line_of(job)  # first: it may refuse
-            record = replace((write or _written)(job), line=line)
-            # again: files may have appeared while the step was written
-            record = replace(record, replaces=check_free(job, record.units))
-            job.snapshot.check_still()
-            commit(places, record, durable=job.durable)
-            _drop_rollback(places, job.wish.prefix)
+            _refuse_blocked(run, request.step)
+            before = find_steps(run)
+            lineage = _lineage_of(request, before)  # before any write, because it may refuse
+            record = replace(write(request), lineage=lineage)
+            # again: files may have appeared during the write
+            record = replace(record, replaces=_check_free(request, record.units))
+            request.snapshot.check_still()
+            commit(run, record, durable=durable)
+            _drop_rollback(run, request.options.prefix)
         except BaseException:
-            _clear(places, job.wish.step)
+            _remove_staging(run, request.step)
             raise
         finally:
-            job.snapshot.close()
+            request.snapshot.close()
         try:
-            point_at(places, record)
-        except StorageError as error:  # the step is whole all the same
+            update_latest(run, record)
+        except StorageError as error:  # the step is complete without its pointers
             _log.warning("step %s is saved, but pointers to it are not: %s", record.step, error)
-        _let_go(job, record)
+        _apply_retention(request, record, before)
     return record
 
 
-def _refuse_blocked(places: Places, step: StepName) -> None:
-    """Refuse a step whose record could not be put in its place.
+def _refuse_blocked(run: RunDirectory, step: StepName) -> None:
+    """Refuse a step whose record could not be renamed into place.
 
     Raises:
         StorageError: a folder has its name.
     """
     for state in (WHOLE, MOVING, REMOVED):
-        path = places.record(step, state)
+        path = run.record(step, state)
         if path.is_dir():
             raise StorageError(f"{path} is a folder, expected a record or nothing. Move it away.")
 
 
-def _line_of(job: Job) -> Line:
-    """Where the step stands among all saves; what it does not grow from is said.
-
-    Raises:
-        LayoutError: another job has saved a step of this name.
-    """
-    wish = job.wish
-    found = find_steps(job.places)
-    steps = [s for s in found if s.record]
-    unread = sum(s.state == "corrupt" and not s.record and not s.paths for s in found)
-    for step in steps:
-        if step.name == wish.step and step.prefix not in ("", wish.prefix):
-            raise LayoutError(
-                f"{job.places.root} has a step {step.name} of the job {step.prefix!r}, which "
-                f"{wish.prefix!r} would replace. Give each job a directory of its own."
-            )
-    ours = of_prefix(steps, wish.prefix)
-    after = job.after or _guessed(ours, wish.global_step)
-    # a record that cannot be read now has a place in the order all the same
-    newest = max((s.line.order for s in steps), default=0) + unread
-    line = following(after, newest)
-    _say_what_is_left(wish.step, ours, line, after or Line())
-    return line
+def _check_free(request: SaveRequest, units: Iterable[str]) -> tuple[str, ...]:
+    """Return those of ``units`` that the step replaces (errors as ``replaceable``)."""
+    return replaceable(request.directory, request.step, units, request.claim)
 
 
-def _guessed(steps: list[Step], global_step: int) -> Line | None:
-    """What a step grows from where the loop restored without its manager, or went back unasked.
-
-    The last one of the newest step's past that has a smaller number.
-    """
-    past = (s for s in reversed(steps) if s.record and not s.left)
-    return next((s.line for s in past if s.global_step < global_step), None)
-
-
-def record_rollback(
-    places: Places, prefix: str, to: StepName, line: Line, *, durable: bool
-) -> None:
-    """Record that the run goes on from ``to``, until its next save records that itself.
-
-    Otherwise a run that crashes before that save would resume from a newer step, which it left.
-
-    Args:
-        places: the run's directory.
-        prefix: of the job.
-        to: the step that was restored.
-        line: the line of that step.
-        durable: fsync.
-
-    Raises:
-        StorageError: the disk refused, or another writer is at work.
-    """
-    with only_writer(places, durable=durable):
-        steps = [s for s in find_steps(places) if s.record]
-        newer = [s for s in of_prefix(steps, prefix) if s.line.order > line.order]
-        order = max((s.line.order for s in steps), default=0)
-        rollback = Rollback(prefix, to, following(line, order))
-        path = places.own / rollback.file_name
-        try:
-            if newer:
-                replace_file(path, rollback.to_bytes(), durable=durable)
-            else:
-                path.unlink(missing_ok=True)  # the run returned to what a rollback had left
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def _drop_rollback(places: Places, prefix: str) -> None:
-    """Remove the record of a rollback, which a save by the run has replaced."""
-    with suppress(OSError):  # the order of the save is no smaller, so a rollback that stays is void
-        (places.own / Rollback(prefix, StepName(0, 0), Line()).file_name).unlink()
-
-
-def _say_what_is_left(name: StepName, steps: Iterable[Step], line: Line, after: Line) -> None:
-    left = [
-        str(s.name)
-        for s in steps
-        if s.name != name and s.line.order > after.order
-        if not line.grew_from(s.line.order)
-    ]
-    if left:
-        _log.info(
-            "step %s does not go on from %s, which is left behind: restored only where nothing "
-            "else is good, and removed once the run has come further",
-            name,
-            format_list(left),
-        )
-
-
-def _written(job: Job) -> Record:
-    """Write the step beside the run; its record."""
-    places, wish = job.places, job.wish
-    staged = places.staging(wish.step)
-    staging = Staging(staged, str(wish.step), overwrite=True, durable=job.durable, kind="own")
+def _write_step(request: SaveRequest) -> Record:
+    """Write the files of a step to its staging directory; return its record."""
+    run, options = request.directory, request.options
+    staging = _staging_of(request)
     try:
-        if format_of(job.kind).own_library:
-            files, algorithm, units = _write_by_library(job, staging)
-        else:
-            files, algorithm, units = {}, "", ()
-        parts = all_parts(job)
-        units_there = [*units, *units_of(parts)]
-        check_units(places, units_there)
-        check_free(job, units_there)
-        snapshot = job.snapshot
-        more, algorithm = write_parts(
-            parts,
-            staging,
-            snapshot,
-            workers=job.workers,
-            host_bytes=job.host_bytes,
-        )
-        record = record_of(job, parts, {**files, **more}, algorithm, units)
+        parts = parts_of(request)
+        units = units_of(parts)
+        if options.format.own_library:
+            units = (request.folder, *units)
+        check_units(run, units)
+        _check_free(request, units)
+        files = _write_by_library(request, staging) if options.format.own_library else {}
+        budget = budget_for(options.host_bytes, options.workers, LENT_BLOCK_BYTES)
+        more, algorithm = write_parts(parts, staging, request.snapshot, budget)
+        record = _record_of(request, parts, {**files, **more}, algorithm, units)
     except BaseException:
         staging.abandon()
         raise
@@ -245,276 +152,333 @@ def _written(job: Job) -> Record:
     return record
 
 
-def check_free(job: Job, units: Iterable[str]) -> tuple[str, ...]:
-    """Return those of ``units`` that the step replaces (errors as ``claims.replaceable``)."""
-    return replaceable(job.places, job.wish.step, units, job.claim)
+def _staging_of(request: SaveRequest) -> Staging:
+    place = request.directory.staging(request.step)
+    durable = request.options.durable
+    return Staging(place, str(request.step), overwrite=True, durable=durable, kind="own")
 
 
-def all_parts(job: Job) -> list[Part]:
-    """The files of a step, and of the further copies; of Orbax's only the copies."""
-    catalog = replace(job.snapshot.catalog, scalars=job.scalars)
-    format = format_of(job.kind)
-    found = [] if format.own_library else parts_of(format, catalog, job.weights, job.wish)
-    for folder, names in job.copies.items():
-        found += copies_of(format, catalog, names, job.wish, folder)
-    for part in found:
-        for note in part.result.outputs.layout.notes:
-            log_once(str(job.places.root), note)
-    return found
+def _write_by_library(request: SaveRequest, staging: Staging) -> dict[str, FileSums]:
+    """Write the whole state by the format's own library; return the files' checksums."""
+    root, place = staging.files, staging.files / request.folder
+    check_room(root, request.snapshot.num_bytes)  # Orbax compresses, but not by much
+    place.parent.mkdir(parents=True, exist_ok=True)
+    request.options.format.write_tree(place, request.snapshot.whole())
+    paths = sorted(p.relative_to(root).as_posix() for p in place.rglob("*") if p.is_file())
+    for path in paths:
+        staging.sync(root / path)
+    return sums_of(root, paths)[0]
 
 
-def units_of(parts: Iterable[Part]) -> tuple[str, ...]:
-    """What of ``parts`` is put in place at once."""
-    return tuple(dict.fromkeys(unit for part in parts for unit in part.units))
-
-
-def record_of(
-    job: Job,
-    parts: Sequence[Part],
+def _record_of(
+    request: SaveRequest,
+    parts: Sequence[StepPart],
     files: Mapping[str, FileSums],
     algorithm: str,
-    units: tuple[str, ...] = (),
+    units: tuple[str, ...],
 ) -> Record:
-    """What is to be known of a step that is written; its strategy files are kept.
+    """Return the record of a written step; its strategy files are stored by content.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk refuses.
     """
-    wish = job.wish
     strategy = next((part.strategy for part in parts if part.strategy), {})
-    kept = _keep_strategy(job.places, strategy, durable=job.durable) if strategy else None
     return Record(
-        wish.step,
-        wish.global_step,
-        job.kind,
+        request.step,
+        request.global_step,
+        request.options.format.name,
         algorithm,
-        units + units_of(parts),
+        units,
         files,
-        kept,
-        job.extras,
-        {name: n for name, n in wish.numbers.items() if n is not None},
+        _store_strategy(request, strategy) if strategy else None,
+        request.extras,
+        {name: n for name, n in request.numbers.items() if n is not None},
         time.time(),
     )
 
 
-def _write_by_library(
-    job: Job, staging: Staging
-) -> tuple[dict[str, FileSums], str, tuple[str, ...]]:
-    root = staging.files
-    unit = f"{records.CHECKPOINT}/{records.step_folder(job.wish.prefix, job.wish.step)}"
-    place = root / unit
-    check_units(job.places, [unit])
-    check_free(job, [unit])
-    check_room(root, job.snapshot.num_bytes)  # Orbax packs, but not by much
-    place.parent.mkdir(parents=True, exist_ok=True)
-    format_of(job.kind).write_tree(place, job.snapshot.whole())
-    paths = sorted(p.relative_to(root).as_posix() for p in place.rglob("*") if p.is_file())
-    for path in paths:
-        staging.sync(root / path)
-    files, algorithm = sums_of(root, paths)
-    return files, algorithm, (unit,)
-
-
-def _keep_strategy(places: Places, strategy: Mapping[str, bytes], *, durable: bool) -> str:
-    """Have the strategy files in a folder named after their content; that folder."""
-    kept = strategy_folder(strategy)
-    place = places.root / kept
+def _store_strategy(request: SaveRequest, strategy: Mapping[str, bytes]) -> str:
+    """Write the strategy files to a folder named by their content, unless they are there."""
+    folder = strategy_folder(strategy)
+    place = request.directory.root / folder
     try:
         for name, data in strategy.items():
-            if not _holds(place / name, data):
-                replace_file(place / name, data, durable=durable)
+            if not _has_content(place / name, data):
+                replace_file(place / name, data, durable=request.options.durable)
     except OSError as error:
         at = error.filename or place
         raise StorageError(f"{at} cannot be written: {error.strerror}.") from error
-    return kept
+    return folder
 
 
-def _holds(path: Path, data: bytes) -> bool:
+def _has_content(path: Path, data: bytes) -> bool:
     try:
         return path.read_bytes() == data
     except OSError:
         return False
 
 
-def _let_go(job: Job, saved: Record) -> None:
-    """Remove the steps that may go; that one cannot be removed does not undo the save."""
-    whole = [s for s in find_steps(job.places) if s.record and s.state == "complete"]
-    past, left = past_of(of_prefix(whole, job.wish.prefix), saved.line)
-    left = [step for step in left if step.name.task == saved.step.task]  # others' are theirs
-    complete = {s.name: s.record for s in whole if s.record}
-    gone = expired(
-        {s.name: s.global_step for s in past},
-        {s.name: s.global_step for s in left},
-        keep_max=job.keeping.keep_max,
-        keep_every=job.keeping.keep_every,
+def _apply_retention(request: SaveRequest, saved: Record, before: Iterable[RunStep]) -> None:
+    """Remove the steps that may go; a step that cannot be removed does not undo the save.
+
+    ``before`` are the steps that existed when the save began: the lock keeps them as they were.
+    """
+    run, prefix, step = request.directory, request.options.prefix, saved.step
+    whole = [s for s in before if s.record and s.state == "complete" and s.name != step]
+    whole.append(RunStep.of_record(saved))
+    past, left = past_of(of_prefix(whole, prefix), saved.lineage)
+    left = [s for s in left if s.name.task == step.task]  # other jobs remove their own
+    gone = request.options.retention.expired(
+        {s.name: s.global_step for s in past}, {s.name: s.global_step for s in left}
     )
-    for name in gone:
+    for record in [s.record for s in whole if s.record and s.name in gone]:
         try:
-            remove(job.places, complete[name])
+            remove(run, record)
         except (StorageError, FormatError) as error:
-            _log.warning("step %s cannot be removed: %s", name, error)
+            _log.warning("step %s cannot be removed: %s", record.step, error)
     if not gone:
-        drop_unused_strategies(job.places)
+        drop_unused_strategies(run)
 
 
-def _clear(places: Places, step: StepName) -> None:
-    """Give back the room of a step that failed."""
-    if places.record(step, MOVING).is_file():
-        return  # it is on the disk, and will be put in place
-    for path in _remains(places, step):
+def _remove_staging(run: RunDirectory, step: StepName) -> None:
+    """Free the disk space of a step that failed."""
+    if run.record(step, MOVING).is_file():
+        return  # its files are complete, and the next process renames them into place
+    staging = run.staging(step)
+    for path in (staging, staging.with_name(f".{staging.name}.partial")):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _remains(places: Places, step: StepName) -> Iterable[Path]:
-    staging = places.staging(step)
-    return (staging, staging.with_name(f".{staging.name}.partial"))
+# --- Lineage: which step the saved one continues
 
 
-# --- Composing: what a step is made of, from a state and what the manager was told
+def _lineage_of(request: SaveRequest, found: list[RunStep]) -> Lineage:
+    """Return the lineage of the step; log the steps that it abandons.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How all steps of a run are made; see ``CheckpointManager`` for what each of it means.
-
-    Attributes:
-        trained: which weights are trained; all are, if there is none.
-        config: the contents of ``config.json``.
+    Raises:
+        LayoutError: another job has saved a step of this name.
     """
+    prefix = request.options.prefix
+    steps = [s for s in found if s.record]
+    for step in steps:
+        if step.name == request.step and step.prefix not in ("", prefix):
+            raise LayoutError(
+                f"{request.directory.root} has a step {step.name} of the job {step.prefix!r}, "
+                f"which {prefix!r} would replace. Give each job a directory of its own."
+            )
+    ours = of_prefix(steps, prefix)
+    after = request.after or _guessed(ours, request.global_step) or Lineage()
+    # an unreadable record has a place in the order too
+    unread = sum(s.state == "corrupt" and not s.record and not s.paths for s in found)
+    newest = max((s.lineage.order for s in steps), default=0) + unread
+    lineage = next_lineage(after, newest)
+    abandoned = [
+        str(s.name)
+        for s in ours
+        if s.name != request.step and s.lineage.order > after.order
+        if not lineage.descends_from(s.lineage.order)
+    ]
+    if abandoned:
+        _log.info(
+            "step %s does not continue %s, which the run leaves behind: restored only if no other "
+            "step is good, and removed once the run has passed it",
+            request.step,
+            format_list(abandoned),
+        )
+    return lineage
 
-    prefix: str
-    format: str
-    steps_per_epoch: int | None
-    global_batch_size: int | None
-    strategy: str | Strategy | Layout | None
-    rules: family_rules.Rules | None
-    remove_redundancy: bool
-    save_optimizer: bool
-    save_network_only: bool
-    save_trainable_only: bool
-    trained: tuple[re.Pattern[str], ...]
-    snapshot: SnapshotMode
-    roles: Roles
-    rename: Callable[[str], str] | None
-    config: bytes | None
-    keeping: Keeping
-    durable: bool
-    workers: int | None
-    host_bytes: int | None
 
-    def step_name(self, step: int) -> StepName:
-        """The name of step number ``step`` of the whole run."""
-        # Checkpoint-2.0 folders are named by the step of the whole run
-        epochs = None if format_of(self.format).own_step_folder else self.steps_per_epoch
-        return records.step_name(step, epochs)
+def _guessed(steps: list[RunStep], global_step: int) -> Lineage | None:
+    """Return the lineage of the newest earlier step, for loops that restored by other means."""
+    past = (s for s in reversed(steps) if not s.abandoned)
+    return next((s.lineage for s in past if s.global_step < global_step), None)
 
-    def job(
-        self,
-        places: Places,
-        step: int,
-        state: Any,
-        extras: Mapping[str, Any],
-        loss_scale: float | None,
-        after: Line | None,
-    ) -> Job:
-        """What it takes to save ``state`` as ``step`` in ``places``, all of it held still.
 
-        Raises:
-            LayoutError: the state cannot be saved in this way.
-        """
-        leaves = self._leaves(state)
-        arrays = {leaf.name: as_array(leaf.value) for leaf in leaves}
-        weights = frozenset(leaf.name for leaf in leaves if leaf.role == "weights")
-        format = format_of(self.format)
-        format.check_shapes({name: array.shape for name, array in arrays.items()})
-        numbers = self._numbers(step, loss_scale)
-        like = self._likes(leaves, arrays)
-        told = weights | like.keys()
-        scalars = {n for n, a in arrays.items() if n not in told and is_number(a)}
-        if not format.scalars_in_json:
-            added = {n: a for n, a in _number_tensors(numbers).items() if n not in arrays}
-            arrays |= added
-            scalars |= added.keys()
-        layout = self._layout(arrays, frozenset(scalars), like)
-        name = self.step_name(step)
-        wish = Wish(self.prefix, name, step, layout, self.remove_redundancy, numbers, self.config)
-        return Job(
-            places,
-            self.format,
-            wish,
-            Snapshot(arrays, mode=self.snapshot),
-            weights,
-            frozenset(scalars),
-            self._copies(weights),
-            extras,
-            self.keeping,
-            self.durable,
-            self.workers,
-            self.host_bytes,
-            after,
+def record_rollback(
+    run: RunDirectory, prefix: str, to: StepName, lineage: Lineage, *, durable: bool
+) -> None:
+    """Record that the run continues from ``to``, until its next save records that itself.
+
+    Otherwise a run that crashes before that save would resume from a newer, abandoned step.
+
+    Args:
+        run: the run's directory.
+        prefix: of the job.
+        to: the restored step.
+        lineage: the lineage of that step.
+        durable: fsync.
+
+    Raises:
+        StorageError: the disk refuses, or another writer is at work.
+    """
+    with writer_lock(run, durable=durable):
+        steps = [s for s in find_steps(run) if s.record]
+        newer = [s for s in of_prefix(steps, prefix) if s.lineage.order > lineage.order]
+        order = max((s.lineage.order for s in steps), default=0)
+        rollback = Rollback(prefix, to, next_lineage(lineage, order))
+        path = run.own / rollback.file_name
+        try:
+            if newer:
+                replace_file(path, rollback.to_bytes(), durable=durable)
+            else:
+                path.unlink(missing_ok=True)  # the run returned to a step it had abandoned
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _drop_rollback(run: RunDirectory, prefix: str) -> None:
+    """Remove the record of a rollback, which the lineage of a saved step replaces."""
+    with suppress(OSError):  # a file that stays is ignored, because the step's order is not smaller
+        (run.own / Rollback(prefix, StepName(0, 0), Lineage()).file_name).unlink()
+
+
+# --- Several processes: process 0 leads, and each writes the shards of its own devices
+
+
+class _Leader:
+    """A save led by process 0."""
+
+    def __init__(self, request: SaveRequest, processes: Processes) -> None:
+        self._request, self._processes = request, processes
+        self._next = _BEGIN  # the meeting at which the other processes wait
+
+    def save(self) -> Record:
+        try:
+            record = _save(self._request, self._write_step)
+        except BaseException as error:
+            if self._next:
+                self._report(error)
+            raise
+        self._processes.agree(_COMMIT, lambda: "")
+        return record
+
+    def _report(self, error: BaseException) -> None:
+        """Raise in the other processes what failed in this one only."""
+
+        def fail() -> str:
+            raise error
+
+        self._processes.agree(self._next, fail)
+
+    def _write_step(self, request: SaveRequest) -> Record:
+        staging = _staging_of(request)
+        try:
+            work = _SharedStep(request, self._processes)
+            token = self._begin(work, staging)
+            work.write(token)
+            sums = work.sum_up()
+            self._next = _COMMIT
+            record = work.finish(staging, sums)
+        except BaseException:
+            staging.abandon()
+            raise
+        staging.publish()
+        return record
+
+    def _begin(self, work: _SharedStep, staging: Staging) -> str:
+        def begin() -> str:
+            units = units_of(work.parts)
+            check_units(self._request.directory, units)
+            _check_free(self._request, units)
+            return work.shared.begin(staging)
+
+        name, self._next = self._next, ""  # from here on, failures are reported by the meetings
+        return self._processes.agree(name, begin)
+
+
+class _SharedStep:
+    """One process's share of one attempt to save a step."""
+
+    def __init__(self, request: SaveRequest, processes: Processes) -> None:
+        self._request, self._processes, self._token = request, processes, ""
+        self.parts = parts_of(request)
+        self.shared = SharedWrite(
+            request.snapshot,
+            [(part.catalog, part.result) for part in self.parts],
+            request.directory.staging(request.step),
+            processes,
+            durable=request.options.durable,
         )
 
-    def _leaves(self, state: Any) -> list[Leaf]:
-        found = take_apart(state, self.roles, self.rename).leaves
-        return [leaf for leaf in found if self.save_optimizer or leaf.role != "optimizer"]
+    def write(self, token: str) -> None:
+        """Write this process's shards; returns when every process has."""
+        self._token = token
+        self.shared.write(_WRITE, token, self._budget(LENT_BLOCK_BYTES))
 
-    def _numbers(self, step: int, loss_scale: float | None) -> dict[str, Any]:
-        return {
-            "epoch_num": records.step_name(step, self.steps_per_epoch).epoch,
-            "step_num": step,
-            "global_step": step,
-            "loss_scale": loss_scale,
-            "global_batch_size": self.global_batch_size,
-        }
+    def sum_up(self) -> dict[str, FileSums]:
+        """Compute the checksums of this process's share of the files; several wrote each."""
+        here = self._processes.index
+        with self._processes.together(_SUM) as meeting:
+            found = _sums(self.shared.folder, self._paths(), self._budget().workers)
+            meeting.says = BEST
+            if here:
+                _write_sums(self._sums_file(here), found)
+        _check_algorithms(meeting.heard)
+        return found
 
-    def _likes(self, leaves: Iterable[Leaf], arrays: Mapping[str, Array]) -> dict[str, str]:
-        """What is kept for a weight and shaped as it, with the weight: both lie alike."""
-        known = self.strategy.placements if isinstance(self.strategy, Layout) else arrays
-        return {
-            leaf.name: leaf.like
-            for leaf in leaves
-            if leaf.like and leaf.name in known
-            if arrays[leaf.name].shape == arrays[leaf.like].shape
-        }
+    def finish(self, staging: Staging, own: Mapping[str, FileSums]) -> Record:
+        """Complete the files in process 0, and return the record of the step."""
+        sums = dict(own)
+        for process in range(1, self._processes.count):
+            sums |= _read_sums(self._sums_file(process))
+        self.shared.finish(staging)
+        gathered = Gathered()
+        sums |= write_side_files(self.parts, staging, gathered)
+        units = units_of(self.parts)
+        return _record_of(self._request, self.parts, sums, gathered.algorithm, units)
 
-    def _layout(
-        self, arrays: Mapping[str, Array], scalars: frozenset[str], like: Mapping[str, str]
-    ) -> Layout:
-        if self.strategy is None:
-            return layout_of(arrays)
-        if isinstance(self.strategy, Layout):
-            return self.strategy
-        strategy = Strategy.of(self.strategy)
-        return lay_out(_described(arrays, scalars), like, strategy, self.rules)
+    def _budget(self, *block_bytes: int) -> Budget:
+        options = self._request.options
+        return budget_for(options.host_bytes, options.workers, *block_bytes)
 
-    def _copies(self, weights: frozenset[str]) -> dict[str, tuple[str, ...]]:
-        ordered = sorted(weights)
-        if self.save_trainable_only:
-            names = [n for n in ordered if not self.trained or self._is_trained(n)]
-            return {records.TRAINABLE: tuple(names)}
-        return {records.NETWORK: tuple(ordered)} if self.save_network_only else {}
+    def _paths(self) -> list[str]:
+        """Return adjacent files, most of whose bytes this process has written."""
+        sized = [
+            pair
+            for outputs in (part.result.outputs for part in self.parts)
+            for pair in zip(outputs.paths, outputs.rank_bytes(), strict=True)
+        ]
+        cuts = cut_evenly([num_bytes for _, num_bytes in sized], self._processes.count)
+        here = self._processes.index
+        return [path for (path, _), to in zip(sized, cuts, strict=True) if to == here]
 
-    def _is_trained(self, name: str) -> bool:
-        return any(pattern.search(name) for pattern in self.trained)
-
-
-def _described(arrays: Mapping[str, Array], scalars: frozenset[str]) -> Catalog:
-    """Arrays as a catalog of names and shapes, which is what rules ask for."""
-    tensors = {n: Tensor(n, stored_as(a.dtype), a.shape, ()) for n, a in arrays.items()}
-    return Catalog("memory", "arrays", (), tensors, scalars=scalars)
+    def _sums_file(self, process: int) -> Path:
+        """Return the file with the checksums that ``process`` computed."""
+        base = staging_folder(self._request.directory.staging(self._request.step))
+        return base / f"sums-{self._token}-{process}.json"
 
 
-def _number_tensors(numbers: Mapping[str, Any]) -> dict[str, Array]:
-    """The job's numbers as MindFormers stores them."""
-    kinds = {
-        "epoch_num": (np.int64, ()),
-        "step_num": (np.int64, ()),
-        "global_step": (np.int32, (1,)),
-        "loss_scale": (np.float32, ()),
-        "global_batch_size": (np.int64, ()),
-    }
+def _sums(root: Path, paths: Sequence[str], workers: int) -> dict[str, FileSums]:
+    found: dict[str, FileSums] = {}
+    with ThreadPoolExecutor(workers, thread_name_prefix="jaxshard") as pool:
+        for sums, _ in pool.map(lambda path: sums_of(root, [path]), paths):
+            found |= sums
+    return found
+
+
+def _write_sums(place: Path, sums: Mapping[str, FileSums]) -> None:
+    listed = {path: [s.num_bytes, list(s.chunks)] for path, s in sums.items()}
+    try:
+        place.write_text(json.dumps(listed))
+    except OSError as error:
+        raise StorageError(f"{place} cannot be written: {error.strerror}.") from error
+
+
+def _read_sums(place: Path) -> dict[str, FileSums]:
+    try:
+        listed = json.loads(place.read_text())
+    except OSError as error:
+        raise StorageError(f"{place} cannot be read: {error.strerror}.") from error
     return {
-        name: np.full(shape, numbers[name], dtype)
-        for name, (dtype, shape) in kinds.items()
-        if numbers.get(name) is not None
+        path: FileSums(num_bytes, tuple((a, b, c) for a, b, c in chunks))
+        for path, (num_bytes, chunks) in listed.items()
     }
+
+
+def _check_algorithms(algorithms: Sequence[str]) -> None:
+    odd = [i for i, name in enumerate(algorithms) if name != algorithms[0]]
+    if odd:
+        raise StorageError(
+            f"process {odd[0]} computes {algorithms[odd[0]]} checksums and process 0 "
+            f"{algorithms[0]}. Install the same packages on all hosts."
+        )

@@ -44,7 +44,7 @@ class Roles:
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class StateLeaf:
     """One leaf.
 
     Attributes:
@@ -63,10 +63,10 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class StateTree:
     """A state taken apart; ``build`` puts one with other leaves together."""
 
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[StateLeaf, ...]
     structure: PyTreeDef
 
     def build(self, values: Sequence[Any]) -> Any:
@@ -78,7 +78,7 @@ def take_apart(
     tree: Any,
     roles: Roles = Roles(),
     rename: Callable[[str], str] | None = None,
-) -> State:
+) -> StateTree:
     """``tree`` as named leaves.
 
     ``rename`` is applied to the names of weights, and within the names of their moments.
@@ -110,11 +110,11 @@ def take_apart(
             name = f"{moment[0]}.{like}"
         elif weight := ending(path, weights):
             like = called(weight)
-        leaves.append(Leaf(path, name, role, value, like))
+        leaves.append(StateLeaf(path, name, role, value, like))
     leaves = _apart(leaves)
     for leaf in leaves:
         _check(leaf)
-    return State(tuple(leaves), structure)
+    return StateTree(tuple(leaves), structure)
 
 
 def as_array(value: Any) -> Array:
@@ -170,7 +170,7 @@ def _moment(path: str, weights: Container[str]) -> tuple[str, str] | None:
     return None
 
 
-def _apart(leaves: list[Leaf]) -> list[Leaf]:
+def _apart(leaves: list[StateLeaf]) -> list[StateLeaf]:
     """Moments of two optimizers would share names: they keep their paths instead."""
     count: dict[str, int] = {}
     for leaf in leaves:
@@ -189,7 +189,7 @@ def _apart(leaves: list[Leaf]) -> list[Leaf]:
     return found
 
 
-def _check(leaf: Leaf) -> None:
+def _check(leaf: StateLeaf) -> None:
     value = leaf.value
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return

@@ -1,19 +1,30 @@
-"""Files of a step, with their checksums.
+"""Requests to save a step, and the files they make.
 
-The engine hands over blocks while they are in the cache of the core that carries them; the
-checksum is taken there, so that it costs no second look at memory.
+    manager's options, state, step  ──►  SaveRequest  ──►  StepParts  ──►  files, checksums
+
+The checksum of a block is computed while the block is in the cache of the core that copies it.
+This module decides nothing about other steps of the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .. import rules as family_rules
 from ..conversion.targets import make_result
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout
+from ..core.notes import log_once
+from ..core.numpy_dtypes import stored_as
+from ..core.strategy import Strategy
+from ..devices.host_shards import Snapshot, SnapshotMode
+from ..devices.mesh import layout_of
 from ..errors import StorageError
 from ..formats.output_files import Request, Result
 from ..formats.rank_folder import STRATEGY_FOLDER
@@ -24,42 +35,210 @@ from ..storage.checksums import FileSums, Gathered
 from ..storage.engine import run
 from ..storage.fs import check_free_space
 from ..storage.io import Sink, Source
-from ..storage.resources import LENT_BLOCK_BYTES, budget_for
+from ..storage.resources import Budget
+from ..storage.side_files import write_files
 from ..storage.transaction import Staging
 from ..storage.writers import OutputFiles
 from . import records
+from .commit_step import Claim
 from .open_step import STATE_FOLDER
+from .policy import Lineage, RetentionPolicy
 from .records import StepName
+from .restore_state import lay_out
+from .run_directory import RunDirectory
+from .state import Array, Roles, StateLeaf, as_array, is_number, take_apart
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is to be saved, apart from the arrays.
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """Options that all steps of a manager share; ``CheckpointManager`` documents them.
 
     Attributes:
-        layout: who holds what, for formats that are cut into ranks.
-        numbers: the job's numbers, for formats that keep them in JSON.
-        config: what the model is, for ``config.json``.
+        trainable: patterns of the names of trainable weights; empty if all weights are.
+        config: contents of ``config.json``.
     """
 
     prefix: str
+    format: Format
+    steps_per_epoch: int | None
+    global_batch_size: int | None
+    strategy: str | Strategy | Layout | None
+    rules: family_rules.Rules | None
+    remove_redundancy: bool
+    save_optimizer: bool
+    save_network_only: bool
+    save_trainable_only: bool
+    trainable: tuple[re.Pattern[str], ...]
+    snapshot: SnapshotMode
+    roles: Roles
+    rename: Callable[[str], str] | None
+    config: bytes | None
+    retention: RetentionPolicy
+    durable: bool
+    workers: int | None
+    host_bytes: int | None
+
+    def copies(self, weights: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return the folders of further copies, each with the names of its tensors."""
+        ordered = sorted(weights)
+        if self.save_trainable_only:
+            names = [n for n in ordered if not self.trainable or self._is_trainable(n)]
+            return {records.TRAINABLE: tuple(names)}
+        return {records.NETWORK: tuple(ordered)} if self.save_network_only else {}
+
+    def _is_trainable(self, name: str) -> bool:
+        return any(pattern.search(name) for pattern in self.trainable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """One step to save, independent of the training loop.
+
+    Attributes:
+        layout: of all tensors, for formats with a file for each rank.
+        weights: names of the tensors that are the model's.
+        scalars: names of small tensors that no strategy splits.
+        numbers: the job's training scalars, for formats that keep them in JSON.
+        copies: further copies: a folder, and the names of the tensors in it.
+        extras: values of the training loop that JSON can hold.
+        after: lineage of the step that this one continues, if the manager knows it.
+        claim: which existing files the step may replace.
+    """
+
+    directory: RunDirectory
+    options: SaveOptions
     step: StepName
     global_step: int
     layout: Layout
-    remove_redundancy: bool = False
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    config: bytes | None = None
+    snapshot: Snapshot
+    weights: frozenset[str]
+    scalars: frozenset[str]
+    numbers: Mapping[str, Any]
+    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    after: Lineage | None = None
+    claim: Claim = Claim()  # noqa: RUF009 - frozen
+
+    @property
+    def folder(self) -> str:
+        """Folder of the step, if it is one folder named by prefix and step."""
+        return f"{records.CHECKPOINT}/{records.step_folder(self.options.prefix, self.step)}"
+
+
+def compose_request(
+    directory: RunDirectory,
+    options: SaveOptions,
+    step: int,
+    state: Any,
+    *,
+    extras: Mapping[str, Any],
+    loss_scale: float | None,
+    after: Lineage | None,
+) -> SaveRequest:
+    """Take a snapshot of ``state`` and describe how it is saved as number ``step`` of the run.
+
+    Raises:
+        LayoutError: the format cannot store the state.
+    """
+    leaves = [
+        leaf
+        for leaf in take_apart(state, options.roles, options.rename).leaves
+        if options.save_optimizer or leaf.role != "optimizer"
+    ]
+    arrays = {leaf.name: as_array(leaf.value) for leaf in leaves}
+    weights = frozenset(leaf.name for leaf in leaves if leaf.role == "weights")
+    options.format.check_shapes({name: array.shape for name, array in arrays.items()})
+    numbers = {
+        "epoch_num": records.step_name(step, options.steps_per_epoch).epoch,
+        "step_num": step,
+        "global_step": step,
+        "loss_scale": loss_scale,
+        "global_batch_size": options.global_batch_size,
+    }
+    like = _laid_out_like(options, leaves, arrays)
+    known = weights | like.keys()
+    scalars = {n for n, a in arrays.items() if n not in known and is_number(a)}
+    if not options.format.scalars_in_json:
+        added = {n: a for n, a in _number_tensors(numbers).items() if n not in arrays}
+        arrays |= added
+        scalars |= added.keys()
+    # Checkpoint-2.0 folders are named by the step of the whole run
+    epochs = None if options.format.own_step_folder else options.steps_per_epoch
+    return SaveRequest(
+        directory=directory,
+        options=options,
+        step=records.step_name(step, epochs),
+        global_step=step,
+        layout=_layout(options, arrays, frozenset(scalars), like),
+        snapshot=Snapshot(arrays, mode=options.snapshot),  # last: it copies
+        weights=weights,
+        scalars=frozenset(scalars),
+        numbers=numbers,
+        copies=options.copies(weights),
+        extras=extras,
+        after=after,
+    )
+
+
+def _laid_out_like(
+    options: SaveOptions, leaves: Iterable[StateLeaf], arrays: Mapping[str, Array]
+) -> dict[str, str]:
+    """Return optimizer tensors with their weights of the same shape: both are split alike."""
+    known = options.strategy.placements if isinstance(options.strategy, Layout) else arrays
+    return {
+        leaf.name: leaf.like
+        for leaf in leaves
+        if leaf.like and leaf.name in known
+        if arrays[leaf.name].shape == arrays[leaf.like].shape
+    }
+
+
+def _layout(
+    options: SaveOptions,
+    arrays: Mapping[str, Array],
+    scalars: frozenset[str],
+    like: Mapping[str, str],
+) -> Layout:
+    strategy = options.strategy
+    if strategy is None:
+        return layout_of(arrays)
+    if isinstance(strategy, Layout):
+        return strategy
+    strategy = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    # rules need names and shapes only
+    tensors = {n: Tensor(n, stored_as(a.dtype), a.shape, ()) for n, a in arrays.items()}
+    described = Catalog("memory", "arrays", (), tensors, scalars=scalars)
+    return lay_out(described, like, strategy, options.rules)
+
+
+def _number_tensors(numbers: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the job's training scalars as the tensors that MindFormers stores."""
+    kinds = {
+        "epoch_num": (np.int64, ()),
+        "step_num": (np.int64, ()),
+        "global_step": (np.int32, (1,)),
+        "loss_scale": (np.float32, ()),
+        "global_batch_size": (np.int64, ()),
+    }
+    return {
+        name: np.full(shape, numbers[name], dtype)
+        for name, (dtype, shape) in kinds.items()
+        if numbers.get(name) is not None
+    }
+
+
+# --- Parts: the files of a step
 
 
 @dataclass(frozen=True)
-class Part:
-    """Files made at one go, from some of the tensors.
+class StepPart:
+    """Files that one plan writes, from some of the tensors.
 
     Attributes:
         result: the files, with paths relative to the run's directory.
         catalog: the tensors.
-        units: what of it is put in place at once.
-        strategy: the strategy files by name, if it has any: they are kept by content.
+        units: files or folders that are renamed into place.
+        strategy: the strategy files by name, if it has any; they are kept by content.
     """
 
     result: Result
@@ -68,89 +247,105 @@ class Part:
     strategy: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def parts_of(format: Format, catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
-    """The files of a step in ``format``.
+def parts_of(request: SaveRequest) -> list[StepPart]:
+    """Return the files of a step and of its further copies.
+
+    If the format has an own library, which writes the step, these are the copies only.
 
     Raises:
         LayoutError: the layout does not fit the tensors.
     """
-    if format.steps_in_names:
-        return [_rank_part(catalog, wish, records.CHECKPOINT)]
-    if format.own_step_folder:
-        return [_own_folder(format, catalog, wish)]
-    return _complete(format, catalog, weights, wish)
+    format = request.options.format
+    catalog = replace(request.snapshot.catalog, scalars=request.scalars)
+    if format.own_library:
+        found = []
+    elif format.steps_in_names:
+        found = [_rank_part(request, catalog, records.CHECKPOINT)]
+    elif format.own_step_folder:
+        found = [_own_folder(request, catalog)]
+    else:
+        found = _complete(request, catalog)
+    found += [_copy(request, catalog, folder, names) for folder, names in request.copies.items()]
+    for part in found:
+        for note in part.result.outputs.layout.notes:
+            log_once(str(request.directory.root), note)
+    return found
 
 
-def copies_of(
-    format: Format, catalog: Catalog, names: Iterable[str], wish: Wish, folder: str
-) -> list[Part]:
-    """The tensors ``names`` again in ``folder``: by rank where the step is, else complete.
+def units_of(parts: Iterable[StepPart]) -> tuple[str, ...]:
+    """Return the files and folders of ``parts`` that are renamed into place."""
+    return tuple(dict.fromkeys(unit for part in parts for unit in part.units))
 
-    Raises:
-        LayoutError: the layout does not fit the tensors.
-    """
-    chosen = _only(catalog, names)
+
+def _copy(request: SaveRequest, catalog: Catalog, folder: str, names: Sequence[str]) -> StepPart:
+    """Return the files of a further copy: by rank if the step is, else complete."""
+    format, chosen = request.options.format, _only(catalog, names)
     if format.is_by_rank:
-        # the job's numbers are no weights here either, though the layout has them
-        return [_rank_part(replace(chosen, scalars=catalog.scalars), wish, folder)]
+        # training scalars are no weights here either, though the layout has them
+        return _rank_part(request, replace(chosen, scalars=catalog.scalars), folder)
     suffix = folder.removeprefix(f"{records.CHECKPOINT}_")
+    place = f"{folder}/{request.options.prefix}-{suffix}-{request.step}"
     name = None if format.own_library else format.name
-    return [_complete_part(name, chosen, wish, f"{folder}/{wish.prefix}-{suffix}-{wish.step}")]
+    return _complete_part(name, chosen, request.options.config, place)
 
 
-def _rank_part(catalog: Catalog, wish: Wish, folder: str) -> Part:
-    request = Request(wish.layout, remove_redundancy=wish.remove_redundancy)
-    result = make_result(catalog, list(catalog.tensors.values()), request)
-    paths = [
-        f"{folder}/{records.rank_file(wish.prefix, rank, wish.step, folder)}"
-        for rank in range(wish.layout.num_ranks)
-    ]
+def _rank_part(request: SaveRequest, catalog: Catalog, folder: str) -> StepPart:
+    options, layout = request.options, request.layout
+    how = Request(layout, remove_redundancy=options.remove_redundancy)
+    result = make_result(catalog, list(catalog.tensors.values()), how)
+    paths = tuple(
+        f"{folder}/{records.rank_file(options.prefix, rank, request.step, folder)}"
+        for rank in range(layout.num_ranks)
+    )
     head = f"{STRATEGY_FOLDER}/"
     strategy = {
         path.removeprefix(head): data
         for path, data in result.side_files.items()
         if path.startswith(head)
     }
-    outputs = replace(result.outputs, paths=tuple(paths))
-    return Part(replace(result, outputs=outputs, side_files={}), catalog, tuple(paths), strategy)
+    outputs = replace(result.outputs, paths=paths)
+    return StepPart(replace(result, outputs=outputs, side_files={}), catalog, paths, strategy)
 
 
-def _own_folder(format: Format, catalog: Catalog, wish: Wish) -> Part:
-    request = Request(
-        wish.layout,
-        prefix=wish.prefix,
-        remove_redundancy=wish.remove_redundancy,
-        format=format.name,
-        numbers=wish.numbers,
+def _own_folder(request: SaveRequest, catalog: Catalog) -> StepPart:
+    options = request.options
+    how = Request(
+        request.layout,
+        prefix=options.prefix,
+        remove_redundancy=options.remove_redundancy,
+        format=options.format.name,
+        numbers=request.numbers,
     )
-    result = make_result(catalog, list(catalog.tensors.values()), request)
+    result = make_result(catalog, list(catalog.tensors.values()), how)
     result = _below(result, records.CHECKPOINT, but=records.TRACKER)
-    folder = f"{records.CHECKPOINT}/{records.iteration_folder(wish.global_step)}"
-    return Part(result, catalog, (folder,))
+    folder = f"{records.CHECKPOINT}/{records.iteration_folder(request.global_step)}"
+    return StepPart(result, catalog, (folder,))
 
 
-def _complete(format: Format, catalog: Catalog, weights: frozenset[str], wish: Wish) -> list[Part]:
-    folder = f"{records.CHECKPOINT}/{records.step_folder(wish.prefix, wish.step)}"
+def _complete(request: SaveRequest, catalog: Catalog) -> list[StepPart]:
+    folder, weights, name = request.folder, request.weights, request.options.format.name
     found = []
     if weights:
-        found.append(_complete_part(format.name, _only(catalog, weights), wish, folder))
+        config = request.options.config
+        found.append(_complete_part(name, _only(catalog, weights), config, folder))
     rest = _only(catalog, [n for n in catalog.tensors if n not in weights])
     if rest.tensors:
-        inner = replace(wish, config=None)
-        found.append(_complete_part(format.name, rest, inner, f"{folder}/{STATE_FOLDER}"))
+        found.append(_complete_part(name, rest, None, f"{folder}/{STATE_FOLDER}"))
     return [replace(part, units=(folder,)) for part in found]
 
 
-def _complete_part(format: str | None, catalog: Catalog, wish: Wish, folder: str) -> Part:
-    every = replace(catalog, scalars=frozenset())  # one kind of file, whatever is in it
+def _complete_part(
+    format: str | None, catalog: Catalog, config: bytes | None, folder: str
+) -> StepPart:
+    every = replace(catalog, scalars=frozenset())  # all tensors go into one kind of file
     result = make_result(every, list(catalog.tensors.values()), Request(format=format))
-    if wish.config is not None:
-        result = replace(result, side_files={**result.side_files, "config.json": wish.config})
-    return Part(_below(result, folder), every, (folder,))
+    if config is not None:
+        result = replace(result, side_files={**result.side_files, "config.json": config})
+    return StepPart(_below(result, folder), every, (folder,))
 
 
 def _below(result: Result, folder: str, but: str = "") -> Result:
-    """``result`` with its paths below ``folder``, and without the side file ``but``."""
+    """Return ``result`` with paths below ``folder``, without the side file ``but``."""
     outputs = replace(result.outputs, paths=tuple(f"{folder}/{p}" for p in result.outputs.paths))
     side = {f"{folder}/{p}": data for p, data in result.side_files.items() if p != but}
     return replace(result, outputs=outputs, side_files=side)
@@ -158,23 +353,18 @@ def _below(result: Result, folder: str, but: str = "") -> Result:
 
 def _only(catalog: Catalog, names: Iterable[str]) -> Catalog:
     wanted = set(names)
-    # in the catalog's order: that of a set differs between processes, and so would the files
+    # in the order of the catalog: the order of a set differs between processes
     tensors: dict[str, Tensor] = {n: t for n, t in catalog.tensors.items() if n in wanted}
     return replace(catalog, tensors=tensors, scalars=catalog.scalars & tensors.keys())
 
 
-# --- Writing: a snapshot becomes the files of a step, and each byte is summed on its way
+# --- Writing the parts of a step, with checksums
 
 
 def write_parts(
-    parts: Sequence[Part],
-    staging: Staging,
-    source: Source,
-    *,
-    workers: int | None = None,
-    host_bytes: int | None = None,
+    parts: Sequence[StepPart], staging: Staging, source: Source, budget: Budget
 ) -> tuple[dict[str, FileSums], str]:
-    """Write the files of ``parts`` into ``staging``; their checksums, and of which kind.
+    """Write the files of ``parts`` into ``staging``; return their checksums and the algorithm.
 
     Raises:
         StorageError: the disk is full or refuses.
@@ -182,7 +372,6 @@ def write_parts(
     plans = [make_plan(part.catalog, part.result.outputs) for part in parts]
     check_room(staging.files, sum(plan.totals.bytes_written for plan in plans))
     gathered = Gathered()
-    budget = budget_for(host_bytes, workers, LENT_BLOCK_BYTES)
     found: dict[str, FileSums] = {}
     for part, plan in zip(parts, plans, strict=True):
         files = OutputFiles(plan, staging, part.result.container)
@@ -192,30 +381,29 @@ def write_parts(
         finally:
             files.close()
         found |= summed.sums()
-        for path, data in part.result.side_files.items():
-            write_file(staging, path, data)
-            gathered.add(path, 0, data)
-            found[path] = gathered.of(path, len(data))
-    return found, gathered.algorithm
+    return found | write_side_files(parts, staging, gathered), gathered.algorithm
 
 
-def write_file(staging: Staging, path: str, data: bytes) -> None:
-    """Write one whole file into ``staging``.
+def write_side_files(
+    parts: Iterable[StepPart], staging: Staging, gathered: Gathered
+) -> dict[str, FileSums]:
+    """Write the files of ``parts`` that hold no tensors; return their checksums.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk is full or refuses.
     """
-    place = staging.files / path
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(data)
-        staging.sync(place)
-    except OSError as error:
-        raise StorageError(f"{place} cannot be written: {error.strerror}.") from error
+    found = {}
+    for part in parts:
+        side_files = part.result.side_files
+        write_files(side_files.items(), staging.files, staging.sync)
+        for path, data in side_files.items():
+            gathered.add(path, 0, data)
+            found[path] = gathered.of(path, len(data))
+    return found
 
 
 def sums_of(root: Path, paths: Iterable[str]) -> tuple[dict[str, FileSums], str]:
-    """The checksums of files that somebody else wrote, by reading them again.
+    """Return the checksums of finished files, by reading them again, and the algorithm.
 
     Raises:
         StorageError: the disk refused.
@@ -237,14 +425,13 @@ def sums_of(root: Path, paths: Iterable[str]) -> tuple[dict[str, FileSums], str]
 
 def check_room(place: Path, num_bytes: int) -> None:
     """Check that a step of ``num_bytes`` fits at ``place`` (errors as ``check_free_space``)."""
-    remedy = "Make room, keep fewer steps, or save elsewhere."
-    check_free_space(place, num_bytes, "step", remedy)
+    check_free_space(place, num_bytes, "step", "Make room, keep fewer steps, or save elsewhere.")
 
 
 class _Summed(Sink):
-    """Files of a plan, and the checksums of all that is written to them."""
+    """Sink that computes the checksums of a plan's files."""
 
-    def __init__(self, files: OutputFiles, plan: Plan, part: Part, gathered: Gathered) -> None:
+    def __init__(self, files: OutputFiles, plan: Plan, part: StepPart, gathered: Gathered) -> None:
         outputs = plan.outputs
         self._files = files
         self._paths, self._content_of, self._gathered = outputs.paths, outputs.content_of, gathered
@@ -254,7 +441,7 @@ class _Summed(Sink):
                 gathered.add(path, offset, data)
 
     def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
-        """Sum ``buffer`` and write it to the file of every rank that holds the box."""
+        """Write ``buffer`` to the file of every rank that holds the box, with checksums."""
         total = self._gathered.compute(buffer)  # replicas share it
         for rank in move.targets[target].ranks:
             spans = self._layouts[self._content_of[rank]].spans(move.name, offset, len(buffer))
@@ -267,7 +454,7 @@ class _Summed(Sink):
         return self._files.write(move, target, offset, buffer)
 
     def sums(self) -> dict[str, FileSums]:
-        """The checksums of every file."""
+        """Return the checksums of every file."""
         return {
             path: self._gathered.of(path, self._layouts[content].num_bytes)
             for path, content in zip(self._paths, self._content_of, strict=True)

@@ -34,9 +34,9 @@ from ..formats.folder import is_orbax_item
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import HuggingFace, Iteration, Orbax, RankFolders
 from . import records
-from .policy import Line
+from .policy import Lineage
 from .records import MOVING, REMOVED, WHOLE, Record, Rollback, StepName
-from .run_directory import Places, names_in, read_record, rollbacks_in
+from .run_directory import RunDirectory, names_in, read_record, rollbacks_in
 
 State = Literal["complete", "incomplete", "corrupt", "partial"]
 
@@ -46,7 +46,7 @@ _log = logging.getLogger("jaxshard.training")
 
 
 @dataclass(frozen=True)
-class Step:
+class RunStep:
     """One step of a run.
 
     Attributes:
@@ -57,10 +57,10 @@ class Step:
         state: see the module; "complete" until somebody looks closer.
         reason: why it is not complete, or comes after others though its name is larger.
         saved_at: seconds since 1970.
-        paths: its files, or the folder it is, relative to ``Places.steps``; of steps without
+        paths: its files, or the folder it is, relative to ``RunDirectory.steps``; of steps without
             a record.
         prefix: which job saved it, as far as names of files tell; several may share a folder.
-        left: whether it is of a run that was left behind by going back to an earlier step.
+        abandoned: whether it is of a run that was left behind by going back to an earlier step.
     """
 
     name: StepName
@@ -73,7 +73,22 @@ class Step:
     record: Record | None = field(default=None, repr=False)
     paths: tuple[str, ...] = field(default=(), repr=False)
     prefix: str = ""
-    left: bool = False
+    abandoned: bool = False
+
+    @classmethod
+    def of_record(cls, record: Record, state: State = "complete", reason: str = "") -> RunStep:
+        """Return the step of ``record``."""
+        return cls(
+            record.step,
+            record.global_step,
+            record.format,
+            state,
+            reason,
+            record.num_bytes,
+            record.saved_at,
+            record,
+            prefix=record.prefix,
+        )
 
     @property
     def task(self) -> int:
@@ -81,18 +96,18 @@ class Step:
         return self.name.task
 
     @property
-    def line(self) -> Line:
+    def lineage(self) -> Lineage:
         """Where it stands among all saves; of others, nobody counted."""
-        return self.record.line if self.record else Line()
+        return self.record.lineage if self.record else Lineage()
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What another save of the same name, or the same one once it is in place, differs in."""
         is_saved, saved_at = self.state != "partial", self.saved_at if self.record else 0.0
-        return (self.name, self.prefix, is_saved, self.line.order, saved_at, *self.paths[:1])
+        return (self.name, self.prefix, is_saved, self.lineage.order, saved_at, *self.paths[:1])
 
 
-def find_steps(places: Places) -> list[Step]:
+def find_steps(run: RunDirectory) -> list[RunStep]:
     """All steps of a run, judged by names, sizes and records; the last is restored first.
 
     Raises:
@@ -100,13 +115,13 @@ def find_steps(places: Places) -> list[Step]:
     """
     for tries in range(_TRIES):
         try:
-            before = _records_in(places)
-            found, rollbacks = _found(places), rollbacks_in(places)
-            after = _records_in(places)
+            before = _records_in(run)
+            found, rollbacks = _found(run), rollbacks_in(run)
+            after = _records_in(run)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and tries < _TRIES - 1:
                 continue  # removed while we looked
-            at = error.filename or places.root
+            at = error.filename or run.root
             raise StorageError(f"{at} cannot be listed: {error.strerror}.") from error
         # a record that changes its name meanwhile could be missed under both
         if after == before:
@@ -115,7 +130,7 @@ def find_steps(places: Places) -> list[Step]:
     return _in_order(found, rollbacks)
 
 
-def of_one_job(steps: Iterable[Step], prefix: str) -> list[Step]:
+def of_one_job(steps: Iterable[RunStep], prefix: str) -> list[RunStep]:
     """Those of ``steps`` that the job of ``prefix`` saved; if it saved none, those of the only one.
 
     Raises:
@@ -133,22 +148,22 @@ def of_one_job(steps: Iterable[Step], prefix: str) -> list[Step]:
     return steps
 
 
-def of_prefix(steps: Iterable[Step], prefix: str) -> list[Step]:
+def of_prefix(steps: Iterable[RunStep], prefix: str) -> list[RunStep]:
     """Those of ``steps`` that are not known to be another job's."""
     return [step for step in steps if step.prefix in ("", prefix)]
 
 
-def past_of(steps: Iterable[Step], line: Line) -> tuple[list[Step], list[Step]]:
+def past_of(steps: Iterable[RunStep], line: Lineage) -> tuple[list[RunStep], list[RunStep]]:
     """Of steps with records, those that ``line`` grew from, and the others; as they were saved."""
     known = sorted((step for step in steps if step.record), key=_when)
-    ours = [step for step in known if line.grew_from(step.line.order)]
-    return ours, [step for step in known if not line.grew_from(step.line.order)]
+    ours = [step for step in known if line.descends_from(step.lineage.order)]
+    return ours, [step for step in known if not line.descends_from(step.lineage.order)]
 
 
 # --- in which order ------------------------------------------------------------------------
 
 
-def _in_order(found: list[Step], rollbacks: list[Rollback]) -> list[Step]:
+def _in_order(found: list[RunStep], rollbacks: list[Rollback]) -> list[RunStep]:
     known = _by_line([step for step in found if step.record], rollbacks)
     others = sorted((step for step in found if not step.record), key=lambda step: step.name)
     ordered = []
@@ -157,38 +172,38 @@ def _in_order(found: list[Step], rollbacks: list[Rollback]) -> list[Step]:
     return [*known, *others, *reversed(ordered)]
 
 
-def _by_line(recorded: list[Step], rollbacks: list[Rollback]) -> list[Step]:
+def _by_line(recorded: list[RunStep], rollbacks: list[Rollback]) -> list[RunStep]:
     """Sort by save order, with the steps that each job left behind first."""
     prefixes = {step.prefix for step in recorded if step.prefix}
     only = next(iter(prefixes), "") if len(prefixes) < 2 else ""
-    jobs: dict[str, list[Step]] = {}
+    jobs: dict[str, list[RunStep]] = {}
     for step in recorded:
         jobs.setdefault(step.prefix if len(prefixes) > 1 else only, []).append(step)
-    every_left: list[Step] = []
-    every_past: list[Step] = []
+    every_left: list[RunStep] = []
+    every_past: list[RunStep] = []
     for prefix, steps in jobs.items():
         newest = max(steps, key=_when)
         line, reason = (
-            newest.line,
+            newest.lineage,
             f"left behind: {newest.name} was saved later, from an earlier step",
         )
         for rollback in rollbacks:
             # names of Checkpoint-2.0 folders have no prefix
             is_ours = rollback.prefix == prefix or not prefixes
-            if is_ours and rollback.line.order > line.order:
-                line, reason = rollback.line, f"left behind: the run went back to {rollback.to}"
+            if is_ours and rollback.lineage.order > line.order:
+                line, reason = rollback.lineage, f"left behind: the run went back to {rollback.to}"
         past, left = past_of(steps, line)
-        every_left += [replace(step, left=True, reason=step.reason or reason) for step in left]
+        every_left += [replace(step, abandoned=True, reason=step.reason or reason) for step in left]
         every_past += past
     every_past.sort(key=_when)
     return every_left + every_past
 
 
-def _when(step: Step) -> tuple[int, StepName]:
-    return step.line.order, step.name
+def _when(step: RunStep) -> tuple[int, StepName]:
+    return step.lineage.order, step.name
 
 
-def _is_newer(other: Step, ours: Step) -> bool:
+def _is_newer(other: RunStep, ours: RunStep) -> bool:
     """Whether what somebody else saved comes after what we did: by its name and its files' age."""
     is_older = bool(other.saved_at) and other.saved_at < ours.saved_at - 1
     return other.name > ours.name and not is_older
@@ -197,57 +212,47 @@ def _is_newer(other: Step, ours: Step) -> bool:
 # --- what is there -------------------------------------------------------------------------
 
 
-def _records_in(places: Places) -> list[tuple[str, int, int]]:
+def _records_in(run: RunDirectory) -> list[tuple[str, int, int]]:
     """Every record as it is now; one that was replaced under its name is another."""
     found = []
     for state in (WHOLE, MOVING, REMOVED):
-        for step in names_in(places, state):
-            path = places.record(step, state)
+        for step in names_in(run, state):
+            path = run.record(step, state)
             with suppress(OSError):
                 info = os.stat(path)
                 found.append((path.name, info.st_ino, info.st_mtime_ns))
     return found
 
 
-def _found(places: Places) -> list[Step]:
-    own = {step.name: step for step in _recorded(places)}
-    for step in _unfinished(places):
+def _found(run: RunDirectory) -> list[RunStep]:
+    own = {step.name: step for step in _recorded(run)}
+    for step in _unfinished(run):
         own.setdefault(step.name, step)
-    return [*own.values(), *_others(places, own)]
+    return [*own.values(), *_others(run, own)]
 
 
-def _recorded(places: Places) -> Iterator[Step]:
+def _recorded(run: RunDirectory) -> Iterator[RunStep]:
     """Steps whose record says that they were whole."""
-    moving = set(names_in(places, MOVING))
-    for name in names_in(places, WHOLE):
+    moving = set(names_in(run, MOVING))
+    for name in names_in(run, WHOLE):
         if name in moving:
-            yield Step(name, name.step, "", "partial", "a newer save of it was interrupted")
+            yield RunStep(name, name.step, "", "partial", "a newer save of it was interrupted")
             continue
         try:
-            record = read_record(places, name)
+            record = read_record(run, name)
         except FormatError as error:
-            yield Step(name, name.step, "", "corrupt", str(error))
+            yield RunStep(name, name.step, "", "corrupt", str(error))
             continue
-        state, reason = _sizes(places, record)
-        yield Step(
-            name,
-            record.global_step,
-            record.format,
-            state,
-            reason,
-            record.num_bytes,
-            record.saved_at,
-            record,
-            prefix=record.prefix,
-        )
+        state, reason = _sizes(run, record)
+        yield RunStep.of_record(record, state, reason)
 
 
-def _sizes(places: Places, record: Record) -> tuple[State, str]:
+def _sizes(run: RunDirectory, record: Record) -> tuple[State, str]:
     """The state that files' sizes tell, and why."""
     missing = []
     for path, sums in record.files.items():
         try:
-            num_bytes = os.stat(places.root / path).st_size
+            num_bytes = os.stat(run.root / path).st_size
         except (FileNotFoundError, NotADirectoryError):
             missing.append(path)
             continue
@@ -260,21 +265,21 @@ def _sizes(places: Places, record: Record) -> tuple[State, str]:
     return "complete", ""
 
 
-def _unfinished(places: Places) -> Iterator[Step]:
-    for name in names_in(places, MOVING):
-        yield Step(name, name.step, "", "partial", "putting it in place was interrupted")
-    for name in names_in(places, REMOVED):
-        yield Step(name, name.step, "", "partial", "removing it was interrupted")
-    for name in _staged(places):
-        yield Step(name, name.step, "", "partial", "saving it is on its way, or was")
+def _unfinished(run: RunDirectory) -> Iterator[RunStep]:
+    for name in names_in(run, MOVING):
+        yield RunStep(name, name.step, "", "partial", "putting it in place was interrupted")
+    for name in names_in(run, REMOVED):
+        yield RunStep(name, name.step, "", "partial", "removing it was interrupted")
+    for name in _staged(run):
+        yield RunStep(name, name.step, "", "partial", "saving it is on its way, or was")
 
 
-def _staged(places: Places) -> list[StepName]:
+def _staged(run: RunDirectory) -> list[StepName]:
     """The steps that are being written beside the run."""
-    if not places.own.is_dir():
+    if not run.own.is_dir():
         return []
     found = []
-    for entry in sorted(os.listdir(places.own)):
+    for entry in sorted(os.listdir(run.own)):
         for ending in _STAGED:
             step = records.parse_step(entry.removeprefix(".").removesuffix(ending))
             if step and entry.removeprefix(".") == f"{step}{ending}":
@@ -282,12 +287,12 @@ def _staged(places: Places) -> list[StepName]:
     return found
 
 
-def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
+def _others(run: RunDirectory, own: Mapping[StepName, RunStep]) -> Iterator[RunStep]:
     """Steps that somebody else saved."""
-    if not places.steps.is_dir():
+    if not run.steps.is_dir():
         return
     ranks: dict[int, list[str]] = {}
-    for entry in sorted(os.scandir(places.steps), key=lambda entry: entry.name):
+    for entry in sorted(os.scandir(run.steps), key=lambda entry: entry.name):
         if not entry.is_dir() or entry.name.startswith("."):
             continue
         if (rank := rank_of_folder(entry.name)) is not None:
@@ -302,7 +307,7 @@ def _others(places: Places, own: Mapping[StepName, Step]) -> Iterator[Step]:
                 is_orbax = is_orbax_item(_listed(entry.path))
                 kind = Orbax.name if is_orbax else HuggingFace.name
                 yield _folder(entry, name, kind, prefix)
-    yield from _rank_steps(places, ranks, own)
+    yield from _rank_steps(run, ranks, own)
 
 
 def _listed(folder: str) -> list[str]:
@@ -315,21 +320,21 @@ def _listed(folder: str) -> list[str]:
         return []
 
 
-def _is_ours(own: Mapping[StepName, Step], name: StepName, prefix: str = "") -> bool:
+def _is_ours(own: Mapping[StepName, RunStep], name: StepName, prefix: str = "") -> bool:
     """Whether a record speaks of that step; a damaged one does not say of which job."""
     step = own.get(name)
     return step is not None and (not prefix or step.prefix in ("", prefix))
 
 
-def _folder(entry: os.DirEntry[str], name: StepName, kind: str, prefix: str = "") -> Step:
+def _folder(entry: os.DirEntry[str], name: StepName, kind: str, prefix: str = "") -> RunStep:
     try:
         files = [p.stat() for p in Path(entry.path).rglob("*") if p.is_file()]
     except FileNotFoundError:
         raise
     except OSError as error:
         reason = f"{error.filename or entry.path} cannot be read: {error.strerror}"
-        return Step(name, name.step, kind, "corrupt", reason, paths=(entry.name,), prefix=prefix)
-    return Step(
+        return RunStep(name, name.step, kind, "corrupt", reason, paths=(entry.name,), prefix=prefix)
+    return RunStep(
         name,
         name.step,
         kind,
@@ -341,8 +346,8 @@ def _folder(entry: os.DirEntry[str], name: StepName, kind: str, prefix: str = ""
 
 
 def _rank_steps(
-    places: Places, ranks: Mapping[int, list[str]], own: Mapping[StepName, Step]
-) -> Iterator[Step]:
+    run: RunDirectory, ranks: Mapping[int, list[str]], own: Mapping[StepName, RunStep]
+) -> Iterator[RunStep]:
     """The steps in rank folders: one is incomplete if a rank of its job has no file of it."""
     found: dict[tuple[str, StepName, str], dict[int, str]] = {}
     of_job: dict[str, set[int]] = {}
@@ -359,8 +364,8 @@ def _rank_steps(
         # a folder that is empty is of the only job that there is
         needed = of_job[prefix] if len(of_job) > 1 else set(ranks)
         lacking = sorted(needed - set(by_rank))
-        stats = [os.stat(places.steps / path) for path in by_rank.values()]
-        yield Step(
+        stats = [os.stat(run.steps / path) for path in by_rank.values()]
+        yield RunStep(
             step,
             step.step,
             RankFolders.name,
@@ -378,7 +383,7 @@ def _rank_steps(
 _UNITS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
-def steps_of_run(path: str | os.PathLike[str]) -> list[Step]:
+def steps_of_run(path: str | os.PathLike[str]) -> list[RunStep]:
     """The steps in ``path`` if it is the directory of a run, else none.
 
     Raises:
@@ -387,11 +392,11 @@ def steps_of_run(path: str | os.PathLike[str]) -> list[Step]:
     root = Path(path)
     if not root.is_dir():
         return []
-    places = Places.of(root)
-    return find_steps(places) if places.main and places.root == root.absolute() else []
+    run = RunDirectory.of(root)
+    return find_steps(run) if run.main and run.root == root.absolute() else []
 
 
-def rows(steps: Iterable[Step], size: Callable[[float], str], now: float) -> list[list[str]]:
+def rows(steps: Iterable[RunStep], size: Callable[[float], str], now: float) -> list[list[str]]:
     """A row for each of ``steps``, backwards: step, number, state, format, size, age, reason."""
     return [
         [
@@ -407,7 +412,7 @@ def rows(steps: Iterable[Step], size: Callable[[float], str], now: float) -> lis
     ]
 
 
-def facts(steps: Iterable[Step]) -> list[dict[str, Any]]:
+def facts(steps: Iterable[RunStep]) -> list[dict[str, Any]]:
     """The same for a program."""
     return [
         {
@@ -424,12 +429,12 @@ def facts(steps: Iterable[Step]) -> list[dict[str, Any]]:
     ]
 
 
-def resumes_from(steps: Iterable[Step]) -> Step | None:
+def resumes_from(steps: Iterable[RunStep]) -> RunStep | None:
     """The step that a restore would take: the last complete one."""
     return next((s for s in reversed(list(steps)) if s.state == "complete"), None)
 
 
-def verdict(best: Step | None, *, deep: bool) -> str:
+def verdict(best: RunStep | None, *, deep: bool) -> str:
     """A sentence on the step that a restore would take."""
     if best is None:
         return "no step is complete"
@@ -439,7 +444,7 @@ def verdict(best: Step | None, *, deep: bool) -> str:
     return f"a run resumes from {best.name} ({how})"
 
 
-def is_well(steps: Iterable[Step]) -> bool:
+def is_well(steps: Iterable[RunStep]) -> bool:
     """Whether nothing is broken. What is on its way is not broken."""
     states = [s.state for s in steps]
     return "complete" in states and not {"corrupt", "incomplete"} & set(states)

@@ -17,9 +17,8 @@ from jaxshard.distributed.barriers import processes_of_jax
 from jaxshard.errors import StorageError
 from jaxshard.saver import shared_write
 from jaxshard.storage import writers
-from jaxshard.training import CheckpointManager, commit_step, together
-from jaxshard.training import run_directory as places
-from jaxshard.training.run_directory import Places, only_writer
+from jaxshard.training import CheckpointManager, commit_step, run_directory, save_step
+from jaxshard.training.run_directory import RunDirectory, writer_lock
 
 P = PartitionSpec
 FORMATS = ("ranks", "iteration", "huggingface")
@@ -162,18 +161,18 @@ def _refused(index, out):
             shared_write.run = plain
 
     def locked():  # by somebody else, whom process 0 alone meets
-        places.WAIT_S = 0.1
-        hold = only_writer(Places.of(f"{out}/ranks")) if index == 0 else nullcontext()
+        run_directory.WAIT_S = 0.1
+        hold = writer_lock(RunDirectory.of(f"{out}/ranks")) if index == 0 else nullcontext()
         with hold:
             manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))
 
     def no_record():
-        plain = together.record_of
-        together.record_of = _no_room
+        plain = save_step._record_of
+        save_step._record_of = _no_room
         try:
             manager_of(f"{out}/ranks").save(3, state_of(3, 2, 4))
         finally:
-            together.record_of = plain
+            save_step._record_of = plain
 
     def orbax():
         manager_of(f"{out}/x", format="orbax").save(1, state_of(1, 2, 4))
@@ -232,9 +231,9 @@ def damaged(index, count, out):
 PHASES = {
     "wait": (shared_write, "wait_for"),
     "write": (shared_write, "run"),
-    "sum": (together, "_sums"),
+    "sum": (save_step, "_sums"),
     "lay out": (writers.SharedFiles, "lay_out"),
-    "record": (together, "record_of"),
+    "record": (save_step, "_record_of"),
     "commit": (commit_step, "_put_in_place"),
 }
 

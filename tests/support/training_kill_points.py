@@ -34,7 +34,7 @@ from training_kills import CUT, break_it, ended, forked, is_state_of, state_of
 
 from jaxshard.storage import fs
 from jaxshard.training import CheckpointManager
-from jaxshard.training.run_directory import Places
+from jaxshard.training.run_directory import RunDirectory
 from jaxshard.training.steps import find_steps
 
 SCENARIOS = ("new", "again", "apart")
@@ -130,7 +130,7 @@ def tidied(directory: Path, format: str) -> str:
     ours = manager(directory, format)
     ours.restore(state_of(0))
     ours.save(9, state_of(9), extras={"at": 9})
-    states = [s.state for s in find_steps(Places.of(directory))]
+    states = [s.state for s in find_steps(RunDirectory.of(directory))]
     if set(states) != {"complete"}:
         return f"after one more save the steps are {states}"
     own = [p.name for p in (directory / ".jaxshard").iterdir()]

@@ -33,7 +33,7 @@ import numpy as np
 
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.training import CheckpointManager, commit_step, save_step
-from jaxshard.training.run_directory import Places
+from jaxshard.training.run_directory import RunDirectory
 from jaxshard.training.steps import find_steps
 
 _PATIENCE = 4  # times the kills asked for, where none has yet fallen into a save
@@ -144,7 +144,9 @@ def trial(options: argparse.Namespace, said: int, *, early: bool) -> tuple[int, 
 
 def look(options: argparse.Namespace) -> tuple[list[str], int, str]:
     """Why steps are not whole, the step that is restored, and what is wrong."""
-    left = [s.reason for s in find_steps(Places.of(options.directory)) if s.state != "complete"]
+    left = [
+        s.reason for s in find_steps(RunDirectory.of(options.directory)) if s.state != "complete"
+    ]
     try:
         found = manager(options).restore(state_of(0), verify=True, missing_ok=True)
     except Exception as error:
@@ -183,22 +185,22 @@ def ended(reader: int, pid: int) -> tuple[bytes, int]:
 
 def break_it() -> None:
     """Remove the old before the new is whole, which is what must not be done."""
-    written = save_step._written
+    written = save_step._write_step
 
-    def remove_first(job: save_step.Job) -> object:
-        for step in find_steps(job.places):
+    def remove_first(request: save_step.SaveRequest) -> object:
+        for step in find_steps(request.directory):
             if step.record:
-                save_step.remove(job.places, step.record)
-        return written(job)
+                save_step.remove(request.directory, step.record)
+        return written(request)
 
-    save_step._written = remove_first
+    save_step._write_step = remove_first
 
 
 def slow_down() -> None:
     """Take a while for each file that is removed, as slow disks do."""
     delete = commit_step._delete_units
 
-    def slowly(places: Places, units: Iterable[str]) -> None:
+    def slowly(places: RunDirectory, units: Iterable[str]) -> None:
         for unit in units:
             delete(places, [unit])
             time.sleep(0.01)

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 from jaxshard.errors import StorageError
-from jaxshard.training import CheckpointManager, records, steps
-from jaxshard.training import run_directory as places
+from jaxshard.training import CheckpointManager, records, run_directory, steps
 from jaxshard.training.records import StepName
-from jaxshard.training.run_directory import Places, only_writer
+from jaxshard.training.run_directory import RunDirectory, writer_lock
 from jaxshard.training.steps import find_steps
 
 TREE = {"params": {"w": np.arange(4.0)}}
@@ -34,7 +33,7 @@ def _manager(directory: Path, **how: Any) -> CheckpointManager:
 @pytest.mark.filterwarnings("ignore")  # JAX warns of forks; these children do not use it
 def test_a_process_forked_during_a_save_does_not_keep_the_lock(tmp_path):
     reader, writer = os.pipe()
-    with only_writer(Places.of(tmp_path)):
+    with writer_lock(RunDirectory.of(tmp_path)):
         child = os.fork()
         if child == 0:  # a worker that reads data, and lives longer than the save
             os.close(writer)
@@ -42,7 +41,7 @@ def test_a_process_forked_during_a_save_does_not_keep_the_lock(tmp_path):
             os._exit(0)
     os.close(reader)
     try:
-        with only_writer(Places.of(tmp_path)):
+        with writer_lock(RunDirectory.of(tmp_path)):
             pass
     finally:
         os.close(writer)
@@ -56,7 +55,7 @@ def test_a_process_forked_during_a_save_does_not_outlive_the_writer_as_one(tmp_p
     said, say = os.pipe()
     child = os.fork()
     if child == 0:
-        with only_writer(Places.of(tmp_path)):
+        with writer_lock(RunDirectory.of(tmp_path)):
             if os.fork() == 0:
                 os.close(writer)
                 os.write(say, b"up")
@@ -65,7 +64,7 @@ def test_a_process_forked_during_a_save_does_not_outlive_the_writer_as_one(tmp_p
     os.close(reader)
     assert os.read(said, 2) == b"up"
     os.waitpid(child, 0)
-    with only_writer(Places.of(tmp_path)):
+    with writer_lock(RunDirectory.of(tmp_path)):
         pass
     os.close(writer)
 
@@ -98,7 +97,7 @@ def test_links_in_a_run_from_a_stranger_lead_to_nothing_being_deleted(tmp_path):
     manager = _manager(run)
     manager.save(1, TREE)
     manager.save(2, TREE)
-    record = find_steps(Places.of(run))[0].record
+    record = find_steps(RunDirectory.of(run))[0].record
     evil = replace(record, units=("way/rank_0/net_rank_0-1_1.safetensors",))
     (run / ".jaxshard/1_1.json").unlink()
     (run / ".jaxshard/1_1.removed").write_bytes(records.to_bytes(evil))
@@ -125,7 +124,7 @@ def test_a_staged_step_that_is_a_link_is_not_moved_here(tmp_path):
     run = tmp_path / "run"
     manager = _manager(run)
     manager.save(1, TREE)
-    places_of = Places.of(run)
+    places_of = RunDirectory.of(run)
     record = find_steps(places_of)[0].record
     (run / ".jaxshard/1_2.saving").mkdir()
     (run / ".jaxshard/1_2.saving/checkpoint").symlink_to(tmp_path / "elsewhere")
@@ -197,7 +196,7 @@ def test_every_file_and_every_new_folder_is_on_the_disk_before_the_step_counts(
     run = tmp_path / "new/run"
     _manager(run, format=format, fsync=True).save(1, TREE)
     before = set(synced[: synced.index("whole")])
-    step = find_steps(Places.of(run))[0]
+    step = find_steps(RunDirectory.of(run))[0]
     folders = {run.parent.parent, run.parent, run}
     for path in step.record.files:
         place = run / path
@@ -224,13 +223,13 @@ def test_a_step_that_becomes_whole_while_somebody_looks_is_not_overlooked(tmp_pa
     os.rename(own / "1_1.json", own / "1_1.moving")
     recorded = steps._recorded
 
-    def then_it_is_whole(places: Places) -> Any:
+    def then_it_is_whole(places: RunDirectory) -> Any:
         yield from recorded(places)
         if (own / "1_1.moving").exists():
             os.rename(own / "1_1.moving", own / "1_1.json")
 
     monkeypatch.setattr(steps, "_recorded", then_it_is_whole)
-    (found,) = find_steps(Places.of(tmp_path))
+    (found,) = find_steps(RunDirectory.of(tmp_path))
     assert found.state == "complete"
     assert found.record is not None
 
@@ -242,14 +241,14 @@ def test_a_step_that_goes_while_somebody_looks_is_no_error(tmp_path, monkeypatch
     own = tmp_path / ".jaxshard"
     listed = steps.names_in
 
-    def then_it_goes(places: Places, state: str) -> Any:
+    def then_it_goes(places: RunDirectory, state: str) -> Any:
         found = listed(places, state)
         if state == records.WHOLE:
             (own / "1_1.json").unlink(missing_ok=True)
         return found
 
     monkeypatch.setattr(steps, "names_in", then_it_goes)
-    assert str(find_steps(Places.of(tmp_path))[-1].name) == "1_2"
+    assert str(find_steps(RunDirectory.of(tmp_path))[-1].name) == "1_2"
 
 
 def test_a_damaged_record_of_a_removal_leaves_nothing_that_looks_like_a_step(tmp_path, caplog):
@@ -272,7 +271,7 @@ def test_a_damaged_record_of_a_removal_leaves_nothing_that_looks_like_a_step(tmp
 
 def test_between_saves_nothing_is_held(tmp_path):
     _manager(tmp_path).save(1, TREE)
-    assert places._held == set()
+    assert run_directory._held == set()
 
 
 def test_a_strangers_record_of_a_step_that_is_saved_again_has_nothing_deleted_elsewhere(tmp_path):
@@ -280,7 +279,7 @@ def test_a_strangers_record_of_a_step_that_is_saved_again_has_nothing_deleted_el
     run = tmp_path / "run"
     manager = _manager(run)
     manager.save(1, TREE)
-    record = find_steps(Places.of(run))[0].record
+    record = find_steps(RunDirectory.of(run))[0].record
     units = (*record.units, "way/rank_0/net_rank_0-1_1.safetensors")
     (run / "way").symlink_to(tmp_path / "elsewhere")
     (run / ".jaxshard/1_1.json").write_bytes(records.to_bytes(replace(record, units=units)))

@@ -253,7 +253,7 @@ def test_a_checkpoint_2_0_folder_of_another_job_is_kept_by_an_error(tmp_path):
 def test_what_appears_while_a_step_is_written_is_not_replaced(tmp_path, monkeypatch, format):
     manager = _manager(tmp_path, format=format)
     manager.save(5, _state(5))
-    written, made = save_step._written, []
+    written, made = save_step._write_step, []
 
     def then_it_appears(job: Any) -> Any:
         record = written(job)
@@ -263,7 +263,7 @@ def test_what_appears_while_a_step_is_written_is_not_replaced(tmp_path, monkeypa
             made.append(_foreign_folder(tmp_path, format))
         return record
 
-    monkeypatch.setattr(save_step, "_written", then_it_appears)
+    monkeypatch.setattr(save_step, "_write_step", then_it_appears)
     with pytest.raises(LayoutError, match="no record"):
         manager.save(10, _state(1))
     assert made[0].exists()

@@ -25,7 +25,7 @@ from jaxshard.storage.fs import publish_new
 from jaxshard.storage.local import Handles
 from jaxshard.training import CheckpointManager, commit_step, records
 from jaxshard.training.records import StepName
-from jaxshard.training.run_directory import Places, only_writer
+from jaxshard.training.run_directory import RunDirectory, writer_lock
 from jaxshard.training.steps import find_steps
 
 FORMATS = ("ranks", "iteration", "huggingface", "orbax")
@@ -140,7 +140,7 @@ def test_damage_to_any_one_file_never_leads_to_wrong_data(tmp_path, format):
     chance = random.Random(7)
     manager = _saved(tmp_path, range(1, 4), format=format)
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size]
-    newest = set(find_steps(Places.of(tmp_path))[-1].record.files)
+    newest = set(find_steps(RunDirectory.of(tmp_path))[-1].record.files)
     for number in range(84 if format != "orbax" else 16):  # which takes longer for each
         path = chance.choice(files)
         whole = path.read_bytes()
@@ -175,7 +175,7 @@ def test_without_verify_a_missing_or_truncated_file_leads_to_the_step_before(
     tmp_path, format, caplog
 ):
     manager = _saved(tmp_path, range(1, 4), format=format)
-    last, before = (step.record for step in find_steps(Places.of(tmp_path))[:0:-1])
+    last, before = (step.record for step in find_steps(RunDirectory.of(tmp_path))[:0:-1])
     path = tmp_path / max(last.files, key=lambda p: last.files[p].num_bytes)
     path.write_bytes(path.read_bytes()[:-1])
     other = tmp_path / max(before.files, key=lambda p: before.files[p].num_bytes)
@@ -196,7 +196,7 @@ def test_without_verify_a_missing_or_truncated_file_leads_to_the_step_before(
 @pytest.mark.parametrize("format", ["ranks", "iteration", "huggingface"])
 def test_without_verify_a_file_with_a_broken_header_leads_to_the_step_before(tmp_path, format):
     manager = _saved(tmp_path, range(1, 3), format=format)
-    for path in find_steps(Places.of(tmp_path))[-1].record.files:
+    for path in find_steps(RunDirectory.of(tmp_path))[-1].record.files:
         if not path.endswith(".safetensors"):
             continue
         place = tmp_path / path
@@ -276,7 +276,7 @@ def test_a_step_that_was_on_the_disk_is_put_in_place_by_the_next_process(
         _stop_in_commit(patched, after=1 if format == "ranks" else 0)
         with pytest.raises(KeyboardInterrupt):
             manager.save(2, state_of(2), extras={"at": 2})
-    assert [s.state for s in find_steps(Places.of(tmp_path))] == ["complete", "partial"]
+    assert [s.state for s in find_steps(RunDirectory.of(tmp_path))] == ["complete", "partial"]
     found = _manager(tmp_path, format=format).restore(state_of(0), verify=True)
     assert (found.step, found.passed_over) == (2, ())
     assert is_state_of(found.state, 2)
@@ -301,7 +301,7 @@ def test_a_removal_stopped_anywhere_leaves_no_step_that_looks_whole(
     tmp_path, format, network, monkeypatch
 ):
     manager = _saved(tmp_path, range(1, 3), format=format, keep_max=0, save_network_only=network)
-    places = Places.of(tmp_path)
+    places = RunDirectory.of(tmp_path)
     record = find_steps(places)[0].record
     count = 0
     while True:  # stopped before the first, the second … deletion, until none stops it
@@ -361,7 +361,7 @@ def _check_folders_are_whole_or_gone(directory: Path, record: records.Record) ->
 
 def test_a_removal_that_was_interrupted_is_finished_and_looks_complete_to_nobody(tmp_path):
     manager = _saved(tmp_path, range(1, 4), format="iteration", keep_max=0)
-    places = Places.of(tmp_path)
+    places = RunDirectory.of(tmp_path)
     os.rename(places.record(StepName(1, 1)), places.record(StepName(1, 1), ".removed"))
     assert [s.state for s in find_steps(places)] == ["partial", "complete", "complete"]
     manager.save(4, state_of(4))
@@ -375,7 +375,10 @@ def test_a_removal_that_was_interrupted_is_finished_and_looks_complete_to_nobody
 def test_two_writers_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxshard.training.run_directory.WAIT_S", 0.1)
     manager = _saved(tmp_path, range(1, 2))
-    with only_writer(Places.of(tmp_path)), pytest.raises(StorageError, match="another writer"):
+    with (
+        writer_lock(RunDirectory.of(tmp_path)),
+        pytest.raises(StorageError, match="another writer"),
+    ):
         manager.save(2, state_of(2))
     manager.save(2, state_of(2))
 
@@ -448,7 +451,7 @@ def test_a_disk_with_too_little_room_is_not_even_begun_with(tmp_path, monkeypatc
     manager = _saved(tmp_path, range(1, 2), format=format)
     room = argparse.Namespace(free=100)
     with monkeypatch.context() as patched:
-        patched.setattr("jaxshard.training.step_files.shutil.disk_usage", lambda place: room)
+        patched.setattr("shutil.disk_usage", lambda place: room)
         with pytest.raises(StorageError, match="100 bytes free"):
             manager.save(2, state_of(2))
     assert manager.latest_step() == 1

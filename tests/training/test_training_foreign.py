@@ -22,7 +22,7 @@ from training_states import mesh
 from jaxshard.core.layout import Layout, Placement
 from jaxshard.errors import LayoutError
 from jaxshard.training import CheckpointManager
-from jaxshard.training.run_directory import Places
+from jaxshard.training.run_directory import RunDirectory
 from jaxshard.training.steps import find_steps
 
 KINDS = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "I32": np.int32}
@@ -168,10 +168,10 @@ def test_a_step_is_whole_with_the_ranks_of_its_own_job(tmp_path):
     for rank in range(2):
         _rank_file(tmp_path, f"a_rank_{rank}-1_10.safetensors", rank)
     _rank_file(tmp_path, "b_rank_0-1_10.safetensors")
-    found = {s.prefix: (s.state, len(s.paths)) for s in find_steps(Places.of(tmp_path))}
+    found = {s.prefix: (s.state, len(s.paths)) for s in find_steps(RunDirectory.of(tmp_path))}
     assert found == {"a": ("complete", 2), "b": ("complete", 1)}
     _rank_file(tmp_path, "a_rank_0-1_20.safetensors")
-    newest = find_steps(Places.of(tmp_path))[-1]
+    newest = find_steps(RunDirectory.of(tmp_path))[-1]
     assert (newest.state, newest.reason) == ("incomplete", "rank 1 has no file of it")
 
 
@@ -179,7 +179,7 @@ def test_a_step_is_whole_with_the_ranks_of_its_own_job(tmp_path):
 def test_of_one_name_the_later_task_is_the_newer(tmp_path):
     names = [f"a_rank_0{task}-1_10.safetensors" for task in ("", "_1", "_2", "_10")]
     run = _run_of(tmp_path, *names)
-    assert [s.task for s in find_steps(Places.of(run))] == [0, 1, 2, 10]
+    assert [s.task for s in find_steps(RunDirectory.of(run))] == [0, 1, 2, 10]
     assert _is_of(_manager(run).restore(TARGET), names[-1])
 
 
@@ -191,7 +191,9 @@ def test_another_jobs_step_of_the_same_name_is_not_replaced(tmp_path):
     _manager(tmp_path, "b").save(20, TARGET)
     assert _manager(tmp_path, "a").restore(TARGET).step == 10
     assert _manager(tmp_path, "b").restore(TARGET).step == 20
-    assert not any(step.left for step in find_steps(Places.of(tmp_path)))  # by the other job
+    assert not any(
+        step.abandoned for step in find_steps(RunDirectory.of(tmp_path))
+    )  # by the other job
 
 
 # --- which step is meant -------------------------------------------------------------------------

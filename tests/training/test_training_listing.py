@@ -15,7 +15,7 @@ import pytest
 from jaxshard.cli import main
 from jaxshard.planning.pictures import size
 from jaxshard.training import CheckpointManager, steps
-from jaxshard.training.run_directory import Places
+from jaxshard.training.run_directory import RunDirectory
 from jaxshard.training.steps import find_steps
 
 
@@ -38,7 +38,7 @@ def test_a_table_of_steps_newest_first(run, capsys):
 
 
 def test_sizes_and_ages_are_told(run, capsys, monkeypatch):
-    (record,) = (s.record for s in find_steps(Places.of(run)) if s.name.step == 30)
+    (record,) = (s.record for s in find_steps(RunDirectory.of(run)) if s.name.step == 30)
     monkeypatch.setattr(time, "time", lambda: record.saved_at + 125)
     assert main(["inspect", str(run)]) == 0
     row = capsys.readouterr().out.splitlines()[1].split()

@@ -62,14 +62,14 @@ def test_what_is_saved_is_the_state_of_that_step_though_the_next_step_takes_its_
     tmp_path, asynchronous, how, monkeypatch
 ):
     gate = threading.Event()
-    written = save_step._written
+    written = save_step._write_step
 
     def wait_first(job):
         assert gate.wait(30), "the loop was kept until the files were written"
         return written(job)
 
     if asynchronous:
-        monkeypatch.setattr(save_step, "_written", wait_first)
+        monkeypatch.setattr(save_step, "_write_step", wait_first)
     manager = _manager(tmp_path, async_save=asynchronous, snapshot=how)
     now = state(2, 4)
     kept = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, now)
@@ -93,13 +93,13 @@ def test_an_array_that_was_given_away_during_a_save_is_found_out(tmp_path, monke
     manager = _manager(tmp_path)
     manager.save(1, state(2, 4))
     now = state(2, 4, 1)
-    written = save_step._written
+    written = save_step._write_step
 
     def deleted_meanwhile(job):
         now["params"]["model.norm.weight"].delete()
         return written(job)
 
-    monkeypatch.setattr(save_step, "_written", deleted_meanwhile)
+    monkeypatch.setattr(save_step, "_write_step", deleted_meanwhile)
     with pytest.raises(StorageError, match="deleted while it was being saved"):
         manager.save(2, now)
     assert manager.latest_step() == 1
@@ -614,7 +614,7 @@ def test_impossible_options_are_refused_at_once(tmp_path, options, said):
 
 def test_there_is_never_more_than_one_writer(tmp_path, monkeypatch):
     at_once, most = [0], [0]
-    written = save_step._written
+    written = save_step._write_step
 
     def counted(job):
         at_once[0] += 1
@@ -624,7 +624,7 @@ def test_there_is_never_more_than_one_writer(tmp_path, monkeypatch):
         finally:
             at_once[0] -= 1
 
-    monkeypatch.setattr(save_step, "_written", counted)
+    monkeypatch.setattr(save_step, "_write_step", counted)
     with _manager(tmp_path, async_save=True) as manager:
         for step in range(1, 8):
             manager.save(step, {"params": {"w": np.full(1000, step)}})

@@ -22,7 +22,7 @@ from jaxshard.training import (
     restore,
 )
 from jaxshard.training import open_step as examining
-from jaxshard.training.run_directory import Places, only_writer
+from jaxshard.training.run_directory import RunDirectory, writer_lock
 
 FORMATS = ("ranks", "iteration", "huggingface", "orbax")
 _GONE = ("missing", "does not exist", "no checkpoint", "no weight files", "Orbax", "has no file")
@@ -101,7 +101,7 @@ def test_a_layout_file_of_the_strategy_before_does_not_stay_in_the_open(tmp_path
     (place / "layout.json").write_text("{}")
     (place / "notes.json").write_text("{}")
     (kept / "ckpt_strategy_rank_0.ckpt").write_bytes(b"new")
-    commit_step._show_strategy(place, kept)
+    commit_step._copy_strategy(place, kept)
     assert sorted(os.listdir(place)) == ["ckpt_strategy_rank_0.ckpt", "notes.json"]
 
 
@@ -249,7 +249,7 @@ def test_a_step_whose_files_go_while_it_is_restored_is_passed_over(
     manager = _saved(tmp_path, 1, 2, format=format)
     opened = restore.open_step
 
-    def open_step(places: Places, record: Any, *how: Any) -> Any:
+    def open_step(places: RunDirectory, record: Any, *how: Any) -> Any:
         catalog = None if when == "before opening" else opened(places, record, *how)
         if record.step.step == 2:
             for path in _files_of(tmp_path, 2):
@@ -377,7 +377,7 @@ def test_a_writer_waits_for_a_reader_that_tidies_up_and_only_a_moment_for_a_writ
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with only_writer(Places.of(tmp_path), is_reader=is_reader):
+        with writer_lock(RunDirectory.of(tmp_path), is_reader=is_reader):
             held.set()
             done.wait(0.4 if is_reader else 30)
 

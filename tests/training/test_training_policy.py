@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxshard.errors import JaxshardError, LayoutError, StorageError
-from jaxshard.training import CheckpointManager, commit_step, save_step
+from jaxshard.training import CheckpointManager, commit_step, save_step, steps
 from jaxshard.training.policy import Cadence, Schedule
 
 
@@ -37,16 +37,16 @@ def _manager(directory: Path, **how: Any) -> CheckpointManager:
 
 @contextmanager
 def _no_room() -> Iterator[None]:
-    written = save_step._written
+    written = save_step._write_step
 
     def refused(job: Any) -> Any:
         raise StorageError("No space left on device.")
 
-    save_step._written = refused
+    save_step._write_step = refused
     try:
         yield
     finally:
-        save_step._written = written
+        save_step._write_step = written
 
 
 def _resumed(directory: Path) -> tuple[int, float]:
@@ -149,7 +149,7 @@ def test_a_step_that_was_on_the_disk_when_its_save_failed_is_no_step_left_behind
     assert "Input/output" in str(manager.last_failure)
     manager.save(30, _state(30))  # which puts 20 in place first
     assert [str(step.name) for step in manager.steps()] == ["1_10", "1_20", "1_30"]
-    assert not any(step.left for step in manager.steps())
+    assert not any(step.abandoned for step in manager.steps())
 
 
 def _refuse(*given: Any, **how: Any) -> None:
@@ -301,3 +301,24 @@ def test_a_failure_in_the_background_is_raised_once_and_the_step_is_due_again(tm
     assert manager.maybe_save(10, _state(10))
     manager.close()
     assert _resumed(tmp_path) == (10, 10.0)
+
+
+# --- how often the directory is scanned ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_scans_the_steps_of_the_run_once(tmp_path, monkeypatch, asynchronous):
+    scans, found = [], steps._found
+
+    def counted(run: Any) -> Any:
+        scans.append(run)
+        return found(run)
+
+    with _manager(tmp_path, keep_max=2, async_save=asynchronous) as manager:
+        manager.save(1, _state(1))
+        manager.wait()
+        monkeypatch.setattr(steps, "_found", counted)
+        for step in range(2, 6):
+            manager.save(step, _state(step))
+    assert len(scans) == 4
+    assert [s.global_step for s in manager.steps()] == [4, 5]

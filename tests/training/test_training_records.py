@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from jaxshard.errors import FormatError, LayoutError
 from jaxshard.storage import checksums
 from jaxshard.training import records
-from jaxshard.training.policy import Cadence, Line, Progress, ResumePoint, expired, resume_point
+from jaxshard.training.policy import (
+    Cadence,
+    Lineage,
+    Progress,
+    ResumePoint,
+    RetentionPolicy,
+    resume_point,
+)
 from jaxshard.training.records import (
     NETWORK,
     TRAINABLE,
@@ -138,13 +145,13 @@ def _steps(*numbers):
     ],
 )
 def test_the_oldest_whole_steps_go(past, left, keep, gone):
-    found = expired(_steps(*past), _steps(*left), **keep)
+    found = RetentionPolicy(**keep).expired(_steps(*past), _steps(*left))
     assert [s.step for s in found] == gone
 
 
 def test_keeping_every_nth_step_counts_over_epochs():
     steps = {StepName(1, 10): 10, StepName(2, 5): 15, StepName(2, 10): 20, StepName(3, 5): 25}
-    assert expired(steps, {}, keep_max=1, keep_every=10) == (StepName(2, 5),)
+    assert RetentionPolicy(1, 10).expired(steps, {}) == (StepName(2, 5),)
 
 
 @given(
@@ -155,8 +162,7 @@ def test_keeping_every_nth_step_counts_over_epochs():
 )
 def test_the_step_just_saved_and_enough_others_always_stay(past, left, most, every):
     gone = {
-        s.step
-        for s in expired(_steps(*past), _steps(*sorted(left)), keep_max=most, keep_every=every)
+        s.step for s in RetentionPolicy(most, every).expired(_steps(*past), _steps(*sorted(left)))
     }
     assert past[-1] not in gone
     assert not gone & left  # of which the run has reached none
@@ -258,7 +264,7 @@ def _record() -> records.Record:
         {"data": {"file": 3, "at": 0.1}, "text": "é"},
         {"step_num": 15, "loss_scale": 0.5},
         1700000000.25,
-        Line(7, ((3, 4), (6, 6))),
+        Lineage(7, ((3, 4), (6, 6))),
     )
 
 
@@ -271,7 +277,7 @@ def test_a_record_of_before_saves_were_counted_is_read():
     said = json.loads(records.to_bytes(_record()).split(b"\n")[0])
     del said["order"], said["left"]
     line = json.dumps(said).encode()
-    assert records.from_bytes(line + b"\n%08x\n" % zlib.crc32(line), "r").line == Line()
+    assert records.from_bytes(line + b"\n%08x\n" % zlib.crc32(line), "r").lineage == Lineage()
 
 
 def test_no_single_flipped_bit_of_a_record_goes_unnoticed():

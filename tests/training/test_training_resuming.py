@@ -18,7 +18,7 @@ from training_states import OPTIMIZER, SHAPES, described, lies_as, mesh, same, s
 
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.training import CheckpointManager, policy, run_directory
-from jaxshard.training.policy import Line
+from jaxshard.training.policy import Lineage
 
 FORMATS = ("ranks", "iteration", "huggingface", "orbax")
 
@@ -107,7 +107,7 @@ def test_numbers_that_are_only_described_are_put_nowhere_and_weights_are_not_gue
     found = manager.restore({**nowhere, "params": with_shardings, "opt_state": before["opt_state"]})
     assert not found.state["key"].committed
     assert same(found.state, before)
-    with pytest.raises(LayoutError, match=r"nothing of where they are to lie, and there are 8"):
+    with pytest.raises(LayoutError, match=r"have no sharding, and there are 8"):
         manager.restore(nowhere)
     assert same(manager.restore(nowhere, strategy="dp2mp4").state, before)
 
@@ -190,7 +190,7 @@ def test_a_run_that_went_back_is_resumed_from_what_it_saved_last(tmp_path, caplo
     again.restore(_number(0), step=20)
     with caplog.at_level(logging.INFO):
         again.save(21, _number(21))
-    assert "step 1_21 does not go on from 1_30, which is left behind" in caplog.text
+    assert "step 1_21 does not continue 1_30, which the run leaves behind" in caplog.text
     assert _names(again) == ["1_30", "1_10", "1_20", "1_21"]
     with caplog.at_level(logging.WARNING):
         assert _restored(tmp_path) == 21
@@ -238,7 +238,7 @@ def test_a_look_at_an_old_steps_weights_is_no_going_back(tmp_path):
     manager.restore(_number(0), step=10, parts="weights")
     manager.save(30, _number(30))
     assert _names(manager) == ["1_10", "1_20", "1_30"]
-    assert not any(step.left for step in manager.steps())
+    assert not any(step.abandoned for step in manager.steps())
 
 
 def test_a_run_begun_anew_in_the_same_place_is_not_mistaken_for_the_old_one(tmp_path):
@@ -251,18 +251,18 @@ def test_a_run_begun_anew_in_the_same_place_is_not_mistaken_for_the_old_one(tmp_
 def test_the_step_saved_last_is_restored_first_whatever_a_run_does(seed):
     """A law of lineages: the last one's past, backwards, and every other save after it."""
     chance = np.random.default_rng(seed)
-    lines: list[Line] = []
+    lines: list[Lineage] = []
     parents: dict[int, int] = {}
     for _ in range(12):
         after = lines[chance.integers(len(lines))] if lines and chance.random() < 0.9 else None
-        lines.append(policy.following(after, len(lines)))
+        lines.append(policy.next_lineage(after, len(lines)))
         parents[lines[-1].order] = after.order if after else 0
     for line in lines:
         past, at = set(), line.order
         while at:
             past.add(at)
             at = parents[at]
-        assert {n for n in parents if line.grew_from(n)} == past
+        assert {n for n in parents if line.descends_from(n)} == past
 
 
 # --- what a caller may give ----------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_a_loop_that_starts_without_its_manager_grows_from_the_step_it_went_back
     loop.maybe_save(11, _number(11))
     again = _manager(tmp_path)
     again.save(25, _number(25))
-    assert [str(s.name) for s in again.steps() if s.left] == ["1_20"]
+    assert [str(s.name) for s in again.steps() if s.abandoned] == ["1_20"]
 
 
 def test_a_rollback_that_cannot_be_recorded_is_logged_and_training_goes_on(
@@ -404,9 +404,9 @@ def test_a_rollback_that_cannot_be_recorded_is_logged_and_training_goes_on(
     loop = _manager(tmp_path, save_every_steps=10)
     loop.restore(_number(0), step=10)
     monkeypatch.setattr(run_directory, "WAIT_S", 0.1)
-    with run_directory.only_writer(run_directory.Places.of(tmp_path)):
+    with run_directory.writer_lock(run_directory.RunDirectory.of(tmp_path)):
         assert not loop.maybe_save(11, _number(11))
-    assert "went back to step 1_10 is not recorded: another writer" in caplog.text
+    assert "the return to step 1_10 is not recorded: another writer" in caplog.text
 
 
 def test_a_damaged_record_of_a_rollback_is_ignored(tmp_path):
