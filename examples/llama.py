@@ -1,16 +1,16 @@
-"""A Llama in plain JAX, its weights loaded onto a mesh as they are: 8 devices, two layouts.
+"""A Llama in plain JAX on 8 devices, with weights loaded onto a mesh in two layouts.
 
-    python examples/llama.py [FOLDER]      a Hugging Face Llama; without one, a small random
-                                           one is made by transformers
+    python examples/llama.py [FOLDER]      a Hugging Face Llama; by default transformers
+                                           writes a small random one
 
-The weights come as ``{name: jax.Array}`` under the names of the file, sharded by the rules
+The weights are loaded as ``{name: jax.Array}`` with the names in the file, sharded by the rules
 of the family: as dp2mp4 one program runs on all devices, as pp2mp2dp2 each pipeline stage
-runs on its own half of them. Then they come as another program would have them (q, k, v in
-one, matrices transposed, layers stacked), and give the same logits, bit for bit. Where
-transformers is installed, logits and greedy text are compared with its.
+runs on its own half of them. Then they are loaded in another form (q, k, v fused,
+matrices transposed, layers stacked), which gives the same logits, bit for bit. If
+transformers is installed, logits and greedy text are compared with its results.
 """
 
-# ruff: noqa: PLC0415 - torch is for comparing only, and JAX reads its environment once
+# ruff: noqa: PLC0415 - torch is only for comparison, and JAX reads its environment once
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Params = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Config:
-    """What ``config.json`` says, as far as computing needs it."""
+    """The values of ``config.json`` that the computation needs."""
 
     layers: int
     heads: int
@@ -54,20 +54,20 @@ class Config:
 
     @classmethod
     def read(cls, folder: Path) -> Config:
-        """The config in ``folder``."""
-        told = json.loads((folder / "config.json").read_text())
-        rope = told.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default" or told.get("rope_scaling"):
+        """Read the config in ``folder``."""
+        values = json.loads((folder / "config.json").read_text())
+        rope = values.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default" or values.get("rope_scaling"):
             raise SystemExit(f"{folder}: this example knows plain rotary embeddings only.")
-        heads = told["num_attention_heads"]
+        heads = values["num_attention_heads"]
         return cls(
-            layers=told["num_hidden_layers"],
+            layers=values["num_hidden_layers"],
             heads=heads,
-            kv_heads=told.get("num_key_value_heads", heads),
-            head_dim=told.get("head_dim") or told["hidden_size"] // heads,
-            eps=told["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta", told.get("rope_theta", 10000.0)),
-            tied=told.get("tie_word_embeddings", False),
+            kv_heads=values.get("num_key_value_heads", heads),
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            eps=values["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+            tied=values.get("tie_word_embeddings", False),
         )
 
 
@@ -80,7 +80,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding of (batch, position, head, dim), halves apart as Hugging Face has it."""
+    """Apply the rotary embedding to (batch, position, head, dim), in halves as Hugging Face does."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
@@ -123,7 +123,7 @@ def head(x: jax.Array, weights: Params, config: Config) -> jax.Array:
 
 
 def fused(config: Config) -> js.Mapping:
-    """q, k, v and gate, up in one, every matrix (in, out), all layers stacked."""
+    """Fuse q, k, v and gate, up; transpose matrices to (in, out); stack the layers."""
     at = "model.layers.{layer}."
     qkv = tuple(f"{at}self_attn.{x}_proj.weight" for x in "qkv")
     gate = (f"{at}mlp.gate_proj.weight", f"{at}mlp.up_proj.weight")
@@ -139,11 +139,11 @@ def fused(config: Config) -> js.Mapping:
     )
 
 
-# --- running it on a mesh, or on one mesh after the other --------------------------------
+# --- running the model on a mesh, or on one mesh per stage --------------------------------
 
 
 class Llama:
-    """The model on the devices its weights are on: one stage, or several."""
+    """The model on the devices of its weights, in one stage or several."""
 
     def __init__(self, params: Params, config: Config, strategy: js.Strategy) -> None:
         self._config = config
@@ -164,7 +164,7 @@ class Llama:
         return head(x, weights, config) if layers[-1] == config.layers - 1 else x
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """The logits of (batch, position) tokens; the batch is split over the replicas."""
+        """Compute logits of (batch, position) tokens, with the batch split over the replicas."""
         x: Any = tokens
         for mesh, weights, program in zip(self._meshes, self._weights, self._programs, strict=True):
             batch = NamedSharding(mesh, PartitionSpec("dp"))
@@ -172,17 +172,17 @@ class Llama:
         return np.asarray(x)
 
     def generate(self, tokens: np.ndarray, count: int) -> np.ndarray:
-        """``tokens`` and ``count`` more, each the most likely one."""
+        """Append ``count`` tokens, each the most likely one."""
         length = tokens.shape[1]
         padded = np.pad(tokens, ((0, 0), (0, count)))  # one shape, so one compilation
         for at in range(length, length + count):
-            # a copy: device_put may still look at what it was given when it returns
+            # a copy, because device_put may still read its argument after it returns
             padded[:, at] = self.logits(padded.copy())[:, at - 1].argmax(-1)
         return padded
 
 
 def _held_by(params: Params, mesh: Mesh) -> dict[str, jax.Array]:
-    """The weights of a stage; what several stages hold is taken from this one's devices."""
+    """Return the weights of a stage; shared weights are taken from the devices of this stage."""
     devices = set(mesh.devices.flat)
     found = {}
     for name, array in params.items():
@@ -199,7 +199,7 @@ def _held_by(params: Params, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def make_checkpoint(folder: Path, *, tied: bool = False) -> None:
-    """A small random Llama in float32, saved by transformers."""
+    """Write a small random Llama in float32 with transformers."""
     import torch
     import transformers
 
@@ -219,7 +219,7 @@ def make_checkpoint(folder: Path, *, tied: bool = False) -> None:
 
 
 def theirs(folder: Path, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and greedy text by transformers, in float32."""
+    """Compute logits and greedy text with transformers, in float32."""
     import torch
     import transformers
 
@@ -240,7 +240,7 @@ def theirs(folder: Path, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np
 
 
 def run(folder: Path, *, compare: bool, count: int = 8) -> dict[str, float]:
-    """Load ``folder`` in both layouts and generate; the largest difference of the logits."""
+    """Load ``folder`` in both layouts and generate; return the largest difference of the logits."""
     config = Config.read(folder)
     prompt = np.random.default_rng(0).integers(3, 250, (4, 12))
     expected = theirs(folder, prompt, count) if compare else None

@@ -1,6 +1,6 @@
 #!/bin/bash
-# One conversion by many hosts that share a disk. Each task takes its share of the files; the
-# last to be done makes the result appear. Submit it again after a failure: what is finished stays.
+# Convert with many hosts and a shared filesystem. Each task writes its share of the files, and the
+# last one publishes the result. After a failure submit it again: finished files are kept.
 #
 #     sbatch --nodes=8 examples/slurm_convert.sh /shared/llama /shared/llama-cut dp8mp4pp4
 #
@@ -14,7 +14,7 @@ if [ $# -lt 3 ]; then
 fi
 source=$1 destination=$2 layout=$3
 shift 3
-# outside SLURM the tasks are made here, so that the script can be tried on one machine
+# outside SLURM, start the tasks here, so that the script can be tested on one machine
 if command -v srun >/dev/null && [ -n "${SLURM_JOB_ID:-}" ]; then
     exec srun jaxshard convert "$source" "$destination" --to "$layout" --process-index auto "$@"
 fi

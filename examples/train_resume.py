@@ -1,12 +1,12 @@
-"""Training that is killed and goes on in other layouts, and the same loss curve all the same.
+"""Training that is killed and resumes in other layouts, with the same loss curve.
 
     python examples/train_resume.py [--steps 30] [--out FOLDER]
 
-A small Llama (``llama.py``) learns on 8 devices as dp2mp4, with optax's Adam. A process of
-its own does the same, saves every few steps in the background, and is killed by SIGKILL on its
-way. It is resumed three times from what it left: as dp2mp4, as dp4mp2, and as pp2mp2dp2, with
-each pipeline stage on half of the devices. The curves are compared with the one of the run
-that nobody interrupted, printed, and drawn into FOLDER/loss.svg.
+A small Llama (``llama.py``) is trained on 8 devices as dp2mp4, with optax's Adam. A separate
+process does the same, saves every few steps in the background, and is killed by SIGKILL.
+It is resumed three times from its checkpoints: as dp2mp4, as dp4mp2, and as pp2mp2dp2, with
+each pipeline stage on half of the devices. The loss curves are compared with the curve of the
+uninterrupted run, printed, and drawn to FOLDER/loss.svg.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # no dependency of jaxshard's: any optimizer whose state is a pytree will do
+import optax  # not a dependency of jaxshard: any optimizer whose state is a pytree works
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama import Config, head, layer
 
@@ -52,7 +52,7 @@ Arrays = dict[str, jax.Array]
 
 
 def new_state(strategy: js.Strategy) -> State:
-    """Random weights in the layout of ``strategy``, and an optimizer that has seen nothing."""
+    """Create random weights in the layout of ``strategy``, and a fresh optimizer state."""
     chance = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
@@ -85,13 +85,13 @@ def new_state(strategy: js.Strategy) -> State:
 
 
 def batch(key: jax.Array) -> np.ndarray:
-    """Sequences that count in steps of their own: something that can be learnt."""
+    """Generate sequences that count in different steps, which a model can learn."""
     starts, steps = jax.random.randint(key, (2, BATCH, 1), 1, VOCAB)
     return np.asarray((starts + (steps % 5) * np.arange(LENGTH + 1)) % VOCAB)
 
 
 class Trainer:
-    """One step of training, on one mesh or on one mesh a pipeline stage."""
+    """A training step, on one mesh or on one mesh per pipeline stage."""
 
     def __init__(self, strategy: js.Strategy) -> None:
         self._meshes = stage_meshes(strategy)
@@ -104,7 +104,7 @@ class Trainer:
         self._update = jax.jit(_update, donate_argnums=(0, 1))
 
     def step(self, state: State) -> tuple[State, float]:
-        """The state after one more batch, and the loss on it. The old arrays are donated."""
+        """Train on one batch; return the new state and the loss. The old arrays are donated."""
         key, used = jax.random.split(state["key"])
         tokens = batch(used)
         given, wanted = tokens[:, :-1], tokens[:, 1:]
@@ -123,14 +123,14 @@ class Trainer:
         return {**self._updated(state, held, gradients), "key": key}, float(loss)
 
     def _put(self, stage: int, x: Any) -> jax.Array:
-        """``x`` on the devices of a stage, the batch split over its replicas."""
+        """Place ``x`` on the devices of a stage, with the batch split over its replicas."""
         return jax.device_put(x, NamedSharding(self._meshes[stage], PartitionSpec("dp")))
 
     def _updated(self, state: State, held: list[Arrays], gradients: Arrays) -> State:
         before: optax.ScaleByAdamState = state["opt_state"]
         params, mu, nu = {}, {}, {}
         for mine in held:
-            # a copy of the count for each stage: it is donated, and may be on any device still
+            # a copy of the count per stage, because it is donated and not committed to a device
             adam = optax.ScaleByAdamState(
                 jnp.copy(before.count), *({n: m[n] for n in mine} for m in (before.mu, before.nu))
             )
@@ -175,7 +175,7 @@ def _update(params: Arrays, adam: Any, gradients: Arrays) -> tuple[Arrays, Any]:
 
 
 def _held(params: Arrays, mesh: Mesh) -> Arrays:
-    """The weights that lie on the devices of a stage."""
+    """Return the weights on the devices of a stage."""
     devices = set(mesh.devices.flat)
     return {n: a for n, a in params.items() if a.sharding.device_set == devices}
 
@@ -184,7 +184,7 @@ def _held(params: Arrays, mesh: Mesh) -> Arrays:
 
 
 def every(steps: int) -> int:
-    """How often to save, so that there are several saves before the kill."""
+    """Return the interval of saves that gives several saves before the kill."""
     return max(1, steps // 6)
 
 
@@ -196,7 +196,7 @@ def trainer_of(strategy: js.Strategy) -> Trainer:
 def train(
     layout: str, steps: int, directory: Path | None = None, *, kill_at: int = 0
 ) -> dict[int, float]:
-    """The loss of each step, from wherever the run in ``directory`` had come to."""
+    """Train from the newest step in ``directory``; return the loss of each step."""
     strategy = js.Strategy.parse(layout)
     trainer, state, first = trainer_of(strategy), new_state(strategy), 1
     manager = directory and CheckpointManager(
@@ -220,14 +220,14 @@ def train(
 
 
 def killed_run(directory: Path, steps: int, kill_at: int) -> None:
-    """Train in a process of its own that does not come to its end."""
+    """Train in a separate process that is killed before it finishes."""
     command = [sys.executable, __file__, "--steps", str(steps), "--out", str(directory)]
     done = subprocess.run([*command, "--kill-at", str(kill_at)], check=False)
     assert done.returncode == -signal.SIGKILL, done.returncode
 
 
 def compare(steps: int, out: Path) -> dict[str, float]:
-    """Train without and with interruption; the largest difference of the loss by layout."""
+    """Train with and without interruption; return the largest difference of the loss by layout."""
     whole = train("dp2mp4", steps)
     kill_at = steps // 2 + 2
     killed_run(out / "killed", steps, kill_at)
@@ -250,7 +250,7 @@ def compare(steps: int, out: Path) -> dict[str, float]:
 
 
 def draw(curves: Mapping[str, Mapping[int, float]], out: Path) -> None:
-    """Print the curves, and draw them."""
+    """Print and draw the curves."""
     whole, *others = curves.values()
     top = max(whole.values())
     print("\nloss of the uninterrupted run, and of those that were resumed:")
@@ -262,7 +262,7 @@ def draw(curves: Mapping[str, Mapping[int, float]], out: Path) -> None:
 
 
 def picture(curves: Mapping[str, Mapping[int, float]]) -> str:
-    """The curves as SVG: the first as a line, the others as marks upon it."""
+    """Render the curves as SVG: the first as a line, the others as marks."""
     width, height, left, top = 640, 320, 50, 20
     whole = next(iter(curves.values()))
     steps, most = max(whole), max(max(c.values()) for c in curves.values())

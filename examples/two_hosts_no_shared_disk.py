@@ -1,10 +1,10 @@
-"""Two hosts, each with a disk of its own: what each saves is what its own devices hold.
+"""Two hosts with separate disks: each saves the shards of its own devices.
 
-    python examples/two_hosts_no_shared_disk.py         both hosts are processes of this machine
+    python examples/two_hosts_no_shared_disk.py         runs both hosts as processes
 
-Each host gets a folder that the other never looks into. Both need the checkpoint they start
-from (or its ``slice``: the rank folders of their own devices); after that, neither
-sees the other's files, and both resume from their own.
+Each host has its own directory. Both need the initial checkpoint (or its ``slice``: the
+rank directories of their own devices); afterwards neither reads the other's files, and both
+resume from their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from two_hosts_shared_disk import HOSTS, both_hosts, say, write_model
 
 
 def on_one_host(coordinator: str, index: int, folder: Path) -> None:
-    """What every host runs; ``own`` is on its own disk."""
+    """Run one host; ``own`` is on its own disk."""
     import jax  # noqa: PLC0415 - after the environment is set
 
     jax.distributed.initialize(coordinator, num_processes=HOSTS, process_id=index)
@@ -30,7 +30,7 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
     js.save(params, own / "saved", format="ranks", shared_filesystem=False, timeout_s=60)
     say(f"host {index}: {' '.join(sorted(p.name for p in (own / 'saved').iterdir()))}")
 
-    again = js.load(own / "saved", "mp4pp2")  # every name is there, with what its devices hold
+    again = js.load(own / "saved", "mp4pp2")  # all names, with the shards of its devices
     truth = safetensors.numpy.load_file(own / "model" / "model.safetensors")
     assert set(again) == set(truth)
     for name, array in again.items():

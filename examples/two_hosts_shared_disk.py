@@ -1,8 +1,8 @@
-"""Two hosts that share a disk: load, reshard, save together, and load what was saved.
+"""Two hosts with a shared filesystem: load, reshard, save together, and load the result.
 
-    python examples/two_hosts_shared_disk.py            both hosts are processes of this machine
+    python examples/two_hosts_shared_disk.py            runs both hosts as processes
 
-On two real hosts start it on each, with a folder that both see and that holds a checkpoint:
+On two hosts start it on each, with a shared directory that contains a checkpoint:
 
     python examples/two_hosts_shared_disk.py --coordinator host0:1234 --index 0 --folder /shared/job
     python examples/two_hosts_shared_disk.py --coordinator host0:1234 --index 1 --folder /shared/job
@@ -30,12 +30,12 @@ HOSTS, DEVICES = 2, 4  # four devices each
 
 
 def say(text: str) -> None:
-    """Print a line in one piece: the other host prints to the same place."""
+    """Print a line atomically, because the other host prints to the same terminal."""
     sys.stdout.write(f"{text}\n")
 
 
 def on_one_host(coordinator: str, index: int, folder: Path) -> None:
-    """What every host runs, alike."""
+    """Run one host; all hosts run the same."""
     import jax  # noqa: PLC0415 - after the environment is set
 
     jax.distributed.initialize(coordinator, num_processes=HOSTS, process_id=index)
@@ -49,12 +49,12 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
     params = js.load(folder / "model", "dp2mp4", balanced=True, counted=counts.append)
     say(f"host {index}: {told(counts)}, none of which the other needed to read")
 
-    # between the hosts' devices; nothing over a host's memory
+    # between the hosts' devices, not through host memory
     params = js.reshard(params, "dp4mp2")
     report = js.save(params, folder / "saved", timeout_s=60)
     say(f"host {index}: wrote {report.counts.bytes_written:,} bytes, its share")
 
-    # pipeline stages: each host holds the layers of its own
+    # pipeline stages: each host holds the layers of its stage
     again = js.load(folder / "saved", "mp4pp2")
     here = sum(bool(array.addressable_shards) for array in again.values())
     say(f"host {index}: holds {here} of {len(again)} tensors")
@@ -65,13 +65,13 @@ def on_one_host(coordinator: str, index: int, folder: Path) -> None:
 
 
 def told(counts: list[Counts]) -> str:
-    """What was needed; and what was read, with the gaps of less than a page between short rows."""
+    """Format needed and read bytes, which include gaps of less than a page between short rows."""
     (found,) = counts
     return f"needed {found.bytes_needed:,} bytes and read {found.bytes_read:,}"
 
 
 def write_model(folder: Path) -> None:
-    """A small Llama with random weights."""
+    """Write a small Llama with random weights."""
     chance = np.random.default_rng(0)
     shapes = {"model.embed_tokens.weight": (128, 64), "model.norm.weight": (64,)}
     for i in range(4):
@@ -90,7 +90,7 @@ def write_model(folder: Path) -> None:
 
 
 def both_hosts(script: str, folder: Path) -> None:
-    """Start every host as a process of this machine, and wait for all."""
+    """Start every host as a local process, and wait for all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
