@@ -80,7 +80,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
-    """Apply the rotary embedding to (batch, position, head, dim), in halves as Hugging Face does."""
+    """Apply the rotary embedding to (batch, position, head, dim), in halves as in Hugging Face."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
