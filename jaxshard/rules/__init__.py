@@ -4,7 +4,7 @@
     strategy ────────┼──→ layout()  ──→  which box of each tensor every rank holds
     rules ───────────┘
 
-``rules_for`` finds the table of a known model family, ``read_rules`` reads a user's own.
+``rules_for`` finds the table of a known model family, ``read_rules`` parses a user's own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Rule tables of known model families, and their recognition.
+"""Rule tables of known model families, recognition of families, and missing layers.
 
 Weights of Hugging Face models are (out, in), so column-parallel layers split dim 0 and
-row-parallel ones dim 1; gpt2's are (in, out). What a row-parallel layer adds after its sum
-(its bias, the norm that follows) is whole.
+row-parallel ones dim 1; gpt2's are (in, out). The bias of a row-parallel layer and the norm
+after it are applied to the sum, and so are whole.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _Specs = tuple[tuple[str, str], ...]
 
 
 def _columns(*names: str) -> _Specs:
-    """Column-parallel layers: each rank makes some of the outputs, biases with them."""
+    """Return specs of column-parallel layers: each rank computes some outputs and biases."""
     return tuple(pair for n in names for pair in ((f"*{n}.weight", "mp,-"), (f"*{n}.bias", "mp")))
 
 
 def _rows(*names: str) -> _Specs:
-    """Row-parallel layers: each rank takes some of the inputs; the bias is added once."""
+    """Return specs of row-parallel layers: each rank has some inputs; the bias is added once."""
     return tuple(pair for n in names for pair in ((f"*{n}.weight", "-,mp"), (f"*{n}.bias", "-")))
 
 
@@ -37,8 +37,8 @@ _NORMS = _whole("norm.weight", "norm.bias")
 _ROTARY: _Specs = (("*inv_freq", BUFFER),)
 _EXPERTS = ("*.experts.{expert}.",)
 
-# A fused qkv_proj or gate_up_proj is cut in equal blocks of rows, which is a good way to store
-# it; a rank then does not hold whole heads of q, k and v.
+# A fused qkv_proj or gate_up_proj is split into equal blocks of rows, which suits storage; a rank
+# then does not hold whole heads of q, k and v.
 _ATTENTION = _columns(".q_proj", ".k_proj", ".v_proj", ".qkv_proj") + _rows(".o_proj")
 _MLP = _columns(".gate_proj", ".up_proj", ".gate_up_proj") + _rows(".down_proj")
 _DECODER: _Specs = (
@@ -63,7 +63,7 @@ _MOE: _Specs = (
     *_whole(".router.weight", ".router.bias"),
     *_whole(".gate.weight", ".gate.e_score_correction_bias", ".shared_expert_gate.weight"),
 )
-# Multi-head latent attention: the small latent is whole, what makes heads of it is cut.
+# Multi-head latent attention: the small latent is whole, the projections to heads are split.
 _MLA: _Specs = (
     *_whole(".q_a_proj.weight", ".q_a_proj.bias"),
     *_whole(".kv_a_proj_with_mqa.weight", ".kv_a_proj_with_mqa.bias"),
@@ -87,8 +87,8 @@ def _decoder(name: str, *more: _Specs) -> Rules:
     )
 
 
-# gpt2's 50257 and bert's 30522 tokens do not divide by usual mp, hidden sizes do: the embedding
-# is cut by columns.
+# gpt2's 50257 and bert's 30522 tokens are not divisible by usual mp, but hidden sizes are: the
+# embedding is split by columns.
 _GPT2 = Rules(
     name="gpt2",
     specs=(
@@ -238,7 +238,7 @@ _MCORE = Rules(
     head=("*output_layer.weight",),
 )
 
-#: Every table, by its name. The more general of two that fit the same names goes first.
+#: Every table by its name; of two that match the same names the more general is first.
 FAMILIES: dict[str, Rules] = {
     rules.name: rules
     for rules in (
@@ -249,7 +249,7 @@ FAMILIES: dict[str, Rules] = {
     )
 }
 
-#: Which table a ``model_type`` of config.json takes.
+#: The table of each ``model_type`` in config.json.
 MODEL_TYPES: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -268,16 +268,16 @@ MODEL_TYPES: dict[str, str] = {
 }
 
 
-# --- Recognising: which known table of rules a model takes
+# --- Recognition of a model's family
 
-_ENOUGH = 0.5  # of the kinds of names; what is left over is then reported name by name
+_ENOUGH = 0.5  # of the kinds of names; the remaining names are reported one by one
 
 
 def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
-    """The rules of a model: by its type where its names agree with that, else by its names.
+    """Return the rules of a model, by its type if its names agree, otherwise by its names.
 
-    A ``config.json`` may lie beside weights that were renamed by another framework. What is
-    not the text model's (a vision tower) is ``apart``: whole, on the first stage.
+    The names may be another framework's in spite of ``config.json``. Tensors outside the text
+    model (a vision tower) are ``apart``: whole, on the first stage.
 
     Raises:
         NotFoundError: neither the type nor the names are known.
@@ -296,7 +296,7 @@ def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
 
 
 def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
-    """The table for the names of a text model."""
+    """Return the table for the names of a text model."""
     types = _types(model)
     by_type = next((FAMILIES[MODEL_TYPES[t]] for t in types if t in MODEL_TYPES), None)
     if by_type and (not kinds or _fit(by_type, kinds)[0]):
@@ -310,30 +310,29 @@ def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
     if by_type:
         return by_type
     kind = types[0] if types else None
-    said = f"model_type {kind!r} is" if kind else "no model_type is given, and the names are"
+    unknown = f"unknown model_type {kind!r} and" if kind else "no model_type, and unknown"
     raise NotFoundError(
-        f"{said} not known{', nor are the names' if kind else ''} "
-        f"({format_list(kinds.values(), 3)}). "
-        'Give rules for the names, as TOML: [specs] "*.q_proj.weight" = "mp,-" … and [stages]; '
-        f"known are {', '.join(FAMILIES)}."
+        f"{unknown} tensor names ({format_list(kinds.values(), 3)}). Pass rules for the names in "
+        'TOML: [specs] "*.q_proj.weight" = "mp,-" and [stages] '
+        f"(known families: {', '.join(FAMILIES)})."
     )
 
 
 def _types(model: ModelFacts | None) -> list[str]:
-    """The types that ``config.json`` gives: the model's, and that of its text part."""
+    """Return the types in ``config.json``: the model's, and that of its text part."""
     if model is None:
         return []
     return [kind for kind in dict.fromkeys((model.type, text_type(model.config))) if kind]
 
 
 def knows(rules: Rules, names: Iterable[str]) -> bool:
-    """Whether ``names`` are those that ``rules`` are about, rather than another framework's."""
+    """Return whether ``rules`` match enough of ``names``, which may be another framework's."""
     kinds = {template(w): w for w in map(weight_name, names)}
     return _known(rules, kinds) >= _ENOUGH
 
 
 def _fit(rules: Rules, kinds: dict[str, str]) -> tuple[bool, float]:
-    """Whether the rules match enough kinds of names, layers among them; and how large a part."""
+    """Return whether the rules match enough kinds of names including layers, and the fraction."""
     known, layer = _known(rules, kinds), numbered(rules.layers, "layer")
     numbers = [name for kind, name in kinds.items() if kind != name]
     has_layers = not numbers or (layer is not None and any(map(layer.match, numbers)))
@@ -341,7 +340,7 @@ def _fit(rules: Rules, kinds: dict[str, str]) -> tuple[bool, float]:
 
 
 def _known(rules: Rules, kinds: dict[str, str]) -> float:
-    """How large a part of the kinds of names the rules match."""
+    """Return the fraction of the kinds of names that the rules match."""
     matcher = Matcher(rules)
     return sum(matcher.find(name, kind) is not None for kind, name in kinds.items()) / max(
         len(kinds), 1
@@ -350,11 +349,11 @@ def _known(rules: Rules, kinds: dict[str, str]) -> float:
 
 # --- Completeness of a model by the names of its tensors
 
-_MOST_LISTED = 4
+_MAX_LISTED = 4
 
 
 def missing_layers(model: ModelFacts | None, names: Iterable[str]) -> str:
-    """Which layers of a model of a known family are not among ``names``; empty where none is."""
+    """Describe the layers of a known family that ``names`` lack, or return ""."""
     rules, names = _rules(model, list(names))
     if rules is None:
         return ""
@@ -363,13 +362,13 @@ def missing_layers(model: ModelFacts | None, names: Iterable[str]) -> str:
     if not num_gone:
         return ""
     # an untrusted config.json may state any number of layers: only the first few are listed
-    first = islice((str(n) for n in range(count) if n not in seen), _MOST_LISTED)
-    more = f" and {num_gone - _MOST_LISTED} more" if num_gone > _MOST_LISTED else ""
+    first = islice((str(n) for n in range(count) if n not in seen), _MAX_LISTED)
+    more = f" and {num_gone - _MAX_LISTED} more" if num_gone > _MAX_LISTED else ""
     return f"layers {', '.join(first)}{more} of {count} are missing"
 
 
 def _rules(model: ModelFacts | None, names: list[str]) -> tuple[Rules | None, list[str]]:
-    """The table that knows the names, if one does, and those that are the text model's."""
+    """Return the table that matches the names, or None, and the names of the text model."""
     try:
         rules = rules_for(model, names)
     except (LayoutError, NotFoundError):
@@ -386,13 +385,13 @@ def _layers(rules: Rules, names: list[str]) -> set[int]:
 
 
 def _count(rules: Rules, model: ModelFacts | None, names: list[str]) -> int:
-    """How many layers there should be; none where no name has a number."""
+    """Return the expected number of layers, 0 if no name has a number."""
     seen = _layers(rules, names)
     return max(max(seen) + 1, (model and model.num_layers) or 0) if seen else 0
 
 
 def missing_parts(model: ModelFacts | None, names: Iterable[str]) -> str:
-    """What of a model of a known family is not among ``names``; empty where nothing is missed.
+    """Describe the parts of a known family that ``names`` lack, or return "".
 
     >>> missing_parts(None, [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 2)])
     'layers 1 of 3 are missing'

@@ -1,12 +1,8 @@
-"""Matching of names against rules, once per kind of name.
+"""Tensor names: matching against rules, optimizer states, adapters, and towers.
 
-Ninety thousand names are a few dozen kinds that differ in layer and expert numbers:
-
-    model.layers.17.mlp.experts.203.up_proj.weight
-    model.layers.#.mlp.experts.#.up_proj.weight       its template
-
-Some names follow another tensor's rule: optimizer states, scales of quantised weights
-and adapters (LoRA). This module knows no sizes and no ranks.
+Some tensors follow the rule of another: optimizer states, scales of quantized weights and
+adapters (LoRA). Towers of other modalities have names like a decoder's, so they are found
+before rules are applied. This module does not depend on sizes or ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from ..core.strategy import Strategy
 from ..errors import LayoutError, format_list
 from .table import Rules, Spec
 
-#: Optimizer states and gradients lie as the weight does whose name follows.
+#: Optimizer states and gradients are placed like the weight whose name follows.
 OPTIMIZER_PREFIXES = (
     "adam_m.",
     "adam_v.",
@@ -32,20 +28,20 @@ OPTIMIZER_PREFIXES = (
     "exp_avg_sq.",
 )
 _STATE = re.compile("|".join(map(re.escape, OPTIMIZER_PREFIXES)))
-_ADAPTER = re.compile(  # as peft, MindFormers and mindpet call them, in files and in memory
+_ADAPTER = re.compile(  # names in peft, MindFormers and mindpet, in files and in memory
     r"(?P<base>.+?)\."
     r"(?P<part>lora_embedding_[AB]|lora_magnitude_vector|lora_[AB]|(?:mindpet_delta_)?lora_[ab])"
     r"(?:\.[^.]+)?(?:\.weight)?"
 )
 _SCALE = re.compile(r"(?P<base>.+)_scale_inv")
-#: Numbers about a layer that no rank has a part of.
+#: Numbers about a layer, which are whole on every rank.
 _SETTING = re.compile(
     r".+\.(?:weight_shape|(?:input|output|activation)(?:_global)?_scale|[qkv]_scale)"
 )
 
 
 def weight_name(name: str) -> str:
-    """``name`` without the prefix of an optimizer state.
+    """Return ``name`` without the prefix of an optimizer state.
 
     >>> weight_name("adam_m.lm_head.weight")
     'lm_head.weight'
@@ -55,12 +51,12 @@ def weight_name(name: str) -> str:
 
 
 def is_setting(name: str) -> bool:
-    """Whether ``name`` is a number about a quantized layer, which is whole on every rank."""
+    """Return whether ``name`` is a number about a quantized layer, whole on every rank."""
     return _SETTING.fullmatch(name) is not None
 
 
 def is_part_of_adapter(name: str) -> bool:
-    """Whether ``name`` is a matrix of a low-rank adapter, or an optimizer state of one.
+    """Return whether ``name`` is a matrix of a low-rank adapter, or an optimizer state of one.
 
     >>> is_part_of_adapter("adam_m.layers.0.wq.lora_a"), is_part_of_adapter("lora.wq.weight")
     (True, False)
@@ -69,11 +65,11 @@ def is_part_of_adapter(name: str) -> bool:
 
 
 class Matcher:
-    """The spec that a table of rules gives to each name.
+    """Finds the spec of each name in a table of rules.
 
     Attributes:
-        patterns: the patterns asked.
-        used: the numbers of those that decided something.
+        patterns: the patterns of the rules.
+        used: the indices of those that matched.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -82,9 +78,9 @@ class Matcher:
         self.used: set[int] = set()
 
     def find(self, name: str, kind: str) -> Spec | None:
-        """The spec of the weight ``name`` whose template is ``kind``, or None.
+        """Return the spec of the weight ``name`` whose template is ``kind``, or None.
 
-        A rule that names an adapter or a scale goes before the rule of its weight.
+        A rule for an adapter or a scale takes precedence over that of its weight.
         """
         spec = self.direct(name, kind)
         if spec is not None:
@@ -98,13 +94,13 @@ class Matcher:
         if adapter:
             base = adapter["base"] + ".weight"
             return _adapter_spec(self.direct(base, template(base)), adapter["part"])
-        base = name.replace(".base_layer.", ".")  # how peft calls the weight it adapts
+        base = name.replace(".base_layer.", ".")  # the name of an adapted weight in peft
         if base.endswith(".weight_packed"):  # (out, in), several inputs in an element
             base = base.removesuffix("_packed")
         return self.direct(base, template(base)) if base != name else None
 
     def direct(self, name: str, kind: str) -> Spec | None:
-        """The spec of the rule that names ``name`` itself, or None."""
+        """Return the spec of the rule that matches ``name`` itself, or None."""
         at = self.patterns.find(name, kind)
         if at is None:
             return None
@@ -113,7 +109,7 @@ class Matcher:
 
 
 def _adapter_spec(base: Spec | None, part: str) -> Spec | None:
-    """The spec of a part of an adapter of a weight (out, in): A is (r, in), B is (out, r).
+    """Return the spec of a part of an adapter of a weight (out, in): A (r, in) or B (out, r).
 
     The rank r is small and never split; vectors, and adapters of a whole weight, are whole.
     """
@@ -125,7 +121,7 @@ def _adapter_spec(base: Spec | None, part: str) -> Spec | None:
     return Spec(((), into)) if part[-1] in "aA" else Spec((out, ()))
 
 
-# --- PlacementProblems: what did not go as the rules say, gathered for one report
+# --- Deviations from the rules, collected for one report
 
 Policy = Literal["error", "replicate"]
 
@@ -134,27 +130,27 @@ _NOTES = {
     "unmatched": "no rule matches {}, whole on every rank of the stage: {}.",
     "heads": "cut within a head, so ranks hold parts of heads: {}: {}. Take an mp that divides the "
     'heads, or repeat the kv heads with a mapping (op = "repeat").',
-    "uneven": "left whole, for it does not divide: {}: {}.",
-    "no stage": "of no stage, so held by every stage: {}: {}.",
-    "no shard": "not cut by the optimizer shard, which does not fit: {}: {}.",
+    "uneven": "left whole, because it does not divide: {}: {}.",
+    "no stage": "without a stage, so held by every stage: {}: {}.",
+    "no shard": "not split by the optimizer shard, which does not fit: {}: {}.",
 }
 
 
 def check_policy(name: str, value: str) -> None:
-    """Refuse a policy that there is not.
+    """Refuse an unknown policy.
 
     Raises:
-        LayoutError: naming those there are.
+        LayoutError: with the known ones.
     """
     if value not in ("error", "replicate"):
-        raise LayoutError(f'{name}={value!r}: write "error" or "replicate".')
+        raise LayoutError(f'{name}={value!r} must be "error" or "replicate".')
 
 
 class PlacementProblems:
-    """Names by what was found of them, and by their kind.
+    """Tensor names by problem and by kind of name.
 
     Attributes:
-        sharded: whether the optimizer shard fitted any tensor.
+        sharded: whether the optimizer shard fits any tensor.
     """
 
     def __init__(self) -> None:
@@ -162,51 +158,51 @@ class PlacementProblems:
         self.sharded = False
 
     def add(self, what: str, name: str, numbers: str) -> None:
-        """Note that ``what`` was found of tensor ``name``."""
+        """Record the problem ``what`` of tensor ``name``."""
         kind = (template(name), numbers)
         self._names.setdefault(what, {}).setdefault(kind, []).append(name)
 
     def refuse(self, rules: Rules, strategy: Strategy, unmatched: Policy, uneven: Policy) -> None:
-        """Raise what the policies forbid.
+        """Raise the first kind of problem that the policies forbid.
 
         Raises:
-            LayoutError: all problems of one sort.
+            LayoutError: all problems of one kind.
         """
         if unmatched == "error" and "unmatched" in self._names:
             raise LayoutError(
                 f"none of the rules {rules.name} matches {self._count('unmatched')}: "
-                f"{self._lines('unmatched')}. {self._remedy(rules)}, or ask for whole copies on "
+                f"{self._lines('unmatched')}. {self._remedy(rules)}, or request whole copies on "
                 'every rank of the stage, in a conversion with unmatched="replicate" (--unmatched '
                 "replicate)."
             )
         if "order" in self._names:
             first = next(iter(self._names["order"]))[0].replace("#", "*")
             raise LayoutError(
-                f"the order of the dims of {self._count('order')} is not known: "
-                f"{self._lines('order')}. Correct config.json, or give one of the two as a rule "
+                f"the order of the dims of {self._count('order')} is unknown: "
+                f"{self._lines('order')}. Correct config.json, or write one of the two as a rule "
                 f'for "{first}" (rules=, --rules).'
             )
         if "misfit" in self._names:
             raise LayoutError(
-                f"the rule has other dims than {self._count('misfit')}: "
-                f'{self._lines("misfit")}. Write one part for each dim, or "-" alone for whole.'
+                f"the rule does not have the dims of {self._count('misfit')}: "
+                f'{self._lines("misfit")}. Write one part for each dim, or a single "-" for whole.'
             )
         if uneven == "error" and "uneven" in self._names:
             first = next(iter(self._names["uneven"]))[0].replace("#", "*")
             raise LayoutError(
                 f"{strategy} does not divide {self._count('uneven')}: "
-                f"{self._lines('uneven')}. Take a strategy that divides them, leave the tensor "
+                f"{self._lines('uneven')}. Use a strategy that divides them, leave the tensor "
                 f'whole with the rule "{first}" = "-" (rules=, --rules), or, in a conversion, '
                 'every such dim with uneven="replicate" (--uneven replicate).'
             )
         if "no shard" in self._names and not self.sharded:
             raise LayoutError(
                 f"{strategy}: the optimizer shard fits no tensor: {self._lines('no shard', 2)}. "
-                "Take a number of ways that divides the replicas, or -1 for all of them."
+                "Use a number of ways that divides the replicas, or -1 for all of them."
             )
 
     def notes(self) -> tuple[str, ...]:
-        """What a person should know although it is no error."""
+        """Return notes for the user on problems that are not errors."""
         return tuple(
             text.format(self._count(what), self._lines(what))
             for what, text in _NOTES.items()
@@ -218,7 +214,7 @@ class PlacementProblems:
         return f"{number} {'dim' if what == 'uneven' else 'tensor'}{'s' if number > 1 else ''}"
 
     def _lines(self, what: str, limit: int = 5) -> str:
-        """For each kind the first name, its numbers, and how many more there are."""
+        """List for each kind the first name, its numbers, and the count of the others."""
         return format_list(
             (
                 f"{names[0]} {numbers}".rstrip()
@@ -229,19 +225,23 @@ class PlacementProblems:
         )
 
     def _remedy(self, rules: Rules) -> str:
-        """The rule that would fit the first name, and the one that nearly does."""
+        """Suggest a rule that fits the first name, and the closest existing one."""
         from difflib import get_close_matches  # noqa: PLC0415 - only when something is wrong
 
         (_, shape), names = next(iter(self._names["unmatched"].items()))
         name = weight_name(names[0])
         whole = ",".join("-" for n in shape.strip("()").split(",") if n.strip()) or "-"
         close = get_close_matches(name, [p for p, _ in rules.specs], n=1, cutoff=0.8)
-        nearly = f'The rule "{close[0]}" nearly fits. ' if close else ""
+        nearly = f'The rule "{close[0]}" is close. ' if close else ""
         pattern = template(name).replace("#", "*")
-        return f'{nearly}Give rules, such as "{pattern}" = "{whole}" for whole'
+        return f'{nearly}Write rules, such as "{pattern}" = "{whole}" for whole'
 
 
-# --- Text models inside multimodal models, and their other parts
+# --- Text models inside multimodal models
+#
+#     model.visual.…                    a tower: whole, on the first stage
+#     model.language_model.layers.0.…   the text model: by the table of its family
+#     lm_head.weight
 
 _NESTED = (
     ("text_config",),
@@ -253,7 +253,7 @@ _TOWER = re.compile(  # a word of a name's part
     r"(?:^|_)(?:visual|vision|vit|vpm|image|img|video|audio|speech|apm|sound|projector|connector|"
     r"resampler|perceiver|aligner|talker|token2wav|code2wav|tts)(?:_|$)|^mlp1$"
 )
-#: A prefix of names that only the text part of a larger model has.
+#: A prefix of names of the text part of a multimodal model.
 TEXT_MODEL = re.compile(r"(?:^|\.)(?:language_model|text_model|llm|thinker)\.")
 _LAYER = re.compile(r"(.*?)(?:layers|h)\.\d+\.")
 _ROOT = re.compile(r"(.*?)(?:(?:layers|h)\.\d+\.|(?:embed_tokens|wte|tok_embeddings)\.)")
@@ -262,7 +262,7 @@ _HEADS = frozenset({"lm_head", "mtp", "score", "classifier"})
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of ``config.json`` that is about the text model, or all of it.
+    """Return the part of ``config.json`` for the text model, or all of it.
 
     >>> text_config({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
     {'model_type': 'gemma3_text'}
@@ -277,7 +277,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def text_type(config: Mapping[str, Any]) -> str | None:
-    """Return the ``model_type`` of the text model that ``config.json`` names, if it is a text.
+    """Return the ``model_type`` of the text model in ``config.json``, if it is a string.
 
     >>> text_type({"text_config": {"model_type": "gemma3_text"}}), text_type({"model_type": []})
     ('gemma3_text', None)
@@ -287,7 +287,7 @@ def text_type(config: Mapping[str, Any]) -> str | None:
 
 
 def text_root(names: Iterable[str]) -> str | None:
-    """What the names of a text model's layers and embedding begin with; None if unknown.
+    """Return the common prefix of a text model's layers and embedding, or None if unknown.
 
     >>> text_root(["model.visual.layers.0.q.weight", "model.language_model.layers.0.q.weight"])
     'model.language_model.'
@@ -303,7 +303,7 @@ def text_root(names: Iterable[str]) -> str | None:
 
 
 def towers(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Patterns of the names that are not the text model's; none if all of them are.
+    """Return patterns of the names outside the text model.
 
     >>> towers(["visual.blocks.0.q.weight", "model.layers.0.q.weight"], {})
     ('visual.*',)
@@ -320,7 +320,7 @@ def towers(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _in_tower(name: str) -> bool:
-    """Whether a part of ``name`` says so; in a layer of the text model none does."""
+    """Return whether a part of ``name`` before its layer is a tower's."""
     layer = _LAYER.match(name)
     return any(map(_TOWER.search, (layer[1] if layer else name).split(".")))
 
@@ -332,10 +332,10 @@ def _is_text(name: str, root: str | None) -> bool:
 
 
 def _branch(name: str, root: str) -> str:
-    """The pattern of what hangs on the same branch as ``name``, off the path to ``root``."""
+    """Return the pattern of the subtree of ``name`` outside the path to ``root``."""
     parts, path = name.split("."), root.split(".")
     shared = next((i for i, (a, b) in enumerate(zip(parts, path, strict=False)) if a != b), 0)
     word = next((i for i, part in enumerate(parts) if _TOWER.search(part)), shared)
     end = max(shared, word) + 1
-    branch = ("*" if part.isdigit() else part for part in parts[:end])  # layers alike
+    branch = ("*" if part.isdigit() else part for part in parts[:end])  # one pattern for all layers
     return ".".join(branch) + (".*" if end < len(parts) else "")

@@ -1,7 +1,7 @@
 """Placement of tensors by rules: specs, stages and ranks.
 
-Everything that does not fit is collected first and said in one report, before a byte
-moves. What is asked to be replicated instead is said in the layout's notes.
+All problems are collected and raised as one error before any I/O. Tensors that the policies
+replicate instead are listed in the layout's notes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .tensor_dims import EXPERT_COUNTS, Factors, Granule, Heads, Orientations
 
 
 class Home(NamedTuple):  # a tuple, because one is made for each of 90,000 names
-    """Where a tensor lives: its stages (none: in all of them), and its expert parallel slot.
+    """The stages of a tensor (empty: all of them), and its expert parallel slot.
 
-    ``apart`` is the pattern of the tower that it is of, if it is not the text model's.
+    ``apart`` is the pattern of its tower, if it is not part of the text model.
     """
 
     stages: tuple[int, ...]
@@ -36,7 +36,7 @@ class Home(NamedTuple):  # a tuple, because one is made for each of 90,000 names
 
 
 def split_layers(num_layers: int, pp: int) -> tuple[int, ...]:
-    """Layers of each stage, as even as possible, the earlier stages getting the extra ones.
+    """Return the layers of each stage, as even as possible; earlier stages get the remainder.
 
     >>> split_layers(9, 2)
     (5, 4)
@@ -46,7 +46,7 @@ def split_layers(num_layers: int, pp: int) -> tuple[int, ...]:
 
 
 class Stages:
-    """Finds the home of each name for one strategy.
+    """Finds the stages and expert slot of each name for one strategy.
 
     Raises:
         LayoutError: the layers do not fit the stages, or the experts the expert ranks.
@@ -69,12 +69,12 @@ class Stages:
         self._num_experts = self._count_experts(model, weights) if strategy.ep > 1 else 0
 
     def _tower(self, name: str, kind: str) -> str:
-        """The pattern of the tower that ``name`` is of, or nothing."""
+        """Return the pattern of the tower of ``name``, or ""."""
         at = self._apart.find(name, kind) if self._rules.apart else None
         return "" if at is None else self._rules.apart[at]
 
     def home(self, name: str, kind: str) -> Home:
-        """Where the weight ``name`` lives, whose template is ``kind``."""
+        """Return the home of the weight ``name``, whose template is ``kind``."""
         if tower := self._tower(name, kind):
             return Home((0,), apart=tower)
         return Home(self._stages(name, kind), self._slot(name))
@@ -100,25 +100,25 @@ class Stages:
             return None
         if expert >= self._num_experts:
             raise LayoutError(
-                f"{name}: there are {self._num_experts} experts by the model's config, "
-                "numbered from 0. Correct the config, or the name."
+                f"{name}: config.json has {self._num_experts} experts, numbered from 0. Correct "
+                "config.json, or the name."
             )
         return expert // (self._num_experts // self._strategy.ep)
 
     def _cut_layers(self, model: ModelFacts | None, weights: list[str]) -> tuple[int, ...]:
-        """One past the last layer of each stage."""
+        """Return the end of the layers of each stage."""
         pp, rules = self._strategy.pp, self._rules
         if not rules.layers:
             raise LayoutError(
-                f"{self._strategy}: the rules {rules.name} do not say which names have a layer "
-                f'number, so they give no stages. Add [stages] with layers = "…layers.{{layer}}.".'
+                f"{self._strategy}: the rules {rules.name} have no layer patterns, so they define "
+                f'no stages. Add [stages] with layers = "…layers.{{layer}}.".'
             )
         seen = _count(self._layer, weights)
         num = ((model and model.num_layers) or seen) if seen else 0
         if pp > num:
             raise LayoutError(
-                f"{self._strategy}: {pp} pipeline stages, but {num} layers by the names "
-                f"({' or '.join(rules.layers)}). Take pp={max(num, 1)} or less, "
+                f"{self._strategy}: {pp} pipeline stages, but the names have {num} layers "
+                f"({' or '.join(rules.layers)}). Use pp={max(num, 1)} or less, "
                 "or correct [stages] layers in the rules."
             )
         each = rules.layers_per_stage or split_layers(num, pp)
@@ -126,25 +126,25 @@ class Stages:
             raise LayoutError(
                 f"rules {rules.name}: layers_per_stage = {list(each)} has {len(each)} stages with "
                 f"{sum(each)} layers, but {self._strategy} has {pp} stages and the model {num} "
-                f"layers. Give {pp} numbers that add up to {num}."
+                f"layers. Write {pp} numbers that add up to {num}."
             )
         return tuple(accumulate(each))
 
     def _count_experts(self, model: ModelFacts | None, weights: list[str]) -> int:
         seen = _count(self._expert, weights)
         if not seen:
-            return 0  # no expert has a name of its own; stacked ones are cut by their spec
+            return 0  # experts are stacked: their spec splits them
         num = _experts_by_config(model.config if model else {}) or seen
         if num % self._strategy.ep:
             raise LayoutError(
                 f"{self._strategy}: ep={self._strategy.ep} does not divide the {num} experts. "
-                f"Take an ep that does, such as {_largest_divisor(num, self._strategy.ep)}."
+                f"Use an ep that does, such as {_largest_divisor(num, self._strategy.ep)}."
             )
         return num
 
 
 def _experts_by_config(config: Mapping[str, Any]) -> int:
-    """The number of experts that ``config.json`` gives, or 0."""
+    """Return the number of experts in ``config.json``, or 0."""
     for source in (config, text_config(config)):
         for key in EXPERT_COUNTS:
             if isinstance(source.get(key), int):
@@ -162,7 +162,7 @@ def _number(pattern: re.Pattern[str] | None, name: str) -> int | None:
 
 
 def _count(pattern: re.Pattern[str] | None, weights: list[str]) -> int:
-    """How many numbers there are, by the largest seen."""
+    """Return how many numbers the names imply: the largest plus 1."""
     return max((n + 1 for w in weights if (n := _number(pattern, w)) is not None), default=0)
 
 
@@ -171,7 +171,7 @@ def _any(patterns: tuple[str, ...], weights: list[str]) -> bool:
     return any(asked.find(w, template(w)) is not None for w in weights)
 
 
-# --- Placing: from names, shapes, rules and a strategy to a layout
+# --- Layouts
 
 _WHOLE = Spec()
 
@@ -186,24 +186,24 @@ def layout(
     uneven: Policy = "error",
     unseen: Iterable[str] = (),
 ) -> Layout:
-    """Who holds which box of each tensor of ``shapes``.
+    """Return the layout of the tensors of ``shapes``: which rank holds which box.
 
     Tensors of ``scalars``, and those of no stage (rotary tables), are whole on every rank.
 
     Args:
         shapes: the shape of each tensor.
-        strategy: the ways the job is parallel.
-        rules: how names are cut; see ``rules_for`` and ``read_rules``.
-        model: number of layers and experts, tied embeddings; else counted from the names.
-        scalars: names that are no weights (``global_step``).
-        unmatched: what to do with names that no rule matches.
-        uneven: what to do with dims that do not divide.
-        unseen: names of the model whose shapes are not known: their layers count, and the
-            layout has them among its ``absent``.
+        strategy: the strategy of the job.
+        rules: how names are sharded; see ``rules_for`` and ``read_rules``.
+        model: numbers of layers and experts, tied embeddings; by default counted from the names.
+        scalars: names of training scalars (``global_step``).
+        unmatched: the policy for names that no rule matches.
+        uneven: the policy for dims that do not divide.
+        unseen: names of the model with unknown shapes: their layers are counted, and the layout
+            lists them as ``absent``.
 
     Raises:
         LayoutError: names without a rule, dims that do not divide, stages without layers;
-            all of a kind in one report.
+            all problems of a kind in one error.
 
     >>> from .table import Rules
     >>> made = layout({"w": (4, 8)}, Strategy(mp=2), Rules("mine", specs=(("w", "-,mp"),)))
@@ -241,7 +241,7 @@ def layout(
 
 
 class _Decisions:
-    """The spec and the placement of one name after another, and what was found on the way."""
+    """Decides spec and placement of each name, and collects problems."""
 
     def __init__(
         self,
@@ -261,12 +261,12 @@ class _Decisions:
         self._alike: dict[str, tuple[int, ...]] | None = None
 
     def is_direct(self, name: str) -> bool:
-        """Whether a rule names ``name`` itself, rather than what it follows."""
+        """Return whether a rule matches ``name`` itself, not the weight that it follows."""
         weight = weight_name(name)
         return self.matcher.direct(weight, template(weight)) is not None
 
     def place(self, name: str, stages: Stages) -> tuple[Placement, ...]:
-        """The placements of ``name``."""
+        """Return the placements of ``name``."""
         shape, weight = tuple(self._shapes[name]), weight_name(name)
         kind = template(weight)
         spec, home = self._spec(name, weight, kind), stages.home(weight, kind)
@@ -278,7 +278,7 @@ class _Decisions:
         return placed
 
     def place_unseen(self, name: str, stages: Stages) -> tuple[Placement, ...]:
-        """The placements of a name whose shape is not known: that of a name like it, or any."""
+        """Return the placements of a name of unknown shape, from a similar name if there is one."""
         if self._alike is None:
             self._alike = {template(weight_name(n)): tuple(s) for n, s in self._shapes.items()}
         kind = template(name)
@@ -308,17 +308,17 @@ def _config(model: ModelFacts | None) -> Mapping[str, Any]:
 
 
 def _idle(rules: Rules, matcher: Matcher) -> tuple[str, ...]:
-    """A note of the user's rules that decided nothing: a slip in one must not go unseen."""
+    """Return a note on user rules that match nothing, which are likely mistakes."""
     used = {rules.specs[i][0] for i in matcher.used}
     idle = [f'"{p}"' for p in rules.written if p not in used]
-    return (f"no tensor follows the rules for {format_list(idle)}.",) if idle else ()
+    return (f"the rules for {format_list(idle)} match no tensor.",) if idle else ()
 
 
 _Event = tuple[str, str]  # what was found, and its numbers
 
 
 class _Placer:
-    """Makes each distinct placement once; a big model has a few hundred."""
+    """Creates each distinct placement once; a large model has a few hundred."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
@@ -334,7 +334,7 @@ class _Placer:
         home: Home,
         granules: tuple[Granule, ...] = (),
     ) -> tuple[Placement, ...]:
-        """The placements of a tensor: one for each stage that holds it."""
+        """Return the placements of a tensor, one for each stage that holds it."""
         key = (shape, spec, home, granules)
         known = self._made.get(key)
         if known is None:
@@ -378,7 +378,7 @@ class _Placer:
 
 
 def _resolve(dims: Dims, strategy: Strategy, axes: Axes) -> AxisSpec:
-    """The rule's dims in the axes of this strategy; an axis it does not have is dropped."""
+    """Translate a rule's dims to the axes of this strategy, dropping axes that it lacks."""
     stands_for = {
         "vocab": () if strategy.vocab_emb_dp else ("mp",),
         "dp": ("dp",) if strategy.ep == 1 else ("ep", "edp"),
@@ -407,7 +407,7 @@ def _evened(
     granules: tuple[Granule, ...],
     events: list[_Event],
 ) -> AxisSpec:
-    """``cut`` without the dims that do not divide, or not between blocks."""
+    """Return ``cut`` without dims that do not divide, or would be split inside a block."""
     size = dict(axes)
     out = []
     for dim, split in enumerate(cut):
@@ -415,8 +415,8 @@ def _evened(
         if shape[dim] % ways:
             by = " ".join(f"{a}={size[a]}" for a in split)
             padded = -(-shape[dim] // ways) * ways
-            said = f"dim {dim} of {shape} has {shape[dim]}, not divided by {by} (pad to {padded})"
-            events.append(("uneven", said))
+            text = f"dim {dim} of {shape} has {shape[dim]}, not divided by {by} (pad to {padded})"
+            events.append(("uneven", text))
         elif (misfit := _misfit(granules, shape, dim, ways)) is not None:
             events.append(("uneven", misfit))
         else:
@@ -431,7 +431,7 @@ def _evened(
 def _misfit(
     granules: tuple[Granule, ...], shape: tuple[int, ...], dim: int, ways: int
 ) -> str | None:
-    """The numbers of the blocks that ``ways`` parts of ``dim`` would cut, or None."""
+    """Describe the blocks that ``ways`` parts of ``dim`` would split, or return None."""
     for granule in granules:
         if granule.dim == dim and not granule.divides(shape[dim], ways):
             return granule.misfit(shape, ways)
@@ -445,7 +445,7 @@ def _optimizer_sharded(
     granules: tuple[Granule, ...],
     events: list[_Event],
 ) -> Placement:
-    """``placement`` with dim 0 cut further over its replicas, or as it is where that is uneven."""
+    """Split dim 0 of ``placement`` over its replicas, unless that is uneven."""
     try:
         sharded = shard_dim_over_replicas(placement, ways)
     except LayoutError:

@@ -4,8 +4,24 @@
     "*.o_proj.weight" = "-,mp"      columns over them
     "*norm.weight"    = "-"         whole, however many dims
 
-The first pattern that matches a name decides. This module knows what rules are and
-how they read; it knows no model, no sizes and no ranks.
+The first pattern that matches a name decides. Users write rules in TOML:
+
+    name = "my model"
+
+    [specs]                                  # the first pattern that matches a name decides
+    "*.q_proj.weight" = "mp,-"               # per dim: axes joined by +, outer to inner; - is whole
+    "lm_head.weight" = "-,-"
+
+    [stages]
+    layers = "model.layers.{layer}."         # prefixes of names that belong to a layer
+    first = ["model.embed_tokens.*"]
+    last = ["model.norm.*", "lm_head.*"]
+    layers_per_stage = [7, 9]
+
+    [experts]
+    names = "*.experts.{expert}."
+
+This module opens no file and does not depend on models, sizes or ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +36,9 @@ from ..core.cache import cached
 from ..core.decoders import parse_toml
 from ..errors import LayoutError, did_you_mean
 
-Dims = tuple[tuple[str, ...], ...]  # per dim the axes as the rule names them; () for any ndim
+Dims = tuple[tuple[str, ...], ...]  # per dim the axes of the rule; () for any ndim
 
-#: What a rule may call an axis, and what it stands for.
+#: The axes of rules and their meaning.
 AXES = {
     "mp": "tensor parallel ranks",
     "dp": "data parallel ranks (expert parallel ones included)",
@@ -33,14 +49,14 @@ AXES = {
 }
 _ALSO = {"tp": "mp"}
 
-#: The spec of a table that is no weight: whole on every rank, whatever the optimizer shard.
+#: The spec of a buffer: whole on every rank, for any optimizer shard.
 BUFFER = "whole"
-#: Between the specs of both orders of inputs and outputs, of which the sizes choose.
+#: Separates the specs for both orders of inputs and outputs; the sizes select one.
 EITHER = " or "
 
 
 class ModelFacts(Protocol):
-    """What rules ask of a model; ``jaxshard.core.catalog.Model`` has it."""
+    """The facts of a model that rules need; ``jaxshard.core.catalog.Model`` implements it."""
 
     @property
     def type(self) -> str | None: ...
@@ -55,8 +71,8 @@ class ModelFacts(Protocol):
 class Spec(NamedTuple):
     """A parsed spec text. ``dims`` is empty for ``-``, which fits any number of dims.
 
-    ``other`` has the dims of a tensor whose inputs and outputs may be in either order, when
-    they are in the second.
+    ``other`` has the dims for the second order of a tensor whose inputs and outputs may be in
+    either order.
     """
 
     dims: Dims = ()
@@ -64,11 +80,11 @@ class Spec(NamedTuple):
     other: Dims = ()
 
     def straight(self) -> Spec:
-        """The spec of the first order alone."""
+        """Return the spec of the first order."""
         return self._replace(other=())
 
     def turned(self) -> Spec:
-        """The spec of the second order alone."""
+        """Return the spec of the second order."""
         return self._replace(dims=self.other, other=())
 
     def __str__(self) -> str:
@@ -83,24 +99,25 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """How the tensors of a model are cut, by their names.
+    """How the tensors of a model are sharded, by their names.
 
-    In patterns ``*`` stands for any characters, dots included, and nothing else is special.
+    In patterns ``*`` matches any characters including dots; nothing else is special.
 
     Attributes:
-        name: what to call these rules in messages.
+        name: the name of these rules in messages.
         specs: (pattern, spec text) in order; the first match decides.
-        layers: patterns of names that have a layer number, which is at ``{layer}``.
+        layers: patterns of name prefixes with a layer number at ``{layer}``.
         first: patterns of the names of the first pipeline stage.
         last: patterns of the names of the last one.
-        layers_per_stage: how many layers each stage has; as even as possible when None.
-        experts: patterns of names that have an expert number, which is at ``{expert}``.
-        embedding: names that also live in the last stage when the embeddings are tied …
-        head: … and none of these exists.
-        heads: names whose dim 0 is heads, which ranks that compute need whole.
-        apart: patterns of the names of another modality's tower, which no layer or stage
-            pattern is asked for: it is on the first stage.
-        written: the patterns a person wrote: one that decides nothing is likely a slip.
+        layers_per_stage: the number of layers of each stage; as even as possible when None.
+        experts: patterns of name prefixes with an expert number at ``{expert}``.
+        embedding: patterns of tensors that are also on the last stage if embeddings are tied and
+            no name matches ``head``.
+        head: patterns of a head that is stored.
+        heads: patterns of weights whose dim 0 is attention heads, which ranks need whole.
+        apart: patterns of the towers of other modalities, which are on the first stage; layer
+            and stage patterns are not applied to them.
+        written: the patterns of the user; one that matches nothing is likely a mistake.
     """
 
     name: str
@@ -123,12 +140,12 @@ class Rules:
             for pattern in patterns:
                 if pattern.count(f"{{{field}}}") != 1:
                     raise LayoutError(
-                        f'rules {self.name}: {field}s = "{pattern}" does not say where the number '
-                        f'is. Write {{{field}}} once in its place: "model.{field}s.{{{field}}}."'
+                        f'rules {self.name}: {field}s = "{pattern}" does not mark the number. '
+                        f'Write {{{field}}} once in its place: "model.{field}s.{{{field}}}."'
                     )
 
     def override(self, user: Rules) -> Rules:
-        """These rules with those of ``user`` asked first.
+        """Return these rules preceded by those of ``user``.
 
         >>> base = Rules("base", specs=(("*", "-"),))
         >>> base.override(Rules("mine", specs=(("a", "mp,-"),))).specs
@@ -158,10 +175,10 @@ class Rules:
 
 @cached(1024)
 def parse_spec(text: str, where: str) -> Spec:
-    """What a spec text says.
+    """Parse a spec; ``where`` is the prefix of messages.
 
     Raises:
-        LayoutError: it names an axis that there is not, or one twice; ``where`` leads the message.
+        LayoutError: an unknown or repeated axis.
 
     >>> parse_spec("ep+dp,-", "here").dims
     (('ep', 'dp'), ())
@@ -172,8 +189,8 @@ def parse_spec(text: str, where: str) -> Spec:
         straight, turned = (parse_spec(t, where).dims for t in text.split(EITHER, 1))
         if len(straight) != 3 or turned != (straight[0], straight[2], straight[1]):
             raise LayoutError(
-                f'{where} = "{text}": the specs on both sides of "or" are for three dims, of '
-                "which the last two are exchanged."
+                f'{where} = "{text}": the specs on both sides of "or" must have three dims, with '
+                "the last two exchanged."
             )
         return Spec(straight, other=turned)
     dims = tuple(_axes(part.strip(), text, where) for part in text.split(","))
@@ -181,8 +198,9 @@ def parse_spec(text: str, where: str) -> Spec:
     for axis in named:
         if named.count(axis) > 1:
             raise LayoutError(
-                f'{where} = "{text}" names the axis {axis} twice. '
-                "A rank has one coordinate on each axis, so each splits one dim."
+                f'{where} = "{text}" names the axis {axis} twice. Use it for one dim only: a '
+                "rank has "
+                "one coordinate on each axis."
             )
     return Spec() if dims == ((),) else Spec(dims)
 
@@ -202,7 +220,7 @@ def _axes(part: str, text: str, where: str) -> tuple[str, ...]:
 
 
 def describe(rules: Rules) -> str:
-    r"""The rules as a table a person reads.
+    r"""Return the rules as a text table.
 
     >>> print(describe(Rules("mine", specs=(("*.q_proj.weight", "mp,-"), ("*", "-")))))
     rules mine, first match wins
@@ -212,7 +230,7 @@ def describe(rules: Rules) -> str:
     width = max((len(p) for p, _ in rules.specs), default=0)
     lines = [f"rules {rules.name}, first match wins"]
     lines += [f"  {pattern:<{width}}  {text}" for pattern, text in rules.specs]
-    said = {
+    settings = {
         "layers": rules.layers,
         "first stage": rules.first,
         "last stage": rules.last,
@@ -222,20 +240,21 @@ def describe(rules: Rules) -> str:
         "head": rules.head,
         "apart, on the first stage": rules.apart,
     }
-    lines += [f"{name}: {', '.join(values)}" for name, values in said.items() if values]
+    lines += [f"{name}: {', '.join(values)}" for name, values in settings.items() if values]
     return "\n".join(lines)
 
 
 def check_rules(rules: object) -> None:
-    """Refuse what is no ``Rules``: the path of a file of them, say.
+    """Refuse a value that is not ``Rules``, such as the path of a file.
 
     Raises:
-        LayoutError: with what makes it some.
+        LayoutError: not ``Rules``.
     """
     if not isinstance(rules, Rules):
         raise LayoutError(
-            f"rules: {rules!r} is a {type(rules).__name__}, and no Rules. "
-            "jaxshard.read_rules(text) makes them of what a TOML file says."
+            f"rules: {rules!r} is a {type(rules).__name__}, expected Rules. Parse the text of a "
+            "TOML "
+            "file with jaxshard.read_rules(text)."
         )
 
 
@@ -249,15 +268,15 @@ _TABLES = {
 
 
 def read_rules(text: str, where: str = "rules") -> Rules:
-    r"""The rules written in ``text``; ``where`` (a path) leads the messages.
+    r"""Parse rules in TOML; ``where`` (a path) is the prefix of messages.
 
     Raises:
-        LayoutError: the text is no TOML, or says something that is no rule; with the line.
+        LayoutError: not TOML, or an invalid rule; with its line.
 
     >>> read_rules('[specs]\n"*.weight" = "mp,-"').specs
     (('*.weight', 'mp,-'),)
     """
-    data = parse_toml(text, where, "Patterns and specs stand in quotes.")
+    data = parse_toml(text, where, "Put patterns and specs in quotes.")
     reader = _TomlReader(text, where)
     reader.check_keys("", data, ("name", *_TABLES))
     tables = {table: reader.table(data, table) for table in _TABLES}
@@ -280,7 +299,7 @@ def read_rules(text: str, where: str = "rules") -> Rules:
 
 
 class _TomlReader:
-    """Checks one value after another and knows on which line a key stands."""
+    """Validates values, with the line of a key in errors."""
 
     def __init__(self, text: str, where: str) -> None:
         self._lines, self._where = text.splitlines(), where
@@ -296,29 +315,29 @@ class _TomlReader:
         for key in data:
             if key not in known:
                 inside = f"[{table}]" if table else "rules"
-                hint = did_you_mean(key, known) or f" There are: {', '.join(known)}."
+                hint = did_you_mean(key, known) or f" Known keys: {', '.join(known)}."
                 if not table:
-                    hint += ' A rule goes under [specs]: "PATTERN" = "mp,-".'
-                raise LayoutError(f"{self.at(key)}: {inside} have no {key!r}.{hint}")
+                    hint += ' Put rules under [specs]: "PATTERN" = "mp,-".'
+                raise LayoutError(f"{self.at(key)}: unknown key {key!r} in {inside}.{hint}")
 
     def table(self, data: dict[str, Any], name: str) -> dict[str, Any]:
         value = data.get(name, {})
         if not isinstance(value, dict):
             raise LayoutError(
-                f"{self.at(name)}: {name} is a table; write [{name}] on its own line."
+                f"{self.at(name)}: {name} must be a table. Write [{name}] on its own line."
             )
         return value
 
     def string(self, key: str, value: object) -> str:
         if not isinstance(value, str):
-            raise LayoutError(f"{self.at(key)}: {key} = {value!r}; write a text in quotes.")
+            raise LayoutError(f"{self.at(key)}: {key} = {value!r} must be a text in quotes.")
         return value
 
     def strings(self, key: str, value: object) -> tuple[str, ...]:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
             raise LayoutError(
-                f'{self.at(key)}: {key} = {value!r}; write a pattern, or a list: ["model.norm.*"].'
+                f'{self.at(key)}: {key} = {value!r} must be a pattern, or a list: ["model.norm.*"].'
             )
         return tuple(values)
 
@@ -327,7 +346,7 @@ class _TomlReader:
         for pattern in patterns:
             if pattern.count(f"{{{field}}}") != 1:
                 raise LayoutError(
-                    f'{self.at(key)}: {key} = "{pattern}" does not say where the number is. '
+                    f'{self.at(key)}: {key} = "{pattern}" does not mark the number. '
                     f'Write {{{field}}} once in its place: "model.{field}s.{{{field}}}.".'
                 )
         return patterns
@@ -341,14 +360,14 @@ class _TomlReader:
             or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
         ):
             raise LayoutError(
-                f"{self.at(key)}: {key} = {value!r}; write how many layers each stage has: [7, 9]."
+                f"{self.at(key)}: {key} = {value!r} must list the layers of each stage: [7, 9]."
             )
         return tuple(value)
 
     def spec(self, pattern: str, text: object) -> tuple[str, str]:
         if isinstance(text, dict):
             raise LayoutError(
-                f"{self.at(pattern)}: {pattern} is read as a table; put the pattern in quotes: "
+                f"{self.at(pattern)}: {pattern} is parsed as a table. Put the pattern in quotes: "
                 f'"{pattern}.…" = "mp,-".'
             )
         spec = self.string(pattern, text)

@@ -1,9 +1,9 @@
-"""Attention heads and expert dims: which dim a rule may cut.
+"""Dims that a rule may split: between attention heads, expert orders, quantization blocks.
 
     k_proj  (16, 64), heads of 8 rows, mp=8      2 rows each: a quarter of a head
 
-Such files are whole, and of use to programs that gather them; ranks that compute with what
-they hold need whole heads. This module knows shapes and ``config.json``.
+Files with parts of heads are complete for programs that gather them, but ranks that compute
+with their shards need whole heads. Shapes and ``config.json`` decide.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..errors import LayoutError, format_list
 from .match import Matcher, text_config, weight_name
 from .table import Rules, Spec
 
-_LATENT = ("kv_lora_rank", "qk_nope_head_dim")  # heads of which are of several lengths
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim")  # models whose heads have several lengths
 
 
 class Heads:
-    """Examines the placements of projections that make heads, or sum them."""
+    """Checks the placements of projections whose rows are attention heads."""
 
     def __init__(self, rules: Rules, config: Mapping[str, Any]) -> None:
         self._length = _head_length(text_config(config))
@@ -35,7 +35,7 @@ class Heads:
         self._known: dict[tuple[Placement, tuple[int, ...]], str] = {}
 
     def cut(self, name: str, kind: str, shape: tuple[int, ...], placement: Placement) -> str:
-        """The numbers of heads that the tensor parallel ranks cut, or nothing."""
+        """Describe the heads that tensor parallel ranks split, or return ""."""
         if not self._length or not shape or self._makers.find(name, kind) is None:
             return ""
         key = (placement, shape)
@@ -72,7 +72,7 @@ _ORDERS = ("(expert, out, in)", "(expert, in, out)")
 
 
 class Orientations:
-    """Decides between the two orders of a rule, for the tensors of ``shapes``."""
+    """Selects between the two orders of a rule for the tensors of ``shapes``."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ class Orientations:
         self._modules: dict[str, list[str]] = {}
 
     def choose(self, name: str, spec: Spec) -> Spec | str:
-        """The spec in the order of ``name``, or what is wrong."""
+        """Return the spec in the order of ``name``, or a description of the ambiguity."""
         shape = tuple(self._shapes[name])
         if len(shape) != len(spec.dims):
-            return spec.straight()  # which is then refused for its dims
+            return spec.straight()  # refused later because of its dims
         possible = self._possible(shape, spec)
         if len(possible) == 2:
-            told = [self._possible(*other) for other in self._others(name)]
-            sure = {next(iter(orders)) for orders in told if len(orders) == 1}
+            others = [self._possible(*other) for other in self._others(name)]
+            sure = {next(iter(orders)) for orders in others if len(orders) == 1}
             possible = sure if len(sure) == 1 else possible
         if len(possible) == 1:
             return spec.turned() if possible.pop() else spec.straight()
@@ -110,13 +110,13 @@ class Orientations:
         return f"{sizes} is {which} of {' and '.join(_ORDERS)}"
 
     def _possible(self, shape: Shape, spec: Spec) -> set[bool]:
-        """The orders that the sizes allow: as the rule is written, and turned (True)."""
+        """Return the orders that the sizes allow: as written (False) or turned (True)."""
         if len(shape) != len(spec.dims) or (self._experts and shape[0] not in self._experts):
             return set()
         hidden = self._hidden_size()
         if hidden is None:
             return {False, True}
-        at = 2 if spec.dims[1] else 1  # tensor parallel ranks share the inner size
+        at = 2 if spec.dims[1] else 1  # tensor parallel ranks split the inner size
         orders = {False: (shape[at], shape[3 - at]), True: (shape[3 - at], shape[at])}
         return {
             turned
@@ -126,7 +126,7 @@ class Orientations:
         }
 
     def _hidden_size(self) -> int | None:
-        """By ``config.json``, else by the embedding (tokens, hidden)."""
+        """Return the hidden size from ``config.json``, or from the embedding (tokens, hidden)."""
         if not self._hidden:
             found = (
                 shape[1]
@@ -138,7 +138,7 @@ class Orientations:
         return self._hidden[0] if self._hidden else None
 
     def _others(self, name: str) -> list[tuple[Shape, Spec]]:
-        """The other matrices of the module of ``name``, with their rules."""
+        """Return the other matrices of the module of ``name``, with their specs."""
         if not self._modules:
             for other in self._shapes:
                 self._modules.setdefault(other.rpartition(".")[0], []).append(other)
@@ -162,16 +162,16 @@ Placements = tuple[Placement, ...]
 
 
 class FactorKind(NamedTuple):
-    """What the end of a factor's name says.
+    """The properties of a factor, by the suffix of its name.
 
     Attributes:
-        weights: the ends that its weight's name may have instead.
-        first: the weight's dim that the factor's first dim belongs to.
-        ratios: stored elements of the weight in one of its values, as ints pack several.
-        alone: lengths of blocks that ``config.json`` need not give.
-        packs: itself several values in an element, of which none is for all rows or columns.
-        order: it numbers the group of each input, over all of the weight.
-        whole: the weight cannot be cut at all.
+        weights: the suffixes that its weight's name may have instead.
+        first: the weight's dim of the factor's first dim.
+        ratios: values per stored element of the weight, because ints pack several.
+        alone: block lengths that ``config.json`` may omit.
+        packs: an element of the factor packs several values, each for some rows or columns.
+        order: it holds the group index of each input, over the whole weight.
+        whole: the weight cannot be split.
     """
 
     weights: tuple[str, ...]
@@ -205,7 +205,7 @@ _MOST_SETTINGS = 10_000
 
 
 class _Stated(NamedTuple):
-    """The lengths of blocks that ``config.json`` gives: of rows, of columns, of either."""
+    """Block lengths in ``config.json``: of rows, of columns, of either."""
 
     rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
@@ -214,9 +214,9 @@ class _Stated(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)  # one for each kind: compared by identity
 class Granule:
-    """How many elements along a dim of a weight share a factor.
+    """The number of elements along a dim of a weight that share a factor.
 
-    ``exact`` is false where the last of the blocks is cut short, or their length is not known.
+    ``exact`` is False if the last block is shorter, or the length is unknown.
     """
 
     dim: int
@@ -225,11 +225,11 @@ class Granule:
     exact: bool = True
 
     def divides(self, elements: int, ways: int) -> bool:
-        """Whether ``ways`` equal parts of ``elements`` all end where a block does."""
+        """Return whether ``ways`` equal parts of ``elements`` all end at block boundaries."""
         return ways == 1 or (self.exact and elements / (ways * self.length) % 1 == 0)
 
     def misfit(self, shape: Shape, ways: int) -> str:
-        """The numbers of a cut inside a block, and those of one that fits."""
+        """Describe a split inside a block, and splits that fit."""
         elements, unit = shape[self.dim], ways * self.length
         pad = -(-elements // unit) * unit
         fits = [f"a divisor of {elements / self.length} fits"] if self.exact else []
@@ -242,7 +242,7 @@ class Granule:
 
 
 class Factors:
-    """The factors among the tensors of ``shapes``, and the weights that they are for."""
+    """The factors among the tensors of ``shapes``, and their weights."""
 
     def __init__(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> None:
         self._shapes = shapes
@@ -266,7 +266,7 @@ class Factors:
         self._followed: dict[tuple[Any, ...], tuple[Placements, Placements]] = {}
 
     def granules(self, weight: str) -> tuple[Granule, ...]:
-        """Where ``weight`` may be cut."""
+        """Return the granules at which ``weight`` may be split."""
         shape = tuple(self._shapes[weight])
         return tuple(
             granule
@@ -275,36 +275,36 @@ class Factors:
         )
 
     def follow(self, name: str, placements: Placements) -> Placements:
-        """The placements of the factors ``name`` when their weight's are ``placements``."""
+        """Return the placements of the factors ``name`` if their weight's are ``placements``."""
         kind, shape = self._kinds[name], tuple(self._shapes[name])
         ordered = self._order_of(name)
-        key = (id(placements), shape, kind.first, ordered)  # quicker than by what they say
+        key = (id(placements), shape, kind.first, ordered)  # identity is cheaper than a comparison
         if key not in self._followed:
             made = _followed(placements, shape, kind.first, ordered)
-            self._followed[key] = (made, placements)  # which so keeps its number
+            self._followed[key] = (made, placements)  # keeps its id in use
         return self._followed[key][0]
 
     def _order_of(self, name: str) -> frozenset[int]:
-        """The dims of the weight along which another tensor numbers the groups of all."""
+        """Return the dims of the weight whose groups another tensor indexes."""
         whole = frozenset[int]()
         return whole if self._kinds[name].order else self._ordered.get(self.weights[name], whole)
 
     def check(
         self, placements: Mapping[str, Placements], only: Iterable[str] | None = None
     ) -> None:
-        """Refuse placements that part a weight from its factors.
+        """Refuse placements that separate a weight from its factors.
 
         Raises:
-            LayoutError: the weights, with the numbers that fit.
+            LayoutError: the weights, with splits that fit.
         """
         wrong: dict[str, str] = {}
         seen: set[tuple[Any, ...]] = set()
         for name in self.weights if only is None else only:
             weight = self.weights[name]
-            lying = (placements.get(weight), placements.get(name))
+            pair = (placements.get(weight), placements.get(name))
             sizes = (self._shapes[weight], self._shapes[name])
-            key = (*map(id, lying), *sizes, _end(name), self._order_of(name))
-            if not all(lying) or key in seen:
+            key = (*map(id, pair), *sizes, _end(name), self._order_of(name))
+            if not all(pair) or key in seen:
                 continue
             seen.add(key)
             found = self._misfit(name, weight, placements)
@@ -340,7 +340,7 @@ class Factors:
 
 
 def _kind_end(name: str) -> str:
-    """The end of a factor's name that tells its kind, or nothing."""
+    """Return the suffix of a factor's name that determines its kind, or ""."""
     return next(filter(name.endswith, _ENDS)) if name.endswith(_ENDS) else ""
 
 
@@ -350,10 +350,10 @@ def _end(name: str) -> str:
 
 @cached(4096)
 def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Granule, ...]:
-    """What factors of the shape ``own``, whose name ends so, ask of a weight of ``shape``."""
+    """Return the granules of a weight of ``shape`` with factors of shape ``own``."""
     kind = _FACTOR_KINDS[_kind_end(f".{end}")]
     first = kind.first
-    strange = any(n > 1 for n in own[len(shape) - first :])  # dims that the weight does not have
+    strange = any(n > 1 for n in own[len(shape) - first :])  # dims that the weight lacks
     if kind.whole or strange:
         return tuple(Granule(d, Fraction(n), end, exact=False) for d, n in enumerate(shape))
     found = []
@@ -368,7 +368,7 @@ def _granules(shape: Shape, own: Shape, end: str, stated: _Stated) -> tuple[Gran
 def _block(
     elements: int, count: int, kind: FactorKind, stated: tuple[int, ...]
 ) -> tuple[Fraction, bool] | None:
-    """The length of the blocks of a dim, and whether all have it; None where any cut fits."""
+    """Return the block length of a dim and whether it is exact, or None if any split fits."""
     if count in (0, 1, elements):
         inside = kind.packs and count == 1 and elements in _PACKS
         return (Fraction(elements), True) if inside else None
@@ -378,7 +378,7 @@ def _block(
     found = {u for u in lengths if u > 1 and -(-elements // u) == count}
     even = Fraction(elements, count)
     if not found and not stated and even % 1 == 0 and int(even) & (int(even) - 1) == 0:
-        found = {even}  # of all powers of two, the only one that gives so many factors
+        found = {even}  # the only power of two that results in so many factors
     if not found:
         return even, False
     return min(found), all(u == even for u in found)
@@ -425,7 +425,7 @@ def _lengths(value: object) -> tuple[int, ...]:
 
 
 def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All keys and values under the settings of a quantization, wherever those are."""
+    """Yield all keys and values in quantization settings at any depth."""
     left: list[tuple[Any, bool]] = [(config, False)]
     while left:
         node, inside = left.pop()

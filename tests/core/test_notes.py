@@ -25,7 +25,7 @@ WEIGHTS = {f"{name}.weight": array for name, array in ARRAYS.items()}
 LAYOUT = Layout(4, {f"{name}.weight": placed for name, placed in BARE.placements.items()})
 
 MISSING = "no files of rank 2"  # what opening notes here
-IDLE = 'no tensor follows the rules for "lm_head.wieght"'  # what laying out notes
+IDLE = 'the rules for "lm_head.wieght" match'  # what laying out notes
 RULES = js.read_rules('[specs]\n"lm_head.wieght" = "-,-"\n"*" = "-"\n')
 
 

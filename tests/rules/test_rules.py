@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rules_models import LLAMA, H, V, llama, mine, moe
 
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Placement
-from jaxshard.core.patterns import Glob, Patterns, template
+from jaxshard.core.patterns import template
 from jaxshard.core.strategy import Strategy
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.rules import Rules, describe, layout, read_rules, rules_for
@@ -19,37 +15,6 @@ from jaxshard.rules.families import FAMILIES
 from jaxshard.rules.match import OPTIMIZER_PREFIXES, Matcher
 
 # ---------------------------------------------------------------------------- matching
-
-
-@given(
-    st.lists(st.sampled_from(["a", "b", "ab", ".", "*"]), max_size=8).map("".join),
-    st.lists(st.sampled_from(["a", "b", "."]), max_size=10).map("".join),
-)
-def test_a_star_is_any_characters(pattern: str, name: str) -> None:
-    oracle = ".*".join(re.escape(part) for part in pattern.split("*"))
-    assert Glob(pattern).matches(name) == bool(re.fullmatch(oracle, name, re.DOTALL))
-
-
-_names = st.builds(
-    "{}.{}.{}.{}".format,
-    st.sampled_from(["layers", "x"]),
-    st.integers(0, 12),
-    st.sampled_from(["experts.3", "w1", "w2", "1"]),
-    st.sampled_from(["weight", "bias"]),
-)
-_patterns = st.sampled_from(
-    ["*", "layers.1.*", "*.1.*", "*.w1.weight", "*1.weight", "*.w*.bias", "x.*.weight", "*.12.*"]
-)
-
-
-@given(st.lists(_patterns, max_size=5), st.lists(_names, max_size=12))
-def test_remembering_kinds_of_names_changes_no_answer(
-    patterns: list[str], names: list[str]
-) -> None:
-    remembered = Patterns(patterns)
-    for name in names:
-        plain = next((i for i, p in enumerate(patterns) if Glob(p).matches(name)), None)
-        assert remembered.find(name, template(name)) == plain
 
 
 def test_the_first_pattern_that_matches_decides() -> None:
@@ -181,7 +146,7 @@ def test_names_without_a_rule_are_one_error() -> None:
 
 
 def test_a_slip_in_a_name_is_shown_the_rule_that_nearly_fits() -> None:
-    with pytest.raises(LayoutError, match=r'The rule "lm_head.wieght" nearly fits'):
+    with pytest.raises(LayoutError, match=r'The rule "lm_head.wieght" is close'):
         layout({"lm_head.weight": (4, 4)}, Strategy(mp=2), mine(**{"lm_head.wieght": "-"}))
 
 
@@ -214,13 +179,13 @@ def test_uneven_dims_are_left_whole_when_asked_and_said() -> None:
     assert made.placements["lm_head.weight"][0].spec == ()
     assert made.placements["model.embed_tokens.weight"][0].spec == (("mp",),)
     (note,) = made.notes
-    assert note.startswith("left whole, for it does not divide: 1 dim: lm_head.weight dim 0")
+    assert note.startswith("left whole, because it does not divide: 1 dim: lm_head.weight dim 0")
 
 
 def test_a_rule_must_have_the_dims_of_its_tensor() -> None:
     with pytest.raises(LayoutError, match=r'w has shape \(2, 4, 4\), its rule is "mp,-"'):
         layout({"w": (2, 4, 4)}, Strategy(mp=2), mine(w="mp,-"))
-    with pytest.raises(LayoutError, match=r"the rule has other dims than 1 tensor"):
+    with pytest.raises(LayoutError, match=r"the rule does not have the dims of 1 tensor"):
         layout({"w": ()}, Strategy(mp=2), mine(w="mp"))
     assert layout({"w": (2, 4, 4)}, Strategy(mp=2), mine(w="-")).placements["w"][0].spec == ()
 
@@ -234,7 +199,7 @@ def test_a_policy_is_one_of_two(policy: str) -> None:
 def test_a_users_rule_that_decides_nothing_is_said() -> None:
     user = read_rules('[specs]\n"lm_head.wieght" = "-,-"\n"model.norm.*" = "-"')
     made = layout(llama(), Strategy(mp=2), LLAMA.override(user))
-    assert made.notes == ('no tensor follows the rules for "lm_head.wieght".',)
+    assert made.notes == ('the rules for "lm_head.wieght" match no tensor.',)
 
 
 # ---------------------------------------------------------------------------- optimizer shard
@@ -298,10 +263,10 @@ def test_names_of_another_framework_beside_a_config_are_seen() -> None:
 def test_a_model_that_nobody_knows_asks_for_rules() -> None:
     with pytest.raises(NotFoundError) as caught:
         rules_for(Model("qwen2_mo"), ["a.b", "c.d"])
-    assert "'qwen2_mo' is not known, nor are the names (a.b, c.d)" in str(caught.value)
+    assert "unknown model_type 'qwen2_mo' and tensor names (a.b, c.d)" in str(caught.value)
     assert "Did you mean" not in str(caught.value)  # a type of that name is another architecture
     assert "[specs]" in str(caught.value)
-    with pytest.raises(NotFoundError, match="no model_type is given"):
+    with pytest.raises(NotFoundError, match="no model_type, and unknown tensor names"):
         rules_for(None, ["a.b"])
 
 

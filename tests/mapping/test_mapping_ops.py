@@ -10,7 +10,6 @@ from mapping_random import Sizes, config_of, random_model
 from mapping_worlds import Memory, read_all, same
 
 from jaxshard.core.catalog import Model
-from jaxshard.core.patterns import Patterns, match, placeholders
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.mapping import (
     Drop,
@@ -49,40 +48,6 @@ def test_an_operation_on_one_layer_leaves_the_others() -> None:
     assert list(Mapping((Drop(("h.0.w",)),)).apply_arrays(LAYERS)) == ["h.1.w", "h.2.w", "h.10.w"]
     with pytest.raises(NotFoundError, match=r"no rule for 3 of 4 names: h\.0\.w, h\.2\.w"):
         Mapping((Expect(("h.1.{x}",)),)).apply_arrays(LAYERS)
-
-
-@pytest.mark.parametrize(
-    ("patterns", "name", "found"),
-    [
-        (["h.{layer}.w", "h.1.w"], "h.1.w", 0),
-        (["h.1.w", "h.{layer}.w"], "h.1.w", 0),
-        (["h.1.w", "h.{layer}.w"], "h.0.w", 1),
-        (["{x*}.1.w", "h.{layer}.w"], "h.2.w", 1),
-        (["h.{x*}1.w", "h.{layer}.w"], "h.11.w", 0),
-        (["h.{x*}1.w", "h.{layer}.w"], "h.12.w", 1),
-        (["{layer}.{layer}", "{x}.{layer}"], "3.4", 1),
-        (["{layer}.{layer}", "{x}.{layer}"], "3.3", 0),
-        (["w1.{layer}"], "w2.0", None),
-    ],
-)
-@pytest.mark.parametrize("before", [(), ("h.0.w", "h.7.w", "3.3", "w1.1"), ("3.4", "h.2.w")])
-def test_patterns_answer_as_if_each_were_asked(patterns, name, found, before) -> None:
-    asked = Patterns(patterns, placeholders)
-    for other in (*before, name):
-        every = [i for i, p in enumerate(patterns) if match(p, other) is not None]
-        assert asked.find(other) == min(every, default=None)
-    assert asked.find(name) == found
-
-
-def test_names_of_one_kind_are_asked_about_once() -> None:
-    patterns = Patterns(
-        ["model.layers.61.{rest*}", "model.layers.{layer}.mlp.{expert}.w"], placeholders
-    )
-    for layer in range(62):
-        for expert in range(50):
-            patterns.find(f"model.layers.{layer}.mlp.{expert}.w")
-    assert patterns.num_compared == 2 + 1  # a kind of layer 61, and one of all others
-    assert patterns.find("model.layers.61.mlp.3.w") == 0
 
 
 DEEPSEEK = Sizes(layers=11, dense=3, mtp=1)

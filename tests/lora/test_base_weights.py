@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from test_lora import QUICK
-from test_lora_peft import adapted, peft, torch, transformers, weights
+from test_lora_merge import adapted, peft, torch, transformers, weights
 
 import jaxshard
 from jaxshard.api import convert
