@@ -73,7 +73,7 @@ def test_a_tied_embedding_lives_in_the_first_and_the_last_stage() -> None:
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(LayoutError, match="4 pipeline stages, but the names have 3 layers"):
         layout(llama(3), Strategy(pp=4), LLAMA)
-    with pytest.raises(LayoutError, match="do not say which names have a layer"):
+    with pytest.raises(LayoutError, match="have no layer patterns"):
         layout({"w": (4,)}, Strategy(pp=2), mine(w="-"))
     wrong = Rules("wrong", specs=LLAMA.specs, layers=("blocks.{layer}.",))
     with pytest.raises(LayoutError, match=r"but 0 layers by the names \(blocks"):
