@@ -82,8 +82,7 @@ def plan(
     ``workers`` and ``host_bytes`` matter, because blocks are as large as they allow.
     """
     result, run = split(options)
-    prepared = prepare(source, to, destination=destination, **result)
-    made = prepared.plan
+    made = prepare(source, to, destination=destination, **result).plan
     log_notes(made.source.root, made.notes, made.source.logged)
     part = part_of(run.get("process_index"), run.get("process_count"), os.environ)
     return part_plan(made, part)
@@ -106,9 +105,9 @@ def convert(
             (``out.safetensors``). It is published atomically.
         to: ``"full"``, a strategy (``"dp2mp4pp2"``), strategy files, ``"same"``, or a ``Layout``.
         progress: called with the total byte count; returns a callback that receives bytes written.
-        options: those of ``prepare`` decide the result (include, exclude, rank, rules,
-            remove_redundancy …), those of ``execute`` how it is made (overwrite, resume, workers,
-            host_bytes, fsync …). Each is a flag of ``jaxshard convert`` too.
+        options: those of ``prepare`` decide the plan (include, exclude, rank, rules,
+            remove_redundancy, workers, host_bytes …), those of ``execute`` how it is executed
+            (overwrite, resume, fsync …). Each is also a flag of ``jaxshard convert``.
 
     Raises:
         JaxshardError: one of five kinds, each with a remedy; see ``errors``.
