@@ -46,7 +46,15 @@ from .make_arrays import (
     restored_by_orbax,
 )
 from .read import carry
-from .requests import ArrayRequest, Devices, LoadOptions, LoadRequest, TensorRequest, files_of, jobs
+from .requests import (
+    ArrayRequest,
+    Devices,
+    LoadOptions,
+    LoadRequest,
+    TensorRequest,
+    files_of,
+    requests_of,
+)
 from .shard_memory import (
     check_memory,
     need_of,
@@ -261,8 +269,8 @@ def _read(
 ) -> tuple[list[jax.Array], Counts]:
     """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
     small, rest = small_of(wants, mmap=options.mmap, fetched=is_remote(catalog.root))
-    found = jobs([wants[place] for place in rest])
-    todo = [job for job, _ in found]
+    found = requests_of([wants[place] for place in rest])
+    todo = [request for request, _ in found]
     need = need_of(todo, extra_bytes + small.num_bytes, adopted=not options.copy)
     budget, in_flight = share_out(need, options.host_bytes, options.workers)
     check_memory(need, budget.host_bytes, in_flight or 0)
@@ -309,8 +317,8 @@ def _check_sums(catalog: Catalog, files: Source, used: Iterable[int], options: L
 
 
 def _pin_for(todo: Sequence[TensorRequest]) -> Pin | None:
-    """How memory is pinned that passes to the devices of these jobs."""
-    devices = (device for job in todo for use in job.uses for device, _ in use[:1])
+    """How memory is pinned that passes to the devices of these requests."""
+    devices = (device for request in todo for use in request.uses for device, _ in use[:1])
     return next((pin for device in devices if (pin := pin_for(device))), None)
 
 

@@ -1,11 +1,11 @@
 """Arrays from filled buffers: ``make_array_from_single_device_arrays``.
 
-    CPU     the memory becomes the array's own; replicas share it
-    others  one transfer for each distinct shard, replicas copied from device to device;
-            the CPU as well, where arrays are to own their memory
+    CPU     the array aliases the buffer; replicas share it
+    others  one transfer per distinct shard, then copies from device to device for replicas;
+            also on CPU devices with ``copy=True``
 
-Both ways make an array from what each device of this process gets: ``device_put`` of a
-whole NumPy array would, on several processes, gather it from all of them to compare.
+An array is always made from the shards of this process's devices: ``device_put`` of a whole
+NumPy array compares it with those of all processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .requests import (
     ArrayRequest,
     TensorRequest,
     adopts,
-    jobs,
+    requests_of,
 )
 from .shard_memory import (
     as_array,
@@ -46,29 +46,31 @@ Shaped = NDArray[np.generic]
 Use = Sequence[tuple[jax.Device, int]]
 
 
-def place(job: TensorRequest, memory: Sequence[Bytes], *, adopted: bool = True) -> list[jax.Array]:
-    """The arrays of a job whose shards are in ``memory``, one for each want.
+def place(
+    request: TensorRequest, memory: Sequence[Bytes], *, adopted: bool = True
+) -> list[jax.Array]:
+    """Make the arrays of ``request``, whose shards are in ``memory``.
 
-    Where host memory is copied to the device, the copy is complete. CPU devices copy it too if
-    it is not to be ``adopted``, and lies so that they cannot.
+    Transfers are complete at the return. CPU devices alias the memory if ``adopted``; otherwise
+    it is unaligned, so they copy it.
     """
-    shards = [as_array(m, shard) for m, shard in zip(memory, job.shards, strict=True)]
+    shards = [as_array(m, shard) for m, shard in zip(memory, request.shards, strict=True)]
     arrays = []
-    for want, use in zip(job.wants, job.uses, strict=True):
+    for want, use in zip(request.wants, request.uses, strict=True):
         with keeping_64_bits(want.dtype.itemsize):
             if adopted and adopts([device for device, _ in use]):
-                arrays.append(_adopted(job, want, use, shards))
+                arrays.append(_adopted(request, want, use, shards))
             else:
-                arrays.append(_transferred(job, want, use, shards))
+                arrays.append(_transferred(request, want, use, shards))
     return arrays
 
 
 def _adopted(
-    job: TensorRequest, want: ArrayRequest, use: Use, shards: Sequence[Shaped]
+    request: TensorRequest, want: ArrayRequest, use: Use, shards: Sequence[Shaped]
 ) -> jax.Array:
-    """An array whose memory is that of ``shards``."""
-    shape = job.tensor.shape
-    if not use:  # all its devices are other processes'; JAX would still ask for a shard
+    """Make an array that aliases ``shards``."""
+    shape = request.tensor.shape
+    if not use:  # no device is of this process, but the callback would be called
         return jax.make_array_from_single_device_arrays(shape, want.sharding, [], dtype=want.dtype)
     indices = want.sharding.addressable_devices_indices_map(shape)
     at = {_key(indices[device]): shards[number] for device, number in use}
@@ -78,9 +80,9 @@ def _adopted(
 
 
 def _transferred(
-    job: TensorRequest, want: ArrayRequest, use: Use, shards: Sequence[Shaped]
+    request: TensorRequest, want: ArrayRequest, use: Use, shards: Sequence[Shaped]
 ) -> jax.Array:
-    """An array on other devices: host to device once a shard, then between devices."""
+    """Transfer each shard to one device, and from there to its replicas."""
     at: dict[int, jax.Device] = {}
     for device, number in use:
         at.setdefault(number, device)
@@ -91,7 +93,7 @@ def _transferred(
         for device, number in use
     ]
     array = jax.make_array_from_single_device_arrays(
-        job.tensor.shape, want.sharding, parts, dtype=want.dtype
+        request.tensor.shape, want.sharding, parts, dtype=want.dtype
     )
     array.block_until_ready()
     return array
@@ -102,28 +104,28 @@ def _key(index: tuple[slice, ...] | None) -> tuple[tuple[int | None, int | None]
 
 
 def keeping_64_bits(itemsize: int) -> AbstractContextManager[object]:
-    """Where JAX leaves 64-bit elements as they are; outside, it cuts them to 32 silently."""
+    """Enable 64-bit dtypes for elements of 8 bytes, which JAX otherwise truncates silently."""
     return jax.enable_x64(True) if itemsize >= 8 else nullcontext()
 
 
 def check_dtypes(
-    jobs: Sequence[TensorRequest],
+    requests: Sequence[TensorRequest],
     others: Iterable[tuple[str, np.dtype[np.generic], jax.Device]] = (),
 ) -> None:
-    """Refuse dtypes that a device cannot hold, by putting one element there.
+    """Check that the devices support the dtypes, by transferring one element of each.
 
     Args:
-        jobs: what is loaded.
-        others: names, dtypes and devices of what is loaded besides.
+        requests: tensors to load.
+        others: names, dtypes and devices of further tensors.
 
     Raises:
-        LayoutError: with the names of some tensors, and what JAX says.
+        LayoutError: with the name of a tensor and the error of JAX.
     """
     tried: set[tuple[str, np.dtype[np.generic]]] = set()
     used = (
-        (job.tensor.name, want.dtype, device)
-        for job in jobs
-        for want, use in zip(job.wants, job.uses, strict=True)
+        (request.tensor.name, want.dtype, device)
+        for request in requests
+        for want, use in zip(request.wants, request.uses, strict=True)
         for device, _ in use[:1]
     )
     for name, dtype, device in chain(used, others):
@@ -133,16 +135,16 @@ def check_dtypes(
         try:
             with keeping_64_bits(dtype.itemsize):
                 made = jax.device_put(np.zeros(1, dtype), device)
-        except Exception as error:  # whatever the backend raises, it means no
+        except Exception as error:  # backends raise different types
             raise _lacks(name, dtype, device, str(error)) from error
         if made.dtype != dtype:
-            raise _lacks(name, dtype, device, f"it made {made.dtype} of it")
+            raise _lacks(name, dtype, device, f"it returned {made.dtype}")
 
 
-def _lacks(name: str, dtype: np.dtype[np.generic], device: jax.Device, said: str) -> LayoutError:
+def _lacks(name: str, dtype: np.dtype[np.generic], device: jax.Device, why: str) -> LayoutError:
     return LayoutError(
-        f"{name}: {device} does not take {dtype.name} ({said.splitlines()[0]}). Load it "
-        "with dtype=, or leave such tensors out with exclude=."
+        f"{name}: {device} does not support {dtype.name} ({why.splitlines()[0]}). Load it "
+        "with another dtype=, or leave such tensors out with exclude=."
     )
 
 
@@ -150,7 +152,7 @@ def _lacks(name: str, dtype: np.dtype[np.generic], device: jax.Device, said: str
 
 
 def restored_by_orbax(catalog: Catalog, wants: Sequence[ArrayRequest]) -> bool:
-    """Whether Orbax can make every array: each is a tensor as stored, and wanted once."""
+    """Return whether Orbax can make every array: as stored, and requested once."""
     names = [want.tensor.name for want in wants]
     return (
         isinstance(format_of(catalog.format), Orbax)
@@ -162,10 +164,10 @@ def restored_by_orbax(catalog: Catalog, wants: Sequence[ArrayRequest]) -> bool:
 def restore(
     catalog: Catalog, wants: Sequence[ArrayRequest], host_bytes: int | None
 ) -> tuple[list[jax.Array], Counts]:
-    """The arrays of ``wants``, in their order, and what was read.
+    """Load the arrays of ``wants`` with Orbax; also return the read statistics.
 
-    Orbax does not tell how many bytes of its files that took; they are counted as those of
-    the distinct shards, and a request for each tensor.
+    Orbax does not report the bytes that it reads; they are counted as those of the distinct
+    shards, with one read per tensor.
 
     Raises:
         LayoutError: there is not the memory, or a device lacks a dtype.
@@ -173,16 +175,18 @@ def restore(
     """
     from ..formats import orbax  # noqa: PLC0415 - a second to import, and rarely needed
 
-    todo = [job for job, _ in jobs(wants)]
+    todo = [request for request, _ in requests_of(wants)]
     group_bytes = default_budget() if host_bytes is None else host_bytes
-    largest = max((job.tensor.num_bytes for job in todo), default=0)
+    largest = max((request.tensor.num_bytes for request in todo), default=0)
     check_memory(need_of(todo), max(group_bytes, largest))
     check_dtypes(todo)
     versions = FolderVersions(catalog.root)
     found = orbax.load(catalog, {w.tensor.name: (w.dtype, w.sharding) for w in wants}, group_bytes)
     versions.check()
     num_bytes = sum(
-        job.tensor.dtype.bits * shard.box.size // 8 for job in todo for shard in job.shards
+        request.tensor.dtype.bits * shard.box.size // 8
+        for request in todo
+        for shard in request.shards
     )
     counts = Counts(bytes_needed=num_bytes, bytes_read=num_bytes, num_reads=len(todo))
     return [found[want.tensor.name] for want in wants], counts

@@ -32,7 +32,7 @@ from .shard_memory import RequestBuffers, staged_bytes
 
 
 def carry(
-    jobs: Sequence[TensorRequest],
+    requests: Sequence[TensorRequest],
     source: Source,
     *,
     budget: Budget,
@@ -40,17 +40,17 @@ def carry(
     adopted: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[list[jax.Array]], Counts]:
-    """The arrays of every job, and the counts of what was read.
+    """Make the arrays of every request; also return the read statistics.
 
     Args:
-        jobs: what is wanted, in the order of the files.
-        source: where bytes come from.
+        requests: in the order of the files.
+        source: the files.
         budget: threads and the size of their blocks.
-        staging: memory for what is copied to devices; closed with the load.
-        adopted: whether CPU devices use the memory that was read into.
-        progress: told of bytes as they are read.
+        staging: buffers for transfers to devices; closed with the load.
+        adopted: CPU devices alias the buffers.
+        progress: called with the bytes of each read.
     """
-    carried = _LoadSink(jobs, source, staging or BufferPool(0), adopted=adopted)
+    carried = _LoadSink(requests, source, staging or BufferPool(0), adopted=adopted)
     try:
         counts = run(
             carried.moves(),
@@ -66,7 +66,7 @@ def carry(
 
 
 class _LoadSink(Sink):
-    """The jobs of one load: those not begun, in flight, and done.
+    """Buffers of the requests of one load: pending, in flight and complete.
 
     Raises:
         CoverageError: the source lacks part of a shard.
@@ -76,12 +76,20 @@ class _LoadSink(Sink):
     is_memory = True
 
     def __init__(
-        self, jobs: Sequence[TensorRequest], source: Source, staging: BufferPool, *, adopted: bool
+        self,
+        requests: Sequence[TensorRequest],
+        source: Source,
+        staging: BufferPool,
+        *,
+        adopted: bool,
     ) -> None:
-        self._jobs, self._staging, self._adopted = jobs, staging, adopted
+        self._requests, self._staging, self._adopted = requests, staging, adopted
         mapped = source if isinstance(source, MappedFiles) else None
-        given = [in_place(job, mapped) if mapped else {} for job in jobs]
-        self.todo = [(job, have, job.move(have)) for job, have in zip(jobs, given, strict=True)]
+        given = [in_place(request, mapped) if mapped else {} for request in requests]
+        self.todo = [
+            (request, have, request.move(have))
+            for request, have in zip(requests, given, strict=True)
+        ]
         self._memory: dict[str, RequestBuffers] = {}
         self._done: dict[str, list[jax.Array]] = {}
         self._lock = threading.Lock()
@@ -92,10 +100,10 @@ class _LoadSink(Sink):
         self._staging.stop()
 
     def moves(self) -> Iterator[TensorCopy]:
-        """The journeys, each once there is memory for it."""
+        """Yield the copy of each request as soon as its buffers are allocated."""
         self._ahead.start()
-        for job, given, move in self.todo:
-            memory = self._memory_for(job, given)
+        for request, given, move in self.todo:
+            memory = self._memory_for(request, given)
             if memory is None:
                 return
             if move is None:
@@ -104,12 +112,12 @@ class _LoadSink(Sink):
             memory.left_bytes = sum(
                 target.box.size * move.unit_bytes * len(target.ranks) for target in move.targets
             )
-            self._memory[job.tensor.name] = memory
+            self._memory[request.tensor.name] = memory
             self._ahead.reached(move)
             yield move
 
     def close(self) -> None:
-        """Let go of what is only needed on the way."""
+        """Release temporary resources."""
         self._ahead.close()
         self._staging.close()
 
@@ -130,41 +138,41 @@ class _LoadSink(Sink):
         return len(shards)
 
     def arrays(self) -> list[list[jax.Array]]:
-        return [self._done[job.tensor.name] for job in self._jobs]
+        return [self._done[request.tensor.name] for request in self._requests]
 
     def _finish(self, memory: RequestBuffers) -> None:
-        job = memory.job
-        self._done[job.tensor.name] = place(job, memory.shards, adopted=self._adopted)
+        request = memory.request
+        self._done[request.tensor.name] = place(request, memory.shards, adopted=self._adopted)
         memory.shards.clear()
         if memory.staged is not None:
             self._staging.give(memory.staged)
 
-    def _memory_for(self, job: TensorRequest, given: dict[int, Bytes]) -> RequestBuffers | None:
-        """Where ``job`` is read to; waits for room, and is None if the load has stopped."""
-        if is_kept(job, adopted=self._adopted):
-            return RequestBuffers(job, given)
-        staged = self._staging.take(staged_bytes(job))
-        return None if staged is None else RequestBuffers(job, given, staged)
+    def _memory_for(self, request: TensorRequest, given: dict[int, Bytes]) -> RequestBuffers | None:
+        """Allocate the buffers of ``request``; wait if necessary. None if the load has stopped."""
+        if is_kept(request, adopted=self._adopted):
+            return RequestBuffers(request, given)
+        staged = self._staging.take(staged_bytes(request))
+        return None if staged is None else RequestBuffers(request, given, staged)
 
 
-def in_place(job: TensorRequest, mapped: MappedFiles) -> dict[int, Bytes]:
-    """The shards of ``job`` that lie in a file as the CPU backend would have them in memory."""
-    devices: dict[int, list[jax.Device]] = {number: [] for number in range(len(job.shards))}
-    for use in job.uses:
+def in_place(request: TensorRequest, mapped: MappedFiles) -> dict[int, Bytes]:
+    """Return the shards of ``request`` that the CPU backend can alias in a mapped file."""
+    devices: dict[int, list[jax.Device]] = {number: [] for number in range(len(request.shards))}
+    for use in request.uses:
         for device, number in use:
             devices[number].append(device)
     found = {}
-    for number, shard in enumerate(job.shards):
+    for number, shard in enumerate(request.shards):
         if shard.conversion.is_copy and shard.box.size and adopts(devices[number]):
-            memory = _stored(job, number, mapped)
+            memory = _stored(request, number, mapped)
             if memory is not None and is_aligned(memory):
                 found[number] = memory
     return found
 
 
-def _stored(job: TensorRequest, number: int, mapped: MappedFiles) -> Bytes | None:
-    """The shard's bytes in a file, if they are one run of one piece."""
-    shard, tensor = job.shards[number], job.tensor
+def _stored(request: TensorRequest, number: int, mapped: MappedFiles) -> Bytes | None:
+    """Return the shard's bytes in a file, if they are one run of one stored shard."""
+    shard, tensor = request.shards[number], request.tensor
     if tensor.factors is not None:
         return None
     for piece in tensor.shards:

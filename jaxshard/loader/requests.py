@@ -4,8 +4,8 @@
                  w: whole on devices 0 and 1               w[2:4] → device 1
                                                            w[0:4] → devices 0 and 1
 
-Each shard is read once, however many devices and wants it serves. This module knows no
-files and makes no array.
+Each shard is read once for all its devices and arrays. This module does no I/O and makes no
+array.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Devices = Sequence[jax.Device] | Mesh | None
 
 @dataclass(frozen=True, slots=True)
 class ArrayRequest:
-    """A tensor of the source, as an array of ``dtype`` with ``sharding``."""
+    """An array of ``dtype`` with ``sharding``, made from a tensor of the source."""
 
     tensor: Tensor
     dtype: NumpyDType
@@ -42,11 +42,11 @@ class ArrayRequest:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Everything asked for, and how the arrays become what the caller gets."""
+    """All arrays of a load, and how they become the result for the caller."""
 
     wants: tuple[ArrayRequest, ...]
     build: Callable[[Sequence[jax.Array]], Any] = field(repr=False)
-    notes: tuple[str, ...] = ()  # of the layout, where one was made
+    notes: tuple[str, ...] = ()  # of the layout, if the target has one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,24 +80,24 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class ShardRequest:
-    """A distinct box of a tensor in one dtype: memory that is filled once."""
+    """A distinct box of a tensor in one dtype: one buffer, filled once."""
 
     box: Box
     conversion: Conversion
 
     @property
     def num_bytes(self) -> int:
-        """Bytes it takes in memory."""
+        """Bytes of the buffer."""
         return self.conversion.num_bytes(self.box.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRequest:
-    """All that is wanted of one tensor.
+    """All arrays of one tensor.
 
     Attributes:
-        shards: what must be filled; ``Target.ranks`` of a move are indices into them.
-        uses: for each want, the shard each of its devices gets, in JAX's order of devices.
+        shards: the buffers to fill; ``Target.ranks`` of a copy are indices into them.
+        uses: for each array, its devices in JAX's order and their shards.
     """
 
     tensor: Tensor
@@ -111,7 +111,7 @@ class TensorRequest:
         return sum(shard.num_bytes for shard in self.shards)
 
     def move(self, but: Iterable[int] = ()) -> TensorCopy | None:
-        """The journey of the bytes into the shards, apart from those of ``but``.
+        """Return the copy of the stored bytes to the shards, except those of ``but``.
 
         Raises:
             CoverageError: the source lacks part of a shard.
@@ -126,7 +126,7 @@ class TensorRequest:
             if not targets:
                 return None
             move = move_into(self.tensor, targets)
-            move.cells  # noqa: B018 - what is not covered is found before anything is read
+            move.cells  # noqa: B018 - checks coverage before any I/O
             return move
         except JaxshardError as error:
             raise type(error)(f"{self.tensor.name}: {error}") from None
@@ -137,24 +137,27 @@ def adopts(devices: Sequence[jax.Device]) -> bool:
     return all(device.platform == "cpu" for device in devices)
 
 
-def is_kept(job: TensorRequest, *, adopted: bool = True) -> bool:
-    """Return whether arrays of ``job`` alias the memory it is read into."""
-    return adopted and any(adopts([device for device, _ in use]) for use in job.uses)
+def is_kept(request: TensorRequest, *, adopted: bool = True) -> bool:
+    """Return whether arrays of ``request`` alias the memory it is read into."""
+    return adopted and any(adopts([device for device, _ in use]) for use in request.uses)
 
 
-def jobs(wants: Sequence[ArrayRequest]) -> tuple[tuple[TensorRequest, tuple[int, ...]], ...]:
-    """A job for each tensor, and the places of its wants in ``wants``, in the files' order."""
+def requests_of(wants: Sequence[ArrayRequest]) -> tuple[tuple[TensorRequest, tuple[int, ...]], ...]:
+    """Group ``wants`` by tensor, in the order of the files; also return their indices."""
     by_tensor: dict[str, list[int]] = {}
     for number, want in enumerate(wants):
         by_tensor.setdefault(want.tensor.name, []).append(number)
-    found = [(_job([wants[n] for n in numbers]), tuple(numbers)) for numbers in by_tensor.values()]
+    found = [
+        (_tensor_request([wants[n] for n in numbers]), tuple(numbers))
+        for numbers in by_tensor.values()
+    ]
     return tuple(sorted(found, key=lambda item: _first_byte(item[0].tensor)))
 
 
-def files_of(jobs: Iterable[TensorRequest]) -> Iterator[int]:
-    """The numbers of the files that ``jobs`` are read from, some of them several times."""
-    for job in jobs:
-        move = job.move()
+def files_of(requests: Iterable[TensorRequest]) -> Iterator[int]:
+    """Yield the numbers of the files that ``requests`` read, with repetitions."""
+    for request in requests:
+        move = request.move()
         if move is None:
             continue
         for cell in move.cells:
@@ -163,7 +166,7 @@ def files_of(jobs: Iterable[TensorRequest]) -> Iterator[int]:
             yield from (piece.file for piece in operand.shards)
 
 
-def _job(wants: Sequence[ArrayRequest]) -> TensorRequest:
+def _tensor_request(wants: Sequence[ArrayRequest]) -> TensorRequest:
     tensor = wants[0].tensor
     numbers: dict[ShardRequest, int] = {}
     uses = []

@@ -1,8 +1,8 @@
-"""Buffers of shards: aligned, pre-faulted or pinned.
+"""Host memory of a load: the buffers of its shards, and the budget for them.
 
-Touching fresh memory costs more than reading a warm file, so every distinct shard is
-allocated once, and what is given to JAX is never written again: ``device_put`` keeps
-aligned memory instead of copying it, writable or not.
+A page fault costs more than reading a cached file, so each distinct shard is allocated once.
+A buffer is never written again after it was passed to JAX, because ``device_put`` aliases
+aligned memory instead of copying it, even if it is writable.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from .requests import (
 
 
 def as_array(memory: Bytes, shard: ShardRequest) -> NDArray[np.generic]:
-    """``memory`` as the array that ``shard`` is."""
+    """Return ``memory`` as the NumPy array of ``shard``."""
     return memory.view(shard.conversion.dtype).reshape(shard.box.shape)
 
 
-def staged_bytes(job: TensorRequest) -> int:
-    """How much memory the shards of ``job`` take on their way to a device."""
-    return UNALIGNED + sum(_apart(shard.num_bytes) for shard in job.shards)
+def staged_bytes(request: TensorRequest) -> int:
+    """Return the transfer buffer size for the shards of ``request``."""
+    return UNALIGNED + sum(_apart(shard.num_bytes) for shard in request.shards)
 
 
 def _apart(num_bytes: int) -> int:
@@ -49,23 +49,23 @@ def _apart(num_bytes: int) -> int:
 
 
 class RequestBuffers:
-    """The memory of one job's shards while it is being filled."""
+    """Buffers of one request's shards while they are filled."""
 
-    __slots__ = ("_direct", "_prepare", "job", "left_bytes", "shards", "staged")
+    __slots__ = ("_direct", "_prepare", "left_bytes", "request", "shards", "staged")
 
     def __init__(
-        self, job: TensorRequest, given: dict[int, Bytes], staged: Bytes | None = None
+        self, request: TensorRequest, given: dict[int, Bytes], staged: Bytes | None = None
     ) -> None:
-        """Allocate all shards but those of ``given``, which are filled already.
+        """Allocate all shards but those of ``given``, which are complete.
 
-        With memory that is ``staged`` (`staged_bytes` of it), they lie there, one after the
-        other, where CPU devices do not use them in place.
+        If there is a transfer buffer ``staged`` (of `staged_bytes`), the shards are allocated in
+        it, at addresses that CPU devices do not alias.
         """
-        self.job, self.staged = job, staged
+        self.request, self.staged = request, staged
         self._prepare: list[Prepare | None] = []
         self.shards: list[Bytes] = []
         at = UNALIGNED
-        for number, shard in enumerate(job.shards):
+        for number, shard in enumerate(request.shards):
             memory, prepare = given.get(number), None
             if memory is None and staged is not None:
                 memory = staged[at : at + shard.num_bytes]
@@ -74,11 +74,11 @@ class RequestBuffers:
                 memory, prepare = allocate(shard.num_bytes)
             self.shards.append(memory)
             self._prepare.append(prepare)
-        self._direct = [shard.conversion.is_copy for shard in job.shards]
+        self._direct = [shard.conversion.is_copy for shard in request.shards]
         self.left_bytes = 0
 
     def place(self, shards: tuple[int, ...], offset: int, num_bytes: int) -> memoryview | None:
-        """Where those stored bytes of a box lie in the end, if that is one place."""
+        """Return the destination of these stored bytes of a box, if they have exactly one."""
         if len(shards) != 1 or not self._direct[shards[0]]:
             return None
         prepare = self._prepare[shards[0]]
@@ -87,31 +87,31 @@ class RequestBuffers:
         return self.shards[shards[0]][offset : offset + num_bytes].data
 
     def fill(self, shards: tuple[int, ...], offset: int, data: memoryview) -> None:
-        """Put stored bytes of a box into every shard that wants them, unless they were placed."""
+        """Copy stored bytes of a box to every shard that needs them, unless they are in place."""
         if len(shards) == 1 and self._direct[shards[0]]:
             return
         for number in shards:
-            conversion = self.job.shards[number].conversion
+            conversion = self.request.shards[number].conversion
             conversion.fill(self.shards[number], offset, np.frombuffer(data, np.uint8))
 
 
-# --- Memory budget of a load, checked before it begins
+# --- Memory budget, checked before the load
 
 _CGROUP = Path("/sys/fs/cgroup")
-_SPARE_BYTES = 64 << 20
-_BLOCK_BYTES = 2 << 20
-_LEAST_STAGING_BYTES = 128 << 20
-_MOST_STAGING_BYTES = 512 << 20
+_SPARE_BYTES = 64 << 20  # for allocations that are not counted
+_BLOCK_BYTES = 2 << 20  # that fit a core's L2 cache on current servers
+_MIN_STAGING_BYTES = 128 << 20  # below, transfers of small tensors wait for each other
+_MAX_STAGING_BYTES = 512 << 20  # more was not faster
 
 
 def load_budget(host_bytes: int, workers: int) -> Budget:
-    """Threads and blocks for ``host_bytes``: larger blocks than between files, if they fit.
+    """Choose threads and blocks for ``host_bytes``; blocks are larger than between files.
 
-    A block that goes into memory is written in a few long copies, so that fewer steps
-    between blocks save more than a colder cache costs.
+    A block is copied to memory in a few long runs, so the lower number of blocks saves more
+    time than the lower cache hit rate costs.
 
     Raises:
-        LayoutError: not even one thread with the smallest block fits.
+        LayoutError: the budget is too small for one thread.
     """
     budget = fit_budget(host_bytes, workers)
     larger = replace(budget, block_bytes=_BLOCK_BYTES)
@@ -120,12 +120,12 @@ def load_budget(host_bytes: int, workers: int) -> Budget:
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Host memory that a load takes.
+    """Host memory that a load needs.
 
     Attributes:
         kept_bytes: distinct shards that become arrays on CPU devices.
-        largest_bytes: the most that one tensor's shards take on their way to other devices.
-        passing_bytes: what all of them take there.
+        largest_bytes: the largest transfer buffer of one tensor, for other devices.
+        passing_bytes: the sum of these buffers over all tensors.
     """
 
     kept_bytes: int
@@ -134,34 +134,34 @@ class MemoryNeed:
 
 
 def need_of(
-    jobs: Sequence[TensorRequest], extra_bytes: int = 0, *, adopted: bool = True
+    requests: Sequence[TensorRequest], extra_bytes: int = 0, *, adopted: bool = True
 ) -> MemoryNeed:
-    """What the jobs take in host memory, apart from the engine's blocks, and ``extra_bytes``.
+    """Return the host memory of ``requests`` without the engine's blocks, plus ``extra_bytes``.
 
-    Arrays on CPU devices are what was read into if that is ``adopted``, and copies if not.
+    Arrays on CPU devices alias the read buffers if ``adopted``; otherwise they are copies.
     """
     kept, largest, total = extra_bytes, 0, 0
-    for job in jobs:
-        if is_kept(job, adopted=adopted):
-            kept += job.num_bytes
+    for request in requests:
+        if is_kept(request, adopted=adopted):
+            kept += request.num_bytes
             continue
-        staged = staged_bytes(job)
+        staged = staged_bytes(request)
         largest, total = max(largest, staged), total + staged
-        for use in job.uses:
+        for use in request.uses:
             if adopts([device for device, _ in use]):
-                kept += sum(job.shards[number].num_bytes for _, number in use)
+                kept += sum(request.shards[number].num_bytes for _, number in use)
     return MemoryNeed(kept, largest, total)
 
 
 def share_out(need: MemoryNeed, host_bytes: int | None, workers: int) -> tuple[Budget, int | None]:
-    """Threads and blocks, and the most bytes of shards in flight to devices.
+    """Divide ``host_bytes`` into threads and blocks, and buffers for transfers to devices.
 
-    The latter is None where all shards stay in host memory. Where a person says how much
-    there is, one tensor's shards come first, and blocks get at most half of what is left:
-    so the next tensor can be read while one is on its way.
+    The latter are None if all shards stay in host memory. A budget of the caller must hold the
+    largest tensor; blocks get at most half of the rest, so that one tensor can be read during
+    the transfer of another.
 
     Raises:
-        LayoutError: ``host_bytes`` is less than one thread and the largest tensor need.
+        LayoutError: ``host_bytes`` is too small for one thread and the largest tensor.
     """
     limit = default_budget() if host_bytes is None else host_bytes
     if not need.largest_bytes:
@@ -172,8 +172,8 @@ def share_out(need: MemoryNeed, host_bytes: int | None, workers: int) -> tuple[B
     left = host_bytes - need.largest_bytes
     if left < LEAST_BYTES:
         raise LayoutError(
-            f"host_bytes={host_bytes}: the shards of one tensor take {need.largest_bytes} bytes on "
-            f"their way to the devices, and reading at least {LEAST_BYTES}. Give host_bytes="
+            f"host_bytes={host_bytes}: the shards of one tensor need {need.largest_bytes} bytes "
+            f"for their transfer, and reading at least {LEAST_BYTES}. Pass host_bytes="
             f"{need.largest_bytes + LEAST_BYTES} or more."
         )
     budget = load_budget(max(LEAST_BYTES, left // 2), workers)
@@ -181,29 +181,29 @@ def share_out(need: MemoryNeed, host_bytes: int | None, workers: int) -> tuple[B
 
 
 def _staging_bytes(largest_bytes: int) -> int:
-    """As much as lets one tensor be read while another is sent, while that is not very much."""
-    most = max(largest_bytes, _MOST_STAGING_BYTES)
-    return max(_LEAST_STAGING_BYTES, min(2 * largest_bytes, most))
+    """Return enough for reading one tensor during the transfer of another, within bounds."""
+    most = max(largest_bytes, _MAX_STAGING_BYTES)
+    return max(_MIN_STAGING_BYTES, min(2 * largest_bytes, most))
 
 
 def check_memory(need: MemoryNeed, reading_bytes: int, in_flight_bytes: int = 0) -> None:
-    """Refuse a load that this machine has not the memory for.
+    """Refuse a load that exceeds the available memory.
 
     Raises:
-        LayoutError: with what is needed and what there is.
+        LayoutError: with the needed and the available bytes.
     """
     total = need.kept_bytes + in_flight_bytes + reading_bytes
     there = available_bytes()
     if there is not None and total + _SPARE_BYTES > there:
         raise LayoutError(
-            f"the load needs {total} bytes of host memory (arrays {need.kept_bytes}, on their way "
+            f"the load needs {total} bytes of host memory (arrays {need.kept_bytes}, transfers "
             f"{in_flight_bytes}, reading {reading_bytes}), and {there} are available. "
             "Load fewer tensors with include=, another dtype=, or onto more machines."
         )
 
 
 def available_bytes() -> int | None:
-    """Bytes of memory this process can still get, as the system tells; None where it does not."""
+    """Return the memory that this process can still allocate; None if the system has no figure."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -219,7 +219,7 @@ def available_bytes() -> int | None:
 
 
 def _reclaimable() -> int:
-    """Page cache that counts against the group's limit and goes when memory is needed."""
+    """Return the page cache in the cgroup, which the kernel evicts under memory pressure."""
     for line in (_CGROUP / "memory.stat").read_text().splitlines():
         if line.startswith("inactive_file "):
             return int(line.split()[1])

@@ -493,7 +493,7 @@ def test_a_dtype_that_the_device_lacks_is_refused_before_reading(llama, monkeypa
         return real(x, *args, **kwargs)
 
     monkeypatch.setattr(jax, "device_put", lacking)
-    with pytest.raises(LayoutError, match=r"does not take bfloat16.*not for this chip.*dtype="):
+    with pytest.raises(LayoutError, match=r"does not support bfloat16.*not for this chip.*dtype="):
         load(llama[0], "mp2")
 
 
@@ -609,11 +609,11 @@ def test_a_tensor_larger_than_the_budget_in_flight_is_refused_with_a_number_that
     llama, unseen
 ):
     folder, expected = llama
-    with pytest.raises(LayoutError, match="on their way to the devices") as caught:
+    with pytest.raises(LayoutError, match="for their transfer") as caught:
         load(folder, "mp2", host_bytes=64 * 8 << 10)
-    told = re.findall(r"Give host_bytes=(\d+) or more", str(caught.value))
+    told = re.findall(r"Pass host_bytes=(\d+) or more", str(caught.value))
     check(load(folder, "mp2", host_bytes=int(told[0])), expected)
-    with pytest.raises(LayoutError, match="on their way to the devices"):
+    with pytest.raises(LayoutError, match="for their transfer"):
         load(folder, "mp2", host_bytes=int(told[0]) - 1)
 
 

@@ -20,7 +20,7 @@ from jaxshard.errors import StorageError
 from jaxshard.loader import load, make_arrays
 from jaxshard.loader import read as carrying
 from jaxshard.loader.read import Source, carry
-from jaxshard.loader.requests import ArrayRequest, jobs
+from jaxshard.loader.requests import ArrayRequest, requests_of
 from jaxshard.loader.shard_memory import load_budget
 from jaxshard.storage.readers import SourceFiles
 
@@ -112,7 +112,7 @@ def test_a_failure_anywhere_wakes_who_waits_for_room(tmp_path, monkeypatch, end)
     catalog = open_checkpoint(tmp_path)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wants = [ArrayRequest(t, np.dtype("float32"), here) for t in catalog.tensors.values()]
-    todo = [job for job, _ in jobs(wants)]
+    todo = [job for job, _ in requests_of(wants)]
     waiting = threading.Event()
     take = BufferPool.take
 
