@@ -18,8 +18,10 @@ import posixpath
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import TypeVar
 
 from ..core.catalog import Catalog, File, StoredShard
 from .io import GAP_BYTES, Source, Span
@@ -27,6 +29,8 @@ from .local import LocalFolder
 from .object_store import REQUESTS_AT_ONCE
 from .places import is_remote
 from .remote import RemoteFolder
+
+T = TypeVar("T")
 
 REQUEST_BYTES = 4 << 20  # larger ones need more memory for as many connections
 WINDOW_BYTES = 224 << 20  # 56 requests: enough for 50 ms a request at 50 MB/s a connection
@@ -117,7 +121,7 @@ class RemoteFiles(Source):
         folders = {at: RemoteFolder(at, files) for at, files in own.items() if is_remote(at)}
         self._folders, self._places = folders, places
         self._window = max(window_bytes, REQUEST_BYTES)
-        self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "jaxshard fetch")
+        self._pool = RequestThreads(REQUESTS_AT_ONCE)
         self._live: list[Group] = []
         self._room = threading.Condition()
         self._held_bytes, self._is_stopped = 0, False
@@ -217,11 +221,55 @@ class RemoteFiles(Source):
         return memoryview(LocalFolder(folder).read(name, start, stop - start))
 
     def close(self) -> None:
-        """Wait for the requests that are in flight, at most for their time-out."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Make no further requests; those in flight end by themselves, unheeded."""
+        self._pool.close()
         self._live.clear()
         for folder in self._folders.values():
             folder.close()
+
+
+class RequestThreads:
+    """Threads that make requests, as many as were submitted up to a limit.
+
+    A request cannot be interrupted. Unlike the threads of an executor these are daemons, so that
+    after Ctrl-C Python does not wait at its exit for a store that does not answer.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._num_started, self._is_closed = 0, False
+        self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+
+    def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        """Call ``function`` in one of the threads."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if self._is_closed or not future.set_running_or_notify_cancel():
+                future.cancel()
+                return
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # raised where the result is taken
+                future.set_exception(error)
+
+        with self._lock:
+            if self._num_started < self._num_threads:
+                self._num_started += 1
+                threading.Thread(target=self._work, name="jaxshard fetch", daemon=True).start()
+        self._todo.put(work)
+        return future
+
+    def close(self) -> None:
+        """Have each thread end after the request that it makes."""
+        self._is_closed = True
+        for _ in range(self._num_started):
+            self._todo.put(None)
+
+    def _work(self) -> None:
+        while (work := self._todo.get()) is not None:
+            work()
 
 
 def location(root: str, path: str) -> tuple[str, str]:

@@ -124,9 +124,13 @@ def test_unknown_places_are_refused_with_what_to_do(store, llama):  # noqa: F811
 FAULTS = ("500", "503", "429", "reset", "truncate", "stall", "hang", "length", "short", "whole")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("times", [1, 99])
+@pytest.mark.parametrize(
+    ("kind", "fault", "times"),
+    [
+        *(("s3", fault, times) for fault in FAULTS for times in (1, 99)),
+        *((kind, fault, 1) for kind in ("http", "hub") for fault in ("truncate", "short")),
+    ],
+)
 def test_a_fault_ends_in_the_right_data_or_in_an_error(fault, times, kind, store, llama):  # noqa: F811
     catalog = js.open(store.urls("llama")[kind])
     store.fail(fault, "GET .*model-", times=times, seconds=1.5)
@@ -142,8 +146,11 @@ def test_a_fault_ends_in_the_right_data_or_in_an_error(fault, times, kind, store
 
 
 def _no_thread_is_left():
-    left = [t.name for t in threading.enumerate() if t.name.startswith("jaxshard fetch")]
-    assert not left
+    """Threads end with the request that they make, whose time-out is a second here."""
+    for thread in threading.enumerate():
+        if thread.name == "jaxshard fetch":
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("kind", ["s3", "http"])
