@@ -1,6 +1,6 @@
 """File-to-file conversion: open, select, plan, execute and verify, without a device.
 
-Merging is converting to one complete checkpoint, slicing to many ranks. ``preparing`` decides
-from headers alone, ``running`` does it: memory is bounded by a budget, not by the model, and
-the result appears whole or not at all.
+Merging is converting to one complete checkpoint, slicing is converting to many ranks. ``prepare``
+plans from headers alone, ``execute`` writes: a budget bounds the memory, not the model's size, and
+the result is published atomically.
 """

@@ -18,21 +18,21 @@ from .open import PathLike
 def decrypt(
     source: PathLike, destination: PathLike, key: bytes, *, overwrite: bool = False
 ) -> Path:
-    """Make ``destination``, a plain ``.ckpt``, of the encrypted one at ``source``.
+    """Decrypt the ``.ckpt`` at ``source`` to ``destination``.
 
-    It appears whole or not at all. 64 MiB of it are in memory at a time.
+    The result is published atomically. 64 MiB of it are in memory at a time.
 
     Args:
         source: a file that MindSpore wrote with ``enc_key``.
-        destination: the file to make.
-        key: the bytes that were ``enc_key``; the cipher is seen from the file.
+        destination: the file to write.
+        key: the bytes of ``enc_key``; the cipher is read from the file.
         overwrite: replace an existing weight file.
 
     Raises:
         LayoutError: the source is not encrypted, or the destination exists and may not be
-            replaced, or appeared meanwhile.
-        FormatError: the key is another one, or the file is damaged.
-        StorageError: the disk refused, or the package ``cryptography`` is missing.
+            replaced, or was created meanwhile.
+        FormatError: the key is wrong, or the file is damaged.
+        StorageError: the filesystem fails, or the package ``cryptography`` is missing.
     """
     place, folder = Path(destination), LocalFolder(source)
     name = os.path.basename(os.fspath(source))
@@ -63,14 +63,12 @@ def _refuse_source(place: Path, source: PathLike) -> None:
 
 
 def _check(plain: Path, name: str) -> None:
-    """A wrong key gives bytes too, in some ciphers, but no weight file."""
+    """Check that the result is a weight file: some ciphers accept a wrong key."""
     folder = LocalFolder(plain)
     try:
         mindspore_ckpt.read_header(folder, plain.name)
     except FormatError:
-        raise FormatError(
-            f"{name}: what the key makes of it is no weight file. Try the right key."
-        ) from None
+        raise FormatError(f"{name}: decryption produced invalid data. Check the key.") from None
     finally:
         folder.close()
 
@@ -96,20 +94,22 @@ class _Block(NamedTuple):
 
 
 def decrypted(folder: Folder, path: str, key: bytes) -> Iterator[bytes]:
-    """The plain file that is encrypted in the one at ``path``, in blocks.
+    """Yield the decrypted blocks of the file at ``path``.
 
     Raises:
-        LayoutError: the file is not encrypted, or its cipher has no keys of that length.
-        FormatError: a block is damaged, or the key is another one.
+        LayoutError: the file is not encrypted, or its cipher needs another key length.
+        FormatError: a block is damaged, or the key is wrong.
         StorageError: the package ``cryptography`` is missing.
         NotFoundError: there is no such file.
     """
     kind = kind_of(folder, path)
     if kind not in _KEY_BYTES:
-        raise LayoutError(f"{path} is not encrypted. Use it as it is.")
+        raise LayoutError(f"{path} is not encrypted. Use it without decryption.")
     if len(key) not in _KEY_BYTES[kind]:
         lengths = " or ".join(map(str, _KEY_BYTES[kind]))
-        raise LayoutError(f"the key has {len(key)} bytes; {kind} takes {lengths}.")
+        raise LayoutError(
+            f"the key has {len(key)} bytes (expected {lengths} for {kind}). Check the key."
+        )
     at, end = 0, folder.files()[path].num_bytes
     while at < end:
         block = _block(folder, path, at, end)
@@ -118,13 +118,13 @@ def decrypted(folder: Folder, path: str, key: bytes) -> Iterator[bytes]:
 
 
 def _block(folder: Folder, path: str, start: int, end: int) -> _Block:
-    """The block at byte ``start``."""
+    """Read the block at byte ``start``."""
     at = start
 
     def take(length: int) -> bytes:
         nonlocal at
         if length > end - at:
-            raise FormatError(f"{path}, byte {start}: a block is cut short. Fetch the file again.")
+            raise FormatError(f"{path}, byte {start}: truncated block. Fetch the file again.")
         at += length
         return folder.read(path, at - length, length)
 
@@ -137,7 +137,7 @@ def _block(folder: Folder, path: str, start: int, end: int) -> _Block:
     iv = take(min(iv_bytes, _IV_BYTES))
     length = number()
     if not cipher or iv_bytes != _IV_BYTES or total != 8 + iv_bytes + length:
-        raise FormatError(f"{path}, byte {start}: no block of a cipher. Fetch the file again.")
+        raise FormatError(f"{path}, byte {start}: not an encrypted block. Fetch the file again.")
     if length > _MAX_BLOCK_BYTES:
         raise FormatError(f"{path}, byte {start}: a block of {length} bytes. Fetch the file again.")
     return _Block(cipher, tag, iv, take(length), at)
@@ -145,12 +145,12 @@ def _block(folder: Folder, path: str, start: int, end: int) -> _Block:
 
 def _plain(block: _Block, key: bytes, where: str) -> bytes:
     try:
-        from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - needed for nothing else
+        from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - only to decrypt
         from cryptography.hazmat.primitives import padding  # noqa: PLC0415
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes  # noqa: PLC0415
     except ImportError:
         raise StorageError(
-            "the package cryptography is not installed, which decrypts. Install "
+            "decryption needs the package cryptography, which is not installed. Install "
             "jaxshard[encrypted], or decrypt in MindSpore."
         ) from None
 
@@ -165,6 +165,6 @@ def _plain(block: _Block, key: bytes, where: str) -> bytes:
         return bytes(plain.update(padded.update(block.data) + padded.finalize()) + plain.finalize())
     except (InvalidTag, ValueError):
         raise FormatError(
-            f"{where}: the key does not fit, or the block is damaged. Try the right key, or fetch "
-            "the file again."
+            f"{where}: the key is wrong, or the block is damaged. Check the key, or fetch the file "
+            "again."
         ) from None

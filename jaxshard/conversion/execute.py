@@ -1,7 +1,7 @@
 """Execution of a prepared conversion, published atomically.
 
-The files are staged beside the destination, which appears whole or not at all; what an
-interrupted run finished is kept for the next.
+The files are written to a staging directory. The finished files of an interrupted run are kept
+for the next one.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def execute(
         progress: called with the total byte count; returns a callback that receives bytes written.
 
     Raises:
-        StorageError: the disk is full or refuses, or another run is writing there.
-        CoverageError: replicas of the source differ, and were to be checked.
-        LayoutError: the destination exists and may not be replaced, is or holds the source, or
-            an interrupted run lies there; the memory is too little; what cannot be made in parts.
-        FormatError: the source changed on the way, or is not what its checksums say.
+        StorageError: the filesystem is full or fails, or another run writes the destination.
+        CoverageError: replicas of the source differ, if ``check_replicas``.
+        LayoutError: the destination exists and may not be replaced, or holds the source or an
+            interrupted run; the format cannot be written by several processes.
+        FormatError: the source changed meanwhile, or does not match its checksums.
     """
     part = part_of(process_index, process_count, os.environ)
     if part and FORMATS[prepared.result.format].own_library:
@@ -90,14 +90,14 @@ def execute(
             "process_index= and process_count=."
         )
     catalog, budget = prepared.plan.source, prepared.budget
-    place, only = Path(destination), targets.name_of(prepared.result, destination)
+    place, only = Path(destination), targets.single_file(prepared.result, destination)
     refuse_source(catalog, place)
     if check_replicas:
         _refuse_differing(catalog, budget)
     plan = part_plan(prepared.plan, part)
     how = {"overwrite": overwrite, "durable": fsync}
     staging = _staging(place, prepared.request, only, part, resume=resume, **how)
-    left = targets.notes(catalog, prepared.result, only)
+    left = targets.notes_on_left_out(catalog, prepared.result, only)
     notes = (*plan.notes, *left)
     if staging.published:
         return Report(str(destination), Counts(), 0, plan.totals.num_files, notes, part)
@@ -128,7 +128,7 @@ def _write(
     budget: Budget,
     tell: Progress | None,
 ) -> Counts:
-    """Write the weight files of ``plan``; what that took."""
+    """Write the weight files of ``plan``; return the counts."""
     if (format := FORMATS[result.format]).own_library:
         from .load_rank import LazyTensors  # noqa: PLC0415 - NumPy, not needed by other formats
 
@@ -171,7 +171,7 @@ def _staging(
         )
     if only:
         raise LayoutError(
-            f"{destination} is one file, which is one process's work. Leave out "
+            f"{destination} is one file, which one process writes. Leave out "
             "process_count= (--process-count), or name a folder."
         )
     return PartStaging(
@@ -180,17 +180,17 @@ def _staging(
 
 
 def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
-    """Refuse a source whose replicas are not equal."""
-    from .verify import differing_replicas  # noqa: PLC0415 - NumPy, seldom needed
+    """Check that all replicas of the source are equal."""
+    from .verify import differing_replicas  # noqa: PLC0415 - imports NumPy, rarely needed
 
     problems = differing_replicas(catalog, budget=budget).problems
     if problems:
-        more = f" {len(problems) - 1} more tensors have such." if len(problems) > 1 else ""
+        more = f" {len(problems) - 1} more tensors have differences." if len(problems) > 1 else ""
         raise CoverageError(f"{problems[0]}{more}")
 
 
 def _without_finished(plan: Plan, staging: Staging | PartStaging) -> tuple[Plan, int]:
-    """``plan`` less the files that an earlier run finished."""
+    """Return ``plan`` without the files that an earlier run finished, and their number."""
     paths = plan.outputs.paths
     wanted = set(range(len(paths))) if plan.only is None else set(plan.only)
     done = {rank for rank in wanted if paths[rank] in staging.finished}

@@ -49,7 +49,7 @@ def load_rank(
     workers: int | None = None,
     host_bytes: int | str | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """What ``rank`` holds of ``source`` laid out as ``to`` says: ``{name: array}``.
+    """Return the shards of ``rank`` of ``source`` in the layout ``to``: ``{name: array}``.
 
     Args:
         source: a checkpoint, or its path.
@@ -66,7 +66,7 @@ def load_rank(
         drop_prefix: tensors whose names start with one of these are left out.
         keep_accu_grads: load accumulated gradients too.
         workers: number of threads; by default one per core, at most 8.
-        host_bytes: memory limit for data in flight, beside the arrays themselves.
+        host_bytes: memory limit for data in flight, without the arrays themselves.
 
     Raises:
         JaxshardError: as ``prepare``.
@@ -106,7 +106,7 @@ def load_rank(
 
 
 class _WholeTensor(HostArrays):
-    is_memory = False  # the counts are those of the plan, which is of files
+    is_memory = False  # count as the plan does, which is for files
 
 
 @dataclass

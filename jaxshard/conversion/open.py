@@ -27,24 +27,24 @@ from ..storage.transaction import is_unfinished
 
 PathLike = str | os.PathLike[str]
 
-# Of the two that MindFormers merges, dst_ is of the job that saves beside it.
+# MindFormers merges the strategies of two jobs; dst_ is that of the job that saves here.
 _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
 
 def opened(
     source: Catalog | PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
 ) -> Catalog:
-    """``source``, opened if it is a path (arguments and errors as ``open_checkpoint``).
+    """Return ``source``, opened if it is a path (arguments and errors as ``open_checkpoint``).
 
     Raises:
-        LayoutError: it is open already, and how to open it is said all the same.
+        LayoutError: it is open already, and the arguments would have no effect.
     """
     if not isinstance(source, Catalog):
         return open_checkpoint(source, src_strategy=src_strategy, suffix=suffix)
     if src_strategy is not None or suffix is not None:
         raise LayoutError(
-            f"strategy files and suffix= say how a path is opened, and {source.root} is open "
-            "already. Give them to open()."
+            f"src_strategy= and suffix= are for paths, and {source.root} is open already. Pass "
+            "them to open()."
         )
     return source
 
@@ -53,18 +53,17 @@ def opened(
 def open_checkpoint(
     path: PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
 ) -> Catalog:
-    """The contents of the checkpoint at ``path``, from headers only.
+    """Open the checkpoint at ``path``, from headers only.
 
     Args:
-        path: a folder, or a single weight file.
-        src_strategy: for rank folders, the strategy files they were written with (a file or
-            a folder); by default ``strategy/`` inside or beside the folder, or a merged file
-            there.
-        suffix: for rank folders with several files a rank, which one: ``1_10``.
+        path: a directory, or a single weight file.
+        src_strategy: for rank folders, the strategy files they were written with (a file or a
+            directory); by default ``strategy/`` in or next to the directory, or a merged file.
+        suffix: for rank folders with several files per rank, which one: ``1_10``.
 
     Raises:
-        NotFoundError: nothing there that jaxshard can read.
-        FormatError: a file is not what it claims to be.
+        NotFoundError: jaxshard finds no checkpoint.
+        FormatError: a file is damaged.
         CoverageError: files contradict each other.
     """
     if not os.fspath(path):
@@ -72,7 +71,7 @@ def open_checkpoint(
     refuse_repository(path)
     where = place_at(path)
     if _is_index(where):
-        where = where.parent  # it tells of the files beside it
+        where = where.parent  # the index lists the files in its directory
     if isinstance(where, Path) and is_unfinished(where):
         raise FormatError(
             f"{where} is an unfinished conversion. Complete it with {RESUME}, or delete it."
@@ -98,10 +97,10 @@ def open_checkpoint(
 def open_some(
     path: PathLike, names: Iterable[str], *, src_strategy: PathLike | None = None
 ) -> Catalog:
-    """The checkpoint that only the files ``names`` of the folder ``path`` are.
+    """Open the files ``names`` of the directory ``path`` as a checkpoint, without the others.
 
     Raises:
-        NotFoundError: a file is missing, or they are no checkpoint.
+        NotFoundError: a file is missing, or they are not a checkpoint.
         FormatError, CoverageError, LayoutError: as ``open_checkpoint``.
     """
     folder = LocalFolder(path, names)
@@ -110,21 +109,21 @@ def open_some(
     finally:
         folder.close()
     if catalog is None:
-        raise NotFoundError(f"{path}: {format_list(folder.files())} are no checkpoint.")
+        raise NotFoundError(f"{path}: {format_list(folder.files())} are not a checkpoint.")
     return catalog
 
 
 def _is_index(where: Place) -> bool:
-    """Whether ``where`` is the list of a checkpoint's files, and not one of them."""
+    """Return whether ``where`` is an index of weight files."""
     if where.suffix != ".json":
         return False
-    from ..formats.huggingface import INDEX, MINDSPORE_INDEX  # noqa: PLC0415 - seldom needed
+    from ..formats.huggingface import INDEX, MINDSPORE_INDEX  # noqa: PLC0415 - rarely needed
 
     return where.name in (INDEX, MINDSPORE_INDEX) and where.is_file()
 
 
 def _links(folder: ReadFolder) -> tuple[str, ...]:
-    """What to say of links to folders that were not followed."""
+    """Return a note on links to directories, which are not followed."""
     names = folder.not_followed
     if not names:
         return ()
@@ -136,10 +135,10 @@ def _links(folder: ReadFolder) -> tuple[str, ...]:
 
 
 def _refuse_other_weights(where: Place) -> None:
-    """Say what is missing where there are weights, but in no format or place that is read.
+    """Raise a precise error for weights in a format or a place that is not read.
 
     Raises:
-        NotFoundError: there are such.
+        NotFoundError: there are such weights.
     """
     from ..formats import huggingface  # noqa: PLC0415
 
@@ -149,7 +148,7 @@ def _refuse_other_weights(where: Place) -> None:
 
 
 def _places(where: Place) -> Iterator[Place]:
-    """``where``, and the folders in it that MindFormers has checkpoints in."""
+    """Yield ``where``, and the directories below it in which MindFormers saves checkpoints."""
     yield where
     for place in (where, where / "checkpoint"):
         if place.is_dir():
@@ -174,20 +173,20 @@ def _read(
     if strategy is not None or suffix is not None:
         raise LayoutError(
             f"{where} has no rank_0/ … folders, so strategy files and suffix= (--suffix) "
-            "mean nothing for it. Leave them out."
+            "have no effect. Leave them out."
         )
     if where.is_file() and rank_of_folder(where.parent.name) is not None:
-        note = f"{where.name} is the file of one rank; its tensors are taken as whole."
+        note = f"{where.name} is the file of one rank; its tensors are read as whole tensors."
         return replace(catalog, notes=(note, *catalog.notes))
     return catalog
 
 
 def open_strategy(path: PathLike) -> Layout:
-    """The layout that the strategy files at ``path`` (one file, or a folder of them) say.
+    """Return the layout of the strategy files at ``path``, a file or a directory.
 
     Raises:
-        NotFoundError: nothing there.
-        FormatError: not strategy files.
+        NotFoundError: the path does not exist.
+        FormatError: a file is not a strategy file.
         CoverageError: files of one stage contradict each other, or a stage is missing.
     """
     folder = folder_at(path)
@@ -198,11 +197,11 @@ def open_strategy(path: PathLike) -> Layout:
 
 
 def strategy_of(folder: Folder, *, partial: bool = False) -> Layout:
-    """The layout of the strategy files in ``folder``; errors as ``open_strategy``.
+    """Return the layout of the strategy files in ``folder``; errors as ``open_strategy``.
 
-    With ``partial``, stages may be missing.
+    Stages may be missing if ``partial``.
     """
-    from ..formats import strategy_files, strategy_layouts  # noqa: PLC0415 - seldom needed
+    from ..formats import strategy_files, strategy_layouts  # noqa: PLC0415 - rarely needed
 
     own = strategy_layouts.find_layout_file(folder)
     if own is not None:
@@ -211,7 +210,7 @@ def strategy_of(folder: Folder, *, partial: bool = False) -> Layout:
 
 
 def strategy_place(where: Place, given: PathLike | None = None) -> Place | None:
-    """Where the strategy files of rank folders in ``where`` are: as given, or as jobs have them."""
+    """Return the place of the strategy files for ``where``: given, or where jobs save them."""
     if given is not None:
         return place_at(given)
     for place in (where / "strategy", where.parent / "strategy"):
@@ -222,14 +221,16 @@ def strategy_place(where: Place, given: PathLike | None = None) -> Place | None:
 
 
 def _source_layout(where: Place, given: PathLike | None) -> tuple[Layout | None, tuple[str, ...]]:
-    """What the strategy files say, or None: then ``rank_files`` says what it misses."""
+    """Return the layout of the strategy files and notes; None if there are none."""
     place = strategy_place(where, given)
     if place is None:
         return None, ()
     guessed = given is None and place.is_file()
     folder = folder_at(place)
     try:
-        layout = strategy_of(folder, partial=True)  # a server may have those of its own stage only
+        layout = strategy_of(
+            folder, partial=True
+        )  # a server may have the files of its own stage only
     finally:
         folder.close()
     return layout, (f"the layout is that of {place}.",) if guessed else ()

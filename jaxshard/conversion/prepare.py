@@ -1,6 +1,6 @@
 """Preparation of a conversion: a plan from headers alone, to print or to execute.
 
-What is taken, under which names, laid out how, into which files, and in which blocks.
+It selects and renames tensors, lays them out, plans the files, and divides the work into blocks.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ if TYPE_CHECKING:
 
 @paused()
 def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -> str:
-    """The fingerprint of making the files ``only`` (all, if None) of ``result``."""
+    """Return a fingerprint of the conversion to the files ``only`` (None: all) of ``result``."""
     digest = hashlib.sha256()
-    pieces = _Pieces()
-    numbers: dict[int, int] = {}  # thousands of contents share their entries: each is told once
+    shards = _Shards()
+    numbers: dict[int, int] = {}  # thousands of contents share their entries
     for content in result.outputs.contents:
         texts = []
         for entry in content:
@@ -72,16 +72,16 @@ def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -
             numbers[id(entry)] = len(numbers)
             tensor = entry.tensor
             texts.append(f"{tensor.name} {tensor.dtype.name} {entry.shape}\n")
-            texts.append(pieces.told(firsts(tensor.shards)))
+            texts.append(shards.text(firsts(tensor.shards)))
         digest.update("".join(texts).encode())
         digest.update(repr([numbers[id(entry)] for entry in content]).encode())
-    digest.update(pieces.boxes_told().encode())
+    digest.update(shards.boxes().encode())
     digest.update(repr((result.outputs.paths, result.outputs.content_of)).encode())
-    told: dict[int, bytes] = {}  # the ranks of a stage share one strategy
+    hashes: dict[int, bytes] = {}  # the ranks of a stage share one strategy
     for name, data in sorted(result.side_files.items()):
-        if id(data) not in told:
-            told[id(data)] = hashlib.sha256(data).digest()
-        digest.update(name.encode() + told[id(data)])
+        if id(data) not in hashes:
+            hashes[id(data)] = hashlib.sha256(data).digest()
+        digest.update(name.encode() + hashes[id(data)])
     root = catalog.root
     return json.dumps(
         {
@@ -95,32 +95,36 @@ def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -
     )
 
 
-class _Pieces:
-    """Pieces as text; their boxes, of which there are few, by number."""
+class _Shards:
+    """Stored shards as text; boxes by number, because there are few of them."""
 
     def __init__(self) -> None:
         self._boxes: dict[Box, int] = {}
 
-    def told(self, pieces: tuple[StoredShard, ...]) -> str:
-        """Where ``pieces`` lie, and how."""
-        return ";".join(map(self._told, pieces))
+    def text(self, shards: tuple[StoredShard, ...]) -> str:
+        """Return file, offset, box and view of each of ``shards``."""
+        return ";".join(map(self._text, shards))
 
-    def _told(self, piece: StoredShard) -> str:
-        box = self._boxes.setdefault(piece.box, len(self._boxes))
-        view = "" if piece.view is None else repr(piece.view)
-        return f"{piece.file} {piece.offset} {box} {view}"
+    def _text(self, shard: StoredShard) -> str:
+        box = self._boxes.setdefault(shard.box, len(self._boxes))
+        view = "" if shard.view is None else repr(shard.view)
+        return f"{shard.file} {shard.offset} {box} {view}"
 
-    def boxes_told(self) -> str:
-        """The boxes that the numbers mean."""
+    def boxes(self) -> str:
+        """Return the boxes in the order of their numbers."""
         return repr([(box.start, box.stop) for box in self._boxes])
 
 
-# --- Preparing: a conversion decided from headers alone, to be printed or run
+# --- Preparation
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that is decided and not begun: print it, or run it."""
+    """A planned conversion, to print or to execute.
+
+    Attributes:
+        budget: threads and memory, which the blocks of ``plan`` fit.
+    """
 
     plan: Plan
     result: Result
@@ -128,7 +132,7 @@ class Prepared:
 
     @property
     def request(self) -> str:
-        """What a resumed run must share; half a second for 90,000 tensors, so not asked idly."""
+        """The fingerprint that a resumed run must have; half a second for 90,000 tensors."""
         return fingerprint(self.plan.source, self.result, self.plan.only)
 
 
@@ -159,45 +163,45 @@ def prepare(
     host_bytes: int | str | None = None,
     destination: PathLike | None = None,
 ) -> Prepared:
-    """Decide a conversion from headers alone; nothing is written.
+    """Plan a conversion from headers alone; nothing is written.
 
     Args:
         source: a checkpoint, or its path.
         to: ``"full"``, a strategy, the path of strategy files, or ``"same"`` as the source.
-        src_strategy: the strategy files of a source cut into ranks.
-        suffix: which of several files a rank the source has.
-        rules: layout rules that go before the family's own.
+        src_strategy: the strategy files of a source that is cut by rank.
+        suffix: which of several files per rank the source has.
+        rules: layout rules that precede those of the model's family.
         names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
             ``"llama-hf:llama-mindformers"``, a table's path.
-        unmatched: what to do with names that no rule matches: refuse, or ``"replicate"``.
-        uneven: what to do with dims that do not divide: refuse, or ``"replicate"``.
-        include: regular expressions; only tensors that one of them is found in are taken.
-        exclude: regular expressions; tensors that one of them is found in are left out.
-        rank: write the files of this rank, or these ranks, only.
-        drop_prefix: tensors whose names begin with one of these are left out (``adam_``).
-        keep_accu_grads: take accumulated gradients too, which are otherwise left out.
-        max_shard_size: the most tensor bytes in one file of a complete checkpoint, such as
-            ``"5GB"``; by default what is usual for the format.
-        prefix: the first part of rank files' names.
-        step: the epoch and the step in them, ``"1_10"``: by default those of the source's names
-            or numbers, or ``1_1``; ``"none"``: the prefix alone, as MindSpore slices.
+        unmatched: names without a rule are an error, or ``"replicate"``.
+        uneven: dims that do not divide are an error, or ``"replicate"``.
+        include: regular expressions; only tensors that match one of them are converted.
+        exclude: regular expressions; tensors that match one of them are left out.
+        rank: write only the files of this rank, or of these ranks.
+        drop_prefix: tensors whose names start with one of these are left out (``adam_``).
+        keep_accu_grads: convert accumulated gradients too, which are left out by default.
+        max_shard_size: maximum tensor bytes per file of a complete checkpoint, such as
+            ``"5GB"``; the default depends on the format.
+        prefix: the first part of the names of rank files.
+        step: the epoch and step in these names, ``"1_10"``; by default those in the source's
+            names or training scalars, or ``1_1``; ``"none"``: the prefix only, as MindSpore slices.
         remove_redundancy: store each shard once, not on every replica.
-        format: what to write (``ckpt``, ``unified``, ``orbax`` …); by default as ``to``
-            implies. For Orbax, whose library wants tensors whole, one at a time is in memory.
+        format: the format to write (``ckpt``, ``unified``, ``orbax`` …); the default depends on
+            ``to``. Orbax's library needs whole tensors, so one tensor at a time is in memory.
         crc: end every ``.ckpt`` with a checksum.
-        checksums: write ``checksums.json`` beside the files, for ``verify`` and
-            ``load(verify=True)``; other readers pass over it.
+        checksums: add ``checksums.json`` for ``verify`` and ``load(verify=True)``; other readers
+            ignore it.
         workers: number of threads; by default one per core, at most 8.
         host_bytes: memory limit for data in flight, such as ``"1GiB"``; by default 256 MiB, or
             a sixteenth of the machine's memory if that is less.
-        destination: where the result is to be, as far as its name matters: that of one
-            weight file (``out.safetensors``) asks for one file and no folder.
+        destination: the path of the result. A weight file (``out.safetensors``) implies its
+            format, and one file instead of a directory.
 
     Raises:
-        NotFoundError: no checkpoint there, or nothing matches.
-        FormatError: a file is not what it claims to be.
-        CoverageError: the source lacks part of a tensor, or weights that the target tells of.
-        LayoutError: the target does not fit the tensors, or a request means nothing for it.
+        NotFoundError: the source is not a checkpoint, or nothing matches.
+        FormatError: a file is damaged.
+        CoverageError: the source lacks part of a tensor, or weights of the target's layout.
+        LayoutError: the target does not fit the tensors, or an option would have no effect.
     """
     include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefix))
     catalog = opened(source, src_strategy=src_strategy, suffix=suffix)
@@ -234,12 +238,12 @@ def prepare(
         numbers=numbers,
         checksums=checksums,
     )
-    request = targets.implied(request, destination)
+    request = targets.with_file_format(request, destination)
     check_request(request, step)
     if layout is not None and kind.steps_in_names:
         request = replace(request, step=_step_in_names(step, catalog, chosen))
     result = make_result(chosen, list(chosen.tensors.values()), request)
-    targets.name_of(result, destination)  # refuses what is no one file
+    targets.single_file(result, destination)  # refuses a result that is not one file
     if config:
         result = replace(result, side_files={**config, **result.side_files})
     plan = make_plan(
@@ -248,7 +252,7 @@ def prepare(
         only=_files_of(only, layout, result.files_per_rank),
         block_bytes=budget.block_bytes,
         tile_bytes=budget.tile_bytes,
-        is_bundled=not kind.own_library,  # whose library is passed tensors one by one
+        is_bundled=not kind.own_library,  # such a library is passed tensors one by one
     )
     return Prepared(replace(plan, host_bytes=budget.host_bytes), result, budget)
 
@@ -262,14 +266,14 @@ def _chosen(
     *,
     keep_accu_grads: bool,
 ) -> tuple[Catalog, dict[str, bytes]]:
-    """What is asked for of ``catalog``, under its new names, and the config files to match."""
+    """Return the selected tensors of ``catalog`` under their new names, and config files."""
     tensors, notes = select(
         catalog, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
     chosen = replace(catalog, tensors={t.name: t for t in tensors}, notes=(*catalog.notes, *notes))
     config: dict[str, bytes] = {}
     if names is not None:
-        from ..mapping import find_mapping, true_config  # noqa: PLC0415 - seldom needed, not small
+        from ..mapping import find_mapping, true_config  # noqa: PLC0415 - rarely needed, and large
 
         chosen = find_mapping(names, chosen).apply(chosen)
         config = true_config(chosen)
@@ -279,18 +283,18 @@ def _chosen(
 
 
 def _of_keys(catalog: Catalog) -> tuple[str, ...]:
-    """A note on the random keys of ``catalog``: what is written has their data only."""
+    """Return a note on the PRNG keys of ``catalog``, of which only the data are written."""
     found = [f"{n} ({generator})" for n, generator in catalog.keys.items() if n in catalog.tensors]
     if not found:
         return ()
     return (
-        f"{len(found)} random keys are written as their data, integers, without their generator: "
+        f"{len(found)} PRNG keys are written as integers, without their generator: "
         f"{format_list(found)}.",
     )
 
 
 def _step_in_names(step: str | None, catalog: Catalog, chosen: Catalog) -> tuple[int, int] | None:
-    """The epoch and the step in rank files' names: as asked, or as the source has them."""
+    """Return the epoch and step for rank files' names: as given, or those of the source."""
     if step is not None:
         return rank_names.read_step(step)
     named = rank_names.step_of(file.path for file in catalog.files)
@@ -310,7 +314,7 @@ def _check_ranks(rank: int | Iterable[int] | None, layout: Layout | None) -> fro
             + (
                 f"ranks 0 to {num_ranks - 1}."
                 if layout
-                else "no ranks, it is one complete checkpoint."
+                else "no ranks, because it is complete. Leave rank= out."
             )
         )
     return only
@@ -319,14 +323,14 @@ def _check_ranks(rank: int | Iterable[int] | None, layout: Layout | None) -> fro
 def _files_of(
     ranks: frozenset[int] | None, layout: Layout | None, files_per_rank: int
 ) -> frozenset[int] | None:
-    """The numbers of the files of ``ranks``: second files come after all first ones."""
+    """Return the numbers of the files of ``ranks``; second files follow all first ones."""
     if ranks is None or layout is None:
         return None
     return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
 
 
 def part_plan(plan: Plan, part: Part | None) -> Plan:
-    """``plan`` for the files that ``part`` makes; all of it where that is None."""
+    """Return the part of ``plan`` that ``part`` writes; all of it if that is None."""
     if part is None:
         return plan
     ranks = range(len(plan.outputs.paths)) if plan.only is None else plan.only

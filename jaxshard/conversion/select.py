@@ -1,8 +1,7 @@
 """Selection of tensors by name, and checks of what a target expects.
 
-Accumulated gradients are worthless once a job has stopped, and nobody asks for them, so
-they are left out unless kept on purpose; that, and anything else left out that a person
-may not expect, is said in a note.
+Accumulated gradients have no use after a job has stopped, so they are left out by default. A note
+reports this, and everything else that is left out without a request.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ def select(
     keep_accu_grads: bool = True,
     may_lack: bool = False,
 ) -> tuple[list[Tensor], tuple[str, ...]]:
-    """The tensors of ``catalog`` that the expressions and prefixes leave, and notes.
+    """Select the tensors of ``catalog`` by expressions and prefixes; also return notes.
 
-    What ``catalog`` holds beside its tensors is refused if it is chosen, unless the caller
-    ``may_lack`` it.
+    Selected contents that are not tensors are an error, unless the caller ``may_lack`` them.
 
     Raises:
         NotFoundError: an expression of ``include`` matches nothing, or nothing is left.
-        LayoutError: not a regular expression, or something chosen is not a tensor.
+        LayoutError: not a regular expression, or a selected entry is not a tensor.
     """
     include, prefixes = texts(include), texts(drop_prefixes)
     wanted, taken = _patterns(include), chooser(include, exclude, prefixes)
@@ -53,7 +51,7 @@ def select(
         _refuse_left_out(catalog, taken)
     left = [t for t in catalog.tensors.values() if taken(t.name)]
     notes = [
-        f"no tensor begins with {prefix}: drop_prefix= (--drop-prefix) {prefix} drops nothing."
+        f"no tensor starts with {prefix}: drop_prefix= (--drop-prefix) {prefix} has no effect."
         for prefix in prefixes
         if not any(n.startswith(prefix) for n in names)
     ]
@@ -83,7 +81,7 @@ def _refuse_left_out(catalog: Catalog, taken: Callable[[str], bool]) -> None:
 def chooser(
     include: Iterable[str] = (), exclude: Iterable[str] = (), drop_prefixes: Iterable[str] = ()
 ) -> Callable[[str], bool]:
-    """Whether the expressions and prefixes leave a name.
+    """Return a predicate for the names that the expressions and prefixes select.
 
     Raises:
         LayoutError: not a regular expression.
@@ -102,10 +100,10 @@ def chooser(
 
 
 def without_merged(catalog: Catalog, target: Layout) -> Layout:
-    """``target`` without the adapters that ``catalog`` had merged into its weights, and a note.
+    """Return ``target`` without the adapters that were merged into weights, and with a note.
 
-    The job that trained the adapters has them in its strategy, and MindSpore's loader counts
-    every name of a strategy, so the strategy of the result must not have them.
+    The strategy of the job that trained the adapters lists them, and MindSpore's loader counts
+    every name of a strategy, so the strategy of the result must not list them.
     """
     if not catalog.has_merged_adapters:
         return target
@@ -128,9 +126,9 @@ def without_merged(catalog: Catalog, target: Layout) -> Layout:
 
 
 def without_unplaced_states(catalog: Catalog, target: Layout) -> Catalog:
-    """``catalog`` without optimizer states for which ``target`` has the weight only, and a note.
+    """Return ``catalog`` without optimizer states whose weight only ``target`` has, and a note.
 
-    The strategy files of inference have no states. MindSpore's loader passes such tensors by.
+    The strategy files of inference have no states. MindSpore's loader ignores such tensors.
     """
     told = target.placements.keys() | target.absent.keys()
     left = [
@@ -144,19 +142,19 @@ def without_unplaced_states(catalog: Catalog, target: Layout) -> Catalog:
     gone = set(left)
     kept = {name: tensor for name, tensor in catalog.tensors.items() if name not in gone}
     note = (
-        f"{len(left)} optimizer states are left out, for the target's strategy has only their "
+        f"{len(left)} optimizer states are left out, because the target's strategy has only their "
         f"weights: {format_list(left, 3)}."
     )
     return replace(catalog, tensors=kept, notes=(*catalog.notes, note))
 
 
 def refuse_absent(catalog: Catalog, target: Layout, takes: Callable[[str], bool]) -> None:
-    """Refuse a target that tells of weights which ``catalog`` lacks: its ranks would lack them too.
+    """Check that ``catalog`` has the weights of ``target``, because its ranks need them.
 
-    What ``takes`` would leave out is not missed, and optimizer states need not be there.
+    Names that ``takes`` leaves out, and optimizer states, are not required.
 
     Raises:
-        CoverageError: weights are in no file.
+        CoverageError: no file has some weights.
     """
     absent = [
         name
@@ -179,23 +177,23 @@ def refuse_lost(
     target: Layout | None = None,
     ranks: Collection[int] | None = None,
 ) -> None:
-    """Refuse what needs weights that lie only on ranks without files.
+    """Check that no requested weight is stored only on ranks without files.
 
     Args:
         catalog: the source.
-        takes: whether a name is asked for at all.
-        target: who is to hold them; None where everything is one.
-        ranks: those of the target that are asked for; None for all.
+        takes: predicate for the requested names.
+        target: the target's layout; None if it is complete.
+        ranks: the requested ranks of the target; None for all.
 
     Raises:
-        CoverageError: with the weights, and the ranks to fetch.
+        CoverageError: weights are missing; with the ranks to fetch.
     """
     unknown = catalog.layout.unknown if catalog.layout is not None else ()
     is_own = target is not None and target.unknown == unknown
     if unknown and (not is_own or ranks is None or not set(unknown).isdisjoint(ranks)):
         raise CoverageError(
             f"{catalog.root} has neither files nor strategy files of rank "
-            f"{format_list(map(str, unknown), 8)}, so nothing says what these hold. Give the "
+            f"{format_list(map(str, unknown), 8)}, so their tensors are unknown. Give the "
             "folder with the strategy files of all ranks."
         )
     needed = {}
@@ -207,7 +205,7 @@ def refuse_lost(
     if needed:
         gone = sorted({rank for holders in needed.values() for rank in holders})
         raise CoverageError(
-            f"{len(needed)} weights lie on ranks of which {catalog.root} has no files (rank "
+            f"{len(needed)} weights are stored on ranks of which {catalog.root} has no files (rank "
             f"{format_list(map(str, gone), 8)}): {format_list(sorted(needed))}. Fetch one replica "
             "of each."
         )
@@ -218,9 +216,9 @@ def _meet(held: range, ranks: Collection[int]) -> bool:
 
 
 def takes_whole(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]) -> bool:
-    """Whether all weights of ``catalog`` are asked for.
+    """Return whether all weights of ``catalog`` are requested.
 
-    None is excluded, and an ``include`` is a choice, even of all.
+    That is, none is excluded and there is no ``include``, which is a choice even of all.
     """
     taken = chooser((), exclude)
     weights = (n for n in catalog.tensors if n not in catalog.scalars and weight_name(n) == n)
@@ -228,13 +226,13 @@ def takes_whole(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]
 
 
 def refuse_half(catalog: Catalog) -> None:
-    """Refuse rank files that hold a part of the pipeline stages, though no strategy says so.
+    """Check that rank files have all pipeline stages, even if no strategy lists the others.
 
-    Strategy files of one stage alone look like those of a job without stages. Its weights do
-    not: layers are missing, or what comes before the first layer or after the last.
+    Strategy files of one stage look like those of a job without stages. The weights do not: some
+    layers are missing, or the tensors before the first layer or after the last.
 
     Raises:
-        CoverageError: with what is missing.
+        CoverageError: stages are missing.
     """
     if catalog.layout is not None and catalog.layout.unknown:
         return  # stages that are missing for certain: see ``refuse_lost``
@@ -260,10 +258,10 @@ def refuse_half(catalog: Catalog) -> None:
 def missed(
     names: object, include: Iterable[str], exclude: Iterable[str], drop_prefixes: Iterable[str] = ()
 ) -> Callable[[str], bool]:
-    """Whether a target's name is missed where there is none; ``names`` is a mapping to others.
+    """Return a predicate for the target's names that the source must have.
 
-    The expressions are about the source's names. Where these become others, nothing tells which
-    of the target's names were left out on purpose, so then none is missed.
+    The expressions are for the source's names. If a mapping ``names`` renames these, the names
+    that were left out on purpose are unknown, so no name is required.
     """
     if names is not None and any((include, exclude, drop_prefixes)):
         return lambda name: False
@@ -271,7 +269,7 @@ def missed(
 
 
 def texts(values: Iterable[str]) -> tuple[str, ...]:
-    """One text or several, as several."""
+    """Return one text, or several, as a tuple."""
     return (values,) if isinstance(values, str) else tuple(values)
 
 

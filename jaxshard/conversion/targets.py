@@ -1,11 +1,11 @@
 """Targets: from ``to=`` (a strategy, strategy files, "full", "same") to output files.
 
-    full            a complete checkpoint, in the Hugging Face layout if nothing else is said
-    dp2mp4pp2       one file a rank, cut by the family's rules
-    DIR or FILE     one file a rank, cut as those strategy files say
-    same            as the source is
+    full            a complete checkpoint, by default in the Hugging Face format
+    dp2mp4pp2       one file per rank, cut by the rules of the model's family
+    DIR or FILE     one file per rank, cut as in those strategy files
+    same            the layout of the source
 
-It decides, and writes nothing: ``conversion`` does. Only strategy files are read.
+Only strategy files are read here, and nothing is written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..formats.registry import FORMATS, find_format, names_where
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
 from ..rules.tensor_dims import Factors
+from ..storage.places import is_remote
 from .open import PathLike, open_strategy
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
     "step_of_numbers",
 ]
 
-FULL, SAME = "full", "same"  # targets that are words: complete; laid out as the source
+FULL, SAME = "full", "same"  # a complete checkpoint; the layout of the source
 
 Target = str | PathLike | Strategy | Layout
 
@@ -67,7 +68,7 @@ def parse_target(target: Target, words: Collection[str] = (FULL, SAME)) -> Strat
     try:
         return Strategy.parse(text)
     except LayoutError as error:
-        if os.path.exists(text):
+        if is_remote(text) or os.path.exists(text):
             return open_strategy(text)
         other = f"neither {', '.join(words)}, nor" if words else "not"
         raise LayoutError(
@@ -83,15 +84,16 @@ def lay_out_for(
     unmatched: Policy = "error",
     uneven: Policy = "error",
 ) -> Layout:
-    """The layout of ``source``'s tensors under ``strategy``, by its family's rules.
+    """Return the layout of ``source``'s tensors under ``strategy``, by its family's rules.
 
-    ``rules`` go before the family's, or stand alone where the family is not known. Names
-    without a rule and dims that do not divide are refused, or left whole with ``"replicate"``.
-    Mapped tensors lie as what they are made of would; where that says nothing, as their names do.
+    ``rules`` precede those of the family, or are the only ones if the family is unknown. Names
+    without a rule and dims that do not divide are errors, or replicated with ``"replicate"``.
+    Mapped tensors get the layout of their source tensors; if these have no rule, that of their
+    own names.
 
     Raises:
-        LayoutError: names without a rule, dims that do not divide, or kv heads that are fused
-            with their q heads and fewer than the ranks that share them.
+        LayoutError: names without a rule, dims that do not divide, or fewer kv heads than ranks
+            where kv and q heads are fused.
     """
     if source.origin is not None and rules is None:
         before = source.origin.catalog
@@ -102,7 +104,7 @@ def lay_out_for(
             try:
                 layout = _by_rules(source, strategy, None, unmatched, uneven)
             except (LayoutError, NotFoundError):
-                raise error from None  # which says what is wrong with the mapping
+                raise error from None  # it describes the problem of the mapping
             _check_groups(source, layout)
             return layout
         kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
@@ -111,17 +113,17 @@ def lay_out_for(
 
 
 def check_factors(source: Catalog, layout: Layout) -> None:
-    """Refuse a layout that parts quantized weights from their factors.
+    """Check that every part of a quantized weight keeps its scale factors.
 
     Raises:
-        LayoutError: the weights, with the numbers that fit.
+        LayoutError: a part does not; with the numbers that fit.
     """
     shapes = {n: source.tensors[n].shape for n in layout.placements if n in source.tensors}
     Factors(shapes, source.model.config).check(layout.placements)
 
 
 def _check_groups(source: Catalog, layout: Layout) -> None:
-    """Refuse what rules know nothing of: kv heads that a rank would hold a part of."""
+    """Check that no rank holds a part of a kv head, which rules do not exclude."""
     for name, placements in layout.placements.items():
         for placement in placements:
             source.tensors[name].check_groups(placement)
@@ -130,7 +132,7 @@ def _check_groups(source: Catalog, layout: Layout) -> None:
 def _lay_out_parts(
     source: Catalog, before: Catalog, strategy: Strategy, unmatched: Policy, uneven: Policy
 ) -> Layout:
-    """The layout of what ``source`` is made of; factors are whole, as they vanish."""
+    """Return the layout of the source tensors; factors are replicated, as they are consumed."""
     views = (p.view for t in source.tensors.values() for p in t.shards if p.view)
     factors = {t.name for view in views for t in view.operands} & before.tensors.keys()
     weights = {n: t for n, t in before.tensors.items() if n not in factors}
@@ -159,10 +161,10 @@ def _by_rules(
 
 
 def same_layout(source: Catalog) -> Layout | None:
-    """The layout that ``source`` has, whatever names it was given; None if it is complete.
+    """Return the layout of ``source``, under its mapped names; None if it is complete.
 
     Raises:
-        LayoutError: what its ranks share is no whole part of a mapped tensor.
+        LayoutError: a rank's shards are not a whole part of a mapped tensor.
     """
     if source.layout is not None or source.origin is None:
         return source.layout
@@ -191,7 +193,7 @@ def make_result(source: Catalog, tensors: Sequence[Tensor], request: Request) ->
 
 
 def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
-    """Refuse dtypes that only arrays have, and Orbax."""
+    """Check that weight files have the dtypes of ``tensors``; Orbax stores more."""
     unknown = [f"{t.name} ({t.dtype})" for t in tensors if not t.dtype.is_in_files]
     if unknown:
         raise LayoutError(
@@ -202,16 +204,16 @@ def _refuse_unwritable(tensors: Sequence[Tensor]) -> None:
 
 
 def step_of_numbers(numbers: Mapping[str, Any]) -> tuple[int, int]:
-    """The epoch and the step in rank files' names, where a job's numbers tell; else the first."""
+    """Return the epoch and step for rank files' names from training scalars; else (1, 1)."""
     step = numbers.get("global_step", numbers.get("step_num"))
     return (1, int(step)) if step and step > 0 else (1, 1)
 
 
 def check_request(request: Request, step: str | None = None) -> None:
-    """Refuse what would mean nothing for the target, and so be passed over in silence.
+    """Check that every option of ``request`` has an effect for its target.
 
     Raises:
-        LayoutError: with what it is for.
+        LayoutError: an option would be ignored.
     """
     is_whole = request.to is None
     format = find_format(request.format, is_complete=is_whole)
@@ -234,7 +236,7 @@ def check_request(request: Request, step: str | None = None) -> None:
         )
     if request.checksums and (request.one_file or format.own_library):
         raise LayoutError(
-            "checksums= (--checksums) writes a file beside the others of a folder, and the target "
+            "checksums= (--checksums) adds a file to a directory, and the target "
             + (
                 "is one file. Name a folder."
                 if request.one_file
@@ -253,32 +255,32 @@ def check_request(request: Request, step: str | None = None) -> None:
         )
 
 
-# --- Destinations that name one weight file instead of a folder
+# --- Destinations that are one weight file (``out.safetensors``, ``out.ckpt``)
 
 _NO_LIMIT = 1 << 62
 
 
-def is_named(destination: PathLike | None) -> bool:
-    """Whether ``destination`` is the name of one weight file, and not of a folder that exists."""
+def is_file_name(destination: PathLike | None) -> bool:
+    """Return whether ``destination`` names one weight file, and not an existing directory."""
     return destination is not None and _kind(destination) in _formats()
 
 
-def refuse(destination: PathLike) -> None:
-    """Refuse a destination that names a weight file, where folders are made.
+def refuse_file_name(destination: PathLike) -> None:
+    """Check that ``destination`` does not name a weight file, for verbs that write directories.
 
     Raises:
         LayoutError: it does.
     """
-    if is_named(destination):
+    if is_file_name(destination):
         raise LayoutError(
-            f"{destination} names one file, and a folder is made here. Leave out "
-            f"{_kind(destination)!r}; jaxshard merge makes one file of the folder."
+            f"{destination} names one file, and save writes a directory. Leave out "
+            f"{_kind(destination)!r}; jaxshard merge makes one file of the directory."
         )
 
 
-def implied(request: Request, destination: PathLike | None) -> Request:
-    """``request`` with what the name of ``destination`` says and the request does not."""
-    if destination is None or request.to is not None or not is_named(destination):
+def with_file_format(request: Request, destination: PathLike | None) -> Request:
+    """Return ``request`` with the format that the suffix of ``destination`` implies."""
+    if destination is None or request.to is not None or not is_file_name(destination):
         return request
     name = request.format or _formats()[_kind(destination)]
     limit = request.max_shard_bytes
@@ -287,19 +289,19 @@ def implied(request: Request, destination: PathLike | None) -> Request:
     return replace(request, format=name, max_shard_bytes=limit, one_file=True)
 
 
-def name_of(result: Result, destination: PathLike | None) -> str | None:
-    """Which file of ``result`` is to be ``destination``; None where that is a folder.
+def single_file(result: Result, destination: PathLike | None) -> str | None:
+    """Return the file of ``result`` that becomes ``destination``; None if that is a directory.
 
     Raises:
-        LayoutError: one file is named, and the result is several, or of another kind.
+        LayoutError: ``destination`` is one file, and the result is several, or of another format.
     """
-    if destination is None or not is_named(destination):
+    if destination is None or not is_file_name(destination):
         return None
     paths, kind = result.outputs.paths, _kind(destination)
     if len(paths) > 1 or "/" in paths[0]:
         raise LayoutError(
             f"{destination} names one file, but the result is {format_list(paths, 3)}. Name a "
-            "folder."
+            "directory."
         )
     if not paths[0].endswith(kind):
         raise LayoutError(
@@ -309,14 +311,14 @@ def name_of(result: Result, destination: PathLike | None) -> str | None:
     return paths[0]
 
 
-def notes(source: Catalog, result: Result, only: str | None) -> tuple[str, ...]:
-    """What to say of the files that do not come along where the result is one file."""
+def notes_on_left_out(source: Catalog, result: Result, only: str | None) -> tuple[str, ...]:
+    """Return a note on extras and side files, which a result of one file leaves out."""
     left = [*source.extras, *result.side_files] if only else []
     if not left:
         return ()
     return (
-        f"{format_list(left)} not carried along: the result is one file. Name a folder to have "
-        "all.",
+        f"{format_list(left)} not carried along: the result is one file. Name a directory to "
+        "keep them.",
     )
 
 

@@ -1,8 +1,7 @@
 """Verification: completeness, checksums, equal replicas, equality with another checkpoint.
 
-What headers can tell is checked when a checkpoint is opened. This module reads the
-data: replicas are compared with each other, and two checkpoints of any layouts with
-one another, tensor by tensor, in the memory of a few blocks.
+Headers are checked when a checkpoint is opened. This module reads the data: it compares replicas
+with each other, and two checkpoints of any layouts tensor by tensor, in the memory of a few blocks.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _ONE = "Fetch both again, or move the wrong one away: one replica is enough."
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was checked, and what is wrong.
+    """The outcome of a verification.
 
     Attributes:
-        problems: what is wrong; all is well if there are none and nothing is ``unchecked``.
-        unchecked: what the checkpoint holds beside tensors, which was not looked at.
+        problems: differences and damage; if this and ``unchecked`` are empty, all is well.
+        unchecked: contents that are not tensors and were not checked.
     """
 
     num_tensors: int
@@ -88,9 +87,9 @@ class _ReplicaComparison(_Comparison):
 def verify(
     catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
 ) -> Verdict:
-    """Check that every tensor is stored completely, its checksums, and that its replicas are equal.
+    """Check that every tensor is complete, matches its checksums, and has equal replicas.
 
-    A note says where there are no checksums: flipped bits in such a file are not found.
+    A note lists files without checksums, in which flipped bits are not detected.
     """
     problems = [text for _, text in _incomplete(catalog)]
     verdict, without = _compare_replicas(catalog, budget, progress)
@@ -107,9 +106,9 @@ def verify(
 def differing_replicas(
     catalog: Catalog, *, budget: Budget, progress: Callable[[int], None] | None = None
 ) -> Verdict:
-    """Check that what is stored in several files, whole or in part, is the same in all of them.
+    """Check that boxes stored in several files have the same bytes in all of them.
 
-    Of a mapped catalog, the tensors that it is made of.
+    The source tensors of a mapped catalog are compared.
     """
     return _compare_replicas(catalog, budget, progress)[0]
 
@@ -117,7 +116,7 @@ def differing_replicas(
 def _compare_replicas(
     catalog: Catalog, budget: Budget, progress: Callable[[int], None] | None
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """What differs, and the files that have no checksum of their own: their bytes are read once."""
+    """Compare replicas; also return the files without a checksum. Each byte is read once."""
     catalog = _stored(catalog)
     moves = [m for t in catalog.tensors.values() if (m := _replicas(t))]
     with open_source(catalog) as files:
@@ -135,7 +134,7 @@ def verify_against(
     budget: Budget,
     progress: Callable[[int], None] | None = None,
 ) -> Verdict:
-    """Check that two checkpoints hold the same tensors, bit for bit, whatever their layouts.
+    """Check that two checkpoints of any layouts hold the same tensors, bit for bit.
 
     Raises:
         LayoutError: both are mapped.
@@ -146,11 +145,9 @@ def verify_against(
                 f"{catalog.root} and {other.root} are both mapped. Write one of them, and compare "
                 "the other with that."
             )
-        catalog, other = other, catalog  # the one that is carried may be; the other is read as is
+        catalog, other = other, catalog  # the first may be mapped, the second is read as stored
     found = [*_incomplete(catalog), *_incomplete(other), *_headers_differ(catalog, other)]
     problems, broken = [text for _, text in found], {name for name, _ in found}
-    here, there = open_source(catalog), open_source(other)
-    seen = _Comparison(other, there)
 
     def moves() -> Iterator[TensorCopy]:
         for tensor in _in_both(catalog, other):
@@ -160,17 +157,14 @@ def verify_against(
                     boxes[piece.box] = (*boxes.get(piece.box, ()), i)
                 yield move_into(tensor, boxes)
 
-    try:
+    with open_source(catalog) as here, open_source(other) as there:
         here.check_checksums()
         there.check_checksums()
+        seen = _Comparison(other, there)
         run(moves(), here, seen, budget=budget, progress=progress, ahead=moves())
-        here.check_unchanged()
-        there.check_unchanged()
-    finally:
-        here.close()
-        there.close()
-    told = (*problems, *seen.problems())
-    return Verdict(len(catalog.tensors), seen.bytes_compared, told, (*catalog.notes, *other.notes))
+    problems += seen.problems()
+    notes = (*catalog.notes, *other.notes)
+    return Verdict(len(catalog.tensors), seen.bytes_compared, tuple(problems), notes)
 
 
 def _is_mapped(catalog: Catalog) -> bool:
@@ -178,7 +172,7 @@ def _is_mapped(catalog: Catalog) -> bool:
 
 
 def _incomplete(catalog: Catalog) -> list[tuple[str, str]]:
-    """The names of tensors that are not all there, and what is missing."""
+    """Return the names of incomplete tensors, and the missing parts."""
     problems = []
     for tensor in catalog.tensors.values():
         try:
@@ -189,16 +183,16 @@ def _incomplete(catalog: Catalog) -> list[tuple[str, str]]:
 
 
 def _stored(catalog: Catalog) -> Catalog:
-    """``catalog`` before any mapping, and its tensors before any step on their values.
+    """Return ``catalog`` before any mapping, with tensors before any transform of their values.
 
-    Where steps are all that happens (an adapter is added), they lie as any others do.
+    Tensors that are only transformed (an adapter is added) are stored as any others.
     """
     catalog = _origin(catalog)
-    return replace(catalog, tensors={n: _as_it_lies(t) for n, t in catalog.tensors.items()})
+    return replace(catalog, tensors={n: _as_stored(t) for n, t in catalog.tensors.items()})
 
 
 def _origin(catalog: Catalog) -> Catalog:
-    """``catalog`` before any mapping."""
+    """Return ``catalog`` before any mapping."""
     while catalog.origin is not None:
         catalog = catalog.origin.catalog
     return catalog
@@ -207,11 +201,11 @@ def _origin(catalog: Catalog) -> Catalog:
 def _checksums(
     catalog: Catalog, without: Sequence[str], budget: Budget
 ) -> tuple[list[str], list[str]]:
-    """What is damaged by ``checksums.json``; without one, a note on files ``without`` checksums."""
-    from ..storage.checksums import check_folder  # noqa: PLC0415 - verify alone reads them
+    """Return damage found by ``checksums.json``, or a note on files ``without`` checksums."""
+    from ..storage.checksums import check_folder  # noqa: PLC0415 - only verify reads them
 
     stored = _origin(catalog)
-    if format_of(stored.format).own_library:  # which compares its own whenever it reads
+    if format_of(stored.format).own_library:  # it compares its own when it reads
         return [], []
     try:
         if check_folder(stored.root, (f.path for f in stored.files), workers=budget.workers):
@@ -227,18 +221,18 @@ def _checksums(
     ]
 
 
-def _as_it_lies(tensor: Tensor) -> Tensor:
+def _as_stored(tensor: Tensor) -> Tensor:
     if not any(p.view for p in tensor.shards):
         return tensor
     kinds = {p.view.dtype if p.view else tensor.dtype for p in tensor.shards}
-    if len(kinds) > 1 or any(p.view and _is_turned(p.box, p.view) for p in tensor.shards):
-        raise LayoutError(f"{tensor.name} is mapped; compare what it is made of.")
+    if len(kinds) > 1 or any(p.view and _is_strided(p.box, p.view) for p in tensor.shards):
+        raise LayoutError(f"{tensor.name} is mapped. Compare its source tensors.")
     pieces = tuple(replace(p, view=None) for p in tensor.shards)
     return replace(tensor, dtype=kinds.pop(), shards=pieces)
 
 
-def _is_turned(box: Box, view: View) -> bool:
-    """Whether the elements of ``box`` do not lie in its own order, one after the other."""
+def _is_strided(box: Box, view: View) -> bool:
+    """Return whether the elements of ``box`` are not stored contiguously in its own order."""
     inner = view.dtype.unit_bytes
     for n, stride in zip(reversed(box.shape), reversed(view.strides), strict=True):
         if n != 1 and stride != inner:
@@ -248,10 +242,10 @@ def _is_turned(box: Box, view: View) -> bool:
 
 
 def _replicas(tensor: Tensor) -> TensorCopy | None:
-    """The journey that reads once what several pieces store; None if none do.
+    """Return the copy that reads boxes with several stored shards once; None if there are none.
 
-    A box goes to all its pieces but the one that it is read from; one that overlaps others is
-    read from any of them, and so goes to all of its own.
+    A box is compared with all its shards but the one that it is read from. A box that overlaps
+    others may be read from any of them, so it is compared with all of its own.
     """
     stored: dict[Box, list[int]] = {}
     for number, piece in enumerate(tensor.shards):
@@ -269,7 +263,7 @@ def _replicas(tensor: Tensor) -> TensorCopy | None:
 
 
 def _read_at(move: TensorCopy, at: tuple[int, ...]) -> StoredShard:
-    """The piece that the element ``at`` is read from: of those that hold it, the first."""
+    """Return the shard that the element ``at`` is read from: the first that holds it."""
     point = Box(at, tuple(i + 1 for i in at))
     return next(
         pieces[0]
@@ -279,7 +273,7 @@ def _read_at(move: TensorCopy, at: tuple[int, ...]) -> StoredShard:
 
 
 def _headers_differ(a: Catalog, b: Catalog) -> Iterator[tuple[str, str]]:
-    """The names of tensors that are not in both alike, and how they differ."""
+    """Yield the names of tensors whose headers differ, and the differences."""
     for here, there in ((a, b), (b, a)):
         for name in here.tensors:
             if name not in there.tensors:
@@ -314,7 +308,7 @@ def _first_difference(
 
 
 def _element(move: TensorCopy, target: int, offset: int) -> tuple[int, ...]:
-    """Where in the tensor the byte at ``offset`` of a target box is."""
+    """Return the index in the tensor of the byte at ``offset`` of a target box."""
     box = move.targets[target].box
     index, left = [], offset // move.unit_bytes
     for n in reversed(box.shape):

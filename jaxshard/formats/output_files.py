@@ -61,7 +61,7 @@ class Request:
         crc: end every ``.ckpt`` with a checksum.
         numbers: training scalars (``global_step`` …), for formats that keep them in JSON.
         one_file: the destination is one file, which holds the training scalars too.
-        checksums: write the checksums of all files into a file beside them.
+        checksums: add a file with the checksums of all files.
     """
 
     to: Layout | None = None
@@ -85,7 +85,7 @@ class Result:
         side_files: other files, by path, with their contents.
         extras_to: the folder of the source's extras, relative to the result's root.
         files_per_rank: how many files a rank has; second ones are numbered after all first.
-        checksums: whether to write the checksums of all files beside them.
+        checksums: whether to add a file with the checksums of all files.
     """
 
     format: str

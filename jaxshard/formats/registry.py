@@ -1,8 +1,8 @@
 """The registry of checkpoint formats: one object per format, in one list.
 
-A ``Format`` recognises and reads its checkpoints, plans the files of new ones, and says what it
-supports. Verbs ask the object and never compare names, so a new format is one subclass (in a file
-of its own) and one line in ``FORMATS``. The built-in formats are here; their modules are imported
+A ``Format`` recognises and reads its checkpoints, plans the files of new ones, and lists its
+capabilities. Verbs query the object and never compare names, so a new format is one subclass (in
+a file of its own) and one line in ``FORMATS``. The modules of the built-in formats are imported
 inside the methods, because recognising a folder must import neither NumPy nor JAX.
 """
 
@@ -36,7 +36,7 @@ class Format:
         as_steps: ``CheckpointManager`` can save steps in it.
         of_shardings: arrays are saved by rank unless the caller passes a strategy.
         of_mindspore: training scalars (``global_step`` …) are kept apart from weights.
-        reads_strategy: strategy files say which box each file holds, and a suffix which files.
+        reads_strategy: strategy files define which box each file holds; a suffix selects files.
         steps_in_names: the files of a rank are named by epoch and step, so steps share a folder.
         scalars_in_json: training scalars are kept in JSON, so planning needs their values.
         prefix_if_complete: the files of a complete checkpoint are named with ``prefix`` too.

@@ -140,7 +140,7 @@ def save(
     where, options = Path(path), {"overwrite": overwrite, "durable": fsync}
     with processes.about(str(where)).together("saving: preparing"), paused():
         kind = find_format(format)
-        targets.refuse(where)
+        targets.refuse_file_name(where)
         arrays, notes = arrays_of(tree, name_of)
         if processes.are_several:
             check_across(kind, shared=shared_filesystem)

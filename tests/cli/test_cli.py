@@ -206,7 +206,7 @@ def test_a_destination_that_names_a_file_gets_a_file(llama, capsys, tmp_path):
         (("--max-shard-size", "2KB"), "names one file, but the result is model-00001-of-"),
         (("--format", "ckpt"), "ends in .safetensors, but the result is model.ckpt"),
         (("--format", "iteration"), "names one file"),
-        (("--process-index", 0, "--process-count", 2), "one process's work"),
+        (("--process-index", 0, "--process-count", 2), "which one process writes"),
     ],
 )
 def test_what_is_no_one_file_is_refused_where_one_is_named(llama, capsys, tmp_path, flags, message):

@@ -54,12 +54,12 @@ def test_a_file_of_several_blocks_is_put_together(tmp_path: Path) -> None:
 def test_blocks_that_are_cut_short_or_no_blocks_are_refused(tmp_path: Path) -> None:
     one = encrypted("AES-GCM").read_bytes()
     (tmp_path / "two.ckpt").write_bytes(one * 2)
-    with pytest.raises(FormatError, match="no weight file"):  # every name is there twice
+    with pytest.raises(FormatError, match="invalid data"):  # every name is there twice
         decrypt(tmp_path / "two.ckpt", tmp_path / "plain.ckpt", KEY)
     for number, crash in enumerate((one + one[:7], one + b"\n" + one, one[:-1])):
         source = tmp_path / f"{number}.ckpt"
         source.write_bytes(crash)
-        with pytest.raises(FormatError, match=r"byte [0-9]+: (a|no) block"):
+        with pytest.raises(FormatError, match=r"byte [0-9]+: (truncated|a block|not an encrypted block)"):
             decrypt(source, tmp_path / "plain.ckpt", KEY)
     assert not (tmp_path / "plain.ckpt").exists()
 
@@ -75,7 +75,7 @@ def test_a_wrong_key_and_a_damaged_block_make_nothing(cipher: str, tmp_path: Pat
     source.write_bytes(data)
     with pytest.raises(FormatError, match="key"):
         decrypt(source, tmp_path / "plain.ckpt", KEY)
-    with pytest.raises(LayoutError, match=r"the key has 5 bytes; .* takes 16"):
+    with pytest.raises(LayoutError, match=r"the key has 5 bytes .expected 16"):
         decrypt(source, tmp_path / "plain.ckpt", b"short")
     assert [p.name for p in tmp_path.iterdir()] == ["source.ckpt"]
 

@@ -58,7 +58,7 @@ def test_rank_files_are_opened_with_the_strategy_inside_beside_or_given(base, tm
     ],
 )
 def test_how_to_open_what_is_open_already_is_no_question(base, use):
-    with pytest.raises(LayoutError, match=r"is open already. Give them to open\(\)"):
+    with pytest.raises(LayoutError, match=r"is open already. Pass them to open\(\)"):
         use(js.open(base / "cut"), base)
 
 

@@ -15,7 +15,7 @@ import jaxshard as js
 from jaxshard.core.layout import Layout
 from jaxshard.errors import LayoutError, NotFoundError
 
-NOTE = "optimizer states are left out, for the target's strategy has only their weights"
+NOTE = "optimizer states are left out, because the target's strategy has only their weights"
 ONE_STATE = Layout(4, {**LAYOUT.placements, "adam_m.wq": LAYOUT.placements["wq"]})
 
 

@@ -166,7 +166,7 @@ def test_no_format_of_weight_files_takes_a_dtype_of_arrays(place, tmp_path, form
 
 def test_orbax_keeps_every_array(place, expected, tmp_path, caplog) -> None:
     js.convert(place, tmp_path / "out", format="orbax", exclude=["^text$"])
-    assert "2 random keys are written as their data" in caplog.text
+    assert "2 PRNG keys are written as integers" in caplog.text
     assert "key (threefry2x32), keys (rbg)" in caplog.text
     check(js.load(tmp_path / "out", SingleDeviceSharding(jax.devices()[0])), expected)
     verdict = js.verify(tmp_path / "out", against=place)

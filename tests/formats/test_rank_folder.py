@@ -276,7 +276,7 @@ def test_prefixes_are_dropped_and_a_prefix_of_nothing_is_said(
 ) -> None:
     report = js.merge(training, tmp_path / "o", **QUICK, drop_prefix=["adam_", "adma_"])
     assert ms.folder_weights(tmp_path / "o").keys() == ARRAYS.keys() | NUMBERS.keys()
-    note = "no tensor begins with adma_: drop_prefix= (--drop-prefix) adma_ drops nothing."
+    note = "no tensor starts with adma_: drop_prefix= (--drop-prefix) adma_ has no effect."
     assert note in report.notes
     with pytest.raises(NotFoundError, match="all of them are excluded"):
         js.merge(training, tmp_path / "p", drop_prefix=["w", "n", "a", "g", "l"])

@@ -81,7 +81,7 @@ def test_ranks_without_a_strategy_are_refused_and_one_alone_is_whole(
 
 def test_the_file_of_one_rank_is_said_to_be_that(ranks: Path) -> None:
     catalog = js.open(ranks / "rank_1" / STEP.format(r=1))
-    assert "is the file of one rank; its tensors are taken as whole" in catalog.notes[0]
+    assert "is the file of one rank; its tensors are read as whole" in catalog.notes[0]
     assert catalog["wq"].shape == (4, 6)
 
 

@@ -136,7 +136,7 @@ def test_a_rank_gets_its_own_file_also_without_strategy_files(
         assert {n: a.tobytes() for n, a in share.items()} == {
             n: a.tobytes() for n, a in wanted.items()
         }
-    assert "is the file of one rank; its tensors are taken as whole" in caplog.text
+    assert "is the file of one rank; its tensors are read as whole" in caplog.text
     with pytest.raises(LayoutError, match="has 4 ranks but no strategy files"):
         mindformers.load_rank({**told, "auto_trans_ckpt": True}, 0)
     with pytest.raises(LayoutError, match="has 4 ranks but no strategy files"):

@@ -338,7 +338,7 @@ def test_a_shard_held_twice_is_catalogued_once():
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.ckpt"])
 def test_no_folder_gets_the_name_of_a_weight_file(tmp_path, name):
-    with pytest.raises(LayoutError, match=f"{name} names one file, and a folder is made here"):
+    with pytest.raises(LayoutError, match=f"{name} names one file, and save writes a directory"):
         save({"x": np.ones(4, np.float32)}, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
