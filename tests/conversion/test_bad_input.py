@@ -155,7 +155,7 @@ DAMAGED = {
     "negative": (spoil(negative), "bytes -2 to"),
     "other size": (spoil(other_size), "takes 14"),
     "strange dtype": (spoil(strange_dtype), "'Q7'"),
-    "duplicate keys": (duplicate_keys, "twice"),
+    "duplicate keys": (duplicate_keys, "duplicate key"),
     "deep json": (deep_json, "header of model.safetensors"),
     "not json": (not_json, "not JSON"),
     "empty": (empty_file, "0 bytes"),
@@ -229,7 +229,7 @@ FOLDERS = {
         3,
         "model.norm.weight",
     ),
-    "is a list": (index_is_a_list, 3, "not an object"),
+    "is a list": (index_is_a_list, 3, "expected an object"),
     "a file is gone": (file_gone, 3, "model-00002-of-00002.safetensors"),
     "no index, and a file is gone": (no_index_and_a_file_gone, 3, "Fetch the other 1"),
     "a tensor in two files": (in_two_files, 3, "Remove the stale file"),
@@ -389,7 +389,7 @@ REQUESTS: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "rules with an unknown key": (
         lambda p: [*rule_file("[spec]")(p), "--to", "mp2"],
         2,
-        "have no 'spec'",
+        "unknown key 'spec'",
     ),
     "rules with a wrong spec": (
         lambda p: [*rule_file('[specs]\n"*" = "mp,,"')(p), "--to", "mp2"],
