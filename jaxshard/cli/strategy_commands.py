@@ -30,7 +30,8 @@ from ..rules.match import weight_name
 from ..storage.local import LocalFolder
 from ..storage.overwrite import refuse_source
 from ..storage.places import place_at
-from ..storage.transaction import Staging, told
+from ..storage.staging import told
+from ..storage.transaction import Staging
 from . import write, write_json
 from .commands import read_rules_file
 

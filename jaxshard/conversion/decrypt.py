@@ -11,7 +11,8 @@ from ..errors import FormatError, LayoutError, StorageError
 from ..formats import mindspore_ckpt
 from ..formats.folder import Folder, kind_of
 from ..storage.local import LocalFolder
-from ..storage.transaction import Staging, told
+from ..storage.staging import told
+from ..storage.transaction import Staging
 from .open import PathLike
 
 

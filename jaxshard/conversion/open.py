@@ -23,7 +23,7 @@ from ..storage.io import Source
 from ..storage.local import LocalFolder
 from ..storage.places import Place, ReadFolder, folder_at, place_at, refuse_repository
 from ..storage.readers import open_source
-from ..storage.transaction import is_unfinished
+from ..storage.staging import is_unfinished
 
 PathLike = str | os.PathLike[str]
 

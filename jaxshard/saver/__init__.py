@@ -50,7 +50,7 @@ from ..rules import Rules
 from ..storage import side_files as carrying
 from ..storage.resources import Counts, default_budget, default_workers, parse_size
 from ..storage.side_files import put_beside
-from ..storage.transaction import real_place
+from ..storage.staging import real_place
 from .publish import (
     Publication,
     check_across,

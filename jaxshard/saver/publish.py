@@ -31,7 +31,8 @@ from ..storage.engine import run
 from ..storage.fs import check_free_space
 from ..storage.overwrite import refuse_source
 from ..storage.resources import Budget, Counts
-from ..storage.transaction import Staging, real_place, told
+from ..storage.staging import real_place, told
+from ..storage.transaction import Staging
 from ..storage.writers import OutputFiles
 from .shared_write import SharedWrite
 

@@ -42,7 +42,7 @@ from ..formats.huggingface import CHECKSUMS
 from .fs import read_bytes
 from .local import transfer
 from .resources import default_workers
-from .transaction import told
+from .staging import told
 
 Sum = Callable[[bytes | memoryview], int]
 Chunk = tuple[int, int, int]  # offset in the file, bytes, checksum

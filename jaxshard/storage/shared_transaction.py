@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LayoutError, StorageError
-from . import ownership
+from . import staging
 from . import transaction as steps
 
 
@@ -66,18 +66,18 @@ class PartStaging:
             LayoutError: the destination exists, or other work lies there.
             StorageError: this part runs already, or the disk refuses.
         """
-        self._destination = destination = steps.real_place(destination)
+        self._destination = destination = staging.real_place(destination)
         self._count, self.durable, self._overwrite = count, durable, overwrite
-        self._base = base = steps.staging_folder(destination)
-        self.files = base / steps.FILES
+        self._base = base = staging.staging_folder(destination)
+        self.files = base / staging.FILES
         self._name = f"part-{index}"
         self._request = json.dumps({"parts": count, "request": request})
         self._locks: list[int] = []
         self.published = False
         try:
-            with steps.told(f"{base} cannot be made"):
+            with staging.told(f"{base} cannot be made"):
                 self._join()
-                self.finished = steps.read_finished(base / f"{self._name}.journal", self.files)
+                self.finished = staging.read_finished(base / f"{self._name}.journal", self.files)
         except BaseException:
             self.abandon()
             raise
@@ -86,7 +86,7 @@ class PartStaging:
         """Record that the file at ``path`` is complete; it is put on the disk first."""
         self.sync(self.files / path)
         journal = self._base / f"{self._name}.journal"
-        steps.record_finished(journal, path, num_bytes, durable=self.durable)
+        staging.record_finished(journal, path, num_bytes, durable=self.durable)
 
     def publish(self, last: Callable[[], None] | None = None) -> bool:
         """This part is complete; whether the result is there now, because it was the last.
@@ -94,7 +94,7 @@ class PartStaging:
         Of all parts exactly one calls ``last``, when all others are complete.
         """
         done = self._base / f"{self._name}.done"
-        with steps.told(f"{done} cannot be written"):
+        with staging.told(f"{done} cannot be written"):
             done.touch()
         with self._turn() as is_there:
             is_last = is_there and all(
@@ -121,7 +121,7 @@ class PartStaging:
     def sync(self, path: Path) -> None:
         """Wait until ``path`` is on the disk, where the result is to be durable."""
         if self.durable:
-            steps.sync(path)
+            staging.sync(path)
 
     def _join(self) -> None:
         while not self._joined():
@@ -133,7 +133,7 @@ class PartStaging:
             if self.published:
                 return True
             steps.refuse_existing(self._destination, self._overwrite)
-        ownership.claim(self._base)
+        staging.claim(self._base)
         with self._turn() as is_there:
             if is_there:
                 try:
@@ -145,7 +145,7 @@ class PartStaging:
 
     def _enter(self) -> None:
         """Settle what an earlier run left, and begin, join or go on."""
-        self._lock(self._base / ownership.LOCK, fcntl.LOCK_SH, self._is_in_use)
+        self._lock(self._base / staging.LOCK, fcntl.LOCK_SH, self._is_in_use)
         steps.settle(self._base, self._destination)
         if steps.is_done(self._base, self._destination, self._request):
             self._hear()
@@ -185,51 +185,49 @@ class PartStaging:
         if (
             steps.has_work(self._base)
             or steps.holds_replaced(self._base)
-            or ownership.request_in(self._base) not in (None, self._request)
+            or staging.request_in(self._base) not in (None, self._request)
         ):
             return
-        descriptor = steps.open_lock(self._base / ownership.LOCK)
+        descriptor = staging.open_lock(self._base / staging.LOCK)
         try:
-            if steps.lock(descriptor, fcntl.LOCK_EX):  # no other part is at work
+            if staging.lock(descriptor, fcntl.LOCK_EX):  # no other part is at work
                 steps.remove_base(self._base)
         finally:
             os.close(descriptor)
 
     def _is_ours(self) -> bool:
-        return ownership.request_in(self._base) == self._request and not steps.was_placed(
-            self._base
-        )
+        return staging.request_in(self._base) == self._request and not steps.was_placed(self._base)
 
     def _begin(self) -> None:
         """Discard what lies there, if nobody is at work on it and it may go."""
         os.close(self._locks.pop())
-        others = LayoutError(f"other parts are at work: {steps.other_request(self._base)}")
-        self._lock(self._base / ownership.LOCK, fcntl.LOCK_EX, lambda: others)
+        others = LayoutError(f"other parts are at work: {staging.other_request(self._base)}")
+        self._lock(self._base / staging.LOCK, fcntl.LOCK_EX, lambda: others)
         if steps.has_work(self._base) and not self._overwrite:
-            raise steps.other_request(self._base)
+            raise staging.other_request(self._base)
         steps.begin(self._base, self._request, self.durable)
         fcntl.flock(self._locks[-1], fcntl.LOCK_SH)  # nobody can come between: it is our turn
 
     def _is_in_use(self) -> StorageError:
-        return steps.in_use(self._destination)
+        return staging.in_use(self._destination)
 
     def _lock(self, path: Path, kind: int, refusal: Callable[[], Exception]) -> None:
-        descriptor = steps.open_lock(path)
+        descriptor = staging.open_lock(path)
         self._locks.append(descriptor)
-        if not steps.lock(descriptor, kind):
+        if not staging.lock(descriptor, kind):
             raise refusal()
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
         """Wait to be alone; whether the folder is still there then."""
-        path = self._base / ownership.TURN
+        path = self._base / staging.TURN
         try:
-            descriptor = steps.open_lock(path)
+            descriptor = staging.open_lock(path)
         except FileNotFoundError:
             yield False
             return
         try:
-            steps.lock(descriptor, fcntl.LOCK_EX, wait=True)
-            yield steps.is_same(descriptor, path)
+            staging.lock(descriptor, fcntl.LOCK_EX, wait=True)
+            yield staging.is_same(descriptor, path)
         finally:
             os.close(descriptor)

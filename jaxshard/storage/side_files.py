@@ -18,7 +18,7 @@ from ..errors import format_list
 from ..formats.rank_names import rank_of_strategy_file
 from .fs import exchange
 from .places import is_remote
-from .transaction import told
+from .staging import told
 
 
 def carried(catalog: Catalog) -> tuple[tuple[str, ...], tuple[str, ...]]:

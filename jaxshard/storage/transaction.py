@@ -1,7 +1,7 @@
 """Transactions: a staging directory that is published by one rename.
 
     out/                      does not exist, or is the previous result, whole
-    .out.partial/             see ``ownership``
+    .out.partial/             see ``staging``
         journal.json          what is being made, from which files
         finished              a line for each file that is complete and on the disk
         files/                the result so far
@@ -21,34 +21,47 @@ Readers pass ``.out.partial`` by: it is hidden and has no checkpoint at its top.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MEND_THE_DISK, OVERWRITE, RESUME, LayoutError, StorageError
-from . import ownership
-from .fs import delete, exchange, fsync_path, is_mount_point, publish_new, write_file_atomic
-from .ownership import JOURNAL, LOCK, PLACING, request_in
-from .places import refuse_remote
+from ..errors import OVERWRITE, RESUME, LayoutError, StorageError
+from . import staging
+from .fs import delete, exchange, is_mount_point, publish_new, write_file_atomic
+from .staging import (
+    FILES,
+    JOURNAL,
+    LOCK,
+    PLACING,
+    identity_of_file,
+    in_use,
+    is_same,
+    lock,
+    open_lock,
+    other_request,
+    read_finished,
+    real_place,
+    record_finished,
+    remove_others,
+    request_in,
+    staging_folder,
+    sync,
+    told,
+)
 
 if TYPE_CHECKING:  # the formats' names, seldom needed
     from .overwrite import Kind
 
-FILES = "files"
 _FINISHED, _BEFORE, _REPLACED, _REMOVING = "finished", "before", "replaced", "removing"
 _MADE_FROM = "user.jaxshard.made_from"  # an extended attribute of the result
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CLAIMS = (_FINISHED, PLACING)
 _FOLDERS = ("checkpoint", "strategies", "own")  # the kinds of results that are folders
-_RECORDING = threading.Lock()
 
 
 class Staging:
@@ -163,7 +176,7 @@ class Staging:
         if has_work(self._base) and self._goes_on(resume):
             self.files.mkdir(exist_ok=True)
             self.finished = read_finished(self._base / _FINISHED, self.files)
-            _remove_others(self.files, self.finished)
+            remove_others(self.files, self.finished)
         else:
             begin(self._base, self._request, self.durable, self._resumable)
         if self._overwrite:
@@ -193,7 +206,7 @@ class Staging:
     def _take_lock(self) -> int:
         path = self._base / LOCK
         while True:
-            ownership.claim(self._base)
+            staging.claim(self._base)
             try:
                 descriptor = open_lock(path)
             except FileNotFoundError:  # removed since, by the run that it was of
@@ -220,40 +233,7 @@ class Staging:
             self._lock = -1
 
 
-# --- the steps, which several processes that share one result take too ---------------
-
-
-@contextmanager
-def told(what: str) -> Iterator[None]:
-    """The disk's refusals inside, as an error that says ``what`` failed."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        raise StorageError(
-            f"{what}: {error.strerror}. "
-            + (MEND_THE_DISK if full else "Choose another destination, or mend this one.")
-        ) from error
-
-
-def real_place(destination: Path) -> Path:
-    """Where ``destination`` is, links followed.
-
-    Raises:
-        LayoutError: it is the root of the disk, or a remote store.
-    """
-    refuse_remote(destination)
-    real = Path(os.path.realpath(destination))
-    if not real.name:
-        raise LayoutError(f"{destination} cannot be replaced. Choose another destination.")
-    return real
-
-
-def staging_folder(destination: Path) -> Path:
-    """Where ``destination`` (an absolute path) is made."""
-    return destination.with_name(f".{destination.name}.partial")
+# --- Steps that several processes with one result share
 
 
 def refuse_existing(destination: Path, overwrite: bool, *, kind: Kind = "checkpoint") -> None:
@@ -289,50 +269,10 @@ def refuse_other(kind: Kind, found: Path, destination: Path) -> None:
     replacing.refuse_other(kind, found, destination)
 
 
-def open_lock(path: Path) -> int:
-    """Open the lock file at ``path``, made if need be; links are not followed."""
-    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-
-
-def lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
-    """Lock an open file; False if another process has it. The lock goes with the process.
-
-    Raises:
-        StorageError: this disk has no locks.
-    """
-    try:
-        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        raise StorageError(
-            f"the disk locks no files ({error.strerror}), so nothing keeps two writers apart. "
-            "Mount it with locks (NFS 4; Lustre: -o flock), or write to another disk."
-        ) from error
-    return True
-
-
-def in_use(destination: Path) -> StorageError:
-    """What is said to whoever comes second."""
-    return StorageError(
-        f"another process is writing {destination}. Wait for it, or choose another destination."
-    )
-
-
-def other_request(base: Path) -> LayoutError:
-    """What is said where the work in ``base`` is not the work asked for."""
-    return LayoutError(
-        f"{base} is from another conversion, or its source has changed since. "
-        f"Repeat that one exactly, or discard it with {OVERWRITE}."
-    )
-
-
 def has_work(base: Path) -> bool:
     """Whether ``base`` holds finished files that are not published and can be gone on with."""
     there_is = (base / _FINISHED).exists() or any(base.glob("*.journal"))
-    return there_is and ownership.is_resumable(base) and not was_placed(base)
+    return there_is and staging.is_resumable(base) and not was_placed(base)
 
 
 def begin(base: Path, request: str, durable: bool, resumable: bool = True) -> None:
@@ -341,64 +281,11 @@ def begin(base: Path, request: str, durable: bool, resumable: bool = True) -> No
     # claims go first, so that a kill leaves none to files that are gone
     for entry in sorted(left, key=lambda e: e.suffix != ".journal" and e.name not in _CLAIMS):
         delete(entry)
-    ownership.write_journal(base, request, durable=durable, resumable=resumable)
+    staging.write_journal(base, request, durable=durable, resumable=resumable)
     (base / FILES).mkdir()
 
 
-def record_finished(journal: Path, path: str, num_bytes: int, *, durable: bool) -> None:
-    """Add a line to ``journal``: the file at ``path`` is complete. Safe from several threads."""
-    with told(f"{journal} cannot be written"), _RECORDING:
-        identity = [*_identity(journal.parent / FILES / path), "" if durable else _boot()]
-        with open(journal, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps([path, num_bytes, identity]) + "\n")
-            lines.flush()
-            if durable:
-                os.fsync(lines.fileno())
-
-
-def read_finished(journal: Path, files: Path) -> dict[str, int]:
-    """Finished files that nobody has touched since; a torn last line is no promise."""
-    found: dict[str, int] = {}
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
-        try:
-            name, num_bytes, (*identity, boot) = json.loads(line)
-            if identity == _identity(files / name) and boot in ("", _boot()):
-                found[name] = num_bytes
-        except (ValueError, TypeError, OSError):
-            continue
-    return found
-
-
-def _identity(path: Path) -> list[int]:
-    """What a finished file is known by: one that was exchanged or written again is another."""
-    info = path.stat()
-    return [info.st_size, info.st_mtime_ns, info.st_ino]
-
-
-def _boot() -> str:
-    """What stays until the machine is started again: files never put on the disk may too."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return "unknown"
-
-
-def _remove_others(files: Path, finished: Container[str]) -> None:
-    """Remove what was not finished: its room may be what the disk lacks."""
-    for folder, _, names in os.walk(files):
-        for name in names:
-            path = Path(folder, name)
-            if path.relative_to(files).as_posix() not in finished:
-                path.unlink()
-
-
-def sync(path: Path) -> None:
-    """Wait until ``path``, a file or a folder, is on the disk."""
-    with told(f"{path} cannot be put on the disk"):
-        fsync_path(path)
-
-
-# --- publishing ----------------------------------------------------------------------
+# --- Publishing
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +315,7 @@ def place(
     """
     files, made = base / FILES, made or base / FILES
     with told(f"{destination} cannot be published (the finished files are in {files})"):
-        if ownership.is_resumable(base):
+        if staging.is_resumable(base):
             _note_request(made, request_in(base) or "")
         if durable:
             for folder, _, _ in os.walk(files):
@@ -575,7 +462,7 @@ def remove_base(base: Path) -> None:
     """Remove all of ``base``; what says that the result was published goes late, if it was."""
     if not was_placed(base):
         (base / PLACING).unlink(missing_ok=True)
-    ownership.remove(base)
+    staging.remove(base)
 
 
 def holds_replaced(base: Path) -> bool:
@@ -629,7 +516,7 @@ def _digest(result: Path, request: str) -> bytes:
     digest = hashlib.sha256(request.encode())
     for path in sorted([result] if result.is_file() else filter(Path.is_file, result.rglob("*"))):
         name = path.relative_to(result).as_posix()
-        digest.update(repr((name, _identity(path))).encode())
+        digest.update(repr((name, identity_of_file(path))).encode())
     return digest.hexdigest().encode()
 
 
@@ -648,19 +535,3 @@ def _read_placing(base: Path) -> _Placing | None:
         return _Placing(**json.loads((base / PLACING).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def is_same(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at ``path``, and not one that was removed."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def is_unfinished(path: Path) -> bool:
-    """Whether ``path`` is a result in the making, or lies in one: no checkpoint yet."""
-    at = Path(os.path.abspath(path))
-    return any(
-        place.name.endswith(".partial") and (place / LOCK).exists() for place in (at, *at.parents)
-    )

@@ -29,7 +29,8 @@ from .fs import reserve
 from .io import Sink
 from .local import Handles
 from .shared_transaction import PartStaging
-from .transaction import FILES, Staging, staging_folder, told
+from .staging import FILES, staging_folder, told
+from .transaction import Staging
 
 _HELD_BYTES = 8 << 20  # the disk works while files are filled, and the fsync at the end is short
 

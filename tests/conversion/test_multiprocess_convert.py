@@ -285,7 +285,7 @@ def test_a_disk_without_locks_is_told_from_one_in_use(llama, tmp_path, monkeypat
     def refuse(descriptor, kind):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("jaxshard.storage.transaction.fcntl.flock", refuse)
+    monkeypatch.setattr("jaxshard.storage.staging.fcntl.flock", refuse)
     with pytest.raises(StorageError, match=r"locks no files \(No locks.*Mount it with locks"):
         run_part(llama, tmp_path / "cut", 0, 2)
 

@@ -14,9 +14,11 @@ import pytest
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.storage import (
     fs,
+    staging,
     transaction,
 )
-from jaxshard.storage.transaction import Staging, is_unfinished
+from jaxshard.storage.staging import is_unfinished
+from jaxshard.storage.transaction import Staging
 
 OLD = "model.safetensors"  # what an old result is known by
 
@@ -188,7 +190,7 @@ def test_what_was_never_put_on_the_disk_is_not_trusted_after_a_restart(place, mo
     made = Staging(place, "request", resume=True)
     assert made.finished == {"a": 5}
     made.abandon()
-    monkeypatch.setattr(transaction, "_boot", lambda: "another")
+    monkeypatch.setattr(staging, "_boot", lambda: "another")
     made = Staging(place, "request", resume=True)
     assert made.finished == {}
     made.abandon()

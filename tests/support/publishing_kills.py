@@ -45,6 +45,7 @@ from jaxshard.distributed.barriers import Processes
 from jaxshard.errors import JaxshardError
 from jaxshard.storage import (
     fs,
+    staging,
     transaction,
 )
 
@@ -371,7 +372,7 @@ class Trials:
         if (
             found is None
             and self.scenario.is_old_kernel
-            and transaction.staging_folder(world.out).exists()
+            and staging.staging_folder(world.out).exists()
         ):
             found = "old"  # between the two renames: not at its place, and not lost
         self.outcomes[f"then {found}"] += 1
@@ -383,7 +384,7 @@ class Trials:
         self._again(label, world)
 
     def _again(self, label: str, world: World) -> None:
-        there, base = self._found(world), transaction.staging_folder(world.out)
+        there, base = self._found(world), staging.staging_folder(world.out)
         is_over = not base.exists() or self.name.startswith(("save", "decrypt", "strategy"))
         answer = command(self.scenario, world, None)
         error = answer.get("error", "")

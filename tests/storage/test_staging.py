@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxshard.errors import LayoutError
-from jaxshard.storage import ownership
+from jaxshard.storage import staging
 from jaxshard.storage.shared_transaction import PartStaging
 from jaxshard.storage.transaction import Staging
 
@@ -57,7 +57,7 @@ def of_another_user(base: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can give a folder to another user")
     write("files/a")(base)
-    ownership.write_journal(base, "request")
+    staging.write_journal(base, "request")
     os.chown(base, 12345, 12345)
 
 
@@ -163,7 +163,7 @@ def test_a_folder_is_ours_until_the_last_of_it_is_removed(tmp_path, monkeypatch)
             for name in ("unlink", "rmdir"):
                 patched.setattr(os, name, stopping(getattr(os, name)))
             try:
-                ownership.remove(made.files.parent)
+                staging.remove(made.files.parent)
             except KeyboardInterrupt:
                 made._release()
             else:
