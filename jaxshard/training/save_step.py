@@ -26,7 +26,8 @@ from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..saver.shared_write import SharedWrite
 from ..storage.checksums import BEST, FileSums, Gathered
 from ..storage.resources import LENT_BLOCK_BYTES, Budget, budget_for
-from ..storage.transaction import Staging, staging_folder
+from ..storage.staging import staging_folder
+from ..storage.transaction import Staging
 from .commit_step import (
     commit,
     drop_unused_strategies,
