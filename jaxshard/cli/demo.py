@@ -44,8 +44,7 @@ def run_demo(
         echo(pictures.catalog_text(catalog))
         steps = [*_on_files(catalog, place, echo), *_on_devices(catalog, place, echo)]
         echo(
-            "\nevery result equals the original, bit for bit"
-            + (f"; kept in {keep}" if keep else "")
+            "\nevery result equals the source, bit for bit" + (f"; kept in {keep}" if keep else "")
         )
     if as_json:
         write_json({"source": str(source), "steps": steps})
@@ -56,13 +55,13 @@ def _on_files(
     catalog: Catalog, place: Path, echo: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     echo("\nfile to file")
-    with _step("cut into 8 ranks, dp2mp4, each shard stored once", echo) as done:
+    with _step("slice into 8 ranks, dp2mp4, each shard stored once", echo) as done:
         slice(catalog, place / "dp2mp4", "dp2mp4", remove_redundancy=True, fsync=False)
         yield done
-    with _step("re-cut into 4 ranks in 2 stages, dp1mp2pp2", echo) as done:
+    with _step("convert to 4 ranks in 2 stages, dp1mp2pp2", echo) as done:
         convert(place / "dp2mp4", place / "dp1mp2pp2", "dp1mp2pp2", fsync=False)
         yield done
-    with _step("merge, and compare with the original", echo) as done:
+    with _step("merge, and compare with the source", echo) as done:
         merge(place / "dp1mp2pp2", place / "merged", fsync=False)
         _compare(place / "merged", catalog)
         yield done
@@ -88,7 +87,7 @@ def _on_devices(
     with _step("reshard on the devices to dp4mp2", echo) as done:
         params = jax.block_until_ready(reshard(params, "dp4mp2"))
         yield done
-    with _step("save from the devices, and compare with the original", echo) as done:
+    with _step("save from the devices, and compare with the source", echo) as done:
         save(params, place / "saved", fsync=False)
         _compare(place / "saved", weights)
         yield done

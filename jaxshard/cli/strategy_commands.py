@@ -51,9 +51,9 @@ def strategy_show(a: Namespace) -> int:
     strategies = _read(a.path)
     chosen = _chosen(strategies, a.include)
     if a.json:
-        write_json({**facts(strategies, chosen), "notes": strategies.notes})
+        write_json({**_facts(strategies, chosen), "notes": strategies.notes})
     elif not a.quiet:
-        write(text(a.path, strategies, chosen, one_by_one=a.all))
+        write(_text(a.path, strategies, chosen, one_by_one=a.all))
         _write_notes(strategies.notes)
     return 0
 
@@ -179,7 +179,7 @@ def _show_own(a: Namespace, layout: Layout) -> int:
         write_json({"num_ranks": layout.num_ranks, "tensors": tensors})
     elif not a.quiet:
         write(f"{a.path}: {layout.num_ranks} ranks\n")
-        write(placed_text(placed, one_by_one=a.all))
+        write(_placed_text(placed, one_by_one=a.all))
     return 0
 
 
@@ -325,7 +325,7 @@ def _report(
 # --- Strategy files as text: tables, and drawings of which rank holds which shard
 
 
-def text(path: str, strategies: Strategies, chosen: list[Named], *, one_by_one: bool) -> str:
+def _text(path: str, strategies: Strategies, chosen: list[Named], *, one_by_one: bool) -> str:
     """Render ``chosen`` as a table with a line per tensor or per kind of name, and drawings."""
     stages = sorted(strategies.stages)
     lines = [
@@ -398,8 +398,8 @@ def _pictures(
         yield f"{names[0]}{more}", made, shape
 
 
-def facts(strategies: Strategies, chosen: list[Named]) -> dict[str, Any]:
-    """Return the contents of ``text`` as JSON values."""
+def _facts(strategies: Strategies, chosen: list[Named]) -> dict[str, Any]:
+    """Return the contents of ``_text`` as JSON values."""
     return {
         "num_ranks": strategies.num_ranks,
         "num_stages": strategies.num_stages,
@@ -411,7 +411,7 @@ def facts(strategies: Strategies, chosen: list[Named]) -> dict[str, Any]:
     }
 
 
-def placed_text(placed: Iterable[tuple[str, Placement]], *, one_by_one: bool) -> str:
+def _placed_text(placed: Iterable[tuple[str, Placement]], *, one_by_one: bool) -> str:
     """Render the placements of a layout file, one line per tensor or per kind of name."""
     kinds: dict[tuple[str, str], int] = {}
     for name, placement in placed:

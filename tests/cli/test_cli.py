@@ -1,4 +1,4 @@
-"""The command line: answers on standard output, errors beside it, a status that says who acts."""
+"""The command line: output, errors on standard error, and exit status."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def answer(capsys, *arguments: object) -> str:
     return out
 
 
-def test_what_convert_does_is_what_plan_said(llama, capsys, tmp_path):
+def test_convert_matches_the_totals_of_plan(llama, capsys, tmp_path):
     how = ("--to", "dp2mp2", "--remove-redundancy", "--rank", 0, "--rank", 3, "--rank", 0)
     planned = json.loads(answer(capsys, "plan", llama, *how, "--json"))
     dry = json.loads(answer(capsys, "convert", llama, tmp_path / "x", *how, "--json", "--dry-run"))
@@ -49,7 +49,7 @@ def test_what_convert_does_is_what_plan_said(llama, capsys, tmp_path):
     assert sorted(p.name for p in (tmp_path / "x").glob("rank_*")) == ["rank_0", "rank_3"]
 
 
-def test_answers_in_json_are_complete(llama, capsys, tmp_path):
+def test_json_output_is_complete(llama, capsys, tmp_path):
     facts = json.loads(answer(capsys, "inspect", llama, "--json"))
     assert (facts["format"], facts["model_type"], facts["num_tensors"]) == (
         "huggingface",
@@ -68,7 +68,7 @@ def test_answers_in_json_are_complete(llama, capsys, tmp_path):
     assert (verdict["problems"], verdict["num_tensors"]) == ([], 21)
 
 
-def test_an_error_in_json_is_one_object_and_still_a_line_beside(capsys, tmp_path):
+def test_a_json_error_is_one_object_and_also_a_line_on_stderr(capsys, tmp_path):
     assert checkpoints.run("inspect", tmp_path / "absent", "--json") == 2
     out, err = capsys.readouterr()
     told = json.loads(out)
@@ -86,7 +86,7 @@ def test_quiet_is_silent(llama, capsys, tmp_path):
         assert answer(capsys, *command, "--quiet") == ""
 
 
-def test_reports_count_in_words(llama, capsys, tmp_path):
+def test_reports_use_singular_and_plural(llama, capsys, tmp_path):
     out = answer(capsys, "merge", llama, tmp_path / "one")
     assert f"{tmp_path / 'one'}: 1 file with 11.4 KB written, 11.4 KB read" in out
     out = answer(capsys, "slice", llama, tmp_path / "cut", "--to", "mp2")
@@ -95,7 +95,7 @@ def test_reports_count_in_words(llama, capsys, tmp_path):
     assert out.splitlines()[-1] == "21 tensors, 160 B compared: all is well"
 
 
-def test_a_strategy_is_meant_even_if_a_folder_is_called_so(llama, capsys, monkeypatch, tmp_path):
+def test_a_strategy_precedes_a_folder_of_the_same_name(llama, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         answer(capsys, "slice", llama, "mp2", "--to", "mp2", "--overwrite")
@@ -103,18 +103,18 @@ def test_a_strategy_is_meant_even_if_a_folder_is_called_so(llama, capsys, monkey
     assert checkpoints.stored(Path("again/rank_1")) == checkpoints.stored(Path("mp2/rank_1"))
 
 
-def test_strategy_options_that_mean_nothing_are_refused(llama, capsys):
+def test_strategy_options_without_effect_are_refused(llama, capsys):
     for flag in (("--src-strategy", llama), ("--suffix", "1_10")):
         assert checkpoints.run("inspect", llama, *flag) == 2
         assert "Leave them out" in capsys.readouterr().err
 
 
-def test_notes_of_the_rules_are_told(llama, capsys, tmp_path):
+def test_notes_of_the_rules_are_printed(llama, capsys, tmp_path):
     rules = tmp_path / "rules.toml"
     rules.write_text('[specs]\n"absent.*" = "mp,-"\n')
     how = ("--to", "mp2", "--rules", rules)
     assert 'note: the rules for "absent.*" match no tensor.' in answer(capsys, "plan", llama, *how)
-    assert "note: no tensor follows" in answer(capsys, "slice", llama, tmp_path / "out", *how)
+    assert "note: the rules for" in answer(capsys, "slice", llama, tmp_path / "out", *how)
 
 
 def run_it(*arguments: object, **how: object) -> subprocess.CompletedProcess[str]:
@@ -122,7 +122,7 @@ def run_it(*arguments: object, **how: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, text=True, check=False, cwd=ROOT, stderr=subprocess.PIPE, **how)
 
 
-def test_a_reader_that_goes_away_is_no_error(llama):
+def test_a_closed_pipe_is_not_an_error(llama):
     reading, writing = os.pipe()
     os.close(reading)
     done = run_it("inspect", llama, "--tensors", stdout=writing)
@@ -134,11 +134,11 @@ def test_a_reader_that_goes_away_is_no_error(llama):
     ("arguments", "status"),
     [([], 2), (["--version"], 0), (["--help"], 0), (["convert"], 2), (["dance"], 2)],
 )
-def test_the_grammar_has_its_own_status(arguments, status):
+def test_an_argument_error_exits_with_status_2(arguments, status):
     assert run_it(*arguments, stdout=subprocess.DEVNULL).returncode == status
 
 
-def test_a_plan_in_python_is_that_of_the_command_line(llama, capsys):
+def test_a_plan_in_python_equals_that_of_the_command_line(llama, capsys):
     how = {"remove_redundancy": True}
     text = answer(capsys, "plan", llama, "--to", "dp2mp2", "--remove-redundancy")
     assert f"{js.plan(llama, 'dp2mp2', **how)}\n" == text
@@ -147,7 +147,7 @@ def test_a_plan_in_python_is_that_of_the_command_line(llama, capsys):
     assert "of data in memory at most" in text
 
 
-def test_a_plan_says_the_requests_of_each_file_and_the_memory(llama, capsys):
+def test_a_plan_reports_the_requests_of_each_file_and_the_memory(llama, capsys):
     how = ("--to", "mp2", "--workers", 3, "--host-bytes", "3MiB")
     told = json.loads(answer(capsys, "plan", llama, *how, "--json"))
     assert list(told["reads_of_files"]) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -172,7 +172,7 @@ def test_a_dry_run_of_a_mapping_counts_in_the_tiles_of_the_budget(
 
 
 def write_heads(folder: Path) -> None:
-    """A Llama whose config says its heads, which fusing asks for."""
+    """Write a Llama with the head counts in its config, which fusing needs."""
     checkpoints.write_llama(folder, layers=1, hidden=384)
     config = json.loads((folder / "config.json").read_text())
     heads = {"hidden_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -182,7 +182,7 @@ def write_heads(folder: Path) -> None:
 # --- one file ------------------------------------------------------------------------
 
 
-def test_a_destination_that_names_a_file_gets_a_file(llama, capsys, tmp_path):
+def test_a_destination_with_a_weight_file_name_is_written_as_one_file(llama, capsys, tmp_path):
     answer(capsys, "slice", llama, tmp_path / "cut", "--to", "mp2")
     for name in ("out.safetensors", "out.ckpt"):
         for flag in ((), ("--overwrite",)):
@@ -209,17 +209,17 @@ def test_a_destination_that_names_a_file_gets_a_file(llama, capsys, tmp_path):
         (("--process-index", 0, "--process-count", 2), "which one process writes"),
     ],
 )
-def test_what_is_no_one_file_is_refused_where_one_is_named(llama, capsys, tmp_path, flags, message):
+def test_several_files_are_refused_for_a_file_name(llama, capsys, tmp_path, flags, message):
     assert checkpoints.run("convert", llama, tmp_path / "out.safetensors", *flags) == 2
     assert message in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
-# --- going on, and watching ------------------------------------------------------------
+# --- resuming, and progress ------------------------------------------------------------
 
 
-def test_an_interrupted_run_is_gone_on_with(llama, capsys, tmp_path, monkeypatch):
-    out, real, left = tmp_path / "out", os.fsync, [5]  # the journal takes two
+def test_an_interrupted_run_is_resumed(llama, capsys, tmp_path, monkeypatch):
+    out, real, left = tmp_path / "out", os.fsync, [5]  # the journal needs two
 
     def fsync(descriptor):
         left[0] -= 1
@@ -242,7 +242,7 @@ def test_an_interrupted_run_is_gone_on_with(llama, capsys, tmp_path, monkeypatch
     assert json.loads(answer(capsys, *command, "--overwrite", "--json"))["skipped_files"] == 0
 
 
-def test_progress_is_shown_on_a_terminal_beside_the_answer(llama, tmp_path):
+def test_progress_is_shown_on_a_terminal(llama, tmp_path):
     ours, theirs = pty.openpty()
     how = ("slice", llama, tmp_path / "out", "--to", "mp2")
     command = [sys.executable, "-m", "jaxshard", *map(str, how)]
@@ -259,7 +259,7 @@ def test_progress_is_shown_on_a_terminal_beside_the_answer(llama, tmp_path):
         )
         os.close(theirs)
         shown = b""
-        with contextlib.suppress(OSError):  # what a terminal says when its other end is closed
+        with contextlib.suppress(OSError):  # raised by a terminal whose other end is closed
             while more := screen.read(4096):
                 shown += more
     assert b"writing" in shown
@@ -270,7 +270,7 @@ def test_progress_is_shown_on_a_terminal_beside_the_answer(llama, tmp_path):
 # --- replicas --------------------------------------------------------------------------
 
 
-def test_replicas_that_differ_are_refused_where_that_is_asked(llama, capsys, tmp_path):
+def test_differing_replicas_are_refused_on_request(llama, capsys, tmp_path):
     cut = tmp_path / "cut"
     answer(capsys, "slice", llama, cut, "--to", "dp2")
     merge = ("merge", cut, tmp_path / "out")
@@ -287,17 +287,17 @@ def test_replicas_that_differ_are_refused_where_that_is_asked(llama, capsys, tmp
     )
     assert "one replica is enough" in err
     answer(capsys, *merge, "--overwrite")
-    answer(capsys, "verify", tmp_path / "out", "--against", llama)  # the first is taken
+    answer(capsys, "verify", tmp_path / "out", "--against", llama)  # the first replica is used
 
 
-def test_deep_is_refused_where_there_are_no_steps(llama, capsys):
+def test_deep_is_refused_without_steps(llama, capsys):
     for more in ((), ("--against", llama)):
         assert checkpoints.run("verify", llama, "--deep", *more) == 2
         assert "--deep is for the steps of a training run" in capsys.readouterr().err
 
 
 def test_a_bug_shows_its_traceback(llama, monkeypatch):
-    """It is not dressed up as the user's mistake."""
+    """A bug is not reported as a mistake of the user."""
 
     def broken(a):
         raise ZeroDivisionError("a bug")
@@ -307,7 +307,7 @@ def test_a_bug_shows_its_traceback(llama, monkeypatch):
         cli.main(["inspect", str(llama)])
 
 
-def test_the_machine_refusing_is_not_a_bug(llama, capsys, monkeypatch):
+def test_an_os_error_is_not_a_bug(llama, capsys, monkeypatch):
     def broken(a):
         raise PermissionError(13, "Permission denied", "/somewhere")
 
@@ -316,12 +316,12 @@ def test_the_machine_refusing_is_not_a_bug(llama, capsys, monkeypatch):
     assert capsys.readouterr().err == "jaxshard: StorageError: /somewhere: Permission denied.\n"
 
 
-def test_every_option_is_explained():
+def test_every_option_has_a_help_text():
     for action in _actions(cli.parser()):
         assert action.help, action.option_strings
 
 
-def test_the_formats_to_choose_from_are_those_there_are():
+def test_the_choices_of_format_are_the_registered_formats():
     assert parsing.FORMATS is registry.FORMATS
 
 

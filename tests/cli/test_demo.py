@@ -1,4 +1,4 @@
-"""The demo: on any checkpoint it says that all is equal, and only if it is."""
+"""The demo reports that all results are equal, on any checkpoint, and only if they are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def complete_ckpt(llama: Path) -> Path:
 
 
 def of_a_job(llama: Path) -> Path:
-    """Bits of several widths, and a number that no rule tells of."""
+    """Elements of several widths, and a scalar that matches no rule."""
     arrays = {n: x for n, x in checkpoints.llama_arrays(**SIZES).items() if "norm" not in n}
     arrays["lm_head.weight"] = arrays["lm_head.weight"].astype(ml_dtypes.float8_e4m3fn)
     arrays["global_step"] = np.array(7, np.int64)
@@ -50,14 +50,14 @@ MADE = {"HF": lambda p: p, "ranks": cut, "ckpt": complete_ckpt, "a job's": of_a_
 
 
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
-def test_it_does_the_whole_job_on_the_path_given(llama, capsys, make):
+def test_the_demo_runs_on_a_given_checkpoint(llama, capsys, make):
     assert checkpoints.run("demo", make(llama)) == 0
     out, err = capsys.readouterr()
-    assert "every result equals the original, bit for bit" in out
+    assert "every result equals the source, bit for bit" in out
     assert err == ""
 
 
-def test_in_json_it_tells_its_steps(llama, capsys):
+def test_json_output_lists_the_steps(llama, capsys):
     assert checkpoints.run("demo", llama, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["steps"]) == 7
@@ -65,8 +65,8 @@ def test_in_json_it_tells_its_steps(llama, capsys):
 
 
 @pytest.mark.parametrize("file", ["merged/model.safetensors", "saved/model.safetensors"])
-def test_a_wrong_bit_in_a_result_is_seen(llama, monkeypatch, file):
-    """The twin: in what was merged, and in what was saved from the devices."""
+def test_a_wrong_bit_in_a_result_is_detected(llama, monkeypatch, file):
+    """In the merged checkpoint, and in the one saved from the devices."""
     real = demo._compare
 
     def spoiled(made: Path, catalog: js.Catalog) -> None:
@@ -83,7 +83,7 @@ def test_a_wrong_bit_in_a_result_is_seen(llama, monkeypatch, file):
 
 
 @pytest.mark.parametrize("as_ranks", [False, True])
-def test_a_wrong_bit_in_an_array_is_seen(llama, as_ranks):
+def test_a_wrong_bit_in_an_array_is_detected(llama, as_ranks):
     catalog = js.open(cut(llama) if as_ranks else llama)
     arrays = js.load(catalog, "dp2mp4")
     demo._compare_arrays(arrays, catalog)
@@ -95,14 +95,14 @@ def test_a_wrong_bit_in_an_array_is_seen(llama, as_ranks):
         demo._compare_arrays({n: x for n, x in arrays.items() if n != name}, catalog)
 
 
-def test_what_lies_in_the_folder_to_keep_is_not_touched(llama, capsys):
+def test_a_folder_to_keep_must_be_empty(llama, capsys):
     before = checkpoints.files_of(llama.parent)
     assert checkpoints.run("demo", "--keep", llama.parent) == 2
     assert "the folder is not empty (llama)" in capsys.readouterr().err
     assert checkpoints.files_of(llama.parent) == before
 
 
-def test_results_are_kept_where_they_shall_be(llama, tmp_path):
+def test_results_are_kept_in_the_given_folder(llama, tmp_path):
     keep = tmp_path / "new" / "folder"
     assert checkpoints.run("demo", llama, "--keep", keep, "--quiet") == 0
     assert sorted(p.name for p in keep.iterdir()) == ["dp1mp2pp2", "dp2mp4", "merged", "saved"]

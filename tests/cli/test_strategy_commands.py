@@ -1,4 +1,4 @@
-"""``jaxshard strategy``: what people see of strategy files, and make of them."""
+"""``jaxshard strategy``: showing, merging and writing strategy files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shown(capsys: Capture, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_a_table_tells_how_each_kind_of_tensor_is_cut(capsys: Capture) -> None:
+def test_a_table_shows_the_layout_of_each_kind_of_tensor(capsys: Capture) -> None:
     text = shown(capsys, "show", golden("dp4mp2_opt2", "strategy"), "--include", "^model")
     lines = [line.split() for line in text.splitlines()]
     assert text.splitlines()[0].endswith(": 8 ranks, 8 in each of 1 stages")
@@ -54,27 +54,27 @@ def test_a_table_tells_how_each_kind_of_tensor_is_cut(capsys: Capture) -> None:
     ] in lines
 
 
-def test_a_picture_tells_who_holds_what(capsys: Capture) -> None:
+def test_a_drawing_shows_the_ranks_of_each_shard(capsys: Capture) -> None:
     text = shown(capsys, "show", golden("dp2mp2pp2", "merged_strategy.ckpt"), "--include", "wo")
     assert "│ 0, 2 │ 1, 3 │" in text  # columns, over mp, in the first stage
     assert "│ 4, 6 │ 5, 7 │" in text  # and in the second
 
 
-def test_every_tensor_is_listed_when_asked(capsys: Capture) -> None:
+def test_every_tensor_is_listed_on_request(capsys: Capture) -> None:
     text = shown(
         capsys, "show", golden("dp2mp2pp2", "strategy"), "--all", "--include", "wq.weight$"
     )
     assert text.count("attention.wq.weight  ") == 16  # four layers: weight, two states, gradients
 
 
-def test_the_same_as_json(capsys: Capture) -> None:
+def test_json_output_has_the_same_content(capsys: Capture) -> None:
     told = json.loads(shown(capsys, "show", golden("dp1mp4", "strategy"), "--json"))
     assert (told["num_ranks"], told["num_stages"]) == (4, 1)
     one = next(t for t in told["tensors"] if t["name"] == "lm_head.weight")
     assert (one["dev_matrix"], one["tensor_maps"], one["parts"]) == ([4], [[0, -1]], "4×1")
 
 
-def test_a_stage_that_is_missing_is_said(capsys: Capture) -> None:
+def test_a_missing_stage_is_reported(capsys: Capture) -> None:
     text = shown(capsys, "show", golden("dp2mp2pp2", "strategy", "ckpt_strategy_rank_4.ckpt"))
     assert "note: the strategy of stage 0 is missing." in text
 
@@ -90,7 +90,7 @@ def test_a_stage_that_is_missing_is_said(capsys: Capture) -> None:
         (["make", "MODEL", "OUT", "--to", "dp3xp3"], 2, "is not a strategy"),
     ],
 )
-def test_what_cannot_be_shown_or_made_is_one_sentence(
+def test_an_error_is_one_line(
     arguments: list[str], status: int, why: str, tmp_path: Path, capsys: Capture
 ) -> None:
     places = {
@@ -110,7 +110,7 @@ def test_what_cannot_be_shown_or_made_is_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["merged.ckpt", "merged.json"])
-def test_a_merged_file_says_what_the_folder_says(
+def test_a_merged_file_has_the_same_layout_as_the_folder(
     name: str, tmp_path: Path, capsys: Capture
 ) -> None:
     folder = golden("dp2mp2pp2", "strategy")
@@ -167,7 +167,7 @@ def test_names_with_a_hyphen_are_merged_and_read(tmp_path: Path, capsys: Capture
     assert "my-weight" in shown(capsys, "show", tmp_path / "merged.ckpt")
 
 
-def test_what_is_merged_is_not_replaced_by_the_merged(tmp_path: Path, capsys: Capture) -> None:
+def test_the_merged_file_never_replaces_its_inputs(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "strategy"
     shutil.copytree(golden("dp2mp2pp2", "strategy"), folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -177,19 +177,19 @@ def test_what_is_merged_is_not_replaced_by_the_merged(tmp_path: Path, capsys: Ca
     assert main(["strategy", "merge", str(folder), str(folder), "--overwrite"]) == 2
     assert "is a folder (expected a file). Name the file" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    for _ in range(2):  # the merged file of before may be: it is no source
+    for _ in range(2):  # an earlier merged file is not an input and may be replaced
         shown(capsys, "merge", folder, folder / "merged.ckpt", "--overwrite")
     assert open_strategy(folder) == open_strategy(golden("dp2mp2pp2", "strategy"))
 
 
-def test_a_merged_file_of_another_time_beside_raw_ones_is_not_used(
+def test_an_older_merged_file_is_not_used_if_there_are_raw_files(
     tmp_path: Path, capsys: Capture
 ) -> None:
     folder = tmp_path / "strategy"
     shutil.copytree(golden("dp1mp4", "strategy"), folder)
     shutil.copy(golden("dp1mp4", "merged_strategy.ckpt"), folder / "merged.ckpt")
     raw = open_strategy(golden("dp1mp4", "strategy"))
-    assert open_strategy(folder) == raw  # the same twice needs no note
+    assert open_strategy(folder) == raw  # identical files need no note
     old = golden("dp2mp2pp2", "targets", "dp4mp2_strategy.ckpt")
     shutil.copy(old, folder / "merged_ckpt_strategy.ckpt")
     (folder / "merged.ckpt").unlink()
@@ -216,7 +216,7 @@ def test_a_merged_file_of_another_time_beside_raw_ones_is_not_used(
         assert said.count("merged_ckpt_strategy.ckpt is ignored") == 1, number
 
 
-def test_a_merged_file_beside_raw_ones_has_the_stages_that_they_lack(tmp_path: Path) -> None:
+def test_a_merged_file_supplies_the_stages_that_raw_files_lack(tmp_path: Path) -> None:
     folder = tmp_path / "strategy"
     folder.mkdir()
     for rank in range(4):  # of the first of two stages
@@ -238,7 +238,7 @@ def test_merged_files_alone_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["model", ".", "model/../model"])
-def test_the_checkpoint_is_never_replaced_by_its_strategy(
+def test_a_strategy_never_replaces_its_checkpoint(
     out: str, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "model").mkdir()
@@ -255,9 +255,7 @@ def test_the_checkpoint_is_never_replaced_by_its_strategy(
     capsys.readouterr()
 
 
-def test_the_weights_of_another_checkpoint_are_not_replaced_either(
-    tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_strategy_never_replaces_another_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     source, other = golden("dp2mp1", "full", "full.safetensors"), tmp_path / "other"
     shutil.copytree(golden("dp1mp4", "src_ckpt"), other)
     before = ms.rank_weights_of(other)
@@ -279,7 +277,7 @@ def test_the_strategy_of_the_source_is_never_replaced(ranks: Path, capsys: Captu
     assert js.verify(ranks).problems == ()
 
 
-def test_what_replaces_a_strategy_replaces_it_whole(tmp_path: Path, capsys: Capture) -> None:
+def test_a_strategy_is_replaced_completely(tmp_path: Path, capsys: Capture) -> None:
     source, out = golden("dp2mp1", "full", "full.safetensors"), tmp_path / "out"
     shown(capsys, "make", source, out, "--to", "dp2mp2")
     command = ["strategy", "make", str(source), str(out)]
@@ -290,13 +288,11 @@ def test_what_replaces_a_strategy_replaces_it_whole(tmp_path: Path, capsys: Capt
     file.write_text("mine")
     assert main(["strategy", "make", str(source), str(file), "--to", "mp2", "--overwrite"]) == 2
     assert file.read_text() == "mine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]  # and nothing half made
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]  # and no partial files
     capsys.readouterr()
 
 
-def test_one_file_of_all_stages_is_json_if_its_name_says_so(
-    tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_merged_file_is_json_if_its_suffix_is_json(tmp_path: Path, capsys: Capture) -> None:
     source = golden("dp2mp1", "full", "full.safetensors")
     for name in ("made.json", "made.ckpt"):
         shown(capsys, "make", source, tmp_path / name, "--to", "dp2mp2", "--merged")
@@ -304,7 +300,7 @@ def test_one_file_of_all_stages_is_json_if_its_name_says_so(
     assert open_strategy(tmp_path / "made.json") == open_strategy(tmp_path / "made.ckpt")
 
 
-def test_a_layout_that_mindspore_cannot_say_is_shown_too(tmp_path: Path, capsys: Capture) -> None:
+def test_a_layout_file_of_jaxshard_is_shown_too(tmp_path: Path, capsys: Capture) -> None:
     split = Placement((("mp", 2),), (("mp",), ()), 2)  # on half of the stage
     layout = Layout(
         4, {"experts.0.w": (split,), "experts.1.w": (split,), "norm": (Placement((("all", 4),)),)}
@@ -332,7 +328,7 @@ def test_a_layout_that_mindspore_cannot_say_is_shown_too(tmp_path: Path, capsys:
     ],
 )
 @pytest.mark.parametrize("merged_file", [False, True])
-def test_what_is_made_cuts_as_a_real_job_did(
+def test_generated_strategies_match_those_of_a_real_job(
     strategy: str, theirs: tuple[str, ...], merged_file: bool, tmp_path: Path, capsys: Capture
 ) -> None:
     source = golden("dp2mp2pp2", "full", "full.safetensors")
@@ -349,7 +345,7 @@ def test_what_is_made_cuts_as_a_real_job_did(
             assert ours.box_of(name, shape, rank) == real.box_of(name, shape, rank), name
 
 
-def test_ranks_written_for_what_was_made_need_no_other_strategy(
+def test_ranks_written_for_a_generated_strategy_open_with_it(
     tmp_path: Path, capsys: Capture
 ) -> None:
     source = golden("dp2mp2pp2", "full", "full.safetensors")
@@ -358,8 +354,8 @@ def test_ranks_written_for_what_was_made_need_no_other_strategy(
     assert js.verify(tmp_path / "o", source).problems == ()
 
 
-def test_the_embedding_may_stay_whole_over_mp(tmp_path: Path, capsys: Capture) -> None:
-    """MindFormers' ``vocab_emb_dp``; golden jobs have it off."""
+def test_the_embedding_may_be_replicated_over_mp(tmp_path: Path, capsys: Capture) -> None:
+    """MindFormers' ``vocab_emb_dp``; golden jobs disable it."""
     source = golden("dp2mp2pp2", "full", "full.safetensors")
     name = "model.tok_embeddings.embedding_weight"
     shape = js.open(source)[name].shape
