@@ -30,8 +30,8 @@ from ..rules.match import weight_name
 from ..storage.local import LocalFolder
 from ..storage.overwrite import refuse_source
 from ..storage.places import place_at
-from ..storage.staging import told
-from ..storage.transaction import Staging
+from ..storage.staging import os_errors_as
+from ..storage.transaction import Transaction
 from . import write, write_json
 from .commands import read_rules_file
 
@@ -222,7 +222,7 @@ def _write_file(place: Path, data: bytes, overwrite: bool) -> None:
     _refuse_weights(place)
     made = place.name
     _write(
-        Staging(
+        Transaction(
             place, _REQUEST, overwrite=overwrite, only=made, kind="strategy file", resumable=False
         ),
         {made: data},
@@ -236,15 +236,17 @@ def _write_folder(place: Path, files: Mapping[str, bytes], overwrite: bool) -> N
             f"{place} is a file (expected a folder). Name a folder, or pass --merged."
         )
     _refuse_weights(place)
-    _write(Staging(place, _REQUEST, overwrite=overwrite, kind="strategies", resumable=False), files)
+    _write(
+        Transaction(place, _REQUEST, overwrite=overwrite, kind="strategies", resumable=False), files
+    )
 
 
-def _write(staging: Staging, files: Mapping[str, bytes]) -> None:
+def _write(staging: Transaction, files: Mapping[str, bytes]) -> None:
     """Write ``files`` and publish them."""
     try:
         for name, data in files.items():
             path = staging.files / name
-            with told(f"{path} cannot be written"):
+            with os_errors_as(f"{path} cannot be written"):
                 path.write_bytes(data)
             staging.finish(name, len(data))
         staging.publish()

@@ -11,8 +11,8 @@ from ..errors import FormatError, LayoutError, StorageError
 from ..formats import mindspore_ckpt
 from ..formats.folder import Folder, kind_of
 from ..storage.local import LocalFolder
-from ..storage.staging import told
-from ..storage.transaction import Staging
+from ..storage.staging import os_errors_as
+from ..storage.transaction import Transaction
 from .open import PathLike
 
 
@@ -39,12 +39,12 @@ def decrypt(
     name = os.path.basename(os.fspath(source))
     try:
         _refuse_source(place, source)
-        staging = Staging(
+        staging = Transaction(
             place, "a decrypted file", overwrite=overwrite, only=place.name, resumable=False
         )
         try:
             plain = staging.files / place.name
-            with told(f"{place} cannot be written"), open(plain, "wb") as file:
+            with os_errors_as(f"{place} cannot be written"), open(plain, "wb") as file:
                 for block in decrypted(folder, name, key):
                     file.write(block)
             _check(plain, name)

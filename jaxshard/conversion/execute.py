@@ -24,9 +24,9 @@ from ..storage.io import Source
 from ..storage.overwrite import refuse_source
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
-from ..storage.shared_transaction import PartStaging
+from ..storage.shared_transaction import SharedTransaction
 from ..storage.side_files import put_beside
-from ..storage.transaction import Staging
+from ..storage.transaction import Transaction
 from ..storage.writers import OutputFiles
 from . import targets
 from .open import PathLike
@@ -124,7 +124,7 @@ def _write(
     plan: Plan,
     result: Result,
     source: Source,
-    staging: Staging | PartStaging,
+    staging: Transaction | SharedTransaction,
     budget: Budget,
     tell: Progress | None,
 ) -> Counts:
@@ -159,9 +159,9 @@ def _staging(
     resume: bool,
     overwrite: bool,
     durable: bool,
-) -> Staging | PartStaging:
+) -> Transaction | SharedTransaction:
     if part is None:
-        return Staging(
+        return Transaction(
             destination,
             request,
             resume=resume,
@@ -174,7 +174,7 @@ def _staging(
             f"{destination} is one file, which one process writes. Leave out "
             "process_count= (--process-count), or name a folder."
         )
-    return PartStaging(
+    return SharedTransaction(
         destination, request, part.index, part.count, overwrite=overwrite, durable=durable
     )
 
@@ -189,7 +189,7 @@ def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
         raise CoverageError(f"{problems[0]}{more}")
 
 
-def _without_finished(plan: Plan, staging: Staging | PartStaging) -> tuple[Plan, int]:
+def _without_finished(plan: Plan, staging: Transaction | SharedTransaction) -> tuple[Plan, int]:
     """Return ``plan`` without the files that an earlier run finished, and their number."""
     paths = plan.outputs.paths
     wanted = set(range(len(paths))) if plan.only is None else set(plan.only)
@@ -198,7 +198,7 @@ def _without_finished(plan: Plan, staging: Staging | PartStaging) -> tuple[Plan,
 
 
 def _write_side_files(
-    prepared: Prepared, staging: Staging | PartStaging, destination: Path
+    prepared: Prepared, staging: Transaction | SharedTransaction, destination: Path
 ) -> None:
     source, inside = prepared.plan.source, destination.resolve()
 

@@ -31,8 +31,8 @@ from ..storage.engine import run
 from ..storage.fs import check_free_space
 from ..storage.overwrite import refuse_source
 from ..storage.resources import Budget, Counts
-from ..storage.staging import real_place, told
-from ..storage.transaction import Staging
+from ..storage.staging import os_errors_as, real_place
+from ..storage.transaction import Transaction
 from ..storage.writers import OutputFiles
 from .shared_write import SharedWrite
 
@@ -73,7 +73,7 @@ class Publication:
             **how,
         )
 
-    def begin(self) -> Staging:
+    def begin(self) -> Transaction:
         """Open a staging directory; remains of an earlier save are removed.
 
         Raises:
@@ -82,7 +82,7 @@ class Publication:
         """
         if self.overwrite and self.carried is not None:
             refuse_source(self.carried, self.destination, "the source of extras=")
-        return Staging(
+        return Transaction(
             self.destination,
             _REQUEST,
             overwrite=self.overwrite,
@@ -90,22 +90,22 @@ class Publication:
             resumable=False,
         )
 
-    def publish(self, staging: Staging) -> None:
+    def publish(self, staging: Transaction) -> None:
         """Add the other files and publish ``staging`` atomically."""
         staging.publish(partial(self._add_files, staging))
 
-    def _add_files(self, staging: Staging) -> None:
+    def _add_files(self, staging: Transaction) -> None:
         for path in self.carried.extras if self.carried else ():
             if path in self.side_files or self.carried is None:
                 continue
             place = staging.files / self.extras_to / path
-            with told(f"{place} cannot be written"):
+            with os_errors_as(f"{place} cannot be written"):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(self.carried.root) / path, place)
                 staging.sync(place)
         for path, data in self.side_files.items():
             place = staging.files / path
-            with told(f"{place} cannot be written"):
+            with os_errors_as(f"{place} cannot be written"):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(data)
                 staging.sync(place)
@@ -115,7 +115,7 @@ class Publication:
             add_checksums(staging.files / self.extras_to, staging.sync)
 
 
-def commit(publication: Publication, write: Callable[[Staging], Counts]) -> Counts:
+def commit(publication: Publication, write: Callable[[Transaction], Counts]) -> Counts:
     """Let ``write`` fill a staging directory, and publish it.
 
     Raises:
@@ -135,7 +135,7 @@ def commit(publication: Publication, write: Callable[[Staging], Counts]) -> Coun
 def write_files(
     source: HostShards,
     result: Result,
-    staging: Staging,
+    staging: Transaction,
     budget: Budget,
     *,
     only: frozenset[int] | None = None,
@@ -183,7 +183,7 @@ def commit_shared(
         durable=publication.durable,
     )
     with ExitStack() as on_error:
-        staging: Staging | None = None
+        staging: Transaction | None = None
 
         def begin() -> str:
             nonlocal staging
@@ -316,7 +316,7 @@ def save_tree(
     format.check_shapes({name: tuple(array.shape) for name, array in arrays.items()})
     is_whole = _is_restorable(tree, len(arrays))
 
-    def write(staging: Staging) -> Counts:
+    def write(staging: Transaction) -> Counts:
         format.write_tree(staging.files, tree if is_whole else dict(arrays))
         for path in sorted(staging.files.rglob("*")):
             if path.is_file():

@@ -43,7 +43,7 @@ from ..storage.engine import run
 from ..storage.fs import check_free_space
 from ..storage.io import Sink
 from ..storage.resources import Budget, Counts
-from ..storage.transaction import Staging
+from ..storage.transaction import Transaction
 from ..storage.writers import SharedFiles, bring_in, check_alike, shared_folder, token_of, wait_for
 
 _Holders = tuple[tuple[Box, tuple[int, ...]], ...]
@@ -83,7 +83,7 @@ class SharedWrite:
         """Tensor bytes of all files."""
         return sum(sum(outputs.rank_bytes()) for outputs in self._outputs)
 
-    def begin(self, staging: Staging) -> str:
+    def begin(self, staging: Transaction) -> str:
         """Create all files with their headers in process 0; return the token of the attempt.
 
         Raises:
@@ -128,7 +128,7 @@ class SharedWrite:
         check_shares(met.heard, self.num_bytes)
         return counts
 
-    def finish(self, staging: Staging) -> None:
+    def finish(self, staging: Transaction) -> None:
         """Complete all files in process 0, and move them into ``staging``.
 
         Raises:

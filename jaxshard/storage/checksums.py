@@ -42,7 +42,7 @@ from ..formats.huggingface import CHECKSUMS
 from .fs import read_bytes
 from .local import transfer
 from .resources import default_workers
-from .staging import told
+from .staging import os_errors_as
 
 Sum = Callable[[bytes | memoryview], int]
 Chunk = tuple[int, int, int]  # offset in the file, bytes, checksum
@@ -229,7 +229,7 @@ def add_checksums(folder: Path, sync: Callable[[Path], None]) -> None:
     """
     below = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     checksums = compute_checksums(folder, (path for path in below if path != CHECKSUMS))
-    with told(f"{folder / CHECKSUMS} cannot be written"):
+    with os_errors_as(f"{folder / CHECKSUMS} cannot be written"):
         (folder / CHECKSUMS).write_bytes(to_bytes(checksums))
         sync(folder / CHECKSUMS)
 

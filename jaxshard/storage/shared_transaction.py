@@ -32,7 +32,7 @@ from . import staging
 from . import transaction as steps
 
 
-class PartStaging:
+class SharedTransaction:
     """One part of a result in the making; used as ``Staging`` is.
 
     Attributes:
@@ -75,7 +75,7 @@ class PartStaging:
         self._locks: list[int] = []
         self.published = False
         try:
-            with staging.told(f"{base} cannot be made"):
+            with staging.os_errors_as(f"{base} cannot be made"):
                 self._join()
                 self.finished = staging.read_finished(base / f"{self._name}.journal", self.files)
         except BaseException:
@@ -94,7 +94,7 @@ class PartStaging:
         Of all parts exactly one calls ``last``, when all others are complete.
         """
         done = self._base / f"{self._name}.done"
-        with staging.told(f"{done} cannot be written"):
+        with staging.os_errors_as(f"{done} cannot be written"):
             done.touch()
         with self._turn() as is_there:
             is_last = is_there and all(

@@ -18,7 +18,7 @@ from ..errors import format_list
 from ..formats.rank_names import rank_of_strategy_file
 from .fs import exchange
 from .places import is_remote
-from .staging import told
+from .staging import os_errors_as
 
 
 def carried(catalog: Catalog) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -65,7 +65,7 @@ def copy_extras(
         return
     for path in extras:
         if not leave_out(Path(root, path)):
-            with told(f"{into / path} cannot be written"):
+            with os_errors_as(f"{into / path} cannot be written"):
                 (into / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(root, path), into / path)
                 sync(into / path)
@@ -80,7 +80,7 @@ def write_files(
         StorageError: the disk is full or refuses.
     """
     for path, data in files:
-        with told(f"{into / path} cannot be written"):
+        with os_errors_as(f"{into / path} cannot be written"):
             (into / path).parent.mkdir(parents=True, exist_ok=True)
             (into / path).write_bytes(data)
             sync(into / path)
@@ -118,7 +118,7 @@ def put_beside(
             f"{place} holds other strategy files, and MindFormers looks there: set "
             f"src_strategy_path_or_dir: {destination / _STRATEGY}.",
         )
-    with told(f"{place} cannot be written"):
+    with os_errors_as(f"{place} cannot be written"):
         scratch = Path(tempfile.mkdtemp(prefix=f".{_STRATEGY}.", dir=destination.parent))
         try:
             scratch.chmod(0o755)
@@ -144,7 +144,7 @@ def _held(place: Path) -> dict[str, bytes] | None:
         return None
     if place.is_symlink() or not place.is_dir():
         return {}
-    with told(f"{place} cannot be read"):
+    with os_errors_as(f"{place} cannot be read"):
         found = list(place.iterdir())
         if not all(p.is_file() and rank_of_strategy_file(p.name) is not None for p in found):
             return {}

@@ -154,7 +154,7 @@ def remove(base: Path) -> None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def os_errors_as(what: str) -> Iterator[None]:
     """The disk's refusals inside, as an error that says ``what`` failed."""
     try:
         yield
@@ -250,7 +250,7 @@ def other_request(base: Path) -> LayoutError:
 
 def record_finished(journal: Path, path: str, num_bytes: int, *, durable: bool) -> None:
     """Add a line to ``journal``: the file at ``path`` is complete. Safe from several threads."""
-    with told(f"{journal} cannot be written"), _RECORDING:
+    with os_errors_as(f"{journal} cannot be written"), _RECORDING:
         identity = [*identity_of_file(journal.parent / FILES / path), "" if durable else _boot()]
         with open(journal, "a", encoding="utf-8") as lines:
             lines.write(json.dumps([path, num_bytes, identity]) + "\n")
@@ -297,5 +297,5 @@ def remove_others(files: Path, finished: Container[str]) -> None:
 
 def sync(path: Path) -> None:
     """Wait until ``path``, a file or a folder, is on the disk."""
-    with told(f"{path} cannot be put on the disk"):
+    with os_errors_as(f"{path} cannot be put on the disk"):
         fsync_path(path)

@@ -44,6 +44,7 @@ from .staging import (
     is_same,
     lock,
     open_lock,
+    os_errors_as,
     other_request,
     read_finished,
     real_place,
@@ -52,7 +53,6 @@ from .staging import (
     request_in,
     staging_folder,
     sync,
-    told,
 )
 
 if TYPE_CHECKING:  # the formats' names, seldom needed
@@ -64,7 +64,7 @@ _CLAIMS = (_FINISHED, PLACING)
 _FOLDERS = ("checkpoint", "strategies", "own")  # the kinds of results that are folders
 
 
-class Staging:
+class Transaction:
     """A result in the making.
 
     Attributes:
@@ -112,7 +112,7 @@ class Staging:
         self._base = staging_folder(destination)
         self.files = self._base / FILES
         self._made = self.files / only if only else self.files
-        with told(f"{self._base} cannot be made"):
+        with os_errors_as(f"{self._base} cannot be made"):
             if not os.path.lexists(self._base):
                 self.published = resumable and resume and was_made_from(destination, request)
                 if self.published:
@@ -314,7 +314,7 @@ def place(
         StorageError: the disk refused; the files are where they were.
     """
     files, made = base / FILES, made or base / FILES
-    with told(f"{destination} cannot be published (the finished files are in {files})"):
+    with os_errors_as(f"{destination} cannot be published (the finished files are in {files})"):
         if staging.is_resumable(base):
             _note_request(made, request_in(base) or "")
         if durable:

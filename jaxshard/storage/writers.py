@@ -28,9 +28,9 @@ from ..planning.plan import Plan
 from .fs import reserve
 from .io import Sink
 from .local import Handles
-from .shared_transaction import PartStaging
-from .staging import FILES, staging_folder, told
-from .transaction import Staging
+from .shared_transaction import SharedTransaction
+from .staging import FILES, os_errors_as, staging_folder
+from .transaction import Transaction
 
 _HELD_BYTES = 8 << 20  # the disk works while files are filled, and the fsync at the end is short
 
@@ -41,7 +41,7 @@ class OutputFiles(Sink):
     def __init__(
         self,
         plan: Plan,
-        staging: Staging | PartStaging,
+        staging: Transaction | SharedTransaction,
         container: Container,
     ) -> None:
         outputs = plan.outputs
@@ -124,7 +124,7 @@ class OutputFiles(Sink):
     def _create(self, rank: int) -> None:
         layout = self._layouts[self._content_of[rank]]
         path = self._staging.files / self._paths[rank]
-        with told(f"{path} cannot be made"):
+        with os_errors_as(f"{path} cannot be made"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 reserve(file.fileno(), layout.num_bytes)
@@ -180,7 +180,7 @@ def append_crc(path: Path) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    with told(f"{path} cannot be sealed"), open(path, "r+b") as file:
+    with os_errors_as(f"{path} cannot be sealed"), open(path, "r+b") as file:
         end = file.seek(0, 2) - CRC_BYTES
         file.seek(0)
         crc, left = 0, end
@@ -246,9 +246,9 @@ def wait_for(folder: Path, within_s: float, process: int) -> None:
         time.sleep(0.05)
 
 
-def bring_in(staging: Staging, folder: Path) -> None:
+def bring_in(staging: Transaction, folder: Path) -> None:
     """Make what all wrote into ``folder`` what ``staging`` publishes."""
-    with told(f"{folder} cannot be moved"):
+    with os_errors_as(f"{folder} cannot be moved"):
         os.rmdir(staging.files)
         os.rename(folder, staging.files)
 
@@ -272,7 +272,7 @@ class SharedFiles:
         for rank, path in enumerate(self._outputs.paths):
             layout = self._layouts[self._outputs.content_of[rank]]
             place = self._folder / path
-            with told(f"{place} cannot be made"):
+            with os_errors_as(f"{place} cannot be made"):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with open(place, "wb") as file:
                     file.truncate(layout.num_bytes)

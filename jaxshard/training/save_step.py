@@ -27,7 +27,7 @@ from ..saver.shared_write import SharedWrite
 from ..storage.checksums import BEST, FileSums, Gathered
 from ..storage.resources import LENT_BLOCK_BYTES, Budget, budget_for
 from ..storage.staging import staging_folder
-from ..storage.transaction import Staging
+from ..storage.transaction import Transaction
 from .commit_step import (
     commit,
     drop_unused_strategies,
@@ -153,13 +153,13 @@ def _write_step(request: SaveRequest) -> Record:
     return record
 
 
-def _staging_of(request: SaveRequest) -> Staging:
+def _staging_of(request: SaveRequest) -> Transaction:
     place = request.directory.staging(request.step)
     durable = request.options.durable
-    return Staging(place, str(request.step), overwrite=True, durable=durable, kind="own")
+    return Transaction(place, str(request.step), overwrite=True, durable=durable, kind="own")
 
 
-def _write_by_library(request: SaveRequest, staging: Staging) -> dict[str, FileSums]:
+def _write_by_library(request: SaveRequest, staging: Transaction) -> dict[str, FileSums]:
     """Write the whole state by the format's own library; return the files' checksums."""
     root, place = staging.files, staging.files / request.folder
     check_room(root, request.snapshot.num_bytes)  # Orbax compresses, but not by much
@@ -376,7 +376,7 @@ class _Leader:
         staging.publish()
         return record
 
-    def _begin(self, work: _SharedStep, staging: Staging) -> str:
+    def _begin(self, work: _SharedStep, staging: Transaction) -> str:
         def begin() -> str:
             units = units_of(work.parts)
             check_units(self._request.directory, units)
@@ -417,7 +417,7 @@ class _SharedStep:
         _check_algorithms(meeting.heard)
         return found
 
-    def finish(self, staging: Staging, own: Mapping[str, FileSums]) -> Record:
+    def finish(self, staging: Transaction, own: Mapping[str, FileSums]) -> Record:
         """Complete the files in process 0, and return the record of the step."""
         sums = dict(own)
         for process in range(1, self._processes.count):

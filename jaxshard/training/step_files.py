@@ -37,7 +37,7 @@ from ..storage.fs import check_free_space
 from ..storage.io import Sink, Source
 from ..storage.resources import Budget
 from ..storage.side_files import write_files
-from ..storage.transaction import Staging
+from ..storage.transaction import Transaction
 from ..storage.writers import OutputFiles
 from . import records
 from .commit_step import Claim
@@ -362,7 +362,7 @@ def _only(catalog: Catalog, names: Iterable[str]) -> Catalog:
 
 
 def write_parts(
-    parts: Sequence[StepPart], staging: Staging, source: Source, budget: Budget
+    parts: Sequence[StepPart], staging: Transaction, source: Source, budget: Budget
 ) -> tuple[dict[str, FileSums], str]:
     """Write the files of ``parts`` into ``staging``; return their checksums and the algorithm.
 
@@ -385,7 +385,7 @@ def write_parts(
 
 
 def write_side_files(
-    parts: Iterable[StepPart], staging: Staging, gathered: Gathered
+    parts: Iterable[StepPart], staging: Transaction, gathered: Gathered
 ) -> dict[str, FileSums]:
     """Write the files of ``parts`` that hold no tensors; return their checksums.
 

@@ -24,7 +24,7 @@ from jaxshard.conversion.prepare import prepare
 from jaxshard.distributed.partition import Part, assign, cut_evenly, part_of, split_outputs
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.storage import shared_transaction as parts_module
-from jaxshard.storage.transaction import Staging
+from jaxshard.storage.transaction import Transaction
 
 SIZES = {"layers": 4, "hidden": 64, "vocab": 128}
 
@@ -202,13 +202,13 @@ from jaxshard.conversion.prepare import prepare
 from jaxshard.conversion.execute import execute
 from jaxshard.storage import shared_transaction as parts
 source, out, index, count, after, what = sys.argv[1:]
-plain, left = getattr(parts.PartStaging, what), [int(after)]
+plain, left = getattr(parts.SharedTransaction, what), [int(after)]
 def dying(self, *args):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
     return plain(self, *args)
-setattr(parts.PartStaging, what, dying)
+setattr(parts.SharedTransaction, what, dying)
 how = dict(process_index=index, process_count=count, fsync=False)
 execute(prepare(source, "dp2mp2pp2", workers=1), out, **how)
 """
@@ -255,7 +255,7 @@ def test_a_job_killed_after_it_published_finds_all_done(llama, whole, tmp_path, 
     for index in (0, 1):
         run_part(llama, out, index, 3, **how)
     code = KILLED.replace("fsync=False", f"fsync=False, overwrite={overwrite}").replace(
-        "parts.PartStaging, what", "parts.steps, what"
+        "parts.SharedTransaction, what", "parts.steps, what"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, [llama, out, "2", "3", "0", "remove_base"])],
@@ -343,13 +343,13 @@ def test_another_request_may_be_discarded_when_nobody_works_on_it(llama, tmp_pat
 
 def test_another_request_is_not_discarded_while_a_part_is_at_work(llama, tmp_path):
     out = tmp_path / "cut"
-    at_work = parts_module.PartStaging(out, "something else", 0, 2, durable=False)
+    at_work = parts_module.SharedTransaction(out, "something else", 0, 2, durable=False)
     with pytest.raises(LayoutError, match="other parts are at work"):
         run_part(llama, out, 1, 2, overwrite=True)
     with pytest.raises(StorageError, match=r"part-0 of .* runs already"):
-        parts_module.PartStaging(out, "something else", 0, 2)
+        parts_module.SharedTransaction(out, "something else", 0, 2)
     with pytest.raises(StorageError, match="another process"):
-        Staging(out, "alone", overwrite=True)
+        Transaction(out, "alone", overwrite=True)
     at_work.abandon()
     assert run_part(llama, out, 1, 2).num_files == 4  # nothing was finished: it may go
 
@@ -371,7 +371,7 @@ def test_a_replaced_result_is_not_taken_for_finished_work(llama, whole, tmp_path
     checkpoints.write_llama(tmp_path / "other", num_files=3, seed=1, **SIZES)
     js.convert(tmp_path / "other", out, "dp2mp2pp2")
     with monkeypatch.context() as patch:
-        patch.setattr(Staging, "_remove", lambda self: self._release())
+        patch.setattr(Transaction, "_remove", lambda self: self._release())
         patch.setattr("jaxshard.storage.transaction.settle", lambda *a, **k: None)
         js.convert(llama, out, "dp2mp2pp2", overwrite=True)
     assert_same(out, whole)

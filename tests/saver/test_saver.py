@@ -23,7 +23,7 @@ from jaxshard.errors import LayoutError, StorageError
 from jaxshard.loader import load
 from jaxshard.saver import save
 from jaxshard.storage.resources import fit_budget
-from jaxshard.storage.transaction import Staging
+from jaxshard.storage.transaction import Transaction
 from jaxshard.storage.writers import OutputFiles
 
 P = PartitionSpec
@@ -262,7 +262,7 @@ def test_what_a_killed_save_left_behind_is_cleared_away(llama, tmp_path, monkeyp
     left = tmp_path / ".out.partial"
     with monkeypatch.context() as patched:
         patched.setattr(
-            "jaxshard.storage.transaction.Staging.abandon", lambda self: self._release()
+            "jaxshard.storage.transaction.Transaction.abandon", lambda self: self._release()
         )
         patched.setattr("jaxshard.saver.publish.Publication._add_files", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -278,7 +278,7 @@ def test_what_a_killed_save_left_behind_is_cleared_away(llama, tmp_path, monkeyp
 
 def test_what_a_conversion_left_behind_is_not_touched(tmp_path):
     left = tmp_path / ".out.partial"
-    conversion = Staging(tmp_path / "out", "a conversion")
+    conversion = Transaction(tmp_path / "out", "a conversion")
     (conversion.files / "a").write_bytes(b"finished")
     conversion.finish("a", 8)
     conversion.abandon()

@@ -11,7 +11,7 @@ from jaxshard.distributed.barriers import Processes
 from jaxshard.errors import StorageError
 from jaxshard.saver.shared_write import SharedWrite
 from jaxshard.storage.local import Handles
-from jaxshard.storage.transaction import Staging
+from jaxshard.storage.transaction import Transaction
 from jaxshard.storage.writers import SharedFiles, bring_in, shared_folder, wait_for
 
 
@@ -22,7 +22,7 @@ def result(tmp_path):
 
 
 def begun(result, destination, token):
-    staging = Staging(destination, "a save", overwrite=True, durable=False)
+    staging = Transaction(destination, "a save", overwrite=True, durable=False)
     folder = shared_folder(destination, token)
     folder.mkdir()
     files = SharedFiles(result.outputs, folder, result.container)
@@ -61,7 +61,7 @@ def test_headers_and_checksums_are_on_the_disk_too(result, tmp_path, monkeypatch
     source = HostShards({})
     for durable in (True, False):
         out = tmp_path / f"{durable}"
-        staging = Staging(out, "a save", durable=durable, resumable=False)
+        staging = Transaction(out, "a save", durable=durable, resumable=False)
         results = [(source.catalog, result)]
         shared = SharedWrite(source, results, out, Processes(), durable=durable)
         for step in (shared.begin, shared.finish):

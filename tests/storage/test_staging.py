@@ -11,8 +11,8 @@ import pytest
 
 from jaxshard.errors import LayoutError
 from jaxshard.storage import staging
-from jaxshard.storage.shared_transaction import PartStaging
-from jaxshard.storage.transaction import Staging
+from jaxshard.storage.shared_transaction import SharedTransaction
+from jaxshard.storage.transaction import Transaction
 
 Make = Callable[[Path], object]
 
@@ -94,14 +94,14 @@ def tree(folder: Path) -> list[tuple[str, bool, int, str]]:
 @pytest.mark.parametrize(
     "begin",
     [
-        lambda out: Staging(out, "request"),
-        lambda out: Staging(out, "request", resume=True),
-        lambda out: Staging(out, "request", overwrite=True),
-        lambda out: Staging(out, "request", resume=True, overwrite=True),
-        lambda out: Staging(out, "request", resumable=False),
-        lambda out: Staging(out, "request", only="m.ckpt", overwrite=True),
-        lambda out: PartStaging(out, "request", 0, 2),
-        lambda out: PartStaging(out, "request", 1, 2, overwrite=True),
+        lambda out: Transaction(out, "request"),
+        lambda out: Transaction(out, "request", resume=True),
+        lambda out: Transaction(out, "request", overwrite=True),
+        lambda out: Transaction(out, "request", resume=True, overwrite=True),
+        lambda out: Transaction(out, "request", resumable=False),
+        lambda out: Transaction(out, "request", only="m.ckpt", overwrite=True),
+        lambda out: SharedTransaction(out, "request", 0, 2),
+        lambda out: SharedTransaction(out, "request", 1, 2, overwrite=True),
     ],
     ids=["plain", "resume", "overwrite", "both", "save", "file", "part", "part, overwrite"],
 )
@@ -123,7 +123,7 @@ def test_a_run_killed_before_it_had_a_journal_is_no_interrupted_run(tmp_path, le
     base.mkdir()
     for name in left:
         (base / name).touch()
-    made = Staging(tmp_path / "out", "request", durable=durable)
+    made = Transaction(tmp_path / "out", "request", durable=durable)
     (made.files / "a").touch()
     made.finish("a", 0)
     made.publish()
@@ -132,12 +132,12 @@ def test_a_run_killed_before_it_had_a_journal_is_no_interrupted_run(tmp_path, le
 
 def test_where_root_is_another_user_its_folders_are_ours(tmp_path, monkeypatch):
     """As on NFS, which maps root to another number."""
-    made = Staging(tmp_path / "out", "request")
+    made = Transaction(tmp_path / "out", "request")
     (made.files / "a").touch()
     made.finish("a", 0)
     made.abandon()
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    again = Staging(tmp_path / "out", "request", resume=True)
+    again = Transaction(tmp_path / "out", "request", resume=True)
     assert set(again.finished) == {"a"}
     again.abandon()
 
@@ -145,7 +145,7 @@ def test_where_root_is_another_user_its_folders_are_ours(tmp_path, monkeypatch):
 def test_a_folder_is_ours_until_the_last_of_it_is_removed(tmp_path, monkeypatch):
     """Stopped before each single removal, what is left is taken up by the next run."""
     for stop in range(100):
-        made = Staging(tmp_path / "out", "request")
+        made = Transaction(tmp_path / "out", "request")
         (made.files / "rank_0").mkdir()
         (made.files / "rank_0" / "a").touch()
         made.finish("rank_0/a", 0)
@@ -168,6 +168,6 @@ def test_a_folder_is_ours_until_the_last_of_it_is_removed(tmp_path, monkeypatch)
                 made._release()
             else:
                 break
-        Staging(tmp_path / "out", "request", overwrite=True).abandon()
+        Transaction(tmp_path / "out", "request", overwrite=True).abandon()
         assert not list(tmp_path.iterdir())
     assert stop > 5

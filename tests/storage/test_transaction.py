@@ -1,4 +1,4 @@
-"""Staging: the old result, or the new one, and never anything between."""
+"""Transaction: the old result, or the new one, and never anything between."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxshard.storage import (
     transaction,
 )
 from jaxshard.storage.staging import is_unfinished
-from jaxshard.storage.transaction import Staging
+from jaxshard.storage.transaction import Transaction
 
 OLD = "model.safetensors"  # what an old result is known by
 
@@ -32,7 +32,7 @@ def partial(place):
     return place.with_name(f".{place.name}.partial")
 
 
-def put(made: Staging, name: str, data: bytes) -> None:
+def put(made: Transaction, name: str, data: bytes) -> None:
     (made.files / name).parent.mkdir(parents=True, exist_ok=True)
     (made.files / name).write_bytes(data)
     made.finish(name, len(data))
@@ -46,7 +46,7 @@ def content(place) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_result_appears_whole_and_leaves_nothing_behind(place, durable):
-    made = Staging(place, "request", durable=durable)
+    made = Transaction(place, "request", durable=durable)
     put(made, "rank_0/a", b"1")
     assert not place.exists()
     made.publish()
@@ -56,7 +56,7 @@ def test_a_result_appears_whole_and_leaves_nothing_behind(place, durable):
 
 def test_an_empty_destination_is_as_good_as_none(place):
     place.mkdir()
-    made = Staging(place, "request")
+    made = Transaction(place, "request")
     put(made, "a", b"1")
     made.publish()
     assert content(place) == {"a": b"1"}
@@ -69,8 +69,8 @@ def test_an_old_result_is_replaced_when_the_new_one_is_whole(place, monkeypatch,
     place.mkdir()
     (place / OLD).write_bytes(b"0")
     with pytest.raises(LayoutError, match=r"exists.*--overwrite"):
-        Staging(place, "request")
-    made = Staging(place, "request", overwrite=True)
+        Transaction(place, "request")
+    made = Transaction(place, "request", overwrite=True)
     put(made, "new", b"1")
     assert content(place) == {OLD: b"0"}
     made.publish()
@@ -83,7 +83,7 @@ def test_a_crash_between_two_renames_loses_neither(place, monkeypatch, overwrite
     monkeypatch.setattr(transaction, "exchange", lambda a, b: False)
     place.mkdir()
     (place / OLD).write_bytes(b"0")
-    made = Staging(place, "request", overwrite=True)
+    made = Transaction(place, "request", overwrite=True)
     put(made, "new", b"1")
     real = transaction.publish_new
 
@@ -98,25 +98,25 @@ def test_a_crash_between_two_renames_loses_neither(place, monkeypatch, overwrite
     monkeypatch.undo()
     made.abandon()
     assert not place.exists()
-    again = Staging(place, "another", overwrite=True) if overwrite else None
+    again = Transaction(place, "another", overwrite=True) if overwrite else None
     if again:
         assert content(place) == {OLD: b"0"}
         again.abandon()
         assert content(place) == {OLD: b"0"}
     else:
-        again = Staging(place, "request", resume=True, overwrite=True)
+        again = Transaction(place, "request", resume=True, overwrite=True)
         assert set(again.finished) == {"new"}
         again.publish()
         assert content(place) == {"new": b"1"}
 
 
 def test_without_anything_finished_nothing_is_kept(place):
-    Staging(place, "request").abandon()
+    Transaction(place, "request").abandon()
     assert list(place.parent.iterdir()) == []
 
 
 def interrupted(place, durable=True) -> None:
-    made = Staging(place, "request", durable=durable)
+    made = Transaction(place, "request", durable=durable)
     put(made, "a", b"whole")
     (made.files / "b").write_bytes(b"half")
     made.abandon()
@@ -125,8 +125,8 @@ def interrupted(place, durable=True) -> None:
 def test_what_is_finished_is_kept_and_what_is_not_goes(place):
     interrupted(place)
     with pytest.raises(LayoutError, match=r"\(--resume\), or discard it with overwrite=True"):
-        Staging(place, "request")
-    made = Staging(place, "request", resume=True)
+        Transaction(place, "request")
+    made = Transaction(place, "request", resume=True)
     assert made.finished == {"a": 5}
     assert content(made.files) == {"a": b"whole"}
     made.abandon()
@@ -134,14 +134,14 @@ def test_what_is_finished_is_kept_and_what_is_not_goes(place):
 
 def test_discarding_begins_anew(place):
     interrupted(place)
-    made = Staging(place, "request", overwrite=True)
+    made = Transaction(place, "request", overwrite=True)
     assert made.finished == {}
     assert content(made.files) == {}
     made.abandon()
 
 
 def test_resuming_nothing_begins(place):
-    made = Staging(place, "request", resume=True)
+    made = Transaction(place, "request", resume=True)
     put(made, "a", b"1")
     made.publish()
     assert content(place) == {"a": b"1"}
@@ -150,8 +150,8 @@ def test_resuming_nothing_begins(place):
 def test_another_request_is_not_resumed(place):
     interrupted(place)
     with pytest.raises(LayoutError, match="from another conversion, or its source has changed"):
-        Staging(place, "other", resume=True)
-    assert Staging(place, "other", resume=True, overwrite=True).finished == {}
+        Transaction(place, "other", resume=True)
+    assert Transaction(place, "other", resume=True, overwrite=True).finished == {}
 
 
 @pytest.mark.parametrize("change", ["content", "copy", "gone", "shorter"])
@@ -167,7 +167,7 @@ def test_a_finished_file_that_was_touched_is_not_trusted(place, change):
         path.unlink()
     else:
         os.truncate(path, 2)
-    made = Staging(place, "request", resume=True)
+    made = Transaction(place, "request", resume=True)
     assert made.finished == {}
     made.abandon()
 
@@ -180,50 +180,50 @@ def test_a_torn_line_is_no_promise(place, line):
     interrupted(place)
     with open(partial(place) / "finished", "a", encoding="utf-8") as journal:
         journal.write(line)
-    made = Staging(place, "request", resume=True)
+    made = Transaction(place, "request", resume=True)
     assert made.finished == {"a": 5}
     made.abandon()
 
 
 def test_what_was_never_put_on_the_disk_is_not_trusted_after_a_restart(place, monkeypatch):
     interrupted(place, durable=False)
-    made = Staging(place, "request", resume=True)
+    made = Transaction(place, "request", resume=True)
     assert made.finished == {"a": 5}
     made.abandon()
     monkeypatch.setattr(staging, "_boot", lambda: "another")
-    made = Staging(place, "request", resume=True)
+    made = Transaction(place, "request", resume=True)
     assert made.finished == {}
     made.abandon()
 
 
 @pytest.mark.parametrize("only", [None, "a"])
 def test_resuming_what_is_complete_finds_nothing_left_to_do(place, only):
-    made = Staging(place, "request", only=only)
+    made = Transaction(place, "request", only=only)
     put(made, "a", b"\n1")
     made.publish()
     if not hasattr(os, "getxattr") or not os.listxattr(place):
         pytest.skip("this file system has no extended attributes")
-    assert Staging(place, "request", resume=True, only=only).published
+    assert Transaction(place, "request", resume=True, only=only).published
     assert list(place.parent.iterdir()) == [place]
     for request, how in (("request", {}), ("other", {"resume": True})):
         with pytest.raises(LayoutError, match="exists"):
-            Staging(place, request, only=only, **how)
+            Transaction(place, request, only=only, **how)
     (place if only else place / "a").write_bytes(b"\n2")
     with pytest.raises(LayoutError, match="exists"):
-        Staging(place, "request", resume=True, only=only)
+        Transaction(place, "request", resume=True, only=only)
     assert list(place.parent.iterdir()) == [place]
 
 
 def test_a_complete_result_does_not_cost_the_work_on_another(place):
     """Made by one request, and being replaced by another when that run was interrupted."""
     for request, name, done in (("one", OLD, True), ("two", "b", False)):
-        made = Staging(place, request, overwrite=True)
+        made = Transaction(place, request, overwrite=True)
         put(made, name, b"1")
         made.publish() if done else made.abandon()
     for how in ({}, {"resume": True}):
         with pytest.raises(LayoutError):
-            Staging(place, "one", **how)
-    again = Staging(place, "two", resume=True, overwrite=True)
+            Transaction(place, "one", **how)
+    again = Transaction(place, "two", resume=True, overwrite=True)
     assert set(again.finished) == {"b"}
     again.publish()
     assert content(place) == {"b": b"1"}
@@ -236,12 +236,12 @@ def test_a_crash_after_publishing_is_seen_and_tidied(place, monkeypatch, old):
         place.mkdir()
         (place / OLD).touch()
         (place / "a").write_bytes(b"old!!")
-    made = Staging(place, "request", overwrite=True)
+    made = Transaction(place, "request", overwrite=True)
     put(made, "a", b"whole")
     monkeypatch.setattr(made, "_remove", made._release)
     made.publish()
     assert partial(place).exists()
-    again = Staging(place, "request", resume=True, overwrite=old)
+    again = Transaction(place, "request", resume=True, overwrite=old)
     assert again.published
     assert content(place) == {"a": b"whole"}
     assert not partial(place).exists()
@@ -250,30 +250,30 @@ def test_a_crash_after_publishing_is_seen_and_tidied(place, monkeypatch, old):
 def test_after_publishing_another_request_does_not_take_the_old_for_its_own(place, monkeypatch):
     place.mkdir()
     (place / OLD).write_bytes(b"old!!")
-    made = Staging(place, "request", overwrite=True)
+    made = Transaction(place, "request", overwrite=True)
     put(made, OLD, b"whole")
     monkeypatch.setattr(made, "_remove", made._release)
     made.publish()
-    again = Staging(place, "other", resume=True, overwrite=True)
+    again = Transaction(place, "other", resume=True, overwrite=True)
     assert not again.published
     assert again.finished == {}
     again.abandon()
 
 
 def test_two_at_once_are_refused_in_one_process_too(place):
-    first = Staging(place, "request")
+    first = Transaction(place, "request")
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(StorageError, match="another process is writing"):
-            Staging(place, "request", **how)
+            Transaction(place, "request", **how)
     first.abandon()
-    Staging(place, "request").abandon()
+    Transaction(place, "request").abandon()
 
 
 def test_a_link_is_followed_to_where_the_result_shall_be(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     (tmp_path / "out").symlink_to(disk / "result")
-    made = Staging(tmp_path / "out", "request")
+    made = Transaction(tmp_path / "out", "request")
     put(made, "a", b"1")
     assert partial(disk / "result").exists()
     made.publish()
@@ -303,19 +303,19 @@ def test_the_journal_is_one_line_a_file(place):
 def test_one_file_appears_at_once_and_replaces_a_file(tmp_path):
     place = tmp_path / "out.safetensors"
     for data in (b"\n1", b"\n2"):  # the first byte of MindSpore's weights
-        made = Staging(place, "request", only="m", overwrite=place.exists())
+        made = Transaction(place, "request", only="m", overwrite=place.exists())
         put(made, "m", data)
         made.publish()
         assert place.read_bytes() == data
         assert list(tmp_path.iterdir()) == [place]
     with pytest.raises(LayoutError, match=r"exists.*--overwrite"):
-        Staging(place, "request", only="m")
+        Transaction(place, "request", only="m")
 
 
 def test_one_file_is_not_put_in_the_place_of_a_folder(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(LayoutError, match="it is not a file"):
-        Staging(tmp_path / "out", "request", only="m", overwrite=True)
+        Transaction(tmp_path / "out", "request", only="m", overwrite=True)
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -323,12 +323,12 @@ def test_a_crash_after_one_file_is_published_is_seen_and_tidied(tmp_path, monkey
     place = tmp_path / "out.safetensors"
     if old:
         place.write_bytes(b"\nold")
-    made = Staging(place, "request", only="m", overwrite=True)
+    made = Transaction(place, "request", only="m", overwrite=True)
     put(made, "m", b"whole")
     monkeypatch.setattr(made, "_remove", made._release)
     made.publish()
     assert partial(place).exists()
-    again = Staging(place, "request", only="m", resume=True, overwrite=old)
+    again = Transaction(place, "request", only="m", resume=True, overwrite=old)
     assert again.published
     assert place.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [place]
@@ -340,7 +340,7 @@ def test_a_file_published_by_a_link_and_not_yet_unlinked_is_published(tmp_path, 
     place = tmp_path / "out.safetensors"
     if old:
         place.write_bytes(b"\nold")
-    made = Staging(place, "request", only="m", overwrite=True)
+    made = Transaction(place, "request", only="m", overwrite=True)
     put(made, "m", b"whole")
 
     def killed(*_: object) -> None:
@@ -354,7 +354,7 @@ def test_a_file_published_by_a_link_and_not_yet_unlinked_is_published(tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             made.publish()
     made._release()
-    assert Staging(place, "request", only="m", resume=True, overwrite=True).published
+    assert Transaction(place, "request", only="m", resume=True, overwrite=True).published
     assert place.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [place]
 
@@ -375,7 +375,7 @@ def test_a_mount_point_is_refused_before_the_work(place, monkeypatch):
     monkeypatch.setattr(transaction, "is_mount_point", lambda path: path == place)
     for overwrite in (False, True):
         with pytest.raises(LayoutError, match=f"mount point.* Use {place}/result"):
-            Staging(place, "request", overwrite=overwrite)
+            Transaction(place, "request", overwrite=overwrite)
     assert list(place.parent.iterdir()) == [place]
 
 
@@ -407,7 +407,7 @@ def test_file_systems_that_cannot_exchange_are_told_by_any_of_their_errors(
     place.mkdir()
     (place / OLD).write_bytes(b"0")
     monkeypatch.setattr(fs, "_function", lambda name: renameat2)
-    made = Staging(place, "request", overwrite=True)
+    made = Transaction(place, "request", overwrite=True)
     put(made, "new", b"1")
     made.publish()
     assert content(place) == {"new": b"1"}

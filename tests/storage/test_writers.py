@@ -13,7 +13,7 @@ from jaxshard.core.layout import Layout, Placement
 from jaxshard.formats.output_files import SafetensorsContainer
 from jaxshard.planning.outputs import arrange
 from jaxshard.planning.plan import make_plan
-from jaxshard.storage.transaction import Staging
+from jaxshard.storage.transaction import Transaction
 from jaxshard.storage.writers import OutputFiles
 
 CONTAINER = SafetensorsContainer({})
@@ -32,13 +32,13 @@ def opened(tmp_path):
     catalog = Catalog("m", "x", (File("f", 12),), tensors)
     outputs = arrange(list(tensors.values()), layout, ["a/0.safetensors", "a/1.safetensors"])
     plan = make_plan(catalog, outputs)
-    made = Staging(tmp_path / "out", "request")
+    made = Transaction(tmp_path / "out", "request")
     files = OutputFiles(plan, made, CONTAINER)
     yield {m.name: m for m in plan.moves()}, made, files
     files.close()
 
 
-def finished(made: Staging) -> list[str]:
+def finished(made: Transaction) -> list[str]:
     journal = made.files.parent / "finished"
     lines = journal.read_text().splitlines() if journal.exists() else []
     return [line.split('"')[1] for line in lines]
@@ -73,7 +73,7 @@ def test_a_file_without_tensor_bytes_is_finished_at_once(tmp_path):
     plan = make_plan(
         Catalog("m", "x", (File("f", 0),), {"e": tensor}), arrange([tensor], layout, ["x"])
     )
-    made = Staging(tmp_path / "out", "request")
+    made = Transaction(tmp_path / "out", "request")
     OutputFiles(plan, made, CONTAINER).close()
     assert finished(made) == ["x"]
     assert read_by_hand(made.files / "x") == {"e": ((0, 4), b"")}

@@ -24,7 +24,7 @@ from jaxshard.errors import JaxshardError
 from jaxshard.saver import shared_write
 from jaxshard.saver.publish import Publication
 from jaxshard.storage import writers
-from jaxshard.storage.transaction import Staging
+from jaxshard.storage.transaction import Transaction
 
 P = PartitionSpec
 STRATEGIES = ("dp2mp4", "mp8", "dp8", "dp2mp2pp2", "mp4pp2", "dp4mp2optall")
@@ -227,7 +227,7 @@ def _after(arrays, source, out):
 PHASES = {  # what is called in the middle of each
     "begin": (writers.SharedFiles, "lay_out"),
     "write": (writers.SharedFiles, "write"),
-    "publish": (Staging, "publish"),
+    "publish": (Transaction, "publish"),
     "wait": (shared_write, "wait_for"),
 }
 
@@ -331,16 +331,16 @@ def mixed_saves(index, count, source, out):
     arrays = loader.load(source, "mp4pp2")
     saver.save(arrays, own, **how, timeout_s=60)
     again = is_right(loader.load(own, "mp4pp2"), truth_of(source))
-    plain = Staging.publish
+    plain = Transaction.publish
 
     def publish(self, *args):
         if index == 1:
             raise OSError(5, "Input/output error")
         return plain(self, *args)
 
-    Staging.publish = publish
+    Transaction.publish = publish
     cut_short = refusal(lambda: saver.save(arrays, own, **how, timeout_s=60))
-    Staging.publish = plain
+    Transaction.publish = plain
     return {
         "again": again,
         "cut short": cut_short,
