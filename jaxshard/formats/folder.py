@@ -68,7 +68,7 @@ class MemoryFolder:
         return data
 
 
-# --- Kinds of files, by their first bytes
+# --- kinds of files, by their first bytes ---------------------------------------------------------
 
 Kind = Literal[
     "weights.ckpt",
@@ -147,7 +147,7 @@ def describe_kind(kind: Kind) -> str:
     return _DESCRIPTIONS.get(kind) or f"a checkpoint encrypted with {kind}"
 
 
-# --- Checkpoint 2.0 folders, by file names
+# --- Checkpoint 2.0 folders, by file names --------------------------------------------------------
 
 ITERATION_METADATA, COMMON, TRACKER = (
     "metadata.json",
@@ -187,7 +187,7 @@ def is_iteration(files: Iterable[str]) -> bool:
     return ITERATION_METADATA in names and any(map(_ITERATION_FILE.fullmatch, names))
 
 
-# --- Orbax checkpoints, by file names
+# --- Orbax checkpoints, by file names -------------------------------------------------------------
 
 _ORBAX_METADATA = "_METADATA"
 

@@ -1,13 +1,13 @@
 """Hugging Face folders: weight files, their index and ``config.json``.
 
-    config.json                        what the model is
+    config.json                        configuration of the model
     model.safetensors.index.json       {"weight_map": {name: file}}
     model-00001-of-00002.safetensors   …
-    tokenizer.json                     an extra: carried along, never read
+    tokenizer.json                     an extra file: copied, never read
 
-The index decides where there is one, and may name no file outside the folder. A folder
-that MindSpore unified is the same thing with other names. This module reads headers,
-the index and the config, and knows nothing of how tensors are cut.
+If there is an index, it decides which file serves a name; it must not name files outside the
+folder. A folder unified by MindSpore has the same structure under other names. This module reads
+headers, the index and the config, and does not depend on shardings.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .safetensors import Header, HeaderEntry, read_header
 
 
 def plan_files(tensors: Iterable[tuple[str, int]], max_shard_bytes: int) -> list[list[str]]:
-    """The names of each file, in the order given: a new file where the next would not fit.
+    """Group (name, bytes) pairs into files of at most ``max_shard_bytes``, in order.
 
-    A tensor larger than ``max_shard_bytes`` gets a file of its own; the file being filled
-    goes on after it. No tensors make one empty file.
+    A larger tensor gets a file of its own, and the current file continues after it, as in
+    ``huggingface_hub``. Without tensors there is one empty file.
 
     >>> plan_files([("a", 3), ("b", 3), ("big", 9), ("c", 1)], max_shard_bytes=4)
     [['a'], ['big'], ['b', 'c']]
@@ -45,7 +45,7 @@ def plan_files(tensors: Iterable[tuple[str, int]], max_shard_bytes: int) -> list
 
 
 def file_names(num_files: int) -> list[str]:
-    """What the files are called.
+    """Return the names of ``num_files`` weight files.
 
     >>> file_names(1), file_names(2)[0]
     (['model.safetensors'], 'model-00001-of-00002.safetensors')
@@ -58,36 +58,36 @@ def file_names(num_files: int) -> list[str]:
 def index_json(
     weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any]
 ) -> bytes:
-    """``model.safetensors.index.json``; ``total_size`` is the bytes of all tensors."""
+    """Return ``model.safetensors.index.json``; ``total_size`` is the bytes of all tensors."""
     index = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(weight_map)}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-# --- Hugging Face folders: weight files, an index that says which serves a name, a config
+# --- reading a folder -----------------------------------------------------------------------------
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-CHECKSUMS = "checksums.json"  # of the files around it, written on request
-NO_CONFIG = f"There is no {CONFIG}, so the model's family is not known."
+CHECKSUMS = "checksums.json"  # checksums of the folder's files, written on request
+NO_CONFIG = f"{CONFIG} is missing, so the model's family is unknown."
 MINDSPORE_INDEX = "param_name_map.json"
 MINDSPORE_SCALARS = "hyper_param.safetensors"
 
-_MAX_INDEX_BYTES = 100_000_000  # a header's limit: the index is a list of the same names
+_MAX_INDEX_BYTES = 100_000_000  # the limit of headers, which list the same names
 _MAX_CONFIG_BYTES = 16_000_000
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|npz)(\.index\.json)?$"
 )
 _HIDDEN = re.compile(r"(^|/)(\.|__pycache__/)")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
-# Mistral's own form beside Hugging Face's, and adapters: no parts of the model they lie beside
+# Mistral's own form of the same model, and adapters: not parts of the model in the folder
 _OTHER_FORM = re.compile(r"consolidated|adapter_(model|config)")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """The files that hold the weights, and by the index, if any, which one serves a name."""
+    """Chosen weight files; ``serves`` maps names to files if there is an index."""
 
     paths: tuple[str, ...]
     serves: Mapping[str, str] | None = None
@@ -97,17 +97,17 @@ class _Choice:
 
 
 def recognise(files: Mapping[str, File]) -> bool:
-    """Whether ``files`` hold safetensors weights, or an index of them, at their top."""
+    """Return whether ``files`` have safetensors weights or an index at their top."""
     return bool(_top(files, ".safetensors")) or bool(_indexes(files))
 
 
 def read(folder: Folder) -> Catalog:
-    """The catalog of the checkpoint in ``folder``: every header, the index and the config.
+    """Read the catalog of the checkpoint in ``folder``: all headers, the index and the config.
 
     Raises:
-        FormatError: a file, or the index, is not what it claims to be.
-        NotFoundError: there are no safetensors weights.
-        CoverageError: a file that the index names, or one of numbered files, is missing.
+        FormatError: a file or the index is damaged.
+        NotFoundError: no safetensors weights.
+        CoverageError: a file of the index, or of a numbered set, is missing.
     """
     files = folder.files()
     choice = _choose(folder, files)
@@ -120,12 +120,11 @@ def read(folder: Folder) -> Catalog:
     notes = [*choice.notes, *config_notes]
     if left_out:
         notes.append(
-            f"{choice.index} does not name {format_list(map(quote_name, left_out))}: left out."
+            f"{choice.index} does not list {format_list(map(quote_name, left_out))}: left out."
         )
     if not_used:
         notes.append(
-            "Weight files neither read nor carried along: "
-            f"{format_list(map(quote_name, not_used))}."
+            f"Weight files neither read nor copied: {format_list(map(quote_name, not_used))}."
         )
     return Catalog(
         root=folder.root,
@@ -141,7 +140,7 @@ def read(folder: Folder) -> Catalog:
 
 
 def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
-    """The weight files in use: those of the index, or the single one, or all at the top."""
+    """Choose the weight files: those of the index, the single file, or all at the top."""
     indexes, found = _indexes(files), _top(files, ".safetensors")
     if not indexes and not found:
         raise NotFoundError(_nothing(folder, files))
@@ -149,24 +148,22 @@ def _choose(folder: Folder, files: Mapping[str, File]) -> _Choice:
         return _choose_without_index(folder, found, alone=len(files) == 1)
     index, *others = indexes
     serves = _read_index(folder, files[index])
-    notes = (
-        [f"{index} decides which file serves a name, not {format_list(others)}."] if others else []
-    )
+    notes = [f"{index} is followed, not {format_list(others)}."] if others else []
     if index == INDEX and SINGLE in found and SINGLE not in serves.values():
-        # what transformers does with both: a save in one file beside the index of an older one
+        # as in transformers: the single file is a newer save than the index
         return _Choice((SINGLE,), notes=(f"{SINGLE} is read, not the files of {INDEX}.",))
     _check_present(folder, files, index, serves)
     used = set(serves.values())
     if index == MINDSPORE_INDEX and MINDSPORE_SCALARS in found:
-        used.add(MINDSPORE_SCALARS)  # that index lists only what a strategy cuts
+        used.add(MINDSPORE_SCALARS)  # that index does not list training scalars
     return _Choice(tuple(sorted(used)), serves, index, tuple(notes))
 
 
 def _choose_without_index(folder: Folder, found: Sequence[str], *, alone: bool) -> _Choice:
-    """The single file, or all files at the top that can be parts of one model."""
-    beside = (MINDSPORE_SCALARS,) if MINDSPORE_SCALARS in found else ()
+    """Choose the single file, or all files at the top that may be parts of one model."""
+    scalars = (MINDSPORE_SCALARS,) if MINDSPORE_SCALARS in found else ()
     if SINGLE in found:
-        return _Choice((SINGLE, *beside))
+        return _Choice((SINGLE, *scalars))
     parts = tuple(path for path in found if not _OTHER_FORM.match(path)) or tuple(found)
     _check_numbered(folder, parts, alone=alone)
     notes = []
@@ -174,34 +171,32 @@ def _choose_without_index(folder: Folder, found: Sequence[str], *, alone: bool) 
     if others:
         notes.append(
             f"{format_list(map(quote_name, others))} is not read: it holds the same model in "
-            "another form, or an adapter. Name the file itself to read it."
+            "another form, or an adapter. Pass the file itself to read it."
         )
-    stems = {_SHARD.sub(r"\g<stem>-of-\g<total>", path) for path in parts} - set(beside)
+    stems = {_SHARD.sub(r"\g<stem>-of-\g<total>", path) for path in parts} - set(scalars)
     if len(stems) > 1:
         notes.append(
-            f"There is no {INDEX}, so all {len(parts)} weight files are read as one model "
-            f"({format_list(map(quote_name, parts))}). Name one file to read it alone."
+            f"{INDEX} is missing, so all {len(parts)} weight files are read as one model "
+            f"({format_list(map(quote_name, parts))}). Pass one file to read it alone."
         )
     return _Choice(parts, notes=tuple(notes), left_out=others)
 
 
 def _read_index(folder: Folder, file: File) -> dict[str, str]:
-    """Which file serves each name, by the index in ``file``; none is outside the folder."""
+    """Read the index ``file``: the file that serves each name, always inside the folder."""
     path, size = file.path, file.num_bytes
     if size > _MAX_INDEX_BYTES:
-        raise FormatError(
-            f"{path} has {size} bytes; an index has at most {_MAX_INDEX_BYTES}. {FETCH}"
-        )
+        raise FormatError(f"{path} has {size} bytes (expected at most {_MAX_INDEX_BYTES}). {FETCH}")
     parsed = parse_object(folder.read(path, 0, size), path)
     flat = path == MINDSPORE_INDEX and "weight_map" not in parsed  # older MindSpore versions
     weight_map = parsed if flat else parsed.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise FormatError(f"{path} has no weight_map that is an object. {FETCH}")
+        raise FormatError(f"{path}: weight_map is missing or not an object. {FETCH}")
     for name, target in weight_map.items():
         if not isinstance(target, str):
             raise FormatError(
-                f"{path}: {quote_name(name)} is in the file {quote_name(repr(target))}, which is "
-                "not a name. " + FETCH
+                f"{path}: the file of {quote_name(name)} is {quote_name(repr(target))} (expected a "
+                f"name). {FETCH}"
             )
     where = {target: _inside(path, target) for target in set(weight_map.values())}
     return {name: where[target] for name, target in weight_map.items()}
@@ -219,16 +214,15 @@ def _check_present(
         f"{index} names {len(named)} files, {len(missing)} of which {folder.root} does not have "
         f"({format_list(map(quote_name, missing))}). "
         + (
-            f"{quote_name(whole)} is complete here, so the index is that of an older save: remove "
-            "it."
+            f"{quote_name(whole)} is complete, so the index belongs to an older save: remove it."
             if whole
-            else "Fetch what is missing."
+            else "Fetch the missing files."
         )
     )
 
 
 def _complete_set(paths: Iterable[str]) -> str:
-    """The name of the numbered files among ``paths`` that are all there, if there are such."""
+    """Return the name of a complete set of numbered files in ``paths``, or ""."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, paths)):
         numbers.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
@@ -239,12 +233,12 @@ def _complete_set(paths: Iterable[str]) -> str:
 
 
 def _inside(index: str, target: str) -> str:
-    """``target`` as a path in the folder, refused where it could leave it on any system."""
+    """Normalize ``target``; refuse it if it could leave the folder on any system."""
     parts = target.split("/")
     if not parts[-1] or not parts[0] or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", target):
         raise FormatError(
-            f"{index} names the file {quote_name(repr(target))}, which is not a path inside the "
-            "folder. Fetch the checkpoint from a place you trust."
+            f"{index} names the file {quote_name(repr(target))} outside the folder. Fetch the "
+            "checkpoint from a source you trust."
         )
     return normpath(target)
 
@@ -252,7 +246,7 @@ def _inside(index: str, target: str) -> str:
 def _tensors(
     choice: _Choice, headers: Sequence[Header]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Every tensor in use, in the order of the files' bytes; and names that no index lists."""
+    """Return the tensors in byte order, and the names that the index does not list."""
     boxes: dict[tuple[int, ...], Box] = {}
     tensors: dict[str, Tensor] = {}
     left_out: list[str] = []
@@ -267,16 +261,17 @@ def _tensors(
             if entry.name in tensors:
                 first = choice.paths[tensors[entry.name].shards[0].file]
                 raise FormatError(
-                    f"{quote_name(entry.name)} is in both {first} and {path}, and no index says "
-                    "which counts. Remove the stale file."
+                    f"{quote_name(entry.name)} is in both {first} and {path}, and there is no "
+                    "index. Remove the stale file."
                 )
             tensors[entry.name] = _tensor(entry, number, boxes)
     lacking = [name for name in choice.serves or () if name not in tensors]
     if lacking:
         name = lacking[0]
         raise FormatError(
-            f"{choice.index} says that {(choice.serves or {})[name]} holds "
-            f"{format_list(map(quote_name, lacking))}, but it does not. Fetch both again."
+            f"{(choice.serves or {})[name]} does not contain "
+            f"{format_list(map(quote_name, lacking))}, which {choice.index} lists there. Fetch "
+            "both again."
         )
     return tensors, tuple(left_out)
 
@@ -292,14 +287,14 @@ def _tensor(entry: HeaderEntry, file: int, boxes: dict[tuple[int, ...], Box]) ->
 def read_model(
     folder: Folder, files: Mapping[str, File], path: str = CONFIG
 ) -> tuple[Model, list[str]]:
-    """What ``config.json`` says; a note instead where it says nothing that can be read."""
+    """Read ``config.json``; return a note instead if it is unreadable."""
     listed = files.get(path)
     if listed is None:
         return Model(), [NO_CONFIG]
     if listed.num_bytes > _MAX_CONFIG_BYTES:
         return Model(), [f"{CONFIG} is not read: it has {listed.num_bytes} bytes."]
     try:
-        # not the strict reader: Python writes Infinity into configs, and nothing here is trusted
+        # not the strict parser: Python writes Infinity into configs, and no value is trusted
         config = json.loads(folder.read(path, 0, listed.num_bytes).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         return Model(), [f"{CONFIG} is not read: it is not JSON ({type(error).__name__})."]
@@ -309,7 +304,7 @@ def read_model(
 
 
 def model_of(config: Mapping[str, Any]) -> Model:
-    """What a ``config.json`` says of its model; of a model with several parts, its text part.
+    """Return the model of a ``config.json``; of a multimodal model, its text part.
 
     >>> model_of({"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False})
     Model(type='llama', num_layers=2, tied_embeddings=False)
@@ -330,7 +325,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
 
 
 def carried(files: Iterable[str], used: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files to carry along, and the weight files that are neither read nor carried."""
+    """Return the extra files to copy, and the weight files neither read nor copied."""
     extras, not_used = [], []
     for path in files:
         if path in used or path == CHECKSUMS or _HIDDEN.search(path):
@@ -344,7 +339,7 @@ def carried(files: Iterable[str], used: Sequence[str]) -> tuple[tuple[str, ...],
 
 
 def is_weights(path: str) -> bool:
-    """Whether a file of that name holds weights, in whatever format, or is an index of such."""
+    """Return whether ``path`` is the name of a weight file of any format, or of an index."""
     return bool(_WEIGHTS.search(path))
 
 
@@ -357,7 +352,7 @@ def _scalar_names(used: Sequence[File], tensors: Mapping[str, Tensor]) -> frozen
 
 
 def _agreed(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The union of the files' metadata, without keys that two of them fill differently."""
+    """Return the union of the files' metadata, without keys on which two files differ."""
     union: dict[str, str] = {}
     for metadata in all_metadata:
         union |= metadata
@@ -369,7 +364,7 @@ def _agreed(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _indexes(files: Mapping[str, File]) -> list[str]:
-    """The indexes at the top, the one to follow first."""
+    """Return the indexes at the top, the one to follow first."""
     found = [*_top(files, ".safetensors.index.json")]
     if MINDSPORE_INDEX in files:
         found.append(MINDSPORE_INDEX)
@@ -383,7 +378,7 @@ def _top(files: Iterable[str], ending: str) -> tuple[str, ...]:
 
 
 def _check_numbered(folder: Folder, paths: Sequence[str], *, alone: bool) -> None:
-    """Refuse a set numbered ``-of-00003`` that lacks a number, unless one file was asked for."""
+    """Raise CoverageError if a set numbered ``-of-00003`` lacks a file, unless ``alone``."""
     sets: dict[tuple[str, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, paths)):
         sets.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
@@ -400,19 +395,18 @@ def _nothing(folder: Folder, files: Mapping[str, File]) -> str:
     weights = [p for p in files if is_weights(p)]
     if any(p.endswith(".safetensors") for p in weights):
         return (
-            f"{folder.root} has no safetensors weights itself, but below it "
-            f"{format_list(p for p in weights if p.endswith('.safetensors'))}. Name that folder."
+            f"{folder.root} has no safetensors weights at its top, only below it: "
+            f"{format_list(p for p in weights if p.endswith('.safetensors'))}. Pass that folder."
         )
     if weights:
         return (
-            f"{folder.root} has {format_list(weights)}, but of Hugging Face folders only "
-            "safetensors is read. Save it with save_pretrained(…, safe_serialization=True), or "
-            "fetch those files."
+            f"{folder.root} has {format_list(weights)}, but only safetensors files are supported. "
+            "Save it with save_pretrained(…, safe_serialization=True), or fetch those files."
         )
     return f"{folder.root} has no safetensors weights ({len(files)} other files). Check the path."
 
 
-# --- Training scalars among the weights: ``global_step``, ``loss_scale`` and others
+# --- training scalars among the weights: global_step, loss_scale and others -----------------------
 
 TRAINING_SCALARS = frozenset(
     {
@@ -423,19 +417,19 @@ TRAINING_SCALARS = frozenset(
 )
 
 _FRACTIONS = frozenset({"learning_rate", "loss_scale", "scale_sense"})
-_SCALAR_LIMIT = 1 << 63  # MindSpore keeps them as signed integers of 64 bits
+_SCALAR_LIMIT = 1 << 63  # MindSpore stores signed 64-bit integers
 
 
 def scalar_names(tensors: Iterable[Tensor]) -> frozenset[str]:
-    """The names of those that are numbers of a job and no weights."""
+    """Return the names of the training scalars among ``tensors``."""
     return frozenset(t.name for t in tensors if t.name in TRAINING_SCALARS and prod(t.shape) == 1)
 
 
 def scalar_value(name: str, value: object, where: str) -> int | float:
-    """Return the number of a job called ``name``, read from ``where``, in its own type.
+    """Return the value of training scalar ``name``, read from ``where``, in its own type.
 
     Raises:
-        FormatError: the value is not such a number.
+        FormatError: the value is not a valid number.
 
     >>> [scalar_value(name, 10.0, "") for name in ("global_step", "loss_scale")]
     [10, 10.0]
@@ -445,11 +439,11 @@ def scalar_value(name: str, value: object, where: str) -> int | float:
             return value
         if isfinite(value) and int(value) == value and abs(value) < _SCALAR_LIMIT:
             return int(value)
-    expected = "a number" if name in _FRACTIONS else "a whole number of 64 bits"
+    expected = "a number" if name in _FRACTIONS else "an integer of 64 bits"
     raise FormatError(f"{where}: {name} is {quote_name(repr(value))}, expected {expected}. {FETCH}")
 
 
-# --- Output files: every tensor whole, in shards of a limited size
+# --- output files: every tensor whole, in shards of a limited size --------------------------------
 
 _HUGGINGFACE_BYTES = 5 * 10**9  # what transformers puts in one file
 _UNIFIED_BYTES = 3 << 30  # what MindSpore does
@@ -468,7 +462,7 @@ def plan_complete(source: Catalog, tensors: Sequence[Tensor], request: Request) 
         side[INDEX] = index_json(weight_map, total, {})
     metadata = {"format": "pt", **source.metadata}
     if metadata["format"] == "ms":
-        metadata["format"] = "pt"  # transformers loads no file that says otherwise
+        metadata["format"] = "pt"  # transformers refuses files of another format
     return Result("huggingface", outputs, SafetensorsContainer(metadata), side)
 
 
@@ -486,14 +480,14 @@ def plan_unified(source: Catalog, tensors: Sequence[Tensor], request: Request) -
 
 
 def check_config(config: object) -> None:
-    """Refuse what cannot be ``config.json``, before anything is written."""
+    """Raise LayoutError if ``config`` cannot be written as ``config.json``."""
     try:
         if config is None or (isinstance(config, Mapping) and json.dumps(dict(config))):
             return
-        why = f"a {type(config).__name__} is none"
+        why = f"got a {type(config).__name__}"
     except (TypeError, ValueError) as error:
         why = str(error)
-    raise LayoutError(f"config= becomes config.json, an object of names and values; {why}.")
+    raise LayoutError(f"config= must be an object for config.json: {why}.")
 
 
 def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[str]]:
@@ -504,7 +498,7 @@ def _groups(source: Catalog, tensors: Sequence[Tensor], max_shard_bytes: int) ->
 def _arranged(
     tensors: Sequence[Tensor], groups: list[list[str]], paths: list[str]
 ) -> tuple[Outputs, dict[str, str]]:
-    """The outputs, and which file serves a name; what is in no group has a file of its own."""
+    """Return the outputs and the file of each name; ungrouped scalars share a file."""
     grouped = {name for group in groups for name in group}
     scalars = [t for t in tensors if t.name not in grouped]
     weights = [t for t in tensors if t.name in grouped]

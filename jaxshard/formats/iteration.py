@@ -178,7 +178,7 @@ def _health(folder: Folder, files: Mapping[str, File]) -> list[str]:
     return [f"{COMMON} has ckpt_status 1: MindFormers marked this checkpoint unhealthy."]
 
 
-# --- metadata.json
+# --- metadata.json --------------------------------------------------------------------------------
 
 _KEY = re.compile(r"\((?P<name>(['\"]).*\2), \((?P<number>\d{1,9}),\)\)", re.DOTALL)
 _MAX_PARTS = 1 << 20
@@ -235,7 +235,7 @@ class TensorMetadata:
         return Box(start, tuple(a + n for a, n in zip(start, self.local_shape, strict=True)))
 
 
-# ---------------------------------------------------------------------------- reading
+# --- reading --------------------------------------------------------------------------------------
 
 
 def parse(root: Mapping[str, Any], where: str) -> tuple[TensorMetadata, ...]:
@@ -366,7 +366,7 @@ def _refuse(what: str) -> NoReturn:
     raise FormatError(f"{what}. {FETCH}")
 
 
-# ---------------------------------------------------------------------------- writing
+# --- writing --------------------------------------------------------------------------------------
 
 
 Stores = Callable[[str, Placement, Shard], Sequence[tuple[int, str]]]
@@ -436,7 +436,7 @@ def _layout_json(placement: Placement, ndim: int) -> dict[str, Any]:
     }
 
 
-# --- Output files: weights and optimizer states of a rank in separate files
+# --- output files: weights and optimizer states of a rank in separate files -----------------------
 #
 # A layout's ranks are files. So the files here are a layout of twice as many ranks: a state has
 # the placement of its weight, that many ranks further on.

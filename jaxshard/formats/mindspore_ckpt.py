@@ -374,7 +374,7 @@ class _Contents:
         return self._reader.damaged(value.start, f"{quote_name(value.tag)} {what}")
 
 
-# --- layout of a new file
+# --- layout of a new file -------------------------------------------------------------------------
 
 CHUNK_BYTES = 512 << 20  # MindSpore splits larger tensors: protobuf is limited to 2 GiB
 

@@ -140,7 +140,7 @@ def _placed(data: NDArray[np.uint32], sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
 
 
-# --- Items: reading and writing
+# --- items: reading and writing -------------------------------------------------------------------
 
 Tree = Any
 
@@ -177,7 +177,7 @@ class OrbaxItem:
         """Return the leaves that are random keys, with JAX's names of their generators.
 
         The item's metadata describes keys as plain uint32 arrays. The files ``described``, one
-        per saving process, tell them apart.
+        per saving process, distinguish them.
 
         Raises:
             FormatError: a file is damaged.
@@ -307,7 +307,7 @@ def _wide(wide: bool) -> AbstractContextManager[object]:
     return jax.enable_x64(True) if wide else nullcontext()
 
 
-# --- Writing for Orbax, one tensor at a time: for models that do not fit in memory
+# --- writing for Orbax, one tensor at a time: for models that do not fit in memory ----------------
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
@@ -349,7 +349,7 @@ def write_streaming(place: Path, tensors: Mapping[str, LazyArray]) -> None:
             saver.close()
 
 
-# --- Leaf names
+# --- leaf names -----------------------------------------------------------------------------------
 
 _VALUE = "value"  # the key of a Flax variable's array
 
@@ -389,7 +389,7 @@ def _variables(paths: Sequence[LeafPath]) -> set[LeafPath]:
     return {path for branch in whole for path in branch}
 
 
-# --- Orbax's log records
+# --- Orbax's log records --------------------------------------------------------------------------
 
 _ORBAX = os.path.dirname(os.path.abspath(ocp.__file__)) + os.sep
 _LOGGERS = ("absl", "asyncio")

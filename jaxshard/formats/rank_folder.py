@@ -150,7 +150,7 @@ def _check_ranks(by_rank: Mapping[int, str], layout: Layout, root: str) -> None:
         )
 
 
-# --- headers of the files ---------------------------------------------------------------
+# --- headers of the files -------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -295,7 +295,7 @@ def _whole(placement: Placement, held: tuple[int, ...], rank: int) -> tuple[tupl
     return shape, placement.box(shape, rank)
 
 
-# --- manifest of tensors stored on other hosts -------------------------------------------
+# --- manifest of tensors stored on other hosts ----------------------------------------------------
 
 # Hosts without a shared disk each keep the files of their own ranks. The manifest gives each host
 # the names and shapes of all tensors, so requests for remote bytes fail with a clear message.
@@ -370,7 +370,7 @@ def _remote_tensor(name: str, entry: object) -> Tensor:
     return Tensor(name, kind, as_ints(fields[1], subject, 0, _MAX_DIM, _MAX_DIMS), ())
 
 
-# --- rank redundancy ---------------------------------------------------------------------
+# --- rank redundancy ------------------------------------------------------------------------------
 
 Holders = tuple[tuple[int, ...], ...]
 
@@ -407,7 +407,7 @@ def _holders(placement: Placement) -> Holders:
     return tuple(shard.holders for shard in placement.shards(shape))
 
 
-# --- output files -----------------------------------------------------------------------
+# --- output files ---------------------------------------------------------------------------------
 
 STRATEGY_FOLDER = "strategy"
 

@@ -240,7 +240,7 @@ def _incomplete(candidates: Mapping[int, Sequence[str]], suffix: str | None) -> 
     )
 
 
-# --- parsing names -------------------------------------------------------------------------
+# --- parsing names --------------------------------------------------------------------------------
 
 
 def _saves(candidates: Mapping[int, Sequence[str]]) -> tuple[list[_Save], list[str]]:
@@ -354,7 +354,7 @@ def _stem(path: str) -> str:
     return path.rsplit("/", 1)[1].rsplit(".", 1)[0]
 
 
-# --- choosing ------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------
 
 
 def _suffixed(saves: list[_Save], suffix: str | None) -> list[_Save]:

@@ -1,11 +1,11 @@
-"""The safetensors file: a length, a JSON header, then every tensor's bytes.
+"""safetensors files: header reader, and layout of new files.
 
     | 8 bytes: n | n bytes of JSON, space-padded | tensor | tensor | … |
-                                                 ^ data_start; ours is a multiple of 64
+                                                 ^ data_start; a multiple of 64 in our files
 
-Reading takes only the header and believes nothing in it. Writing only lays the file
-out: whoever moves bytes puts each tensor at the offset given here. This module knows
-nothing of models or of which files belong together.
+Reading needs the header only and validates all of it. Writing only computes the layout; tensors
+are written at its offsets in any order. ``StoredTensor`` and ``FileLayout`` describe ``.ckpt``
+files too. This module does not depend on models or on sets of files.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..errors import FormatError, LayoutError, NotFoundError, quote_name
 from .folder import Folder
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-ALIGNMENT = 64  # a cache line, and what JAX asks of memory that it uses in place
+ALIGNMENT = 64  # a cache line; JAX requires it of memory that it aliases
 
 _METADATA = "__metadata__"
 _MAX_DIMS = 64  # NumPy's
-_LIMIT = 2**64  # the format's integers are unsigned and 64 bits wide
-_KEYS = {"dtype", "shape", "data_offsets"}  # one more might change what the bytes mean
+_LIMIT = 2**64  # the format has unsigned 64-bit integers
+_KEYS = {"dtype", "shape", "data_offsets"}  # an unknown key might change the meaning of the bytes
 _TWO_INTS = [int, int]
 _quoted = _dumped = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class HeaderEntry(NamedTuple):  # a tuple, because headers have 100,000 of them
-    """One tensor of a file: ``start`` and ``stop`` are byte offsets in the file."""
+    """Header entry of one tensor, in bytes ``start`` to ``stop`` of the file."""
 
     name: str
     dtype: DType
@@ -54,7 +54,7 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself; ``entries`` are in the order of their bytes."""
+    """Header of a file; ``entries`` are in byte order."""
 
     metadata: Mapping[str, str]
     entries: tuple[HeaderEntry, ...] = field(repr=False)
@@ -96,18 +96,18 @@ class FileLayout:
 
 
 def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> Header:
-    """The header of the safetensors file at ``path``, checked against the file's size.
+    """Read and validate the header of the safetensors file at ``path``.
 
-    Every byte after the header belongs to exactly one tensor, or the file is refused.
+    Every byte after the header must belong to exactly one tensor.
 
     Args:
-        folder: where the file lies.
+        folder: the folder of the file.
         path: the file, relative to ``folder``.
-        file_bytes: the file's size, where the caller has listed the folder already.
+        file_bytes: the file's size, if the caller knows it.
 
     Raises:
-        FormatError: the file is not what it claims to be.
-        NotFoundError: there is no such file.
+        FormatError: the file is damaged or not a safetensors file.
+        NotFoundError: no such file.
     """
     if file_bytes is None:
         listed = folder.files().get(path)
@@ -126,11 +126,11 @@ def read_header(folder: Folder, path: str, *, file_bytes: int | None = None) -> 
 
 
 def mentions(folder: Folder, path: str, text: bytes) -> bool:
-    """Whether ``text`` stands anywhere in the header of the file at ``path``; nothing is parsed.
+    """Return whether ``text`` occurs in the header of the file at ``path``, without parsing it.
 
     Raises:
-        FormatError: the file is not what it claims to be.
-        NotFoundError: there is no such file.
+        FormatError: the file is damaged or not a safetensors file.
+        NotFoundError: no such file.
     """
     listed = folder.files().get(path)
     if listed is None:
@@ -141,17 +141,16 @@ def mentions(folder: Folder, path: str, text: bytes) -> bool:
 def layout_file(
     entries: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> FileLayout:
-    """The file that holds ``entries``: its header, and where each tensor goes.
+    """Lay out the file of ``entries``.
 
     The data starts on a 64-byte boundary. Tensors whose size is a multiple of 64 bytes come
-    first, in the order given, so that each of them lies on such a boundary too and can be
-    used in place; the others follow, widest elements first, so that every tensor is aligned
-    to its elements. The header lists tensors in the order of their bytes, without holes:
-    some readers demand it.
+    first, in the given order, so they are aligned too and can be aliased. The others follow,
+    widest elements first, so every tensor is aligned to its elements. The header lists tensors
+    in byte order without holes, as some readers require.
 
     Raises:
-        LayoutError: a name stands twice, a tensor does not fill whole bytes, metadata is not
-            text, or the header would be larger than the format allows.
+        LayoutError: a name is a duplicate, a tensor does not fill whole bytes, metadata is not
+            text, or the header exceeds the format's limit.
 
     >>> layout_file([("b", BY_NAME["U8"], (3,)), ("w", BY_NAME["F32"], (16,))], {}).offsets
     {'w': 128, 'b': 192}
@@ -171,10 +170,10 @@ def layout_file(
 
 
 def _header_bytes(folder: Folder, path: str, file_bytes: int) -> int:
-    """The length of the JSON header, checked against the file and the format."""
+    """Return the length of the JSON header, validated against the file size and format."""
     if file_bytes < 8:
         raise FormatError(
-            f"{path} has {file_bytes} bytes; a safetensors file has 8 and more. {FETCH}"
+            f"{path} has {file_bytes} bytes (expected 8 or more in a safetensors file). {FETCH}"
         )
     start = folder.read(path, 0, 8)
     if start == b"version ":  # https://git-lfs.github.com/spec
@@ -185,19 +184,19 @@ def _header_bytes(folder: Folder, path: str, file_bytes: int) -> int:
     length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES:
         raise FormatError(
-            f"{path} claims a header of {length} bytes; the format allows {MAX_HEADER_BYTES}. "
-            f"It is no safetensors file, or damaged. {FETCH}"
+            f"{path}: header of {length} bytes (expected at most {MAX_HEADER_BYTES}). It is "
+            f"damaged or not a safetensors file. {FETCH}"
         )
     if length > file_bytes - 8:
         raise FormatError(
-            f"{path} claims a header of {length} bytes, but only {file_bytes - 8} follow its "
-            f"first 8: it is cut short. {FETCH}"
+            f"{path} is truncated: header of {length} bytes (expected at most {file_bytes - 8}, "
+            f"the bytes after the first 8). {FETCH}"
         )
     return length
 
 
 def _num_texts(raw: dict[str, Any]) -> int:
-    """Keys and texts of a header: each tensor has its name, three keys and a dtype."""
+    """Count the keys and strings of a header: a name, three keys and a dtype per tensor."""
     metadata = raw.get(_METADATA)
     if not isinstance(metadata, dict):
         return 5 * len(raw)
@@ -206,35 +205,39 @@ def _num_texts(raw: dict[str, Any]) -> int:
 
 def _metadata(value: object, path: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: {_METADATA} is not an object. {FETCH}")
+        raise FormatError(
+            f"{path}: {_METADATA} is a {type(value).__name__} (expected an object). {FETCH}"
+        )
     for key, text in value.items():
         if not isinstance(text, str):
             raise FormatError(
-                f"{path}: {_METADATA} has {quote_name(key)} = {quote_name(repr(text))}, which is "
-                "not text. " + FETCH
+                f"{path}: {_METADATA} has {quote_name(key)} = {quote_name(repr(text))}, expected "
+                "a string. " + FETCH
             )
     return value
 
 
 def _entry(name: str, value: object, data_start: int, path: str) -> HeaderEntry:
-    """The entry that ``value`` describes, consistent in itself."""
+    """Parse and validate the entry of one tensor."""
     if not isinstance(value, dict) or value.keys() != _KEYS:
-        _refuse(path, name, f"has not exactly the keys {', '.join(sorted(_KEYS))}")
+        _refuse(path, name, f"must have exactly the keys {', '.join(sorted(_KEYS))}")
     dims, offsets = value["shape"], value["data_offsets"]
     kind = BY_NAME.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if kind is None:
-        _refuse(path, name, f"has the dtype {quote_name(repr(value['dtype']))}, which is not known")
+        _refuse(path, name, f"has the unknown dtype {quote_name(repr(value['dtype']))}")
     if not isinstance(dims, list) or len(dims) > _MAX_DIMS:
-        _refuse(path, name, f"has no shape that is a list of at most {_MAX_DIMS} dims")
+        _refuse(path, name, f"must have a shape, a list of at most {_MAX_DIMS} dims")
     size = 1
     for dim in dims:
-        if type(dim) is not int or not 0 <= dim < _LIMIT:  # a bool is an int to isinstance
-            _refuse(path, name, f"has the shape {quote_name(repr(dims))}; dims are 0 to 2**64 - 1")
+        if type(dim) is not int or not 0 <= dim < _LIMIT:  # isinstance would accept a bool
+            _refuse(
+                path, name, f"has shape {quote_name(repr(dims))} (expected dims of 0 to 2**64 - 1)"
+            )
         size *= dim
-        if size >= _LIMIT:  # checked at every step, so that no product grows without bound
-            _refuse(path, name, f"has the shape {quote_name(repr(dims))}, 2**64 elements or more")
+        if size >= _LIMIT:  # checked at every step to bound the product
+            _refuse(path, name, f"has shape {quote_name(repr(dims))} of 2**64 elements or more")
     if not isinstance(offsets, list) or [type(o) for o in offsets] != _TWO_INTS:
-        _refuse(path, name, "has data_offsets that are not two integers")
+        _refuse(path, name, "must have two integers as data_offsets")
     start, stop = offsets
     if not 0 <= start <= stop < _LIMIT or (stop - start) * 8 != size * kind.bits:
         _refuse(
@@ -251,7 +254,7 @@ def _refuse(path: str, name: str, what: str) -> NoReturn:
 
 
 def _check_cover(entries: list[HeaderEntry], data_start: int, file_bytes: int, path: str) -> None:
-    """Refuse tensors that overlap, leave holes, or do not end where the file ends."""
+    """Raise FormatError unless the tensors cover the data without overlaps or holes."""
     at, before = data_start, "the header"
     for name, _, _, start, stop in entries:
         if start < at:
@@ -263,22 +266,21 @@ def _check_cover(entries: list[HeaderEntry], data_start: int, file_bytes: int, p
         at, before = stop, name
     if at > file_bytes:
         raise FormatError(
-            f"{path} is cut short: its tensors need {at} bytes, and it has {file_bytes}. {FETCH}"
+            f"{path} is truncated: it has {file_bytes} bytes (expected {at}). {FETCH}"
         )
     if at < file_bytes:
         raise FormatError(
-            f"{path} has {file_bytes - at} bytes too many: its tensors end at byte {at} of "
-            f"{file_bytes}. {FETCH}"
+            f"{path} has {file_bytes} bytes (expected {at}, the end of the last tensor). {FETCH}"
         )
 
 
-class _Form(NamedTuple):
-    """What tensors of one dtype and shape have in common.
+class _TensorForm(NamedTuple):
+    """Common properties of all tensors of one dtype and shape.
 
     Attributes:
-        num_bytes: how many each has.
-        rank: those with a smaller one come first in a file.
-        text: of the JSON object that describes one, what comes before its offsets.
+        num_bytes: the size of each tensor.
+        rank: tensors of a smaller rank come first in a file.
+        text: the start of the JSON object of a tensor, up to its offsets.
     """
 
     num_bytes: int
@@ -286,20 +288,22 @@ class _Form(NamedTuple):
     text: str
 
 
-def _form(name: str, kind: DType, shape: tuple[int, ...]) -> _Form:
+def _tensor_form(name: str, kind: DType, shape: tuple[int, ...]) -> _TensorForm:
     size = _writable_bytes(name, kind, shape)
     rank = -_element_alignment(kind) if size % ALIGNMENT else -ALIGNMENT
-    return _Form(size, rank, f'{{"dtype":{_quoted(kind.name)},"shape":{_dumped(shape)}')
+    return _TensorForm(size, rank, f'{{"dtype":{_quoted(kind.name)},"shape":{_dumped(shape)}')
 
 
-def _ordered(entries: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[tuple[str, _Form]]:
-    """The names of ``entries`` in the order in which the file holds them, and their forms."""
-    forms: dict[tuple[str, tuple[int, ...]], _Form] = {}  # thousands of tensors share one
+def _ordered(
+    entries: Iterable[tuple[str, DType, tuple[int, ...]]],
+) -> list[tuple[str, _TensorForm]]:
+    """Return the names of ``entries`` in file order, with their forms."""
+    forms: dict[tuple[str, tuple[int, ...]], _TensorForm] = {}  # thousands of tensors share one
     found = []
     for name, kind, shape in entries:
         form = forms.get((kind.name, shape))
         if form is None:
-            form = forms[kind.name, shape] = _form(name, kind, shape)
+            form = forms[kind.name, shape] = _tensor_form(name, kind, shape)
         found.append((name, form))
     seen: set[str] = set()
     for name, _ in found:
@@ -309,11 +313,11 @@ def _ordered(entries: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[tupl
                 f"{quote_name(name)}. Rename it."
             )
         seen.add(name)
-    found.sort(key=_rank)  # stable: equals stay as given
+    found.sort(key=_rank)  # stable: equal ranks keep the given order
     return found
 
 
-def _rank(item: tuple[str, _Form]) -> int:
+def _rank(item: tuple[str, _TensorForm]) -> int:
     return item[1].rank
 
 
@@ -336,16 +340,18 @@ def _writable_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _header(members: Sequence[str]) -> bytes:
-    """The first bytes of a file, whose JSON object has ``members``."""
+    """Return the length and padded JSON of a header with ``members``."""
     try:
         text = f"{{{','.join(members)}}}".encode()
     except UnicodeEncodeError:
-        raise LayoutError("a name or metadata is not Unicode text (a lone surrogate).") from None
+        raise LayoutError(
+            "a name or metadata value is not Unicode text (lone surrogate)."
+        ) from None
     padded = len(text) + -(8 + len(text)) % ALIGNMENT
     if padded > MAX_HEADER_BYTES:
         raise LayoutError(
-            f"a file of {len(members)} tensors needs a header of {padded} bytes; the format "
-            f"allows {MAX_HEADER_BYTES}. Spread the tensors over more files: choose a complete "
-            "checkpoint with a smaller max_shard_size= (--max-shard-size), or more ranks."
+            f"a file of {len(members)} tensors needs a header of {padded} bytes (expected at most "
+            f"{MAX_HEADER_BYTES}). Use more files: a complete checkpoint with a smaller "
+            "max_shard_size= (--max-shard-size), or more ranks."
         )
     return padded.to_bytes(8, "little") + text.ljust(padded)

@@ -95,7 +95,7 @@ class StrategyFile:
         return next(iter(self.stages))
 
 
-# ---------------------------------------------------------------------------- reading
+# --- reading --------------------------------------------------------------------------------------
 
 
 def parse(folder: Folder, path: str) -> StrategyFile:
@@ -311,7 +311,7 @@ def by_stage(
     return StrategyFile(path, {named.pop(): dict(layouts)}, operators, False, current_stage)
 
 
-# ---------------------------------------------------------------------------- writing
+# --- writing --------------------------------------------------------------------------------------
 
 
 def to_bytes(file: StrategyFile) -> bytes:
@@ -383,7 +383,7 @@ def check_size(path: str, num_bytes: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------- JSON
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def to_json(file: StrategyFile) -> bytes:

@@ -69,7 +69,7 @@ class Strategies:
         return self.num_stages * self.stage_ranks
 
 
-# ---------------------------------------------------------------------------- files
+# --- files ----------------------------------------------------------------------------------------
 
 
 def find(folder: Folder, under: str = "") -> tuple[str, ...]:
@@ -241,7 +241,7 @@ def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
     )
 
 
-# ---------------------------------------------------------------------------- to layouts
+# --- to layouts -----------------------------------------------------------------------------------
 
 
 def layout(strategies: Strategies, *, partial: bool = False) -> Layout:
@@ -293,7 +293,7 @@ def for_tensors(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout
     return replace(layout, placements={**layout.placements, **changed}) if changed else layout
 
 
-# ---------------------------------------------------------------------------- from layouts
+# --- from layouts ---------------------------------------------------------------------------------
 
 
 def from_layout(
@@ -351,7 +351,7 @@ def _operator(stage: int) -> Operator:
     return Operator(f"jaxshard_stage_{stage}", stage, ((1,),))
 
 
-# ---------------------------------------------------------------------------- writing
+# --- writing --------------------------------------------------------------------------------------
 
 
 def raw_files(strategies: Strategies) -> dict[str, bytes]:

@@ -123,7 +123,7 @@ def for_dims(placement: Placement, ndim: int) -> Placement:
     return replace(placement, spec=(tuple(axes[0] for axes in placement.spec),))
 
 
-# ---------------------------------------------------------------------------- to strategies
+# --- to strategies --------------------------------------------------------------------------------
 
 
 @cached(4096)
@@ -221,7 +221,7 @@ def _in_order(placement: Placement) -> bool:
     return used == sorted(used) and all(len(axes) <= 1 for axes in placement.spec)
 
 
-# ---------------------------------------------------------------------------- layout files
+# --- layout files ---------------------------------------------------------------------------------
 
 # Strategy files need stages of equally many ranks, each of which holds a part of every tensor of
 # the stage. Experts with names of their own, and custom rules, use a part of a stage. Tensors refer

@@ -45,7 +45,7 @@ def read_weight_file(folder: Folder, path: str) -> WeightFile:
     """
     if not path.endswith(".ckpt"):
         return _safetensors(safetensors.read_header(folder, path))
-    from . import mindspore_ckpt  # noqa: PLC0415 - seldom needed, and not small
+    from . import mindspore_ckpt  # noqa: PLC0415 - only for .ckpt files
 
     header = mindspore_ckpt.read_header(folder, path)
     int4 = dict.fromkeys(header.int4, INT4)
@@ -125,7 +125,7 @@ class CkptContainer:
         )
 
 
-# --- Complete .ckpt checkpoints: a whole model in one file or a few
+# --- complete .ckpt checkpoints: a whole model in one file or a few -------------------------------
 
 NAME = "model.ckpt"
 

@@ -147,7 +147,7 @@ def lfs_pointer(good: Path) -> None:
 
 DAMAGED = {
     "truncated": (truncated, "bytes"),
-    "header beyond the end": (header_beyond_the_end, "cut short"),
+    "header beyond the end": (header_beyond_the_end, "is truncated"),
     "header of 100 MB": (header_of_100_megabytes, "100000000"),
     "overlap": (spoil(overlap), "inside"),
     "hole": (spoil(hole), "after"),

@@ -87,7 +87,9 @@ def test_a_json_file_that_is_no_layout_is_refused(tmp_path, data):
 
 def test_what_is_elsewhere_is_told(tmp_path):
     checkpoints.write_llama(tmp_path / "models" / "llama")
-    with pytest.raises(NotFoundError, match=r"below it llama/model.safetensors. Name that folder"):
+    with pytest.raises(
+        NotFoundError, match=r"only below it: llama/model.safetensors. Pass that folder"
+    ):
         open_checkpoint(tmp_path / "models")
 
 

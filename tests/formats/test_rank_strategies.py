@@ -107,7 +107,7 @@ def test_a_damaged_rank_stops_all_and_leaves_nothing(ranks: Path, tmp_path: Path
     """In MindSpore a process dies, and half-empty files are left as if they were good."""
     path = ranks / "rank_1" / STEP.format(r=1)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(FormatError, match=f"rank_1/{STEP.format(r=1)} is cut short"):
+    with pytest.raises(FormatError, match=f"rank_1/{STEP.format(r=1)} is truncated"):
         js.merge(ranks, tmp_path / "o", **QUICK)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "strategy"]
 

@@ -16,9 +16,9 @@ ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 
 #: What the package opens and we refuse, on purpose.
 STRICTER = (
-    "stands twice",
-    "not exactly the keys",
-    "__metadata__ is not an object",
+    "duplicate key",
+    "must have exactly the keys",
+    "__metadata__ is a ",
     "at most 64 dims",
 )
 
