@@ -261,8 +261,8 @@ def _tensors(
             if entry.name in tensors:
                 first = choice.paths[tensors[entry.name].shards[0].file]
                 raise FormatError(
-                    f"{quote_name(entry.name)} is in both {first} and {path}, and there is no "
-                    "index. Remove the stale file."
+                    f"{quote_name(entry.name)} is in both {first} and {path}, without an "
+                    "index to choose one. Remove the stale file."
                 )
             tensors[entry.name] = _tensor(entry, number, boxes)
     lacking = [name for name in choice.serves or () if name not in tensors]

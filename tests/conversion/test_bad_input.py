@@ -221,9 +221,9 @@ def in_two_files(good: Path) -> None:
 
 
 FOLDERS = {
-    "names a missing file": (repoint("absent.safetensors"), 3, "Fetch what is missing"),
-    "names a file outside": (repoint("../one/model.safetensors"), 3, "a place you trust"),
-    "names an absolute path": (repoint("/etc/passwd"), 3, "a place you trust"),
+    "names a missing file": (repoint("absent.safetensors"), 3, "Fetch the missing files"),
+    "names a file outside": (repoint("../one/model.safetensors"), 3, "a source you trust"),
+    "names an absolute path": (repoint("/etc/passwd"), 3, "a source you trust"),
     "names a file that lacks it": (
         repoint("model-00001-of-00002.safetensors"),
         3,
@@ -456,7 +456,7 @@ def test_only_pickles_there(capsys, tmp_path):
 def test_an_index_without_its_files(good, capsys, tmp_path):
     for path in (good / "two").glob("*.safetensors"):
         path.unlink()
-    refused(capsys, tmp_path, 3, "Fetch what is missing", "inspect", good / "two")
+    refused(capsys, tmp_path, 3, "Fetch the missing files", "inspect", good / "two")
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]])

@@ -348,7 +348,7 @@ def test_the_config_says_what_the_model_is(config, model):
 @pytest.mark.parametrize(
     ("config", "note"),
     [
-        (None, "There is no config.json"),
+        (None, "config.json is missing"),
         (b"{", "config.json is not read: it is not JSON"),
         (b"\xff", "config.json is not read: it is not JSON"),
         (b"[" * 100_000, "config.json is not read: it is not JSON"),
