@@ -83,7 +83,7 @@ def test_rules_of_ones_own_stand_alone_where_the_family_is_not_known():
     rules = read_rules('[specs]\n"*" = "mp,-"')
     layout = lay_out_for(catalog("odd"), Strategy(mp=2), rules)
     assert str(layout.placements["odd"][0]).startswith("[mp]")
-    with pytest.raises(NotFoundError, match="Give rules"):
+    with pytest.raises(NotFoundError, match="Pass rules"):
         lay_out_for(catalog("odd"), Strategy(mp=2))
 
 
