@@ -428,11 +428,6 @@ def check_room(place: Path, num_bytes: int) -> None:
     check_free_space(place, num_bytes, "step", "Make room, keep fewer steps, or save elsewhere.")
 
 
-def check_room(place: Path, num_bytes: int) -> None:
-    """Check that a step of ``num_bytes`` fits at ``place`` (errors as ``check_free_space``)."""
-    check_free_space(place, num_bytes, "step", "Make room, keep fewer steps, or save elsewhere.")
-
-
 class _Summed(Sink):
     """Sink that computes the checksums of a plan's files."""
 
