@@ -1,21 +1,21 @@
 """Transactions of several processes: each writes parts of one result.
 
     .out.partial/
-        journal.json    what is being made, and in how many parts
-        lock            held by every part that is at work, shared
-        turn.lock       held while a part begins or ends, by one alone
-        part-1.lock     held by part 1, so that it is not done twice at once
+        journal.json    the request, and the number of parts
+        lock            shared lock of every running part
+        turn.lock       exclusive lock of a part that begins or ends
+        part-1.lock     exclusive lock of part 1, so that two processes do not run it
         part-1.journal  a line for each file that part 1 has finished
         part-1.done     part 1 is complete
-        part-1.told     part 1 has heard that all was published before it was started again
+        part-1.told     part 1 was restarted after the publication, and knows of it
         files/          the result so far
 
-They need not run at the same time, nor in any order: the last to be done publishes. A
-part that was killed is started again and goes on; its locks went with it. All parts may be
-started again after the result got its name, too: an extended attribute of the result names
-the request and the files, so each part finds that nothing is left to do. On a file system
-without such attributes a part that is started again is refused, because the result exists;
-only if this folder is still there, each part notes that it knows, and the last removes it.
+Parts run at any time and in any order; the last to complete publishes. A killed part is started
+again and resumes, because its locks ended with it. All parts may be started again after the
+publication too: an extended attribute of the result names the request and the files, so each part
+finds that nothing is left to do. Without extended attributes a restarted part is refused, because
+the result exists. If the staging directory still exists then, each restarted part leaves a mark in
+it, and the last removes it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from . import transaction as steps
 
 
 class SharedTransaction:
-    """One part of a result in the making; used as ``Staging`` is.
+    """One part of a result that several processes make; used like ``Transaction``.
 
     Attributes:
         files: the folder to write into.
-        finished: the files an earlier run of this part completed, with their sizes.
-        published: whether the result has its name already: nothing is left to do.
-        durable: have every file on the disk before it counts as finished.
+        finished: the files that an earlier run of this part completed, with their sizes.
+        published: whether the result is published already: nothing is left to do.
+        durable: whether a file is on the disk before it counts as finished.
     """
 
     def __init__(
@@ -52,19 +52,19 @@ class SharedTransaction:
         overwrite: bool = False,
         durable: bool = True,
     ) -> None:
-        """Begin, join or go on with the making of ``destination``.
+        """Begin, join or resume the making of ``destination``.
 
         Args:
             destination: the folder to publish as.
             request: a text that all parts share.
-            index: which part this is.
-            count: of how many.
+            index: the number of this part.
+            count: the number of parts.
             overwrite: replace an existing result, and discard another interrupted run.
-            durable: have every file on the disk before it counts as finished.
+            durable: flush every file to the disk before it counts as finished.
 
         Raises:
-            LayoutError: the destination exists, or other work lies there.
-            StorageError: this part runs already, or the disk refuses.
+            LayoutError: the destination exists, or other work is there.
+            StorageError: this part runs already, or the disk fails.
         """
         self._destination = destination = staging.real_place(destination)
         self._count, self.durable, self._overwrite = count, durable, overwrite
@@ -83,15 +83,15 @@ class SharedTransaction:
             raise
 
     def finish(self, path: str, num_bytes: int) -> None:
-        """Record that the file at ``path`` is complete; it is put on the disk first."""
+        """Record that the file at ``path`` is complete, after flushing it to the disk."""
         self.sync(self.files / path)
         journal = self._base / f"{self._name}.journal"
         staging.record_finished(journal, path, num_bytes, durable=self.durable)
 
     def publish(self, last: Callable[[], None] | None = None) -> bool:
-        """This part is complete; whether the result is there now, because it was the last.
+        """Complete this part; return whether the result is published now.
 
-        Of all parts exactly one calls ``last``, when all others are complete.
+        Exactly one part calls ``last``, when all others are complete.
         """
         done = self._base / f"{self._name}.done"
         with staging.os_errors_as(f"{done} cannot be written"):
@@ -114,18 +114,18 @@ class SharedTransaction:
         return is_last or not is_there
 
     def abandon(self) -> None:
-        """Stop. What was finished is kept for the next run of this part."""
+        """Stop; finished files are kept for the next run of this part."""
         while self._locks:
             os.close(self._locks.pop())
 
     def sync(self, path: Path) -> None:
-        """Wait until ``path`` is on the disk, where the result is to be durable."""
+        """Flush ``path`` to the disk, if the result has to be durable."""
         if self.durable:
             staging.sync(path)
 
     def _join(self) -> None:
         while not self._joined():
-            pass  # the folder went while we waited: its result was published
+            pass  # the folder was removed meanwhile: its result was published
 
     def _joined(self) -> bool:
         if not os.path.lexists(self._base):
@@ -144,22 +144,22 @@ class SharedTransaction:
         return is_there
 
     def _enter(self) -> None:
-        """Settle what an earlier run left, and begin, join or go on."""
+        """Complete what an earlier run left, and begin, join or resume."""
         self._lock(self._base / staging.LOCK, fcntl.LOCK_SH, self._is_in_use)
         steps.settle(self._base, self._destination)
         if steps.is_done(self._base, self._destination, self._request):
-            self._hear()
+            self._acknowledge()
             return
         steps.refuse_existing(self._destination, self._overwrite)
         if not self._is_ours():
             self._begin()
-        self.files.mkdir(exist_ok=True)  # a kill may come between the journal and this folder
+        self.files.mkdir(exist_ok=True)  # a kill may have come between the journal and this folder
         self._lock(
             self._base / f"{self._name}.lock",
             fcntl.LOCK_EX,
             lambda: StorageError(
                 f"{self._name} of {self._destination} runs already. Wait for it, or give "
-                "each process a number of its own."
+                "each process its own number."
             ),
         )
         (self._base / f"{self._name}.done").unlink(missing_ok=True)
@@ -168,8 +168,8 @@ class SharedTransaction:
                 self._base, self._destination, kind="checkpoint", durable=self.durable
             )
 
-    def _hear(self) -> None:
-        """Note that an earlier run published all; the last part that does so tidies up."""
+    def _acknowledge(self) -> None:
+        """Note that an earlier run published; the last part to do so removes the directory."""
         self.published = True
         self.abandon()
         told = [self._base / f"part-{i}.told" for i in range(self._count)]
@@ -180,7 +180,7 @@ class SharedTransaction:
         steps.remove_base(self._base)
 
     def _leave_nothing(self) -> None:
-        """This part is refused: remove the folder if it was made for it, or holds no work."""
+        """Remove the folder of a refused part, if it has no work."""
         self.abandon()
         if (
             steps.has_work(self._base)
@@ -199,14 +199,14 @@ class SharedTransaction:
         return staging.request_in(self._base) == self._request and not steps.was_placed(self._base)
 
     def _begin(self) -> None:
-        """Discard what lies there, if nobody is at work on it and it may go."""
+        """Discard the work there, if no part is running and it may be discarded."""
         os.close(self._locks.pop())
         others = LayoutError(f"other parts are at work: {staging.other_request(self._base)}")
         self._lock(self._base / staging.LOCK, fcntl.LOCK_EX, lambda: others)
         if steps.has_work(self._base) and not self._overwrite:
             raise staging.other_request(self._base)
         steps.begin(self._base, self._request, self.durable)
-        fcntl.flock(self._locks[-1], fcntl.LOCK_SH)  # nobody can come between: it is our turn
+        fcntl.flock(self._locks[-1], fcntl.LOCK_SH)  # no race: this part has the turn lock
 
     def _is_in_use(self) -> StorageError:
         return staging.in_use(self._destination)
@@ -219,7 +219,7 @@ class SharedTransaction:
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
-        """Wait to be alone; whether the folder is still there then."""
+        """Wait for the turn lock; yield whether the folder still exists then."""
         path = self._base / staging.TURN
         try:
             descriptor = staging.open_lock(path)

@@ -1,13 +1,13 @@
-"""Ownership of staging directories.
+"""Staging directories: ownership, locks and finished files.
 
     .out.partial/
-        lock            the first thing that is made in it, empty
-        journal.json    its first line names the folder; what is being made follows
+        lock            created first, empty
+        journal.json    the first line names the folder; the request follows
 
-Ours is a folder (not a link to one) that this user owns and whose journal names it. The journal
-is written before any other content and removed after it, so a kill leaves a folder with a journal,
-or one that holds nothing but empty locks. Anything else belongs to another program, and is
-neither written into nor deleted.
+A folder is ours if this user owns it, it is not a link, and its journal names it. The journal is
+written before any other content and removed after it, so a kill leaves a folder with a journal, or
+one with empty locks only. Anything else belongs to another program, and is neither written into
+nor deleted.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ FILES = "files"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RECORDING = threading.Lock()
 JOURNAL, LOCK, TURN, PLACING = "journal.json", "lock", "turn.lock", "placing"
-_LAST = (PLACING, JOURNAL, TURN, LOCK)  # what tells that the folder is ours goes in this order
+_LAST = (PLACING, JOURNAL, TURN, LOCK)  # the proof of ownership is removed in this order
 _NAME, _RESUMABLE = "jaxshard", "resumable"
 _MOST_BYTES = 64 << 20  # a journal of ours is far smaller
 
 
 def claim(base: Path) -> None:
-    """Have a staging folder of ours at ``base``: a new one, or what an earlier run left.
+    """Create a staging folder at ``base``, or take over one that an earlier run left.
 
     Raises:
-        LayoutError: what lies there is not ours.
-        OSError: the disk refused.
+        LayoutError: the files there are not ours.
+        OSError: the disk failed.
     """
     base.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with suppress(FileExistsError):
             os.mkdir(base)
             return
-        with suppress(FileNotFoundError):  # removed since, by the run that it was of: make it
+        with suppress(FileNotFoundError):  # removed since, by its own run: create it
             refuse_others(base)
             return
 
 
 def refuse_others(base: Path) -> None:
-    """Refuse what lies at ``base`` unless it is a staging folder that this user made.
+    """Check that ``base`` is a staging folder of this user.
 
     Raises:
-        LayoutError: with what is there.
-        FileNotFoundError: nothing lies there.
+        LayoutError: it is not; the message lists what is there.
+        FileNotFoundError: it does not exist.
     """
     if why := _why_not_ours(base):
         raise LayoutError(
@@ -82,15 +82,15 @@ def _why_not_ours(base: Path) -> str | None:
 
 
 def _owner_of_new(folder: Path) -> int:
-    """Which user owns what is made in ``folder``: NFS may map root to another one."""
-    import tempfile  # noqa: PLC0415 - seldom needed
+    """Return the owner of new files in ``folder``: NFS may map root to another user."""
+    import tempfile  # noqa: PLC0415 - rarely needed
 
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_uid
 
 
 def _is_first(path: Path, base: Path) -> bool:
-    """Whether ``path`` may be there before the journal: an empty lock, or the journal's scratch."""
+    """Return whether ``path`` may precede the journal: an empty lock, or the journal's scratch."""
     info = os.lstat(path)
     is_lock = path.name in (LOCK, TURN) and info.st_size == 0
     return stat.S_ISREG(info.st_mode) and (is_lock or path == scratch_of(base / JOURNAL))
@@ -99,16 +99,16 @@ def _is_first(path: Path, base: Path) -> bool:
 def write_journal(
     base: Path, request: str, *, durable: bool = True, resumable: bool = True
 ) -> None:
-    """Note in ``base`` that it is ours, what is being made, and whether a later run can go on."""
+    """Write the journal of ``base``: its name, the request, and whether a run can resume it."""
     head = json.dumps({_NAME: base.name, _RESUMABLE: resumable})
     write_file_atomic(base / JOURNAL, f"{head}\n{request}".encode(), durable=durable)
 
 
 def read_journal(base: Path) -> tuple[str, bool] | None:
-    """What is being made in ``base``, and whether a later run can go on; None: it is not ours.
+    """Return the request of ``base`` and whether a run can resume it; None if it is not ours.
 
     Raises:
-        FileNotFoundError: there is no journal.
+        FileNotFoundError: the journal does not exist.
     """
     journal = base / JOURNAL
     info = os.lstat(journal)
@@ -124,7 +124,7 @@ def read_journal(base: Path) -> tuple[str, bool] | None:
 
 
 def request_in(base: Path) -> str | None:
-    """What is being made in ``base``, if anything."""
+    """Return the request of ``base``, if it has one."""
     with suppress(FileNotFoundError):
         found = read_journal(base)
         return found and found[0]
@@ -132,7 +132,7 @@ def request_in(base: Path) -> str | None:
 
 
 def is_resumable(base: Path) -> bool:
-    """Whether a later run can go on with what is being made in ``base``."""
+    """Return whether a later run can resume the work in ``base``."""
     with suppress(FileNotFoundError):
         found = read_journal(base)
         return found is not None and found[1]
@@ -140,7 +140,7 @@ def is_resumable(base: Path) -> bool:
 
 
 def remove(base: Path) -> None:
-    """Remove ``base``, which is ours; what tells so goes last, that a kill changes nothing."""
+    """Remove ``base``; the proof of ownership goes last, so that a kill does not matter."""
     with suppress(OSError):
         for entry in sorted(base.iterdir()):
             if entry.name not in _LAST:
@@ -155,7 +155,7 @@ def remove(base: Path) -> None:
 
 @contextmanager
 def os_errors_as(what: str) -> Iterator[None]:
-    """The disk's refusals inside, as an error that says ``what`` failed."""
+    """Convert ``OSError``s raised inside into ``StorageError(what)``."""
     try:
         yield
     except StorageError:
@@ -169,7 +169,7 @@ def os_errors_as(what: str) -> Iterator[None]:
 
 
 def real_place(destination: Path) -> Path:
-    """Where ``destination`` is, links followed.
+    """Return the real path of ``destination``, links followed.
 
     Raises:
         LayoutError: it is the root of the disk, or a remote store.
@@ -182,12 +182,12 @@ def real_place(destination: Path) -> Path:
 
 
 def staging_folder(destination: Path) -> Path:
-    """Where ``destination`` (an absolute path) is made."""
+    """Return the staging directory of ``destination``, an absolute path."""
     return destination.with_name(f".{destination.name}.partial")
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether ``path`` is a result in the making, or lies in one: no checkpoint yet."""
+    """Return whether ``path`` is, or is in, a result that is not yet published."""
     at = Path(os.path.abspath(path))
     return any(
         place.name.endswith(".partial") and (place / LOCK).exists() for place in (at, *at.parents)
@@ -198,15 +198,15 @@ def is_unfinished(path: Path) -> bool:
 
 
 def open_lock(path: Path) -> int:
-    """Open the lock file at ``path``, made if need be; links are not followed."""
+    """Open or create the lock file at ``path``; links are not followed."""
     return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
-    """Lock an open file; False if another process has it. The lock goes with the process.
+    """Lock an open file; False if another process has it. The lock ends with the process.
 
     Raises:
-        StorageError: this disk has no locks.
+        StorageError: the filesystem does not support file locks.
     """
     try:
         fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
@@ -216,14 +216,15 @@ def lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         raise StorageError(
-            f"the disk locks no files ({error.strerror}), so nothing keeps two writers apart. "
-            "Mount it with locks (NFS 4; Lustre: -o flock), or write to another disk."
+            f"the filesystem does not support file locks ({error.strerror}), which keep "
+            "two writers apart. Mount it with locks (NFS 4; Lustre: -o flock), or write to another "
+            "disk."
         ) from error
     return True
 
 
 def is_same(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at ``path``, and not one that was removed."""
+    """Return whether an open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -231,14 +232,14 @@ def is_same(descriptor: int, path: Path) -> bool:
 
 
 def in_use(destination: Path) -> StorageError:
-    """What is said to whoever comes second."""
+    """Return the error for a destination that another process is writing."""
     return StorageError(
         f"another process is writing {destination}. Wait for it, or choose another destination."
     )
 
 
 def other_request(base: Path) -> LayoutError:
-    """What is said where the work in ``base`` is not the work asked for."""
+    """Return the error for work in ``base`` that was requested otherwise."""
     return LayoutError(
         f"{base} is from another conversion, or its source has changed since. "
         f"Repeat that one exactly, or discard it with {OVERWRITE}."
@@ -260,7 +261,7 @@ def record_finished(journal: Path, path: str, num_bytes: int, *, durable: bool) 
 
 
 def read_finished(journal: Path, files: Path) -> dict[str, int]:
-    """Finished files that nobody has touched since; a torn last line is no promise."""
+    """Return the finished files that are unchanged since; a torn last line does not count."""
     found: dict[str, int] = {}
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
         try:
@@ -273,13 +274,13 @@ def read_finished(journal: Path, files: Path) -> dict[str, int]:
 
 
 def identity_of_file(path: Path) -> list[int]:
-    """What a finished file is known by: one that was exchanged or written again is another."""
+    """Return size, time and inode, which differ after a file was replaced or rewritten."""
     info = path.stat()
     return [info.st_size, info.st_mtime_ns, info.st_ino]
 
 
 def _boot() -> str:
-    """What stays until the machine is started again: files never put on the disk may too."""
+    """Return the boot id: files that were never flushed survive at most until a reboot."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -287,7 +288,7 @@ def _boot() -> str:
 
 
 def remove_others(files: Path, finished: Container[str]) -> None:
-    """Remove what was not finished: its room may be what the disk lacks."""
+    """Remove unfinished files, because the disk may need their space."""
     for folder, _, names in os.walk(files):
         for name in names:
             path = Path(folder, name)

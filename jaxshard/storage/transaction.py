@@ -5,18 +5,18 @@
         journal.json          what is being made, from which files
         finished              a line for each file that is complete and on the disk
         files/                the result so far
-        before                with --overwrite: the files that lay at ``out`` when the run began
-        placing               which folder is about to get its name
-        replaced/             the old result, where the file system cannot exchange
-        removing              what of the old result may go, and is going
+        before                with --overwrite: the files at ``out`` when the run began
+        placing               the folder that is about to be renamed
+        replaced/             the old result, if the filesystem cannot exchange two names
+        removing              the part of the old result that is being removed
 
 A crash at any instant leaves ``out`` as it was. Publishing renames ``files`` to ``out``, and
-never replaces what appeared there meanwhile. Where an old result is replaced the two are
-exchanged, and what came out is looked at again before it goes: if it is more than a result, or
-changed since the run began, they are exchanged back. Then the rest is removed.
-A result names what it was made from in an extended attribute, so that a run which is resumed
-after the end finds that nothing is left to do.
-Readers pass ``.out.partial`` by: it is hidden and has no checkpoint at its top.
+never replaces what appeared there meanwhile. An old result is exchanged with the new one, and
+checked again before it is removed: if it is more than a result, or changed since the run began,
+the two are exchanged back. Then the rest is removed.
+A result names its request in an extended attribute, so that a run which is resumed after the end
+finds that nothing is left to do.
+Readers ignore ``.out.partial``, which is hidden and has no checkpoint at its top.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ from .staging import (
     sync,
 )
 
-if TYPE_CHECKING:  # the formats' names, seldom needed
+if TYPE_CHECKING:  # imports all formats
     from .overwrite import Kind
 
 _FINISHED, _BEFORE, _REPLACED, _REMOVING = "finished", "before", "replaced", "removing"
 _MADE_FROM = "user.jaxshard.made_from"  # an extended attribute of the result
 _CLAIMS = (_FINISHED, PLACING)
-_FOLDERS = ("checkpoint", "strategies", "own")  # the kinds of results that are folders
+_FOLDERS = ("checkpoint", "strategies", "own")  # kinds of results that are folders
 
 
 class Transaction:
-    """A result in the making.
+    """A result that is being made, and appears at once or not at all.
 
     Attributes:
-        files: the folder to write into; what lies there is published.
-        finished: the files an earlier, interrupted run completed, with their sizes.
-        published: whether that run had even published the result; nothing is left to do.
-        durable: have every file on the disk before it counts as finished.
+        files: the folder to write into, which is published.
+        finished: the files that an earlier, interrupted run completed, with their sizes.
+        published: whether that run published the result too; nothing is left to do.
+        durable: whether a file is on the disk before it counts as finished.
     """
 
     def __init__(
@@ -86,23 +86,23 @@ class Transaction:
         kind: Kind | None = None,
         resumable: bool = True,
     ) -> None:
-        """Begin, or go on with, the making of ``destination``.
+        """Begin or resume the making of ``destination``.
 
         Args:
             destination: the folder to publish as; with ``only``, the file.
-            request: a text that two runs share exactly if they make the same result.
-            resume: go on with an interrupted run of the same request, if there is one.
+            request: a text that two runs share if and only if they make the same result.
+            resume: continue an interrupted run of the same request, if there is one.
             overwrite: replace an existing result, and discard an interrupted run.
-            durable: have every file on the disk before it counts as finished.
-            only: publish this file of the result, and not the folder it is in.
-            kind: what is made, and so what it may replace: see ``replacing``.
-            resumable: a later run of the same request can go on with what this one leaves, and
-                finds it done where it was published; otherwise it is discarded.
+            durable: flush every file to the disk before it counts as finished.
+            only: publish this file of the result instead of its folder.
+            kind: the kind of result, which decides what it may replace (see ``overwrite``).
+            resumable: a later run of the same request can continue after an interruption, and
+                finds a published result done; otherwise an interrupted run is discarded.
 
         Raises:
-            LayoutError: the destination exists, or an interrupted run lies there, or what is
-                not ours.
-            StorageError: another run is writing there, or the disk refuses.
+            LayoutError: the destination exists, or an interrupted run or another program left
+                files there.
+            StorageError: another run is writing there, or the disk fails.
         """
         self._destination = destination = real_place(destination)
         self.durable, self.finished, self.published = durable, dict[str, int](), False
@@ -126,18 +126,18 @@ class Transaction:
                 raise
 
     def finish(self, path: str, num_bytes: int) -> None:
-        """Record that the file at ``path`` is complete; it is put on the disk first."""
+        """Record that the file at ``path`` is complete, after flushing it to the disk."""
         self.sync(self.files / path)
         record_finished(self._base / _FINISHED, path, num_bytes, durable=self.durable)
 
     def publish(self, last: Callable[[], None] | None = None) -> bool:
-        """Make the result visible under its name, in one step; True: it is there now.
+        """Rename the result to its destination in one step; return True.
 
-        ``last`` is called just before, and writes what belongs to no file of the plan.
+        ``last`` is called just before, and writes the files that are not in the plan.
 
         Raises:
-            LayoutError: something appeared at the destination meanwhile, and is kept.
-            StorageError: the disk refused.
+            LayoutError: a file appeared at the destination meanwhile, and is kept.
+            StorageError: the disk failed.
         """
         if last is not None:
             last()
@@ -153,7 +153,7 @@ class Transaction:
         return True
 
     def abandon(self) -> None:
-        """Stop. What was finished is kept for a later run to resume; otherwise all goes."""
+        """Stop; keep finished files for a later run to resume, or remove everything."""
         if self._lock < 0:
             return
         if has_work(self._base) or holds_replaced(self._base):
@@ -165,7 +165,7 @@ class Transaction:
         refuse_existing(self._destination, self._overwrite, kind=self._kind)
 
     def _enter(self, resume: bool) -> None:
-        """Settle what an earlier run left, and begin or go on."""
+        """Complete what an earlier run left, and begin or resume."""
         settle(self._base, self._destination)
         can_be_done = self._resumable and (resume or not self._overwrite)
         if can_be_done and is_done(self._base, self._destination, self._request):
@@ -183,10 +183,10 @@ class Transaction:
             note_before(self._base, self._destination, kind=self._kind, durable=self.durable)
 
     def _goes_on(self, resume: bool) -> bool:
-        """Whether the work that lies there is gone on with; False: it is discarded.
+        """Return whether to resume the interrupted run; False discards it.
 
         Raises:
-            LayoutError: it is neither.
+            LayoutError: neither was requested.
         """
         is_same = request_in(self._base) == self._request
         if self._overwrite or (is_same and resume):
@@ -209,17 +209,17 @@ class Transaction:
             staging.claim(self._base)
             try:
                 descriptor = open_lock(path)
-            except FileNotFoundError:  # removed since, by the run that it was of
+            except FileNotFoundError:  # removed since, by its own run
                 continue
             if not lock(descriptor, fcntl.LOCK_EX):
                 os.close(descriptor)
                 raise in_use(self._destination)
             if is_same(descriptor, path):
                 return descriptor
-            os.close(descriptor)  # it is of a run that has just ended
+            os.close(descriptor)  # it belongs to a run that has just ended
 
     def sync(self, path: Path) -> None:
-        """Wait until ``path`` is on the disk, where the result is to be durable."""
+        """Flush ``path`` to the disk, if the result has to be durable."""
         if self.durable:
             sync(path)
 
@@ -237,7 +237,7 @@ class Transaction:
 
 
 def refuse_existing(destination: Path, overwrite: bool, *, kind: Kind = "checkpoint") -> None:
-    """Refuse a destination that something lies at which a result of ``kind`` may not replace.
+    """Check that a result of ``kind`` may be published at ``destination``.
 
     Raises:
         LayoutError: it exists, is not empty, and may not be replaced, or it cannot be.
@@ -259,26 +259,26 @@ def refuse_existing(destination: Path, overwrite: bool, *, kind: Kind = "checkpo
 
 
 def refuse_other(kind: Kind, found: Path, destination: Path) -> None:
-    """Refuse to replace ``found``, which lies or lay at ``destination``; see ``replacing``.
+    """Check that a result of ``kind`` may replace ``found``, which is or was at ``destination``.
 
     Raises:
-        LayoutError: it is not what a result of ``kind`` may replace.
+        LayoutError: it may not.
     """
-    from . import overwrite as replacing  # noqa: PLC0415 - the formats' names, needed only here
+    from . import overwrite as replacing  # noqa: PLC0415 - imports all formats
 
     replacing.refuse_other(kind, found, destination)
 
 
 def has_work(base: Path) -> bool:
-    """Whether ``base`` holds finished files that are not published and can be gone on with."""
+    """Return whether ``base`` has finished, unpublished files that a run can resume from."""
     there_is = (base / _FINISHED).exists() or any(base.glob("*.journal"))
     return there_is and staging.is_resumable(base) and not was_placed(base)
 
 
 def begin(base: Path, request: str, durable: bool, resumable: bool = True) -> None:
-    """Make ``base`` empty but for its locks, and ready for the making of ``request``."""
+    """Empty ``base`` except for its locks, and prepare it for ``request``."""
     left = [e for e in base.iterdir() if e.suffix != ".lock" and e.name not in (LOCK, JOURNAL)]
-    # claims go first, so that a kill leaves none to files that are gone
+    # claims are removed first, so that a kill leaves none without its files
     for entry in sorted(left, key=lambda e: e.suffix != ".journal" and e.name not in _CLAIMS):
         delete(entry)
     staging.write_journal(base, request, durable=durable, resumable=resumable)
@@ -290,7 +290,7 @@ def begin(base: Path, request: str, durable: bool, resumable: bool = True) -> No
 
 @dataclass(frozen=True, slots=True)
 class _Placing:
-    """What is about to get its name: which file or folder, where in the base, and its kind."""
+    """The file or folder that is about to be renamed, its path in the base, and its kind."""
 
     inode: int
     mtime_ns: int
@@ -307,11 +307,11 @@ def place(
     kind: Kind = "checkpoint",
     overwrite: bool = False,
 ) -> None:
-    """Make ``base/files``, or what of it is ``made``, the ``destination``, in one step.
+    """Rename ``base/files``, or ``made`` in it, to ``destination`` in one step.
 
     Raises:
-        LayoutError: what lies at the destination may not be replaced, and is still there.
-        StorageError: the disk refused; the files are where they were.
+        LayoutError: the destination may not be replaced, and is still there.
+        StorageError: the disk failed; the files are where they were.
     """
     files, made = base / FILES, made or base / FILES
     with os_errors_as(f"{destination} cannot be published (the finished files are in {files})"):
@@ -338,24 +338,24 @@ def place(
 
 
 def _swap(base: Path, new: Path, place: Path, kind: Kind | None) -> None:
-    """Put ``new`` at ``place`` at once; what a result of ``kind`` may replace comes out.
+    """Rename ``new`` to ``place``, exchanging it with what a result of ``kind`` may replace.
 
     Raises:
-        FileExistsError: something lies there, and nothing may be replaced.
-        LayoutError: something else lies there.
+        FileExistsError: ``place`` exists, and nothing may be replaced.
+        LayoutError: ``place`` may not be replaced.
     """
     try:
         publish_new(new, place)
     except FileExistsError:
         if kind is None:
             raise
-        _refuse_replacing(base, kind, place, place)  # it is looked at again when it is out
+        _refuse_replacing(base, kind, place, place)  # checked again after the exchange
         if not exchange(new, place):
             _swap_in_two_steps(base, new, place, kind)
 
 
 def _swap_in_two_steps(base: Path, new: Path, place: Path, kind: Kind) -> None:
-    """What a file system without exchange gets: for a moment nothing lies at ``place``."""
+    """Replace without an exchange: for a moment ``place`` does not exist."""
     replaced = base / _REPLACED / new.name
     replaced.parent.mkdir(exist_ok=True)
     os.rename(place, replaced)
@@ -368,23 +368,23 @@ def _swap_in_two_steps(base: Path, new: Path, place: Path, kind: Kind) -> None:
 
 
 def note_before(base: Path, destination: Path, *, kind: Kind, durable: bool) -> None:
-    """Note the files that lie at ``destination``, which are those that may be replaced later."""
+    """Record the files at ``destination``; only these may be replaced later."""
     if kind != "own":
-        from . import overwrite as replacing  # noqa: PLC0415 - the formats' names, needed only here
+        from . import overwrite as replacing  # noqa: PLC0415 - imports all formats
 
         files = json.dumps(replacing.files_of(destination)).encode()
         write_file_atomic(base / _BEFORE, files, durable=durable)
 
 
 def _refuse_replacing(base: Path, kind: Kind, found: Path, destination: Path) -> None:
-    """Refuse to replace ``found`` unless it is a result, as it was when the run began.
+    """Check that ``found`` is a result, and unchanged since the run began.
 
     Raises:
-        LayoutError: it is more.
+        LayoutError: it is not.
     """
     refuse_other(kind, found, destination)
     if kind != "own":
-        from . import overwrite as replacing  # noqa: PLC0415 - the formats' names, needed only here
+        from . import overwrite as replacing  # noqa: PLC0415 - imports all formats
 
         try:
             before = json.loads((base / _BEFORE).read_bytes())
@@ -394,14 +394,14 @@ def _refuse_replacing(base: Path, kind: Kind, found: Path, destination: Path) ->
 
 
 def settle(base: Path, destination: Path) -> None:
-    """Finish what was begun when a result was published: what it replaced goes, or comes back.
+    """Complete a publication: remove the replaced result, or put it back.
 
-    What was exchanged is looked at where it cannot change under its name any more; a kill may
-    come before that, so every run begins with it.
+    The replaced result is checked under its new name, where no other program changes it. A kill
+    may come before that, so every run begins with this function.
 
     Raises:
-        LayoutError: what was replaced is more than a result, and is in its place again.
-        StorageError: it cannot be put there.
+        LayoutError: the replaced files are more than a result, and were put back.
+        StorageError: they cannot be put back.
     """
     placing = _read_placing(base)
     if placing and _is_linked(base / placing.made, destination):
@@ -419,17 +419,17 @@ def settle(base: Path, destination: Path) -> None:
             raise
         delete(base / _REMOVING)
         os.rename(replaced, base / _REMOVING)
-    with suppress(OSError):  # the result is there; what cannot be deleted is no reason to fail
+    with suppress(OSError):  # the result is published; leftovers are not a reason to fail
         delete(base / _REMOVING)
 
 
 def _is_linked(made: Path, destination: Path) -> bool:
-    """Whether the file ``made`` has the name of the destination, too."""
+    """Return whether ``made`` and ``destination`` are links to one file."""
     return made.is_file() and _identity_of(made) == _identity_of(destination)
 
 
 def _settle_two_steps(base: Path, replaced: Path, destination: Path) -> None:
-    if was_placed(base):  # it was looked at before
+    if was_placed(base):  # it was checked before
         delete(base / _REMOVING)
         os.rename(replaced, base / _REMOVING)
         return
@@ -437,13 +437,13 @@ def _settle_two_steps(base: Path, replaced: Path, destination: Path) -> None:
         publish_new(replaced, destination)
     except FileExistsError:
         raise StorageError(
-            f"{destination} exists, and what lay there before is in {replaced}, because a run was "
-            "killed while it replaced it. Move one of them away, then run again."
+            f"{destination} exists, and its previous content is in {replaced}, because a run was "
+            "killed while replacing it. Move one of them away, then run again."
         ) from None
 
 
 def _bring_back(replaced: Path, destination: Path) -> None:
-    """Exchange what was replaced with the result again."""
+    """Exchange the replaced files and the result back."""
     try:
         if exchange(replaced, destination):
             return
@@ -459,37 +459,37 @@ def _bring_back(replaced: Path, destination: Path) -> None:
 
 
 def remove_base(base: Path) -> None:
-    """Remove all of ``base``; what says that the result was published goes late, if it was."""
+    """Remove ``base``; the record of a publication is removed last."""
     if not was_placed(base):
         (base / PLACING).unlink(missing_ok=True)
     staging.remove(base)
 
 
 def holds_replaced(base: Path) -> bool:
-    """Whether something that was replaced lies in ``base`` and was not looked at since."""
+    """Return whether ``base`` has a replaced result that was not checked since."""
     placing = _read_placing(base)
     taken_out = placing and was_placed(base) and os.path.lexists(base / placing.made)
     return bool(taken_out) or any((base / _REPLACED).glob("*"))
 
 
 def was_placed(base: Path) -> bool:
-    """Whether what was made in ``base`` has got its name, and only the tidying is left.
+    """Return whether the result in ``base`` was renamed, and only the cleanup is left.
 
-    What lies in its place then is the old result, and must not be taken for the new one.
+    The old result is in its place then, and must not be taken for the new one.
     """
     placing = _read_placing(base)
     return placing is not None and _identity_of(base / placing.made)[0] != placing.inode
 
 
 def is_done(base: Path, destination: Path, request: str) -> bool:
-    """Whether an earlier run of ``request`` published, and was killed while it tidied up."""
+    """Return whether an earlier run of ``request`` published and was killed during cleanup."""
     return was_published(base, destination, request) or (
         not has_work(base) and was_made_from(destination, request)
     )
 
 
 def was_published(base: Path, destination: Path, request: str) -> bool:
-    """Whether ``destination`` is what an earlier run of ``request`` in ``base`` made."""
+    """Return whether an earlier run of ``request`` in ``base`` made ``destination``."""
     placing = _read_placing(base)
     return (
         placing is not None
@@ -499,20 +499,20 @@ def was_published(base: Path, destination: Path, request: str) -> bool:
 
 
 def _note_request(made: Path, request: str) -> None:
-    """Have the result say what it was made from, where the file system has attributes."""
+    """Store the request in an extended attribute of the result, if the filesystem has them."""
     with suppress(OSError, AttributeError):  # only Linux has them
         os.setxattr(made, _MADE_FROM, _digest(made, request))
 
 
 def was_made_from(destination: Path, request: str) -> bool:
-    """Whether ``destination`` says that it was made from ``request``, and is as it was then."""
+    """Return whether ``destination`` has the attribute of ``request``, and is unchanged since."""
     with suppress(OSError, AttributeError):
         return os.getxattr(destination, _MADE_FROM) == _digest(destination, request)
     return False
 
 
 def _digest(result: Path, request: str) -> bytes:
-    """A word for ``request`` and for the files of ``result``, by size, time and inode."""
+    """Return a digest of ``request`` and of the size, time and inode of the files of ``result``."""
     digest = hashlib.sha256(request.encode())
     for path in sorted([result] if result.is_file() else filter(Path.is_file, result.rglob("*"))):
         name = path.relative_to(result).as_posix()
@@ -521,7 +521,7 @@ def _digest(result: Path, request: str) -> bytes:
 
 
 def _identity_of(path: Path) -> tuple[int, int]:
-    """Which file or folder lies at ``path``, and of when; numbers of removed ones come again."""
+    """Return inode and time of ``path``, because inode numbers are reused; zeros if absent."""
     try:
         info = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -530,7 +530,7 @@ def _identity_of(path: Path) -> tuple[int, int]:
 
 
 def _read_placing(base: Path) -> _Placing | None:
-    """What was about to get its name; one that was cut short is none, for nothing moved yet."""
+    """Return the record of a publication; None if absent or torn, because nothing moved then."""
     try:
         return _Placing(**json.loads((base / PLACING).read_text()))
     except (OSError, ValueError, TypeError):
