@@ -1,18 +1,19 @@
-"""The training loop's checkpoints: ``CheckpointManager``.
+"""Checkpoints of training runs: ``CheckpointManager``.
 
     manager = CheckpointManager("output", prefix="llama", save_every_steps=100, keep_max=5)
-    found = manager.restore(state)            # the newest good step, onto the layout of state
+    found = manager.restore(state)            # the newest good step, in the layout of state
     for step in range(found.step + 1, 1001):
         state = train_step(state, batch)
         manager.maybe_save(step, state)
     manager.close()
 
-    cadence, retention, lineage, naming, progress      decisions: no file, no device, no clock
-    records, checksums                                 what is kept beside the data
-    places, committing, steps, examining               effects on the directory
-    states, laying, snapshots, writing, restoring      effects on arrays
+    policy, records                         decisions, names and bytes: no file, no device
+    run_directory, steps, commit_step       effects on the directory
+    open_step                               steps as catalogs
+    state, step_files, save_step            from arrays to files
+    restore_state, restore                  from files to arrays
 
-Only the last row, and ``manager`` above it, import JAX; names are fetched when first used.
+Only the last two rows and ``manager`` import JAX; names are imported when first used.
 """
 
 from __future__ import annotations

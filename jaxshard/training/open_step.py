@@ -1,8 +1,10 @@
-"""Opening and examination of a step.
+"""Opening and examination of a step, and of the newest good step below a path.
 
-A rank's folder holds many steps, and what a directory's strategy files say holds for the
-newest only; so a step is opened with its own files and its own strategy. The formats do
-the reading.
+The folder of a rank holds many steps, and the strategy files of a directory describe only the
+newest. So a step is opened with its own files and its own strategy. The formats read the headers.
+
+    rank_0/llama_rank_0-1_20.ckpt   rank_1/llama_rank_1-1_20.ckpt (truncated)    passed over
+    rank_0/llama_rank_0-1_10.ckpt   rank_1/llama_rank_1-1_10.ckpt                opened
 """
 
 from __future__ import annotations
@@ -39,7 +41,6 @@ from ..formats import rank_folder, rank_names
 from ..formats.folder import Folder, MemoryFolder
 from ..formats.registry import Format, format_of
 from ..storage.checksums import (
-    Checksums,
     check_files,
 )
 from ..storage.local import LocalFolder
@@ -49,11 +50,11 @@ from .records import Record, is_strategy_file, kept_strategy
 from .run_directory import RunDirectory
 from .steps import RunStep, find_steps, of_one_job
 
-STATE_FOLDER = "training_state"  # in a complete checkpoint: all that is no weight
+STATE_FOLDER = "training_state"  # in a complete checkpoint: all tensors but the weights
 
 
 class FolderSubset:
-    """Some of the files of a folder, as a format sees them."""
+    """Folder that contains some of the files of another."""
 
     def __init__(self, folder: Folder, paths: Iterable[str]) -> None:
         listed = folder.files()
@@ -62,34 +63,34 @@ class FolderSubset:
 
     @property
     def root(self) -> str:
-        """The folder they are in."""
+        """The folder of the files."""
         return self._folder.root
 
     def files(self) -> Mapping[str, File]:
-        """Those files."""
+        """The files by path."""
         return self._files
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """As the folder does."""
+        """Read bytes of a file."""
         return self._folder.read(path, offset, length)
 
 
 def open_step(
     run: RunDirectory, record: Record | None, kind: str, paths: tuple[str, ...] = ()
 ) -> Catalog:
-    """The catalog of a step, from headers only.
+    """Return the catalog of a step, from headers only.
 
     Args:
-        run: where it is.
-        record: what is known of it; None if somebody else saved it.
-        kind: its format.
+        run: the run's directory.
+        record: of the step; None if it is foreign.
+        kind: name of its format.
         paths: without a record: its files, or its folder, below ``run.steps``.
 
     Raises:
-        FormatError: a file is not what it claims to be.
+        FormatError: a file is damaged.
         CoverageError: files contradict each other, or the strategy is missing.
         NotFoundError: a file is missing.
-        StorageError: the disk refused.
+        StorageError: the disk refuses.
     """
     if record:
         head = f"{run.main}/" if run.main else ""
@@ -113,10 +114,10 @@ def _open_ranks(run: RunDirectory, record: Record | None, paths: tuple[str, ...]
     layout = _layout(run, record, len(paths))
     if record and layout.num_ranks != len(paths):
         raise CoverageError(
-            f"step {record.step} has {len(paths)} rank files, but its strategy is one of "
-            f"{layout.num_ranks} ranks."
+            f"step {record.step} has {len(paths)} rank files (expected {layout.num_ranks}, the "
+            "ranks of its strategy)."
         )
-    folder = LocalFolder(run.steps, paths)  # other steps' files may be on their way
+    folder = LocalFolder(run.steps, paths)  # other files may be incomplete now
     try:
         catalog = rank_folder.read(folder, layout)
     finally:
@@ -132,16 +133,16 @@ def _layout(run: RunDirectory, record: Record | None, num_ranks: int) -> Layout:
         if place.is_dir():
             return open_strategy(place)
     raise CoverageError(
-        f"{run.root} has no {records.STRATEGY}/ folder, so nothing says which part of a tensor "
-        "each rank holds. Put the strategy files there."
+        f"{run.root} has no {records.STRATEGY}/ folder, so the part of a tensor that each rank "
+        "holds is unknown. Put the strategy files there."
     )
 
 
 def _kept_strategy(run: RunDirectory, kept: str, num_ranks: int) -> Folder:
-    """The strategy files that a step was saved with, as they were.
+    """Return the strategy files of a step, intact.
 
-    They are kept by content, so what is damaged is known; and the newest layout's files lie
-    in the open as well. Foreign files in both folders are ignored.
+    They are stored by content, so damage is detected; those of the newest layout are in
+    ``strategy/`` too. Foreign files in both folders are ignored.
     """
     for place in (run.root / kept, run.root / records.STRATEGY):
         try:
@@ -153,8 +154,8 @@ def _kept_strategy(run: RunDirectory, kept: str, num_ranks: int) -> Folder:
         if files is not None:
             return MemoryFolder(files, str(place))
     raise FormatError(
-        f"the strategy files of {kept} are missing or damaged, so nothing says for certain which "
-        "part of a tensor each rank holds."
+        f"the strategy files of {kept} are missing or damaged, so the part of a tensor that each "
+        "rank holds is unknown. Restore another step."
     )
 
 
@@ -184,10 +185,10 @@ def _open_complete(format: Format, folder: LocalFolder) -> Catalog:
 
 
 def _together(a: Catalog, b: Catalog) -> Catalog:
-    """One catalog of two, below one root."""
+    """Combine two catalogs below one root."""
     twice = a.tensors.keys() & b.tensors.keys()
     if twice:
-        raise CoverageError(f"{min(twice)} of {a.root} is stored both as weight and as state.")
+        raise CoverageError(f"{min(twice)} of {a.root} is stored as a weight and as state.")
     shift = len(a.files)
     moved = {
         t.name: replace(t, shards=tuple(replace(p, file=p.file + shift) for p in t.shards))
@@ -198,7 +199,7 @@ def _together(a: Catalog, b: Catalog) -> Catalog:
     )
 
 
-# --- Examining: a closer look at a step: its headers, and every byte if asked
+# --- Examination: the headers of a step, and optionally all bytes
 
 
 def examine(
@@ -209,16 +210,16 @@ def examine(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RunStep:
-    """``step`` with the state that its headers tell, and with ``deep`` its bytes.
+    """Return ``step`` with its state by headers, and with ``deep`` by all bytes.
 
     Raises:
-        LayoutError: no package here computes its checksums.
+        LayoutError: no installed package computes its checksums.
     """
     if step.state != "complete":
         return step
     try:
         if deep and step.record:
-            check_sums(run, step.record, workers=workers, progress=progress)
+            check_files(run.root, step.record.checksums, workers=workers, progress=progress)
         open_step(run, step.record, step.format, step.paths)
     except (CoverageError, NotFoundError) as error:
         return replace(step, state="incomplete", reason=str(error))
@@ -235,10 +236,10 @@ def examine_all(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[RunStep]:
-    """``steps``, each as ``examine`` finds it, but for those that went meanwhile.
+    """Examine ``steps``, without those that were removed meanwhile.
 
     Raises:
-        LayoutError: no package here computes the checksums.
+        LayoutError: no installed package computes the checksums.
         StorageError: the directory cannot be listed.
     """
     before = list(steps)
@@ -251,9 +252,9 @@ def examine_all(
 
 
 def newest_good(run: RunDirectory, prefix: str = "") -> RunStep | None:
-    """The step that the job of ``prefix`` goes on from, by headers; None if there is none.
+    """Return the step that the job of ``prefix`` continues, by headers; None if no step is good.
 
-    The directory is listed again after a step that is not good: retention may have removed it.
+    The directory is listed again after each bad step, because retention may have removed it.
 
     Raises:
         LayoutError: there are steps of several other jobs.
@@ -268,25 +269,6 @@ def newest_good(run: RunDirectory, prefix: str = "") -> RunStep | None:
         tried.add(step.identity)
 
 
-def check_sums(
-    run: RunDirectory,
-    record: Record,
-    *,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Read every byte of a step and compare the checksums.
-
-    Raises:
-        FormatError: a file is not what was saved.
-        StorageError: the disk refused.
-        NotFoundError: a file is missing.
-        LayoutError: no package here computes the checksums.
-    """
-    checksums = Checksums(record.algorithm, record.files)
-    check_files(run.root, checksums, workers=workers, progress=progress)
-
-
 # --- Resuming from the newest good step below a path
 
 _BAD = (FormatError, CoverageError, StorageError, NotFoundError)
@@ -294,7 +276,7 @@ _BAD = (FormatError, CoverageError, StorageError, NotFoundError)
 
 @dataclass(frozen=True)
 class _ResumableSave:
-    """One save that may be resumed from: what notes call it, and how it is opened."""
+    """Save that a run may resume from: its name in notes, and a function that opens it."""
 
     label: str
     open: Callable[[], Catalog]
@@ -307,16 +289,16 @@ def open_newest(
 
     Args:
         path: a run's directory, or its folder of steps.
-        strategy: the strategy files that the steps were saved with, if not their own.
-        prefix: whose steps count, where several jobs share the folder.
-        kind: of rank files, where both lie there: ``"ckpt"`` or ``"safetensors"``.
+        strategy: the strategy files of the steps, if not their own.
+        prefix: the job whose steps count, if several jobs share the folder.
+        kind: of rank files, if the folder has both: ``"ckpt"`` or ``"safetensors"``.
 
     Returns:
-        None where the names are those of no steps, or of several jobs or kinds: then the formats
-        decide what the checkpoint is.
+        None if no names of steps are found, or those of several jobs or kinds: then the formats
+        recognise the checkpoint.
 
     Raises:
-        JaxshardError: what is wrong with the newest save, if none is good.
+        JaxshardError: the error of the newest save, if no save is good.
     """
     notes: list[str] = []
     failure: JaxshardError | None = None
@@ -336,7 +318,7 @@ def open_newest(
 
 
 def _examined(catalog: Catalog) -> Catalog:
-    """``catalog``, of which the checksums that its files carry are right."""
+    """Return ``catalog`` after a check of the checksums in its files."""
     files = open_source(catalog)
     try:
         files.check_checksums()
@@ -366,7 +348,7 @@ def _saves(
 
 
 def _kinds(steps: Iterable[RunStep]) -> set[str]:
-    """The kinds of the rank files of ``steps``."""
+    """Return the kinds of the rank files of ``steps``."""
     paths = [
         path for step in steps for path in _paths(step) if format_of(step.format).steps_in_names
     ]
@@ -374,7 +356,7 @@ def _kinds(steps: Iterable[RunStep]) -> set[str]:
 
 
 def _paths(step: RunStep) -> tuple[str, ...]:
-    """The files or the folder of a step, relative to the folder of steps."""
+    """Return the files or the folder of a step, relative to the folder of steps."""
     if step.record is None:
         return step.paths
     head = f"{records.CHECKPOINT}/"
@@ -397,14 +379,14 @@ def _save_of(run: RunDirectory, step: RunStep, strategy: Path | None) -> _Resuma
 
 
 def _unnamed(path: Path, strategy: Path | None) -> Iterator[_ResumableSave]:
-    """The saves of rank files whose names are of another form than MindFormers'."""
+    """Yield saves of rank files whose names do not have MindFormers' form."""
     for place in (path, path / records.CHECKPOINT):
         left = set(LocalFolder(place).files()) if place.is_dir() else set[str]()
         while any(map(rank_names.is_rank_file, left)):
             try:
                 names = tuple(rank_names.choose(left).paths.values())
             except CoverageError:
-                return  # the formats tell why
+                return  # the formats report why
             left -= {*names}
             yield _named(place, names, strategy)
 

@@ -1,10 +1,10 @@
-"""Policies: when to save, which steps to keep, and the data position.
+"""Policies: when to save, which steps to keep, and where a run resumes.
 
-    maybe_save(40)   began      saved     40 is on the disk: not due again
-    maybe_save(40)   began      failed    40 counts as never begun: due again
-    restore → 30                          30 is on the disk, and the steps after it are due again
+    maybe_save(40)   began      saved     40 is on disk: not due again
+    maybe_save(40)   began      failed    40 is due again
+    restore → 30                          30 is on disk, and the steps after it are due again
 
-This module reads no clock: the time is given to it.
+This module reads no clock: callers pass the time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Cadence:
     def __post_init__(self) -> None:
         if self.every_steps < 0 or not self.every_seconds >= 0:
             raise LayoutError(
-                f"save every {self.every_steps} steps or {self.every_seconds} seconds: neither "
-                "may be negative. Give 0 for never."
+                f"save_every_steps={self.every_steps}, save_every_seconds={self.every_seconds}: "
+                "neither may be negative. Pass 0 for never."
             )
 
     def is_due(self, step: int, *, now: float, last_step: int | None, last_time: float) -> bool:
@@ -51,27 +51,27 @@ class Cadence:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A save: its step, and when it began; None for a state that no step holds."""
+    """A save: its step, or None for a state that is not saved, and its start time."""
 
     step: int | None
     time: float
 
 
 class Schedule:
-    """Decides when a run saves, from what is saved and good, not from what was last tried.
+    """Decides when a run saves, by its saves that succeeded, not by its attempts.
 
     ``ended`` may be called by the thread that saves in the background. All processes of a job
     make the same calls in the same order, but see a background save end at different times:
     only where ``step == tried`` can that change the answer of ``is_due``.
 
     Attributes:
-        tried: the step that was last begun or restored.
+        tried: the step of the last attempt or restore.
     """
 
     def __init__(self, cadence: Cadence, now: float) -> None:
         self._cadence = cadence
         self._saved = Mark(None, now)
-        self._begun: Mark | None = None  # on its way to the disk
+        self._begun: Mark | None = None  # in progress
         self.tried: int | None = None
 
     @property
@@ -81,11 +81,11 @@ class Schedule:
 
     @property
     def is_timed(self) -> bool:
-        """Whether the clock counts, which differs between processes."""
+        """Whether the clock matters, which differs between processes."""
         return self._cadence.every_seconds > 0
 
     def is_due(self, step: int, now: float) -> bool:
-        """Whether ``step`` should be saved now."""
+        """Return True if ``step`` should be saved now."""
         self._reach(step)
         last = self._begun or self._saved
         return self._cadence.is_due(step, now=now, last_step=last.step, last_time=last.time)
@@ -96,16 +96,16 @@ class Schedule:
         self._begun, self.tried = Mark(step, now), step
 
     def ended(self, *, saved: bool) -> None:
-        """Record how the save that began last has ended."""
+        """Record the end of the save in progress."""
         begun = self._begun
         if saved and begun is not None:
             self._saved = begun
         self._begun = None
 
     def restored(self, step: int | None, now: float) -> None:
-        """Record that the run goes on from ``step``; None if no step holds all of its state.
+        """Record that the run continues from ``step``; None if no step holds all of its state.
 
-        Then what is not saved yet is as old as before.
+        Then the time of the last save is unchanged.
         """
         time = now if step is not None else self._saved.time
         self._saved, self._begun, self.tried = Mark(step, time), None, step
@@ -169,23 +169,23 @@ class RetentionPolicy:
         return tuple(s for s in counted[: -self.keep_max] if not every or numbers[s] % every)
 
 
-# --- Lineage: which steps the newest one grew from, and which were left behind
+# --- Lineage: the ancestors of a step, and the steps that a run left behind
 
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Where a save stands among all those of a directory.
+    """Position of a save among all saves of a directory, and its ancestors.
 
     Attributes:
-        order: 1 for the first; 0 where nobody counted.
-        abandoned: first and last of the orders that it did not grow from.
+        order: 1 for the first; 0 for steps without a record.
+        abandoned: first and last order of each range of saves that are not its ancestors.
     """
 
     order: int = 0
     abandoned: tuple[tuple[int, int], ...] = ()
 
     def descends_from(self, order: int) -> bool:
-        """Whether the save of that order is this one's past, or itself.
+        """Return True if the save of that order is an ancestor of this one, or itself.
 
         >>> [Lineage(4, ((3, 3),)).descends_from(n) for n in (1, 2, 3, 4, 5)]
         [True, True, False, True, False]
@@ -194,14 +194,14 @@ class Lineage:
 
 
 def next_lineage(after: Lineage | None, newest: int) -> Lineage:
-    """The line of a save that grows from ``after``, where ``newest`` is the largest order so far.
+    """Return the lineage of a save that continues ``after``; ``newest`` is the largest order.
 
     >>> next_lineage(Lineage(2), newest=3)
-    Lineage(order=4, left=((3, 3),))
+    Lineage(order=4, abandoned=((3, 3),))
     >>> next_lineage(Lineage(4, ((3, 3),)), newest=4)
-    Lineage(order=5, left=((3, 3),))
+    Lineage(order=5, abandoned=((3, 3),))
     >>> next_lineage(None, newest=4)
-    Lineage(order=5, left=((1, 4),))
+    Lineage(order=5, abandoned=((1, 4),))
     """
     before = after or Lineage()
     newest = max(newest, before.order)
@@ -209,18 +209,18 @@ def next_lineage(after: Lineage | None, newest: int) -> Lineage:
     return Lineage(newest + 1, before.abandoned + skipped)
 
 
-# --- Progress: where a run resumes when the batch size or the data has changed
+# --- Progress: where a run resumes with another batch size or other data
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run had come, as its checkpoint says.
+    """Progress of a run, stored in its checkpoint.
 
     Attributes:
-        epoch_num: the epoch it was in, from 1.
+        epoch_num: current epoch, from 1.
         step_num: steps of the whole run.
-        global_step: the optimizer's own count of them.
-        global_batch_size: samples in each step; None if it was not recorded.
+        global_step: the optimizer's count of steps.
+        global_batch_size: samples in each step; None if not recorded.
     """
 
     epoch_num: int
@@ -231,13 +231,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where to go on.
+    """Counters of a resumed run.
 
     Attributes:
-        initial_epoch: epochs that are done, so the number to begin counting from.
-        initial_step: steps that are done, in steps of the new batch size.
-        global_step: the same for the optimizer's own count.
-        data_skip_steps: batches of the data to pass over.
+        initial_epoch: completed epochs.
+        initial_step: completed steps, in steps of the new batch size.
+        global_step: the same for the optimizer's count.
+        data_skip_steps: batches of the data to skip.
     """
 
     initial_epoch: int
@@ -255,17 +255,16 @@ def resume_point(
     ignore_data_skip: bool = False,
     data_skip_steps: int | None = None,
 ) -> ResumePoint:
-    """Where a run that had come to ``saved`` goes on.
+    """Return the counters of a run that resumes from ``saved``.
 
     Args:
-        saved: what the checkpoint says.
-        global_batch_size: of the run that resumes; by default as before.
-        steps_per_epoch: of the run that resumes; without it no epoch is broken off.
-        sink_mode: epochs count as MindFormers does when it feeds data in sinks: scaled like
-            steps, and not set back by an epoch that was broken off.
+        saved: progress stored in the checkpoint.
+        global_batch_size: of the resumed run; by default unchanged.
+        steps_per_epoch: of the resumed run; without it no epoch is incomplete.
+        sink_mode: count epochs like MindFormers with data sinks: scaled like steps, and not
+            reduced for an incomplete epoch.
         ignore_data_skip: read the data from its start.
-        data_skip_steps: pass over so many batches, instead of those of ``saved``. They are
-            batches of the new size.
+        data_skip_steps: skip this many batches, of the new size, instead of those of ``saved``.
 
     Raises:
         LayoutError: a number is negative, or a batch has no samples.
@@ -285,8 +284,8 @@ def resume_point(
     if sink_mode:
         initial_epoch = scaled(saved.epoch_num)
     else:
-        broken_off = bool(steps_per_epoch and initial_step % steps_per_epoch)
-        initial_epoch = saved.epoch_num - broken_off
+        is_incomplete = bool(steps_per_epoch and initial_step % steps_per_epoch)
+        initial_epoch = saved.epoch_num - is_incomplete
     skip = initial_step if data_skip_steps is None else data_skip_steps
     return ResumePoint(
         initial_epoch, initial_step, scaled(saved.global_step), 0 if ignore_data_skip else skip
@@ -306,4 +305,4 @@ def _check(
         ("data_skip_steps", skip, 0),
     ):
         if value is not None and value < least:
-            raise LayoutError(f"{name} is {value}; it must be {least} or more.")
+            raise LayoutError(f"{name} is {value} (expected {least} or more).")

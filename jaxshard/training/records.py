@@ -31,7 +31,7 @@ from ..errors import FormatError, LayoutError
 from ..formats import strategy_layouts
 from ..formats.huggingface import TRAINING_SCALARS, scalar_value
 from ..formats.rank_names import rank_of_strategy_file
-from ..storage.checksums import FileSums
+from ..storage.checksums import Checksums, FileSums
 from .policy import Lineage
 
 FOLDER = ".jaxshard"
@@ -46,18 +46,16 @@ class Record:
     """One saved step.
 
     Attributes:
-        global_step: the step counted over the whole run.
-        units: what is put in place at once: files, or folders with all that is in them;
-            relative to the directory.
-        files: every file with its checksums, relative to the directory.
-        strategy: the folder with the strategy files of this step, if it is cut into ranks;
-            relative to the directory.
-        extras: what the training loop wanted kept.
-        numbers: the job's numbers, as MindFormers calls them.
+        global_step: number of the step in the whole run.
+        units: files and whole folders that are renamed into place; relative to the directory.
+        files: all files with checksums, relative to the directory.
+        strategy: the folder with the strategy files, if there are rank files; relative to the
+            directory.
+        extras: values of the training loop.
+        numbers: training scalars by MindFormers' names.
         saved_at: seconds since 1970.
-        lineage: in which order it was saved, and what it did not grow from.
-        replaces: which of its units were there before and are this run's own, or were to be
-            replaced: putting the step in place refuses to replace anything else.
+        lineage: position among all saves, and the saves it does not descend from.
+        replaces: units that existed before and may be replaced; the commit replaces no others.
     """
 
     step: StepName
@@ -74,13 +72,18 @@ class Record:
     replaces: tuple[str, ...] = ()
 
     @property
+    def checksums(self) -> Checksums:
+        """Checksums of all files."""
+        return Checksums(self.algorithm, self.files)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(f.num_bytes for f in self.files.values())
 
     @property
     def prefix(self) -> str:
-        """Which job saved it, as the names of its files tell; empty if they do not."""
+        """Prefix of the job, by the names of its files; empty if they contain none."""
         for unit in self.units:
             head, _, path = unit.partition("/")
             if head != CHECKPOINT:
@@ -92,7 +95,7 @@ class Record:
 
 
 def strategy_folder(strategy: Mapping[str, bytes]) -> str:
-    """Where strategy files of that content are kept: the name tells whether they still are.
+    """Return the folder of strategy files, whose name is a digest of their content.
 
     >>> strategy_folder({"ckpt_strategy_rank_0.ckpt": b""})
     '.jaxshard/strategy-b2b9623008e5dca5'
@@ -104,7 +107,7 @@ def strategy_folder(strategy: Mapping[str, bytes]) -> str:
 
 
 def is_strategy_file(name: str) -> bool:
-    """Whether ``name`` is that of a strategy file as we keep it.
+    """Return True if ``name`` is that of a strategy file.
 
     >>> [is_strategy_file(f"{start}ckpt_strategy_rank_0.ckpt") for start in ("", "._")]
     [True, False]
@@ -115,9 +118,9 @@ def is_strategy_file(name: str) -> bool:
 def kept_strategy(
     held: Mapping[str, bytes], folder: str, num_ranks: int
 ) -> dict[str, bytes] | None:
-    """The strategy files of ``num_ranks`` ranks that ``folder`` was named after, if ``held``.
+    """Return the files of ``held`` whose content ``folder`` is named by; None if they differ.
 
-    Foreign files, and those of a layout of more ranks, may lie with them.
+    ``held`` may contain foreign files, and strategy files of more than ``num_ranks`` ranks.
     """
     ranks = {name: rank_of_strategy_file(name) for name in held}
     raw = {name: held[name] for name, r in ranks.items() if r is not None and r < num_ranks}
@@ -126,10 +129,10 @@ def kept_strategy(
 
 
 def check_extras(extras: Mapping[str, Any]) -> None:
-    """Refuse extras that would not come back from JSON as they are.
+    """Refuse extras that JSON would change.
 
     Raises:
-        LayoutError: a value is no JSON, or would come back as another.
+        LayoutError: JSON cannot hold a value, or would change it.
     """
     for key, value in extras.items():
         try:
@@ -138,13 +141,13 @@ def check_extras(extras: Mapping[str, Any]) -> None:
             same = False
         if not same:
             raise LayoutError(
-                f"extras[{key!r}] = {value!r:.80} does not survive JSON. Keep numbers, text, lists "
-                "and dicts with text keys in extras, and arrays in the state."
+                f"extras[{key!r}] = {value!r:.80} cannot be stored as JSON. Pass numbers, text, "
+                "lists and dicts with text keys in extras, and arrays in the state."
             )
 
 
 def to_bytes(record: Record) -> bytes:
-    """The contents of a record's file."""
+    """Return the contents of a record's file."""
     said = {
         "version": VERSION,
         "epoch": record.step.epoch,
@@ -180,15 +183,15 @@ def _unsealed(data: bytes, path: str) -> Any:
 
 
 def from_bytes(data: bytes, path: str) -> Record:
-    """The record that ``data`` is.
+    """Parse a record.
 
     Raises:
-        FormatError: it is damaged, or no record.
+        FormatError: ``data`` is damaged, or not a record.
     """
     try:
         return _record(_unsealed(data, path))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path} is no record of a step that this jaxshard reads.") from error
+        raise FormatError(f"{path} is not a record that this jaxshard reads.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +282,7 @@ def _line(said: Mapping[str, Any]) -> Lineage:
 
 
 def _inside(path: Any) -> str:
-    """``path``, which may not lead out of the directory."""
+    """Return ``path``, which must stay inside the directory."""
     if not isinstance(path, str) or path.startswith(("/", "..")) or normpath(path) != path:
         raise ValueError(path)
     return path
@@ -291,7 +294,7 @@ def _whole(number: Any) -> int:
     return number
 
 
-# --- Names of steps, files and folders, as MindFormers writes them
+# --- Names of steps, files and folders
 
 CHECKPOINT, NETWORK, TRAINABLE = "checkpoint", "checkpoint_network", "checkpoint_trainable"
 STRATEGY = "strategy"
@@ -315,11 +318,10 @@ _PREFIX = re.compile(r"[^/\0.][^/\0]*")
 
 @dataclass(frozen=True, slots=True, order=True)
 class StepName:
-    """An epoch and a step in it; they sort in the order of training.
+    """Epoch and step in it; sorts in the order of training.
 
     Attributes:
-        task: which of several jobs of one prefix saved it: MindSpore adds a number where files
-            of that prefix are there already.
+        task: number of the job: MindSpore adds one if files of the prefix exist already.
 
     >>> str(StepName(1, 10)), StepName(1, 10) < StepName(1, 10, task=2) < StepName(2, 1)
     ('1_10', True)
@@ -338,11 +340,10 @@ class StepName:
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """What the name of a rank's file says.
+    """Parsed name of a rank's file.
 
     Attributes:
-        task: which of several jobs of one prefix saved it: MindSpore adds a number where files
-            of that prefix are there already.
+        task: number of the job: MindSpore adds one if files of the prefix exist already.
         extension: ``"safetensors"``, or ``"ckpt"``, which is what MindFormers writes by default.
     """
 
@@ -354,10 +355,10 @@ class RankFile:
 
 
 def step_name(global_step: int, steps_per_epoch: int | None = None) -> StepName:
-    """The name of the ``global_step``-th step of a run; without epochs all are in the first.
+    """Return the name of the ``global_step``-th step; without epochs all are in the first.
 
     Raises:
-        LayoutError: no such step.
+        LayoutError: a number is smaller than 1.
 
     >>> [str(step_name(number, steps_per_epoch=10)) for number in (10, 11)]
     ['1_10', '2_1']
@@ -373,7 +374,7 @@ def step_name(global_step: int, steps_per_epoch: int | None = None) -> StepName:
 
 
 def parse_step(text: str) -> StepName | None:
-    """The step written ``1_10``, or ``_2-1_10`` of a third job, or None.
+    """Parse ``1_10``, or ``_2-1_10`` of a third job; None if it is neither.
 
     >>> parse_step("_2-1_10")
     StepName(epoch=1, step=10, task=2)
@@ -385,19 +386,19 @@ def parse_step(text: str) -> StepName | None:
 
 
 def check_prefix(prefix: str) -> None:
-    """Refuse a prefix that would name files elsewhere, or hidden ones.
+    """Refuse a prefix of hidden files, or of files in other folders.
 
     Raises:
-        LayoutError: such a prefix.
+        LayoutError: the prefix is invalid.
     """
     if not _PREFIX.fullmatch(prefix):
         raise LayoutError(
-            f"prefix {prefix!r} cannot begin a file's name. Use letters, digits, '-' and '_'."
+            f"prefix {prefix!r} cannot start a file name. Use letters, digits, '-' and '_'."
         )
 
 
 def rank_file(prefix: str, rank: int, step: StepName, kind: str = CHECKPOINT) -> str:
-    """Where a rank's file lies below the folder of its ``kind``.
+    """Return the path of a rank's file below the folder of its ``kind``.
 
     >>> rank_file("llama", 3, StepName(1, 10)), rank_file("llama", 3, StepName(1, 10, task=1))
     ('rank_3/llama_rank_3-1_10.safetensors', 'rank_3/llama_rank_3_1-1_10.safetensors')
@@ -408,7 +409,7 @@ def rank_file(prefix: str, rank: int, step: StepName, kind: str = CHECKPOINT) ->
 
 
 def parse_rank_file(path: str, kind: str = CHECKPOINT) -> RankFile | None:
-    """What ``path``, relative to the folder of its ``kind``, says; None if it is no such file."""
+    """Parse ``path``, relative to the folder of its ``kind``; None if it is another file."""
     match = _FILE.fullmatch(path)
     if not match or match["folder"] != match["rank"] or (match["kind"] or "") != _KIND[kind]:
         return None
@@ -422,7 +423,7 @@ def parse_rank_file(path: str, kind: str = CHECKPOINT) -> RankFile | None:
 
 
 def meta_json(prefix: str, rank: int, step: StepName) -> bytes:
-    """The contents of a rank's ``meta.json`` once ``step`` is its newest.
+    """Return the contents of a rank's ``meta.json`` whose newest step is ``step``.
 
     >>> meta_json("llama", 0, StepName(1, 10)).decode()
     '{"last_epoch": 1, "last_step": 10, "last_ckpt_file": "llama_rank_0-1_10.safetensors"}'
@@ -433,7 +434,7 @@ def meta_json(prefix: str, rank: int, step: StepName) -> bytes:
 
 
 def iteration_folder(global_step: int) -> str:
-    """The folder of a step in the Checkpoint-2.0 format.
+    """Return the name of a step's Checkpoint-2.0 folder.
 
     >>> iteration_folder(10)
     'iteration_00000010'
@@ -442,7 +443,7 @@ def iteration_folder(global_step: int) -> str:
 
 
 def parse_iteration(name: str) -> int | None:
-    """The global step of such a folder, or None."""
+    """Return the global step of such a folder, or None."""
     match = _ITERATION.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -467,22 +468,24 @@ def parse_folder(name: str) -> tuple[str, StepName] | None:
     return (match["prefix"], step) if match and step else None
 
 
-def parse_wish(wish: object) -> StepName | int | None:
-    """The step that a caller names: a global step, ``"1_10"``, a file's or a folder's name.
+def parse_step_argument(requested: object) -> StepName | int | None:
+    """Parse the step of a caller: a global step, ``"1_10"``, a file's or a folder's name.
 
     Raises:
-        LayoutError: it names no step.
+        LayoutError: it is not a step.
 
-    >>> parse_wish("llama_rank_0_2-1_10"), parse_wish("iteration_00000010"), parse_wish(7)
-    (StepName(epoch=1, step=10, task=2), 10, 7)
+    >>> parse_step_argument("llama_rank_0_2-1_10")
+    StepName(epoch=1, step=10, task=2)
+    >>> parse_step_argument("iteration_00000010"), parse_step_argument(7)
+    (10, 7)
     """
-    if wish is None or isinstance(wish, StepName):
-        return wish
-    if not isinstance(wish, bool | str):
+    if requested is None or isinstance(requested, StepName):
+        return requested
+    if not isinstance(requested, bool | str):
         with suppress(TypeError):
-            return operator.index(wish)  # type: ignore[arg-type]  # NumPy's and JAX's too
-    if isinstance(wish, str):
-        text = wish.rsplit("/", 1)[-1].removesuffix(".safetensors").removesuffix(".ckpt")
+            return operator.index(requested)  # type: ignore[arg-type]  # NumPy's and JAX's too
+    if isinstance(requested, str):
+        text = requested.rsplit("/", 1)[-1].removesuffix(".safetensors").removesuffix(".ckpt")
         iteration = parse_iteration(text)
         found = iteration if iteration is not None else parse_step(text)
         if found is not None:
@@ -495,5 +498,5 @@ def parse_wish(wish: object) -> StepName | int | None:
         if text.isdecimal():
             return int(text)
     raise LayoutError(
-        f"{wish!r} names no step. Give a number, '1_10', or the name of a file or folder."
+        f"step={requested!r} is not a step. Pass a number, '1_10', or the name of a file or folder."
     )

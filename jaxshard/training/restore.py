@@ -1,12 +1,12 @@
 """Restoring the newest good step onto any layout.
 
     steps, newest first     50 partial   40 corrupt   30 complete   20 …
-                            passed over, and said so  ↑ restored
+                            passed over, with a note  ↑ restored
 
-A step is good if it is complete, its headers agree with its files' sizes, and, when asked,
-every byte has its checksum. What is wrong with the *request* (a name that no step has) is
-an error; what is wrong with a *step* leads to the next best one in a new listing: the run's
-own process may have removed the step while it was read, and saved another.
+A step is good if it is complete, its headers match the sizes of its files, and, with ``verify``,
+all checksums match. An invalid *request* (a name that no step has) is an error. A bad *step* leads
+to the next one in a new listing, because retention may have removed the step while it was read,
+after another was saved.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from ..errors import (
 )
 from ..formats.huggingface import TRAINING_SCALARS
 from ..formats.registry import format_of
+from ..storage.checksums import Checksums, check_files
 from ..storage.identity import check_same, identity
 from .commit_step import is_interrupted, is_on_disk, recover
-from .open_step import check_sums, open_step
+from .open_step import open_step
 from .policy import Lineage, Progress
 from .records import (
     MOVING,
     StepName,
     parse_step,
-    parse_wish,
+    parse_step_argument,
 )
 from .restore_state import Parts, RestoreOptions, RestorePlan, plan_restore
 from .run_directory import RunDirectory, names_in, read_record, writer_lock
@@ -50,23 +51,23 @@ from .state import one_of
 from .steps import RunStep, find_steps, of_one_job
 
 _SAME = "{}"  # nothing more to compare
-_MAX_TRIES = 1000  # steps that went while they were read
-_PUTTING_S, _POLL_S = 5.0, 0.02  # a writer takes a few renames to put a step in place
+_MAX_TRIES = 1000  # a step may be removed while it is read
+_PUTTING_S, _POLL_S = 5.0, 0.02  # a writer commits a step by a few renames
 _log = logging.getLogger("jaxshard.training")
 
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """A state as it was.
+    """A restored step.
 
     Attributes:
-        state: the target, with the saved leaves in it.
-        step: the step it is of, counted over the whole run.
-        name: the same as epoch and step.
-        extras: what was saved with it; empty if its record is lost or it is MindFormers'.
-        numbers: the job's numbers that were saved: ``epoch_num``, ``loss_scale`` …
+        state: the target with the saved leaves.
+        step: number of the step in the whole run.
+        name: its epoch and step.
+        extras: values saved with it; empty for a step without a record, such as MindFormers'.
+        numbers: the saved training scalars: ``epoch_num``, ``loss_scale`` …
         passed_over: newer steps that were not good, each with the reason.
-        lineage: what the next save of this run grows from; None if others saved it.
+        lineage: the lineage that the next save continues; None without a record.
         notes: findings on the step and on its layout that are not errors; they are logged too.
     """
 
@@ -81,7 +82,7 @@ class RestoreResult:
 
     @property
     def progress(self) -> Progress:
-        """How far the run had come: what ``resume_point`` takes."""
+        """Progress of the run, for ``resume_point``."""
         batch = self.numbers.get("global_batch_size")
         return Progress(
             int(self.numbers.get("epoch_num") or self.name.epoch),
@@ -100,21 +101,21 @@ def restore(
     parts: Parts = "all",
     verify: bool = False,
     prefix: str = "",
-    processes: Processes = Processes(),  # noqa: B008 - nobody but this process
+    processes: Processes = Processes(),  # noqa: B008 - this process alone
 ) -> RestoreResult:
-    """The state saved at ``step``, by default the newest good one, by the job of ``prefix``.
+    """Restore ``step`` of the job of ``prefix``, by default the newest good one.
 
-    It is the same in all ``processes``, and good for all of them.
+    All ``processes`` restore the same step, which is good in each of them.
 
     Raises:
-        NotFoundError: there is no such step or no good one, or names do not fit.
-        FormatError, CoverageError, StorageError: the step that was named is not good.
-        LayoutError: the target does not fit, or several steps are meant.
-        StorageError: another process failed otherwise, or did not come in time.
+        NotFoundError: no such step, no good step, or names do not match.
+        FormatError, CoverageError, StorageError: the named step is not good.
+        LayoutError: the target does not fit, or ``step`` is ambiguous.
+        StorageError: another process failed, or is missing.
     """
     one_of("parts", parts, get_args(Parts))
     processes.agree("restoring: tidying", lambda: newest_step(run))
-    search = _Search(run, prefix, parse_wish(step), processes)
+    search = _Search(run, prefix, parse_step_argument(step), processes)
     passed: list[tuple[str, str]] = []
     failure: JaxshardError | None = None
     for found in search:
@@ -127,7 +128,7 @@ def restore(
                 numbers = dict(found.record.numbers) if found.record else _numbers(catalog)
                 _check_still(run, found)
                 is_shown = found.record is None and processes.are_several
-                what = identity(catalog) if is_shown else _SAME  # a record is in the label
+                what = identity(catalog) if is_shown else _SAME  # the label identifies a record
                 meeting.says = json.dumps(["", what])
             except (FormatError, CoverageError, StorageError, _Missing) as error:
                 failure = error.cause if isinstance(error, _Missing) else error
@@ -136,11 +137,11 @@ def restore(
         if reason:
             failure = failure or CoverageError(f"step {found.name}: another process: {reason}")
             passed = [*_others(passed, found.name), (str(found.name), reason)]
-            if search.wish is None:
+            if search.requested is None:
                 _log.warning("step %s is passed over: %s", found.name, reason)
             search.only(found.name)
             continue
-        passed = _others(passed, found.name)  # it is whole by now
+        passed = _others(passed, found.name)  # it may have been committed meanwhile
         if passed:
             _log.warning("step %s is restored instead of %s", found.name, passed[0][0])
         notes = (*catalog.notes, *wanted.notes, *_notes(run, search.steps, found))
@@ -150,9 +151,9 @@ def restore(
         extras = dict(record.extras) if record else {}
         line = record.lineage if record else None
         return RestoreResult(state, number, found.name, extras, numbers, tuple(passed), line, notes)
-    if failure and search.wish is not None:
+    if failure and search.requested is not None:
         raise failure
-    raise NotFoundError(_none(run, search.wish, passed))
+    raise NotFoundError(_none(run, search.requested, passed))
 
 
 def _others(passed: list[tuple[str, str]], name: StepName) -> list[tuple[str, str]]:
@@ -160,7 +161,7 @@ def _others(passed: list[tuple[str, str]], name: StepName) -> list[tuple[str, st
 
 
 def _refusal(heard: Sequence[str], run: RunDirectory, processes: Processes) -> str:
-    """Why a step is not good for all processes, which must see the same one; empty if it is."""
+    """Return why a step is not good for all processes; empty if it is, and the same in each."""
     said = [json.loads(text) for text in heard]
     why = next((why for why, _ in said if why), "")
     if not why and processes.are_several:
@@ -172,11 +173,11 @@ def _refusal(heard: Sequence[str], run: RunDirectory, processes: Processes) -> s
 
 
 def finish_interrupted(run: RunDirectory) -> list[str]:
-    """Go on with a save or a removal that was interrupted, if no other process is at work."""
+    """Complete an interrupted save or removal, unless another process holds the lock."""
     try:
         if not run.own.is_dir() or not is_interrupted(run):
             return []
-    except OSError:  # what is wrong with the folder, listing the steps will tell
+    except OSError:  # listing the steps raises an error
         return []
     with suppress(StorageError), writer_lock(run, is_reader=True):
         done = recover(run)
@@ -187,14 +188,14 @@ def finish_interrupted(run: RunDirectory) -> list[str]:
 
 
 def newest_step(run: RunDirectory) -> str:
-    """Finish what was interrupted; the newest step there is then, empty if there is none."""
+    """Recover the run; return the name of its newest step, empty if it has no steps."""
     finish_interrupted(run)
     found = find_steps(run)
     return str(found[-1].name) if found else ""
 
 
 class _Missing(Exception):
-    """A step lacks a file: the step's fault, unlike a name that the request gets wrong."""
+    """The step lacks a file, which is not an error of the request."""
 
     def __init__(self, cause: JaxshardError) -> None:
         super().__init__(str(cause))
@@ -202,21 +203,20 @@ class _Missing(Exception):
 
 
 class _Search:
-    """The steps to try, the best first, as process 0 sees them; each once.
+    """Iterator over the steps to try, the best first, as process 0 lists them.
 
-    The directory is listed again for every step: retention of a run that goes on removes steps,
-    and newer ones appear.
+    The directory is listed again for every step, because a running job removes and adds steps.
 
     Attributes:
-        steps: all steps of the job in the last listing here.
-        wish: the step that the caller names.
+        steps: all steps of the job in the last listing of this process.
+        requested: the step of the caller.
     """
 
     def __init__(
-        self, run: RunDirectory, prefix: str, wish: StepName | int | None, processes: Processes
+        self, run: RunDirectory, prefix: str, requested: StepName | int | None, processes: Processes
     ) -> None:
         self._run, self._prefix, self._processes = run, prefix, processes
-        self.wish, self.steps = wish, list[RunStep]()
+        self.requested, self.steps = requested, list[RunStep]()
         self._tried: set[str] = set()
 
     def __iter__(self) -> Iterator[RunStep]:
@@ -232,15 +232,15 @@ class _Search:
 
     def only(self, name: StepName) -> None:
         """RestoreOptions a step was named, try no other one than ``name``."""
-        if self.wish is not None:
-            self.wish = name
+        if self.requested is not None:
+            self.requested = name
 
     def _choose(self) -> str:
-        """The best step that was not tried yet; empty if there is none."""
+        """Return the label of the best untried step; empty if all were tried."""
         until = time.monotonic() + _PUTTING_S
         while True:
             self.steps = of_one_job(find_steps(self._run), self._prefix)
-            labels = map(_label, reversed(_meant(self._run, self.steps, self.wish)))
+            labels = map(_label, reversed(_meant(self._run, self.steps, self.requested)))
             label = next((one for one in labels if one not in self._tried), "")
             in_place = not names_in(self._run, MOVING)
             if label or in_place or not self._tried or time.monotonic() > until:
@@ -249,55 +249,56 @@ class _Search:
 
 
 def _label(step: RunStep) -> str:
-    """The step in words that all processes share; another save of the name has another one."""
+    """Return a text that identifies a save of a step in all processes."""
     return " ".join(map(str, step.identity))
 
 
-def _meant(run: RunDirectory, steps: list[RunStep], wish: StepName | int | None) -> list[RunStep]:
-    """Those of ``steps`` that the caller means, the best last."""
-    if wish is None:
+def _meant(
+    run: RunDirectory, steps: list[RunStep], requested: StepName | int | None
+) -> list[RunStep]:
+    """Return the steps that match the caller's, the best last."""
+    if requested is None:
         return steps
-    if isinstance(wish, int):
-        return _numbered(run, steps, wish)
-    exact = [step for step in steps if step.name == wish]
-    return exact or [step for step in steps if replace(step.name, task=0) == wish]
+    if isinstance(requested, int):
+        return _numbered(run, steps, requested)
+    exact = [step for step in steps if step.name == requested]
+    return exact or [step for step in steps if replace(step.name, task=0) == requested]
 
 
 def _numbered(run: RunDirectory, steps: list[RunStep], number: int) -> list[RunStep]:
-    """The steps of that number in the whole run.
+    """Return the steps of that number in the whole run.
 
-    Names of others' rank files tell the step within its epoch only: where there are several
-    epochs, their own numbers are asked.
+    Names of foreign rank files contain the step within its epoch only: if there are several
+    epochs, the training scalars in the files decide.
     """
-    told = [
+    certain = [
         s
         for s in steps
         if s.global_step == number and (s.record or format_of(s.format).own_step_folder)
     ]
-    if told:
-        return told
+    if certain:
+        return certain
     if len({step.name.epoch for step in steps}) == 1:
         return [step for step in steps if step.global_step == number]
-    unsaid = [step for step in steps if not step.record]
-    asked = [(step, true_number(run, step)) for step in unsaid]
-    found = [step for step, true in asked if true == number]
+    read = [(step, true_number(run, step)) for step in steps if not step.record]
+    found = [step for step, true in read if true == number]
     if found:
         return found
-    silent = [step for step, true in asked if true is None and step.name.step == number]
-    if len(silent) > 1:
+    unknown = [step for step, true in read if true is None and step.name.step == number]
+    if len(unknown) > 1:
         raise LayoutError(
-            f"step {number} may be {' or '.join(str(s.name) for s in silent)}, and their files do "
-            "not tell. Give the name instead of the number."
+            f"step {number} is ambiguous: {' or '.join(str(s.name) for s in unknown)}, whose files "
+            "do not contain the number. Pass the name instead."
         )
-    return silent
+    return unknown
 
 
 def true_number(run: RunDirectory, step: RunStep) -> int | None:
-    """Which step of the whole run a step is by the numbers in its files, if they are there."""
+    """Return the number of a step in the whole run, by its files; None if unknown."""
     if step.record:
         return step.record.global_step
     if step.state != "complete" or format_of(step.format).own_step_folder:
-        return None  # which its name tells
+        return None  # its name contains it
     try:
         numbers = _numbers(open_step(run, None, step.format, step.paths))
     except JaxshardError:
@@ -332,18 +333,18 @@ def _unseen(label: str, process: int) -> RunStep:
 def _read(wanted: RestorePlan) -> Any:
     try:
         return wanted.read()
-    except NotFoundError as error:  # names are known to fit: it is a file
+    except NotFoundError as error:  # the names match, so a file is missing
         raise _Missing(error) from error
 
 
 def _check_still(run: RunDirectory, step: RunStep) -> None:
-    """Refuse what was read while the step was replaced: it may be half of each save.
+    """Refuse a state that was read while the step was replaced: it may be a mixture.
 
-    One that was removed meanwhile is whole: its files go, and do not change.
+    If the step was removed meanwhile, the state is consistent: files are deleted, not changed.
 
     Raises:
-        CoverageError: it was saved again.
-        FormatError: its record cannot be read any more.
+        CoverageError: the step was saved again.
+        FormatError: its record is no longer readable.
     """
     if step.record is None:
         return
@@ -355,7 +356,7 @@ def _check_still(run: RunDirectory, step: RunStep) -> None:
 
 
 def _reason(run: RunDirectory, step: RunStep, failure: JaxshardError) -> str:
-    """Why a step is passed over."""
+    """Return why a step is passed over."""
     reason = str(failure) or type(failure).__name__
     if step.record is None or run.record(step.name).exists():
         return reason
@@ -365,10 +366,10 @@ def _reason(run: RunDirectory, step: RunStep, failure: JaxshardError) -> str:
 def _opened(
     run: RunDirectory, step: RunStep, verify: bool, workers: int | None, processes: Processes
 ) -> Catalog:
-    """The catalog of a step that is good; several processes read its bytes in shares."""
+    """Open a good step; with ``verify``, each process reads a share of the bytes."""
     if verify and step.state == "complete" and step.record is None:
         raise FormatError(
-            "it has no checksums, so it cannot be verified; restore it by name, without verify"
+            "it has no checksums, so it cannot be verified. Restore it without verify=True."
         )
     if step.state == "incomplete":
         raise CoverageError(f"it is incomplete: {step.reason}")
@@ -377,7 +378,8 @@ def _opened(
     try:
         if verify and step.record:
             mine = dict(list(step.record.files.items())[processes.index :: processes.count])
-            check_sums(run, replace(step.record, files=mine), workers=workers)
+            checksums = Checksums(step.record.algorithm, mine)
+            check_files(run.root, checksums, workers=workers)
         return open_step(run, step.record, step.format, step.paths)
     except NotFoundError as error:
         raise _Missing(error) from error
@@ -390,18 +392,18 @@ def _numbers(catalog: Catalog) -> dict[str, Any]:
 
 
 def _number(numbers: dict[str, Any], step: RunStep) -> int:
-    """The step of a run that kept no record of it."""
+    """Return the number of a step without a record."""
     if format_of(step.format).own_step_folder:
         return step.global_step
     return int(numbers.get("step_num") or numbers.get("global_step") or step.global_step)
 
 
-def _none(run: RunDirectory, wish: object, passed: list[tuple[str, str]]) -> str:
+def _none(run: RunDirectory, requested: object, passed: list[tuple[str, str]]) -> str:
     there = [str(s.name) for s in find_steps(run)]
-    if wish is not None:
-        held = f"there are {format_list(reversed(there))}" if there else "there are none"
-        return f"{run.root} has no step {wish}; {held}."
+    if requested is not None:
+        held = f"its steps are {format_list(reversed(there))}" if there else "it has no steps"
+        return f"{run.root} has no step {requested}: {held}."
     if not passed:
-        return f"{run.root} has no steps. Save one, or give another directory."
-    told = "; ".join(f"{name}: {reason}" for name, reason in passed[:5])
-    return f"none of the {len(passed)} steps of {run.root} is good: {told}"
+        return f"{run.root} has no steps. Save one, or pass another directory."
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed[:5])
+    return f"{run.root}: none of its {len(passed)} steps is good: {reasons}"

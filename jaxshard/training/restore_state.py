@@ -1,8 +1,8 @@
 """RestorePlan a target state from a checkpoint's tensors.
 
-Leaves that are arrays on devices, or describe them, are loaded where they are to lie (see
-``laying``); NumPy's and Python's numbers are read on the host. Every complaint about names,
-shapes and dtypes is made at once, before a byte is read.
+Arrays on devices, and descriptions of them, are loaded onto their target shardings; NumPy arrays
+and Python numbers are read into host memory. All mismatches of names, shapes and dtypes are
+reported in one error before a byte is read.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from .state import (
 
 
 def is_on_devices(leaf: StateLeaf) -> bool:
-    """Whether a leaf is an array of JAX's, or describes one."""
+    """Return True if a leaf is a JAX array, or describes one."""
     return isinstance(leaf.value, jax.Array | jax.ShapeDtypeStruct)
 
 
 def struct_of(leaf: StateLeaf) -> jax.ShapeDtypeStruct:
-    """What is stored for a leaf, and its sharding, if it has one."""
+    """Return the shape and dtype stored for a leaf, and its sharding, if it has one."""
     value = leaf.value
     if not is_on_devices(leaf):
         array = as_array(value)
@@ -75,16 +75,16 @@ def placed(
     rules: family_rules.Rules | None,
     devices: Sequence[jax.Device] | None,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[str, ...]]:
-    """The target sharding of each leaf by name, and notes; leaves not listed stay uncommitted.
+    """Return the target sharding of each leaf, and notes; leaves not listed stay uncommitted.
 
     Raises:
         LayoutError: a leaf has no sharding, or the strategy does not fit.
     """
-    structs = {leaf.name: struct_of(leaf) for leaf in leaves if not _is_loose(leaf, strategy)}
+    structs = {leaf.name: struct_of(leaf) for leaf in leaves if not _is_uncommitted(leaf, strategy)}
     if not structs:
-        return {}, ()  # and a state of NumPy's arrays wakes no device
+        return {}, ()  # a state of NumPy arrays initialises no device
     if strategy is None:
-        return _as_they_say(structs, devices), ()
+        return _own_shardings(structs, devices), ()
     like = {leaf.name: leaf.like for leaf in leaves if leaf.like}
     names = structs.keys() | {w for n, w in like.items() if n in structs and w in catalog.tensors}
     chosen = replace(catalog, tensors={n: catalog.tensors[n] for n in names})
@@ -103,13 +103,13 @@ def by_strategy(
     rules: family_rules.Rules | None,
     devices: Sequence[jax.Device] | None,
 ) -> tuple[dict[str, NamedSharding], tuple[str, ...]]:
-    """The sharding of every tensor of ``catalog``, and notes; see ``lay_out``.
+    """Return the sharding of every tensor, and notes; see ``lay_out``.
 
     Raises:
         LayoutError: the strategy does not fit.
     """
     strategy = Strategy.of(strategy)
-    rest = _untold(catalog) - _alike(catalog, like).keys()
+    rest = _non_weights(catalog) - _shares_layout(catalog, like).keys()
     large = sorted(n for n in rest if prod(catalog.tensors[n].shape) > LARGE_ELEMENTS)
     notes = []
     if large:
@@ -117,8 +117,8 @@ def by_strategy(
             f"{len(large)} tensors match no rule and no weight, so each device holds all of them: "
             f"{format_list(large)}. Give the target's leaves shardings to split them."
         )
-    told = replace(catalog, scalars=catalog.scalars | rest)
-    layout = lay_out(told, like, strategy, rules)
+    described = replace(catalog, scalars=catalog.scalars | rest)
+    layout = lay_out(described, like, strategy, rules)
     found = shardings(layout, rank_devices(strategy, devices), catalog.tensors)
     return dict(found), (*layout.notes, *notes)
 
@@ -129,22 +129,22 @@ def lay_out(
     strategy: Strategy,
     rules: family_rules.Rules | None,
 ) -> Layout:
-    """The layout of a state under ``strategy``; a tensor that is ``like`` a weight lies as it.
+    """Return the layout of a state; a tensor that is ``like`` a weight has the weight's layout.
 
     Raises:
         LayoutError: names without a rule, or dims that do not divide.
     """
-    alike = _alike(catalog, like)
-    told = {n: t for n, t in catalog.tensors.items() if n not in alike}
+    alike = _shares_layout(catalog, like)
+    ruled = {n: t for n, t in catalog.tensors.items() if n not in alike}
     layout = lay_out_for(
-        replace(catalog, tensors=told, scalars=catalog.scalars & told.keys()), strategy, rules
+        replace(catalog, tensors=ruled, scalars=catalog.scalars & ruled.keys()), strategy, rules
     )
     more = {name: layout.placements[weight] for name, weight in alike.items()}
     return replace(layout, placements={**layout.placements, **more})
 
 
 def roles_by_name(catalog: Catalog) -> dict[str, Role]:
-    """What each tensor is for, as far as names and shapes tell."""
+    """Return the role of each tensor, by names and shapes."""
 
     def role(tensor: Tensor) -> Role:
         if is_optimizer_name(tensor.name):
@@ -157,15 +157,15 @@ def roles_by_name(catalog: Catalog) -> dict[str, Role]:
 
 
 def likes_by_name(catalog: Catalog) -> dict[str, str]:
-    """For what is kept for a weight, the weight, as far as names tell."""
+    """Return the weight of each optimizer tensor, by names."""
     roles = roles_by_name(catalog)
     weights = {name for name, role in roles.items() if role == "weights"}
     found = {name: ending(name, weights) for name, role in roles.items() if role != "weights"}
     return {name: weight for name, weight in found.items() if weight}
 
 
-def _alike(catalog: Catalog, like: Mapping[str, str]) -> dict[str, str]:
-    """Those of ``like`` whose weight is there and has their shape: Adafactor's factors have not."""
+def _shares_layout(catalog: Catalog, like: Mapping[str, str]) -> dict[str, str]:
+    """Return those of ``like`` with the shape of their weight: Adafactor's factors differ."""
     tensors = catalog.tensors
     return {
         name: weight
@@ -174,8 +174,8 @@ def _alike(catalog: Catalog, like: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _untold(catalog: Catalog) -> frozenset[str]:
-    """The rest of a state, which no rule speaks of, told from weights."""
+def _non_weights(catalog: Catalog) -> frozenset[str]:
+    """Return the tensors that are not weights, and so need no rule."""
     return (catalog.scalars & catalog.tensors.keys()) | {
         t.name
         for t in catalog.tensors.values()
@@ -183,7 +183,7 @@ def _untold(catalog: Catalog) -> frozenset[str]:
     }
 
 
-def _is_loose(leaf: StateLeaf, strategy: object) -> bool:
+def _is_uncommitted(leaf: StateLeaf, strategy: object) -> bool:
     value = leaf.value
     if isinstance(value, jax.Array):
         if value.committed or len(value.sharding.device_set) > 1:
@@ -198,7 +198,7 @@ def _is_number(leaf: StateLeaf) -> bool:
     return size == 1 or (leaf.role != "weights" and not leaf.like and size <= LARGE_ELEMENTS)
 
 
-def _as_they_say(
+def _own_shardings(
     structs: Mapping[str, jax.ShapeDtypeStruct], devices: Sequence[jax.Device] | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     unsaid = [name for name, s in structs.items() if s.sharding is None]
@@ -216,7 +216,7 @@ def _as_they_say(
     }
 
 
-# --- RestorePlan: the leaves of a target from the tensors of a catalog
+# --- The restore of a target from a catalog
 
 Parts = Literal["all", "weights", "optimizer", "no_optimizer"]
 
@@ -231,15 +231,15 @@ _LARGE_BYTES = 1 << 20  # below it, starting threads costs more than reading
 
 @dataclass(frozen=True)
 class RestoreOptions:
-    """How a state is laid out and called, options its own leaves do not say.
+    """Layout and names of a restored state.
 
     Attributes:
-        strategy: by which leaves without a sharding are laid out.
-        rules: layout rules that go before the family's.
+        strategy: layout of the leaves.
+        rules: layout rules that precede the family's.
         devices: the device of each rank.
         roles: keys of a state's weights and its optimizer's state are.
         rename: the names of weights in files.
-        strict: refuse leaves that the step has not, and tensors that the target has not.
+        strict: refuse leaves missing in the step, and tensors missing in the target.
     """
 
     strategy: str | Strategy | None = None
@@ -254,12 +254,12 @@ class RestoreOptions:
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """What is to be read into a target, whose request is known to be right.
+    """A valid target, and the tensors to read into it.
 
     Attributes:
-        structs: what is loaded onto devices, with shardings.
-        state: the target taken apart; None for arrays by name.
-        found: the leaves that the step has.
+        structs: descriptions of the arrays on devices, with shardings.
+        state: the flattened target; None for arrays by name.
+        found: the leaves that exist in the step.
         notes: findings on the layout that are not errors.
     """
 
@@ -271,7 +271,7 @@ class RestorePlan:
     found: Sequence[StateLeaf] = ()
 
     def read(self) -> Any:
-        """The target with its leaves as they are in the catalog, or arrays by name.
+        """Return the target with the leaves of the catalog, or arrays by name.
 
         Raises:
             LayoutError: the target does not fit the devices.
@@ -284,7 +284,9 @@ class RestorePlan:
         ours = [leaf.name for leaf in self.found if is_on_devices(leaf)]
         arrays = {
             **_on_devices(catalog, self.structs, options),
-            **_loose(catalog, [name for name in ours if name not in self.structs], options),
+            **_load_uncommitted(
+                catalog, [name for name in ours if name not in self.structs], options
+            ),
         }
         others = [leaf.name for leaf in self.found if not is_on_devices(leaf)]
         values = _on_host(catalog, others, options)
@@ -322,7 +324,7 @@ def plan_restore(
 def _by_name(
     catalog: Catalog, strategy: str | Strategy, options: RestoreOptions, parts: Parts
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[str, ...]]:
-    """The tensors of ``parts`` by name with their shardings, and notes."""
+    """Return the tensors of ``parts`` by name with their shardings, and notes."""
     roles = roles_by_name(catalog)
     like = likes_by_name(catalog)
     found, notes = by_strategy(catalog, like, strategy, options.rules, options.devices)
@@ -356,7 +358,7 @@ def _check(catalog: Catalog, wanted: list[StateLeaf], strict: bool, parts: str) 
 
 
 def _left_over(catalog: Catalog, wanted: set[str], parts: str) -> list[str]:
-    """Tensors that nobody asked for and somebody would miss."""
+    """Return tensors of ``parts`` that the target lacks."""
     over = [n for n in catalog.tensors if n not in wanted and n not in TRAINING_SCALARS]
     if parts == "all":
         return over
@@ -370,10 +372,10 @@ def _misfit(leaf: StateLeaf, tensor: Tensor) -> str:
     struct = struct_of(leaf)
     stored = numpy_dtype(tensor.dtype)
     if tuple(struct.shape) != tensor.shape:
-        return f"{leaf.path} has shape {tuple(struct.shape)}, saved was {tensor.shape}"
+        return f"{leaf.path} has shape {tuple(struct.shape)} (saved: {tensor.shape})"
     plain = isinstance(leaf.value, bool | int | float)
     if not plain and struct.dtype != stored:
-        return f"{leaf.path} is {struct.dtype}, saved was {stored}"
+        return f"{leaf.path} has dtype {struct.dtype} (saved: {stored})"
     return ""
 
 
@@ -391,8 +393,10 @@ def _on_devices(
     return found
 
 
-def _loose(catalog: Catalog, names: Sequence[str], options: RestoreOptions) -> dict[str, jax.Array]:
-    """Arrays that lie on JAX's default device and may go to any other.
+def _load_uncommitted(
+    catalog: Catalog, names: Sequence[str], options: RestoreOptions
+) -> dict[str, jax.Array]:
+    """Return uncommitted arrays on the default device: JAX moves them to any other.
 
     ``load`` makes committed arrays; only ``device_put`` without a device does not.
     """
@@ -414,7 +418,7 @@ def _on_host(
     options: RestoreOptions,
     allocate: Callable[[int], Bytes] | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """Whole tensors in memory of their own."""
+    """Read whole tensors into new host memory."""
     if not names:
         return {}
     tensors = [catalog.tensors[name] for name in names]
@@ -433,7 +437,7 @@ def _on_host(
 
 
 def _as_was(leaf: StateLeaf, array: jax.Array | None, value: NDArray[np.generic] | None) -> Any:
-    """What was stored for a leaf as the kind of leaf it was."""
+    """Return the stored value as the kind of leaf that was saved."""
     if array is not None:
         if not is_key(leaf.value):
             return array

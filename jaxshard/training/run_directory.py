@@ -1,14 +1,14 @@
 """The run directory: paths, locks and small files.
 
-    output/checkpoint …, output/strategy      what others read: see ``naming``
-    output/.jaxshard/1_10.json                the record of a step: see ``records``
-    output/.jaxshard/1_10.saving/             a step on its way, as it will lie in ``output``
-    output/.jaxshard/rollback-llama.json      a return to an earlier step, until the next save
-    output/.jaxshard/strategy-5e1f…/          who held what, one folder for each layout
-    output/.jaxshard/removed/                 what is being deleted
+    output/checkpoint …, output/strategy      files of the steps: see ``records``
+    output/.jaxshard/1_10.json                record of a step: see ``records``
+    output/.jaxshard/1_10.saving/             staging directory of a step, laid out as ``output``
+    output/.jaxshard/rollback-llama.json      return to an earlier step, until the next save
+    output/.jaxshard/strategy-5e1f…/          strategy files, one folder for each layout
+    output/.jaxshard/removed/                 folders being deleted
 
-The folder of our own is hidden, and every reader passes it by. What else lies in it is not ours:
-it is neither read nor removed.
+The folder ``.jaxshard`` is hidden, so other readers ignore it. Foreign files in it are neither
+read nor removed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from . import records
 from .records import Record, Rollback, StepName
 
 _ITERATION = re.compile(r"iteration_\d+")
-WAIT_S = 10.0  # for another writer: the job before may be about to end
+WAIT_S = 10.0  # for another writer: the previous job may be about to end
 _POLL_S = 0.02
-_READER = b"a reader that tidies up"
+_READER = b"a reader that tidies up"  # older versions compare it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ class RunDirectory:
     """A run's directory.
 
     Attributes:
-        root: what paths in records are relative to.
-        main: the folder with the steps, below ``root``; empty where a folder of steps that
-            somebody else wrote was named itself.
+        root: paths in records are relative to it.
+        main: the folder of the steps, below ``root``; empty if ``root`` is a foreign folder of
+            steps itself.
     """
 
     root: Path
@@ -50,7 +50,7 @@ class RunDirectory:
 
     @classmethod
     def of(cls, directory: str | os.PathLike[str]) -> RunDirectory:
-        """The run of ``directory``: the run's, or its ``checkpoint`` folder."""
+        """Return the run of ``directory``, which may be its ``checkpoint`` folder."""
         root = Path(os.path.abspath(directory))
         if (root / records.CHECKPOINT).is_dir() or (root / records.FOLDER).is_dir():
             return cls(root)
@@ -64,32 +64,32 @@ class RunDirectory:
 
     @property
     def steps(self) -> Path:
-        """The folder that holds the steps."""
+        """The folder of the steps."""
         return self.root / self.main
 
     @property
     def own(self) -> Path:
-        """Our own folder."""
+        """The folder ``.jaxshard``."""
         return self.root / records.FOLDER
 
     def record(self, step: StepName, state: str = records.WHOLE) -> Path:
-        """The record of ``step`` in a state."""
+        """Return the path of the record of ``step`` in a state."""
         return self.own / f"{step}{state}"
 
     def staging(self, step: StepName) -> Path:
-        """Where ``step`` lies before it is put in place."""
+        """Return the staging directory of ``step``."""
         return self.own / f"{step}.saving"
 
     @property
     def strategies(self) -> tuple[Path, ...]:
-        """Where the strategy files of a run without records may lie."""
+        """Folders that may hold the strategy files of a run without records."""
         return (self.root / records.STRATEGY, self.steps / records.STRATEGY) + (
             () if self.main else (self.root.parent / records.STRATEGY,)
         )
 
 
 def names_in(run: RunDirectory, ending: str) -> list[StepName]:
-    """The steps of the entries of our own folder that end in ``ending``; foreign ones are ignored.
+    """Return the steps with an entry in ``.jaxshard`` that ends in ``ending``.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -104,17 +104,17 @@ def names_in(run: RunDirectory, ending: str) -> list[StepName]:
 
 
 def read_record(run: RunDirectory, step: StepName, state: str = records.WHOLE) -> Record:
-    """The record of ``step`` in a state.
+    """Read the record of ``step`` in a state.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no such record.
         FormatError: it is damaged, or another step's.
-        Unreadable: the disk refuses to read it.
+        Unreadable: the disk refuses.
     """
     path = run.record(step, state)
     name = f"{records.FOLDER}/{path.name}"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would never end
             raise Unreadable(f"{name} is not a file. Move it away.")
         data = path.read_bytes()
     except FileNotFoundError:
@@ -142,35 +142,35 @@ def rollbacks_in(run: RunDirectory) -> list[Rollback]:
 
 
 class Unreadable(FormatError):
-    """A record that may be whole, but cannot be read now: nothing may be deleted for it."""
+    """Record that may be intact, but cannot be read now: nothing may be deleted for it."""
 
 
 _held: set[int] = set()  # descriptors of locks
 
 
-def _let_go_in_child() -> None:
-    """A forked process is no writer: were its copy of the lock to stay open, so would the lock."""
+def _close_in_child() -> None:
+    """Close the locks in a forked process: a copy that stays open would keep the lock."""
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
 def writer_lock(
     run: RunDirectory, *, durable: bool = False, is_reader: bool = False
 ) -> Iterator[None]:
-    """Hold the directory, so that there is one writer of it at most.
+    """Hold the exclusive lock of the directory.
 
     Args:
-        run: the run's.
-        durable: have the folder for the lock on the disk.
-        is_reader: the caller only tidies up before it reads. It does not wait for a writer, and
-            writers wait for it as long as it takes. They wait ``WAIT_S`` for another writer.
+        run: the run's directory.
+        durable: fsync a new folder for the lock.
+        is_reader: the caller only recovers before it reads. It does not wait for a writer, and
+            writers wait for it without a limit. They wait ``WAIT_S`` for another writer.
 
     Raises:
-        StorageError: another process holds it, or it cannot be made or locked.
+        StorageError: another process holds the lock, or the lock cannot be created.
     """
     descriptor = _opened_lock(run, durable=durable)
     _held.add(descriptor)
@@ -180,7 +180,7 @@ def writer_lock(
         try:
             yield
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, while a copy is open
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked copy would keep it
     finally:
         if descriptor in _held:
             _held.remove(descriptor)
@@ -191,8 +191,8 @@ def _opened_lock(run: RunDirectory, *, durable: bool) -> int:
     try:
         if run.own.is_symlink():
             raise StorageError(
-                f"{run.own} is a link. Everything in it is written and deleted as jaxshard's "
-                "own: put a folder there, or name the directory that it leads to."
+                f"{run.own} is a link, and jaxshard writes and deletes files in it. Replace it "
+                "by a folder, or pass the directory that it points to."
             )
         make_folder(run.own, durable=durable)
         return os.open(run.own / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
@@ -200,12 +200,12 @@ def _opened_lock(run: RunDirectory, *, durable: bool) -> int:
         if isinstance(error, StorageError):
             raise
         at = error.filename or run.own
-        raise StorageError(f"{at} cannot be made or opened: {error.strerror}.") from error
+        raise StorageError(f"{at} cannot be created or opened: {error.strerror}.") from error
 
 
 def _sign(descriptor: int, text: bytes) -> None:
-    """Leave ``text`` in the lock: what kind of process holds it."""
-    with suppress(OSError):  # on a full disk a writer waits for a reader as for a writer
+    """Write the kind of process that holds the lock into it."""
+    with suppress(OSError):  # on a full disk, writers wait for a reader as for a writer
         if os.fstat(descriptor).st_size != len(text):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, text, 0)
@@ -216,8 +216,8 @@ def _lock(run: RunDirectory, descriptor: int, wait_s: float) -> None:
         has_it = _locked(descriptor, wait_s)
     except OSError as error:
         raise StorageError(
-            f"{run.own} cannot be locked: {error.strerror}. Its file system has no locks, so "
-            "two writers could not be told from one; save on one that has."
+            f"{run.own} cannot be locked: {error.strerror}. Its filesystem has no locks, so "
+            "two writers could overwrite each other. Save on a filesystem with locks."
         ) from error
     if not has_it:
         raise StorageError(
@@ -226,7 +226,7 @@ def _lock(run: RunDirectory, descriptor: int, wait_s: float) -> None:
 
 
 def _locked(descriptor: int, wait_s: float) -> bool:
-    """Whether the lock could be had within ``wait_s`` seconds of other writers at work."""
+    """Return True if the lock was acquired within ``wait_s`` seconds of other writers."""
     until = time.monotonic() + wait_s
     while True:
         try:
@@ -241,15 +241,15 @@ def _locked(descriptor: int, wait_s: float) -> bool:
 
 
 def check_units(run: RunDirectory, units: Iterable[str], below: Path | None = None) -> None:
-    """Refuse units that lie outside of the directory, through a link, or on another disk.
+    """Refuse units outside of the directory, through a link, or on another filesystem.
 
     Args:
-        run: the run's.
-        units: relative to the directory.
-        below: what they are relative to instead.
+        run: the run's directory.
+        units: paths relative to it.
+        below: the folder that they are relative to instead.
 
     Raises:
-        StorageError: such units.
+        StorageError: there are such units.
     """
     root = Path(os.path.realpath(run.root))
     for parent in sorted({os.path.dirname(unit) for unit in units}):
@@ -259,23 +259,23 @@ def check_units(run: RunDirectory, units: Iterable[str], below: Path | None = No
         real = Path(os.path.realpath(at))
         if not real.is_relative_to(root):
             raise StorageError(
-                f"{at} leads to {real}, outside of {root}. Name the directory that holds it "
-                "instead of a link to it."
+                f"{at} leads to {real}, outside of {root}. Pass the directory itself instead "
+                "of a link to it."
             )
         if not real.is_dir():
-            raise StorageError(f"{at} is no folder. Move it away.")
+            raise StorageError(f"{at} is not a folder. Move it away.")
         if run.own.is_dir() and real.stat().st_dev != run.own.stat().st_dev:
             raise StorageError(
-                f"{at} is on another disk than {run.own}, and a step is put in place by "
-                "renaming it. Save in a directory that is on one disk."
+                f"{at} is on another disk than {run.own}, and a step is renamed into "
+                "place. Save in a directory that is on one disk."
             )
 
 
 def make_folder(path: Path, *, durable: bool) -> None:
-    """Have a folder at ``path``, and those above it.
+    """Create the folder ``path`` and its parents, unless they exist.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk refuses.
     """
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -285,10 +285,10 @@ def make_folder(path: Path, *, durable: bool) -> None:
 
 
 def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
-    """Make ``path`` hold ``data``; at any instant it holds that, or what it held before.
+    """Write ``data`` to ``path`` atomically, and create its parents.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk refuses.
     """
     make_folder(path.parent, durable=durable)
     write_file_atomic(path, data, durable=durable)

@@ -30,14 +30,14 @@ from ..errors import LayoutError, did_you_mean, format_list
 Role = Literal["weights", "optimizer", "rest"]
 Array = jax.Array | NDArray[np.generic]
 
-LARGE_ELEMENTS = 1024  # readers of rank files take a larger tensor for a forgotten weight
+LARGE_ELEMENTS = 1024  # readers of rank files treat a larger tensor as a weight
 _MOMENTS = {"mu": "adam_m", "nu": "adam_v"}
 _OPTIMIZER = re.compile(r"adam_[mv]\.|opt_state\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The keys at a state's top under which its weights and its optimizer's state are."""
+    """Top-level keys of the weights and of the optimizer's state."""
 
     weights: str = "params"
     optimizer: str = "opt_state"
@@ -45,14 +45,14 @@ class Roles:
 
 @dataclass(frozen=True, slots=True)
 class StateLeaf:
-    """One leaf.
+    """One leaf of a state.
 
     Attributes:
-        path: where it is in the state.
-        name: what it is called in files.
-        role: what it is for.
-        value: itself.
-        like: the name of the weight that it is kept for: a strategy lays the two out alike.
+        path: its path in the state.
+        name: its name in files.
+        role: weight, optimizer state or other.
+        value: the leaf itself.
+        like: name of the weight that it belongs to: a strategy gives both the same layout.
     """
 
     path: str
@@ -64,13 +64,13 @@ class StateLeaf:
 
 @dataclass(frozen=True, slots=True)
 class StateTree:
-    """A state taken apart; ``build`` puts one with other leaves together."""
+    """A flattened state; ``build`` makes one of the same structure."""
 
     leaves: tuple[StateLeaf, ...]
     structure: PyTreeDef
 
     def build(self, values: Sequence[Any]) -> Any:
-        """The state whose leaves are ``values``, in the order of ``leaves``."""
+        """Return the state with ``values`` as leaves, in the order of ``leaves``."""
         return jax.tree_util.tree_unflatten(self.structure, values)
 
 
@@ -79,12 +79,12 @@ def take_apart(
     roles: Roles = Roles(),
     rename: Callable[[str], str] | None = None,
 ) -> StateTree:
-    """``tree`` as named leaves.
+    """Flatten ``tree`` into named leaves.
 
     ``rename`` is applied to the names of weights, and within the names of their moments.
 
     Raises:
-        LayoutError: two leaves would have one name, or a leaf cannot be in a file.
+        LayoutError: two leaves have the same name, or a file cannot store a leaf.
 
     >>> state = {"params": {"w": np.ones(2)}, "opt_state": [{"mu": {"w": np.ones(2)}}], "step": 3}
     >>> [(leaf.name, leaf.role) for leaf in take_apart(state).leaves]
@@ -111,14 +111,14 @@ def take_apart(
         elif weight := ending(path, weights):
             like = called(weight)
         leaves.append(StateLeaf(path, name, role, value, like))
-    leaves = _apart(leaves)
+    leaves = _with_unique_names(leaves)
     for leaf in leaves:
         _check(leaf)
     return StateTree(tuple(leaves), structure)
 
 
 def as_array(value: Any) -> Array:
-    """A leaf as the array that is stored for it."""
+    """Return the array that is stored for a leaf."""
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return jax.random.key_data(value)
@@ -129,13 +129,13 @@ def as_array(value: Any) -> Array:
 
 
 def is_number(array: Array) -> bool:
-    """Whether a tensor that is no weight is small and whole: then no strategy tells of it."""
+    """Return True if a tensor that is not a weight is small and whole, and needs no strategy."""
     cut = isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
     return array.size <= LARGE_ELEMENTS and not cut
 
 
 def is_optimizer_name(name: str) -> bool:
-    """Whether a name in a file is one of an optimizer's state."""
+    """Return True if a name in a file is that of optimizer state."""
     return _OPTIMIZER.match(name) is not None
 
 
@@ -147,7 +147,7 @@ def _role(path: str, roles: Roles, has_weights: bool) -> Role:
 
 
 def ending(path: str, weights: Container[str]) -> str | None:
-    """The weight whose name ``path`` ends in, after something else; None if there is none.
+    """Return the weight whose name is a proper suffix of ``path``, or None.
 
     >>> ending("opt_state.0.trace.layers.0.wq", {"layers.0.wq", "wq"})
     'layers.0.wq'
@@ -161,7 +161,7 @@ def ending(path: str, weights: Container[str]) -> str | None:
 
 
 def _moment(path: str, weights: Container[str]) -> tuple[str, str] | None:
-    """What MindSpore calls the moment at ``path``, and the weight it is of; None if it is none."""
+    """Return MindSpore's name of the moment at ``path``, and its weight; None for other leaves."""
     keys = path.split(".")
     for at, key in enumerate(keys):
         weight = ".".join(keys[at + 1 :])
@@ -170,8 +170,8 @@ def _moment(path: str, weights: Container[str]) -> tuple[str, str] | None:
     return None
 
 
-def _apart(leaves: list[StateLeaf]) -> list[StateLeaf]:
-    """Moments of two optimizers would share names: they keep their paths instead."""
+def _with_unique_names(leaves: list[StateLeaf]) -> list[StateLeaf]:
+    """Give moments of two optimizers their paths as names: otherwise the names would clash."""
     count: dict[str, int] = {}
     for leaf in leaves:
         count[leaf.name] = count.get(leaf.name, 0) + 1
@@ -183,8 +183,8 @@ def _apart(leaves: list[StateLeaf]) -> list[StateLeaf]:
     if len(set(names)) < len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
         raise LayoutError(
-            f"{format_list(twice)}: several leaves of the state would have this name in files. "
-            "Rename one of them."
+            f"{format_list(twice)}: several leaves of the state have this name in files. Rename "
+            "one of them."
         )
     return found
 
@@ -195,24 +195,24 @@ def _check(leaf: StateLeaf) -> None:
         return
     if isinstance(value, bool | int | float):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise LayoutError(f"{leaf.path} = {value} does not fit 64 bits. Put it into extras.")
+            raise LayoutError(f"{leaf.path} = {value} does not fit 64 bits. Pass it in extras.")
         return
     raise LayoutError(
-        f"{leaf.path} is a {type(value).__name__}, which no tensor holds. Give arrays and numbers "
-        "in the state, and put text and the like into extras."
+        f"{leaf.path} is a {type(value).__name__}, which a tensor cannot hold. Pass arrays and "
+        "numbers in the state, and text and other values in extras."
     )
 
 
-# --- Checks: what a caller gives, as a plain value; NumPy's and JAX's numbers among it
+# --- Validation of arguments; numbers of NumPy and JAX become Python's
 
 _T = TypeVar("_T")
 
 
 def whole(name: str, value: Any) -> int:
-    """``value`` as a whole number.
+    """Return ``value`` as an integer.
 
     Raises:
-        LayoutError: it is none.
+        LayoutError: it is not a number.
 
     >>> whole("step", 7)
     7
@@ -221,37 +221,37 @@ def whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise LayoutError(
-            f"{name} is {value!r:.80}, a {type(value).__name__}; give a whole number."
+            f"{name} is {value!r:.80}, a {type(value).__name__}. Pass a whole number."
         ) from None
 
 
 def real(name: str, value: Any) -> float:
-    """``value`` as a number.
+    """Return ``value`` as a float.
 
     Raises:
-        LayoutError: it is none.
+        LayoutError: it is not a number.
     """
     try:
         return float(value)
     except (TypeError, ValueError):
         raise LayoutError(
-            f"{name} is {value!r:.80}, a {type(value).__name__}; give a number."
+            f"{name} is {value!r:.80}, a {type(value).__name__}. Pass a number."
         ) from None
 
 
 def optional(check: Callable[[str, Any], _T], name: str, value: Any) -> _T | None:
-    """``value`` as ``check`` has it; None if there is none."""
+    """Return ``check(name, value)``; None for None."""
     return None if value is None else check(name, value)
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Refuse a choice that there is not.
+    """Refuse an unknown choice.
 
     Raises:
-        LayoutError: such a choice.
+        LayoutError: ``value`` is unknown.
     """
     choices = tuple(known)
     if value not in choices:
         raise LayoutError(
-            f"{name}={value!r} is none of {choices}.{did_you_mean(str(value), choices)}"
+            f"{name}={value!r} is not one of {choices}.{did_you_mean(str(value), choices)}"
         )

@@ -1,16 +1,15 @@
-"""Steps in a run directory, and their state.
+"""Steps in a run directory: their states, their order, and their listing.
 
-    complete      every file is there with its size; with ``deep``, with its checksums too
+    complete      every file exists with its size; with ``deep``, its checksums match too
     incomplete    a file is missing: of a rank, or of a folder
-    corrupt       a file has another size or other bytes than were saved, or cannot be read
-    partial       it is being saved or removed, or that was interrupted
+    corrupt       a file has another size or other bytes than the saved one, or is unreadable
+    partial       a save or a removal is in progress, or was interrupted
 
-Steps that we saved have a record. Others (MindFormers') are judged by their headers, and
-can be no better than complete by those. What is there decides, never a pointer file.
+Steps saved by jaxshard have a record. Foreign steps (MindFormers') are judged by their names and
+headers. Files decide, never a pointer file.
 
-They come in the order of restoring, the last one first: what we saved as it was saved, and
-what a run left behind by going back before all that it grew from (``lineage``); what others
-saved by its name.
+The last step is restored first. Recorded steps are in the order of their saves; those that the
+run left behind by going back come before all others. Foreign steps are in the order of their names.
 """
 
 from __future__ import annotations
@@ -50,17 +49,15 @@ class RunStep:
     """One step of a run.
 
     Attributes:
-        name: its epoch and step.
-        global_step: its number in the whole run, as far as it is known: for steps that have
-            no record, the step in the epoch.
-        format: how it is stored.
-        state: see the module; "complete" until somebody looks closer.
-        reason: why it is not complete, or comes after others though its name is larger.
+        name: epoch and step.
+        global_step: number in the whole run; without a record, the step in the epoch.
+        format: name of the format.
+        state: see the module; by names and sizes, until headers or bytes are examined.
+        reason: why it is not complete, or why it precedes steps with smaller names.
         saved_at: seconds since 1970.
-        paths: its files, or the folder it is, relative to ``RunDirectory.steps``; of steps without
-            a record.
-        prefix: which job saved it, as far as names of files tell; several may share a folder.
-        abandoned: whether it is of a run that was left behind by going back to an earlier step.
+        paths: files, or the folder, relative to ``RunDirectory.steps``; only without a record.
+        prefix: of the job, if the names of its files contain it; several jobs may share a folder.
+        abandoned: whether the run left it behind by going back to an earlier step.
     """
 
     name: StepName
@@ -92,23 +89,23 @@ class RunStep:
 
     @property
     def task(self) -> int:
-        """MindSpore's number of a job where files of its prefix were there already."""
+        """MindSpore's number of a job whose prefix was taken by files of another job."""
         return self.name.task
 
     @property
     def lineage(self) -> Lineage:
-        """Where it stands among all saves; of others, nobody counted."""
+        """Position among all saves; foreign steps are not counted."""
         return self.record.lineage if self.record else Lineage()
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What another save of the same name, or the same one once it is in place, differs in."""
+        """Values that differ between two saves of one name, and before and after a commit."""
         is_saved, saved_at = self.state != "partial", self.saved_at if self.record else 0.0
         return (self.name, self.prefix, is_saved, self.lineage.order, saved_at, *self.paths[:1])
 
 
 def find_steps(run: RunDirectory) -> list[RunStep]:
-    """All steps of a run, judged by names, sizes and records; the last is restored first.
+    """Return all steps of a run, judged by names, sizes and records; the last is restored first.
 
     Raises:
         StorageError: the directory cannot be listed.
@@ -120,18 +117,18 @@ def find_steps(run: RunDirectory) -> list[RunStep]:
             after = _records_in(run)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and tries < _TRIES - 1:
-                continue  # removed while we looked
+                continue  # removed during the scan
             at = error.filename or run.root
             raise StorageError(f"{at} cannot be listed: {error.strerror}.") from error
-        # a record that changes its name meanwhile could be missed under both
+        # a record that is renamed during the scan could be missed under both names
         if after == before:
             break
-        time.sleep(0.0005 * tries)  # or a writer that saves all the time is always in between
+        time.sleep(0.0005 * tries)  # a continuous writer could invalidate every scan
     return _in_order(found, rollbacks)
 
 
 def of_one_job(steps: Iterable[RunStep], prefix: str) -> list[RunStep]:
-    """Those of ``steps`` that the job of ``prefix`` saved; if it saved none, those of the only one.
+    """Return the steps of the job of ``prefix``, or of the only job if it has none.
 
     Raises:
         LayoutError: there are steps of several other jobs.
@@ -142,25 +139,25 @@ def of_one_job(steps: Iterable[RunStep], prefix: str) -> list[RunStep]:
         return of_prefix(steps, prefix)
     if len(jobs) > 1:
         raise LayoutError(
-            f"there are steps of {len(jobs)} jobs, {format_list(sorted(jobs))}, and none of "
-            f"{prefix!r}. Give the manager the prefix of the one that goes on."
+            f"prefix={prefix!r}: the directory has steps of {len(jobs)} other jobs "
+            f"({format_list(sorted(jobs))}). Pass the prefix of the job to continue."
         )
     return steps
 
 
 def of_prefix(steps: Iterable[RunStep], prefix: str) -> list[RunStep]:
-    """Those of ``steps`` that are not known to be another job's."""
+    """Return the steps that are not known to be another job's."""
     return [step for step in steps if step.prefix in ("", prefix)]
 
 
 def past_of(steps: Iterable[RunStep], line: Lineage) -> tuple[list[RunStep], list[RunStep]]:
-    """Of steps with records, those that ``line`` grew from, and the others; as they were saved."""
+    """Return the recorded steps that ``line`` descends from, and the others, in save order."""
     known = sorted((step for step in steps if step.record), key=_when)
     ours = [step for step in known if line.descends_from(step.lineage.order)]
     return ours, [step for step in known if not line.descends_from(step.lineage.order)]
 
 
-# --- in which order ------------------------------------------------------------------------
+# --- order of restoring -----------------------------------------------------------------------
 
 
 def _in_order(found: list[RunStep], rollbacks: list[Rollback]) -> list[RunStep]:
@@ -204,16 +201,16 @@ def _when(step: RunStep) -> tuple[int, StepName]:
 
 
 def _is_newer(other: RunStep, ours: RunStep) -> bool:
-    """Whether what somebody else saved comes after what we did: by its name and its files' age."""
+    """Return True if a foreign step follows a recorded one: by its name, and by its age."""
     is_older = bool(other.saved_at) and other.saved_at < ours.saved_at - 1
     return other.name > ours.name and not is_older
 
 
-# --- what is there -------------------------------------------------------------------------
+# --- scan of the directory --------------------------------------------------------------------
 
 
 def _records_in(run: RunDirectory) -> list[tuple[str, int, int]]:
-    """Every record as it is now; one that was replaced under its name is another."""
+    """Return the name, inode and modification time of every record."""
     found = []
     for state in (WHOLE, MOVING, REMOVED):
         for step in names_in(run, state):
@@ -228,11 +225,11 @@ def _found(run: RunDirectory) -> list[RunStep]:
     own = {step.name: step for step in _recorded(run)}
     for step in _unfinished(run):
         own.setdefault(step.name, step)
-    return [*own.values(), *_others(run, own)]
+    return [*own.values(), *_foreign(run, own)]
 
 
 def _recorded(run: RunDirectory) -> Iterator[RunStep]:
-    """Steps whose record says that they were whole."""
+    """Yield the steps that were complete, according to their records."""
     moving = set(names_in(run, MOVING))
     for name in names_in(run, WHOLE):
         if name in moving:
@@ -248,7 +245,7 @@ def _recorded(run: RunDirectory) -> Iterator[RunStep]:
 
 
 def _sizes(run: RunDirectory, record: Record) -> tuple[State, str]:
-    """The state that files' sizes tell, and why."""
+    """Return the state by the sizes of the files, and the reason."""
     missing = []
     for path, sums in record.files.items():
         try:
@@ -257,9 +254,9 @@ def _sizes(run: RunDirectory, record: Record) -> tuple[State, str]:
             missing.append(path)
             continue
         except OSError as error:
-            return "corrupt", f"{path} cannot be looked at: {error.strerror}"
+            return "corrupt", f"{path} cannot be read: {error.strerror}"
         if num_bytes != sums.num_bytes:
-            return "corrupt", f"{path} has {num_bytes} bytes; {sums.num_bytes} were saved"
+            return "corrupt", f"{path} has {num_bytes} bytes (expected {sums.num_bytes})"
     if missing:
         return "incomplete", f"{format_list(missing)} is missing"
     return "complete", ""
@@ -267,15 +264,15 @@ def _sizes(run: RunDirectory, record: Record) -> tuple[State, str]:
 
 def _unfinished(run: RunDirectory) -> Iterator[RunStep]:
     for name in names_in(run, MOVING):
-        yield RunStep(name, name.step, "", "partial", "putting it in place was interrupted")
+        yield RunStep(name, name.step, "", "partial", "its commit was interrupted")
     for name in names_in(run, REMOVED):
-        yield RunStep(name, name.step, "", "partial", "removing it was interrupted")
+        yield RunStep(name, name.step, "", "partial", "its removal was interrupted")
     for name in _staged(run):
-        yield RunStep(name, name.step, "", "partial", "saving it is on its way, or was")
+        yield RunStep(name, name.step, "", "partial", "its save is in progress, or was interrupted")
 
 
 def _staged(run: RunDirectory) -> list[StepName]:
-    """The steps that are being written beside the run."""
+    """Return the steps with a staging directory."""
     if not run.own.is_dir():
         return []
     found = []
@@ -287,8 +284,8 @@ def _staged(run: RunDirectory) -> list[StepName]:
     return found
 
 
-def _others(run: RunDirectory, own: Mapping[StepName, RunStep]) -> Iterator[RunStep]:
-    """Steps that somebody else saved."""
+def _foreign(run: RunDirectory, own: Mapping[StepName, RunStep]) -> Iterator[RunStep]:
+    """Yield the foreign steps."""
     if not run.steps.is_dir():
         return
     ranks: dict[int, list[str]] = {}
@@ -315,13 +312,13 @@ def _listed(folder: str) -> list[str]:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
         raise
-    except OSError as error:  # steps that need it are incomplete, and others are not
+    except OSError as error:  # only steps that need it are incomplete
         _log.warning("%s cannot be listed: %s", folder, error.strerror)
         return []
 
 
 def _is_ours(own: Mapping[StepName, RunStep], name: StepName, prefix: str = "") -> bool:
-    """Whether a record speaks of that step; a damaged one does not say of which job."""
+    """Return True if the step has a record; a damaged record has no prefix."""
     step = own.get(name)
     return step is not None and (not prefix or step.prefix in ("", prefix))
 
@@ -348,7 +345,7 @@ def _folder(entry: os.DirEntry[str], name: StepName, kind: str, prefix: str = ""
 def _rank_steps(
     run: RunDirectory, ranks: Mapping[int, list[str]], own: Mapping[StepName, RunStep]
 ) -> Iterator[RunStep]:
-    """The steps in rank folders: one is incomplete if a rank of its job has no file of it."""
+    """Yield the steps in rank folders; incomplete if a rank of the job has no file."""
     found: dict[tuple[str, StepName, str], dict[int, str]] = {}
     of_job: dict[str, set[int]] = {}
     for rank, names in ranks.items():
@@ -361,7 +358,7 @@ def _rank_steps(
     for (prefix, step, _), by_rank in found.items():
         if _is_ours(own, step, prefix):
             continue
-        # a folder that is empty is of the only job that there is
+        # an empty folder belongs to the only job
         needed = of_job[prefix] if len(of_job) > 1 else set(ranks)
         lacking = sorted(needed - set(by_rank))
         stats = [os.stat(run.steps / path) for path in by_rank.values()]
@@ -370,7 +367,7 @@ def _rank_steps(
             step.step,
             RankFolders.name,
             "incomplete" if lacking else "complete",
-            f"rank {format_list(map(str, lacking))} has no file of it" if lacking else "",
+            f"rank {format_list(map(str, lacking))} has no file" if lacking else "",
             sum(s.st_size for s in stats),
             max(s.st_mtime for s in stats),
             paths=tuple(by_rank[r] for r in sorted(by_rank)),
@@ -384,7 +381,7 @@ _UNITS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def steps_of_run(path: str | os.PathLike[str]) -> list[RunStep]:
-    """The steps in ``path`` if it is the directory of a run, else none.
+    """Return the steps in ``path`` if it is the directory of a run, else an empty list.
 
     Raises:
         StorageError: it cannot be listed.
@@ -397,7 +394,7 @@ def steps_of_run(path: str | os.PathLike[str]) -> list[RunStep]:
 
 
 def rows(steps: Iterable[RunStep], size: Callable[[float], str], now: float) -> list[list[str]]:
-    """A row for each of ``steps``, backwards: step, number, state, format, size, age, reason."""
+    """Return table rows, newest first: step, number, state, format, size, age, reason."""
     return [
         [
             str(s.name),
@@ -413,7 +410,7 @@ def rows(steps: Iterable[RunStep], size: Callable[[float], str], now: float) -> 
 
 
 def facts(steps: Iterable[RunStep]) -> list[dict[str, Any]]:
-    """The same for a program."""
+    """Return the listing as JSON values."""
     return [
         {
             "step": str(s.name),
@@ -430,28 +427,28 @@ def facts(steps: Iterable[RunStep]) -> list[dict[str, Any]]:
 
 
 def resumes_from(steps: Iterable[RunStep]) -> RunStep | None:
-    """The step that a restore would take: the last complete one."""
+    """Return the step that a restore would choose: the last complete one."""
     return next((s for s in reversed(list(steps)) if s.state == "complete"), None)
 
 
 def verdict(best: RunStep | None, *, deep: bool) -> str:
-    """A sentence on the step that a restore would take."""
+    """Return a sentence on the step that a restore would choose."""
     if best is None:
         return "no step is complete"
     if best.record is None:
-        return f"a run resumes from {best.name} (whoever saved it kept no checksums)"
-    how = "every byte is as it was saved" if deep else "bytes are not compared: verify --deep does"
-    return f"a run resumes from {best.name} ({how})"
+        return f"a run resumes from {best.name} (without checksums)"
+    checked = "all bytes match" if deep else "bytes are not compared: use verify --deep"
+    return f"a run resumes from {best.name} ({checked})"
 
 
 def is_well(steps: Iterable[RunStep]) -> bool:
-    """Whether nothing is broken. What is on its way is not broken."""
+    """Return True if a step is complete and none is damaged; partial steps are not damaged."""
     states = [s.state for s in steps]
     return "complete" in states and not {"corrupt", "incomplete"} & set(states)
 
 
 def age(seconds: float) -> str:
-    """How long ago, in the largest unit that makes sense.
+    """Format a duration in its largest suitable unit.
 
     >>> age(59.6), age(3700), age(200_000)
     ('60 s', '62 min', '2 days')

@@ -141,7 +141,7 @@ def test_a_checkpoint_folder_that_is_a_link_elsewhere_is_refused_with_a_remedy(t
     (tmp_path / "disk").mkdir()
     run.mkdir()
     (run / "checkpoint").symlink_to(tmp_path / "disk")
-    with pytest.raises(StorageError, match=r"outside of .*Name the directory that holds it"):
+    with pytest.raises(StorageError, match=r"outside of .*Pass the directory itself"):
         _manager(run, format=format).save(1, TREE)
     assert list((tmp_path / "disk").iterdir()) == []
     assert sorted(p.name for p in (run / ".jaxshard").iterdir()) == ["lock"]
@@ -262,7 +262,7 @@ def test_a_damaged_record_of_a_removal_leaves_nothing_that_looks_like_a_step(tmp
     with caplog.at_level(logging.INFO):
         found = manager.restore(TREE)
     assert found.step == 1
-    assert found.passed_over == (("1_2", "it is partial: removing it was interrupted"),)
+    assert found.passed_over == (("1_2", "it is partial: its removal was interrupted"),)
     assert "the rest of it stays" in caplog.text
     manager.save(2, TREE)  # which makes it whole again
     assert manager.restore(TREE, verify=True).step == 2

@@ -388,15 +388,15 @@ def test_two_writers_are_refused(tmp_path, monkeypatch):
 
 def _fill_disk(monkeypatch, after_bytes: int) -> None:
     left = [after_bytes]
-    write = Handles.write
+    write = Handles.write_views
 
-    def refuse(self, path, offset, data):
-        left[0] -= len(data)
+    def refuse(self, path, offset, views):
+        left[0] -= sum(map(len, views))
         if left[0] < 0:
             raise StorageError(f"{path}: {os.strerror(errno.ENOSPC)}.")
-        write(self, path, offset, data)
+        write(self, path, offset, views)
 
-    monkeypatch.setattr(Handles, "write", refuse)
+    monkeypatch.setattr(Handles, "write_views", refuse)
     orbax = import_module("orbax.checkpoint")
 
     def refused(self, place, **how):
@@ -507,12 +507,12 @@ def test_a_step_whose_pointers_cannot_be_written_is_there_all_the_same(
 ):
     manager = _saved(tmp_path, range(1, 2))
     with monkeypatch.context() as patched:
-        patched.setattr("jaxshard.training.commit_step.replace_file", _no_room)
+        patched.setattr("jaxshard.training.commit_step._write_if_changed", _no_room)
         with caplog.at_level(logging.WARNING):
             manager.save(2, state_of(2))
     assert "pointers to it are not" in caplog.text
     assert manager.restore(state_of(0), verify=True).step == 2
 
 
-def _no_room(path: Path, data: bytes, *, durable: bool) -> None:
+def _no_room(path: Path, data: bytes) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

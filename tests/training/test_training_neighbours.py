@@ -337,7 +337,7 @@ def test_where_no_step_is_good_each_reason_is_told(tmp_path):
     manager = _saved(tmp_path, 1, 2)
     for step in (1, 2):
         _files_of(tmp_path, step)[0].unlink()
-    with pytest.raises(NotFoundError, match=r"none of the 2 steps .* 1_2: .*missing; 1_1: "):
+    with pytest.raises(NotFoundError, match=r"none of its 2 steps is good: 1_2: .*missing; 1_1: "):
         manager.restore(state_of(0))
 
 

@@ -238,8 +238,8 @@ def test_mindformers_default_files_are_recognised():
 
 @pytest.mark.parametrize("wish", ["latest", "", "1-10", True, 1.5, object()])
 def test_what_names_no_step_is_refused(wish):
-    with pytest.raises(LayoutError, match="names no step"):
-        records.parse_wish(wish)
+    with pytest.raises(LayoutError, match="is not a step"):
+        records.parse_step_argument(wish)
 
 
 @pytest.mark.parametrize("prefix", ["", "../x", "a/b", ".hidden", "a\0"])

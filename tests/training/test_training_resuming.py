@@ -284,7 +284,7 @@ def test_numbers_of_numpy_and_jax_are_as_good_as_pythons(tmp_path, number):
 @pytest.mark.parametrize(
     ("step", "what", "said"),
     [
-        (1.5, {}, "step is 1.5, a float; give a whole number"),
+        (1.5, {}, "step is 1.5, a float. Pass a whole number"),
         ("3", {}, "step is '3', a str"),
         (1, {"loss_scale": "high"}, "loss_scale is 'high'"),
     ],
@@ -298,7 +298,7 @@ def test_what_is_no_number_is_refused_before_anything_is_written(tmp_path, step,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"on_storage_error": "ignore"}, r"on_storage_error='ignore' is none of"),
+        ({"on_storage_error": "ignore"}, r"on_storage_error='ignore' is not one of"),
         ({"snapshot": "cpy"}, "Did you mean copy"),
         ({"global_batch_size": 1.5}, "global_batch_size is 1.5"),
     ],
