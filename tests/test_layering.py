@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxshard import mapping
+from jaxshard import mapping, training
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxshard"
@@ -223,19 +223,21 @@ def test_pure_modules_touch_no_disk_and_no_clock():
     assert graph()["storage.local"] & effects  # the twin: the check sees what does
 
 
-def test_what_the_package_of_mappings_fetches_later_is_what_it_says():
-    tree = ast.parse((PACKAGE / "mapping" / "__init__.py").read_text())
-    told = {
+@pytest.mark.parametrize("package", [mapping, training])
+def test_type_checkers_see_the_names_that_a_package_imports_lazily(package):
+    tree = ast.parse(Path(package.__file__).read_text())
+    seen = {
         alias.name: node.module
         for block in tree.body
         if isinstance(block, ast.If)
         for node in block.body
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert told == mapping._HOME
-    assert sorted(told) == sorted(mapping.__all__)
-    assert all(hasattr(mapping, name) for name in told)
-    assert not hasattr(mapping, "nothing")
+    assert seen == package._HOME
+    assert sorted(seen) == sorted(package.__all__)
+    assert all(hasattr(package, name) for name in seen)
+    assert not hasattr(package, "nothing")
 
 
 # --- what is loaded when ---------------------------------------------------------------

@@ -104,7 +104,8 @@ __all__ = [
     "write_mapping",
 ]
 
-__getattr__ = lazy_getattr(__name__, _HOME)
+if not TYPE_CHECKING:  # without it, type checkers refuse unknown names
+    __getattr__ = lazy_getattr(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """Checkpoints of training runs: ``CheckpointManager``.
 
     manager = CheckpointManager("output", prefix="llama", save_every_steps=100, keep_max=5)
-    found = manager.restore(state)            # the newest good step, in the layout of state
+    found = manager.restore(state)            # the newest valid step, in the layout of state
     for step in range(found.step + 1, 1001):
         state = train_step(state, batch)
         manager.maybe_save(step, state)
@@ -18,7 +18,15 @@ Only the last two rows and ``manager`` import JAX; names are imported when first
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..core.lazy_imports import lazy_getattr
+
+if TYPE_CHECKING:
+    from .manager import CheckpointManager
+    from .policy import Cadence, Progress, ResumePoint, resume_point
+    from .records import StepName
+    from .restore import RestoreResult
 
 _HOME = {
     "CheckpointManager": "manager",
@@ -30,6 +38,15 @@ _HOME = {
     "resume_point": "policy",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "Cadence",
+    "CheckpointManager",
+    "Progress",
+    "RestoreResult",
+    "ResumePoint",
+    "StepName",
+    "resume_point",
+]
 
-__getattr__ = lazy_getattr(__name__, _HOME)
+if not TYPE_CHECKING:  # without it, type checkers refuse unknown names
+    __getattr__ = lazy_getattr(__name__, _HOME)
