@@ -1,6 +1,5 @@
 """Several processes: identity, barriers and partition of work.
 
-splitting    which files each process writes, which process writes each shard
-environment  this process's number and how many there are, as a job starter says
-barriers     meeting points with a time-out, over JAX's own coordinator
+partition  the files and shards that each process writes; process index and count
+barriers   barriers with time-outs, over JAX's own coordinator
 """

@@ -1,15 +1,15 @@
 """Barriers with time-outs, which pass results and errors between processes.
 
-They go over JAX's own coordinator, the small server in process 0 that
-``jax.distributed.initialize`` starts, and never over device collectives: those have no
-time-out, and a process that died would leave the others waiting in them.
+They use JAX's own coordinator, the small server in process 0 that ``jax.distributed.initialize``
+starts, and never device collectives: those have no time-out, so a dead process would block the
+others in them.
 
-    process 0   ── write ──┤ arrived, well ├── all are well: go on
-    process 1   ── write ──┤ arrived, disk full ├── everybody raises, when all have come
-    process 2   ── killed                       ── everybody raises, when the time is over
+    process 0   ── write ──┤ arrived, succeeded ├── all succeeded: continue
+    process 1   ── write ──┤ arrived, disk full ├── every process raises when all have arrived
+    process 2   ── killed                       ── every process raises after the time-out
 
-Meetings are numbered by what they are for, so everybody must come to the same ones: whatever
-can fail is done *inside* a meeting, where its failure is heard, and never before one.
+Barriers are numbered by purpose, so every process must reach the same ones. Code that can fail
+runs *inside* a barrier, which passes its error on, and never before one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any, Protocol, cast
 
 from ..errors import JaxshardError, StorageError, format_list
 
-#: Processes may be apart by as much as their disks are. It is longer than JAX's own heartbeat
-#: (100 s unless ``jax.distributed.initialize`` is told otherwise): of a process that died, JAX
-#: ends the others first. With a shorter time-out they raise instead.
+#: Processes may differ by as much as their disks do. It is longer than JAX's own heartbeat (100 s
+#: unless ``jax.distributed.initialize`` sets it): if a process dies, JAX ends the others first.
+#: With a shorter time-out they raise instead.
 DEFAULT_TIMEOUT_S = 600.0
 _SHOWN = 5  # errors of other processes in one message
-_KEPT = 64  # answers that stay for whoever is behind; no process is as many meetings behind
+_KEPT = 64  # broadcasts kept for slow processes; none is as many barriers behind
 
 
 class Coordinator(Protocol):
-    """What is used of JAX's client of its coordinator."""
+    """The methods used of JAX's coordinator client."""
 
     def wait_at_barrier(
         self, name: str, timeout_ms: int, process_ids: Sequence[int] | None = None
@@ -48,15 +48,15 @@ class Coordinator(Protocol):
 
 
 @dataclass
-class Meeting:
-    """What this process says to all at the end of a meeting, and then what each said."""
+class BarrierData:
+    """The text that this process sends at a barrier, and those received from all."""
 
-    says: str = ""
-    heard: list[str] = field(default_factory=list)
+    sent: str = ""
+    received: list[str] = field(default_factory=list)
 
 
 class Processes:
-    """The processes of this job. Everybody must come to the same meetings in the same order.
+    """The processes of this job, which must reach the same barriers in the same order.
 
     Attributes:
         index: the number of this process in its job.
@@ -98,9 +98,9 @@ class Processes:
         )
 
     def of(self, members: Collection[int]) -> Processes:
-        """Those of them that are ``members``, at meetings to which no other comes.
+        """Return the subgroup ``members``, with its own barriers.
 
-        This process alone where it is not one of them, or the only one.
+        If this process is not a member, or the only one, that is this process alone.
         """
         chosen = tuple(sorted(members))
         if chosen == self.members:
@@ -113,7 +113,7 @@ class Processes:
         return Processes(self.index, len(chosen), self._coordinator, *how)
 
     def apart(self, group: str) -> Processes:
-        """The same processes at meetings of their own, which may go on beside others."""
+        """Return the same processes with separate barriers, for use in another thread."""
         return Processes(
             self.index,
             self.count,
@@ -124,19 +124,19 @@ class Processes:
             self._named,
         )
 
-    def meet(self, what: str, error: BaseException | None = None) -> None:
-        """Wait until all processes are here; ``error`` is why this one cannot go on.
+    def barrier(self, what: str, error: BaseException | None = None) -> None:
+        """Wait until all processes arrive; ``error`` is the failure of this one, if any.
 
         Raises:
-            StorageError: another process failed, or did not come in time.
+            StorageError: another process failed, or did not arrive in time.
         """
         self._meet(what, "", error)
 
-    def hear(self, what: str, text: str = "") -> list[str]:
-        """What each process says, in the order of ``members``; all must say something.
+    def all_gather(self, what: str, text: str = "") -> list[str]:
+        """Return the ``text`` of each process, in the order of ``members``.
 
         Raises:
-            StorageError: another process failed, or did not come in time.
+            StorageError: another process failed, or did not arrive in time.
         """
         return self._meet(what, text, None)
 
@@ -154,41 +154,41 @@ class Processes:
                 self._coordinator.wait_at_barrier(place, timeout_ms, self._named)
             found = self._statuses(place)
         except Exception as refused:
-            if error is None:  # else the caller's own error says more
+            if error is None:  # otherwise the caller's own error is more precise
                 raise self._absent(what, place, refused) from refused
             return []
         failed = {i: why for i, (_, why) in found.items() if why is not None}
         if self.index == self.members[0] and (before := _earlier(place, 1)):
             self._coordinator.key_value_delete(before)
         if failed and error is None:
-            said = [f"process {i}: {why}" for i, why in sorted(failed.items())]
-            more = f", and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+            errors = [f"process {i}: {why}" for i, why in sorted(failed.items())]
+            more = f", and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
             raise StorageError(
                 f"{self._about}{what}: {len(failed)} of {self.count} processes failed: "
-                f"{', '.join(said[:_SHOWN])}{more}"  # whole sentences, with their remedies
+                f"{', '.join(errors[:_SHOWN])}{more}"  # whole sentences, with their remedies
             )
-        return [said for _, (said, _) in sorted(found.items())]
+        return [sent for _, (sent, _) in sorted(found.items())]
 
     @contextmanager
-    def together(self, what: str) -> Iterator[Meeting]:
-        """All processes do what is inside, and go on when all have done it.
+    def together(self, what: str) -> Iterator[BarrierData]:
+        """Run the block in all processes, and wait until all have completed it.
 
         Raises:
-            StorageError: another process failed, or did not come in time.
+            StorageError: another process failed, or did not arrive in time.
         """
-        meeting = Meeting()
+        meeting = BarrierData()
         try:
             yield meeting
         except BaseException as error:
-            self.meet(what, error)
+            self.barrier(what, error)
             raise
-        meeting.heard = self.hear(what, meeting.says)
+        meeting.received = self.all_gather(what, meeting.sent)
 
-    def agree(self, what: str, make: Callable[[], str]) -> str:
-        """What ``make`` gives in process 0, where alone it is called; known to all.
+    def broadcast(self, what: str, make: Callable[[], str]) -> str:
+        """Return the result of ``make`` in process 0, which alone calls it.
 
         Raises:
-            StorageError: process 0 failed, or did not say it in time.
+            StorageError: process 0 failed, or sent nothing in time.
         """
         if self._coordinator is None:
             return make()
@@ -196,41 +196,41 @@ class Processes:
         if self.index == self.members[0]:
             if before := _earlier(place, _KEPT):
                 self._coordinator.key_value_delete(before)
-            return self._say(place, make)
+            return self._send(place, make)
         try:
-            said = self._coordinator.blocking_key_value_get(place, round(self.timeout_s * 1000))
+            answer = self._coordinator.blocking_key_value_get(place, round(self.timeout_s * 1000))
         except Exception as refused:
             raise StorageError(
-                f"{self._about}{what}: process {self.members[0]} said nothing within "
-                f"{self.timeout_s:g} s. It ended, or does something else."
+                f"{self._about}{what}: process {self.members[0]} sent nothing within "
+                f"{self.timeout_s:g} s. It has ended, or is busy with something else."
             ) from refused
-        text, error = json.loads(said)
+        text, error = json.loads(answer)
         if error is not None:
             raise StorageError(f"{self._about}{what}: process {self.members[0]} failed: {error}")
         return str(text)
 
-    def _say(self, place: str, make: Callable[[], str]) -> str:
+    def _send(self, place: str, make: Callable[[], str]) -> str:
         assert self._coordinator is not None
         try:
             text = make()
         except BaseException as error:
-            said = json.dumps([None, f"{type(error).__name__}: {error}"])
-            with suppress(Exception):  # the caller's own error says more
-                self._coordinator.key_value_set(place, said)
+            failure = json.dumps([None, f"{type(error).__name__}: {error}"])
+            with suppress(Exception):  # the caller's own error is more precise
+                self._coordinator.key_value_set(place, failure)
             raise
         self._coordinator.key_value_set(place, json.dumps([text, None]))
         return text
 
     def _statuses(self, place: str) -> dict[int, tuple[str, str | None]]:
-        """What each process said that came, and why it failed if it did."""
+        """Return the text and the error, if any, of each process that arrived."""
         assert self._coordinator is not None
         found = self._coordinator.key_value_dir_get(place)
         return {int(key.rsplit("/", 1)[1]): tuple(json.loads(value)) for key, value in found}
 
     def _next_place(self, what: str) -> str:
-        """A name nobody has met at; all processes count alike, for they come to the same meetings.
+        """Return the name of the next barrier; all processes count alike.
 
-        Counted in one process at a time: what runs in a thread beside others meets ``apart``.
+        Not thread-safe: code in another thread uses ``apart``.
         """
         purpose = f"{self._group}/{what}"
         number = _MET[purpose] = _MET.get(purpose, -1) + 1
@@ -241,52 +241,52 @@ class Processes:
             statuses = self._statuses(place)
         except Exception:
             return StorageError(
-                f"{self._about}{what}: process 0, which the others meet at, does not answer "
+                f"{self._about}{what}: process 0, which runs the coordinator, does not answer "
                 f"({str(refused).splitlines()[0]}). Start the job again."
             )
         failed = sorted((i, why) for i, (_, why) in statuses.items() if why is not None)
         missing = sorted(set(self.members) - set(statuses))
         return StorageError(
-            f"{self._about}{what}: {len(missing)} of {self.count} processes did not come within "
+            f"{self._about}{what}: {len(missing)} of {self.count} processes did not arrive within "
             f"{self.timeout_s:g} s: {format_list(map(str, missing), 8)}."
             + "".join(f" Process {i} failed: {why}." for i, why in failed[:3])
-            + " They ended, or need longer; what was being made is not visible, and what was there "
-            "before still is."
+            + " They have ended, or need longer. The result was not published; an earlier one is "
+            "unchanged."
         )
 
 
 def processes_of_jax(timeout_s: float = DEFAULT_TIMEOUT_S) -> Processes:
-    """The processes of JAX's distributed runtime; one alone where that was not started.
+    """Return the processes of JAX's distributed runtime; one alone if it was not started.
 
     Raises:
         JaxshardError: this JAX does not give access to its coordinator.
     """
-    import jax  # noqa: PLC0415 - whoever has processes of JAX has imported it
+    import jax  # noqa: PLC0415 - already imported if there are several processes
 
     count = jax.process_count()
     if count == 1:
         return Processes()
     try:
-        from jax._src import distributed  # noqa: PLC0415 - there is no public way to it
+        from jax._src import distributed  # noqa: PLC0415 - there is no public API
 
         client: Any = distributed.global_state.client
     except (ImportError, AttributeError) as error:
         raise JaxshardError(
-            f"jax {jax.__version__} has moved its coordinator client, over which {count} processes "
-            "meet. Use a version of jax that jaxshard is tested with."
+            f"jax {jax.__version__} has moved its coordinator client, which {count} processes "
+            "need. Use a version of jax that jaxshard is tested with."
         ) from error
     if client is None:
         raise JaxshardError(
-            f"there are {count} processes of JAX and no coordinator over which they could meet. "
+            f"JAX has {count} processes and no coordinator. "
             "Call jax.distributed.initialize() first."
         )
     return Processes(jax.process_index(), count, cast(Coordinator, client), timeout_s)
 
 
-_MET: dict[str, int] = {}  # how often, for each purpose
+_MET: dict[str, int] = {}  # number of barriers of each purpose
 
 
 def _earlier(place: str, meetings: int) -> str | None:
-    """The place so many meetings of the same purpose ago, where nobody looks any more."""
+    """Return the key of the barrier of the same purpose so many barriers ago, if any."""
     purpose, number = place.rsplit("/", 1)
     return f"{purpose}/{int(number) - meetings}" if int(number) >= meetings else None

@@ -31,7 +31,7 @@ class Part:
     """One of ``count`` processes that together make one result: number ``index``.
 
     Raises:
-        LayoutError: there is no such process.
+        LayoutError: ``index`` is not below ``count``.
     """
 
     index: int
@@ -64,7 +64,7 @@ def split_outputs(outputs: Outputs, ranks: Iterable[int], count: int) -> tuple[f
 
 
 def cut_evenly(sizes: Sequence[int], count: int) -> list[int]:
-    """The process of each item: neighbours together, each where the middle of its bytes falls.
+    """Return the process of each item: adjacent items together, by the middle of their bytes.
 
     >>> cut_evenly([4, 4, 4, 4], 2), cut_evenly([1, 1, 6], 2), cut_evenly([0, 0], 2)
     ([0, 0, 1, 1], [0, 0, 1], [0, 1])
@@ -80,9 +80,9 @@ def cut_evenly(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def assign(weights: Mapping[_T, int], holders: Mapping[_T, Sequence[int]]) -> dict[_T, int]:
-    """One of its holders for each item, so that all of them carry about the same weight.
+    """Return one of its holders for each item, so that their loads are about equal.
 
-    The heaviest item comes first and goes to whoever carries least.
+    The heaviest item is assigned first, always to the holder with the least load.
 
     >>> assign({"a": 4, "b": 3, "c": 1}, {"a": [0, 1], "b": [0, 1], "c": [0, 1]})
     {'a': 0, 'b': 1, 'c': 1}
@@ -97,9 +97,9 @@ def assign(weights: Mapping[_T, int], holders: Mapping[_T, Sequence[int]]) -> di
 
 
 def cut_by_replicas(placement: Placement, shape: tuple[int, ...]) -> Placement | None:
-    """``placement`` cut further by all its replicas, so that no two ranks hold the same.
+    """Return ``placement`` cut further by its replicas, so that no two ranks hold the same.
 
-    None where no dim divides. The first dim goes before others: its parts are contiguous.
+    None if no dim is divisible. The first dim is preferred, because its parts are contiguous.
 
     >>> str(cut_by_replicas(Placement((("dp", 2), ("mp", 2)), ((), ("mp",))), (4, 8)))
     '[dp,mp] over dp2 mp2 from rank 0'
@@ -114,7 +114,7 @@ def cut_by_replicas(placement: Placement, shape: tuple[int, ...]) -> Placement |
 
 
 def _widest(outputs: Outputs) -> dict[range, Entry]:
-    """For each set of ranks that tensors are placed on, the largest tensor that is cut there."""
+    """Return the largest tensor that is cut over each set of ranks."""
     found: dict[range, Entry] = {}
     for content in outputs.contents:
         for entry in content:
@@ -126,7 +126,7 @@ def _widest(outputs: Outputs) -> dict[range, Entry]:
 
 
 def _place(rank: int, entries: Mapping[range, Entry]) -> _Place:
-    """Where ``rank`` belongs in an order that puts replicas next to each other."""
+    """Return the sort key of ``rank``, which puts replicas next to each other."""
     known = [entry for ranks, entry in entries.items() if rank in ranks]
     if not known:
         return rank, (), rank
@@ -138,7 +138,7 @@ def _place(rank: int, entries: Mapping[range, Entry]) -> _Place:
 
 # --- Process index and count, from JAX or the environment
 
-#: Who sets which variables: (who, the process's number, how many there are).
+#: Job starters and their variables: (name, process index, process count).
 STARTERS = (
     ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM", "SLURM_PROCID", "SLURM_NTASKS"),
@@ -148,10 +148,10 @@ STARTERS = (
 def part_of(
     index: str | int | None, count: str | int | None, environ: Mapping[str, str]
 ) -> Part | None:
-    """The part that a request means; ``"auto"`` asks JAX or ``environ``; None if none is meant.
+    """Return the part with this index and count; ``"auto"`` takes them from JAX or ``environ``.
 
     Raises:
-        LayoutError: one number without the other, no number, or nothing found.
+        LayoutError: one is given without the other, or is not a number, or auto finds none.
 
     >>> part_of("auto", "auto", {"SLURM_PROCID": "2", "SLURM_NTASKS": "8"})
     Part(index=2, count=8)
@@ -171,9 +171,9 @@ def part_of(
 
 
 def from_jax() -> Part | None:
-    """The part that this process is of a job of ``jax.distributed``; None where there is none.
+    """Return the part of this process in a ``jax.distributed`` job; None outside of one.
 
-    JAX is not imported for it: who has not imported it has not initialized it.
+    JAX is not imported: a program that has not imported it has not initialized it.
     """
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
@@ -182,12 +182,12 @@ def from_jax() -> Part | None:
 
 
 def from_environment(environ: Mapping[str, str]) -> Part:
-    """The part that the environment of a job says this process is.
+    """Return the part of this process by the variables of a job starter.
 
-    ``mpirun`` inside a SLURM job sets both kinds of variables, and its own are those meant.
+    ``mpirun`` inside a SLURM job sets both kinds of variables; its own count.
 
     Raises:
-        LayoutError: no known variables are set, or they are no numbers.
+        LayoutError: no known variables are set, or they are not numbers.
     """
     for _, index, count in STARTERS:
         if index in environ and count in environ:

@@ -194,16 +194,16 @@ def _opened_alike(
     with processes.together("loading: opening") as meeting:
         catalog = opened(source, src_strategy=src_strategy, suffix=suffix)
         if processes.are_several:
-            meeting.says = identity(catalog)
+            meeting.sent = identity(catalog)
     if processes.are_several:
-        check_same(meeting.heard, catalog.root, processes.members)
+        check_same(meeting.received, catalog.root, processes.members)
     return catalog
 
 
 def _check_same(catalog: Catalog, processes: Processes) -> None:
     if processes.are_several:
         others = processes.about(catalog.root)
-        said = others.hear("loading: which checkpoint", identity(catalog))
+        said = others.all_gather("loading: which checkpoint", identity(catalog))
         check_same(said, catalog.root, processes.members)
 
 

@@ -197,9 +197,9 @@ def commit_shared(
             publication.publish(staging)
             return ""
 
-        token = processes.agree("saving: beginning", begin)
+        token = processes.broadcast("saving: beginning", begin)
         counts = shared.write("saving: writing", token, budget)
-        processes.agree("saving: publishing", publish)
+        processes.broadcast("saving: publishing", publish)
         on_error.pop_all()
     return counts
 
@@ -227,8 +227,8 @@ def commit_own(
             on_error.callback(staging.abandon)
         with processes.together("saving: writing own") as meeting:
             counts = write_files(source, result, staging, budget, only=only)
-            meeting.says = secrets.token_hex(8)
-        token = meeting.heard[0] if meeting.heard else ""
+            meeting.sent = secrets.token_hex(8)
+        token = meeting.received[0] if meeting.received else ""
         remote = {rank_folder.REMOTE_TENSORS: _remote_tensors(source.catalog, result, only, token)}
         with processes.together("saving: publishing own"):
             replace(publication, side_files={**publication.side_files, **remote}).publish(staging)

@@ -124,8 +124,8 @@ class SharedWrite:
                     counts += run(copies, self._source, sink, budget=budget)
             if isinstance(self._source, Snapshot):
                 self._source.check_still()
-            met.says = share(owner, counts)
-        check_shares(met.heard, self.num_bytes)
+            met.sent = share(owner, counts)
+        check_shares(met.received, self.num_bytes)
         return counts
 
     def finish(self, staging: Transaction) -> None:

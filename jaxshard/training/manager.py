@@ -302,7 +302,7 @@ class CheckpointManager:
         options, run = self._options, self._directory
         processes = self._members.processes.about(str(run.root))
         if missing_ok and step is None:
-            newest = processes.agree("restoring: looking", lambda: newest_step(run))
+            newest = processes.broadcast("restoring: looking", lambda: newest_step(run))
             if not newest:
                 self._schedule.restored(None, self._clock())
                 return None
@@ -364,13 +364,13 @@ class CheckpointManager:
                 request = self._compose(step, state, extras, loss_scale)
                 # after the wait for the save before, which may have changed the claim
                 claim = replace(self._claim, overwrite=overwrite)
-                meeting.says = str(0 if processes.index else _task_of(request, claim))
+                meeting.sent = str(0 if processes.index else _task_of(request, claim))
         except BaseException:
             if request is not None:  # another process failed: release the arrays
                 request.snapshot.close()
             raise
         # files of other jobs are avoided by a number, on which process 0 decides
-        task, after = int(meeting.heard[0]), request.after
+        task, after = int(meeting.received[0]), request.after
         if task != self._claim.task and not self._claim.restored:
             after = after or Lineage()  # this job is a run of its own
         self._claim = replace(self._claim, task=task)
@@ -548,4 +548,4 @@ class _Members:
 
     def choice_of_process_0(self, choice: bool) -> bool:
         """Return the choice of process 0."""
-        return bool(self.processes.agree("choosing", lambda: "yes" if choice else ""))
+        return bool(self.processes.broadcast("choosing", lambda: "yes" if choice else ""))

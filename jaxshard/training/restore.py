@@ -114,7 +114,7 @@ def restore(
         StorageError: another process failed, or is missing.
     """
     one_of("parts", parts, get_args(Parts))
-    processes.agree("restoring: tidying", lambda: newest_step(run))
+    processes.broadcast("restoring: tidying", lambda: newest_step(run))
     search = _Search(run, prefix, parse_step_argument(step), processes)
     passed: list[tuple[str, str]] = []
     failure: JaxshardError | None = None
@@ -129,11 +129,11 @@ def restore(
                 _check_still(run, found)
                 is_shown = found.record is None and processes.are_several
                 what = identity(catalog) if is_shown else _SAME  # the label identifies a record
-                meeting.says = json.dumps(["", what])
+                meeting.sent = json.dumps(["", what])
             except (FormatError, CoverageError, StorageError, _Missing) as error:
                 failure = error.cause if isinstance(error, _Missing) else error
-                meeting.says = json.dumps([_reason(run, found, failure), ""])
-        reason = _refusal(meeting.heard, run, processes)
+                meeting.sent = json.dumps([_reason(run, found, failure), ""])
+        reason = _refusal(meeting.received, run, processes)
         if reason:
             failure = failure or CoverageError(f"step {found.name}: another process: {reason}")
             passed = [*_others(passed, found.name), (str(found.name), reason)]
@@ -221,7 +221,7 @@ class _Search:
 
     def __iter__(self) -> Iterator[RunStep]:
         for _ in range(_MAX_TRIES):
-            label = self._processes.agree("restoring: which", self._choose)
+            label = self._processes.broadcast("restoring: which", self._choose)
             if not label:
                 return
             self._tried.add(label)

@@ -75,11 +75,11 @@ def save_step(request: SaveRequest, processes: Processes) -> Lineage | None:
     if processes.index == 0:
         return _Leader(request, processes).save().lineage
     try:
-        token = processes.agree(_BEGIN, lambda: "")
+        token = processes.broadcast(_BEGIN, lambda: "")
         work = _SharedStep(request, processes)
         work.write(token)
         work.sum_up()
-        processes.agree(_COMMIT, lambda: "")
+        processes.broadcast(_COMMIT, lambda: "")
     finally:
         request.snapshot.close()
     return None
@@ -350,7 +350,7 @@ class _Leader:
             if self._next:
                 self._report(error)
             raise
-        self._processes.agree(_COMMIT, lambda: "")
+        self._processes.broadcast(_COMMIT, lambda: "")
         return record
 
     def _report(self, error: BaseException) -> None:
@@ -359,7 +359,7 @@ class _Leader:
         def fail() -> str:
             raise error
 
-        self._processes.agree(self._next, fail)
+        self._processes.broadcast(self._next, fail)
 
     def _write_step(self, request: SaveRequest) -> Record:
         staging = _staging_of(request)
@@ -384,7 +384,7 @@ class _Leader:
             return work.shared.begin(staging)
 
         name, self._next = self._next, ""  # from here on, failures are reported by the meetings
-        return self._processes.agree(name, begin)
+        return self._processes.broadcast(name, begin)
 
 
 class _SharedStep:
@@ -411,10 +411,10 @@ class _SharedStep:
         here = self._processes.index
         with self._processes.together(_SUM) as meeting:
             found = _sums(self.shared.folder, self._paths(), self._budget().workers)
-            meeting.says = BEST
+            meeting.sent = BEST
             if here:
                 _write_sums(self._sums_file(here), found)
-        _check_algorithms(meeting.heard)
+        _check_algorithms(meeting.received)
         return found
 
     def finish(self, staging: Transaction, own: Mapping[str, FileSums]) -> Record:

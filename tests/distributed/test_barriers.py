@@ -91,9 +91,9 @@ def job(monkeypatch):
 
 def test_alone_nobody_is_waited_for():
     alone = Processes()
-    assert alone.agree("x", lambda: "said") == "said"
-    assert alone.hear("x", "heard") == ["heard"]
-    alone.meet("x")
+    assert alone.broadcast("x", lambda: "said") == "said"
+    assert alone.all_gather("x", "heard") == ["heard"]
+    alone.barrier("x")
     with pytest.raises(ZeroDivisionError), alone.together("x"):
         raise ZeroDivisionError
     assert not alone.are_several
@@ -102,9 +102,9 @@ def test_alone_nobody_is_waited_for():
 def test_all_hear_what_each_says_and_what_process_0_decides(job):
     def work(own):
         with own.together("counting") as meeting:
-            meeting.says = str(own.index)
-        chosen = own.agree("choosing", lambda: f"as {own.index} says")
-        return meeting.heard, chosen, own.hear("again", "x" * own.index)
+            meeting.sent = str(own.index)
+        chosen = own.broadcast("choosing", lambda: f"as {own.index} says")
+        return meeting.received, chosen, own.all_gather("again", "x" * own.index)
 
     assert job.run(work) == [(["0", "1", "2"], "as 0 says", ["", "x", "xx"])] * 3
 
@@ -118,7 +118,7 @@ def test_what_fails_in_one_process_all_hear_and_the_next_meeting_is_in_step(job)
                     raise AssertionError("no room")
         except (StorageError, AssertionError) as error:
             heard = str(error)
-        own.meet("writing")
+        own.barrier("writing")
         return heard
 
     heard = job.run(work)
@@ -132,7 +132,7 @@ def test_what_process_0_cannot_do_the_others_hear(job):
         def make():
             raise OSError(28, "No space left on device")
 
-        return own.about("out").agree("beginning", make)
+        return own.about("out").broadcast("beginning", make)
 
     first, *others = job.run(work)
     assert isinstance(first, OSError)
@@ -144,12 +144,12 @@ def test_who_does_not_come_is_named_in_time(monkeypatch):
     def work(own):
         if own.index == 2:
             return "gone"
-        return own.about("out").meet("writing")
+        return own.about("out").barrier("writing")
 
     begun = time.monotonic()
     first, second, _ = Job(monkeypatch, timeout_s=0.2).run(work)
     for error in (first, second):
-        assert "out: writing: 1 of 3 processes did not come within 0.2 s: 2" in str(error)
+        assert "out: writing: 1 of 3 processes did not arrive within 0.2 s: 2" in str(error)
     assert time.monotonic() - begun < 3
 
 
@@ -161,12 +161,14 @@ def test_meetings_apart_do_not_count_for_each_other(job):
         for _ in range(own.index):  # they begin the one and the other in any order
             time.sleep(0.01)
         found = []
-        mine = threading.Thread(target=lambda: found.append(behind.hear("x", f"b{own.index}")))
+        mine = threading.Thread(
+            target=lambda: found.append(behind.all_gather("x", f"b{own.index}"))
+        )
         if own.index % 2:
             mine.start()
-            found.append(own.hear("x", f"f{own.index}"))
+            found.append(own.all_gather("x", f"f{own.index}"))
         else:
-            found.append(own.hear("x", f"f{own.index}"))
+            found.append(own.all_gather("x", f"f{own.index}"))
             mine.start()
         mine.join()
         return sorted(found)
@@ -177,9 +179,9 @@ def test_meetings_apart_do_not_count_for_each_other(job):
 def test_what_was_said_does_not_pile_up_at_the_coordinator(job):
     def work(own):
         for number in range(200):
-            own.agree("each step", lambda number=number: str(number))
+            own.broadcast("each step", lambda number=number: str(number))
             if number % 10 == 9:
-                own.meet("now and then")
+                own.barrier("now and then")
 
     assert job.run(work) == [None] * 3
     assert len(job.coordinator.values) < 80
@@ -189,9 +191,13 @@ def test_what_was_said_does_not_pile_up_at_the_coordinator(job):
 def test_some_of_the_processes_meet_without_the_others(job):
     def work(processes):
         if processes.index == 1:
-            return processes.of({0, 2}).hear("loading", "not one of them")
+            return processes.of({0, 2}).all_gather("loading", "not one of them")
         few = processes.of({2, 0})
-        return few.members, few.hear("loading", str(few.index)), few.agree("who", lambda: "zero")
+        return (
+            few.members,
+            few.all_gather("loading", str(few.index)),
+            few.broadcast("who", lambda: "zero"),
+        )
 
     with_two = ((0, 2), ["0", "2"], "zero")
     assert job.run(work) == [with_two, ["not one of them"], with_two]
@@ -199,8 +205,8 @@ def test_some_of_the_processes_meet_without_the_others(job):
 
 def test_an_absent_one_of_some_processes_is_named_by_its_number(monkeypatch):
     job = Job(monkeypatch, timeout_s=0.2)
-    found = job.run(lambda p: p.of({1, 2}).hear("loading") if p.index == 1 else None)
-    assert "1 of 2 processes did not come within 0.2 s: 2." in str(found[1])
+    found = job.run(lambda p: p.of({1, 2}).all_gather("loading") if p.index == 1 else None)
+    assert "1 of 2 processes did not arrive within 0.2 s: 2." in str(found[1])
 
 
 def test_a_failure_among_some_processes_is_heard_by_those_alone(job):

@@ -209,7 +209,7 @@ def test_a_process_killed_while_saving_leaves_the_old_checkpoint_good(killed):
         kind, said, seconds = ended[0].answer or ["StorageError", "", 0]
         if who == 1:
             assert kind == "StorageError"
-            assert "1 of 2 processes did not come within 2 s: 1" in said
+            assert "1 of 2 processes did not arrive within 2 s: 1" in said
             assert seconds < 20
         else:  # JAX's own coordinator has died with it, and JAX ends the others
             assert ended[1].status != 0 or ended[1].answer[0] == "StorageError"
@@ -260,7 +260,7 @@ def test_nobody_waits_in_a_collective_for_one_that_was_killed(llama):
     assert dead.status == -signal.SIGKILL
     kind, said, seconds = survivor.answer
     assert kind == "StorageError"
-    assert "1 of 2 processes did not come within 2 s: 1" in said
+    assert "1 of 2 processes did not arrive within 2 s: 1" in said
     assert seconds < 20
     rerun = run_processes("multiprocess_files:load_balanced", 2, 2, str(llama))
     assert answers(rerun) == [True, True]

@@ -280,6 +280,6 @@ def different_steps(index, count, out):
         answer.append(refusal(lambda: other.restore(state_of(9, 2, 4), step=2)))  # noqa: B023
         other.close()
         shutil.rmtree(f"{own}/.jaxshard", ignore_errors=True)
-        processes_of_jax(60).meet("removed")
+        processes_of_jax(60).barrier("removed")
     found = manager_of(own, format="iteration").restore(state_of(9, 2, 4))
     return answer, found.step, found.passed_over

@@ -136,7 +136,7 @@ def test_a_process_killed_in_a_save_has_the_others_raise_in_time(killed):
         if who == 1:
             kind, said, seconds = ended[0].answer
             assert kind == "StorageError"
-            assert "1 of 2 processes did not come within 2 s: 1" in said
+            assert "1 of 2 processes did not arrive within 2 s: 1" in said
             assert seconds < 20
         else:  # JAX's coordinator has died with it, and JAX ends the others
             assert ended[1].status != 0 or ended[1].answer[0] == "StorageError", phase
