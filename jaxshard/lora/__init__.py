@@ -1,4 +1,4 @@
-"""LoRA: adapters merged into their base weights while these are streamed.
+"""LoRA: adapters merged into their base weights while the weights are streamed.
 
 merge_lora("llama/", "merged/", adapter="adapter/")          file to file
 load(with_adapter("llama/", "adapter/"), "dp2mp4")           inside a sharded load
@@ -49,29 +49,29 @@ def with_adapter(
     adapter_strategy: PathLike | None = None,
     adapter_names: AdapterNames | None = None,
 ) -> Catalog:
-    """``source`` with its adapters added when it is read; load or convert it as any catalog.
+    """Return ``source`` with its adapters merged on reading; load or convert it like any catalog.
 
     Args:
         source: the base model, or base and adapters in one checkpoint.
-        adapter: the adapters, if they are beside it: a PEFT folder, or any checkpoint.
-        alpha: what the adapter was trained with; by default what its config says, and an
-            error if none does, or if the config says others for some modules.
+        adapter: the adapters, if they are a separate checkpoint, such as a PEFT folder.
+        alpha: alpha of the training, by default from the adapter's config; an error if it is
+            missing, or if the config has other alphas for some modules.
         adapter_rank: refuse adapters of another rank.
-        scaling: alpha / rank itself, for all adapters alike.
-        fan_in_fan_out: whether square weights are (in, out); others tell by their shape.
-        unmerge: subtract, to get back the base of a merged model, but for rounding.
+        scaling: alpha / rank itself, for all adapters.
+        fan_in_fan_out: whether square weights are (in, out); the shape of others decides.
+        unmerge: subtract, to restore the base of a merged model up to rounding.
         reproducible: sum in one order on every machine, several times slower; otherwise the
-            last bit of a weight may depend on the machine, and on how it was cut.
-        src_strategy: strategy files of a source cut into ranks.
+            last bit of a weight may depend on the machine and on the sharding.
+        src_strategy: strategy files of a source with rank files.
         suffix: which of several files a rank the source has.
-        adapter_strategy: those of adapters cut into ranks.
-        adapter_names: what the base calls the tensors that the adapter names, where it is not
-            found: ``{"model.language_model.{x*}": "language_model.model.{x*}"}``, the same as
+        adapter_strategy: strategy files of adapters with rank files.
+        adapter_names: the base's names of the adapter's tensors, where they are not found:
+            ``{"model.language_model.{x*}": "language_model.model.{x*}"}``, the same as
             text (``"FROM=TO,FROM=TO"``), a mapping that only renames, or a TOML file of one.
 
     Raises:
-        NotFoundError: no adapters, a weight or half a pair is missing, or nobody says alpha.
-        LayoutError: shapes that do not fit, or an adapter that is more than a product.
+        NotFoundError: no adapters, or a weight, half a pair or alpha is missing.
+        LayoutError: shapes do not fit, or the adapter is more than a product.
         FormatError: a config that does not belong to the adapter.
     """
     base = opened(source, src_strategy=src_strategy, suffix=suffix)
@@ -89,9 +89,8 @@ def with_adapter(
     )
     if unmerge and done.replaced:
         raise LayoutError(
-            f"unmerge= (--unmerge): the adapter replaced {format_list(done.replaced, 2)} and did "
-            "not add "
-            "to it, so what was there cannot be had back. Take the base model."
+            f"unmerge= (--unmerge): the adapter replaced {format_list(done.replaced, 2)}, whose "
+            "original values are lost. Use the base model."
         )
     return done.catalog
 
@@ -114,11 +113,10 @@ def merge_lora(
     progress: Callable[[int], Callable[[int], None]] | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
-    """Make ``destination``: ``source`` with its adapters merged, laid out as ``to`` says.
+    """Write ``source`` with its adapters merged to ``destination`` in the layout ``to``.
 
-    The arguments of the adapters are those of ``with_adapter``, all others those of
-    ``convert``. Memory is that of a conversion:
-    the model may be larger than the machine's.
+    The arguments of the adapters are those of ``with_adapter``, all others those of ``convert``.
+    Memory is bounded as in a conversion: the model may be larger.
 
     Raises:
         JaxshardError: as ``with_adapter`` and ``convert``, before a byte is written.

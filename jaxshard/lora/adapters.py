@@ -1,11 +1,12 @@
-"""Adapter pairs among a checkpoint's names, and the weights they belong to.
+"""Adapters in a checkpoint: the pairs by their names, and the config of the training.
 
     base_model.model.X.lora_A.weight    X.lora_A.weight         PEFT; MindFormers' parallel core
     X.mindpet_delta_lora_a              X.lora_a                MindFormers' older and newer ones
     X.lora_embedding_A                                          PEFT, on an embedding
 
-A pair is A (rank, in) and B (out, rank); the weight is X.weight. Names only: nothing is
-read, and what the pairs are multiplied with is ``settings``'.
+A pair is A (rank, in) and B (out, rank); the weight is X.weight. Its scaling is alpha / rank, or
+alpha / √rank with rslora. Alpha is never guessed: without it an adapter is refused, and the error
+lists the places that were searched.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ class Adapter:
     """One pair.
 
     Attributes:
-        module: the name of what it adapts, without ``.weight``.
+        module: the name of the adapted module, without ``.weight``.
         a: (rank, in).
         b: (out, rank).
         is_embedding: its weight is (in, out).
-        depth: how many ``.base_layer`` its names have: PEFT wraps a module once for each
-            parameter of it that is adapted.
+        depth: the number of ``.base_layer`` in its names: PEFT wraps a module once for each
+            adapted parameter.
     """
 
     module: str
@@ -64,7 +65,7 @@ class Adapter:
 
     @property
     def weight(self) -> str:
-        """The name of the weight it is added to."""
+        """The name of the adapted weight."""
         return self.module + ".weight"
 
     @property
@@ -74,13 +75,13 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the tensors of a checkpoint are to an adapter.
+class AdapterSet:
+    """The adapters and the other tensors of a checkpoint.
 
     Attributes:
         adapters: the pairs.
-        others: all that is no part of a pair, by the name it has in the model.
-        dropped: how many optimizer states of adapters there are.
+        others: tensors that are not part of a pair, by their names in the model.
+        dropped: the number of optimizer states of adapters.
     """
 
     adapters: tuple[Adapter, ...]
@@ -89,7 +90,7 @@ class Found:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether ``name`` is half a pair, or an optimizer state of one.
+    """Return whether ``name`` is half a pair, or an optimizer state of one.
 
     >>> is_adapter("adam_m.layers.0.wq.lora_a"), is_adapter("layers.0.wq.weight")
     (True, False)
@@ -97,12 +98,12 @@ def is_adapter(name: str) -> bool:
     return _HALF.fullmatch(weight_name(name)) is not None
 
 
-def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
-    """The adapters among ``tensors``, which are of the checkpoint ``where``.
+def find_adapters(tensors: Mapping[str, Tensor], where: str) -> AdapterSet:
+    """Find the adapters among ``tensors`` of the checkpoint ``where``.
 
     Raises:
         NotFoundError: a pair lacks one half.
-        LayoutError: two adapters for one weight, shapes that are no pair, or a kind of adapter
+        LayoutError: two adapters for one weight, shapes that do not match, or a kind of adapter
             that is more than a pair.
     """
     halves: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -131,19 +132,19 @@ def find_adapters(tensors: Mapping[str, Tensor], where: str) -> Found:
         raise LayoutError(
             f"{where} holds several adapters ({format_list(sorted(labels - {''}))}). Save the "
             "one to "
-            "merge alone: save_pretrained(DIR, selected_adapters=[NAME])."
+            "merge: save_pretrained(DIR, selected_adapters=[NAME])."
         )
     if twice:
         raise LayoutError(
             f"two sources for one target: {where} has two adapters of {twice[0]}.weight, in two "
-            "spellings. Leave one out of it first (jaxshard convert --exclude REGEX)."
+            "spellings. Remove one first (jaxshard convert --exclude REGEX)."
         )
     found = [_pair(*key, pair, key[0] in embeddings, where) for key, pair in halves.items()]
-    return Found(tuple(found), others, dropped)
+    return AdapterSet(tuple(found), others, dropped)
 
 
 def own_name(name: str) -> str:
-    """The name that a tensor saved by PEFT has in the model.
+    """Return the name in the model of a tensor saved by PEFT.
 
     >>> own_name("base_model.model.lm_head.modules_to_save.default.weight")
     'lm_head.weight'
@@ -152,7 +153,7 @@ def own_name(name: str) -> str:
 
 
 def _unwrapped(module: str) -> tuple[str, int]:
-    """``module`` without the ``.base_layer`` at its end, and how many there were."""
+    """Strip ``.base_layer`` from the end of ``module``, and count them."""
     end, depth = len(module), 0
     while module.endswith(_BASE, 0, end):
         end, depth = end - len(_BASE), depth + 1
@@ -170,21 +171,22 @@ def _pair(
     if missing:
         there = next(iter(pair.values()))
         raise NotFoundError(
-            f"{where}: {there.name} is there, but the {missing[0]} that it goes with is not. The "
-            "adapter is incomplete: fetch or save it again."
+            f"{where}: {there.name} exists, but its {missing[0]} matrix is missing. Fetch or save "
+            "the adapter again."
         )
     a, b = pair["A"], pair["B"]
     for half in (a, b):
         if not is_plain_float(half.dtype):
             raise LayoutError(
-                f"{half.name} is {half.dtype}; the matrices of an adapter are F16, BF16, F32 or "
-                "F64. Save the adapter in one of them."
+                f"{half.name} is {half.dtype}, expected F16, BF16, F32 or F64 for the matrices of "
+                "an adapter. Save the adapter in one of them."
             )
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise LayoutError(
-            f"{a.name} {a.shape} and {b.name} {b.shape} are no pair: A is (rank, in), B is (out, "
-            "rank), of rank 1 or more. Adapters of convolutions cannot be merged here: merge "
-            "them with the program that made them."
+            f"{a.name} {a.shape} and {b.name} {b.shape} are not a pair: expected A (rank, in) and "
+            "B (out, rank), of rank 1 or more. Merge adapters of convolutions with the program "
+            "that "
+            "made them."
         )
     return Adapter(module, a, b, is_embedding, depth)
 
@@ -193,19 +195,20 @@ def _refuse_unknown(name: str) -> None:
     for part, what in _UNKNOWN.items():
         if name.endswith(part) or f".{part}." in name:
             raise LayoutError(
-                f"{name} is part of {what}; that is more than adding a product, and cannot be "
-                "merged here. Merge it with the program that made it."
+                f"{name} is part of {what}, which is not supported: only a product "
+                "B @ A can be added. "
+                "Merge it with the program that made it."
             )
 
 
-# --- Adapter configurations: rank, alpha, scaling and where each comes from
+# --- Configs: rank, alpha and scaling
 
 PEFT_CONFIG = "adapter_config.json"
 OWN_CONFIG = "mindformers_adapter_config.json"
-_PARENTS = 3  # MindFormers keeps one file for several checkpoints, above them
+_PARENTS = 3  # MindFormers stores one file for several checkpoints, in a parent folder
 _MAX_BYTES = 1 << 22
-_MOST_NAMES, _LONGEST_NAME = 4096, 1024  # in a list of modules or parameters
-_MORE = (  # what a config may ask for that no product of two matrices is
+_MAX_NAMES, _MAX_NAME_LENGTH = 4096, 1024  # in a list of modules or parameters
+_UNSUPPORTED_SETTINGS = (  # settings of adapters that are more than a product of two matrices
     "use_dora",
     "lora_bias",
     "trainable_token_indices",
@@ -218,28 +221,29 @@ _MORE = (  # what a config may ask for that no product of two matrices is
     "monteclora_config",
     "arrow_config",
 )
-_HEADS = {  # of a task, which PEFT trains whole without a word in older configs
+_HEADS = {  # by task; PEFT trains them whole, and older configs do not list them
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-_TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of the base, by the adapter's start
+# initializations that subtract the adapter from the base
+_TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How strongly adapters act.
+    """The scaling of adapters and the settings of their training.
 
     Attributes:
-        where: the config that says all that the caller did not.
-        rank_from: who says the rank.
-        given: alpha or scaling are the caller's.
-        looked_in: the places that a config was looked for in.
-        saved_modules: those that were trained whole (modules_to_save); None if nobody says.
+        where: the config file of all values that the caller did not pass.
+        rank_from: the argument that set the rank, if the caller did.
+        given: alpha or scaling come from the caller.
+        looked_in: the paths searched for a config.
+        saved_modules: modules trained whole (modules_to_save); None if unknown.
         keeps_ties: a head that is tied to an adapted embedding was trained with it.
-        target_parameters: the ends of the names of parameters that are adapted, where PEFT was
-            asked for parameters and not for modules.
-        fan_is_given: fan_in_fan_out is the caller's.
+        target_parameters: suffixes of the names of adapted parameters, if PEFT adapted
+            parameters instead of modules.
+        fan_is_given: fan_in_fan_out comes from the caller.
     """
 
     alpha: float | None = None
@@ -265,26 +269,29 @@ class Settings:
         scaling: float | None = None,
         fan_in_fan_out: bool | None = None,
     ) -> Settings:
-        """These settings with what the caller says in their place.
+        """Return these settings overridden by the caller's.
 
         Raises:
-            LayoutError: it is contradictory, or no number that anything can be multiplied with.
+            LayoutError: contradictory arguments, or a number that is not finite.
         """
         for name, number in (("alpha", alpha), ("scaling", scaling)):
             if number is not None and not isfinite(number):
                 raise LayoutError(
-                    f"{name}= (--{name}) is {number}, not a number to multiply with. Give the "
-                    f"{name} of the training."
+                    f"{name}= (--{name}) is {number}, expected a finite number. Pass the {name} "
+                    "of the "
+                    "training."
                 )
         if alpha is not None and scaling is not None:
             raise LayoutError(
-                f"alpha= (--alpha) {alpha} and scaling= (--scaling) {scaling} are both given, and "
-                "each decides alone. Leave one out."
+                f"alpha= (--alpha) {alpha} and scaling= (--scaling) {scaling} exclude each "
+                "other. Pass "
+                "one of them."
             )
         if alpha is not None and self.alpha_pattern and self.alpha not in (None, alpha):
             raise LayoutError(
-                f"alpha={alpha} is given, but {self.where} says {self.alpha}, and other alphas for "
-                f"some modules (alpha_pattern has {len(self.alpha_pattern)}). Leave alpha out, or "
+                f"alpha={alpha} was passed, but {self.where} has {self.alpha}, and other alphas "
+                "for "
+                f"some modules (alpha_pattern has {len(self.alpha_pattern)}). Remove alpha=, or "
                 "change that file; scaling= sets one scaling for all."
             )
         made = self
@@ -298,17 +305,17 @@ class Settings:
         return made
 
     def scaling_of(self, adapter: Adapter, name: str | None = None, experts: int = 1) -> float:
-        """What the product of ``adapter`` is multiplied with.
+        """Return the factor of the product of ``adapter``.
 
         Args:
             adapter: the pair.
-            name: what patterns are about, if that is not the module: a parameter.
-            experts: how many experts share the pair.
+            name: the name that patterns match, by default the module's.
+            experts: the number of experts that share the pair.
 
         Raises:
-            NotFoundError: nobody says alpha; the places that were looked in are listed.
-            FormatError: the config says another rank than the adapter has.
-            LayoutError: the caller does.
+            NotFoundError: alpha is unknown; the searched places are listed.
+            FormatError: the config has another rank than the adapter.
+            LayoutError: the caller passed another rank.
         """
         name = name or adapter.module
         own = adapter.rank // experts
@@ -317,23 +324,23 @@ class Settings:
             of = f" for each of {experts} experts" if experts > 1 else ""
             if self.rank_from:
                 raise LayoutError(
-                    f"{adapter.a.name}: shape {adapter.a.shape} has rank {own}{of}, and "
-                    f"{self.rank_from} asks for {rank}. Leave it out, or fetch that adapter."
+                    f"{adapter.a.name}: shape {adapter.a.shape} has rank {own}{of}, but "
+                    f"{self.rank_from} is {rank}. Remove it, or fetch that adapter."
                 )
             raise FormatError(
                 f"{adapter.a.name}: shape {adapter.a.shape} has rank {own}{of}, but "
-                f"{self.where} says {rank}: the adapter and its config do not belong together. "
-                "Fetch both again."
+                f"{self.where} has {rank}: the adapter and its config do not match. Fetch both "
+                "again."
             )
         if self.scaling is not None:
             return self.scaling
         alpha = self._alphas.find(name, self.alpha)
         if alpha is None:
             raise NotFoundError(
-                f"{adapter.a.name}: its alpha is not known, and is not guessed. Looked for "
-                f"lora_alpha in {', '.join(self.looked_in) or 'no file'}. Give alpha= (what it was "
-                "trained with), or scaling= (alpha / rank); on the command line --alpha or "
-                "--scaling."
+                f"{adapter.a.name}: alpha is unknown. Searched for lora_alpha in "
+                f"{', '.join(self.looked_in) or 'no file'}. Pass alpha= of the training "
+                "(--alpha), or "
+                "scaling= (--scaling), which is alpha / rank."
             )
         return alpha / (sqrt(own) if self.rslora else own)
 
@@ -352,10 +359,10 @@ class Settings:
 
 
 def find_settings(root: str) -> Settings:
-    """What the config beside the adapter in the folder ``root``, or above it, says.
+    """Read the config in the adapter's folder ``root`` or a parent.
 
     Raises:
-        FormatError: a config is not what it claims to be.
+        FormatError: an invalid config.
         LayoutError: it describes another kind of adapter.
     """
     at = Path(root).absolute()
@@ -378,79 +385,83 @@ def find_settings(root: str) -> Settings:
 def _read(folder: Folder, name: str, path: str) -> Settings:
     size = folder.files()[name].num_bytes
     if size > _MAX_BYTES:
-        raise FormatError(f"{path} has {size} bytes; an adapter's config has a few thousand.")
+        raise FormatError(f"{path} has {size} bytes, expected a few thousand. Fetch it again.")
     config = parse_object(folder.read(name, 0, size), path)
     inner = config.get("lora_config")
-    said = {**config, **inner} if isinstance(inner, dict) else config
-    kind = said.get("peft_type")
+    stated = {**config, **inner} if isinstance(inner, dict) else config
+    kind = stated.get("peft_type")
     if kind not in (None, "LORA"):
         raise LayoutError(
-            f"{path}: peft_type is {kind!r}; only LORA can be merged here. Merge it with PEFT."
+            f"{path}: peft_type is {kind!r}, expected LORA. Merge the adapter with PEFT."
         )
-    for flag in _MORE:
-        if said.get(flag):
+    for flag in _UNSUPPORTED_SETTINGS:
+        if stated.get(flag):
             raise LayoutError(
-                f"{path}: {flag} is {said[flag]!r}; that is more than adding a product to a "
-                "matrix, and cannot be merged here. Merge it with PEFT."
+                f"{path}: {flag} is {stated[flag]!r}, which is not supported: only a product "
+                "B @ A can be added. Merge the adapter with PEFT."
             )
-    _check_start(said.get("init_lora_weights"), path)
-    rank_key = "r" if said.get("r") is not None else "lora_rank"
-    ranks = {p: _rank(said["rank_pattern"], p, path) for p in _patterns(said, "rank_pattern", path)}
+    _check_start(stated.get("init_lora_weights"), path)
+    rank_key = "r" if stated.get("r") is not None else "lora_rank"
+    ranks = {
+        p: _rank(stated["rank_pattern"], p, path) for p in _patterns(stated, "rank_pattern", path)
+    }
     alphas = {
-        p: _number(said["alpha_pattern"], p, path) for p in _patterns(said, "alpha_pattern", path)
+        p: _number(stated["alpha_pattern"], p, path)
+        for p in _patterns(stated, "alpha_pattern", path)
     }
     return Settings(
-        alpha=_number(said, "lora_alpha", path) if said.get("lora_alpha") is not None else None,
-        rank=_rank(said, rank_key, path) if said.get(rank_key) is not None else None,
-        rslora=bool(said.get("use_rslora")),
+        alpha=_number(stated, "lora_alpha", path) if stated.get("lora_alpha") is not None else None,
+        rank=_rank(stated, rank_key, path) if stated.get(rank_key) is not None else None,
+        rslora=bool(stated.get("use_rslora")),
         rank_pattern=ranks,
         alpha_pattern=alphas,
-        fan_in_fan_out=bool(said["fan_in_fan_out"]) if "fan_in_fan_out" in said else None,
+        fan_in_fan_out=bool(stated["fan_in_fan_out"]) if "fan_in_fan_out" in stated else None,
         where=str(path),
-        saved_modules=_saved_modules(said, kind, path),
-        keeps_ties=said.get("ensure_weight_tying") is True,
-        target_parameters=_texts(said, "target_parameters", path),
+        saved_modules=_saved_modules(stated, kind, path),
+        keeps_ties=stated.get("ensure_weight_tying") is True,
+        target_parameters=_texts(stated, "target_parameters", path),
     )
 
 
 def _check_start(start: object, path: str) -> None:
-    """Refuse an adapter whose first values were taken out of the base's weights.
+    """Refuse an adapter whose initial values were subtracted from the base's weights.
 
     https://huggingface.co/docs/peft/developer_guides/lora#initialization
     """
     if isinstance(start, str) and start.partition("_niter_")[0].lower() in _TAKEN_OUT:
         raise LayoutError(
             f"{path}: init_lora_weights is {start!r}, so the adapter belongs to a base whose "
-            "weights were changed when its training began, and not to the model they came from. "
-            "Merge it with PEFT, or save it as plain LoRA there "
+            "weights were changed at the start of its training, not to the original model. Merge "
+            "it "
+            "with PEFT, or save it as plain LoRA with PEFT "
             "(path_initial_model_for_weight_conversion)."
         )
 
 
-def _saved_modules(said: Mapping[str, Any], kind: object, path: str) -> tuple[str, ...] | None:
+def _saved_modules(stated: Mapping[str, Any], kind: object, path: str) -> tuple[str, ...] | None:
     if kind is None:
-        return None  # MindFormers' config, which does not say
-    names = _texts(said, "modules_to_save", path)
-    return (*names, *_HEADS.get(str(said.get("task_type")), ()))
+        return None  # MindFormers' config, which lacks the key
+    names = _texts(stated, "modules_to_save", path)
+    return (*names, *_HEADS.get(str(stated.get("task_type")), ()))
 
 
-def _texts(said: Mapping[str, Any], key: str, path: str) -> tuple[str, ...]:
-    names = said.get(key) or []
+def _texts(stated: Mapping[str, Any], key: str, path: str) -> tuple[str, ...]:
+    names = stated.get(key) or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise FormatError(f"{path}: {key} is not a list of names. Fetch the adapter again.")
-    if len(names) > _MOST_NAMES or any(len(n) > _LONGEST_NAME for n in names):
+    if len(names) > _MAX_NAMES or any(len(n) > _MAX_NAME_LENGTH for n in names):
         raise FormatError(
-            f"{path}: {key} has {len(names)} names; at most {_MOST_NAMES} of {_LONGEST_NAME} "
-            "characters are read. Fetch the adapter again."
+            f"{path}: {key} has {len(names)} names, expected at most {_MAX_NAMES} of "
+            f"{_MAX_NAME_LENGTH} characters. Fetch the adapter again."
         )
     return tuple(names)
 
 
-def _number(said: Mapping[str, Any], key: str, path: str) -> float:
-    value = said[key]
+def _number(stated: Mapping[str, Any], key: str, path: str) -> float:
+    value = stated[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FormatError(
-            f"{path}: {key} is {str(value)[:40]!r}, not a number. Fetch the adapter again, or give "
+            f"{path}: {key} is {str(value)[:40]!r}, not a number. Fetch the adapter again, or pass "
             "alpha= (--alpha)."
         )
     try:
@@ -459,28 +470,28 @@ def _number(said: Mapping[str, Any], key: str, path: str) -> float:
         number = float("inf")
     if not isfinite(number):
         raise FormatError(
-            f"{path}: {key} is {str(value)[:40]}, no number to multiply with. Fetch the adapter "
+            f"{path}: {key} is {str(value)[:40]}, expected a finite number. Fetch the adapter "
             "again."
         )
     return number
 
 
-def _rank(said: Mapping[str, Any], key: str, path: str) -> int:
-    number = _number(said, key, path)
+def _rank(stated: Mapping[str, Any], key: str, path: str) -> int:
+    number = _number(stated, key, path)
     if number < 1 or number != int(number):
         raise FormatError(
-            f"{path}: {key} is {str(said[key])[:40]}, not a rank of 1 or more. "
+            f"{path}: {key} is {str(stated[key])[:40]}, not a rank of 1 or more. "
             "Fetch the adapter again."
         )
     return int(number)
 
 
-def _patterns(said: Mapping[str, Any], key: str, path: str) -> list[str]:
-    """The patterns of a table of modules, each an expression that can be tried."""
-    value = said.get(key) or {}
+def _patterns(stated: Mapping[str, Any], key: str, path: str) -> list[str]:
+    """Return the patterns of a table of modules, checked with ``check_patterns``."""
+    value = stated.get(key) or {}
     if not isinstance(value, dict):
         raise FormatError(
-            f"{path}: {key} is no table of names and numbers. Fetch the adapter again."
+            f"{path}: {key} is not a table of names and numbers. Fetch the adapter again."
         )
     check_patterns(value, f"{path}: {key}")
     return list(value)

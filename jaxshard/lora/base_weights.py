@@ -1,13 +1,22 @@
-"""Base tensor names for adapters that use in-memory names.
+"""Base tensors of an adapter: by renamed names, and as parameters of stacked experts.
 
-transformers renames tensors when it reads a checkpoint, and PEFT names modules as they are then:
+transformers renames tensors when it reads a checkpoint, and PEFT uses the names in memory:
 
     in memory, and so in the adapter        in the files
     model.language_model.layers.0.…         language_model.model.layers.0.…    LLaVA, Gemma 3
                                             model.layers.0.…                   Qwen2.5-VL
     model.layers.0.mlp.gate.weight          model.layers.0.block_sparse_moe.gate.weight
 
-These renamings are tried where a name is not there; a caller gives others. Names only.
+These renamings are tried if a name does not exist; a caller may pass others.
+
+PEFT adapts a module's weight (X.lora_A adapts X.weight), or any parameter that its config lists
+(target_parameters). For a stack of experts it stores the factors of all experts in one pair:
+
+    A (E·rank, in)    expert e: rows e·rank : (e+1)·rank
+    B (out, rank·E)   expert e: every E-th column, from column e
+
+In memory transformers stacks experts and joins gate and up; files have them separate or stacked.
+Names and shapes decide; nothing is read.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ from .adapters import Adapter
 
 AdapterNames: TypeAlias = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]
 
-_LONGEST, _MOST_COMPARED = 256, 20_000  # names that are compared letter by letter for a message
+_MAX_LENGTH, _MAX_COMPARED = 256, 20_000  # bounds the time of the search for a similar name
 _PREFIXES = ("model.", "transformer.", "base_model.")
 _PLACES = (  # (in memory, in files): transformers/conversion_mapping.py
     ("model.language_model.", "language_model.model."),
@@ -58,14 +67,14 @@ _BOTH_WAYS = {
 
 @dataclass
 class BaseNames:
-    """What the base calls the tensors that an adapter names.
+    """Finds the base's names of the tensors in an adapter.
 
     Attributes:
         known: the base's tensors by name.
-        root: the base's place, for errors.
+        root: the base's path, for errors.
         given: the caller's renaming.
-        renamed: names that were found by a renaming of transformers: the adapter's, the base's.
-        num_given: how many names the caller's renaming changed.
+        renamed: the base's name by the adapter's, where a renaming of transformers applied.
+        num_given: the number of names that the caller's renaming changed.
     """
 
     known: Mapping[str, Tensor]
@@ -75,10 +84,10 @@ class BaseNames:
     num_given: int = 0
 
     def find(self, name: str) -> str | None:
-        """The base's name for ``name``; None if it has no such tensor.
+        """Return the base's name of ``name``, or None if the tensor does not exist.
 
         Raises:
-            LayoutError: several renamings lead to a tensor.
+            LayoutError: several renamings match a tensor.
         """
         given = self.given(name)
         self.num_given += given != name
@@ -89,67 +98,68 @@ class BaseNames:
         found = list(dict.fromkeys((*plain, *others)))
         if len(found) > 1:
             raise LayoutError(
-                f"{name} of the adapter may be any of {format_list(found)} of {self.root}. Give "
-                "the "
-                f"right one with {argument(name, found[0])}."
+                f"{name} of the adapter may be any of {format_list(found)} of {self.root}. Pass "
+                f"the right one with {argument(name, found[0])}."
             )
         if found and not plain:
             self.renamed[name] = found[0]
         return found[0] if found else None
 
     def missing(self, what: str, names: Sequence[str]) -> NotFoundError:
-        """The error that what ``what`` adapts is in the base by none of ``names``."""
+        """Return the error for an adapter ``what`` whose ``names`` do not exist in the base."""
         text = (
-            f"{what} adapts {names[0]}, and {self.root} has no such tensor among its "
+            f"{what} adapts {names[0]}, but {self.root} has no such tensor among its "
             f"{len(self.known)}."
         )
         close = _closest([self.given(n) for n in names], self.known)
         if close is None:
             return NotFoundError(
-                f"{text} Give the base model as the source and the adapters as adapter= "
+                f"{text} Pass the base model as the source and the adapters as adapter= "
                 '(--adapter), or other names with adapter_names={"NAME HERE": "NAME IN THE BASE"} '
                 "(--adapter-names)."
             )
         name, other = names[close[0]], close[1]
         if template(other) == template(self.given(name)):
             return NotFoundError(
-                f"{text} It has {other}, so the adapter is of a model with more layers or experts. "
-                "Give the base model that it was trained on."
+                f"{text} It has {other}, so the adapter belongs to a model with more layers or "
+                "experts. Use the base model of its training."
             )
         return NotFoundError(
-            f"{text} Did you mean {other}? Then give {argument(name, other)}; otherwise give the "
-            "base model that the adapter was trained on."
+            f"{text} Did you mean {other}? Then pass {argument(name, other)}; otherwise use the "
+            "base model of the adapter's training."
         )
 
     def check_given(self) -> None:
-        """Refuse a renaming of the caller's that was about no name of the adapter.
+        """Refuse a renaming of the caller's that matched no name of the adapter.
 
         Raises:
-            LayoutError: with a name that it could have been about.
+            LayoutError: no name matched.
         """
         if self.given is not str and not self.num_given:
             raise LayoutError(
-                "adapter_names= (--adapter-names) renames none of the adapter's names. Leave it "
-                "out, or write the names as the adapter has them, without base_model.model. and "
-                "lora_A: model.layers.0.self_attn.q_proj.weight."
+                "adapter_names= (--adapter-names) matches none of the adapter's names. Remove "
+                "it, or "
+                "write the adapter's names without base_model.model. and lora_A: "
+                "model.layers.0.self_attn.q_proj.weight."
             )
 
     def notes(self) -> list[str]:
-        """What a person should know of names that were found by a renaming."""
+        """Return a note on names that were found by a renaming."""
         if not self.renamed:
             return []
         first, *_ = self.renamed.items()
         return [
-            f"{len(self.renamed)} names of the adapter are those that transformers gives in "
-            f"memory, and were found in the files under others ({first[0]} is {first[1]} …)."
+            f"{len(self.renamed)} names of the adapter are those of transformers in memory; the "
+            "files "
+            f"have other names ({first[0]} is {first[1]} …)."
         ]
 
 
 def renaming(given: AdapterNames | None) -> Callable[[str], str]:
-    """The function of ``adapter_names``: a mapping's renamings, or ``FROM=TO,FROM=TO``.
+    """Return the renaming of ``adapter_names``: a mapping, or ``FROM=TO,FROM=TO``.
 
     Raises:
-        LayoutError: it does more than rename, or says nothing.
+        LayoutError: it does more than rename, or is invalid.
     """
     if given is None:
         return str
@@ -157,8 +167,9 @@ def renaming(given: AdapterNames | None) -> Callable[[str], str]:
     other = [op for op in made.ops if not isinstance(op, mappings.Rename | mappings.Substitute)]
     if other:
         raise LayoutError(
-            f"adapter_names= (--adapter-names) does {other[0]}, and adapters can only be renamed. "
-            "Give a mapping of rename and substitute alone."
+            f"adapter_names= (--adapter-names) contains {other[0]}, but adapters can only be "
+            "renamed. "
+            "Pass a mapping of only rename and substitute."
         )
     return lambda name: next(iter(_applied(made, name)))
 
@@ -166,7 +177,7 @@ def renaming(given: AdapterNames | None) -> Callable[[str], str]:
 def _applied(made: mappings.Mapping, name: str) -> Iterable[str]:
     result: Mapping[str, object] = {name: None}
     for op in made.ops:
-        result = op.apply(dict(result), None)  # type: ignore[arg-type] # they look at names alone
+        result = op.apply(dict(result), None)  # type: ignore[arg-type] # renamings use no algebra
     return result
 
 
@@ -182,13 +193,13 @@ def _as_mapping(given: AdapterNames) -> mappings.Mapping:
     if not os.path.isfile(text):
         raise LayoutError(
             f"adapter_names= (--adapter-names) {text!r} is neither FROM=TO nor a TOML file of a "
-            'mapping. Give FROM=TO, as "model.language_model.{x*}=language_model.model.{x*}".'
+            'mapping. Pass FROM=TO, as "model.language_model.{x*}=language_model.model.{x*}".'
         )
     return mappings.find_mapping(text, Catalog("", "", (), {}))
 
 
 def argument(name: str, other: str) -> str:
-    """The argument that has the adapter's ``name`` taken for the base's ``other``.
+    """Return the argument that maps the adapter's ``name`` to the base's ``other``.
 
     >>> argument("model.language_model.norm.weight", "language_model.model.norm.weight")[:62]
     'adapter_names={"model.language_model.{x*}": "language_model.mo'
@@ -206,14 +217,14 @@ def argument(name: str, other: str) -> str:
 
 
 def _with_or_without_head(name: str) -> Iterator[str]:
-    """Names of a model that may have been saved with or without the head."""
+    """Yield the names of a model saved with or without the prefix of a head."""
     for prefix in _PREFIXES:
         yield prefix + name
         yield name.removeprefix(prefix)
 
 
 def _renamings(name: str) -> Iterator[str]:
-    """``name`` after one renaming of its place, one inside, or both."""
+    """Yield ``name`` with its prefix renamed, its inner part, or both."""
     places = [name]
     for a, b in _BOTH_WAYS["places"]:
         if name.startswith(a):
@@ -226,9 +237,9 @@ def _renamings(name: str) -> Iterator[str]:
 
 
 def _closest(names: Sequence[str], known: Iterable[str]) -> tuple[int, str] | None:
-    """The known name that ends as one of ``names`` for longest, or is spelt most like the first.
+    """Return the known name with the longest common suffix with one of ``names``, and its index.
 
-    And the number of that one.
+    Without a unique one, return the name of the most similar spelling.
     """
     ends = [name.split(".")[::-1] for name in names]
     best, which, alike = 1, 0, list[str]()
@@ -242,8 +253,8 @@ def _closest(names: Sequence[str], known: Iterable[str]) -> tuple[int, str] | No
                 alike.append(other)
     offered = alike
     if len(alike) != 1:
-        short = (n for n in alike or known if len(n) <= _LONGEST)
-        offered = get_close_matches(names[which][:_LONGEST], islice(short, _MOST_COMPARED), n=1)
+        short = (n for n in alike or known if len(n) <= _MAX_LENGTH)
+        offered = get_close_matches(names[which][:_MAX_LENGTH], islice(short, _MAX_COMPARED), n=1)
     return (which, offered[0]) if offered else None
 
 
@@ -253,18 +264,16 @@ def _are_equal(pair: tuple[str, str]) -> bool:
 
 # --- Adapters of parameters and stacked experts: which part of which base tensor
 
-_APART = {  # what a parameter of stacked experts is in files that have each expert apart
+_SEPARATE = {  # the names of a parameter of stacked experts in files with separate experts
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
 }
 _INPUTS_FIRST = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
-_MOST_NESTED, _MOST_PARAMETERS = 6, 12
+_MAX_NESTED, _MAX_PARAMETERS = 6, 12
 
 
 class ParameterPart(NamedTuple):
-    """A tensor of the base, the expert whose factors it takes (None: all, one by one), and the
-    row of the product that its first row is.
-    """
+    """A base tensor, its expert (None: all), and the row of the product of its first row."""
 
     name: str
     expert: int | None
@@ -273,13 +282,13 @@ class ParameterPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What the model has in memory as one parameter.
+    """A parameter of the model in memory.
 
     Attributes:
-        name: as the model has it, which patterns of a config are about.
-        shape: (rows, columns), of each expert.
-        experts: how many matrices are stacked; 0 for a matrix that is not.
-        parts: the tensors of the base that it is made of.
+        name: its name in memory, which the patterns of a config match.
+        shape: (rows, columns) of each expert.
+        experts: the number of stacked matrices, 0 for a single matrix.
+        parts: its tensors in the base.
     """
 
     name: str
@@ -288,15 +297,15 @@ class Parameter:
     parts: tuple[ParameterPart, ...]
 
     def fits(self, pair: Adapter) -> bool:
-        """Whether the product of ``pair`` has this shape, or the other way round."""
+        """Return whether the product of ``pair`` has this shape, or its transpose."""
         made = (pair.b.shape[0], pair.a.shape[1])
         shapes = (self.shape, self.shape[::-1]) if self.experts > 1 else (self.shape,)
         return made in shapes and pair.rank % max(1, self.experts) == 0
 
     def is_swapped(self, pair: Adapter, given: bool | None, model: Model, notes: list[str]) -> bool:
-        """Whether the product is added transposed, as PEFT decides it.
+        """Return whether the product is added transposed, as PEFT decides it.
 
-        Of a square matrix the shape does not tell: then the caller's word, or the family's.
+        The caller or the family decides for square matrices.
         """
         made = (pair.b.shape[0], pair.a.shape[1])
         if self.experts <= 1 or made != made[::-1]:
@@ -306,14 +315,14 @@ class Parameter:
         kinds = {model.type, text_type(model.config)}
         if kinds == {None}:
             notes.append(
-                f"{self.name}: its matrices are square, and are taken as (out, in); give "
+                f"{self.name}: its matrices are square and read as (out, in); pass "
                 "fan_in_fan_out=True (--fan-in-fan-out) if they are stored as (in, out)."
             )
         return bool(kinds & _INPUTS_FIRST)
 
 
 class Targets:
-    """The ends of the names of parameters (target_parameters), to be asked for each module.
+    """Suffixes of parameter names (target_parameters), by module.
 
     >>> Targets(["experts.down_proj", "gate.weight"]).of("model.layers.0.mlp.experts")
     ['down_proj']
@@ -327,10 +336,10 @@ class Targets:
         self._lengths = sorted(set(map(len, self._of)))
 
     def of(self, module: str) -> list[str]:
-        """The parameters of ``module`` that are targeted, if it has them.
+        """Return the targeted parameters of ``module``, which may not exist.
 
         Raises:
-            LayoutError: more than any module has.
+            LayoutError: implausibly many.
         """
         found: dict[str, None] = {}
         for length in self._lengths:
@@ -339,10 +348,10 @@ class Targets:
                 break
             if start == 0 or not length or module[start - 1] == ".":
                 found |= self._of.get(module[start:], {})
-        if len(found) > _MOST_PARAMETERS:
+        if len(found) > _MAX_PARAMETERS:
             raise LayoutError(
-                f"{module[:80]}: {len(found)} of its parameters are in target_parameters, and at "
-                f"most {_MOST_PARAMETERS} of one module are merged. Merge the adapter with PEFT."
+                f"{module[:80]}: {len(found)} of its parameters are in target_parameters, expected "
+                f"at most {_MAX_PARAMETERS}. Merge the adapter with PEFT."
             )
         return list(found)
 
@@ -350,18 +359,19 @@ class Targets:
 def assigned(
     pairs: Sequence[Adapter], known: Sequence[Parameter]
 ) -> list[tuple[Adapter, Parameter]]:
-    """The parameter of ``known`` that each of ``pairs`` is about, which all adapt one module.
+    """Assign each of ``pairs``, which adapt one module, to a parameter of ``known``.
 
-    PEFT tells the parameters of a module apart by their order in its source; shapes do here.
+    PEFT assigns them by the order of parameters in the module's source; here shapes decide.
 
     Raises:
         LayoutError: shapes fit no parameter, or several.
     """
     module = pairs[0].module
-    if len(pairs) > _MOST_NESTED:
+    if len(pairs) > _MAX_NESTED:
         raise LayoutError(
-            f"{module}: {len(pairs)} parameters are adapted, and at most {_MOST_NESTED} of one "
-            "module are merged. Merge the adapter with PEFT."
+            f"{module}: {len(pairs)} parameters are adapted, expected at most {_MAX_NESTED}. "
+            "Merge the "
+            "adapter with PEFT."
         )
     ways = [
         way
@@ -374,20 +384,21 @@ def assigned(
     stacks = "; ".join(f"{p.name} {(*(p.experts,) * bool(p.experts), *p.shape)}" for p in known)
     if ways:
         raise LayoutError(
-            f"{module}: shapes do not tell which of its parameters ({stacks}) each pair adapts "
+            f"{module}: shapes do not determine which of its parameters ({stacks}) each pair "
+            "adapts "
             f"({shapes}). Merge the adapter with PEFT."
         )
     raise LayoutError(
-        f"{module}: no pair of the adapter ({shapes}) fits the parameters that its config names "
-        f"({stacks}). Give the base model that it was trained on."
+        f"{module}: no pair of the adapter ({shapes}) fits the parameters in its config "
+        f"({stacks}). Use the base model of its training."
     )
 
 
 def find_parameter(name: str, names: BaseNames) -> Parameter | None:
-    """The parameter ``name`` of the model in memory, as the base has it; None if it has not.
+    """Find the parameter ``name`` of the model in memory in the base, or return None.
 
     Raises:
-        LayoutError: several renamings lead to it.
+        LayoutError: several renamings match.
     """
     own = names.find(name)
     if own is not None:
@@ -406,20 +417,20 @@ def find_parameter(name: str, names: BaseNames) -> Parameter | None:
 
 
 def spellings(name: str) -> list[str]:
-    """The names by which the parameter ``name`` is looked for: its own, and of a first expert."""
+    """Return the searched names of the parameter ``name``: its own, and of a first expert."""
     return [name, *(first for _, first in _first_experts(name))]
 
 
 def _first_experts(name: str) -> list[tuple[tuple[str, ...], str]]:
-    """How files with each expert apart may spell ``name``, and the first expert's first matrix."""
+    """Return the spellings of ``name`` with separate experts, and the first expert's matrix."""
     module, _, last = name.rpartition(".")
-    return [(s, f"{module}.0.{s[0]}.weight") for s in _APART.get(last, ((last,),))]
+    return [(s, f"{module}.0.{s[0]}.weight") for s in _SEPARATE.get(last, ((last,),))]
 
 
 def _of_experts(
     name: str, stem: str, spelling: Sequence[str], known: Mapping[str, Tensor]
 ) -> Parameter | None:
-    """A parameter whose experts lie apart, each in the matrices of ``spelling``, row after row."""
+    """Return a parameter of separate experts, each of the matrices of ``spelling`` in rows."""
     parts: list[ParameterPart] = []
     experts, shape = 0, (0, 0)
     while all((n := f"{stem}{experts}.{s}.weight") in known for s in spelling):
@@ -438,7 +449,7 @@ def _of_experts(
 
 
 def grouped(pairs: Sequence[Adapter]) -> list[list[Adapter]]:
-    """``pairs`` by module, the outermost first."""
+    """Group ``pairs`` by module, the outermost first."""
     found: dict[str, list[Adapter]] = {}
     for pair in pairs:
         found.setdefault(pair.module, []).append(pair)

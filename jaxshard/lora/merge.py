@@ -1,9 +1,9 @@
-"""Merging: a catalog whose weights have their adapters added when read.
+"""Merging: a catalog whose weights have their adapters added on reading.
 
     W' = W + scaling · (B @ A)      in float32, rounded once to the dtype of W
 
-Nothing is computed here. The result is an ordinary catalog: converting it writes the merged
-model with a few blocks in memory, loading it adds the product to each shard on its way.
+Nothing is computed here. The result is an ordinary catalog: a conversion writes the merged
+model with a few blocks in memory, and a load adds the product to each shard.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .base_weights import (
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _WITH_HEAD = re.compile("CausalLM|LMHead|ConditionalGeneration")
-_APART = "Save the base with a head of its own first (tie_word_embeddings false)"
+_UNTIE = "Save the base with a head of its own first (tie_word_embeddings false)"
 
 
 def saved_beside(
@@ -48,11 +48,10 @@ def saved_beside(
     settings: Settings,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """``others`` by the names that ``base`` has for them.
+    """Rename ``others``, the tensors saved with the adapter, to the names of ``base``.
 
     Raises:
-        LayoutError: one has another shape than the base's, is nobody's, or would change a tied
-            head.
+        LayoutError: a different shape, an unknown tensor, or a change of a tied head.
     """
     found: dict[str, Tensor] = {}
     kept = names.known
@@ -60,11 +59,11 @@ def saved_beside(
     for name, tensor in others.items():
         own = names.find(name) or names.given(name)
         if is_copied and own not in kept and _HEAD.search(own):
-            continue  # the embedding once more, which the tied head is
+            continue  # a copy of the embedding, to which the head is tied
         if own in found:
             raise LayoutError(
                 f"two sources for one target: {found[own].name} and {tensor.name} were both saved "
-                f"for {own}. Leave one out of the adapter first (jaxshard convert --exclude REGEX)."
+                f"for {own}. Remove one from the adapter first (jaxshard convert --exclude REGEX)."
             )
         _check_replaced(tensor, kept.get(own))
         found[own] = tensor
@@ -74,8 +73,8 @@ def saved_beside(
             _check_new(name, settings, base)
         else:
             notes.append(
-                f"{name} comes with the adapter, and the config of {base.root} says that it is "
-                "tied to the embedding: set tie_word_embeddings to false there."
+                f"{name} is stored with the adapter, but the config of {base.root} ties it to the "
+                "embedding: set tie_word_embeddings to false there."
             )
     if is_tied and not any(map(_HEAD.search, found)) and not settings.keeps_ties:
         _check_embedding(found, base)
@@ -83,7 +82,7 @@ def saved_beside(
 
 
 def has_tied_head(kept: Mapping[str, Tensor], base: Catalog) -> bool:
-    """Whether the model has a head that is its embedding, and none of its own in ``kept``."""
+    """Return whether the model's head is tied to its embedding and not in ``kept``."""
     words = base.model.config.get("architectures")
     if not isinstance(words, list | tuple) or not any(_WITH_HEAD.search(str(w)) for w in words):
         return False
@@ -93,44 +92,46 @@ def has_tied_head(kept: Mapping[str, Tensor], base: Catalog) -> bool:
 def tied_to(
     name: str, names: BaseNames, base: Catalog, settings: Settings, notes: list[str]
 ) -> str | None:
-    """The embedding that the adapted head ``name`` is, where the two are tied; else None.
+    """Return the embedding to which the adapted head ``name`` is tied, or None.
 
     Raises:
-        LayoutError: it would change the embedding, or the head would not be what was trained.
+        LayoutError: the merge would change the embedding, or differ from the trained head.
     """
     is_head, is_embedding = _HEAD.search(name), _EMBEDDING.search(name)
     if not (is_head or is_embedding) or not has_tied_head(base.tensors, base):
         return None
     if is_embedding:
         if not settings.keeps_ties:
-            notes.append(f"{name} is the head too, which so changes with it, as when PEFT merges.")
+            notes.append(f"{name} is also the head, which changes with it, as in PEFT.")
         return None
     embeddings = [n for n in names.known if _EMBEDDING.search(n)]
     if not settings.keeps_ties or len(embeddings) != 1:
         raise LayoutError(
-            f"{name} is adapted, and the head of {base.root} is tied to its embedding, which would "
-            f"so change with it. {_APART}."
+            f"{name} is adapted, but the head of {base.root} is tied to its embedding, which would "
+            f"change with it. {_UNTIE}."
         )
     notes.append(
         f"{name} and {embeddings[0]} are one tensor with one adapter (ensure_weight_tying), which "
-        "is added for each of the two, so twice, as when PEFT merges; the model that was trained "
-        "has it once. For that, leave the head's out of the adapter first (jaxshard convert "
-        'ADAPTER ONCE --exclude "lm_head").'
+        "is added twice, once for each, as in PEFT; the trained model has it once. For that, "
+        "remove "
+        "the head's from the adapter first (jaxshard convert ADAPTER ONCE --exclude "
+        '"lm_head").'
     )
     return embeddings[0]
 
 
 def _check_embedding(found: Mapping[str, Tensor], base: Catalog) -> None:
-    """Refuse a new embedding that the head would follow, though it was trained apart.
+    """Refuse a new embedding that would change a tied head that was trained without it.
 
-    The result would need both, and a config that no longer ties them.
+    The result would need both, and a config that does not tie them.
     """
     for name, tensor in found.items():
         if _EMBEDDING.search(name) and ".base_layer." not in tensor.name:
             raise LayoutError(
-                f"{name} was saved with the adapter (modules_to_save), and the head of {base.root} "
-                f"is tied to it but was not trained with it. {_APART}, or merge with PEFT, which "
-                "then does that."
+                f"{name} was saved with the adapter (modules_to_save), but the head of "
+                f"{base.root}, "
+                f"which is tied to it, was not trained with it. {_UNTIE}, or merge with PEFT, "
+                "which does that."
             )
 
 
@@ -138,8 +139,8 @@ def _check_replaced(tensor: Tensor, before: Tensor | None) -> None:
     if before is not None and before.shape != tensor.shape:
         raise LayoutError(
             f"{tensor.name}: shape {tensor.shape} was saved with the adapter (modules_to_save), "
-            f"and the base has {before.name} of shape {before.shape}. The adapter is of another "
-            "model, or its embedding was resized: resize and save the base so first."
+            f"but {before.name} of the base has shape {before.shape}. Use the base model of the "
+            "training; if its embedding was resized, resize and save the base first."
         )
 
 
@@ -148,18 +149,19 @@ def _check_new(name: str, settings: Settings, base: Catalog) -> None:
     if modules is None or not settings.saved_ends.isdisjoint(name.split(".")):
         return
     raise LayoutError(
-        f"{name} lies with the adapter, is no part of LoRA, and {base.root} has no such tensor; "
-        f"modules_to_save in {settings.where} is {list(modules)}. The adapter is of another model "
-        "or kind: merge it with the program that made it."
+        f"{name} is stored with the adapter but is not part of LoRA, and {base.root} has no such "
+        f"tensor; modules_to_save in {settings.where} is {list(modules)}. Merge the adapter with "
+        "the "
+        "program that made it."
     )
 
 
-# --- Merging: a catalog whose weights have their adapters added, block by block, when read
+# --- The merge
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged catalog, and what was done to it."""
+    """A merged catalog, its number of adapters, and the replaced tensors."""
 
     catalog: Catalog
     num_adapters: int
@@ -175,21 +177,21 @@ def merged(
     reproducible: bool = False,
     adapter_names: AdapterNames | None = None,
 ) -> Merged:
-    """``base`` with the adapters of ``adapter``, or with those among its own tensors, added.
+    """Return ``base`` with the adapters of ``adapter``, or its own, added.
 
-    With ``sign`` -1 they are subtracted. ``reproducible`` is explained in ``views``,
-    ``adapter_names`` in ``with_adapter``.
+    With ``sign`` -1 they are subtracted. ``reproducible`` and ``adapter_names`` are documented in
+    ``with_adapter``.
 
     Raises:
-        NotFoundError: there are no adapters, a base weight or half a pair is missing, or alpha.
-        LayoutError: shapes that do not fit, or a weight of a dtype that nothing is added to.
+        NotFoundError: no adapters, or a base weight, half a pair or alpha is missing.
+        LayoutError: shapes do not fit, or a weight's dtype is not supported.
     """
     source = adapter if adapter is not None else base
     found = find_adapters(source.tensors, source.root)
     if not found.adapters:
         raise NotFoundError(
-            f"{source.root} holds no adapters: no name of its {len(source.tensors)} tensors ends "
-            "as lora_A.weight, lora_a, mindpet_delta_lora_a or lora_embedding_A do. "
+            f"{source.root} has no adapters: none of its {len(source.tensors)} names ends in "
+            "lora_A.weight, lora_a, mindpet_delta_lora_a or lora_embedding_A. "
             + _where_adapters_are(base, adapter)
         )
     kept = {n: t for n, t in base.tensors.items() if not is_adapter(n)}
@@ -218,7 +220,7 @@ def merged(
     names.check_given()
     notes += names.notes()
     if unscaled:
-        notes.append(f"The scaling of {unscaled} adapters is 0, so they change nothing.")
+        notes.append(f"The scaling of {unscaled} adapters is 0, so they have no effect.")
     its_notes = adapter.notes if adapter is not None else ()
     more = (n for n in its_notes if n != NO_CONFIG)  # an adapter's folder has its own config
     catalog = replace(
@@ -236,37 +238,38 @@ def merged(
 def _refuse_twice(
     part: ParameterPart, pair: Adapter, done: dict[ParameterPart, str], settings: Settings
 ) -> None:
-    """Refuse two pairs that different names of the adapter lead to one tensor of the base."""
+    """Refuse two pairs with different names that adapt one tensor of the base."""
     before = done.setdefault(part, pair.a.name)
     if before != pair.a.name and not settings.keeps_ties:
         raise LayoutError(
-            f"two sources for one target: {before} and {pair.a.name} both adapt {part.name}. Leave "
-            "one out of the adapter first (jaxshard convert --exclude REGEX)."
+            f"two sources for one target: {before} and {pair.a.name} both adapt {part.name}. "
+            "Remove "
+            "one from the adapter first (jaxshard convert --exclude REGEX)."
         )
 
 
 def _where_adapters_are(base: Catalog, adapter: Catalog | None) -> str:
-    """What to do where the adapters are not in ``adapter``, or not in ``base`` if that is None."""
+    """Return the remedy if ``adapter``, or ``base`` without one, has no adapters."""
     if adapter is None:
-        return "Give their folder with adapter= (--adapter)."
+        return "Pass their folder as adapter= (--adapter)."
     if any(map(is_adapter, base.tensors)):
-        return f"{base.root} does: give the base model first, and the adapters as adapter=."
-    return "Give the folder of the adapters, not of a model, with adapter= (--adapter)."
+        return f"{base.root} has some: pass the base model first, and the adapters as adapter=."
+    return "Pass the folder of the adapters, not of a model, as adapter= (--adapter)."
 
 
 def _refuse_two(base: Catalog, adapter: Catalog) -> None:
-    """Refuse to choose between adapters inside the base and those beside it."""
+    """Refuse to choose between adapters inside the base and separate ones."""
     own = [n for n in base.tensors if is_adapter(n)]
     raise LayoutError(
-        f"{base.root} holds {len(own)} tensors of adapters itself ({own[0]} …), and {adapter.root} "
-        "is given too. Merge its own first, without adapter=, or leave them out when converting it "
+        f"{base.root} has {len(own)} tensors of adapters itself ({own[0]} …), but {adapter.root} "
+        "was passed too. Merge its own first, without adapter=, or remove them in a conversion "
         '(exclude="lora", --exclude lora).'
     )
 
 
 @dataclass(frozen=True)
 class _MergeContext:
-    """What is known while pairs are matched with the base's tensors."""
+    """The inputs of matching pairs with the base's tensors."""
 
     names: BaseNames
     settings: Settings
@@ -278,7 +281,7 @@ class _MergeContext:
 def _parameters(
     pairs: list[Adapter], context: _MergeContext
 ) -> list[tuple[Adapter, Parameter, bool]]:
-    """What each of ``pairs``, which adapt one module, is added to, and whether transposed."""
+    """Return the parameter of each of ``pairs`` of one module, and whether it is transposed."""
     settings, module = context.settings, pairs[0].module
     targets = context.targets.of(module)
     named = [f"{module}.{target}" for target in targets if target != "weight"]
@@ -293,9 +296,9 @@ def _parameters(
         if named:
             raise context.names.missing(pairs[0].a.name, spellings(named[0]))
         raise LayoutError(
-            f"{pairs[-1].a.name} adapts a parameter of {module} other than its weight, and "
-            f"{settings.where or 'no config'} does not name it in target_parameters. Put the "
-            "adapter_config.json that PEFT saved with the adapter into its folder."
+            f"{pairs[-1].a.name} adapts a parameter of {module} other than its weight, but "
+            f"{settings.where or 'no config'} does not list it in target_parameters. Put the "
+            "adapter_config.json of PEFT into the adapter's folder."
         )
     return [_of_module(pairs[0], context, is_parameter="weight" in targets, otherwise=named)]
 
@@ -303,7 +306,7 @@ def _parameters(
 def _of_module(
     pair: Adapter, context: _MergeContext, *, is_parameter: bool, otherwise: list[str]
 ) -> tuple[Adapter, Parameter, bool]:
-    """The weight of the module that ``pair`` adapts, and whether the product is transposed."""
+    """Return the weight of the module of ``pair``, and whether the product is transposed."""
     names = context.names
     name = tied_to(pair.weight, names, context.base, context.settings, context.notes) or names.find(
         pair.weight
@@ -319,7 +322,7 @@ def _of_module(
 
 @dataclass(frozen=True)
 class _Product:
-    """The product of a pair, or of each expert's share of it."""
+    """The product of a pair, or of each expert's part of it."""
 
     pair: Adapter
     scaling: float
@@ -328,7 +331,7 @@ class _Product:
     reproducible: bool
 
     def step(self, expert: int, row: int, at: tuple[Affine, Affine]) -> AddProduct:
-        """What is added to a matrix whose first row is ``row`` of the product of ``expert``."""
+        """Return the step for a matrix whose first row is ``row`` of the product of ``expert``."""
         first, second = Affine(at[0].start + row, at[0].steps), at[1]
         rows, columns = (second, first) if self.swapped else (first, second)
         a, b = self.pair.a, self.pair.b
@@ -340,12 +343,11 @@ class _Product:
 
 
 def _added(weight: Tensor, part: ParameterPart, product: _Product) -> Tensor:
-    """``weight`` with what ``part`` says of ``product`` added."""
+    """Return ``weight`` with the ``part`` of ``product`` added."""
     if not is_plain_float(weight.dtype):
         raise LayoutError(
-            f"{weight.name} is {weight.dtype}; adapters are added to F16, BF16, F32 or F64. "
-            'FP8 with factors gets its true values by converting with names="auto" (--names auto) '
-            "first."
+            f"{weight.name} is {weight.dtype}; adapters can be added to F16, BF16, F32 or F64. "
+            'Dequantize FP8 first by converting with names="auto" (--names auto).'
         )
     if len(weight.shape) == 2:
         return with_step(weight, partial(product.step, part.expert or 0, part.row))
@@ -356,7 +358,7 @@ def _added(weight: Tensor, part: ParameterPart, product: _Product) -> Tensor:
 
 
 def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[str]) -> bool:
-    """Whether the weight is (in, out), so that the product is added transposed."""
+    """Return whether the weight is (in, out), so that the product is added transposed."""
     plain = (pair.b.shape[0], pair.a.shape[1])
     fits = [weight.shape == plain, weight.shape == plain[::-1]]
     made = plain[::-1] if pair.is_embedding else plain
@@ -364,14 +366,14 @@ def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[s
         raise LayoutError(
             f"{weight.name}: shape {weight.shape} does not fit B @ A, which is {made[0]} x "
             f"{made[1]} ({pair.b.name} {pair.b.shape}, {pair.a.name} {pair.a.shape}). The adapter "
-            "is of another model, or lies in parts: give its strategy files."
+            "belongs to another model, or is split into ranks: pass its strategy files."
         )
     if pair.is_embedding:
         return True
     if all(fits):
         if settings.fan_in_fan_out is None:
             notes.append(
-                "Square weights are taken as (out, in); give fan_in_fan_out=True "
+                "Square weights are read as (out, in); pass fan_in_fan_out=True "
                 "(--fan-in-fan-out) if they are stored as (in, out)."
             )
         return bool(settings.fan_in_fan_out)
@@ -379,7 +381,7 @@ def _is_swapped(weight: Tensor, pair: Adapter, settings: Settings, notes: list[s
 
 
 def _with_files(base: Catalog, adapter: Catalog | None) -> tuple[tuple[File, ...], int]:
-    """The files of both, and how much later the adapter's are numbered."""
+    """Return the files of both, and the offset of the adapter's file indices."""
     if adapter is None:
         return base.files, 0
     root = adapter.root if is_remote(adapter.root) else os.path.abspath(adapter.root)
@@ -390,15 +392,17 @@ def _with_files(base: Catalog, adapter: Catalog | None) -> tuple[tuple[File, ...
 def _shifted(tensor: Tensor, by: int) -> Tensor:
     def piece(p: StoredShard) -> StoredShard:
         if p.view is not None and (p.view.operands or p.file < 0):
-            raise LayoutError(f"{tensor.name}: an adapter is merged as it is stored, not mapped.")
+            raise LayoutError(
+                f"{tensor.name}: a mapped adapter cannot be merged. Pass it as it is stored."
+            )
         return replace(p, file=p.file + by)
 
     return replace(tensor, shards=tuple(map(piece, tensor.shards))) if by else tensor
 
 
 def _notes(dropped: int, settings: Settings) -> list[str]:
-    told = settings.where and not settings.given
-    notes = [f"Alpha is as {settings.where} says."] if told else []
+    from_config = settings.where and not settings.given
+    notes = [f"Alpha comes from {settings.where}."] if from_config else []
     if dropped:
-        notes.append(f"{dropped} optimizer states of adapters are left out.")
+        notes.append(f"{dropped} optimizer states of adapters are dropped.")
     return notes

@@ -1,13 +1,13 @@
 r"""PEFT's module patterns, matched in bounded time.
 
-PEFT asks ``re.match(r"(.*\.)?(PATTERN)$", module)``, and Python's ``re`` may take years over the
-answer. Whether there is a match is a question about sets of positions, so an expression is
-evaluated on all positions of a name together, as the bits of one integer:
+PEFT calls ``re.match(r"(.*\.)?(PATTERN)$", module)``, and Python's ``re`` may take years for an
+untrusted pattern. An expression is therefore evaluated on all positions of a name together, as the
+bits of one integer:
 
     name        q . k . v           starts 101010   after "k" 000100   after "k.*" 000111
     positions   0 1 2 3 4 5         (a match may begin at 0 and after each dot)
 
-Every step is counted, and a config that takes more than a fixed number of steps is refused.
+Steps are counted, and a config that needs more than a fixed number of steps is refused.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..errors import FormatError
 
 V = TypeVar("V")
 
-MOST_STEPS = 4_000_000  # a few seconds at worst
-_MOST_PATTERNS = 1 << 16
-_MOST_EXPRESSIONS, _LONGEST = 1 << 10, 1 << 10  # characters of one, and how many; names are quick
-_DEEPEST = 20  # groups inside groups
-_WORD = 6  # bits of the logarithm of the bits that one instruction takes
+MAX_STEPS = 4_000_000  # a few seconds at worst
+_MAX_PATTERNS = 1 << 16
+_MAX_EXPRESSIONS, _MAX_LENGTH = 1 << 10, 1 << 10  # expressions, and characters of one
+_MAX_DEPTH = 20  # nested groups
+_WORD = 6  # log2 of the bits in a machine word
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 _TOKEN = re.compile(
     r"\(\?:|\(\?P<\w+>|\(\?|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d+\}|\{\d*,\d*\}|.", re.DOTALL
@@ -36,7 +36,7 @@ _ENDS = {"^": "start", "\\A": "start", "$": "end", "\\Z": "very end"}
 
 
 class _TooLong(Exception):
-    """The steps are used up."""
+    """The budget of steps is exhausted."""
 
 
 class _Unknown(Exception):
@@ -45,7 +45,7 @@ class _Unknown(Exception):
 
 @dataclass
 class _Steps:
-    """How many steps may still be taken."""
+    """The remaining budget of steps."""
 
     left: int
 
@@ -56,7 +56,7 @@ class _Steps:
 
 
 class _Text:
-    """A name, as the positions of its characters: bit ``i`` is the position before the ``i``-th."""
+    """A name and sets of positions in it; bit ``i`` is the position before character ``i``."""
 
     def __init__(self, text: str, steps: _Steps) -> None:
         self.text, self._steps = text, steps
@@ -70,26 +70,26 @@ class _Text:
 
     @cached_property
     def starts(self) -> int:
-        """Where a match may begin: at 0, and after each dot of the first line."""
+        """Positions where a match may begin: 0, and after each dot of the first line."""
         self._steps.take(len(self.text))
         line = self.text.partition("\n")[0]
         return 1 | sum(2 << i for i, c in enumerate(line) if c == ".")
 
     def at(self, which: str) -> int:
-        """The positions of the start, of the end as ``$`` has it, or of the very end."""
+        """Return the positions of the start, of the end as in ``$``, or of the very end."""
         last = len(self.text)
         before_newline = which == "end" and self.text.endswith("\n")
         return {"start": 1}.get(which, 1 << last) | (before_newline and 1 << (last - 1))
 
     def mask(self, atom: str) -> int:
-        """The positions whose character ``atom`` matches."""
+        """Return the positions whose character matches ``atom``."""
         if atom not in self._masks:
             self._masks[atom] = sum(bits for c, bits in self._places.items() if _is_one(atom, c))
         self.count()
         return self._masks[atom]
 
     def found(self, literal: str) -> int:
-        """The positions where ``literal`` begins."""
+        """Return the positions where ``literal`` begins."""
         if literal not in self._found:
             self._steps.take(self._cost * len(literal))
             places, at = list[int](), self.text.find(literal)
@@ -123,34 +123,34 @@ def _is_one(atom: str, char: str) -> bool:
 
 
 _Node = Callable[[_Text, int], int]
-"""The positions after a part of an expression, from the positions before it."""
+"""Maps the positions before a part of an expression to the positions after it."""
 
 
 @dataclass(frozen=True)
 class ByPattern(Generic[V]):
-    """Values by the pattern that the end of a module's name is; the first decides.
+    """Values by pattern; the first pattern that matches the end of a module's name decides.
 
     Attributes:
         values: the value of each pattern.
-        where: the file and the key that have them, for errors.
+        where: their file and key, for errors.
     """
 
     values: Mapping[str, V]
     where: str = ""
 
     def find(self, module: str, default: V) -> V:
-        """The value for ``module``.
+        """Return the value for ``module``.
 
         Raises:
-            FormatError: the patterns take too long to try.
+            FormatError: matching needs too many steps.
         """
         try:
             found = self._first(module)
         except _TooLong:
             raise FormatError(
-                f"{self.where}: {len(self._values)} patterns take more than {MOST_STEPS} steps to "
-                "match with the names of this adapter. Name its modules in full, without repeats "
-                "(* +), or give scaling= (--scaling) and adapter_rank= (--adapter-rank) for all."
+                f"{self.where}: {len(self._values)} patterns need more than {MAX_STEPS} steps to "
+                "match the names of this adapter. Write module names in full, without repeats "
+                "(* +), or pass scaling= (--scaling) and adapter_rank= (--adapter-rank) for all."
             ) from None
         return default if found is None else self._values[found]
 
@@ -166,7 +166,7 @@ class ByPattern(Generic[V]):
 
     @cached_property
     def _steps(self) -> _Steps:
-        return _Steps(MOST_STEPS)
+        return _Steps(MAX_STEPS)
 
     @cached_property
     def _values(self) -> tuple[V, ...]:
@@ -183,9 +183,9 @@ class ByPattern(Generic[V]):
 
 
 class _Names:
-    """Patterns that are names: letters, digits, and dots that stand for any character.
+    """Patterns that are names: letters, digits, and dots that match any character.
 
-    Those of one length with dots at the same places are looked up together.
+    Patterns of one length with dots at the same positions share one lookup.
     """
 
     def __init__(self, numbers: Mapping[str, int]) -> None:
@@ -195,12 +195,12 @@ class _Names:
             self.shapes.setdefault(tuple(map(len, parts)), {})[parts] = number
 
     def find(self, module: str, steps: _Steps) -> int | None:
-        """The smallest number of a pattern that ``module`` ends with."""
+        """Return the smallest index of a pattern that matches the end of ``module``."""
         steps.take(1 + (len(module) >> _WORD))
-        text = module.removesuffix("\n")  # as $ does
+        text = module.removesuffix("\n")  # like $
         best = None
         if "\n" in text:
-            return None  # which no dot stands for
+            return None  # a dot does not match a newline
         for lengths, numbers in self.shapes.items():
             steps.take(len(lengths))
             begin = len(text) - sum(lengths) - len(lengths) + 1
@@ -217,21 +217,21 @@ class _Names:
 
 
 def check_patterns(patterns: Mapping[str, object], where: str) -> None:
-    """Refuse patterns that are not regular expressions, or that cannot be matched quickly.
+    """Refuse patterns that are invalid, too long or too many, or not supported.
 
     Raises:
         FormatError: with the pattern.
     """
-    if len(patterns) > _MOST_PATTERNS:
+    if len(patterns) > _MAX_PATTERNS:
         raise FormatError(
-            f"{where} has {len(patterns)} patterns, and at most {_MOST_PATTERNS} are read. Fetch "
-            "the adapter again, or name fewer modules."
+            f"{where} has {len(patterns)} patterns, expected at most {_MAX_PATTERNS}. Fetch the "
+            "adapter again, or list fewer modules."
         )
     expressions = [p for p in patterns if not _PLAIN.fullmatch(p)]
-    if len(expressions) > _MOST_EXPRESSIONS:
+    if len(expressions) > _MAX_EXPRESSIONS:
         raise FormatError(
-            f"{where} has {len(expressions)} regular expressions, and at most {_MOST_EXPRESSIONS} "
-            "are read. Name the modules instead."
+            f"{where} has {len(expressions)} regular expressions, expected at most "
+            f"{_MAX_EXPRESSIONS}. Write module names instead."
         )
     for pattern in expressions:
         _check(pattern, where)
@@ -239,10 +239,10 @@ def check_patterns(patterns: Mapping[str, object], where: str) -> None:
 
 def _check(pattern: str, where: str) -> None:
     shown = repr(pattern[:80])
-    if len(pattern) > _LONGEST:
+    if len(pattern) > _MAX_LENGTH:
         raise FormatError(
-            f"{where} has {shown} …, an expression of {len(pattern)} characters; at most "
-            f"{_LONGEST} are read. Name the modules instead."
+            f"{where} has {shown} …, an expression of {len(pattern)} characters, expected "
+            f"at most {_MAX_LENGTH}. Write module names instead."
         )
     try:
         re.compile(f"(.*\\.)?({pattern})$")
@@ -254,17 +254,17 @@ def _check(pattern: str, where: str) -> None:
         _parsed(pattern)
     except _Unknown as error:
         raise FormatError(
-            f"{where} has {shown}, and in it {error}, which is not matched here. Use names, "
-            "classes, groups, alternatives (|) and repeats (? * + {m,n}) only."
+            f"{where} has {shown} with {error}, which is not supported. Use only names, classes, "
+            "groups, alternatives (|) and repeats (? * + {m,n})."
         ) from None
 
 
 @lru_cache(maxsize=1 << 10)
 def _parsed(pattern: str) -> _Node:
-    """The function of ``pattern``, which ``re`` takes.
+    """Parse ``pattern``, which is valid for ``re``.
 
     Raises:
-        _Unknown: a part that is more than a regular language, or has no use in a name.
+        _Unknown: an unsupported construct, such as a back reference.
     """
     tokens = _TOKEN.findall(pattern)
     node, at = _alternatives(tokens, 0, 0)
@@ -274,9 +274,9 @@ def _parsed(pattern: str) -> _Node:
 
 
 def _alternatives(tokens: list[str], at: int, depth: int) -> tuple[_Node, int]:
-    """The alternatives from token ``at`` to the end of their group, and the token after them."""
-    if depth > _DEEPEST:
-        raise _Unknown(f"groups nested deeper than {_DEEPEST}")
+    """Parse the alternatives from token ``at``; also return the token after them."""
+    if depth > _MAX_DEPTH:
+        raise _Unknown(f"groups nested deeper than {_MAX_DEPTH}")
     ways: list[list[_Node]] = [[]]
     while at < len(tokens) and tokens[at] != ")":
         if tokens[at] == "|":
@@ -293,7 +293,7 @@ def _alternatives(tokens: list[str], at: int, depth: int) -> tuple[_Node, int]:
 
 
 def _end_of_literal(tokens: list[str], at: int) -> int:
-    """The token after the characters from ``at`` on that stand for themselves, once each."""
+    """Return the end of the run of literal characters that begins at token ``at``."""
     end = at
     while end < len(tokens) and _is_literal(tokens[end]):
         end += 1
@@ -307,7 +307,7 @@ def _is_literal(token: str) -> bool:
 
 
 def _repeated(tokens: list[str], at: int, depth: int) -> tuple[_Node, int]:
-    """One part of a sequence with what says how often it may be there."""
+    """Parse one atom or group with its repetition; also return the token after it."""
     token = tokens[at]
     atom = None
     if token in ("(", "(?:") or token.startswith("(?P<"):
@@ -348,7 +348,7 @@ def _literal(text: str) -> _Node:
 
 
 def _run(atom: str) -> _Node:
-    """Any number of characters that ``atom`` matches: a sum carries through each run of them."""
+    """Match any number of ``atom``: an addition carries through each run of matches."""
 
     def after(text: _Text, at: int) -> int:
         mask = text.mask(atom)

@@ -102,7 +102,7 @@ def _held(layout: Layout, name: str, shape: tuple[int, ...]) -> dict[int, Box]:
 
 
 def own_file(path: Path, rank: int, num_ranks: int, suffix: str | None) -> Path | None:
-    """Return the file of ``rank``, if there are no strategy files.
+    """Return the file of ``rank``, if strategy files do not exist.
 
     A rank that loads its own part needs no strategy, in MindFormers neither.
     """
@@ -511,7 +511,7 @@ def _is_ckpt(catalog: Catalog) -> bool:
 
 
 def _is_stored_once(catalog: Catalog) -> bool | None:
-    """Return whether replicas are left out, or None if there are no replicas."""
+    """Return whether replicas are left out, or None without replicas."""
     if catalog.layout is None:
         return None
     for name, placements in catalog.layout.placements.items():

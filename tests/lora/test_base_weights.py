@@ -326,7 +326,7 @@ def test_a_tied_head_is_noted_and_what_was_trained_is_one_conversion_away(tmp_pa
     expected = make(tmp_path, "a tied head")
     how = {**QUICK}
     report = merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", **how)
-    assert any("so twice, as when PEFT merges" in note for note in report.notes)
+    assert any("added twice, once for each, as in PEFT" in note for note in report.notes)
     args = ("convert", tmp_path / "adapter", tmp_path / "once", "--exclude", "lm_head", "--quiet")
     assert checkpoints.run(*args) == 0
     merge_lora(tmp_path / "base", tmp_path / "t", adapter=tmp_path / "once", **how)
@@ -338,10 +338,10 @@ def test_a_tied_head_is_noted_and_what_was_trained_is_one_conversion_away(tmp_pa
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"target_modules": ["q_proj", "lm_head"]}, "is adapted, and the head of .* is tied"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "is adapted, but the head of .* is tied"),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-            "is tied to it but was not trained with it",
+            "which is tied to it, was not trained with it",
         ),
     ],
 )
@@ -395,7 +395,7 @@ def test_names_found_by_a_renaming_of_transformers_are_noted(tmp_path) -> None:
     make(tmp_path, "Qwen2.5-VL")
     report = merge_lora(tmp_path / "base", tmp_path / "m", adapter=tmp_path / "adapter", **QUICK)
     (note,) = [n for n in report.notes if "names of the adapter" in n]
-    assert "are those that transformers gives in memory" in note
+    assert "are those of transformers in memory" in note
     assert "(model.language_model.layers.0." in note
 
 
@@ -406,7 +406,7 @@ def test_other_names_are_given_as_the_message_says(tmp_path, kind) -> None:
     base = renamed(tmp_path / "base", tmp_path / "own", "block_sparse_moe", "mixture")
     with pytest.raises(NotFoundError) as caught:
         with_adapter(base, tmp_path / "adapter")
-    assert "and " + str(base) + " has no such tensor among its" in str(caught.value)
+    assert "but " + str(base) + " has no such tensor among its" in str(caught.value)
     assert "Did you mean model.layers.0.mixture.experts." in str(caught.value)
     rule = ("model.layers.{layer}.mlp.{x*}", "model.layers.{layer}.mixture.{x*}")
     assert f'adapter_names={{"{rule[0]}": "{rule[1]}"}}' in str(caught.value)
@@ -483,18 +483,18 @@ def changed_config(folder: Path, **config: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "kind", "told"),
     [
-        ({"target_parameters": []}, LayoutError, "does not name it in target_parameters"),
+        ({"target_parameters": []}, LayoutError, "does not list it in target_parameters"),
         ({"target_parameters": "experts"}, FormatError, "target_parameters is not a list of names"),
-        ({"r": 8}, FormatError, "has rank 4 for each of 4 experts, but .* says 8"),
+        ({"r": 8}, FormatError, "has rank 4 for each of 4 experts, but .* has 8"),
         (
             {"target_parameters": ["experts.left", "experts.right"]},
             NotFoundError,
-            "adapts model.layers.0.mlp.experts.left, and",
+            "adapts model.layers.0.mlp.experts.left, but",
         ),
         (
             {"target_parameters": ["experts.down_proj"]},
             LayoutError,
-            "no pair of the adapter .* fits the parameters that its config names",
+            "no pair of the adapter .* fits the parameters in its config",
         ),
     ],
 )

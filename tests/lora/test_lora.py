@@ -114,7 +114,7 @@ def test_optimizer_states_of_adapters_are_left_out_and_others_kept(tmp_path) -> 
     made = weights(tmp_path / "m")
     assert set(made) == {n for n in tensors if "lora" not in n}
     np.testing.assert_array_equal(made["adam_m.l.0.q.weight"], tensors["adam_m.l.0.q.weight"])
-    assert any("2 optimizer states of adapters are left out" in note for note in report.notes)
+    assert any("2 optimizer states of adapters are dropped" in note for note in report.notes)
 
 
 def test_a_merge_is_undone_but_for_rounding(tmp_path) -> None:
@@ -179,20 +179,20 @@ TWICE = {**small(), "l.0.q.mindpet_delta_lora_a": np.zeros((2, 6), np.float32)}
 @pytest.mark.parametrize(
     ("tensors", "how", "kind", "said"),
     [
-        (WITHOUT_BASE, {"alpha": 1}, NotFoundError, r"l.0.q.lora_a adapts l.0.q.weight, and .* no"),
-        (WITHOUT_B, {"alpha": 1}, NotFoundError, "l.0.q.lora_a is there, but the B"),
+        (WITHOUT_BASE, {"alpha": 1}, NotFoundError, r"l.0.q.lora_a adapts l.0.q.weight, but .* no"),
+        (WITHOUT_B, {"alpha": 1}, NotFoundError, "l.0.q.lora_a exists, but its B"),
         (WRONG_SHAPE, {"alpha": 1}, LayoutError, r"\(8, 5\) does not fit B @ A, which is 8 x 6"),
-        (NO_PAIR, {"alpha": 1}, LayoutError, r"\(2, 6\) and .* \(8, 3\) are no pair"),
-        (WHOLE_NUMBERS, {"alpha": 1}, LayoutError, "is I8; adapters are added to"),
+        (NO_PAIR, {"alpha": 1}, LayoutError, r"\(2, 6\) and .* \(8, 3\) are not a pair"),
+        (WHOLE_NUMBERS, {"alpha": 1}, LayoutError, "is I8; adapters can be added to"),
         (DORA, {"alpha": 1}, LayoutError, "DoRA"),
         (TWICE, {"alpha": 1}, LayoutError, "two sources for one target"),
-        (small(), {}, NotFoundError, "alpha is not known, and is not guessed. Looked for lora_alp"),
-        (small(), {"alpha": 1, "scaling": 1}, LayoutError, "both given"),
+        (small(), {}, NotFoundError, "alpha is unknown. Searched for lora_alp"),
+        (small(), {"alpha": 1, "scaling": 1}, LayoutError, "exclude each other"),
         (
             small(),
             {"alpha": 1, "adapter_rank": 3},
             LayoutError,
-            r"has rank 2, and adapter_rank= \(.*\) asks for 3",
+            r"has rank 2, but adapter_rank= \(.*\) is 3",
         ),
         ({"l.0.q.weight": small()["l.0.q.weight"]}, {"alpha": 1}, NotFoundError, "no adapters"),
     ],
@@ -209,7 +209,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(
 @pytest.mark.parametrize(
     ("config", "kind", "said"),
     [
-        ({"peft_type": "IA3"}, LayoutError, "only LORA"),
+        ({"peft_type": "IA3"}, LayoutError, "expected LORA"),
         ({"lora_alpha": "16"}, FormatError, "not a number"),
         ({"lora_alpha": 4, "r": 3}, FormatError, "has rank 2, but"),
         ({"lora_alpha": 4, "use_dora": True}, LayoutError, "use_dora"),
@@ -239,7 +239,7 @@ def test_a_square_weight_whose_orientation_is_not_said_gets_a_note(tmp_path) -> 
     }
     save(tensors, tmp_path / "src")
     report = merge_lora(tmp_path / "src", tmp_path / "m", alpha=2, **QUICK)
-    assert any("Square weights are taken as (out, in)" in n for n in report.notes)
+    assert any("Square weights are read as (out, in)" in n for n in report.notes)
     merge_lora(tmp_path / "src", tmp_path / "t", alpha=2, fan_in_fan_out=True, **QUICK)
     one, other = (weights(tmp_path / x)["q.weight"] for x in "mt")
     assert not np.array_equal(one, other)

@@ -26,7 +26,7 @@ def test_alpha_that_nobody_says_is_asked_for_with_every_place_that_was_looked_in
     for folder in (place, tmp_path / "a" / "b", tmp_path / "a", tmp_path):
         for name in ("adapter_config.json", "mindformers_adapter_config.json"):
             assert str(folder / name) in said
-    assert "--alpha or --scaling" in said
+    assert "alpha= of the training (--alpha)" in said
     (tmp_path / "a" / "adapter_config.json").write_text('{"r": 2}')  # found, and says nothing
     with pytest.raises(NotFoundError) as caught:
         with_adapter(place)
@@ -52,7 +52,7 @@ def test_a_given_alpha_goes_before_the_config_and_not_against_its_patterns(tmp_p
     assert scaling_of(with_adapter(patterns)) == 3
     assert scaling_of(with_adapter(patterns, alpha=8)) == 3  # says the same
     assert scaling_of(with_adapter(patterns, scaling=0.5)) == 0.5
-    with pytest.raises(LayoutError, match=r"alpha=2 is given, but .*config.json says 8.* has 1"):
+    with pytest.raises(LayoutError, match=r"alpha=2 was passed, but .*config.json has 8.* has 1"):
         with_adapter(patterns, alpha=2)
     only = save(small(), tmp_path / "only", alpha_pattern={"k": 6})
     assert scaling_of(with_adapter(only, alpha=2)) == 1
@@ -61,9 +61,9 @@ def test_a_given_alpha_goes_before_the_config_and_not_against_its_patterns(tmp_p
 def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
     place = save(small(), tmp_path / "a", lora_alpha=8, r=8)
     for how in ({}, {"alpha": 4}, {"scaling": 1.0}):
-        with pytest.raises(FormatError, match=r"has rank 2, but /.*adapter_config\.json says 8"):
+        with pytest.raises(FormatError, match=r"has rank 2, but /.*adapter_config\.json has 8"):
             with_adapter(place, **how)
-    with pytest.raises(LayoutError, match=r"has rank 2, and adapter_rank= .* asks for 4"):
+    with pytest.raises(LayoutError, match=r"has rank 2, but adapter_rank= .* is 4"):
         with_adapter(place, adapter_rank=4)
     assert scaling_of(with_adapter(place, adapter_rank=2)) == 4
 
@@ -72,7 +72,7 @@ def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
     ("config", "said"),
     [
         ('{"lora_alpha": 1e400}', "1e400 exceeds a 64-bit float"),
-        ('{"lora_alpha": 1%s}' % ("0" * 400), "lora_alpha is 1000.*, no number to multiply with"),
+        ('{"lora_alpha": 1%s}' % ("0" * 400), "lora_alpha is 1000.*, expected a finite number"),
         ('{"lora_alpha": true}', "not a number"),
         ('{"lora_alpha": 4, "r": 1e400}', "1e400 exceeds a 64-bit float"),
         ('{"lora_alpha": 4, "r": 0}', "r is 0, not a rank of 1 or more"),
@@ -82,7 +82,7 @@ def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
             "1e400 exceeds a 64-bit float",
         ),
         ('{"lora_alpha": 4, "rank_pattern": {"q": 0}}', "q is 0, not a rank"),
-        ('{"lora_alpha": 4, "rank_pattern": ["q"]}', "no table of names and numbers"),
+        ('{"lora_alpha": 4, "rank_pattern": ["q"]}', "not a table of names and numbers"),
         ('{"lora_alpha": 4, "alpha_pattern": {"q": null}}', "not a number"),
         ('{"lora_alpha": 4, "alpha_pattern": {"q{99999999999}": 1}}', "not a regular expression"),
         ('{"lora_alpha": 4, "alpha_pattern": {"(?i)q": 1}}', "not a regular expression"),
@@ -99,7 +99,7 @@ def test_a_config_of_a_stranger_is_refused_and_does_not_crash(tmp_path, config, 
 def test_alpha_is_a_number(tmp_path, number) -> None:
     save(small(), tmp_path / "a")
     for how in ({"alpha": number}, {"scaling": number}):
-        with pytest.raises(LayoutError, match="not a number to multiply with"):
+        with pytest.raises(LayoutError, match="expected a finite number"):
             with_adapter(tmp_path / "a", **how)
 
 
@@ -110,7 +110,7 @@ def test_adapters_inside_the_base_and_beside_it_are_not_chosen_between(tmp_path)
     save(small(), tmp_path / "base")
     pair = {n: x for n, x in small().items() if "lora" in n}
     save(pair, tmp_path / "pair", lora_alpha=4)
-    with pytest.raises(LayoutError, match=r"holds 2 tensors of adapters itself \(l\.0\.q\.lora"):
+    with pytest.raises(LayoutError, match=r"has 2 tensors of adapters itself \(l\.0\.q\.lora"):
         with_adapter(tmp_path / "base", tmp_path / "pair")
     save({n: x for n, x in small().items() if "lora" not in n}, tmp_path / "bare")
     assert scaling_of(with_adapter(tmp_path / "bare", tmp_path / "pair")) == 2
@@ -159,7 +159,7 @@ def test_an_adapter_of_rank_zero_is_no_pair(tmp_path) -> None:
         "l.0.q.lora_b": np.zeros((8, 0), np.float32),
     }
     save(tensors, tmp_path / "src")
-    with pytest.raises(LayoutError, match=r"are no pair: .* of rank 1 or more"):
+    with pytest.raises(LayoutError, match=r"are not a pair: .* of rank 1 or more"):
         with_adapter(tmp_path / "src", alpha=1)
 
 
@@ -194,13 +194,13 @@ def test_a_quantized_base_is_merged_after_what_the_error_says(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ({"trainable_token_indices": [1, 5]}, "more than adding a product"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "more than adding a product"),
-        ({"init_lora_weights": "pissa"}, "weights were changed when its training began"),
+        ({"trainable_token_indices": [1, 5]}, "only a product B @ A can be added"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "only a product B @ A can be added"),
+        ({"init_lora_weights": "pissa"}, "weights were changed at the start of its training"),
         ({"init_lora_weights": "pissa_niter_16"}, "weights were changed"),
         ({"init_lora_weights": "olora"}, "weights were changed"),
         ({"modules_to_save": "lm_head"}, "not a list of names"),
-        ({"alora_invocation_tokens": [1, 2]}, "more than adding a product"),
+        ({"alora_invocation_tokens": [1, 2]}, "only a product B @ A can be added"),
     ],
 )
 def test_what_is_more_than_a_product_on_the_models_own_weights_is_refused(tmp_path, said, told):
@@ -222,7 +222,7 @@ def test_a_tensor_that_is_nobodys_is_not_added_to_the_model(tmp_path):
     config = {"peft_type": "LORA", "lora_alpha": 4}
     adapter = save(stray, tmp_path / "a", **config, modules_to_save=["score"])
     with pytest.raises(
-        LayoutError, match=r"l\.0\.norm\.foo lies with the adapter, is no part of LoRA"
+        LayoutError, match=r"l\.0\.norm\.foo is stored with the adapter but is not part of LoRA"
     ):
         with_adapter(base, adapter)
     del stray["l.0.norm.foo"]
@@ -249,7 +249,7 @@ def tied(tmp_path, *, more: dict[str, np.ndarray], **config: object):
 
 def test_a_head_is_not_changed_by_an_embedding_that_it_is_tied_to(tmp_path):
     new = np.full((8, 6), 2, np.float32)
-    with pytest.raises(LayoutError, match=r"head of .* is tied to it but was not trained"):
+    with pytest.raises(LayoutError, match=r"head of .*, which is tied to it, was not trained"):
         tied(tmp_path, more={EMBEDDING: new}, **SAVED)
 
 
@@ -287,7 +287,7 @@ def test_a_tied_embedding_that_is_adapted_changes_the_head_as_peft_says(tmp_path
         stem + "lora_embedding_B": np.ones((6, 2), np.float32),
     }
     made = tied(tmp_path, more=more)
-    assert any("is the head too" in note for note in made.notes)
+    assert any("is also the head" in note for note in made.notes)
     convert(made, tmp_path / "out")
     np.testing.assert_array_equal(weights(tmp_path / "out")[EMBEDDING], np.full((8, 6), 5.0))
 
@@ -299,7 +299,7 @@ def test_a_tied_head_that_is_adapted_would_change_the_embedding(tmp_path):
         stem + "lora_A.weight": np.ones((2, 6), np.float32),
         stem + "lora_B.weight": np.ones((8, 2), np.float32),
     }
-    with pytest.raises(LayoutError, match=r"lm_head.weight is adapted, and the head of .* is tied"):
+    with pytest.raises(LayoutError, match=r"lm_head.weight is adapted, but the head of .* is tied"):
         tied(tmp_path, more=more)
 
 
@@ -308,7 +308,7 @@ def test_the_head_of_a_classifier_is_its_own_though_an_older_config_is_silent(tm
     pair = {**{n: x for n, x in small().items() if "lora" in n}, "score.weight": np.ones((2, 6))}
     base = save({n: x for n, x in small().items() if n not in pair}, tmp_path / "base")
     config = {"peft_type": "LORA", "lora_alpha": 4, "modules_to_save": None}
-    with pytest.raises(LayoutError, match=r"score.weight lies with the adapter"):
+    with pytest.raises(LayoutError, match=r"score.weight is stored with the adapter"):
         with_adapter(base, save(pair, tmp_path / "silent", **config))
     made = with_adapter(base, save(pair, tmp_path / "a", task_type=task, **config))
     assert "score.weight" in made.tensors
@@ -330,11 +330,11 @@ SPELT_TWICE = {**PAIR, "l.0.q.mindpet_delta_lora_a": PAIR["l.0.q.lora_a"]}
 @pytest.mark.parametrize(
     ("base", "adapter", "how", "kind", "told"),
     [
-        (BARE, None, {}, NotFoundError, r"base holds no adapters.* with adapter= \(--adapter\)"),
+        (BARE, None, {}, NotFoundError, r"base has no adapters.* as adapter= \(--adapter\)"),
         (BARE, BARE, {}, NotFoundError, "folder of the adapters, not of a model"),
-        (PAIR, BARE, {}, NotFoundError, "base does: give the base model first"),
+        (PAIR, BARE, {}, NotFoundError, "base has some: pass the base model first"),
         (BARE, LATER, {}, NotFoundError, "It has l.0.q.weight, so .* with more layers"),
-        (BARE, TWO, {}, LayoutError, r"several adapters \(x, y\). Save the one to merge alone"),
+        (BARE, TWO, {}, LayoutError, r"several adapters \(x, y\). Save the one to merge"),
         (BARE, SPELT_TWICE, {}, LayoutError, "two adapters of l.0.q.weight, in two spellings"),
         (
             {n.replace("l.0", "model.l.0"): x for n, x in BARE.items()},
@@ -355,9 +355,9 @@ SPELT_TWICE = {**PAIR, "l.0.q.mindpet_delta_lora_a": PAIR["l.0.q.lora_a"]}
             {n: x.astype(np.int8) for n, x in PAIR.items()},
             {},
             LayoutError,
-            "lora_a is I8; the matrices of an adapter are F16",
+            "lora_a is I8, expected F16",
         ),
-        (BARE, PAIR, {"adapter_names": {"a.{x*}": "b.{x*}"}}, LayoutError, "renames none of the"),
+        (BARE, PAIR, {"adapter_names": {"a.{x*}": "b.{x*}"}}, LayoutError, "matches none of the"),
         (BARE, PAIR, {"adapter_names": "l.0.q"}, LayoutError, "neither FROM=TO nor"),
         (
             BARE,
@@ -366,13 +366,13 @@ SPELT_TWICE = {**PAIR, "l.0.q.mindpet_delta_lora_a": PAIR["l.0.q.lora_a"]}
             NotFoundError,
             r'adapter_names=\{"h.\{x\*\}": "l.\{x\*\}"\} \(--adapter-names "h.\{x\*\}=l',
         ),
-        (BARE, PAIR, {"alpha": 1, "scaling": 2}, LayoutError, "both given.* Leave one out"),
+        (BARE, PAIR, {"alpha": 1, "scaling": 2}, LayoutError, "exclude each other. Pass one"),
         (
             BARE,
             PAIR,
             {"adapter_rank": 16},
             LayoutError,
-            r"--adapter-rank\) asks for 16. Leave it out",
+            r"--adapter-rank\) is 16. Remove it",
         ),
     ],
 )
@@ -391,7 +391,11 @@ def test_a_scaling_of_zero_is_noted(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("names", "kind", "told"),
     [
-        ([f"l.0.q.p{i}" for i in range(5000)], FormatError, "has 5000 names; at most 4096"),
+        (
+            [f"l.0.q.p{i}" for i in range(5000)],
+            FormatError,
+            "has 5000 names, expected at most 4096",
+        ),
         (["x" * 2000], FormatError, "at most 4096 of 1024 characters"),
         ([f"q.p{i}" for i in range(20)], LayoutError, r"l\.0\.q: 20 of its parameters"),
     ],

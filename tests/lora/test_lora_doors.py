@@ -98,10 +98,10 @@ def test_the_command_line_writes_ranks_and_says_what_is_wrong(tmp_path: Path, ca
     (tmp_path / "rules.toml").write_text('[specs]\n"*.wq.weight" = "mp,-"\n"*norm.weight" = "-"\n')
     how = ("--to", "mp2", "--rules", tmp_path / "rules.toml", "--json")
     assert checkpoints.run("lora", tmp_path / "src", tmp_path / "m", *how) == 2
-    assert "alpha is not known" in json.loads(capsys.readouterr().out)["message"]
+    assert "alpha is unknown" in json.loads(capsys.readouterr().out)["message"]
     wrong = ("--alpha", 4, "--adapter-rank", 3)
     assert checkpoints.run("lora", tmp_path / "src", tmp_path / "m", *how, *wrong) == 2
-    assert "(--adapter-rank) asks for 3" in json.loads(capsys.readouterr().out)["message"]
+    assert "(--adapter-rank) is 3" in json.loads(capsys.readouterr().out)["message"]
     right = ("--alpha", 4, "--rank", 1)  # of the result
     assert checkpoints.run("lora", tmp_path / "src", tmp_path / "m", *how, *right) == 0
     made = weights(tmp_path / "m")[WQ + "weight"]

@@ -76,7 +76,7 @@ def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(LayoutError, match="have no layer patterns"):
         layout({"w": (4,)}, Strategy(pp=2), mine(w="-"))
     wrong = Rules("wrong", specs=LLAMA.specs, layers=("blocks.{layer}.",))
-    with pytest.raises(LayoutError, match=r"but 0 layers by the names \(blocks"):
+    with pytest.raises(LayoutError, match=r"but the names have 0 layers \(blocks"):
         layout(llama(3), Strategy(pp=2), wrong, Model("llama", num_layers=3))
 
 
