@@ -46,8 +46,8 @@ def test_mindformers_own_config_is_read_too(tmp_path) -> None:
 def test_a_given_alpha_goes_before_the_config_and_not_against_its_patterns(tmp_path) -> None:
     plain = save(small(), tmp_path / "plain", lora_alpha=8, r=2)
     assert scaling_of(with_adapter(plain, alpha=2)) == 1
-    assert not any("Alpha is as" in n for n in with_adapter(plain, alpha=2).notes)
-    assert any("Alpha is as" in n for n in with_adapter(plain).notes)
+    assert not any("Alpha comes from" in n for n in with_adapter(plain, alpha=2).notes)
+    assert any("Alpha comes from" in n for n in with_adapter(plain).notes)
     patterns = save(small(), tmp_path / "p", lora_alpha=8, alpha_pattern={"0.q": 6})
     assert scaling_of(with_adapter(patterns)) == 3
     assert scaling_of(with_adapter(patterns, alpha=8)) == 3  # says the same
