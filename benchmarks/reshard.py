@@ -175,12 +175,12 @@ def link_bytes(before: dict, after: dict, scale: int) -> dict:
     """Bytes that must go from one device to another, by (source, target)."""
     import numpy as np
 
-    from jaxshard.resharding.geometry import Move, pieces
+    from jaxshard.resharding.geometry import ShardingChange, transfers
 
     found = defaultdict(int)
     for name, (shape, _) in tensors(scale).items():
-        move = Move(shape, np.dtype(np.uint16), before[name], after[name])
-        for piece in pieces(move):
+        move = ShardingChange(shape, np.dtype(np.uint16), before[name], after[name])
+        for piece in transfers(move):
             for t in piece.targets:
                 pair = (move.source_devices[piece.source], move.target_devices[t])
                 if pair[0] != pair[1]:

@@ -8,15 +8,14 @@
     js.save(params, "out/")                   # standard files, without gathering
     js.convert("src/", "dst/", to="mp4")      # file to file
 
-Importing this module imports neither JAX nor NumPy: every name is fetched when it is
-first used.
+Importing this module imports neither JAX nor NumPy: each name is imported on first access.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .core.lazy_imports import lazy_getattr
+from .core.interpreter import lazy_getattr
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imported when used
     from .api import (

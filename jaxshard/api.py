@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from .conversion.execute import Report, execute
 from .conversion.open import PathLike, open_checkpoint, opened
@@ -15,9 +15,8 @@ from .conversion.prepare import part_plan, prepare
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
 from .core.cache import clear_caches
-from .core.catalog import Catalog
+from .core.catalog import Catalog, log_notes, with_notes_logged
 from .core.layout import Layout
-from .core.notes import log_notes, with_notes_logged
 from .core.strategy import Strategy
 from .distributed.partition import part_of
 from .planning.plan import Plan
@@ -185,7 +184,6 @@ def reshard(
     donate: bool = False,
     copy: bool = False,
     device_bytes: int | str | None = None,
-    route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
     """Move the arrays of ``tree`` to other shardings, from device to device.
 
@@ -199,7 +197,6 @@ def reshard(
         copy: share no memory with the sources. By default a shard that stays on its device is
             aliased, so donating the source in a later step deletes it.
         device_bytes: memory limit per device for data in flight, besides sources and targets.
-        route: see ``resharding.reshard``.
 
     Raises:
         LayoutError: the target cannot hold an array, or names a missing device.
@@ -210,9 +207,7 @@ def reshard(
 
     wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
-    return resharding.reshard(
-        tree, wanted, donate=donate, copy=copy, device_bytes=limit, route=route
-    )
+    return resharding.reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 
 
 def prepare_reshard(
@@ -224,7 +219,6 @@ def prepare_reshard(
     donate: bool = False,
     copy: bool = False,
     device_bytes: int | str | None = None,
-    route: Literal["auto", "device", "views"] = "auto",
 ) -> Any:
     """Plan and compile once; return a ``resharding.Resharder`` for trees like ``tree``.
 
@@ -236,9 +230,7 @@ def prepare_reshard(
 
     wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
-    return resharding.prepare_reshard(
-        tree, wanted, donate=donate, copy=copy, device_bytes=limit, route=route
-    )
+    return resharding.prepare_reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 
 
 def gather(

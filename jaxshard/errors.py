@@ -1,13 +1,13 @@
-"""Errors, grouped by what the person who meets one would do next.
+"""Errors, grouped by the next action of the user.
 
 JaxshardError
-├── FormatError     (ValueError)  the file is not what it claims: fetch it again
+├── FormatError     (ValueError)  a file is invalid: fetch it again
 ├── CoverageError   (ValueError)  shards are missing, or overlap and differ: find the right ones
-├── LayoutError     (ValueError)  the layout asked for is impossible: ask for another
+├── LayoutError     (ValueError)  the requested layout is impossible: request another
 ├── NotFoundError   (KeyError)    no such tensor or checkpoint: check the name
-└── StorageError    (OSError)     the disk or network refused: retry, or make room
+└── StorageError    (OSError)     the disk or network failed: retry, or free space
 
-Each is also a builtin, so that code which knows nothing of jaxshard can catch it.
+Each is also a builtin exception, so that code without jaxshard imports can catch it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: How to go on with a conversion that was interrupted, and how to have a result replaced.
+#: The options that continue an interrupted conversion, and that replace a result.
 RESUME = "resume=True (--resume)"
 OVERWRITE = "overwrite=True (--overwrite)"
-#: What to do when a disk is full or broken; what a conversion finished is kept.
+#: Remedy for a full or broken disk; a conversion keeps its finished files.
 MEND_THE_DISK = f"Make room or mend the disk, then run again; a conversion goes on with {RESUME}."
 
 
 class JaxshardError(Exception):
-    """Base of every error jaxshard raises on purpose."""
+    """Base class of all errors that jaxshard raises deliberately."""
 
-    #: What the command line returns to the shell when this error ends it.
+    #: Exit status of the command line on this error.
     exit_status = 1
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ class JaxshardError(Exception):
 
 
 class FormatError(JaxshardError, ValueError):
-    """A file is not what it claims to be: fetch it again."""
+    """A file is invalid: fetch it again."""
 
     exit_status = 3
 
@@ -46,7 +46,7 @@ class CoverageError(JaxshardError, ValueError):
 
 
 class LayoutError(JaxshardError, ValueError):
-    """The layout asked for is impossible: ask for another."""
+    """The requested layout is impossible: request another."""
 
     exit_status = 2
 
@@ -58,12 +58,12 @@ class NotFoundError(JaxshardError, KeyError):
 
 
 class StorageError(JaxshardError, OSError):
-    """The disk or network refused: retry, or make room."""
+    """The disk or network failed: retry, or free space."""
 
     exit_status = 4
 
 
-# A word or a line above these lengths is shortened: a path fits, a hostile name does not.
+# Longer words and lines are shortened: a path fits, a hostile name does not.
 _MAX_WORD = 300
 _MAX_LINE = 4000
 _MAX_NAME = 200
@@ -73,7 +73,7 @@ _LONG_WORD = re.compile(rf"\S{{{_MAX_WORD + 1},}}")
 def printable(text: str) -> str:
     r"""Return ``text`` without control or bidirectional characters, its words and lines bounded.
 
-    Everything that goes to a terminal or a log passes here. Newlines stay.
+    All output to a terminal or a log passes through it. Newlines stay.
 
     >>> print(printable("w" + chr(27) + "[31m" + chr(0x202E)))
     w\x1b[31m\u202e
@@ -91,7 +91,7 @@ def _printable_line(line: str) -> str:
 
 
 def quote_name(text: str) -> str:
-    r"""Return ``text``, a name from an untrusted file, on one line of bounded length.
+    r"""Return a name from an untrusted file on one line of bounded length.
 
     >>> print(quote_name("wte.weight"), quote_name("a" + chr(10)))
     wte.weight 'a\n'
@@ -107,7 +107,7 @@ def _shortened(text: str, most: int) -> str:
 
 
 def format_list(names: Iterable[str], limit: int = 5) -> str:
-    """The first few of ``names`` in a sentence, and how many more there are.
+    """Return the first ``limit`` of ``names`` for a sentence, and the number of the rest.
 
     >>> format_list(["a", "b", "c"], limit=2)
     'a, b and 1 more'
@@ -119,17 +119,17 @@ def format_list(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _inline(name: str) -> str:
-    """``name`` as part of a sentence; callers may pass phrases and empty strings, too."""
+    """Return ``name`` as part of a sentence; phrases and empty strings are valid too."""
     return quote_name(name) if name else name
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence offering the known name closest to ``name``, or nothing.
+    """Return a sentence that suggests the closest of ``known``, or an empty string.
 
     >>> did_you_mean("lm_head.wieght", ["lm_head.weight", "norm.weight"])
     ' Did you mean lm_head.weight?'
     """
-    from difflib import get_close_matches  # noqa: PLC0415 - only when something is wrong
+    from difflib import get_close_matches  # noqa: PLC0415 - only in error messages
 
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {quote_name(close[0])}?" if close else ""

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from ..core.catalog import Catalog, Tensor
+from ..core.catalog import Catalog, Tensor, log_notes
 from ..core.layout import Layout
-from ..core.notes import log_notes
 from ..core.numpy_dtypes import numpy_dtype
 from ..core.strategy import Strategy
 from ..errors import LayoutError

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.catalog import Catalog, Tensor
 from ..core.decoders import FETCH, parse_object
-from ..core.garbage import paused
+from ..core.interpreter import paused
 from ..core.layout import Layout
 from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from ..formats.folder import COMMON, Folder, latest_iteration

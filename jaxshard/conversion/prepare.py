@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .. import rules as family_rules
 from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard
-from ..core.garbage import paused
+from ..core.interpreter import paused
 from ..core.layout import Layout
 from ..core.strategy import Strategy
 from ..distributed.partition import Part, split_outputs

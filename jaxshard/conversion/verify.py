@@ -16,8 +16,7 @@ from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor, View
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from ..formats.registry import format_of
-from ..planning.cells import are_disjoint
-from ..planning.copies import TensorCopy, check_covered, move_into
+from ..planning.copies import TensorCopy, are_disjoint, check_covered, move_into
 from ..planning.plan import remedy
 from ..storage.engine import run
 from ..storage.io import Sink, Source

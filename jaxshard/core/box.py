@@ -1,7 +1,7 @@
 """Boxes: half-open rectangles of element indices, and their intersections.
 
 Every question jaxshard answers ("which bytes does rank 3 need?") reduces to
-intersecting two boxes. This module knows nothing of files, dtypes or devices.
+intersecting two boxes. This module does not depend on files, dtypes or devices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Box:
-        """The box covering all of an array of ``shape``."""
+        """Return the box that covers an array of ``shape``."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -34,16 +34,16 @@ class Box:
 
     @property
     def size(self) -> int:
-        """Elements in the box; 1 for a 0-d one."""
+        """Elements in the box; 1 for a 0-d box."""
         return prod(map(sub, self.stop, self.start))
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What to index an array with to get the box."""
+        """Index of the box in an array."""
         return tuple(map(slice, self.start, self.stop))
 
     def intersect(self, other: Box) -> Box | None:
-        """The shared elements, or None where the boxes do not touch.
+        """Return the common elements, or None if the boxes do not overlap.
 
         >>> Box((0, 0), (4, 4)).intersect(Box((2, 0), (6, 4)))
         Box(start=(2, 0), stop=(4, 4))
@@ -61,7 +61,7 @@ class Box:
         )
 
     def within(self, outer: Box) -> Box:
-        """This box in coordinates local to ``outer``'s first element.
+        """Return this box in coordinates local to ``outer``.
 
         >>> Box((2, 4), (4, 8)).within(Box((2, 0), (4, 8)))
         Box(start=(0, 4), stop=(2, 8))
@@ -73,7 +73,7 @@ class Box:
         )
 
     def minus(self, other: Box) -> list[Box]:
-        """Disjoint boxes that together hold what ``other`` does not.
+        """Return disjoint boxes that cover this box without ``other``.
 
         >>> [b.shape for b in Box((0, 0), (4, 4)).minus(Box((1, 1), (4, 3)))]
         [(1, 4), (3, 1), (3, 1)]

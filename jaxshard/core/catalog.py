@@ -1,37 +1,35 @@
 """Catalogs: which file holds which box of which tensor.
 
-Every on-disk format becomes one of these, by reading headers only. What follows
-(planning, loading, verifying) never asks which format it was. This module opens
-no file.
+Each format's reader makes a catalog from headers only. Planning, loading and verification then
+do not depend on the format. This module opens no file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..errors import LayoutError, NotFoundError, did_you_mean
 from .box import Box
 from .dtypes import DType, num_bytes
 from .layout import Layout, Placement
 
-if TYPE_CHECKING:
-    pass
-
-#: Axes whose ranks compute with what they hold, and so need whole heads of it.
-TENSOR_AXES = frozenset({"mp", "tp", "model", "tensor"})
-
 T = TypeVar("T")
+
+#: Axes whose ranks compute with their shards, and so need whole attention heads.
+TENSOR_AXES = frozenset({"mp", "tp", "model", "tensor"})
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of the checkpoint: its path relative to the checkpoint's root, and its version.
+    """File of a checkpoint: its path relative to the checkpoint's root, and its version.
 
-    Times and inode are those of the system's ``stat``; 0 where the storage has none. ``version``
-    is what a remote store calls a version, an entity tag for example.
+    Times and inode are those of ``stat``; 0 if the storage has none. ``version`` is that of a
+    remote store, for example an entity tag.
     """
 
     path: str
@@ -44,9 +42,9 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class StoredShard:
-    """A stored box, whose first element is at byte ``offset`` of file number ``file``.
+    """Stored box, whose first element is at byte ``offset`` of file number ``file``.
 
-    It is contiguous and row-major, or lies as ``view`` says.
+    The box is contiguous and row-major, unless it has a ``view``.
     """
 
     file: int
@@ -57,11 +55,11 @@ class StoredShard:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint and every stored piece of it, replicas included.
+    """One tensor of a checkpoint and all its stored shards, replicas included.
 
-    A tensor made from others (two matrices row by row, say) may have pieces that are boxes
-    only in a finer shape: ``factors`` then says, per dim, what its length is the product of,
-    and the pieces' boxes are boxes of all factors in a row.
+    Shards of a tensor made from others (for example two matrices interleaved by rows) may be
+    boxes only in a finer shape. ``factors`` then factors the length of each dim, and the shards
+    are boxes of the shape of all factors in order.
     """
 
     name: str
@@ -77,16 +75,16 @@ class Tensor:
 
     @property
     def fine_shape(self) -> tuple[int, ...]:
-        """The shape that the pieces' boxes are boxes of."""
+        """The shape in which the shards are boxes."""
         if self.factors is None:
             return self.shape
         return tuple(n for dim in self.factors for n in dim)
 
     def fine(self, box: Box) -> Box:
-        """``box`` of the shape as the same elements, in the same order, of the finer shape.
+        """Return ``box`` as a box of the finer shape, with the same elements in the same order.
 
         Raises:
-            LayoutError: it begins or ends inside a factor.
+            LayoutError: ``box`` begins or ends inside a factor.
         """
         if self.factors is None:
             return box
@@ -99,10 +97,10 @@ class Tensor:
         return Box(tuple(start), tuple(stop))
 
     def check_groups(self, placement: Placement) -> None:
-        """Refuse ranks that hold a part of what belongs together (a kv head and its q heads).
+        """Raise if a rank would hold a part of a group (a kv head with its q heads).
 
         Raises:
-            LayoutError: with the number of groups, and what to do.
+            LayoutError: with the number of groups and the remedy.
         """
         size = dict(placement.axes)
         for dim, axes in enumerate(placement.spec[: len(self.factors or ())]):
@@ -115,13 +113,13 @@ class Tensor:
                 if axis in TENSOR_AXES and groups % ways:
                     raise LayoutError(
                         f"{self.name}: dim {dim} of shape {self.shape} is {groups} groups of "
-                        f"{self.shape[dim] // groups} (kv heads with their q heads, say), which "
+                        f"{self.shape[dim] // groups} (such as kv heads with their q heads), which "
                         f"{axis}={size[axis]} does not divide. Use a divisor of {groups}, repeat "
                         "the kv heads, or do not fuse."
                     )
 
     def _groups(self, dim: int) -> int:
-        """How many groups follow each other along ``dim``, each copy of a repeated one counted."""
+        """Return the number of groups along ``dim``, counting each copy of a repeated one."""
         assert self.factors is not None
         first, *inner = self.factors[dim]
         at = sum(map(len, self.factors[:dim]))
@@ -137,9 +135,9 @@ class Tensor:
 def _fine_interval(
     tensor: Tensor, dim: int, factors: tuple[int, ...], start: int, stop: int
 ) -> tuple[list[int], list[int]]:
-    """``start:stop`` of one dim along each of its factors.
+    """Return ``start:stop`` of one dim along each of its factors.
 
-    It is one index of the outer factors, a range of one, and all of the inner ones.
+    The result is one index of the outer factors, a range of one factor, and all of the inner ones.
     """
     first, last, left = list[int](), list[int](), prod(factors)
     a, b = start, max(start, stop - 1)
@@ -164,7 +162,7 @@ def _fine_interval(
 
 @dataclass(frozen=True)
 class Model:
-    """What the checkpoint's ``config.json`` says of the model, as far as layouts care."""
+    """Facts of ``config.json`` that layouts depend on."""
 
     type: str | None = None
     num_layers: int | None = None
@@ -173,13 +171,13 @@ class Model:
 
 
 class Origin(Protocol):
-    """What a catalog was made of by a mapping of names and shapes."""
+    """The catalog from which a mapping of names and shapes made another."""
 
     @property
     def catalog(self) -> Catalog: ...
 
     def place(self, layout: Layout) -> Layout:
-        """The layout of the mapped tensors, when the catalog's own lie as ``layout`` says."""
+        """Return the layout of the mapped tensors if the original ones have ``layout``."""
         ...
 
 
@@ -190,17 +188,17 @@ class Catalog:
     Attributes:
         root: the folder that ``files`` are relative to.
         format: the format's name, as ``--format`` takes it.
-        layout: for checkpoints cut into ranks, who holds what.
-        extras: other files to carry along (tokenizer, config), relative to ``root``.
+        layout: for checkpoints split into ranks, the boxes of each rank.
+        extras: side files to copy (tokenizer, config), relative to ``root``.
         scalars: names of training scalars, which are never split (``global_step`` …).
-        notes: things a person should know that are not errors.
-        logged: those of them that a verb has logged; see ``notes.logged``.
-        origin: for a mapped catalog, what it was made of.
-        keys: for tensors that are the data of random keys, JAX's name of the generator.
-        left_out: what the checkpoint holds and no tensor is (a text …), by name; who takes all
-            of the checkpoint must be refused.
-        lost: weights that lie only on ranks without files here, with those ranks: their names
-            are known from the strategy, and no more. They are refused where they are needed.
+        notes: findings that are not errors.
+        logged: notes that are already logged; see ``with_notes_logged``.
+        origin: for a mapped catalog, the original one.
+        keys: for tensors that are data of random keys, JAX's name of the generator.
+        left_out: values that are not tensors (a text …), by name; operations that need the whole
+            checkpoint raise an error.
+        lost: weights that are only on ranks without files here, with those ranks; the strategy
+            has their names, without shapes. Operations that need them raise an error.
         has_merged_adapters: adapters were added to the weights, so a target's layout may name
             adapters that the result does not have.
     """
@@ -223,10 +221,10 @@ class Catalog:
     lost: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called ``name``.
+        """Return the tensor ``name``.
 
         Raises:
-            NotFoundError: there is none; the nearest name is offered.
+            NotFoundError: the checkpoint lacks it; suggests the nearest name.
         """
         try:
             return self.tensors[name]
@@ -242,15 +240,15 @@ class Catalog:
         return sum(t.num_bytes for t in self.tensors.values())
 
 
-# --- Views: how the elements of a stored box lie in their file, and what becomes of them
+# --- Views: strides of a stored box in its file, and transforms of its values
 
-#: The file number of a box of zeros, which no file stores.
+#: File number of a box of zeros, which is not stored.
 ZEROS = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """A number for each element of a box: ``start`` at its first, plus ``steps`` along each dim.
+    """Affine index of each element of a box: ``start``, plus ``steps`` along each dim.
 
     >>> Affine(10, (4, 1)).moved(1, by=2)
     Affine(start=12, steps=(4, 1))
@@ -260,13 +258,13 @@ class Affine:
     steps: tuple[int, ...]
 
     def moved(self, dim: int, by: int) -> Affine:
-        """The same numbers for the box that begins ``by`` elements later along ``dim``."""
+        """Return the indices of the box that begins ``by`` elements later along ``dim``."""
         return Affine(self.start + by * self.steps[dim], self.steps)
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTo:
-    """Round the values to ``dtype`` on the way: what a cast there and back does."""
+    """Round the values to ``dtype``, as a cast there and back does."""
 
     dtype: DType
 
@@ -277,7 +275,7 @@ class Scale:
 
     Attributes:
         scale: the factors, a small tensor.
-        block: rows and columns that share one.
+        block: rows and columns per factor.
         at: the row and the column, in the stored weight, of each element of the box.
     """
 
@@ -294,9 +292,9 @@ class AddProduct:
         a: (rank, columns).
         b: (rows, rank).
         at: the row and the column of each element of the box.
-        columns: the columns of ``b`` that count, if not all: from the first on, so far apart.
-        reproducible: sum over the rank one by one, each fused with its product and rounded,
-            so that the bits depend on no machine; else as fast as the machine can.
+        columns: the first used column of ``b`` and the step between used columns.
+        reproducible: sum over the rank one by one, each fused with its product and rounded, so
+            that the bits are the same on every machine; otherwise as fast as possible.
     """
 
     a: Tensor
@@ -312,12 +310,12 @@ Step = RoundTo | Scale | AddProduct
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a stored box is read.
+    """Strides and transforms of a stored box.
 
     Attributes:
         strides: bytes between neighbours, per dim of the box; 0 repeats one element.
-        dtype: what is stored.
-        steps: what is done to the values, in float32, before they get the tensor's dtype.
+        dtype: the stored dtype.
+        steps: transforms of the values, in float32, before the cast to the tensor's dtype.
     """
 
     strides: tuple[int, ...]
@@ -326,7 +324,7 @@ class View:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """The small tensors that the steps need whole."""
+        """Small tensors that the steps need whole."""
         found: list[Tensor] = []
         for step in self.steps:
             if isinstance(step, Scale):
@@ -337,12 +335,12 @@ class View:
 
 
 def with_places(step: Step, at: tuple[Affine, ...]) -> Step:
-    """``step`` for elements that are elsewhere in the box."""
+    """Return ``step`` for elements with other indices."""
     return step if isinstance(step, RoundTo) else replace(step, at=(at[0], at[1]))
 
 
 def places(step: Step) -> tuple[Affine, ...]:
-    """The numbers that ``step`` knows its elements by."""
+    """Return the element indices of ``step``."""
     return () if isinstance(step, RoundTo) else step.at
 
 
@@ -376,3 +374,32 @@ def group_by_bytes(
         total += size
     if group:
         yield group
+
+
+# --- Notes: findings that are not errors, and their delivery to the user
+
+# Without a handler: if the program configures no logging, Python prints warnings to stderr.
+_log = logging.getLogger("jaxshard")
+
+
+def log_notes(subject: str, notes: Iterable[str], logged: Collection[str] = ()) -> None:
+    """Log each of ``notes`` on ``subject`` once, as a warning, except those already ``logged``."""
+    for note in dict.fromkeys(notes):
+        if note not in logged:
+            _log.warning("%s: %s", subject, note)
+
+
+@lru_cache(maxsize=1024)
+def log_once(subject: str, note: str) -> None:
+    """Log a note on ``subject`` once in this process, for example of equal training steps."""
+    _log.warning("%s: %s", subject, note)
+
+
+def with_notes_logged(catalog: Catalog) -> Catalog:
+    """Log the notes of ``catalog`` that are not yet logged; return it with all marked as logged.
+
+    Results derived from it inherit the marks: a checkpoint that is opened once and loaded for
+    each of eight ranks logs its notes once.
+    """
+    log_notes(catalog.root, catalog.notes, catalog.logged)
+    return replace(catalog, logged=catalog.logged.union(catalog.notes))

@@ -1,9 +1,9 @@
-"""Dtypes: how many bits an element has, and how a box of it is counted in bytes.
+"""Dtypes: names, widths in bits, and byte sizes of boxes.
 
 The names are those of the safetensors format (``BF16``, ``F8_E4M3`` …). Sub-byte
 dtypes are stored packed, so their boxes are counted in *units*: the smallest
-number of elements that fills whole bytes. Dtypes that only arrays have keep NumPy's
-names (``int4``) and its width, a whole byte. This module knows nothing of NumPy.
+number of elements that fills whole bytes. Dtypes of arrays alone have NumPy's names
+(``int4``) and its width, a whole byte. This module does not import NumPy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .box import Box
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type: its name, its width and its NumPy (or ml_dtypes) name."""
+    """Element type: its name, its width and its NumPy (or ml_dtypes) name."""
 
     name: str
     bits: int
@@ -26,12 +26,12 @@ class DType:
 
     @property
     def is_in_files(self) -> bool:
-        """Whether weight files have it; otherwise only arrays do, and Orbax, which stores them."""
+        """Whether weight files can store it; arrays, and Orbax checkpoints, have more dtypes."""
         return self.name in BY_NAME
 
     @property
     def unit_elements(self) -> int:
-        """Elements in the smallest run that fills whole bytes: 1 but for sub-byte dtypes."""
+        """Elements in the smallest run of whole bytes: 1 except for sub-byte dtypes."""
         return 8 // gcd(self.bits, 8)
 
     @property
@@ -44,7 +44,7 @@ class DType:
 
 
 def is_float(dtype: DType) -> bool:
-    """Whether its elements have fractions (complex ones too).
+    """Whether elements are floating-point or complex numbers.
 
     >>> is_float(dtype("BF16")), is_float(dtype("U8"))
     (True, False)
@@ -79,7 +79,7 @@ _TABLE = (
 BY_NAME: Mapping[str, DType] = {d.name: d for d in _TABLE}
 BY_NUMPY: Mapping[str, DType] = {d.numpy: d for d in _TABLE if d.numpy}
 
-#: Dtypes of arrays that no weight file has, or has only packed.
+#: Dtypes of arrays that weight files cannot store, or store packed.
 OF_ARRAYS: Mapping[str, DType] = {
     name: DType(name, bits, name)
     for name, bits in (
@@ -91,7 +91,7 @@ OF_ARRAYS: Mapping[str, DType] = {
 
 
 def dtype(name: str) -> DType:
-    """The dtype called ``name`` in the safetensors format.
+    """Return the dtype ``name`` of the safetensors format.
 
     Raises:
         FormatError: the format has no such dtype.
@@ -108,7 +108,7 @@ def dtype(name: str) -> DType:
 
 
 def num_bytes(shape: tuple[int, ...], kind: DType) -> int:
-    """Bytes of a packed tensor of ``shape``.
+    """Return the bytes of a packed tensor of ``shape``.
 
     Raises:
         FormatError: its elements do not fill whole bytes.
@@ -125,10 +125,10 @@ def num_bytes(shape: tuple[int, ...], kind: DType) -> int:
 def in_units(
     shape: tuple[int, ...], boxes: tuple[Box, ...], kind: DType
 ) -> tuple[tuple[int, ...], tuple[Box, ...]]:
-    """``shape`` and ``boxes`` counted in units of ``kind.unit_bytes`` along the last dim.
+    """Return ``shape`` and ``boxes`` in units of ``kind.unit_bytes`` along the last dim.
 
-    A sub-byte tensor whose rows are not whole bytes becomes one flat run, which
-    can be moved but not cut.
+    A sub-byte tensor whose rows are not whole bytes becomes one flat run, which can be moved
+    but not split.
 
     Raises:
         LayoutError: a box cuts through a byte.

@@ -1,9 +1,8 @@
 """Layouts: which box of each tensor every rank holds.
 
-A *placement* is ``jax.sharding.NamedSharding`` in plain integers, plus the ranks it
-lives on, so that a layout of 16,384 ranks can be made, printed and tested on a
-machine with no accelerator. MindSpore's ``dev_matrix`` and ``tensor_map`` say the
-same with other numbering.
+A *placement* is a ``jax.sharding.NamedSharding`` in plain integers, on a range of ranks, so
+layouts of 16,384 ranks can be computed, printed and tested without an accelerator. MindSpore's
+``dev_matrix`` and ``tensor_map`` are equivalent, with other numbering.
 
     axes (dp 2, mp 2), spec (("mp",), ())      rank  0  1  2  3
                                                rows  ▀  ▄  ▀  ▄     0 and 2 are replicas
@@ -23,17 +22,17 @@ from .strategy import Axes
 
 Spec = tuple[tuple[str, ...], ...]  # per dim, the mesh axes that split it, outer to inner
 
-_MOST_RANKS = 1 << 20  # 64 shapes on 16,384 ranks
+_MAX_CACHED_RANKS = 1 << 20  # 64 shapes on 16,384 ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How one tensor lies on the ranks ``first_rank … first_rank + num_ranks - 1``.
+    """Split of one tensor over the ranks ``first_rank … first_rank + num_ranks - 1``.
 
     Attributes:
         axes: the mesh axes over those ranks in row-major order, last fastest.
         spec: per tensor dim the axes that split it; missing trailing dims are whole.
-        first_rank: the first rank of the pipeline stage (or part of one) it lives in.
+        first_rank: the first rank of its pipeline stage, or of a part of one.
     """
 
     axes: Axes
@@ -42,21 +41,21 @@ class Placement:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that hold some box of the tensor."""
+        """Number of ranks that hold a box of the tensor."""
         return prod(n for _, n in self.axes)
 
     @property
     def ranks(self) -> range:
-        """Those ranks, in order."""
+        """The ranks that hold a box of the tensor."""
         return range(self.first_rank, self.first_rank + self.num_ranks)
 
     def ways(self, dim: int) -> int:
-        """Into how many parts ``dim`` is split."""
+        """Return the number of parts that ``dim`` is split into."""
         size = dict(self.axes)
         return prod(size[a] for a in self.spec[dim]) if dim < len(self.spec) else 1
 
     def boxes(self, shape: tuple[int, ...]) -> tuple[Box, ...]:
-        """The box each rank holds of a tensor of ``shape``, in rank order.
+        """Return the box of each rank of a tensor of ``shape``, in rank order.
 
         Raises:
             LayoutError: a dim does not divide, or the spec has more dims than the tensor.
@@ -67,7 +66,7 @@ class Placement:
         return _boxes(self.axes, self.spec, shape)
 
     def box(self, shape: tuple[int, ...], rank: int) -> Box:
-        """The box that ``rank``, one of ``ranks``, holds: without those of all others.
+        """Return the box of ``rank``, one of ``ranks``, without computing the others.
 
         Raises:
             LayoutError: as ``boxes``.
@@ -78,7 +77,7 @@ class Placement:
         return _box(self.axes, self.spec, shape, rank - self.first_rank)
 
     def shards(self, shape: tuple[int, ...]) -> tuple[Shard, ...]:
-        """The distinct boxes and, for each, the ranks that hold it (relative to ``first_rank``).
+        """Return the distinct boxes with the ranks that hold each, relative to ``first_rank``.
 
         Raises:
             LayoutError: as ``boxes``.
@@ -89,7 +88,7 @@ class Placement:
         return _shards(self.axes, self.spec, shape)
 
     def local_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of every rank's box.
+        """Return the shape of each rank's box.
 
         Raises:
             LayoutError: as ``boxes``.
@@ -104,7 +103,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A distinct box of one tensor, and the ranks that hold it, counted from its first rank."""
+    """Distinct box of one tensor, and its holders, counted from the first rank."""
 
     box: Box
     holders: tuple[int, ...]
@@ -112,16 +111,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """For a whole checkpoint, who holds which box.
+    """The boxes that each rank holds, for a whole checkpoint.
 
     A tensor may be placed in several disjoint sets of ranks (a tied embedding in the
-    first and the last stage). Names without a placement are held by no rank.
+    first and the last stage). No rank holds tensors without a placement.
 
     Attributes:
-        notes: what a person should know of it.
-        absent: names of the checkpoint's strategy that none of its files has. MindSpore counts
-            them where it decides which replica is kept.
-        unknown: ranks of which nothing is known, as the strategy of their stage is missing.
+        notes: findings that are not errors.
+        absent: tensors of the checkpoint's strategy that its files lack. MindSpore counts
+            them to decide which replica stores a tensor.
+        unknown: ranks whose tensors are unknown, because the strategy of their stage is missing.
     """
 
     num_ranks: int
@@ -132,7 +131,7 @@ class Layout:
     unknown: tuple[int, ...] = field(default=(), repr=False)
 
     def box_of(self, name: str, shape: tuple[int, ...], rank: int) -> Box | None:
-        """The box of tensor ``name`` that ``rank`` holds, or None."""
+        """Return the box of tensor ``name`` that ``rank`` holds, or None."""
         for placement in self.placements.get(name, ()):
             if rank in placement.ranks:
                 return placement.box(shape, rank)
@@ -140,12 +139,12 @@ class Layout:
 
 
 _Key = tuple[Axes, Spec, tuple[int, ...]]
-_RECENT_BOXES = LRUCache[_Key, tuple[Box, ...]](_MOST_RANKS)
-_RECENT_SHARDS = LRUCache[_Key, tuple[Shard, ...]](_MOST_RANKS)
+_BOX_CACHE = LRUCache[_Key, tuple[Box, ...]](_MAX_CACHED_RANKS)
+_SHARD_CACHE = LRUCache[_Key, tuple[Shard, ...]](_MAX_CACHED_RANKS)
 
 
 def check_divides(placement: Placement, shape: tuple[int, ...], name: str = "") -> None:
-    """Refuse a placement that does not cut ``shape`` into equal boxes.
+    """Raise if the placement does not split ``shape`` into equal boxes.
 
     Raises:
         LayoutError: with the size to pad to, and the rule that leaves the dim whole.
@@ -183,12 +182,12 @@ def _local_shape(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[int, .
 
 def _boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...]:
     key = (axes, spec, shape)
-    return _RECENT_BOXES.get(key, _num_ranks(axes), lambda: _all_boxes(*key))
+    return _BOX_CACHE.get(key, _num_ranks(axes), lambda: _all_boxes(*key))
 
 
 def _all_boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...]:
     local, size = _local_shape(axes, spec, shape), dict(axes)
-    made: dict[tuple[int, ...], Box] = {}  # replicas share theirs
+    made: dict[tuple[int, ...], Box] = {}  # replicas share one
     boxes = []
     for coordinates in product(*(range(n) for _, n in axes)):
         index = _index(spec, size, dict(zip(size, coordinates, strict=True)))
@@ -200,7 +199,7 @@ def _all_boxes(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Box, ...
 
 @cached(1 << 14)
 def _box(axes: Axes, spec: Spec, shape: tuple[int, ...], number: int) -> Box:
-    """The box of rank ``number`` of those of a placement."""
+    """Return the box of rank ``number``, counted from the first rank."""
     at: dict[str, int] = {}
     for name, size in reversed(axes):
         number, at[name] = divmod(number, size)
@@ -208,18 +207,18 @@ def _box(axes: Axes, spec: Spec, shape: tuple[int, ...], number: int) -> Box:
 
 
 def _index(spec: Spec, size: Mapping[str, int], at: Mapping[str, int]) -> tuple[int, ...]:
-    """Which part of each dim the rank at the coordinates ``at`` holds."""
+    """Return the part number along each dim of the rank at mesh coordinates ``at``."""
     index = []
     for split in spec:
         part = 0
-        for a in split:  # the first axis named is the slowest, as in PartitionSpec
+        for a in split:  # the first axis is the slowest, as in PartitionSpec
             part = part * size[a] + at[a]
         index.append(part)
     return tuple(index)
 
 
 def _part(index: tuple[int, ...], local: tuple[int, ...]) -> Box:
-    """The part with number ``index`` along each dim, all of them of shape ``local``."""
+    """Return the box of part ``index`` of each dim; all parts have the shape ``local``."""
     index += (0,) * (len(local) - len(index))
     start = tuple(i * n for i, n in zip(index, local, strict=True))
     return Box(start, tuple(a + n for a, n in zip(start, local, strict=True)))
@@ -227,7 +226,7 @@ def _part(index: tuple[int, ...], local: tuple[int, ...]) -> Box:
 
 def _shards(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Shard, ...]:
     key = (axes, spec, shape)
-    return _RECENT_SHARDS.get(key, _num_ranks(axes), lambda: _all_shards(*key))
+    return _SHARD_CACHE.get(key, _num_ranks(axes), lambda: _all_shards(*key))
 
 
 def _all_shards(axes: Axes, spec: Spec, shape: tuple[int, ...]) -> tuple[Shard, ...]:
@@ -242,14 +241,14 @@ def _num_ranks(axes: Axes) -> int:
 
 
 def shard_dim_over_replicas(placement: Placement, ways: int, dim: int = 0) -> Placement:
-    """``placement`` with ``dim`` split ``ways`` more over axes that only hold replicas.
+    """Split ``dim`` by ``ways`` more over axes that only hold replicas.
 
-    This is the optimizer shard (ZeRO; MindSpore's ``opt_weight_shard_size``): the
-    replica axes are used from the innermost outward, and where only part of one is
-    needed it is factored and its fast part used. ``ways=-1`` uses them all.
+    This is the optimizer shard (ZeRO; MindSpore's ``opt_weight_shard_size``). Replica axes are
+    used from the innermost outward; if only a part of one is needed, the axis is factored and
+    its fast part used. ``ways=-1`` uses all replicas.
 
     Raises:
-        LayoutError: there are not that many replicas, or ``ways`` does not factor over them.
+        LayoutError: there are fewer replicas, or ``ways`` does not factor over them.
 
     >>> shard_dim_over_replicas(Placement((("dp", 4), ("mp", 2)), (("mp",),)), 2)
     Placement(axes=(('dp_outer', 2), ('dp', 2), ('mp', 2)), spec=(('mp', 'dp'),), first_rank=0)
@@ -280,7 +279,7 @@ def shard_dim_over_replicas(placement: Placement, ways: int, dim: int = 0) -> Pl
 
 
 def _factor(axes: list[tuple[str, int]], name: str, fast: int) -> list[tuple[str, int]]:
-    """``axes`` with ``name`` cut in two; the fast part keeps the name."""
+    """Factor the axis ``name`` in two; the fast part keeps the name."""
     out = list[tuple[str, int]]()
     for a, n in axes:
         out += [(f"{a}_outer", n // fast), (a, fast)] if a == name else [(a, n)]

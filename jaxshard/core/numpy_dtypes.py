@@ -1,8 +1,7 @@
 """NumPy dtypes of stored elements, and conversion of stored bytes to them.
 
-Most tensors are used as they are stored. Sub-byte floats are unpacked, one to a byte, as
-JAX keeps them; and a caller may ask for another floating-point width. This module knows
-no files and no devices.
+Most tensors are used as stored. Sub-byte floats are unpacked to one per byte, as in JAX, and
+callers may request another floating-point width. This module does not depend on files or devices.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def numpy_dtype(kind: DType) -> NumpyDType:
-    """NumPy's dtype for elements stored as ``kind``.
+    """Return the NumPy dtype of elements stored as ``kind``.
 
     Raises:
-        LayoutError: there is none (the 6-bit floats).
+        LayoutError: NumPy has no such dtype (6-bit floats).
 
     >>> from .dtypes import dtype
     >>> numpy_dtype(dtype("BF16"))
@@ -38,7 +37,7 @@ def numpy_dtype(kind: DType) -> NumpyDType:
     """
     if kind.numpy is None:
         raise LayoutError(
-            f"JAX has no dtype for {kind}, so such tensors cannot be put on a device. Leave them "
+            f"{kind} has no JAX dtype, so such tensors cannot be put on a device. Leave them "
             "out with exclude=, or convert from file to file."
         )
     return np.dtype(getattr(ml_dtypes, kind.numpy, kind.numpy))
@@ -46,10 +45,10 @@ def numpy_dtype(kind: DType) -> NumpyDType:
 
 @lru_cache(maxsize=256)
 def stored_as(dtype: NumpyDType) -> DType:
-    """The dtype in which elements of ``dtype`` are stored.
+    """Return the dtype in which files store elements of ``dtype``.
 
     Raises:
-        LayoutError: the safetensors format has none.
+        LayoutError: the safetensors format has no such dtype.
 
     >>> str(stored_as(np.dtype("float32")))
     'F32'
@@ -68,10 +67,10 @@ def stored_as(dtype: NumpyDType) -> DType:
 
 
 def held_as(dtype: NumpyDType, shape: tuple[int, ...]) -> DType:
-    """The dtype of an array of ``shape``: as files have it, or as arrays alone do.
+    """Return the dtype of an array of ``shape``: of files if possible, else of arrays alone.
 
     Raises:
-        LayoutError: neither has such elements.
+        LayoutError: neither files nor arrays have such elements.
 
     >>> str(held_as(np.dtype("float32"), (2,))), str(held_as(np.dtype(ml_dtypes.int4), (2,)))
     ('F32', 'int4')
@@ -84,14 +83,14 @@ def held_as(dtype: NumpyDType, shape: tuple[int, ...]) -> DType:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """From bytes as stored to elements in memory."""
+    """Conversion of stored bytes to elements in memory."""
 
     stored: DType
     dtype: NumpyDType
 
     @property
     def is_copy(self) -> bool:
-        """Whether the bytes stay what they are."""
+        """Whether the bytes stay the same."""
         return self.stored.unit_elements == 1 and numpy_dtype(self.stored) == self.dtype
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
@@ -99,7 +98,7 @@ class Conversion:
         return prod(shape) * self.dtype.itemsize
 
     def fill(self, out: NDArray[np.uint8], offset: int, data: NDArray[np.uint8]) -> None:
-        """Put into the memory ``out`` what the stored bytes ``data``, from ``offset`` on, become.
+        """Convert the stored bytes ``data``, which begin at ``offset``, into the memory ``out``.
 
         >>> from .dtypes import dtype
         >>> out = np.zeros(4, np.uint8)
@@ -119,16 +118,16 @@ class Conversion:
 
 
 def cast_into(out: NDArray[Any], values: NDArray[Any]) -> None:
-    """``out[...] = values``, whatever their dtypes: to the nearest, too large a value to inf."""
+    """Assign ``out[...] = values`` between any dtypes: round to nearest, overflow to inf."""
     if not native.cast(out, values):
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(out, values, casting="unsafe")
 
 
 def can_become(stored: DType, dtype: NumpyDType) -> bool:
-    """Whether elements stored as ``stored`` may be asked for as ``dtype``.
+    """Whether elements stored as ``stored`` can be loaded as ``dtype``.
 
-    They may as what they are, and one plain floating-point width as another.
+    They can in their own dtype, and plain floats in another width.
     """
     wanted = BY_NUMPY.get(dtype.name)
     return dtype.name == stored.numpy or (
@@ -137,12 +136,12 @@ def can_become(stored: DType, dtype: NumpyDType) -> bool:
 
 
 def is_plain_float(kind: DType) -> bool:
-    """Whether ``kind`` is a floating point of 16 bits or more: what ``dtype=`` is about."""
+    """Whether ``kind`` is a float of 16 bits or more, which ``dtype=`` may convert."""
     return kind.name in _FLOATS
 
 
 def _unpack(data: NDArray[np.uint8]) -> NDArray[np.generic]:
-    """Two 4-bit floats a byte, the first in the low half, as one a byte."""
+    """Unpack two 4-bit floats per byte, the first in the low half, to one per byte."""
     out = np.empty(2 * data.size, np.uint8)
     out[0::2] = data & 0x0F
     out[1::2] = data >> 4
@@ -150,7 +149,7 @@ def _unpack(data: NDArray[np.uint8]) -> NDArray[np.generic]:
 
 
 def pack(elements: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """One 4-bit float a byte as two a byte: how they are stored."""
+    """Pack one 4-bit float per byte to two per byte, as they are stored."""
     halves = elements.reshape(-1, 2)
     packed: NDArray[np.uint8] = (halves[:, 0] & 0x0F | halves[:, 1] << 4).astype(np.uint8)
     return packed

@@ -1,4 +1,4 @@
-"""Byte ranges: where a box of a row-major tensor lies in its file, and how it is read.
+"""Byte ranges: the runs of bytes of a box in its file, and the requests that read them.
 
 A box is at most one strided pattern per outer dim, so it is kept as a pattern: a
 million-row slice costs the same to plan as a single row. Pure: no I/O.
@@ -47,7 +47,7 @@ class Runs:
             yield self.offset + at, self.length
 
     def offsets(self) -> list[int]:
-        """Where each run begins.
+        """Return the offset of each run.
 
         >>> Runs(offset=0, length=16, outer=((2, 100), (3, 32))).offsets()
         [0, 32, 64, 100, 132, 164]
@@ -58,7 +58,7 @@ class Runs:
         return found
 
     def coalesced(self) -> Runs:
-        """The requests that fetch these runs: rows whose gaps are small are one span.
+        """Return the requests that read these runs: rows with small gaps become one span.
 
         >>> Runs(offset=0, length=16, outer=((4, 32),)).coalesced()
         Runs(offset=0, length=112, outer=())
@@ -74,7 +74,7 @@ class Runs:
 
 
 def byte_runs(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) -> Runs:
-    """The bytes of ``box`` in a row-major tensor of ``shape`` starting at byte ``base``.
+    """Return the runs of ``box`` in a row-major tensor of ``shape`` that starts at ``base``.
 
     >>> byte_runs(Box((0, 0), (4, 4)), (4, 8), itemsize=4)
     Runs(offset=0, length=16, outer=((4, 32),))
@@ -96,10 +96,10 @@ def byte_runs(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) ->
 def strided_runs(
     lengths: tuple[int, ...], strides: tuple[int, ...], itemsize: int, base: int = 0
 ) -> tuple[Runs, tuple[int, ...]]:
-    """The bytes of a strided box whose first element is at ``base``, in the file's order.
+    """Return the runs of a strided box whose first element is at ``base``, in file order.
 
-    Also the dims in that order, slowest first; those of length 1 or stride 0 (repeated)
-    are not among them.
+    Also returns the dims in that order, slowest first, without those of length 1 or of stride 0
+    (repeated elements).
 
     >>> strided_runs((3, 2), (2, 6), itemsize=2)
     (Runs(offset=0, length=12, outer=()), (1, 0))
@@ -120,13 +120,13 @@ def strided_runs(
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """``box`` cut into equal blocks, which are made one by one as they are iterated over.
+    """``box`` split into equal blocks, computed lazily during iteration.
 
-    Along each dim the last block is what is left. A grid of a million blocks takes no more
-    memory, and no longer to count, than one of ten.
+    The last block of each dim may be smaller. A grid of a million blocks needs no more memory,
+    and no more time to count, than one of ten.
 
     Attributes:
-        box: what is cut.
+        box: the box to split.
         steps: elements of a block along each dim.
         order: the dims, slowest first.
     """
@@ -159,7 +159,7 @@ class Grid:
                 yield Box(tuple(start), tuple(stop))
 
     def kinds(self, parts: Iterable[Box]) -> Iterator[tuple[Box, int]]:
-        """A block of each kind, and how many are of that kind.
+        """Yield a block of each kind, and the number of blocks of that kind.
 
         Blocks of a kind have one shape, and hold boxes of one shape of the same ``parts``, so
         whatever is counted of one is true of all. Kinds are as many as the parts have edges,

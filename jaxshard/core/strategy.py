@@ -1,4 +1,4 @@
-"""Strategies: how many ways a job is parallel, and in which order its ranks are numbered.
+"""Strategies: sizes of a job's parallel axes, and the order of its ranks.
 
     dp2mp4pp2       two pipeline stages of 2 x 4 ranks
 
@@ -6,7 +6,7 @@
       dp ↓          4  5  6  7        dp ↓          12 13 14 15
 
 Stages are the slowest, tensor ("model") parallel ranks the fastest, which is the
-order of MindSpore and Megatron. This module knows no tensors.
+order of MindSpore and Megatron. This module does not depend on tensors.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _FIELD = {"tp": "mp", "opt": "optimizer_shard"}
 
 @dataclass(frozen=True, slots=True, init=False)
 class Strategy:
-    """Sizes of the parallel axes, as a text or one by one.
+    """Sizes of the parallel axes, from a text or one by one.
 
     Attributes:
         dp: data parallel ranks (replicas of the weights).
-        mp: tensor ("model") parallel ranks; given as ``tp`` as well.
+        mp: tensor ("model") parallel ranks; ``tp`` is an alias.
         pp: pipeline stages.
         ep: expert parallel ways; a part of ``dp``, as in MindSpore.
         cp: context parallel ways; weights are replicas over it.
@@ -67,19 +67,21 @@ class Strategy:
         optimizer_shard: int = 1,
         vocab_emb_dp: bool = False,
     ) -> None:
-        """The strategy that ``text`` says, as ``parse`` reads it, or of the sizes given.
+        """Make the strategy of ``text``, as ``parse`` does, or of the given sizes.
 
         Raises:
-            LayoutError: the sizes are impossible, or given twice.
+            LayoutError: the sizes are invalid, or given twice.
         """
         if mp != 1 and tp != 1:
-            raise LayoutError(f"strategy: mp={mp} and tp={tp} are the same axis. Give one.")
+            raise LayoutError(f"strategy: mp={mp} and tp={tp} are the same axis. Give one of them.")
         given: dict[str, int] = {"dp": dp, "mp": mp * tp, "pp": pp, "ep": ep, "cp": cp}
         given |= {"optimizer_shard": optimizer_shard, "vocab_emb_dp": vocab_emb_dp}
         if text is not None:
             twice = [f"{n}={v}" for n, v in given.items() if v != _DEFAULTS[n]]
             if twice:
-                raise LayoutError(f"strategy: {text!r} and {', '.join(twice)}. Say it in one way.")
+                raise LayoutError(
+                    f"strategy: {text!r} and {', '.join(twice)} are both given. Give one of them."
+                )
             given |= _sizes(str(text))
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -107,7 +109,7 @@ class Strategy:
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """The strategy written as ``dp2mp4pp2``; ``opt2`` or ``optall`` shards the optimizer.
+        """Parse a strategy such as ``dp2mp4pp2``; ``opt2`` or ``optall`` shards the optimizer.
 
         Raises:
             LayoutError: the text is not a strategy, or names an axis twice.
@@ -124,7 +126,7 @@ class Strategy:
 
     @property
     def stage_axes(self) -> Axes:
-        """The mesh axes of one pipeline stage, slowest first.
+        """Mesh axes of one pipeline stage, slowest first.
 
         With experts, ``dp`` is two axes: ``ep`` and the replicas of each expert, ``edp``.
 
@@ -169,7 +171,7 @@ _DEFAULTS = {f.name: f.default for f in fields(Strategy)}
 
 
 def _sizes(text: str) -> dict[str, int]:
-    """What ``text`` says, by the names of the fields."""
+    """Parse ``text`` into values of the fields, by name."""
     sizes: dict[str, int] = {}
     at = 0
     lowered = text.strip().lower()

@@ -15,16 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..conversion.targets import lay_out_for
-from ..core.catalog import Catalog, Model
+from ..core.catalog import Catalog, Model, log_notes
 from ..core.layout import Layout, Placement
-from ..core.notes import log_notes
 from ..core.strategy import Strategy
 from ..errors import LayoutError, format_list
 from ..rules import Rules, layout, rules_for
-from ..rules.tensor_dims import (
-    Factors,
-    Granule,
-)
+from ..rules.tensor_dims import Factors, Granule
 from .mesh import rank_devices, sharding, shardings
 from .pytree import named_leaves
 

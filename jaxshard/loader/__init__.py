@@ -20,8 +20,7 @@ import jax
 
 from ..conversion.open import PathLike, opened
 from ..conversion.select import refuse_lost, select, takes_whole, texts
-from ..core.catalog import Catalog
-from ..core.notes import log_notes
+from ..core.catalog import Catalog, log_notes
 from ..devices.host_memory import (
     BufferPool,
     Pin,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..core.cache import cached
 from ..core.catalog import Tensor
-from ..core.garbage import paused
+from ..core.interpreter import paused
 from ..core.numpy_dtypes import Bytes, Conversion, NumpyDType, numpy_dtype
 from ..devices.host_memory import ALIGNMENT, unaligned_empty
 from ..planning.bundles import SMALL_BYTES, Bundle, bundled, small_bytes

@@ -13,9 +13,8 @@ from ..conversion.execute import Report, execute
 from ..conversion.open import PathLike, opened
 from ..conversion.options import ConvertOptions, split, takes_options
 from ..conversion.prepare import prepare
-from ..core.catalog import Catalog
+from ..core.catalog import Catalog, log_notes
 from ..core.layout import Layout
-from ..core.notes import log_notes
 from ..core.strategy import Strategy
 from ..errors import LayoutError, format_list
 from .adapters import Settings, find_adapters, find_settings, is_adapter

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from ..conversion.open import PathLike, open_checkpoint
 from ..conversion.select import refuse_half, takes_whole
 from ..conversion.targets import SAME
-from ..core.catalog import Catalog
+from ..core.catalog import Catalog, log_notes, with_notes_logged
 from ..core.decoders import MAX_YAML_BYTES, parse_yaml
-from ..core.notes import log_notes, with_notes_logged
 from ..core.strategy import Strategy
 from ..errors import CoverageError, FormatError, LayoutError, StorageError, format_list
 from ..storage.fs import read_text

@@ -1,5 +1,6 @@
 """Planning: reads, copies and writes between two layouts.
 
-``moves`` say from where to where, ``blocks`` what is carried at a time, ``costs`` count it, and a
-``plan`` is all of it, into the files of ``outputs``. Pure: no file, no device, no clock.
+``copies`` has the copies of one tensor and their blocks, ``bundles`` groups small tensors,
+``outputs`` lists the files of a result, and a ``plan`` counts all reads, copies and writes.
+This package opens no file and no device, and does not depend on the time.
 """

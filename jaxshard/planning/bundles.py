@@ -1,13 +1,13 @@
 """Bundles: small tensors that are read and written together.
 
-A tensor of a few bytes costs as many steps as one of a megabyte. So neighbours become one
-bundle: what lies together in a file is one read, and what goes together one write.
+A tensor of a few bytes costs as many steps as one of a megabyte. So neighbours are bundled:
+adjacent tensors of a file become one read, and tensors with the same targets one write.
 
     stored    |abc|def|ghi|    one read
     buffer    |abcdefghi|
-    wanted    |abcdefghi|      one write; where files have another order, one for each run
+    wanted    |abcdefghi|      one write, or one per run if a file has another order
 
-Which tensors make a bundle follows from the plan alone, so its numbers are known beforehand.
+The bundles depend on the plan alone, so its totals are known before the run.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import NamedTuple
 from ..core.catalog import StoredShard, Tensor
 from .outputs import Outputs
 
-SMALL_BYTES = 16 << 10  # of a tensor: above, its bytes cost more than its steps
-_MOST_MEMBERS = 4096  # so that several threads have some, and progress is seen
-_GAP_BYTES = 256  # between neighbours, read along: what some formats have before each tensor
+SMALL_BYTES = 16 << 10  # larger tensors cost more for their bytes than for their steps
+_MAX_MEMBERS = 4096  # so that several threads share the work, and progress is visible
+_GAP_BYTES = 256  # gaps to read through: some formats have a header before each tensor
 
 Ranks = tuple[int, ...]
 RanksOf = Callable[[Tensor], Ranks | None]
-"""The ranks whose files hold all of a tensor; None where some hold a part of it."""
+"""The ranks whose files hold all of a tensor; None if some hold a part of it."""
 
 
 class Span(NamedTuple):
     """One read: ``num_bytes`` from byte ``offset`` of the file that stores ``piece``.
 
-    They fill the buffer from byte ``start``.
+    The bytes are stored in the buffer from byte ``start`` on.
     """
 
     piece: StoredShard
@@ -41,15 +41,15 @@ class Span(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """Small tensors that are carried together.
+    """Small tensors that are copied together.
 
     Attributes:
         names: of the tensors.
-        starts: where each begins in the buffer.
-        lengths: the bytes of each.
-        reads: what fills the buffer.
-        num_bytes: of the buffer, gaps between neighbours included.
-        ranks: whose files hold all of them.
+        starts: offset of each in the buffer.
+        lengths: bytes of each.
+        reads: the reads that fill the buffer.
+        num_bytes: bytes of the buffer, gaps between neighbours included.
+        ranks: the ranks whose files hold all of them.
     """
 
     names: tuple[str, ...]
@@ -72,34 +72,34 @@ class Bundle(NamedTuple):
 
 
 def bundled(
-    tensors: Iterable[Tensor], ranks_of: RanksOf, most_bytes: int
+    tensors: Iterable[Tensor], ranks_of: RanksOf, max_bytes: int
 ) -> Iterator[Tensor | Bundle]:
-    """``tensors``, those replaced by bundles that follow each other, are small and go whole.
+    """Yield ``tensors``, with consecutive small whole ones replaced by bundles.
 
     Args:
-        tensors: in the order in which they are carried.
-        ranks_of: where each goes.
-        most_bytes: of a bundle.
+        tensors: in the order of copying.
+        ranks_of: the ranks of each.
+        max_bytes: maximum bytes of a bundle.
     """
-    limit = min(SMALL_BYTES, most_bytes)
-    run = _Run(most_bytes, ())
+    limit = min(SMALL_BYTES, max_bytes)
+    run = _Run(max_bytes, ())
     for tensor in tensors:
         size = small_bytes(tensor, limit)
         ranks = ranks_of(tensor) if size else None
         if ranks and run.add(tensor, size, ranks):
             continue
-        if ranks or 0 not in tensor.shape:  # empty tensors part nothing
+        if ranks or 0 not in tensor.shape:  # empty tensors do not end a bundle
             yield from run.ended()
-            run = _Run(most_bytes, ranks or ())
+            run = _Run(max_bytes, ranks or ())
         if ranks:
-            run.add(tensor, size, ranks)  # which takes any, being empty
+            run.add(tensor, size, ranks)  # an empty run accepts any tensor
         else:
             yield tensor
     yield from run.ended()
 
 
 def small_bytes(tensor: Tensor, limit: int) -> int:
-    """The bytes of a tensor that is small and lies in one piece; 0 for any other."""
+    """Return the bytes of a small tensor stored as one shard; 0 for any other."""
     shape = tensor.shape
     size = prod(shape) * tensor.dtype.bits >> 3
     if not 0 < size <= limit or tensor.factors is not None or not tensor.shards:
@@ -110,9 +110,9 @@ def small_bytes(tensor: Tensor, limit: int) -> int:
 
 
 def ranks_of(outputs: Outputs, only: frozenset[int] | None) -> RanksOf:
-    """Which ranks, of those ``only``, hold all of a tensor in ``outputs``."""
+    """Return a function: the ranks, of those ``only``, that hold all of a tensor."""
     placements = outputs.layout.placements
-    known: dict[tuple[int, int], Ranks | None] = {}  # placements that tensors share, by identity
+    known: dict[tuple[int, int], Ranks | None] = {}  # tensors share placements, hence by identity
 
     def found(tensor: Tensor) -> Ranks | None:
         placed = placements[tensor.name]
@@ -138,12 +138,12 @@ def ranks_of(outputs: Outputs, only: frozenset[int] | None) -> RanksOf:
 
 
 class _Run:
-    """Small tensors that follow each other and go to the same ranks, as far as they are known."""
+    """Consecutive small tensors with the same ranks, for one bundle."""
 
     __slots__ = (
         "_end",
         "_file",
-        "_most",
+        "_max_bytes",
         "lengths",
         "num_bytes",
         "ranks",
@@ -152,23 +152,27 @@ class _Run:
         "tensors",
     )
 
-    def __init__(self, most_bytes: int, ranks: Ranks) -> None:
-        self.ranks, self._most = ranks, most_bytes
+    def __init__(self, max_bytes: int, ranks: Ranks) -> None:
+        self.ranks, self._max_bytes = ranks, max_bytes
         self.tensors: list[Tensor] = []
         self.starts: list[int] = []
         self.lengths: list[int] = []
-        self.reads: list[tuple[StoredShard, int]] = []  # each with where it begins in the buffer
+        self.reads: list[tuple[StoredShard, int]] = []  # each with its offset in the buffer
         self.num_bytes = 0
-        self._file, self._end = -1, 0  # of what is read last
+        self._file, self._end = -1, 0  # of the last read
 
     def add(self, tensor: Tensor, size: int, ranks: Ranks) -> bool:
-        """Put ``tensor`` of ``size`` bytes behind the others, if it fits and goes their way."""
+        """Append ``tensor`` of ``size`` bytes if it fits and has the same ranks."""
         piece, start = tensor.shards[0], self.num_bytes
         gap = piece.offset - self._end if piece.file == self._file else -1
         follows = 0 <= gap <= _GAP_BYTES
         if follows:
             start += gap
-        if ranks != self.ranks or start + size > self._most or len(self.tensors) == _MOST_MEMBERS:
+        if (
+            ranks != self.ranks
+            or start + size > self._max_bytes
+            or len(self.tensors) == _MAX_MEMBERS
+        ):
             return False
         if not follows:
             self.reads.append((piece, start))
@@ -181,7 +185,7 @@ class _Run:
         return True
 
     def ended(self) -> Iterator[Tensor | Bundle]:
-        """The bundle; one tensor alone stays what it is."""
+        """Yield the bundle; a single tensor stays unbundled."""
         if len(self.tensors) < 2:
             yield from self.tensors
             return

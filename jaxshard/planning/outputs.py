@@ -1,9 +1,9 @@
 """Outputs: which file of a result holds which box of which tensor.
 
-A checkpoint on disk is a layout whose ranks are files: rank folders have one file a
-rank, a Hugging Face folder is a layout of as many ranks as it has shards. Ranks
-whose files list the same tensors share one *content*, so that thousands of rank
-files cost a handful. This module knows no file format and writes nothing.
+A checkpoint on disk is a layout whose ranks are files: rank folders have one file per
+rank, and a Hugging Face folder is a layout of as many ranks as it has shards. Ranks
+whose files list the same tensors share one *content*, so thousands of rank files cost
+little. This module does not depend on file formats and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..core.catalog import Tensor
 from ..core.dtypes import num_bytes
-from ..core.garbage import paused
+from ..core.interpreter import paused
 from ..core.layout import Layout, Placement, Shard, Spec
 from ..core.strategy import Axes
 from ..errors import LayoutError
@@ -25,22 +25,22 @@ Keepers = Mapping[tuple[str, int], int]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor as a rank's file holds it.
+    """One tensor in a rank's file.
 
     Attributes:
-        shape: the shape of the rank's box, which follows from the placement.
+        shape: the shape of the rank's box, derived from the placement.
         num_bytes: its bytes.
     """
 
     tensor: Tensor
     placement: Placement
     order: int
-    shape: tuple[int, ...]  # kept, not asked for: thousands of ranks share an entry
+    shape: tuple[int, ...]  # stored, because thousands of ranks share an entry
     num_bytes: int
 
     @classmethod
     def of(cls, tensor: Tensor, placement: Placement, order: int) -> Entry:
-        """The entry of ``tensor`` on the ranks of ``placement``."""
+        """Return the entry of ``tensor`` on the ranks of ``placement``."""
         if not placement.spec:
             return cls(tensor, placement, order, tensor.shape, tensor.num_bytes)
         shape = placement.local_shape(tensor.shape)
@@ -55,7 +55,7 @@ class Outputs:
         paths: each rank's file, relative to the result's root.
         layout: which ranks hold which boxes, replicas included.
         kept: for a tensor stored without redundancy, which of each shard's holders
-            keeps it; absent names are kept by all.
+            stores it; all holders store tensors that are not in it.
         contents: the distinct lists of entries.
         content_of: per rank, its index in ``contents``.
     """
@@ -67,13 +67,13 @@ class Outputs:
     content_of: tuple[int, ...] = field(repr=False)
 
     def holders(self, name: str, placement: Placement, shard: Shard) -> tuple[int, ...]:
-        """The ranks whose files store ``shard`` of tensor ``name``."""
+        """Return the ranks whose files store ``shard`` of tensor ``name``."""
         keeper = self.kept.get((name, placement.first_rank))
         ranks = shard.holders if keeper is None else (shard.holders[keeper],)
         return tuple(placement.first_rank + r for r in ranks)
 
     def rank_bytes(self) -> list[int]:
-        """Tensor bytes of each rank's file."""
+        """Return the tensor bytes of each rank's file."""
         sizes = [sum(e.num_bytes for e in content) for content in self.contents]
         return [sizes[c] for c in self.content_of]
 
@@ -87,14 +87,14 @@ def arrange(
     remove_redundancy: bool = False,
     keepers: Keepers | None = None,
 ) -> Outputs:
-    """The outputs that hold ``tensors`` laid out by ``layout``.
+    """Return the outputs that hold ``tensors`` laid out by ``layout``.
 
-    With ``remove_redundancy`` every shard is stored by one of its holders only; tensors
-    that are replicated alike take turns, each going where fewest bytes lie so far. Where
-    ``keepers`` are given they decide, and a tensor that they do not name is kept by all.
+    With ``remove_redundancy``, one of its holders stores each shard: for tensors with the same
+    replicas, the one with the fewest bytes so far. If given, ``keepers`` decide instead, and all
+    holders store the tensors that are not in it.
 
     Raises:
-        LayoutError: a tensor does not divide, or is placed nowhere.
+        LayoutError: a tensor does not divide, or has no placement.
     """
     if len(paths) != layout.num_ranks:
         raise LayoutError(f"{layout.num_ranks} ranks need as many files, not {len(paths)}.")
@@ -110,7 +110,7 @@ def arrange(
 
 
 class _Shelves:
-    """Entries gathered by the set of ranks that stores them."""
+    """Entries grouped by the set of ranks that stores them."""
 
     def __init__(self, keepers: Keepers | None) -> None:
         self.kept: dict[tuple[str, int], int] = {}
@@ -121,8 +121,8 @@ class _Shelves:
     def put(self, entry: Entry, remove_redundancy: bool) -> None:
         placement, shape = entry.placement, entry.tensor.shape
         key = entry.tensor.name, placement.first_rank
-        told = self._keepers is None or key in self._keepers
-        shards = placement.shards(shape) if remove_redundancy and told else ()
+        is_named = self._keepers is None or key in self._keepers
+        shards = placement.shards(shape) if remove_redundancy and is_named else ()
         if not shards or len(shards[0].holders) == 1:
             self._whole.setdefault(placement.ranks, []).append(entry)
             return
@@ -136,10 +136,10 @@ class _Shelves:
         group.kept[keeper].append(entry)
 
     def _group(self, placement: Placement, shards: Sequence[Shard], is_empty: bool) -> _Replicas:
-        """The replicas that hold ``shards``; the same for other specs that cut ranks alike."""
+        """Return the replicas that hold ``shards``, one object for all specs with equal holders."""
         key = (placement.axes, placement.spec, placement.first_rank, is_empty)
         group = self._groups.get(key)
-        if group is None:  # seldom: the holders may be thousands
+        if group is None:  # rare, and slow: there may be thousands of holders
             first, holders = placement.first_rank, tuple(s.holders for s in shards)
             known = self._groups.values()
             like = (g for g in known if (g.first_rank, g.holders) == (first, holders))
@@ -168,7 +168,7 @@ class _Shelves:
 
 
 class _Replicas:
-    """Which ranks are replicas of each other, one tuple of holders per shard; what each keeps."""
+    """Ranks that are replicas of each other, by shard, and the entries that each stores."""
 
     def __init__(self, first_rank: int, holders: tuple[tuple[int, ...], ...]) -> None:
         self.first_rank, self.holders = first_rank, holders
@@ -176,5 +176,5 @@ class _Replicas:
         self.kept: list[list[Entry]] = [[] for _ in self.loads]
 
     def keepers(self, index: int) -> list[int]:
-        """The ranks that store a tensor whose keeper is ``index``."""
+        """Return the ranks that store a tensor whose keeper is ``index``."""
         return [self.first_rank + ranks[index] for ranks in self.holders]

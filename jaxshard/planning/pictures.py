@@ -13,14 +13,14 @@ from ..formats.rank_names import rank_of_folder
 from ..formats.registry import format_of
 from .outputs import Outputs
 
-_MOST_CELLS = 8
-_MOST_RANKS = 16
+_MAX_CELLS = 8
+_MAX_RANKS = 16
 _ITERATION_RANK = re.compile(r"-(\d{7})-\d{7}\.safetensors$")
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people, in decimal units.
+    """Format a number of bytes in decimal units.
 
     >>> size(1_705_119_744), size(12)
     ('1.71 GB', '12 B')
@@ -34,7 +34,7 @@ def size(num_bytes: float) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """How many of ``what`` there are.
+    """Format a number of ``what``, with plural.
 
     >>> count(1, "file"), count(2048, "file")
     ('1 file', '2,048 files')
@@ -43,7 +43,7 @@ def count(number: int, what: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns under ``head``; numbers to the right, words to the left.
+    """Format columns under ``head``: numbers right-aligned, words left-aligned.
 
     >>> print(table(["rank", "file"], [[0, "a"], [10, "b"]]))
     rank  file
@@ -63,21 +63,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """``value`` on one line; names may come from an untrusted file."""
+    """Format ``value`` on one line; names may come from an untrusted file."""
     text = str(value)
     return quote_name(text) if text else text
 
 
-def elided(rows: Sequence[Sequence[object]], most: int = _MOST_RANKS) -> list[Sequence[object]]:
-    """``rows`` with the middle left out, and said to be, where there are more than ``most``."""
-    if len(rows) <= most:
+def elided(rows: Sequence[Sequence[object]], max_rows: int = _MAX_RANKS) -> list[Sequence[object]]:
+    """Replace the middle of ``rows`` by an ellipsis if there are more than ``max_rows``."""
+    if len(rows) <= max_rows:
         return list(rows)
     gap = ["…", *("" for _ in rows[0][1:])]
-    return [*rows[: most // 2], gap, *rows[len(rows) - most // 2 :]]
+    return [*rows[: max_rows // 2], gap, *rows[len(rows) - max_rows // 2 :]]
 
 
 def holders(tensor: Tensor, placement: Placement) -> str:
-    """The tensor as a rectangle cut into its shards, the ranks that hold it in each.
+    """Draw the tensor as a rectangle split into shards with their ranks.
 
     >>> from ..core.dtypes import dtype
     >>> spec = Placement((("dp", 2), ("mp", 2)), (("mp",),))
@@ -94,7 +94,7 @@ def holders(tensor: Tensor, placement: Placement) -> str:
 
 
 def held_by(title: str, placement: Placement, shape: tuple[int, ...]) -> str:
-    """``title``, and below it ``shape`` as a rectangle cut as ``placement`` says.
+    """Draw ``shape`` below ``title`` as a rectangle split by ``placement``.
 
     >>> print(held_by("any", Placement((("mp", 2),), ((), ("mp",))), (1, 2)))
     any
@@ -120,7 +120,7 @@ def _start(start: tuple[int, ...], dim: int | None) -> int:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """A set of ranks in few words.
+    """Format a set of ranks briefly.
 
     >>> _ranks([0, 4]), _ranks(range(8)), _ranks([0, 4, 8, 12, 16])
     ('0, 4', '0 to 7', '0, 4, 8 … 16')
@@ -151,13 +151,13 @@ def _grid(cells: dict[tuple[int, int], str]) -> str:
 
 
 def _few(values: list[int]) -> list[int | None]:
-    if len(values) <= _MOST_CELLS:
+    if len(values) <= _MAX_CELLS:
         return list(values)
-    return [*values[: _MOST_CELLS - 2], None, values[-1]]
+    return [*values[: _MAX_CELLS - 2], None, values[-1]]
 
 
-def layout_pictures(tensors: Iterable[Tensor], layout: Layout, most: int = 3) -> list[str]:
-    """One picture for each of the commonest ways in which tensors are cut."""
+def layout_pictures(tensors: Iterable[Tensor], layout: Layout, max_pictures: int = 3) -> list[str]:
+    """Draw one tensor of each of the most common placements."""
     first: dict[object, tuple[int, Tensor, Placement]] = {}
     for tensor in tensors:
         for placement in layout.placements.get(tensor.name, ())[:1]:
@@ -169,11 +169,11 @@ def layout_pictures(tensors: Iterable[Tensor], layout: Layout, most: int = 3) ->
                 else (tensor.num_bytes, tensor, placement)
             )
     ranked = sorted(first.values(), key=lambda f: -f[0])
-    return [holders(tensor, placement) for _, tensor, placement in ranked[:most]]
+    return [holders(tensor, placement) for _, tensor, placement in ranked[:max_pictures]]
 
 
 def catalog_text(catalog: Catalog) -> str:
-    """What ``inspect`` prints."""
+    """Return the output of ``jaxshard inspect``."""
     tensors = list(catalog.tensors.values())
     kinds: dict[str, tuple[int, int]] = {}
     for t in tensors:
@@ -202,7 +202,7 @@ def catalog_text(catalog: Catalog) -> str:
 
 
 def tensor_table(tensors: Iterable[Tensor]) -> str:
-    """A line for each tensor: its name, dtype, shape and bytes."""
+    """Return a row for each tensor: its name, dtype, shape and bytes."""
     rows = [
         [t.name, t.dtype, "×".join(map(str, t.shape)) or "()", size(t.num_bytes)] for t in tensors
     ]
@@ -227,7 +227,7 @@ def format_title(catalog: Catalog) -> str:
 
 
 def _rank_table(catalog: Catalog) -> str:
-    """A line for each file, with the rank whose it is."""
+    """Return a row for each file, with its rank."""
     held = Counter(f for t in catalog.tensors.values() for f in {p.file for p in t.shards})
     rows = [
         [_rank_of(file.path), f"{held[number]:,}", size(file.num_bytes), file.path]
@@ -237,7 +237,7 @@ def _rank_table(catalog: Catalog) -> str:
 
 
 def _rank_of(path: str) -> str:
-    """Return the rank in a file's path; "" without one.
+    """Return the rank in a file's path, or an empty string.
 
     >>> _rank_of("rank_3/net_rank_3-1_10.ckpt"), _rank_of("llama-opt-0000003-0000008.safetensors")
     ('3', '3')

@@ -1,6 +1,6 @@
 """Plans: all reads, copies and writes of a conversion, with their totals.
 
-The run must match them, and a test counts.
+The counters of a run must equal the totals of its plan; a test compares them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from ..core.box import Box
 from ..core.cache import cached
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import DType
-from ..core.garbage import paused
+from ..core.interpreter import paused
 from ..core.layout import Layout, Placement
 from ..core.ranges import byte_runs
 from ..errors import CoverageError, JaxshardError, format_list
 from .bundles import Bundle, bundled, ranks_of
-from .cells import cells
 from .copies import (
     BLOCK_BYTES,
     STEPPED_BLOCK_BYTES,
@@ -28,6 +27,7 @@ from .copies import (
     TensorCopy,
     block_steps,
     cell_blocks,
+    cells,
     firsts,
     form_of,
     make_move,
@@ -45,7 +45,7 @@ _Geometry = tuple[_Numbers, tuple[int, ...]]  # those, and the reads of each sou
 
 @dataclass(frozen=True, slots=True)
 class TensorCost:
-    """What one tensor's journey takes."""
+    """Cost of copying one tensor."""
 
     numbers: _Numbers
     reads: tuple[tuple[int, int], ...]  # (file, requests to it)
@@ -58,11 +58,11 @@ def tensor_cost(
     only: frozenset[int] | None,
     limits: Limits,
 ) -> TensorCost:
-    """What it takes to bring ``tensor`` into the files of ``only`` (all where that is None).
+    """Return the cost of copying ``tensor`` into the files of ``only``, all if None.
 
     Raises:
-        CoverageError: elements of it are nowhere.
-        LayoutError: a shard would cut through what belongs together.
+        CoverageError: elements of the tensor are not stored.
+        LayoutError: a shard would split a group of elements that belong together.
     """
     read = firsts(tensor.shards)
     if tensor.factors is not None:
@@ -92,7 +92,7 @@ def _by_file(pieces: Iterable[StoredShard], reads: Iterable[int]) -> tuple[tuple
 
 
 def _with_operands(cost: TensorCost, pieces: Iterable[StoredShard], limits: Limits) -> TensorCost:
-    """``cost`` and the reads of the small tensors that steps need, once each."""
+    """Add the reads of the small tensors that transforms need, once each."""
     views = dict.fromkeys(p.view for p in pieces if p.view and p.view.steps)
     for operand in dict.fromkeys(t for view in views for t in view.operands):
         move = move_into(operand, {Box.whole(operand.shape): (0,)})
@@ -144,7 +144,7 @@ def _cost(
     unit: int,
     limits: Limits,
 ) -> _Geometry:
-    """The engine's steps, counted: those of one block of each kind, times how many there are."""
+    """Count the engine's steps: those of one block of each kind, times the number of blocks."""
     total, reads = [0] * 5, [0] * len(sources)
     for cell in cells(sources, tuple(box for box, _ in wanted)):
         parts = [part for _, part in (*cell.sources, *cell.targets)]
@@ -166,7 +166,7 @@ def _block_cost(
     reads: list[int],
     times: int,
 ) -> tuple[int, int, int, int, int]:
-    """Bytes needed and read, bytes written, writes and copies of a block; ``reads`` times."""
+    """Return bytes needed, read and written, writes and copies; add requests to ``reads``."""
     needed = read = written = writes = 0
     for index, part in steps.reads:
         runs = part_runs(part, sources[index], forms[index], unit)
@@ -182,22 +182,22 @@ def _block_cost(
     return needed, read, written, writes, steps.num_copies
 
 
-# --- Coverage: which tensors are not all there, and whose files would bring the rest
+# --- Coverage: incomplete tensors, and the ranks whose files hold the missing shards
 
-_MOST, _MOST_HOLDERS = 8, 4  # shards told of, and holders of each
+_MAX_SHARDS, _MAX_HOLDERS = 8, 4  # shards in a message, and holders of each
 
 
 def gaps_error(source: Catalog, gaps: Mapping[str, CoverageError]) -> CoverageError:
-    """The error for the tensors ``gaps`` of ``source``, each with what it lacks."""
+    """Return the error for the incomplete tensors ``gaps`` of ``source``."""
     first, *others = gaps
     text = str(gaps[first])
     if others:
-        text += f" {len(others)} more tensors lack some: {format_list(others, 3)}."
+        text += f" {len(others)} more tensors are incomplete: {format_list(others, 3)}."
     return CoverageError(f"{text} {remedy(source, gaps)}")
 
 
 def remedy(source: Catalog, names: Iterable[str] | None = None) -> str:
-    """What to fetch so that the tensors ``names`` (all, where none are given) are whole."""
+    """Return the files to fetch so that the tensors ``names`` (default: all) are complete."""
     stored = source
     while stored.origin is not None:  # a mapping's tensors have other names, the same ranks
         stored, names = stored.origin.catalog, None
@@ -209,12 +209,12 @@ def remedy(source: Catalog, names: Iterable[str] | None = None) -> str:
     if not lost:
         return "Fetch the missing files."
     one_of = [" or ".join(_ranks(holders)) for holders in sorted(lost)]
-    more = f"; and {len(one_of) - _MOST} more" if len(one_of) > _MOST else ""
-    return f"Fetch {'; '.join(one_of[:_MOST])}{more}."
+    more = f"; and {len(one_of) - _MAX_SHARDS} more" if len(one_of) > _MAX_SHARDS else ""
+    return f"Fetch {'; '.join(one_of[:_MAX_SHARDS])}{more}."
 
 
 def _lost_shards(tensor: Tensor, layout: Layout) -> list[tuple[int, ...]]:
-    """The holders of each shard of ``tensor`` that is in no file, or not all of it."""
+    """Return the holders of each shard of ``tensor`` that is not stored completely."""
     stored = dict.fromkeys(p.box for p in tensor.shards)
     wanted: dict[Box, list[int]] = {}
     for placement in layout.placements.get(tensor.name, ()):
@@ -237,21 +237,21 @@ def _is_held(stored: tuple[Box, ...], box: Box) -> bool:
 
 
 def _ranks(holders: tuple[int, ...]) -> list[str]:
-    shown = [f"rank_{rank}" for rank in holders[:_MOST_HOLDERS]]
-    return shown if len(holders) <= _MOST_HOLDERS else [*shown, "…"]
+    shown = [f"rank_{rank}" for rank in holders[:_MAX_HOLDERS]]
+    return shown if len(holders) <= _MAX_HOLDERS else [*shown, "…"]
 
 
-# --- A plan: made from headers alone, it knows its numbers before anything runs
+# --- The plan, computed from headers alone
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a plan will do. The run's own counters must equal these numbers."""
+    """Totals of a plan. The counters of a run must equal them."""
 
     num_tensors: int = 0
     num_files: int = 0
-    bytes_needed: int = 0  # distinct source bytes that some target holds
-    bytes_read: int = 0  # those, and the gaps read along
+    bytes_needed: int = 0  # distinct source bytes of the targets
+    bytes_read: int = 0  # those, and the gaps between them
     num_reads: int = 0
     bytes_written: int = 0  # tensor bytes, headers not counted
     num_writes: int = 0
@@ -260,15 +260,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """How ``source`` becomes ``outputs``; ``print`` shows it as ``jaxshard plan`` does.
+    """Plan from ``source`` to ``outputs``; ``print`` shows it as ``jaxshard plan`` does.
 
     Attributes:
-        only: the numbers of the outputs' files that are made; None for all.
-        block_bytes, tile_bytes: what is carried at a time; tiles where it is transposed.
-        host_bytes: the most memory for data that a run in such blocks takes, on all its
-            threads; 0 where that is not decided.
-        is_bundled: whether small tensors that go the same way are carried together.
-        items: what is carried, in this order: tensors, and bundles of them.
+        only: the numbers of the output files to write; None for all.
+        block_bytes, tile_bytes: size of a block, and of a transposed one.
+        host_bytes: peak memory for data of a run with such blocks, on all its threads; 0 if
+            not yet determined.
+        is_bundled: whether small tensors with the same ranks are copied together.
+        items: tensors and bundles, in the order of copying.
         reads: requests to each file of the source, in their order.
     """
 
@@ -285,17 +285,17 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the source and of the target's layout."""
+        """Findings in the source and the target's layout that are not errors."""
         return tuple(dict.fromkeys((*self.source.notes, *self.outputs.layout.notes)))
 
     def moves(self) -> Iterator[TensorCopy]:
-        """The journey of each tensor, those that finish the first files first."""
+        """Yield the copy of each tensor, those of the first files first."""
         for tensor in _in_order(self.source, self.outputs):
             if move := make_move(tensor, self.outputs, self.only):
                 yield move
 
     def journeys(self) -> Iterator[TensorCopy | Bundle]:
-        """The same, with bundles for the tensors that are carried together."""
+        """Yield the copies, with bundles for tensors that are copied together."""
         for item in self.items:
             if isinstance(item, Bundle):
                 yield item
@@ -303,7 +303,7 @@ class Plan:
                 yield move
 
     def of(self, only: frozenset[int] | None) -> Plan:
-        """The same for the files ``only``."""
+        """Return the same plan for the files ``only``."""
         made = make_plan(
             self.source,
             self.outputs,
@@ -328,13 +328,12 @@ def make_plan(
     tile_bytes: int = TILE_BYTES,
     is_bundled: bool = False,
 ) -> Plan:
-    """The plan that fills ``outputs`` (of the ranks ``only``, when given) from ``source``.
+    """Return the plan that fills ``outputs``, of the ranks ``only`` if given, from ``source``.
 
     Raises:
-        CoverageError: the source lacks elements of some tensors; names, numbers, and which
-            ranks' files would bring them, are said.
-        LayoutError: a shard would cut through a byte of a packed dtype, or a group of rows
-            that belong together.
+        CoverageError: the source lacks elements of some tensors; the message has names, numbers,
+            and the ranks whose files hold them.
+        LayoutError: a shard would split a byte of a packed dtype, or a group of rows.
     """
     tensors = _in_order(source, outputs)
     items: tuple[Tensor | Bundle, ...] = tuple(tensors)
@@ -361,7 +360,7 @@ def _counted(
     items: Iterable[Tensor | Bundle],
     limits: Limits,
 ) -> tuple[Totals, tuple[int, ...]]:
-    """The numbers of carrying ``items``, and the requests to each file of ``source``.
+    """Return the totals of ``items``, and the requests to each file of ``source``.
 
     Raises:
         CoverageError: the source lacks elements of some tensors.
@@ -395,14 +394,14 @@ def _counted(
 
 
 def _in_order(source: Catalog, outputs: Outputs) -> list[Tensor]:
-    """The tensors of ``source`` that go somewhere, those of the first files first."""
+    """Return the tensors of ``source`` in ``outputs``, those of the first files first."""
     names = outputs.layout.placements
     known = [t for t in source.tensors.values() if t.name in names]
     return sorted(known, key=lambda t: names[t.name][0].first_rank)
 
 
 def block_bytes_for(source: Catalog) -> int:
-    """The blocks that suit ``source``: larger ones where values are computed on their way."""
+    """Return the block size for ``source``: larger if values are transformed."""
     first = (tensor.shards[0].view for tensor in source.tensors.values() if tensor.shards)
     return STEPPED_BLOCK_BYTES if any(view and view.steps for view in first) else BLOCK_BYTES
 
@@ -411,7 +410,7 @@ def block_bytes_for(source: Catalog) -> int:
 
 
 def plan_text(plan: Plan) -> str:
-    """What ``plan`` prints."""
+    """Return the output of ``jaxshard plan``."""
     t = plan.totals
     over = t.bytes_read - t.bytes_needed
     lines = [
@@ -438,6 +437,6 @@ def _holds(plan: Plan) -> list[str]:
 
 
 def _most_of_one(plan: Plan) -> str:
-    """How many of the requests go to the file that gets most, where there are several."""
+    """Return the most requests to one file, if several files are read."""
     used = [n for n in plan.reads if n]
     return f" to {count(len(used), 'file')}, at most {max(used):,} to one" if len(used) > 1 else ""

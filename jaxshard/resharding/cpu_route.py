@@ -1,14 +1,14 @@
 """The CPU route: NumPy copies between zero-copy views of shards.
 
-Every distinct target shard is put together once, from zero-copy views of the source
-shards, in the buffer that becomes the device's; replicas share it. A shard that is one aligned run
-of a source shard is not copied at all but becomes a view of it. Nothing is compiled.
+Every distinct target shard is assembled once, from zero-copy views of the source shards, in
+the buffer that becomes the device's; replicas share it. A shard that is one aligned run of a
+source shard is not copied but aliases it. Nothing is compiled.
 
     source shards   ░░░░ ▒▒▒▒        views
     target shards   ░░▒▒ ░░▒▒        one buffer each, filled by a few threads
 
-Such buffers belong to NumPy: a program that is given one by donation uses another for
-its result. Dtypes narrower than a byte have no zero-copy view and take the device routes.
+NumPy owns such buffers: a program that receives one by donation allocates another for its
+result. Dtypes narrower than a byte have no zero-copy view and use the device routes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import numpy.typing as npt
 
 from ..core.box import Box
 from ..core.cache import cached
-from .geometry import Move, is_contiguous, num_bytes
+from .geometry import ShardingChange, is_contiguous, num_bytes
 
 Bytes = npt.NDArray[np.generic]
 
-_ALIGNMENT_BYTES = 64  # XLA:CPU copies what is not aligned so
-_INLINE_BYTES = 1 << 20  # below, a thread costs more to wake than it saves
+_ALIGNMENT_BYTES = 64  # XLA:CPU copies buffers with less alignment
+_INLINE_BYTES = 1 << 20  # for less, waking a thread costs more than it saves
 _TASK_BYTES = 8 << 20
-_AHEAD_BYTES = 256 << 20  # of target shards being filled before the first is waited for
+_AHEAD_BYTES = 256 << 20  # target shards being filled before the call waits for the first
 
 
 Slices = tuple[Any, ...]  # they end in an ellipsis, so that a 0-d array stays an array
@@ -42,12 +42,12 @@ Slices = tuple[Any, ...]  # they end in an ellipsis, so that a 0-d array stays a
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """One distinct target shard, and the parts of source shards that fill it.
+    """Distinct target shard, and the parts of source shards that fill it.
 
     Attributes:
         shape: of the target shard.
         copies: (number of the source shard, slices of it, slices of this one).
-        may_alias: it is one run of one source shard.
+        may_alias: whether it is one run of one source shard.
     """
 
     shape: tuple[int, ...]
@@ -57,13 +57,13 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """What one move does.
+    """Plan of one move.
 
     Attributes:
-        sources: numbers of the source shards that are read.
+        sources: numbers of the source shards to read.
         fills: all distinct target shards.
-        of_device: which of them each target device holds.
-        bits: the unsigned dtype that elements are copied as.
+        of_device: for each target device, the index of its shard in ``fills``.
+        bits: the unsigned dtype in which elements are copied.
     """
 
     sources: tuple[int, ...]
@@ -73,15 +73,15 @@ class Filling:
 
 
 @cached(8192)
-def filling(move: Move) -> Filling:
-    """The plan for one move; of replicas the first is read."""
+def filling(move: ShardingChange) -> Filling:
+    """Return the plan of one move, which reads the first of equal replicas."""
     first_holder: dict[Box, int] = {}
     for ordinal, box in enumerate(move.source_boxes):
         first_holder.setdefault(box, ordinal)
     distinct: dict[Box, int] = {}
     of_device = [distinct.setdefault(box, len(distinct)) for box in move.target_boxes]
     fills = [_fill(wanted, first_holder) for wanted in distinct]
-    # a strided copy of bfloat16 takes NumPy three times as long as one of uint16
+    # NumPy copies strided bfloat16 three times slower than uint16
     bits = f"u{move.dtype.itemsize}" if move.dtype.itemsize <= 8 else move.dtype
     return Filling(
         tuple({o: None for fill in fills for o, _, _ in fill.copies}),
@@ -91,8 +91,8 @@ def filling(move: Move) -> Filling:
     )
 
 
-def num_copied(move: Move) -> int:
-    """How many distinct target shards are no view of a source shard, and so are filled."""
+def num_copied(move: ShardingChange) -> int:
+    """Return the number of distinct target shards that cannot alias a source shard."""
     return sum(not fill.may_alias for fill in filling(move).fills)
 
 
@@ -110,18 +110,18 @@ def _fill(wanted: Box, holders: dict[Box, int]) -> Fill:
 
 def run(
     arrays: Iterable[jax.Array],
-    moves: Sequence[Move],
+    moves: Sequence[ShardingChange],
     done: Callable[[int, jax.Array], None],
     *,
     share: bool = True,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Carry out ``moves``; ``done(n, array)`` is called as each one is complete.
+    """Execute ``moves``, calling ``done(n, array)`` as each one completes.
 
-    Where nothing is copied that is at once, while threads copy for the moves before; they may
-    still do so when ``meanwhile`` is called, once all are begun.
+    A move without copies completes immediately, while threads copy for earlier moves.
+    ``meanwhile`` is called once all moves have started; threads may still be copying then.
 
-    Without ``share`` no target shard is a view of a source shard.
+    Without ``share``, no target shard aliases a source shard.
     """
     waiting: deque[_Started] = deque()
     ahead_bytes = 0
@@ -143,13 +143,13 @@ def run(
 @dataclass(frozen=True, slots=True)
 class _Started:
     n: int
-    move: Move
+    move: ShardingChange
     shards: list[Bytes]
     tasks: list[Future[None]]
     new_bytes: int
 
 
-def _start(n: int, array: jax.Array, move: Move, *, share: bool) -> _Started:
+def _start(n: int, array: jax.Array, move: ShardingChange, *, share: bool) -> _Started:
     plan = filling(move)
     data = array.addressable_shards
     views = {o: np.asarray(data[o].data).view(plan.bits) for o in plan.sources}
@@ -183,7 +183,7 @@ def _finish(started: _Started, done: Callable[[int, jax.Array], None]) -> None:
 
 
 def _submit(copies: Sequence[tuple[Bytes, Bytes]], total_bytes: int) -> Iterator[Future[None]]:
-    """Copy small parts here, and large ones in threads, about `_TASK_BYTES` at a time."""
+    """Copy small parts in this thread, and large ones in others, `_TASK_BYTES` per task."""
     if total_bytes < _INLINE_BYTES:
         if copies:
             _copy(copies)
@@ -202,7 +202,7 @@ def _submit(copies: Sequence[tuple[Bytes, Bytes]], total_bytes: int) -> Iterator
 
 
 def _rows(dst: Bytes, src: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
-    """A large copy in parts along dim 0, so that several threads share it."""
+    """Split a large copy along dim 0, so that several threads share it."""
     parts = min(max(dst.nbytes // _TASK_BYTES, 1), dst.shape[0] if dst.ndim else 1)
     if parts == 1:
         yield dst, src
@@ -218,7 +218,7 @@ def _copy(copies: Sequence[tuple[Bytes, Bytes]]) -> None:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Bytes:
-    """An uninitialized array whose memory XLA:CPU takes over instead of copying it."""
+    """Return an uninitialized array whose memory XLA:CPU can alias."""
     size = num_bytes(shape, dtype)
     raw = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
     skip = -raw.ctypes.data % _ALIGNMENT_BYTES

@@ -1,17 +1,17 @@
 """The exchange route: shards between devices of several processes.
 
-No process can put a piece on another's device by itself; all of them run one program over the
-union of both sets, in which devices send to each other. Every shard is cut into the pieces
-that its receivers want, and the pieces travel in rounds, in which each device
-sends to at most one other and receives from at most one.
+A process cannot write to another's device by itself, so all of them run one program over the
+union of both device sets, in which devices send to each other. Every shard is split into the
+pieces that its receivers want. Pieces are sent in rounds: in each, a device sends to at most
+one device and receives from at most one.
 
     source  |--0--|--1--|              devices 0 1
     target        |a|b|c|d|            devices 1 2 3 4
     round 1   0 → 1 (a)   1 → 3 (c)
     round 2   0 → 2 (b)   1 → 4 (d)
 
-What each device holds beyond its source and its target: one piece on its way out, and
-one on its way in; and where it is in only one of the sets, a blank shard of the other kind.
+Beyond source and target, each device holds one outgoing and one incoming piece. A device that
+is in only one of the sets also holds a blank shard of the other.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..core.box import Box
 from ..core.cache import cached
-from .geometry import Move, Traffic, all_device_boxes, as_bits, from_bits
-from .programs import Executable, compile_program
-from .shards import data_of
+from .compiled import Executable, compile_program
+from .geometry import ShardingChange, Traffic, all_device_boxes, as_bits, data_of, from_bits
 
 _AXIS = "device"
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """The elements ``box`` (global) go from one device of the union to another, or stay."""
+    """Copy of the elements ``box`` (global) between devices of the union, or within one."""
 
     source: int
     target: int
@@ -46,23 +45,23 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Pieces of one shape that travel at once: every device sends one at most, and gets one."""
+    """Pieces of one shape, sent together: at most one from and one to each device."""
 
     shape: tuple[int, ...]
     sends: tuple[Send, ...]
 
 
 @dataclass(frozen=True)
-class Program:
-    """The exchange of arrays of one geometry, compiled."""
+class ExchangeProgram:
+    """Compiled exchange of arrays of one geometry."""
 
-    move: Move
+    move: ShardingChange
     devices: tuple[jax.Device, ...]
     rounds: tuple[Round, ...]
     executable: Executable
 
     def __call__(self, array: jax.Array) -> jax.Array:
-        """The array at the move's target; all processes of the union must call it."""
+        """Return the array at the move's target; all processes of the union must call this."""
         move = self.move
         out = self.executable.call(_on_union(array, move, self.devices))
         there = {shard.device: shard.data for shard in out.addressable_shards}
@@ -76,8 +75,8 @@ class Program:
 
 
 @cached(4096)
-def program(move: Move) -> Program:
-    """The program for ``move``. Every process of the union gets the same."""
+def program(move: ShardingChange) -> ExchangeProgram:
+    """Compile the program of ``move``, the same in every process of the union."""
     devices = union(move)
     found = rounds(move)
     sharding = NamedSharding(Mesh(np.array(devices), (_AXIS,)), PartitionSpec(_AXIS))
@@ -88,42 +87,42 @@ def program(move: Move) -> Program:
         bits = as_bits(shard)
         me = jax.lax.axis_index(_AXIS)
         out = jnp.zeros(wanted, bits.dtype)
-        for trip, table in zip(found, tables, strict=True):
-            size = trip.shape or (1,)
+        for one_round, table in zip(found, tables, strict=True):
+            size = one_round.shape or (1,)
             piece = jax.lax.dynamic_slice(bits, table.out[me], size)
-            piece = jax.lax.ppermute(piece, _AXIS, [(s.source, s.target) for s in trip.sends])
+            piece = jax.lax.ppermute(piece, _AXIS, [(s.source, s.target) for s in one_round.sends])
             before = jax.lax.dynamic_slice(out, table.into[me], size)
             piece = jnp.where(table.receives[me], piece, before)
             out = jax.lax.dynamic_update_slice(out, piece, table.into[me])
         return from_bits(out, move.dtype)
 
     spec = PartitionSpec(_AXIS)
-    # tables are looked up by a device's own number, which the checker of replicas cannot follow
+    # check_vma cannot follow tables that are indexed by the device's own number
     mapped = jax.shard_map(
         exchange, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
     described = jax.ShapeDtypeStruct(_stacked(held, len(devices)), move.dtype)
     with jax.enable_x64(True):
         made = compile_program(mapped, [described], (sharding,), sharding)
-    return Program(move, devices, found, made)
+    return ExchangeProgram(move, devices, found, made)
 
 
-def union(move: Move) -> tuple[jax.Device, ...]:
-    """All devices of the source and the target, in an order that every process agrees on."""
+def union(move: ShardingChange) -> tuple[jax.Device, ...]:
+    """Return all devices of source and target, in the same order in every process."""
     both = set(move.source.device_set) | set(move.target.device_set)
     return tuple(sorted(both, key=lambda d: d.id))
 
 
 @cached(4096)
-def rounds(move: Move) -> tuple[Round, ...]:
-    """All pieces, in rounds. No round has two pieces from, or for, one device."""
+def rounds(move: ShardingChange) -> tuple[Round, ...]:
+    """Return all pieces in rounds, without two pieces from or to one device in a round."""
     num_devices = len(union(move))
     by_shape: dict[tuple[int, ...], list[Send]] = defaultdict(list)
     for send in _sends(move):
         by_shape[send.box.shape].append(send)
     found = []
     for shape, sends in by_shape.items():
-        # by how far they go: pieces that go equally far do not meet
+        # by distance: pieces with equal distance have distinct senders and receivers
         left = sorted(sends, key=lambda s: ((s.target - s.source) % num_devices, s.source))
         while left:
             chosen, later = [], []
@@ -140,8 +139,8 @@ def rounds(move: Move) -> tuple[Round, ...]:
     return tuple(found)
 
 
-def exchange_traffic(move: Move) -> Traffic:
-    """Bytes that all devices of all processes get, from themselves and from others."""
+def exchange_traffic(move: ShardingChange) -> Traffic:
+    """Return the bytes that all devices of all processes receive, per kind of link."""
     same = cross = 0
     for send in _sends(move):
         num_bytes = send.box.size * move.dtype.itemsize
@@ -152,23 +151,23 @@ def exchange_traffic(move: Move) -> Traffic:
     return Traffic(same, cross)
 
 
-def blank_bytes(move: Move) -> int:
-    """Bytes of the blank shards on a device that is in only one of the two sets."""
+def blank_bytes(move: ShardingChange) -> int:
+    """Return the bytes of the blank shard on a device that is in only one of the sets."""
     source, target = move.source.device_set, move.target.device_set
     blank = move.source_shard_bytes if target - source else 0
     return max(blank, move.target_shard_bytes if source - target else 0)
 
 
 @cached(4096)
-def _sends(move: Move) -> tuple[Send, ...]:
-    """Every piece that a target device wants, from the nearest replica that has sent least."""
+def _sends(move: ShardingChange) -> tuple[Send, ...]:
+    """Return all pieces, each from the nearest replica, of these the least used one."""
     devices = union(move)
     at = {device: n for n, device in enumerate(devices)}
     holders: dict[Box, list[jax.Device]] = defaultdict(list)
     for device, box in all_device_boxes(move.source, move.shape).items():
         holders[box].append(device)
     sent = dict.fromkeys(devices, 0)
-    parts: dict[Box, list[tuple[Box, list[jax.Device]]]] = {}  # replicas want the same: look once
+    parts: dict[Box, list[tuple[Box, list[jax.Device]]]] = {}  # computed once for all replicas
     found = []
     for device, wanted in all_device_boxes(move.target, move.shape).items():
         if wanted not in parts:
@@ -187,21 +186,21 @@ def _distance(a: jax.Device, b: jax.Device) -> int:
 
 @dataclass(frozen=True)
 class _Tables:
-    """By device: where its piece of one round begins in its source shard and its target shard."""
+    """For each device, the start of its piece of one round in its source and target shard."""
 
     out: Any
     into: Any
     receives: Any
 
 
-def _tables(trip: Round, move: Move, devices: Sequence[jax.Device]) -> _Tables:
+def _tables(one_round: Round, move: ShardingChange, devices: Sequence[jax.Device]) -> _Tables:
     ndim = max(len(move.shape), 1)
     out = np.zeros((len(devices), ndim), np.int32)
     into = np.zeros((len(devices), ndim), np.int32)
     receives = np.zeros(len(devices), bool)
     sources = all_device_boxes(move.source, move.shape)
     targets = all_device_boxes(move.target, move.shape)
-    for send in trip.sends:
+    for send in one_round.sends:
         receives[send.target] = True
         if move.shape:
             out[send.source] = send.box.within(sources[devices[send.source]]).start
@@ -209,8 +208,8 @@ def _tables(trip: Round, move: Move, devices: Sequence[jax.Device]) -> _Tables:
     return _Tables(*map(jnp.asarray, (out, into, receives)))
 
 
-def _local(sharding: Any, move: Move) -> tuple[int, ...]:
-    """The shape of one shard as the program sees it: with at least one dim."""
+def _local(sharding: Any, move: ShardingChange) -> tuple[int, ...]:
+    """Return the shape of one shard in the program: at least one dim."""
     return tuple(sharding.shard_shape(move.shape)) or (1,)
 
 
@@ -218,8 +217,8 @@ def _stacked(shape: tuple[int, ...], num: int) -> tuple[int, ...]:
     return (num * shape[0], *shape[1:])
 
 
-def _on_union(array: jax.Array, move: Move, devices: Sequence[jax.Device]) -> jax.Array:
-    """The source shards below each other, one a device; blank where a device has none."""
+def _on_union(array: jax.Array, move: ShardingChange, devices: Sequence[jax.Device]) -> jax.Array:
+    """Stack the source shards along dim 0, with a blank for devices without a shard."""
     held = _local(move.source, move)
     shape = _stacked(held, len(devices))
     sharding = NamedSharding(Mesh(np.array(devices), (_AXIS,)), PartitionSpec(_AXIS))

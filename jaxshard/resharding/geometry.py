@@ -1,33 +1,35 @@
-"""Geometry of one move between two shardings, in boxes.
+"""Changes of sharding: boxes, transfers between devices, and the shards themselves.
 
-    source  |--0--|--1--|--2--|--3--|     four devices
-    target  |----a----|----b---|          two
-    pieces  |--0a-|-1a|-2b-|--3b-|        each inside one source shard and one target shard
+    source     |--0--|--1--|--2--|--3--|     four devices
+    target     |----a----|----b---|          two
+    transfers  |--0a-|-1a|-2b-|--3b-|        each inside one source shard and one target shard
 
-Names do not matter here: every question is asked of a `Move` and answered once.
-Nothing here touches a device's memory.
+Results depend on a `ShardingChange` alone, not on names, and are cached per change. Only
+`from_shards`, `as_unshared` and `DonatedShards` affect device memory.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from ..core.box import Box
 from ..core.cache import cached
+from ..errors import LayoutError
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """An array of ``shape`` and ``dtype``, to be taken from ``source`` to ``target``."""
+class ShardingChange:
+    """An array of ``shape`` and ``dtype`` that moves from ``source`` to ``target``."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
@@ -41,7 +43,7 @@ class Move:
 
     @property
     def target_boxes(self) -> tuple[Box, ...]:
-        """The box that each target device shall hold."""
+        """The box of each target device, in the order of the result's shards."""
         return tuple(device_boxes(self.target, self.shape).values())
 
     @property
@@ -66,7 +68,7 @@ class Move:
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of the larger of the two: what every bound on memory is measured against."""
+        """Bytes of the larger of the two: memory bounds are multiples of it."""
         return max(self.source_shard_bytes, self.target_shard_bytes)
 
     @property
@@ -77,13 +79,28 @@ class Move:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no element to move."""
+        """Whether the array has no elements."""
         return 0 in self.shape
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a tree: its name, its change, and its shape and dtype for the caller.
+
+    Keys of a random generator (of kind ``key_impl``) have one element each for the caller; their
+    data, which is moved, has one more dim.
+    """
+
+    name: str
+    move: ShardingChange
+    shape: tuple[int, ...]
+    dtype: Any
+    key_impl: Any = None
+
+
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """The elements ``box`` (global) go from source device number ``source`` to ``targets``."""
+class Transfer:
+    """Copy of the elements ``box`` (global) from source device ``source`` to ``targets``."""
 
     source: int
     targets: tuple[int, ...]
@@ -92,7 +109,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that a move delivers, by the link they take."""
+    """Bytes delivered by a move, per kind of link."""
 
     same_device_bytes: int = 0
     cross_device_bytes: int = 0
@@ -106,13 +123,13 @@ class Traffic:
 
 @cached(8192)
 def device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
-    """The box of every device of this process, in the order of such an array's shards."""
+    """Return the box of every device of this process, in the order of an array's shards."""
     return _boxes(sharding.addressable_devices_indices_map(shape), shape)
 
 
 @cached(8192)
 def all_device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
-    """The box of every device, those of other processes too."""
+    """Return the box of every device, those of other processes too."""
     return _boxes(sharding.devices_indices_map(shape), shape)
 
 
@@ -127,11 +144,11 @@ def _boxes(
 
 
 @cached(8192)
-def pieces(move: Move) -> tuple[Piece, ...]:
-    """Every piece once, ordered by where it lies in the target shard.
+def transfers(move: ShardingChange) -> tuple[Transfer, ...]:
+    """Return all transfers, ordered by target device and position.
 
-    A device that already holds the elements it wants sends to itself; the others are
-    served by the replica that has sent least so far.
+    A device that already holds an element sends it to itself; the other targets receive from the
+    replica with the fewest elements sent so far.
     """
     holders: dict[Box, list[int]] = defaultdict(list)
     for ordinal, box in enumerate(move.source_boxes):
@@ -154,7 +171,7 @@ def pieces(move: Move) -> tuple[Piece, ...]:
                 sent[source] += shared.size
             found[shared, source].append(target)
     return tuple(
-        Piece(source, tuple(targets), box)
+        Transfer(source, tuple(targets), box)
         for (box, source), targets in sorted(
             found.items(), key=lambda item: (item[1][0], item[0][0].start)
         )
@@ -162,21 +179,21 @@ def pieces(move: Move) -> tuple[Piece, ...]:
 
 
 @cached(8192)
-def senders(move: Move) -> tuple[int, ...]:
-    """For each target device of a relabelling the source device (by number) that has its shard."""
+def senders(move: ShardingChange) -> tuple[int, ...]:
+    """For each target device of a relabelling, the number of a source device with its shard."""
     return tuple(
-        next(p.source for p in pieces(move) if target in p.targets)
+        next(p.source for p in transfers(move) if target in p.targets)
         for target in range(len(move.target_boxes))
     )
 
 
 @cached(8192)
-def traffic(move: Move) -> Traffic:
-    """What the pieces of ``move`` weigh on each kind of link."""
+def traffic(move: ShardingChange) -> Traffic:
+    """Return the bytes that ``move`` sends over each kind of link."""
     same = cross = 0
     if move.is_empty:
         return Traffic()
-    for piece in pieces(move):
+    for piece in transfers(move):
         source = move.source_devices[piece.source]
         num_bytes = piece.box.size * move.dtype.itemsize
         for target in piece.targets:
@@ -187,14 +204,14 @@ def traffic(move: Move) -> Traffic:
     return Traffic(same, cross)
 
 
-def stays(move: Move) -> bool:
-    """Whether every target device, here or elsewhere, already holds exactly what it shall hold."""
+def stays(move: ShardingChange) -> bool:
+    """Whether every target device, of any process, already holds its box."""
     held = all_device_boxes(move.source, move.shape)
     return all(held.get(d) == b for d, b in all_device_boxes(move.target, move.shape).items())
 
 
-def is_relabelling(move: Move) -> bool:
-    """Whether every target shard is some whole source shard, so that nothing need be cut."""
+def is_relabelling(move: ShardingChange) -> bool:
+    """Whether every target shard equals some source shard, so that nothing is cut."""
     return set(move.target_boxes) <= set(move.source_boxes)
 
 
@@ -213,17 +230,17 @@ def is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
 
 
 def num_bytes(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> int:
-    """Bytes of an array in memory; XLA keeps sub-byte elements one to a byte here."""
+    """Bytes of an array in memory; sub-byte elements occupy a byte each."""
     return prod(shape) * dtype.itemsize
 
 
-# --- Elements as bits: how a program moves values without looking at them
+# --- Bitcasts: programs move narrow floats as integers, because XLA may widen floats
 
 _NUMBER = re.compile(r"\d+")
 
 
 def bits_of(dtype: np.dtype[np.generic]) -> int:
-    """Bits of one element, as its name says.
+    """Bits of one element, from the name of its dtype.
 
     >>> bits_of(np.dtype("bfloat16")), bits_of(np.dtype("int4"))  # NumPy gives int4 a byte
     (16, 4)
@@ -242,7 +259,7 @@ def is_narrow_float(dtype: np.dtype[np.generic]) -> bool:
 
 
 def is_carried(dtype: np.dtype[np.generic]) -> bool:
-    """Whether elements travel as others: narrow floats, and integers of less than four bits.
+    """Whether programs use another dtype: narrow floats, and integers below four bits.
 
     >>> is_carried(np.dtype("bfloat16")), is_carried(np.dtype("int2")), is_carried(np.dtype("int4"))
     (True, True, False)
@@ -251,7 +268,7 @@ def is_carried(dtype: np.dtype[np.generic]) -> bool:
 
 
 def as_bits(array: jax.Array) -> jax.Array:
-    """``array`` as what its elements travel as; itself where they travel as they are."""
+    """Return ``array`` in the dtype that programs move; itself if that is its own."""
     if not is_carried(array.dtype):
         return array
     if not is_narrow_float(array.dtype):
@@ -260,9 +277,129 @@ def as_bits(array: jax.Array) -> jax.Array:
 
 
 def from_bits(array: jax.Array, dtype: np.dtype[np.generic]) -> jax.Array:
-    """What `as_bits` was given."""
+    """Invert `as_bits`."""
     if array.dtype == dtype:
         return array
     if not is_narrow_float(dtype):
         return array.astype(dtype)
     return jax.lax.bitcast_convert_type(array, dtype)
+
+
+# --- Single-device shards of arrays, without host copies
+
+
+def data_of(array: jax.Array) -> list[jax.Array]:
+    """Return the shards of ``array``, one per device, in the order of its sharding's devices."""
+    return [shard.data for shard in array.addressable_shards]
+
+
+def relabelled(array: jax.Array, sharding: Sharding) -> jax.Array:
+    """Return the same shards under another sharding with the same box on every device.
+
+    The result aliases ``array``: deleting one deletes both.
+    """
+    if array.sharding == sharding:
+        return array
+    return jax.make_array_from_single_device_arrays(
+        array.shape, sharding, data_of(array), dtype=array.dtype
+    )
+
+
+def from_shards(data: Sequence[jax.Array], sharding: Sharding, shape: tuple[int, ...]) -> jax.Array:
+    """Return an array of ``shape`` with the shards ``data``, copied to their devices.
+
+    A shard that is already on its device is aliased. One call for all devices: a call for each
+    shard would cost more than the copies of small arrays.
+    """
+    devices = list(device_boxes(sharding, shape))
+    kind = sharding.memory_kind
+    # make_array_from_callback would copy the first replica's shard to all, ignoring their own
+    replicated = sharding.is_fully_replicated and len(devices) > 1
+    if replicated or any(x.sharding.memory_kind != kind for x in data):
+        places = [SingleDeviceSharding(d, memory_kind=kind) for d in devices]
+        data = jax.device_put(list(data), places)
+        return jax.make_array_from_single_device_arrays(shape, sharding, data)
+    left = iter(data)
+    return jax.make_array_from_callback(shape, sharding, lambda _: next(left))
+
+
+@cached(8192)
+def shared_shards(move: ShardingChange) -> tuple[bool, ...]:
+    """For each source shard, whether the target may alias it: same device and box."""
+    if memory_kind_of(move.source) != memory_kind_of(move.target):
+        return (False,) * len(move.source_boxes)
+    wanted = device_boxes(move.target, move.shape)
+    held = device_boxes(move.source, move.shape)
+    return tuple(wanted.get(device) == box for device, box in held.items())
+
+
+def as_unshared(array: jax.Array, move: ShardingChange) -> jax.Array:
+    """Return ``array`` with copies of all shards that the target could alias."""
+    data = data_of(array)
+    shared = [n for n, is_shared in enumerate(shared_shards(move)) if is_shared]
+    if not shared:
+        return array
+    places = [data[n].sharding for n in shared]
+    copies = jax.device_put([data[n] for n in shared], places, may_alias=False)
+    for n, copy in zip(shared, copies, strict=True):
+        data[n] = copy
+    return jax.make_array_from_single_device_arrays(
+        array.shape, array.sharding, data, dtype=array.dtype
+    )
+
+
+def memory_kind_of(sharding: Sharding) -> str:
+    """Return the memory kind of ``sharding``, by default that of its devices."""
+    device = next(iter(sharding.device_set))
+    return sharding.memory_kind or default_memory_kind(device)
+
+
+def default_memory_kind(device: jax.Device) -> str:
+    """Return the memory kind of the arguments of programs on ``device``."""
+    return str(device.default_memory().kind)
+
+
+def check_alive(name: str, array: Any) -> None:
+    """Raise if an array was deleted.
+
+    Raises:
+        LayoutError: it was donated or deleted.
+    """
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise LayoutError(
+            f"{name or 'the array'}: it was donated or deleted. Use the result of the earlier "
+            "call, or call it with donate=False."
+        )
+
+
+_Memory = tuple[jax.Device, int]
+
+
+class DonatedShards:
+    """Donated shards that are not yet freed."""
+
+    def __init__(self, arrays: Sequence[jax.Array]) -> None:
+        self._shards = [[(_memory(shard), shard) for shard in data_of(x)] for x in arrays]
+        self._needed: dict[_Memory, list[jax.Array]] = defaultdict(list)
+        for shards in self._shards:
+            for memory, shard in shards:
+                self._needed[memory].append(shard)
+        self._num_moved: dict[_Memory, int] = defaultdict(int)
+        self._kept: set[_Memory] = set()
+
+    def moved(self, n: int, move: ShardingChange) -> None:
+        """Free the shards of array ``n``, unless another array or its target may alias them."""
+        for (memory, _), is_shared in zip(self._shards[n], shared_shards(move), strict=True):
+            self._num_moved[memory] += 1
+            if is_shared:
+                self._kept.add(memory)
+            holders = self._needed[memory]
+            if self._num_moved[memory] == len(holders) and memory not in self._kept:
+                for holder in holders:
+                    holder.delete()
+        self._shards[n] = []
+
+
+def _memory(shard: jax.Array) -> _Memory:
+    (device,) = shard.devices()
+    return device, shard.unsafe_buffer_pointer()

@@ -1,4 +1,4 @@
-"""The piecewise route: slice, copy device to device, assemble."""
+"""The piecewise route: slice shards, copy the pieces device to device, assemble them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..core.box import Box
 from ..core.cache import cached
-from .geometry import Move, Piece, as_bits, from_bits, is_carried, pieces
-from .programs import Executable, compile_program
-from .shards import data_of, gathered_from
+from .compiled import Executable, compile_program
+from .geometry import (
+    ShardingChange,
+    Transfer,
+    as_bits,
+    data_of,
+    from_bits,
+    from_shards,
+    is_carried,
+    transfers,
+)
 
-WHOLE = -1  # in place of a cut: the shard as it is
+WHOLE = -1  # instead of a cut: the whole shard
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Source devices that cut a box of ``shape`` out of their shards, each from its own start."""
+    """Slice of ``shape`` out of the shards of source devices, each at its own start."""
 
     shape: tuple[int, ...]
     devices: tuple[int, ...]
@@ -34,8 +42,8 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a piece comes from: a source device (by number), and its cut or `WHOLE`."""
+class PieceSource:
+    """Source of a piece: a source device (by number), and its cut or `WHOLE`."""
 
     source: int
     cut: int
@@ -43,22 +51,22 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Target devices that put together their shard from pieces of the same shapes.
+    """Target devices that assemble their shards from pieces of the same shapes.
 
     Attributes:
         devices: numbers of the target devices.
         segments: per dim, the lengths of the pieces along it; the pieces are their product.
-        slots: for every piece of that product in row-major order, its origin for each device.
+        slots: for every piece of that product in row-major order, its source for each device.
     """
 
     devices: tuple[int, ...]
     segments: tuple[tuple[int, ...], ...]
-    slots: tuple[tuple[Origin, ...], ...]
+    slots: tuple[tuple[PieceSource, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """Cuts and joins that are in flight together, and their bytes on the fullest device."""
+    """Cuts and joins in flight together, and their bytes on the fullest device."""
 
     cuts: tuple[Cut, ...]
     joins: tuple[Join, ...]
@@ -66,11 +74,11 @@ class Wave:
 
 
 @cached(4096)
-def waves(move: Move, limit_bytes: int) -> tuple[Wave, ...]:
-    """The whole move, in as few waves as keep each within ``limit_bytes`` on every device.
+def waves(move: ShardingChange, limit_bytes: int) -> tuple[Wave, ...]:
+    """Split the move into waves of at most ``limit_bytes`` on every device.
 
-    A wave never has less than one target shard (with its replicas), so a limit below that is
-    exceeded: look at ``peak_bytes``.
+    A wave has at least one target shard (with its replicas), so it may exceed a small limit: see
+    ``peak_bytes``.
     """
     by_box: dict[Box, list[int]] = defaultdict(list)
     for ordinal, box in enumerate(move.target_boxes):
@@ -91,24 +99,26 @@ def waves(move: Move, limit_bytes: int) -> tuple[Wave, ...]:
     return (*done, open_wave) if open_wave is not None else tuple(done)
 
 
-def _wave(move: Move, targets: Sequence[int]) -> Wave:
-    """One wave that fills the shards of ``targets``."""
+def _wave(move: ShardingChange, targets: Sequence[int]) -> Wave:
+    """Return one wave that fills the shards of ``targets``."""
     wanted = set(targets)
     chosen = [
-        Piece(p.source, kept, p.box)
-        for p in pieces(move)
+        Transfer(p.source, kept, p.box)
+        for p in transfers(move)
         if (kept := tuple(t for t in p.targets if t in wanted))
     ]
     cuts, origins = _cuts(move, chosen)
-    arrivals: dict[int, list[tuple[Box, Origin]]] = defaultdict(list)
+    arrivals: dict[int, list[tuple[Box, PieceSource]]] = defaultdict(list)
     for piece, origin in zip(chosen, origins, strict=True):
         for target in piece.targets:
             arrivals[target].append((piece.box, origin))
     return Wave(cuts, _joins(arrivals), _peak(move, cuts, chosen))
 
 
-def _cuts(move: Move, chosen: Sequence[Piece]) -> tuple[tuple[Cut, ...], list[Origin]]:
-    """The cuts that yield the chosen pieces; pieces of one shape share a cut across devices."""
+def _cuts(
+    move: ShardingChange, chosen: Sequence[Transfer]
+) -> tuple[tuple[Cut, ...], list[PieceSource]]:
+    """Return the cuts of the chosen pieces; pieces of one shape share a cut across devices."""
     starts: list[dict[int, tuple[int, ...]]] = []  # per cut, by source device
     shapes: list[tuple[int, ...]] = []
     of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -116,7 +126,7 @@ def _cuts(move: Move, chosen: Sequence[Piece]) -> tuple[tuple[Cut, ...], list[Or
     for piece in chosen:
         held = move.source_boxes[piece.source]
         if piece.box == held:
-            origins.append(Origin(piece.source, WHOLE))
+            origins.append(PieceSource(piece.source, WHOLE))
             continue
         shape = piece.box.shape
         cut = next((c for c in of_shape[shape] if piece.source not in starts[c]), len(shapes))
@@ -125,7 +135,7 @@ def _cuts(move: Move, chosen: Sequence[Piece]) -> tuple[tuple[Cut, ...], list[Or
             shapes.append(shape)
             starts.append({})
         starts[cut][piece.source] = piece.box.within(held).start
-        origins.append(Origin(piece.source, cut))
+        origins.append(PieceSource(piece.source, cut))
     cuts = (
         Cut(shape, tuple(sorted(by_device)), tuple(by_device[d] for d in sorted(by_device)))
         for shape, by_device in zip(shapes, starts, strict=True)
@@ -133,7 +143,7 @@ def _cuts(move: Move, chosen: Sequence[Piece]) -> tuple[tuple[Cut, ...], list[Or
     return tuple(cuts), origins
 
 
-def _joins(arrivals: dict[int, list[tuple[Box, Origin]]]) -> tuple[Join, ...]:
+def _joins(arrivals: dict[int, list[tuple[Box, PieceSource]]]) -> tuple[Join, ...]:
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
     for target, received in sorted(arrivals.items()):
         received.sort(key=lambda item: item[0].start)
@@ -152,14 +162,14 @@ def _joins(arrivals: dict[int, list[tuple[Box, Origin]]]) -> tuple[Join, ...]:
 
 
 def _segments(boxes: Sequence[Box]) -> tuple[tuple[int, ...], ...]:
-    """The lengths along each dim of boxes that tile a box as a grid, as shards always do."""
+    """Return the lengths along each dim of boxes that form a grid, as shards always do."""
     spans = [sorted({(b.start[d], b.stop[d]) for b in boxes}) for d in range(len(boxes[0].start))]
     assert prod(map(len, spans)) == len(boxes), "shards of one array form a grid"
     return tuple(tuple(stop - start for start, stop in spans_d) for spans_d in spans)
 
 
 def positions(segments: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
-    """Where each piece of the grid begins, in row-major order.
+    """Return the start of each piece of the grid, in row-major order.
 
     >>> positions(((2, 1), (4,)))
     [(0, 0), (2, 0)]
@@ -168,10 +178,10 @@ def positions(segments: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
     return list(product(*starts))
 
 
-def _peak(move: Move, cuts: Sequence[Cut], chosen: Sequence[Piece]) -> int:
-    """Bytes of cuts and arrivals on the fullest device.
+def _peak(move: ShardingChange, cuts: Sequence[Cut], chosen: Sequence[Transfer]) -> int:
+    """Return the bytes of cuts and received pieces on the fullest device.
 
-    A piece that arrives as a whole target shard is not an intermediate: it is the result.
+    A piece that is a whole target shard is a result, not an intermediate.
     """
     held: dict[jax.Device, int] = defaultdict(int)
     for cut in cuts:
@@ -186,36 +196,38 @@ def _peak(move: Move, cuts: Sequence[Cut], chosen: Sequence[Piece]) -> int:
     return max(held.values(), default=0) * move.dtype.itemsize
 
 
-# --- The piecewise route: cut, copy device to device, join. Carries out what `pieces` decides
+# --- Execution: cut, copy device to device, join
 
 _AXIS = "device"
-_Numbers = tuple[int, ...]  # devices, counted along the source or the target sharding
+_Numbers = tuple[int, ...]  # devices, numbered along the source or the target sharding
 
 
 @dataclass(frozen=True)
-class Program:
-    """The cuts and joins of several moves between the same devices, compiled."""
+class PiecewiseProgram:
+    """Compiled cuts and joins of several moves between the same devices."""
 
-    moves: tuple[Move, ...]
+    moves: tuple[ShardingChange, ...]
     rounds: tuple[_Round, ...]
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of cuts, arrivals and temporaries on the fullest device, at the worst moment."""
+        """Peak bytes of cuts, received pieces and temporaries on the fullest device."""
         return max((r.peak_bytes for r in self.rounds), default=0)
 
     @property
     def num_compiled(self) -> int:
-        """How many programs were compiled."""
+        """Number of compiled programs."""
         return sum(len(r.cuts) + len(r.joins) for r in self.rounds)
 
     def __call__(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """The arrays, each at its move's target. They must be at its source."""
+        """Return the arrays at the targets of their moves; they must be at the sources."""
         sources = [data_of(x) for x in arrays]
         shards: list[list[jax.Array | None]] = [[None] * len(m.target_boxes) for m in self.moves]
         for n, part in enumerate(self.rounds):
             part.run(self.moves, sources, shards)
-            if n + 1 < len(self.rounds):  # the bound holds only if this wave's pieces are gone
+            if n + 1 < len(
+                self.rounds
+            ):  # free this wave's pieces first, or the bound would not hold
                 jax.block_until_ready(shards)
         return [
             jax.make_array_from_single_device_arrays(m.shape, m.target, list(_complete(s)))
@@ -225,7 +237,7 @@ class Program:
 
 @dataclass(frozen=True)
 class _Round:
-    """One wave of each move: for each set of devices one program that cuts, or one that joins."""
+    """One wave of each move: per set of devices, one program that cuts or joins."""
 
     waves: tuple[Wave | None, ...]
     cuts: dict[_Numbers, Executable]
@@ -234,11 +246,11 @@ class _Round:
 
     def run(
         self,
-        moves: Sequence[Move],
+        moves: Sequence[ShardingChange],
         sources: Sequence[Sequence[jax.Array]],
         shards: Sequence[list[jax.Array | None]],
     ) -> None:
-        """Fill in the shards of this wave's targets."""
+        """Fill the shards of this wave's targets."""
         made = self._cut(moves, sources)
         waiting: dict[_Numbers, list[tuple[int, list[jax.Array]]]] = defaultdict(list)
         for m, wave in enumerate(self.waves):
@@ -255,10 +267,10 @@ class _Round:
                 _place(shards[m], numbers, array)
 
     def _cut(
-        self, moves: Sequence[Move], sources: Sequence[Sequence[jax.Array]]
-    ) -> list[dict[Origin, jax.Array]]:
-        """For each move its pieces, the whole shards among them."""
-        made = [{Origin(n, WHOLE): x for n, x in enumerate(data)} for data in sources]
+        self, moves: Sequence[ShardingChange], sources: Sequence[Sequence[jax.Array]]
+    ) -> list[dict[PieceSource, jax.Array]]:
+        """Return the pieces of each move, whole shards included."""
+        made = [{PieceSource(n, WHOLE): x for n, x in enumerate(data)} for data in sources]
         for numbers, cut in self.cuts.items():
             parts = _cuts_by(numbers, self.waves)
             stacked = [
@@ -268,22 +280,22 @@ class _Round:
             for (m, cuts), outputs in zip(parts, cut.call(*stacked), strict=True):
                 for (c, _), array in zip(cuts, outputs, strict=True):
                     for n, piece in zip(numbers, data_of(array), strict=True):
-                        made[m][Origin(n, c)] = piece
+                        made[m][PieceSource(n, c)] = piece
         return made
 
 
 @cached(4096)
-def program(moves: tuple[Move, ...], limit_bytes: tuple[int, ...]) -> Program:
-    """The program for moves between the same devices, each held to its own limit if possible."""
+def program(moves: tuple[ShardingChange, ...], limit_bytes: tuple[int, ...]) -> PiecewiseProgram:
+    """Compile moves between the same devices, each within its own limit if possible."""
     planned = [waves(m, limit) for m, limit in zip(moves, limit_bytes, strict=True)]
     rounds = []
     for n in range(max(map(len, planned))):
         now = tuple(p[n] if n < len(p) else None for p in planned)
         rounds.append(_round(moves, now))
-    return Program(moves, tuple(rounds))
+    return PiecewiseProgram(moves, tuple(rounds))
 
 
-def _round(moves: tuple[Move, ...], now: tuple[Wave | None, ...]) -> _Round:
+def _round(moves: tuple[ShardingChange, ...], now: tuple[Wave | None, ...]) -> _Round:
     cutters = dict.fromkeys(c.devices for w in now if w for c in w.cuts)
     cuts = {
         numbers: _compile_cuts(
@@ -292,7 +304,7 @@ def _round(moves: tuple[Move, ...], now: tuple[Wave | None, ...]) -> _Round:
         )
         for numbers in cutters
     }
-    joining: dict[_Numbers, list[tuple[Move, Join]]] = defaultdict(list)
+    joining: dict[_Numbers, list[tuple[ShardingChange, Join]]] = defaultdict(list)
     for m, wave in zip(moves, now, strict=True):
         for join in wave.joins if wave else ():
             if len(join.slots) > 1:
@@ -309,7 +321,7 @@ def _round(moves: tuple[Move, ...], now: tuple[Wave | None, ...]) -> _Round:
 def _cuts_by(
     numbers: _Numbers, now: Sequence[Wave | None]
 ) -> list[tuple[int, list[tuple[int, Cut]]]]:
-    """For each move that has some: its cuts (with their numbers) by exactly these devices."""
+    """For each move, its cuts (with their numbers) by exactly these devices, if any."""
     found = [
         (m, [(c, cut) for c, cut in enumerate(wave.cuts) if cut.devices == numbers])
         for m, wave in enumerate(now)
@@ -319,7 +331,7 @@ def _cuts_by(
 
 
 def _compile_cuts(
-    devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Sequence[Cut]]]
+    devices: Sequence[jax.Device], parts: Sequence[tuple[ShardingChange, Sequence[Cut]]]
 ) -> Executable:
     mesh = _line(tuple(devices))
 
@@ -345,7 +357,9 @@ def _slice(shard: jax.Array, cut: Cut, me: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(shard, list(start), cut.shape)
 
 
-def _compile_joins(devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Join]]) -> Executable:
+def _compile_joins(
+    devices: Sequence[jax.Device], parts: Sequence[tuple[ShardingChange, Join]]
+) -> Executable:
     mesh = _line(tuple(devices))
 
     def joined(*slots: list[jax.Array]) -> list[jax.Array]:
@@ -362,7 +376,7 @@ def _compile_joins(devices: Sequence[jax.Device], parts: Sequence[tuple[Move, Jo
 
 
 def _assemble(slots: Sequence[jax.Array], join: Join, dtype: np.dtype[np.generic]) -> jax.Array:
-    """The shard, written straight to the result: each form here was seen to need no temporary."""
+    """Assemble a shard; XLA compiles each of these forms without temporaries."""
     cut_dims = [d for d, lengths in enumerate(join.segments) if len(lengths) > 1]
     if len(cut_dims) == 1:
         return from_bits(jnp.concatenate([as_bits(s) for s in slots], axis=cut_dims[0]), dtype)
@@ -373,7 +387,7 @@ def _assemble(slots: Sequence[jax.Array], join: Join, dtype: np.dtype[np.generic
         for start, slot in zip(starts, slots, strict=True):
             whole = jax.lax.dynamic_update_slice(whole, slot, start)
         return whole
-    # updates as bits would be made beside the result and copied; disjoint bits can be or-ed into it
+    # XLA would copy the result of updates as bits; disjoint bits are combined by OR in place
     padded = (_padded(as_bits(s), start, shape) for start, s in zip(starts, slots, strict=True))
     return from_bits(reduce(jnp.bitwise_or, padded), dtype)
 
@@ -406,7 +420,7 @@ def _stacked_shape(shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
 
 
 def _stack(shards: Sequence[jax.Array], devices: tuple[jax.Device, ...]) -> jax.Array:
-    """The shards seen as one array, cut along dim 0 by device; nothing is copied."""
+    """Return the shards as one array, split along dim 0 by device, without copies."""
     mesh = _line(devices)
     shape = _stacked_shape(shards[0].shape, mesh)
     sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
@@ -414,10 +428,10 @@ def _stack(shards: Sequence[jax.Array], devices: tuple[jax.Device, ...]) -> jax.
 
 
 def _send(pieces: Sequence[jax.Array], devices: tuple[jax.Device, ...]) -> jax.Array:
-    """The pieces, each copied to its device, as one array cut along dim 0."""
+    """Copy the pieces to their devices, as one array split along dim 0."""
     mesh = _line(devices)
     shape = _stacked_shape(pieces[0].shape, mesh)
-    return gathered_from(pieces, NamedSharding(mesh, PartitionSpec(_AXIS)), shape)
+    return from_shards(pieces, NamedSharding(mesh, PartitionSpec(_AXIS)), shape)
 
 
 def _place(shards: list[jax.Array | None], numbers: _Numbers, found: jax.Array) -> None:

@@ -29,10 +29,9 @@ from ..conversion.targets import (
     parse_target,
     step_of_numbers,
 )
-from ..core.catalog import Catalog, Model
-from ..core.garbage import paused
+from ..core.catalog import Catalog, Model, log_notes
+from ..core.interpreter import paused
 from ..core.layout import Layout
-from ..core.notes import log_notes
 from ..core.strategy import Strategy
 from ..devices.host_shards import Array, HostShards, num_fetched
 from ..devices.host_transfer import share_out

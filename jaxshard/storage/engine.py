@@ -22,8 +22,15 @@ from ..core.dtypes import DType
 from ..core.numpy_dtypes import Bytes, Conversion, numpy_dtype
 from ..core.ranges import Runs, byte_runs
 from ..planning.bundles import Bundle
-from ..planning.cells import Cell
-from ..planning.copies import Steps, TensorCopy, block_steps, cell_blocks, move_into, permuted_form
+from ..planning.copies import (
+    Cell,
+    Steps,
+    TensorCopy,
+    block_steps,
+    cell_blocks,
+    move_into,
+    permuted_form,
+)
 from .io import GAP_BYTES, Sink, Source, Span, copy_bundle
 from .resources import BATCH_BLOCKS, Batch, Budget, Counts, WorkQueue, run_threads
 from .transforms import Operands, Viewer, copy_into

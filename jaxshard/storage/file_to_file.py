@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core.box import Box
 from ..core.ranges import Runs, block_dim, blocks, byte_runs
 from ..planning.bundles import Bundle
-from ..planning.cells import Cell, cells
-from ..planning.copies import TensorCopy, cell_blocks
+from ..planning.copies import Cell, TensorCopy, cell_blocks, cells
 from .io import Source, copy_bundle
 from .resources import BATCH_BLOCKS, Batch, Budget, Counts, WorkQueue, run_threads
 from .writers import OutputFiles

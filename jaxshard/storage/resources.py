@@ -15,8 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from ..core.box import Box
 from ..errors import LayoutError
-from ..planning.cells import Cell
-from ..planning.copies import BLOCK_BYTES, TILE_BYTES, TensorCopy
+from ..planning.copies import BLOCK_BYTES, TILE_BYTES, Cell, TensorCopy
 
 _BLOCKS_PER_WORKER = 8  # its block, its spare, and a span read with gaps (see ranges.coalesced)
 _TILES_PER_WORKER = 3  # what was read, what it becomes, and the block it goes into

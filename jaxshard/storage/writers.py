@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..core.garbage import paused
+from ..core.interpreter import paused
 from ..errors import LayoutError, NotFoundError, StorageError
 from ..formats.mindspore_ckpt import CRC_BYTES, crc_trailer
 from ..formats.output_files import Container

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from ..conversion.open import read_scalars
-from ..core.catalog import Catalog
-from ..core.notes import log_notes
+from ..core.catalog import Catalog, log_notes
 from ..distributed.barriers import Processes
 from ..errors import (
     CoverageError,

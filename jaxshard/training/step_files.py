@@ -18,9 +18,8 @@ import numpy as np
 
 from .. import rules as family_rules
 from ..conversion.targets import make_result
-from ..core.catalog import Catalog, Tensor
+from ..core.catalog import Catalog, Tensor, log_once
 from ..core.layout import Layout
-from ..core.notes import log_once
 from ..core.numpy_dtypes import stored_as
 from ..core.strategy import Strategy
 from ..devices.host_shards import Snapshot, SnapshotMode

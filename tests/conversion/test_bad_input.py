@@ -279,7 +279,7 @@ def test_a_missing_rank_without_a_replica_is_refused(good, capsys, tmp_path):
     command = ("merge", good / "cut", tmp_path / "out")
     for how in (command, ("plan", good / "cut", "--to", "full")):
         err = refused(capsys, tmp_path, 3, "of which the source holds", *how)
-        assert "15 more tensors lack some: " in err
+        assert "15 more tensors are incomplete: " in err
         assert err.endswith(" Fetch rank_1 or rank_3.\n")
     assert checkpoints.run("verify", good / "cut") == 3
     assert capsys.readouterr().out.count(" Fetch rank_1 or rank_3.\n") == 16

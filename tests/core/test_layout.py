@@ -78,11 +78,11 @@ def test_the_box_of_one_rank_needs_not_those_of_all(model):
 
 def test_boxes_of_many_ranks_are_not_kept_for_ever():
     """A strategy file may tell of thousands of ways to cut, each over as many ranks."""
-    ranks = layout_module._MOST_RANKS // 8
+    ranks = layout_module._MAX_CACHED_RANKS // 8
     for number in range(10):
         placement = Placement((("a", ranks // 2), ("b", 2)), (("b",),))
         assert len(placement.boxes((2 + 2 * number,))) == ranks
-        assert layout_module._RECENT_BOXES.weight <= layout_module._MOST_RANKS
+        assert layout_module._BOX_CACHE.weight <= layout_module._MAX_CACHED_RANKS
 
 
 def test_a_layout_knows_the_box_of_a_rank_in_any_stage():

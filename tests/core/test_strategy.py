@@ -98,7 +98,7 @@ def test_a_strategy_may_be_written_as_text_or_with_tp():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Strategy("dp2", pp=2), r"'dp2' and pp=2\. Say it in one way"),
+        (lambda: Strategy("dp2", pp=2), r"'dp2' and pp=2 are both given"),
         (lambda: Strategy("dp2", vocab_emb_dp=True), "vocab_emb_dp=True"),
         (lambda: Strategy(mp=4, tp=4), "mp=4 and tp=4 are the same axis"),
         (lambda: Strategy(2), "'2' is not a strategy"),

@@ -176,7 +176,7 @@ def test_trees_dtypes_and_stages_move_between_processes():
         assert "exchange" in answer["plan"]
         assert "narrower than a byte; between processes 0, 1, 2, 3" in answer["refused"]["int4"]
         assert "narrower than a byte; between processes 0, 1 they" in answer["refused"]["of two"]
-        assert "arrays in device, pinned_host memory are not moved" in answer["refused"]["memory"]
+        assert "arrays in device, pinned_host memory cannot be moved" in answer["refused"]["memory"]
         assert "inside one process" in answer["refused"]["views"]
         assert "from_processes=True" in answer["refused"]["host"]
 

@@ -67,7 +67,7 @@ def test_all_tensors_are_told_of_at_once():
         make_plan(catalog, outputs_of(catalog, target))
     assert str(caught.value) == (
         "t0: box [0:8, 0:4] has 32 elements, of which the source holds 24 in 3 shards. 8 more "
-        "tensors lack some: t1, t2, t3 and 5 more. Fetch rank_2."
+        "tensors are incomplete: t1, t2, t3 and 5 more. Fetch rank_2."
     )
 
 

@@ -56,7 +56,7 @@ def is_right(array, truth, sharding):
 def grid(index, count, first, step):
     """Random pairs of layouts over all devices, and over some: what was wrong, and by which way."""
     sys.path.append(str(Path(__file__).parents[1] / "resharding"))
-    from test_transfer_grid import PARTS, HostTraffic, pairs  # noqa: PLC0415 - needs devices
+    from test_resharding_grid import PARTS, HostTraffic, pairs  # noqa: PLC0415 - needs devices
 
     traffic = HostTraffic(pytest.MonkeyPatch())
     kinds, wrong, host_bytes, over = Counter(), [], 0, []

@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxshard.core.box import Box
-from jaxshard.resharding.compiled import common, paths
-from jaxshard.resharding.geometry import Move, device_boxes, is_contiguous, pieces, stays, traffic
+from jaxshard.resharding.compiled import common_mesh, paths
+from jaxshard.resharding.geometry import (
+    ShardingChange,
+    device_boxes,
+    is_contiguous,
+    stays,
+    traffic,
+    transfers,
+)
 from jaxshard.resharding.piecewise import WHOLE, positions, waves
 from jaxshard.resharding.routes import choose
 
@@ -40,14 +47,14 @@ def shardings(draw, num_dims=2):
 
 
 def move_of(source, target):
-    return Move((SIDE, SIDE), np.dtype(np.int8), source, target)
+    return ShardingChange((SIDE, SIDE), np.dtype(np.int8), source, target)
 
 
 @given(shardings(), shardings())
 def test_every_wanted_element_is_delivered_once_from_a_device_that_has_it(source, target):
     move = move_of(source, target)
     delivered = [np.zeros((SIDE, SIDE), int) for _ in move.target_boxes]
-    for piece in pieces(move):
+    for piece in transfers(move):
         assert move.source_boxes[piece.source].contains(piece.box)
         for t in piece.targets:
             delivered[t][piece.box.slices] += 1
@@ -139,7 +146,7 @@ def test_no_way_round_has_larger_shards_than_its_ends_and_the_shortest_comes_fir
 
 @given(shardings(), shardings())
 def test_a_common_mesh_says_both_shardings_in_other_words(source, target):
-    found = common(source, target, 2)
+    found = common_mesh(source, target, 2)
     if found is None:
         return
     for named, spec in ((source, found.source), (target, found.target)):
@@ -160,13 +167,13 @@ def test_a_common_mesh_says_both_shardings_in_other_words(source, target):
 def test_a_common_mesh_exists_where_the_order_permutes_digits(sizes, numbers, exists):
     source = NamedSharding(mesh((2, 4), ("a", "b"), range(8)), P("a"))
     target = NamedSharding(mesh(sizes, ("x", "y")[: len(sizes)], numbers), P("x"))
-    assert (common(source, target, 2) is not None) == exists
+    assert (common_mesh(source, target, 2) is not None) == exists
 
 
 def test_two_by_three_and_three_by_two_have_no_common_mesh():
     source = NamedSharding(mesh((2, 3), ("a", "b"), range(6)), P("a"))
-    assert common(source, NamedSharding(mesh((3, 2), ("x", "y"), range(6)), P("x")), 2) is None
-    assert common(source, NamedSharding(mesh((6,), ("x",), range(6)), P("x")), 2) is not None
+    assert common_mesh(source, NamedSharding(mesh((3, 2), ("x", "y"), range(6)), P("x")), 2) is None
+    assert common_mesh(source, NamedSharding(mesh((6,), ("x",), range(6)), P("x")), 2) is not None
 
 
 @given(st.tuples(*[st.tuples(st.integers(0, 3), st.integers(1, 4))] * 3))

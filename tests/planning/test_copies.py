@@ -11,7 +11,7 @@ from test_box import boxes, mask
 
 from jaxshard.core.box import Box
 from jaxshard.errors import CoverageError
-from jaxshard.planning.cells import cells
+from jaxshard.planning.copies import cells
 
 
 @given(models())

@@ -97,7 +97,7 @@ def test_donated_arrays_arrive_and_are_gone(ends, route):
     moved = reshard(array, target, donate=True, route=route)
     assert raw(moved) == value.tobytes()
     assert array.is_deleted()
-    with pytest.raises(LayoutError, match=r"donated or deleted.*Use what the earlier call"):
+    with pytest.raises(LayoutError, match=r"donated or deleted.*Use the result"):
         reshard(array, target)
 
 
@@ -317,14 +317,14 @@ def test_what_cannot_be_done_is_said_before_a_byte_moves(tree, target, error, wo
 def test_devices_that_are_not_here_are_named(monkeypatch):
     array = put(numbers((8,)), on(mp8(), "mp"))
     here = jax.devices()[:6]
-    monkeypatch.setattr("jaxshard.resharding.leaves.present", lambda platform: frozenset(here))
+    monkeypatch.setattr("jaxshard.resharding.present", lambda platform: frozenset(here))
     with pytest.raises(LayoutError, match=r"2 of 8 devices are not here: .*jax.devices"):
         reshard(array, on(mp8()))
 
 
 def test_a_route_that_is_none_or_cannot_do_it_is_refused():
     array = put(numbers((8, 8), "int4"), on(mp8(), "mp"))
-    with pytest.raises(LayoutError, match=r"'fast' is not one of auto, device, views"):
+    with pytest.raises(LayoutError, match=r"'fast': unknown .*auto, device, views"):
         reshard(array, on(mp8()), route="fast")
     with pytest.raises(LayoutError, match="int4 elements are narrower than a byte"):
         reshard({"w": array}, on(mp8(), None, "mp"), route="views")
@@ -359,7 +359,7 @@ def test_what_gather_and_reshard_cannot_take_is_said():
     mesh = jax.make_mesh((2, 4), ("dp", "mp"))
     with pytest.raises(LayoutError, match="a: a ndarray is on no device"):
         gather({"a": np.ones(3)})
-    with pytest.raises(LayoutError, match="'cpu:0' is a str, no device"):
+    with pytest.raises(LayoutError, match="'cpu:0' is a str"):
         gather({"a": jnp.ones(3)}, "cpu:0")
     with pytest.raises(LayoutError, match=r"the target is a mesh, .*'dp': 2"):
         reshard({"a": jnp.ones(3)}, mesh)

@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jaxshard.errors import LayoutError
 from jaxshard.resharding import cpu_route, gather, prepare_reshard, reshard
-from jaxshard.resharding.resharder import Donated
+from jaxshard.resharding.resharder import DonatedShards
 
 P = PartitionSpec
 ROUTES = ("auto", "device")
@@ -116,7 +116,7 @@ def test_serving_weights_live_through_a_step_that_donates_its_own_if_they_are_co
 
 def test_sources_are_given_up_or_live_on_but_not_both():
     array = made(on(dp2mp4(), "mp"))
-    with pytest.raises(LayoutError, match="Choose one"):
+    with pytest.raises(LayoutError, match="Set one"):
         reshard(array, on(dp2mp4()), donate=True, copy=True)
 
 
@@ -146,13 +146,13 @@ def test_donation_frees_each_array_before_the_next_is_moved(route, monkeypatch):
     source, target = MOVING["other devices"]()
     tree = [made(source) for _ in range(6)]
     alive = []
-    moved = Donated.moved
+    moved = DonatedShards.moved
 
     def watched(donated, *args):
         moved(donated, *args)
         alive.append(sum(not x.is_deleted() for x in tree))
 
-    monkeypatch.setattr(Donated, "moved", watched)
+    monkeypatch.setattr(DonatedShards, "moved", watched)
     monkeypatch.setattr(cpu_route, "_AHEAD_BYTES", 0)
     filling = []
     start = cpu_route._start

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxshard.resharding import compiled as compiled_route
 from jaxshard.resharding import cpu_route, prepare_reshard, reshard
 from jaxshard.resharding import piecewise as piece_plan
-from jaxshard.resharding.compiled import common
-from jaxshard.resharding.geometry import Move, all_device_boxes
+from jaxshard.resharding.compiled import common_mesh
+from jaxshard.resharding.geometry import ShardingChange, all_device_boxes
 from jaxshard.resharding.routes import choose, piece_limit
 
 BITS = np.dtype("bfloat16")
@@ -153,21 +153,21 @@ def largest_intermediate(shape, source, target):
     """Bytes of it on one device, read from the compiled programs or counted from the pieces."""
     described = jax.ShapeDtypeStruct(shape, BITS, sharding=source)
     largest = prepare_reshard(described, target, route="device").plan.leaves[0].largest_bytes
-    for step in choose(Move(shape, BITS, source, target), "device").steps:
-        if step.kind == "compiled":
-            program = compiled_route.program((step.move,))
+    for leg in choose(ShardingChange(shape, BITS, source, target), "device").legs:
+        if leg.kind == "compiled":
+            program = compiled_route.program((leg.move,))
             text = program.executable.compiled.as_text()
             memory = program.executable.compiled.memory_analysis()
-            assert memory.argument_size_in_bytes == step.move.source_shard_bytes
-            assert memory.output_size_in_bytes == step.move.target_shard_bytes
+            assert memory.argument_size_in_bytes == leg.move.source_shard_bytes
+            assert memory.output_size_in_bytes == leg.move.target_shard_bytes
             # all temporaries together: what is sent and what has come are there at once
-            assert memory.temp_size_in_bytes <= 2.25 * step.move.shard_bytes
+            assert memory.temp_size_in_bytes <= 2.25 * leg.move.shard_bytes
             arrays = re.findall(r"\[([\d,]+)\]\{", text)
             sizes = [prod(map(int, dims.split(","))) for dims in arrays]
             largest = max(largest, BITS.itemsize * max(sizes))
-        elif step.kind == "pieces":
-            waves = piece_plan.waves(step.move, piece_limit(step.move))
-            largest = max([largest, *(recounted(step.move, wave) for wave in waves)])
+        elif leg.kind == "pieces":
+            waves = piece_plan.waves(leg.move, piece_limit(leg.move))
+            largest = max([largest, *(recounted(leg.move, wave) for wave in waves)])
     return largest
 
 
@@ -259,7 +259,7 @@ def test_the_bound_is_one_that_xla_alone_exceeds():
     mesh = Mesh(devices().reshape(2, 2, 2), ("a", "b", "c"))
     source = NamedSharding(mesh, PartitionSpec("b", "a"))
     target = NamedSharding(mesh, PartitionSpec(("b", "c", "a"), None))
-    move = Move((184, 184), BITS, source, target)
+    move = ShardingChange((184, 184), BITS, source, target)
     assert compiled_route.program((move,)).executable.largest_bytes >= 2 * move.shard_bytes
     plan = prepare_reshard(
         jax.ShapeDtypeStruct(move.shape, BITS, sharding=source), target, route="device"
@@ -272,11 +272,13 @@ def test_xla_alone_exceeds_the_bound_for_about_a_fifth_of_the_pairs_it_can_do():
     exceeding = []
     for kind in PARTS:
         for shape, source, target in pairs(kind):
-            move = Move(shape, BITS, source, target)
-            ends = common(source, target, len(shape))
+            move = ShardingChange(shape, BITS, source, target)
+            ends = common_mesh(source, target, len(shape))
             if ends is None or choose(move, "device").kind not in ("compiled", "pieces"):
                 continue
-            direct = Move(shape, BITS, ends.sharding(ends.source), ends.sharding(ends.target))
+            direct = ShardingChange(
+                shape, BITS, ends.sharding(ends.source), ends.sharding(ends.target)
+            )
             largest = compiled_route.program((direct,)).executable.largest_bytes
             exceeding.append(largest > 1.25 * move.shard_bytes)
     print(f"{sum(exceeding)} of {len(exceeding)}")

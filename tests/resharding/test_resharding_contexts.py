@@ -142,7 +142,7 @@ def test_threads_take_turns_where_devices_wait_for_each_other(locked, monkeypatc
     planned = prepare_reshard(array, line(range(8), None, "z"), route="device")
     assert planned.plan.leaves[0].kind == "compiled"
     together, one_at_a_time, met = threading.Barrier(2), threading.Lock(), []
-    call = compiled.Program.__call__
+    call = compiled.CompiledProgram.__call__
 
     def watched(program, arrays):
         with suppress(threading.BrokenBarrierError):  # nobody else came in
@@ -150,7 +150,7 @@ def test_threads_take_turns_where_devices_wait_for_each_other(locked, monkeypatc
         with one_at_a_time:
             return jax.block_until_ready(call(program, arrays))
 
-    monkeypatch.setattr(compiled.Program, "__call__", watched)
+    monkeypatch.setattr(compiled.CompiledProgram, "__call__", watched)
     if not locked:  # the twin: both come in, and are seen to
         monkeypatch.setattr(resharder, "_ALONE", nullcontext())
     in_two_threads(lambda: planned(array))
