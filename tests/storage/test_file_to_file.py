@@ -9,11 +9,11 @@ import sys
 import checkpoints
 import numpy as np
 import pytest
-from jaxshard.planning.cells import cells
 
 import jaxshard as js
 from jaxshard.core.box import Box
 from jaxshard.errors import FormatError
+from jaxshard.planning.copies import cells
 from jaxshard.storage import (
     file_to_file,
     fs,
