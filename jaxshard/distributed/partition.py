@@ -41,7 +41,8 @@ class Part:
         if not 0 <= self.index < self.count:
             raise LayoutError(
                 f"process {self.index} of {self.count}: processes are numbered from 0 to "
-                f"{self.count - 1}. Check --process-index and --process-count, or the Part given."
+                f"{self.count - 1}. Check process_index= (--process-index) and process_count= "
+                "(--process-count)."
             )
 
     def __str__(self) -> str:
@@ -165,9 +166,13 @@ def part_of(
     if index is None or count is None:
         given, missing = ("index", "count") if count is None else ("count", "index")
         raise LayoutError(
-            f"--process-{given} needs --process-{missing} too; auto takes both from the job."
+            f"process_{given}= (--process-{given}) needs process_{missing}= (--process-{missing}). "
+            "Pass both, or auto, which reads both from the job."
         )
-    return Part(_number("--process-index", index), _number("--process-count", count))
+    return Part(
+        _number("process_index= (--process-index)", index),
+        _number("process_count= (--process-count)", count),
+    )
 
 
 def from_jax() -> Part | None:

@@ -124,8 +124,8 @@ def test_the_part_is_as_said_or_as_the_job_says(index, count, environ, part):
 @pytest.mark.parametrize(
     ("index", "count", "environ", "said"),
     [
-        ("1", None, {}, "needs --process-count"),
-        (None, "2", {}, "needs --process-index"),
+        ("1", None, {}, "needs process_count="),
+        (None, "2", {}, "needs process_index="),
         ("2", "2", {}, "numbered from 0 to 1"),
         ("auto", "auto", {}, "SLURM_PROCID"),
         ("x", "2", {}, "not a number"),
