@@ -83,10 +83,9 @@ class FileLayout:
 
     def spans(self, name: str, offset: int, length: int) -> tuple[tuple[int, int], ...]:
         """Return (file offset, length) of ``length`` bytes of a tensor from byte ``offset``."""
-        starts = self.chunks.get(name)
-        if starts is None:
+        if name not in self.chunks:
             return ((self.offsets[name] + offset, length),)
-        out = list[tuple[int, int]]()
+        out, starts = list[tuple[int, int]](), self.chunks[name]
         while length:
             number, into = divmod(offset, self.chunk_bytes)
             part = min(length, self.chunk_bytes - into)

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 import jaxshard as js
 from jaxshard import mindformers
-from jaxshard.core.decoders import MAX_YAML_BYTES, parse_toml, parse_yaml
+from jaxshard.core.decoders import (
+    MAX_YAML_BYTES,
+    as_int,
+    as_ints,
+    as_list,
+    as_object,
+    parse_toml,
+    parse_yaml,
+)
 from jaxshard.storage.fs import (
     read_bytes,
     read_text,
@@ -132,3 +140,24 @@ def test_mutated_texts_end_in_values_or_in_errors_of_jaxshard():
     assert not failures, failures[:3]
     assert ended["decoded"] > 100
     assert ended["FormatError"] > 100
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    [
+        (as_object, [{}, {"a": 1}], [None, [], "a"]),
+        (as_list, [[], [1]], [None, {}, "a", 1]),
+        (lambda v, s: as_list(v, s, 1), [[], [{}]], [[1, 2]]),
+        (lambda v, s: as_int(v, s, 0, 9), [0, 9], [-1, 10, True, 1.0, "1", None]),
+        (lambda v, s: as_ints(v, s, 0, 9), [[], [0, 9]], [[-1], [10], [True], [1.0], None, 1]),
+    ],
+)
+def test_json_fields_of_another_type_or_range_are_refused_by_name(check, good, bad):
+    for value in good:
+        found = check(value, "f.json: n")
+        assert (list(found) if isinstance(found, tuple) else found) == value
+    for value in bad:
+        with pytest.raises(
+            js.FormatError, match=r"^f.json: n is .* \(expected .*\)\. Fetch the file"
+        ):
+            check(value, "f.json: n")

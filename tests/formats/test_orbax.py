@@ -26,7 +26,6 @@ from jaxshard.conversion.execute import execute
 from jaxshard.conversion.open import open_checkpoint
 from jaxshard.conversion.prepare import prepare
 from jaxshard.errors import FormatError, LayoutError, StorageError
-from jaxshard.formats.folder import is_orbax, orbax_item_folder
 from jaxshard.formats.orbax import (
     OrbaxItem,
     quiet,
@@ -305,14 +304,6 @@ def test_damaged_data_is_an_error_with_the_name(tmp_path):
         load(catalog, jax.devices()[0])
     with pytest.raises(FormatError, match="Orbax cannot read w"):
         convert(catalog, tmp_path / "out")
-
-
-def test_several_steps_are_not_one_checkpoint():
-    steps = ["1/default/_METADATA", "2/default/_METADATA"]
-    assert is_orbax(steps)
-    with pytest.raises(FormatError, match="2 items or steps"):
-        orbax_item_folder(steps)
-    assert not is_orbax(["model.safetensors", "a/b/c/_METADATA"])
 
 
 def test_an_existing_checkpoint_is_refused_like_any_other(tmp_path):

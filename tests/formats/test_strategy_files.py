@@ -221,31 +221,6 @@ def test_a_raw_file_whose_names_all_look_merged_is_raw_if_its_stage_says_so() ->
     assert (stage.number, list(stage.params)) == (3, ["0-w", "1-w"])
 
 
-def test_json_says_the_same() -> None:
-    strategies = sf.Strategies({s: sf.Stage(s, "x", {"w-1": W, "n": N}) for s in (0, 1)})
-    back = sf.read(MemoryFolder({"s.json": sf.json_file(strategies)}))
-    assert {s: v.params for s, v in back.stages.items()} == {
-        0: {"w-1": W, "n": N},
-        1: {"w-1": W, "n": N},
-    }
-    nested = ParamLayout((2, 2), ((1, 0), (-1,)))
-    with pytest.raises(
-        LayoutError, match="JSON strategies cannot express a dim split over several"
-    ):
-        sf.json_file(sf.Strategies({0: sf.Stage(0, "x", {"w": nested})}))
-
-
-def test_json_of_one_rank_is_read() -> None:
-    text = b"""{"current_stage": 2,
-        "parallel_strategy_item": {"MatMul": {"stage": 1, "parallel_strategy": [[2, 1], [2, 1]]}},
-        "parallel_layout_item": {"w": {"dev_matrix": [4, 2], "tensor_map": [0, -1],
-            "param_split_shape": [], "indices_offset": [], "field": 0,
-            "opt_weight_shard_step": 2, "opt_weight_shard_size": 2}}}"""
-    (stage,) = sf.read(MemoryFolder({"s.json": text})).stages.values()
-    assert stage.number == 1
-    assert stage.params == {"w": ParamLayout((4, 2), ((0, -1),), 2, 2)}
-
-
 @pytest.mark.parametrize(
     ("files", "error", "why"),
     [
