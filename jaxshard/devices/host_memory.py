@@ -1,10 +1,11 @@
 """Page-aligned host memory: allocation, pre-faulting and reuse of large regions.
 
-    arenas   regions are cut one after the other from larger pieces, so that they lie together
-             on huge pages; each is given back by itself
-    reuse    a region that nobody holds any more is kept, and told to the system as free
-             (MADV_FREE): it takes the pages when it needs them, and until then a region
-             of the same size costs nothing. The process still *looks* as large.
+    arenas   regions are allocated consecutively from larger mappings, so that they share huge
+             pages; each is unmapped by itself
+    reuse    a released region is cached and marked with MADV_FREE: the kernel may reclaim its
+             pages, and until then a region of the same size needs no page faults. The resident
+             size of the process does not shrink.
+    pinned   buffers for transfers to CUDA devices are registered with the driver
 
 Linux only; elsewhere NumPy allocates.
 """
@@ -32,11 +33,11 @@ from ..core.numpy_dtypes import Bytes
 
 HUGE_BYTES = 2 << 20
 
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: Python has no name for it
-_STEP_BYTES = 8 << 20  # of small pages: what one call asks for
-_SLOW_S = 0.0015  # what the small pages take that a huge one stands for; clearing it: 0.0002
-_THERE_S = 0.00002  # it was there already
-_LAST = 8  # how many pages the mean is about
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which the mmap module lacks
+_STEP_BYTES = 8 << 20  # of small pages per call
+_SLOW_S = 0.0015  # faults of the small pages of one huge page; zeroing it takes 0.0002
+_THERE_S = 0.00002  # the page was resident
+_LAST = 8  # pages in the running mean
 _LEAST_SMALL_BYTES = 64 << 20
 _MOST_SMALL_BYTES = 1 << 30
 _FAILED = ctypes.c_void_p(-1).value
@@ -44,7 +45,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 @lru_cache(maxsize=1)
 def linux() -> ctypes.CDLL | None:
-    """The C library, where it is Linux's."""
+    """Return the C library on Linux; None elsewhere."""
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None, use_errno=True)
@@ -57,10 +58,10 @@ def linux() -> ctypes.CDLL | None:
 
 
 def reserve(library: ctypes.CDLL, num_bytes: int, *, huge: bool) -> int:
-    """The address of ``num_bytes`` that have no pages yet, on a huge page's boundary.
+    """Map ``num_bytes`` without pages at a huge-page boundary; return the address.
 
     Raises:
-        MemoryError: the system refuses.
+        MemoryError: mmap failed.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     wide = num_bytes + HUGE_BYTES
@@ -72,40 +73,40 @@ def reserve(library: ctypes.CDLL, num_bytes: int, *, huge: bool) -> int:
         library.munmap(address, start - address)
     if address + wide > start + num_bytes:
         library.munmap(start + num_bytes, address + wide - start - num_bytes)
-    # a wish: kernels without huge pages refuse it
+    # advice: kernels without huge pages return an error
     library.madvise(start, num_bytes, mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     return int(start)
 
 
 def populate(library: ctypes.CDLL, start: int, end: int, step_bytes: int = _STEP_BYTES) -> None:
-    """Have the pages from ``start`` to ``end`` there; kernels before 5.14 refuse: then not."""
+    """Fault in the pages from ``start`` to ``end``; a no-op on kernels before 5.14."""
     for at in range(start, end, step_bytes):
         library.madvise(at, min(step_bytes, end - at), _POPULATE_WRITE)
 
 
 class Pace:
-    """Which pages are taken next, by how quickly the last huge ones came.
+    """Choice of huge or small pages by the latency of recent huge-page faults.
 
-    Threads share it without a lock: the worst that a race does is one more trial.
+    Threads share it without a lock: a race costs one more measurement.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._mean_s = 0.0  # what a huge page takes, the last ones counting most
-        self._small_bytes = 0  # left to be taken as small pages
+        self._mean_s = 0.0  # exponential mean of a huge-page fault
+        self._small_bytes = 0  # remaining bytes for small pages
         self._next_small_bytes = _LEAST_SMALL_BYTES
 
     def is_huge(self, num_bytes: int) -> bool:
-        """Whether the next ``num_bytes`` are to lie on huge pages."""
+        """Return whether the next ``num_bytes`` should use huge pages."""
         if self._small_bytes <= 0:
             return True
         self._small_bytes -= num_bytes
         return False
 
     def prepare(self, library: ctypes.CDLL, start: int, end: int, last: int) -> None:
-        """Have the pages from ``start`` to ``end`` there, of memory on huge pages up to ``last``.
+        """Fault in the pages from ``start`` to ``end`` of memory on huge pages up to ``last``.
 
-        Where they come slowly, what is left up to ``last`` is laid on small ones.
+        If huge pages are slow, the rest up to ``last`` uses small ones.
         """
         while start < end:
             stop = min(end, start // HUGE_BYTES * HUGE_BYTES + HUGE_BYTES)
@@ -118,7 +119,7 @@ class Pace:
             start = stop
 
     def _is_slow(self, took_s: float) -> bool:
-        """Learn from one huge page; whether small ones are better for a while."""
+        """Record the latency of one huge page; return whether small ones are faster for now."""
         if took_s < _THERE_S:
             return False
         self._mean_s += (took_s - self._mean_s) / _LAST
@@ -126,38 +127,38 @@ class Pace:
             if took_s < _SLOW_S:
                 self._next_small_bytes = _LEAST_SMALL_BYTES
             return False
-        self._mean_s = _SLOW_S  # one quick page is then enough to go on with huge ones
+        self._mean_s = _SLOW_S  # one fast page then returns to huge ones
         if self._small_bytes <= 0:
             self._small_bytes = self._next_small_bytes
             self._next_small_bytes = min(2 * self._next_small_bytes, _MOST_SMALL_BYTES)
         return True
 
 
-# --- Regions: large pieces of memory from the system, and what becomes of them afterwards
+# --- Regions: large allocations, cached for reuse after their release
 
-MIN_REGION_BYTES = 256 << 10  # below, NumPy's own memory is as good
+MIN_REGION_BYTES = 256 << 10  # NumPy is as fast below
 
 _ARENA_BYTES = 256 << 20
 
 Prepare = Callable[[int, int], None]
 """``prepare(offset, num_bytes)`` of a region."""
 
-_kept: dict[int, list[int]] = {}  # size -> addresses; every step on it is atomic
+_kept: dict[int, list[int]] = {}  # size -> addresses; every operation on it is atomic
 _pace = Pace()
 
 
 class _RegionArena:
-    """A piece of memory that regions are cut from, one after the other."""
+    """Bump allocator of regions."""
 
     def __init__(self, *, huge: bool) -> None:
         self._huge = huge
         self._at, self._left, self._lock = 0, 0, threading.Lock()
 
     def cut(self, library: ctypes.CDLL, size: int) -> int:
-        """The address of ``size`` fresh bytes.
+        """Return the address of ``size`` unused bytes.
 
         Raises:
-            MemoryError: the system refuses.
+            MemoryError: mmap failed.
         """
         with self._lock:
             if size > self._left:
@@ -177,13 +178,13 @@ _arenas = {huge: _RegionArena(huge=huge) for huge in (False, True)}
 
 
 def region(num_bytes: int) -> tuple[NDArray[np.uint8], Prepare | None]:
-    """Memory of ``num_bytes`` that starts on a page, of any content.
+    """Allocate ``num_bytes`` of uninitialized memory at a page boundary.
 
-    If it is fresh, also what has the pages of a part of it there, at once: one call
-    costs less than a fault for each of them.
+    If its pages are not resident, also return a function that faults in a range of them: one
+    call is cheaper than a fault per page.
 
     Raises:
-        MemoryError: the system refuses.
+        MemoryError: mmap failed.
     """
     library = linux()
     if library is None:
@@ -203,7 +204,7 @@ def region(num_bytes: int) -> tuple[NDArray[np.uint8], Prepare | None]:
 
 
 def _prepare(library: ctypes.CDLL, address: int, last: int, offset: int, num_bytes: int) -> None:
-    """Have the pages of some bytes of a region there; ``last``: its end, if on huge pages."""
+    """Fault in a range of a region; ``last``: its end, if it is on huge pages."""
     start = address + offset // mmap.PAGESIZE * mmap.PAGESIZE
     end = address + _in_pages(offset + num_bytes)
     if last:
@@ -217,7 +218,7 @@ def _in_pages(num_bytes: int) -> int:
 
 
 class _Region:
-    """Who holds it holds the region; with it gone, the region is kept or given back."""
+    """Owns one region. On deletion the region is cached for reuse or unmapped."""
 
     __slots__ = ("_address", "_size")
 
@@ -239,7 +240,7 @@ class _Region:
 
 @clears
 def forget() -> None:
-    """Unmap all regions that are kept for reuse."""
+    """Unmap all cached regions."""
     library = linux()
     for size in list(_kept):
         for address in _kept.pop(size, []):
@@ -248,7 +249,7 @@ def forget() -> None:
 
 
 def kept_bytes() -> int:
-    """Bytes of all regions that are kept for reuse."""
+    """Bytes of all cached regions."""
     return sum(size * len(held) for size, held in list(_kept.items()))
 
 
@@ -291,14 +292,14 @@ def is_aligned(memory: Bytes) -> bool:
 
 # --- Pinned host memory and a pool of transfer buffers
 
-_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: for all contexts, so for all devices
+_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned in all contexts
 
 Pin = Callable[[int, int], Callable[[], None] | None]
-"""``pin(address, num_bytes)``: what unpins it, or None if it could not be pinned."""
+"""``pin(address, num_bytes)`` returns a function that unpins it; None if pinning failed."""
 
 
 def pin_for(device: jax.Device) -> Pin | None:
-    """How memory is pinned for ``device``; None where it is no CUDA device or has no driver."""
+    """Return the function that pins memory for ``device``; None without a CUDA driver."""
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return None
     driver = _driver()
@@ -321,7 +322,7 @@ def _pin(
 
 
 class _Current:
-    """The context that calls of this thread are about, while it is open."""
+    """Context manager that makes a CUDA context current in this thread."""
 
     def __init__(self, driver: ctypes.CDLL, context: ctypes.c_void_p) -> None:
         self._driver, self._context = driver, context
@@ -347,9 +348,9 @@ def _driver() -> ctypes.CDLL | None:
 
 @lru_cache(maxsize=64)
 def _context(driver: ctypes.CDLL, ordinal: int) -> ctypes.c_void_p | None:
-    """The context that JAX uses on that device too; asking for it makes it only if none is there.
+    """Retain the primary context of the device, which JAX uses as well.
 
-    It is never let go of: it lives as long as JAX's backend.
+    It is never released: it lives as long as JAX's backend.
     """
     device, context = ctypes.c_int(), ctypes.c_void_p()
     if driver.cuDeviceGet(ctypes.byref(device), ordinal):
@@ -365,13 +366,13 @@ ARENA_BYTES = 64 << 20
 
 
 class BufferPool:
-    """At most ``most_bytes`` of memory, or as much as one tensor needs if that is more.
+    """Pool of at most ``max_bytes``, or the size of one larger buffer.
 
-    Threads may give while one takes.
+    Other threads may give while one takes.
     """
 
-    def __init__(self, most_bytes: int, pin: Pin | None = None) -> None:
-        self._most, self._pin = most_bytes, pin
+    def __init__(self, max_bytes: int, pin: Pin | None = None) -> None:
+        self._max, self._pin = max_bytes, pin
         self._arenas: list[_BufferArena] = []
         self._stopped = False
         self._changed = threading.Condition()
@@ -382,13 +383,13 @@ class BufferPool:
         return sum(arena.memory.size for arena in self._arenas)
 
     def take(self, num_bytes: int) -> Bytes | None:
-        """Memory of that length, on a cache line; None if all was stopped meanwhile."""
+        """Return an aligned buffer; wait for one if necessary. None if the pool was stopped."""
         size = -(-max(num_bytes, 1) // ALIGNMENT) * ALIGNMENT
         with self._changed:
             while (place := self._place(size)) is None:
                 if self._make_room(size):
                     self._arenas.append(
-                        _BufferArena(max(size, min(ARENA_BYTES, self._most)), self._pin)
+                        _BufferArena(max(size, min(ARENA_BYTES, self._max)), self._pin)
                     )
                 elif self._stopped:
                     return None
@@ -397,20 +398,20 @@ class BufferPool:
         return place[:num_bytes]
 
     def give(self, memory: Bytes) -> None:
-        """Take back what was taken; nobody may look at it any more."""
+        """Return a buffer to the pool; the caller must not use it again."""
         with self._changed:
             address = memory.ctypes.data
             next(arena for arena in self._arenas if arena.holds(address)).free(address)
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Wake whoever waits: nothing more will be given back."""
+        """Wake the threads that wait in `take`: no buffer will be returned."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Unpin all, and let go of it; nothing may be on its way to a device."""
+        """Unpin and release all memory; no transfer may be in flight."""
         for arena in self._arenas:
             arena.close()
         self._arenas.clear()
@@ -419,12 +420,12 @@ class BufferPool:
         return next((p for arena in self._arenas if (p := arena.cut(size)) is not None), None)
 
     def _make_room(self, size: int) -> bool:
-        """Whether another arena may be made, without those in which nothing lies if need be."""
-        wanted = max(size, min(ARENA_BYTES, self._most))
-        if self.num_bytes + wanted > self._most:
+        """Return True if a new arena fits, evicting idle arenas if necessary."""
+        wanted = max(size, min(ARENA_BYTES, self._max))
+        if self.num_bytes + wanted > self._max:
             idle = [arena for arena in self._arenas if arena.is_idle]
             left = self.num_bytes - sum(arena.memory.size for arena in idle)
-            if left and left + wanted > self._most:
+            if left and left + wanted > self._max:
                 return False
             for arena in idle:
                 arena.close()
@@ -433,7 +434,7 @@ class BufferPool:
 
 
 class _BufferArena:
-    """One piece of memory, and what of it is in use: (start, end), in order."""
+    """First-fit allocator in one (pinned) region; used ranges are (start, end), in order."""
 
     def __init__(self, num_bytes: int, pin: Pin | None) -> None:
         self.memory, prepare = region(num_bytes)
@@ -451,7 +452,7 @@ class _BufferArena:
         return 0 <= address - self._address < self.memory.size
 
     def cut(self, size: int) -> Bytes | None:
-        """The first free bytes of that length."""
+        """Return the first free range of ``size`` bytes; None if there is not one."""
         for number, (start, end) in enumerate(self._gaps()):
             if end - start >= size:
                 self._used.insert(number, (start, start + size))
@@ -466,7 +467,7 @@ class _BufferArena:
             self._unpin()
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
-        """Before each part that is used, and after the last; some are empty."""
+        """Yield the free ranges, of which some are empty."""
         at = 0
         for start, end in self._used:
             yield at, start

@@ -1,10 +1,15 @@
-"""Copying device arrays to host memory.
+"""Copies of device arrays to host memory, whole or in chunks.
 
-    CPU     NumPy looks at the memory where it is
-    GPUs    into pinned memory, which the device writes by itself, and NumPy looks at that
-    others  as NumPy asks JAX for it
+    CPU     NumPy aliases the array
+    GPUs    the device writes to pinned memory, which NumPy aliases
+    others  ``np.asarray``
 
-A GPU writes to memory that is not pinned at a fortieth of the speed (docs/decisions/033).
+A GPU writes to pageable memory at a fortieth of the speed (docs/decisions/033). A chunk is one run
+of its shard's bytes: whole rows, or part of a row that is too long. So the memory per chunk follows
+from the budget and not from the tensor.
+
+    shard (2, 4, 8), at most 16 elements per chunk
+    [0, 0:2, 0:8]  [0, 2:4, 0:8]  [1, 0:2, 0:8]  [1, 2:4, 0:8]
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ _PINNED = "pinned_host"
 
 
 def is_on_host(shard: jax.Array) -> bool:
-    """Whether the host sees the memory of ``shard`` as it sees its own."""
+    """Return whether the memory of ``shard`` is host memory."""
     return _are_hosts(shard.sharding)
 
 
@@ -53,10 +58,9 @@ def _are_hosts(sharding: Sharding) -> bool:
 
 
 def to_host(shards: Sequence[jax.Array]) -> list[NDArray[Any]]:
-    """What single-device arrays hold, all on their way at once; complete when this returns.
+    """Copy single-device arrays to the host concurrently; block until all copies are complete.
 
-    What is returned may be the arrays' own memory where they lie on the host, and is read-only.
-    The arrays do not keep it.
+    The results are read-only, and may alias arrays in host memory. The arrays do not cache them.
     """
     alone = [_apart(shard) for shard in shards]
     sent = [_sent(array) for array in alone]
@@ -64,19 +68,19 @@ def to_host(shards: Sequence[jax.Array]) -> list[NDArray[Any]]:
 
 
 def _apart(shard: jax.Array) -> jax.Array:
-    """The same memory as another array: JAX keeps what was read back with what it was read of."""
+    """Return an alias of ``shard``, because JAX caches the host copy in the array."""
     return jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
 
 
 def _sent(array: jax.Array) -> jax.Array:
-    """``array`` on its way to where the host sees it, if that is quicker than reading it."""
+    """Start the copy of ``array``, to pinned memory if the device is a GPU."""
     (device,) = array.devices()
     if device.platform != "gpu" or array.sharding.memory_kind == _PINNED:
         array.copy_to_host_async()
         return array
     try:
         sent: jax.Array = jax.device_put(array, SingleDeviceSharding(device, memory_kind=_PINNED))
-    except jax.errors.JaxRuntimeError:  # no such memory, or no more of it
+    except jax.errors.JaxRuntimeError:  # unsupported or exhausted
         return array
     return sent
 
@@ -87,58 +91,58 @@ def _seen(sent: jax.Array, array: jax.Array) -> NDArray[Any]:
     except jax.errors.JaxRuntimeError:
         if sent is array:
             raise
-        return np.asarray(array)  # there was too little pinned memory after all
+        return np.asarray(array)  # pinned memory ran out
 
 
 # --- Device-to-host copies in chunks, within a memory budget
 
-_MOST_BYTES = 8 << 20  # of one part: longer transfers are no faster
-_LEAST_PARTS = 2  # a thread: the one it reads, and the next
-_MOST_SHARDS = 8  # of one tensor that a thread reads from in turns (columns), each a part
+_MAX_CHUNK_BYTES = 8 << 20  # longer transfers are not faster
+_MIN_CHUNKS = 2  # per thread: the one it reads, and the next
+_MAX_SHARDS = 8  # of a tensor that a thread reads in turns (columns), with one chunk each
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkBudget:
-    """How many parts are kept on the host, and the bytes of the largest."""
+    """Maximum number of cached chunks, and bytes per chunk."""
 
     parts: int = 16
-    part_bytes: int = _MOST_BYTES
+    part_bytes: int = _MAX_CHUNK_BYTES
 
 
 def share_out(host_bytes: int, workers: int, num_shards: int) -> tuple[Budget, ChunkBudget]:
-    """Memory for the engine's blocks, and for parts of shards: together ``host_bytes`` at most.
+    """Divide ``host_bytes`` into the engine's blocks and the chunks of shards.
 
     Args:
-        host_bytes: what there is.
-        workers: the most threads.
-        num_shards: the most distinct shards of an array that must be fetched; 0 if none must.
+        host_bytes: the budget.
+        workers: maximum number of threads.
+        num_shards: maximum number of distinct shards of one array on devices; 0 without any.
 
     Raises:
-        LayoutError: it is not enough for one thread.
+        LayoutError: the budget is too small for one thread.
     """
     if not num_shards:
         return fit_budget(host_bytes, workers, LENT_BLOCK_BYTES), ChunkBudget()
     if host_bytes < 2 * LEAST_BYTES:
         raise LayoutError(
             f"host_bytes={host_bytes}: one thread needs {LEAST_BYTES} bytes for its blocks, "
-            "and as many for what comes from the devices. Give "
+            "and as many for transfers from devices. Pass "
             f"host_bytes={2 * LEAST_BYTES} or more."
         )
     budget = fit_budget(max(LEAST_BYTES, host_bytes // 4), workers, LENT_BLOCK_BYTES)
-    parts = budget.workers * max(_LEAST_PARTS, min(num_shards, _MOST_SHARDS))
-    # a part that had to go lives on while a thread still reads it: one more for each
+    parts = budget.workers * max(_MIN_CHUNKS, min(num_shards, _MAX_SHARDS))
+    # an evicted chunk lives until its thread has read it: one more per thread
     each = (host_bytes - budget.host_bytes) // (parts + budget.workers)
-    return budget, ChunkBudget(parts, min(_MOST_BYTES, each))
+    return budget, ChunkBudget(parts, min(_MAX_CHUNK_BYTES, each))
 
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """How a shard is cut into parts.
+    """Division of a shard into chunks.
 
     Attributes:
         shape: of the shard.
-        dim: each part has a range of it; it is whole in the dims after, one thick before.
-        rows: how many indices of that dim a part has; the last of a row may have fewer.
+        dim: each chunk has a range of it, one index of the dims before, and all of those after.
+        rows: indices of that dim per chunk; the last may have fewer.
         row_bits: stored bits of one such index.
     """
 
@@ -148,7 +152,7 @@ class Chunking:
     row_bits: int
 
     def holding(self, offset: int) -> tuple[int, Box]:
-        """The part that holds stored byte ``offset``: its first byte, and its box.
+        """Return the first byte and the box of the chunk that has stored byte ``offset``.
 
         >>> Chunking((2, 4, 8), dim=1, rows=2, row_bits=64).holding(50)
         (48, Box(start=(1, 2, 0), stop=(2, 4, 8)))
@@ -167,9 +171,9 @@ class Chunking:
 
 
 def chunking_of(shape: tuple[int, ...], kind: DType, part_bytes: int) -> Chunking:
-    """How a shard of ``shape`` is cut so that no part takes more than ``part_bytes``.
+    """Divide a shard of ``shape`` into chunks of at most ``part_bytes``.
 
-    Two elements that share a byte where they are stored stay together.
+    Two elements that share a stored byte are in the same chunk.
 
     >>> from ..core.dtypes import dtype
     >>> chunking_of((8, 1024), dtype("F32"), part_bytes=2048)
@@ -189,9 +193,9 @@ def chunking_of(shape: tuple[int, ...], kind: DType, part_bytes: int) -> Chunkin
 
 
 class ChunkCache:
-    """Parts of shards that have come from their device, the last used kept.
+    """LRU cache of chunks on the host, fetched from their device on a miss.
 
-    Safe to use from several threads; a part is fetched once, unless it had to go meanwhile.
+    Thread-safe: threads that need the same chunk wait for one fetch.
     """
 
     def __init__(
@@ -203,7 +207,7 @@ class ChunkCache:
         self._lock = threading.Lock()
 
     def holding(self, number: int, shard: jax.Array, kind: DType, offset: int) -> tuple[int, Bytes]:
-        """The part of shard ``number`` that holds its byte ``offset``, and where it starts."""
+        """Return the chunk of shard ``number`` that has byte ``offset``, and its first byte."""
         cut = self._cuts.get(number)
         if cut is None:
             cut = self._cuts[number] = chunking_of(tuple(shard.shape), kind, self._room.part_bytes)
@@ -222,7 +226,7 @@ class ChunkCache:
         return start, part.result()
 
     def clear(self) -> None:
-        """Let go of all parts."""
+        """Drop all chunks."""
         with self._lock:
             self._parts.clear()
 
@@ -234,20 +238,20 @@ class ChunkCache:
         except BaseException as error:
             with self._lock:
                 self._parts.pop(key, None)
-            part.set_exception(error)  # others may wait for it
+            part.set_exception(error)  # for threads that wait for it
             raise
 
     def _make_room(self) -> None:
-        """Let parts go that were not used for longest; those on their way stay."""
+        """Evict the least recently used chunks, except those in flight."""
         over = len(self._parts) - self._room.parts + 1
         for key in [k for k, part in self._parts.items() if part.done()][: max(0, over)]:
             del self._parts[key]
 
 
 def fetch(shard: jax.Array, box: Box, cut: Chunking) -> NDArray[np.generic]:
-    """The elements of ``box``, one of the parts of ``cut``, of a single-device array.
+    """Return the elements of ``box``, a chunk of ``cut``, of a single-device array.
 
-    All parts are sliced by one compiled program: the last of a row begins early, and is trimmed.
+    One compiled program slices all chunks: a shorter last chunk starts earlier, and is trimmed.
     """
     wide = shard.dtype.itemsize == 8 or max(cut.shape, default=0) >= 1 << 31
     with jax.enable_x64(True) if wide else nullcontext():

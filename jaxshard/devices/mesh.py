@@ -54,14 +54,14 @@ def named_sharding(name: str, mesh: Mesh | AbstractMesh, spec: PartitionSpec) ->
     """The sharding of the array ``name``.
 
     Raises:
-        LayoutError: the spec is none for the mesh.
+        LayoutError: the spec does not fit the mesh.
     """
     try:
         return NamedSharding(mesh, spec)
     except ValueError as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise LayoutError(
-            f"{name}: {spec} is none for a mesh of {dict(mesh.shape)}: {why}."
+            f"{name}: {spec} does not fit a mesh of {dict(mesh.shape)}: {why}."
         ) from None
 
 
@@ -255,7 +255,7 @@ def _stage_ranks(num_ranks: int, placements: Collection[Placement]) -> int:
 
 
 def _by_stages(placement: Placement, stage: int) -> tuple[Placement, ...]:
-    """What lies whole on several stages, stage by stage, as strategy files say it."""
+    """Return one placement per stage for a tensor replicated on several, as in strategy files."""
     if placement.num_ranks <= stage:
         return (placement,)
     firsts = range(placement.first_rank, placement.ranks.stop, stage)
@@ -281,14 +281,14 @@ def _devices(array: _Array) -> _Devices:
         return found if len(found) > 1 else ()
     if len(named.device_set) > 1 and not named.is_fully_replicated:
         raise LayoutError(
-            f"an array of shape {array.shape} has a {type(named).__name__}, which does not say how "
-            "it lies on a mesh. Give arrays NamedShardings."
+            f"an array of shape {array.shape} has a {type(named).__name__} (expected a "
+            "NamedSharding). Reshard it to a mesh."
         )
     return ()
 
 
 def _ranks(meshes: Iterable[_Devices]) -> _Devices:
-    """The device of each rank; stages, which are equally large, come by their devices' numbers."""
+    """Return the device of each rank; stages of equal size are ordered by device id."""
     found = sorted((m for m in meshes if m), key=lambda m: (-len(m), [d.id for d in m]))
     if not found:
         return (jax.devices()[0],)
@@ -297,8 +297,8 @@ def _ranks(meshes: Iterable[_Devices]) -> _Devices:
         if set(mesh) & set(ranks):
             if not set(mesh) <= set(ranks):
                 raise LayoutError(
-                    f"arrays lie on meshes that overlap: {len(mesh)} devices of which "
-                    f"{len(set(mesh) - set(ranks))} are outside the others' {len(ranks)}. Give "
+                    f"the meshes of the arrays overlap: {len(mesh)} devices, of which "
+                    f"{len(set(mesh) - set(ranks))} are not among the other {len(ranks)}. Pass "
                     "strategy=, or put all arrays on one mesh or on stages of it."
                 )
         else:
@@ -321,14 +321,14 @@ def _placements(name: str, array: _Array, mesh: _Devices, ranks: _Devices) -> tu
             return tuple(replace(stage, first_rank=f) for f in firsts if f is not None)
     if first is None:
         raise LayoutError(
-            f"{name} lies on {len(mesh)} devices that are no run of the {len(ranks)} ranks. Give "
-            "strategy=, or put it on the mesh of the others."
+            f"{name}: its {len(mesh)} devices are not consecutive among the {len(ranks)} ranks. "
+            "Pass strategy=, or put it on the mesh of the other arrays."
         )
     return (replace(whole, first_rank=first),)
 
 
 def _found_at(mesh: _Devices, ranks: _Devices) -> int | None:
-    """The rank from which on ``mesh`` lies."""
+    """Return the rank of the first device of ``mesh``; None if they are not consecutive."""
     for first in range(len(ranks) - len(mesh) + 1):
         if ranks[first : first + len(mesh)] == mesh:
             return first

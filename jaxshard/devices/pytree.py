@@ -152,14 +152,14 @@ def is_key(value: Any) -> bool:
 
 
 def keys_of(value: Any) -> Keys:
-    """What the keys ``value`` are, or those that it describes.
+    """Return the generator and data type of random keys, or of their description.
 
     >>> keys_of(jax.random.key(0)).generator
     'threefry2x32'
     """
     generators = []
 
-    def data_of(keys: jax.Array) -> jax.Array:  # a description has no public way to say it
+    def data_of(keys: jax.Array) -> jax.Array:  # ShapeDtypeStruct has no public attribute for it
         generators.append(jax.random.key_impl(keys))
         return jax.random.key_data(keys)
 

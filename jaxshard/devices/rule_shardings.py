@@ -42,7 +42,7 @@ def target_of(
         return strategy_shardings(tree, target, devices=devices, rules=rules)
     if devices is not None or rules is not None:
         raise LayoutError(
-            f"devices and rules go with a strategy; a {type(target).__name__} says all by itself."
+            f"devices= and rules= are only valid with a strategy, not with {type(target).__name__}."
         )
     return target
 
@@ -54,10 +54,10 @@ def strategy_shardings(
     devices: Sequence[jax.Device] | None = None,
     rules: Rules | None = None,
 ) -> Mapping[str, NamedSharding]:
-    """The sharding of each leaf of ``tree`` under ``strategy``, by its name.
+    """Return the sharding of each leaf of ``tree`` under ``strategy``, by its name.
 
-    A leaf's name is its path, joined by dots (see ``trees``). ``rules`` go before those of the
-    family that the names tell, or stand alone where they tell none.
+    A leaf's name is its path joined by dots (see ``pytree``). ``rules`` take precedence over those
+    of the family that the names match; without such a family they are the only ones.
 
     Raises:
         LayoutError: names without a rule, dims that do not divide, too few devices.

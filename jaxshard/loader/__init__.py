@@ -1,10 +1,10 @@
-"""Loading: from a checkpoint to arrays on devices.
+"""Loading a checkpoint to arrays on devices.
 
-    what is wanted  →  its distinct shards  →  the engine fills their memory  →  arrays
-     targeting             wanted                  carrying, memory              placing
+    target            →  requests  →  filled buffers      →  arrays
+    target_shardings     requests     read, shard_memory     make_arrays
 
-Each process reads exactly the bytes of its own devices' distinct shards, once. What can
-be said from headers is said before the first of them is read.
+Each process reads the bytes of its own devices' distinct shards, once. Everything that headers
+can tell is checked before any tensor is read.
 """
 
 from __future__ import annotations
@@ -88,76 +88,76 @@ def load(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     counted: Callable[[Counts], None] | None = None,
 ) -> Any:
-    """The tensors of a checkpoint as arrays: ``{name: jax.Array}``, or the tree given as target.
+    """Load a checkpoint as ``{name: jax.Array}``, or as the tree that is the target.
 
     Arrays can be donated, and do not depend on the files (but see ``mmap``). On CPU devices
-    they are the memory that was read into, which replicas share (but see ``copy``); small ones
-    that lie together are copied, so that none keeps the memory of thousands.
+    they alias the buffers that were read, which replicas share (but see ``copy``). Small adjacent
+    tensors are copied, so that no array keeps the buffer of thousands alive.
 
     Args:
         source: a checkpoint, or its path.
-        target: where everything goes. A strategy (``"dp2mp4"``), a ``Layout``, strategy
-            files, or a ``Mesh``: by the rules of the model's family. ``"same"``: as the source's
-            ranks have it. A ``Sharding`` or a
-            device: all tensors alike. A function of the name. Or a tree whose leaves are
-            shardings, ``PartitionSpec``s, or arrays and ``jax.ShapeDtypeStruct``s with a
-            sharding: the result is that tree, and the name of a leaf is its path, joined by
-            dots; other leaves stay as they are. Random keys are loaded where the tree has keys,
-            otherwise as their data.
-        devices: the devices of the ranks, in order; or the mesh that specs are about.
-        rules: layout rules that go before the family's own.
-        dtype: what tensors of 16- to 64-bit floats become; other tensors keep their dtype.
-        include: regular expressions; only tensors that one of them is found in are taken.
-        exclude: regular expressions; tensors that one of them is found in are left out.
-        host_bytes: the most host memory for what is in flight, the arrays of CPU devices
-            not counted; by default 256 MiB, and for other devices at least two tensors.
-        strict: refuse a tree that the checkpoint does not fill, or whose leaves leave tensors
-            out. If not, leaves without a tensor stay as they are.
-        name_of: the tensor's name for a leaf's path. Two leaves may name one tensor (tied
-            weights): it is read once, and each gets an array.
-        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
-            fused, stacked and transposed tensors are read only where they are needed.
-        mmap: use tensors where they lie in the files, if they are aligned as files written by
-            jaxshard are. Nobody may change those files in place while the arrays live: what
-            is written there shows through, and truncating one kills the process.
-        copy: have arrays on CPU devices in memory of XLA's own, each replica in its own. XLA
-            writes to no other: the first step to which other arrays are donated makes new
-            ones, and memory is twice the arrays until it is done. Slower, by a copy.
-        src_strategy: the strategy files of a source cut into ranks.
-        suffix: which of several files a rank the source has.
-        workers: threads; by default one a core, at most 8.
-        balanced: of several processes, none reads what another does; what they hold in common
-            goes from device to device. All of them must call this alike.
-        verify: compare the files that are read with their checksums first, which reads them
-            whole: those of ``checksums.json`` (written by ``save(checksums=True)``, ``convert``
-            …), of ``.ckpt`` files, or Orbax's own. Files without any are refused.
-        timeout_s: of several processes whose devices the target has, how long they wait for each
-            other to have opened the source; they compare what they see, and refuse two
-            checkpoints. With ``balanced``, also how long they wait for each other to have read.
-        counted: is told the counts of what was read.
+        target: the sharding of each tensor. A strategy (``"dp2mp4"``), a ``Layout``, strategy
+            files, or a ``Mesh``: by the rules of the model's family. ``"same"``: that of the
+            source's ranks. A ``Sharding`` or a device: the same for all tensors. A function of
+            the name. Or a tree whose leaves are shardings, ``PartitionSpec``s, or arrays and
+            ``jax.ShapeDtypeStruct``s with a sharding: the result is that tree, and the name of a
+            leaf is its path joined by dots; other leaves are returned unchanged. Random keys are
+            loaded as keys if the tree has keys, otherwise as their data.
+        devices: the devices of the ranks, in order; or the mesh of the specs.
+        rules: layout rules that take precedence over those of the family.
+        dtype: the dtype of floating-point tensors of 16 to 64 bits; others keep their dtype.
+        include: regular expressions; load only the names in which one matches.
+        exclude: regular expressions; do not load the names in which one matches.
+        host_bytes: maximum host memory in flight, without the arrays on CPU devices. The default
+            is 256 MiB, and for other devices at least two tensors.
+        strict: refuse a tree with leaves that the checkpoint lacks, or without tensors that it
+            has. Otherwise leaves without a tensor are returned unchanged.
+        name_of: returns the tensor's name for a leaf's path. Two leaves may have one name (tied
+            weights): the tensor is read once, and each leaf gets an array.
+        names: a mapping to other names and shapes, or an argument of ``mapping.find_mapping``.
+            Only the needed parts of fused, stacked and transposed tensors are read.
+        mmap: alias tensors in memory-mapped files if they are aligned, as in files written by
+            jaxshard. No process may change these files in place while the arrays live: the
+            arrays change as well, and truncating a file kills the process.
+        copy: copy arrays on CPU devices to memory that XLA allocates, each replica to its own.
+            XLA writes in place only to such memory: with other arrays, the first step that
+            they are donated to needs memory for the arrays twice. Slower by one copy.
+        src_strategy: the strategy files of a source of rank files.
+        suffix: selects one of several files per rank.
+        workers: threads; by default one per core, at most 8.
+        balanced: each byte is read by one process only, and common shards are sent from device
+            to device. All processes must call this with the same arguments.
+        verify: first compare all files that are read with their checksums: those in
+            ``checksums.json`` (written by ``save(checksums=True)``, ``convert`` …), in ``.ckpt``
+            files, or Orbax's. Files without a checksum are refused.
+        timeout_s: how long the processes with devices of the target wait for each other to open
+            the source, which must be the same for all. With ``balanced``, also how long they wait
+            for each other to read it.
+        counted: called with the read statistics.
 
     Raises:
-        NotFoundError: no checkpoint there, or names are missing on either side.
-        FormatError: a file is not what it claims to be, or changed while being read.
-        CoverageError: the source lacks part of a tensor, or weights that strategy files tell of;
-            or processes opened different checkpoints.
+        NotFoundError: the checkpoint does not exist, or names are missing on either side.
+        FormatError: a file is invalid, damaged, or changed during the load.
+        CoverageError: the source lacks part of a tensor, or weights of its strategy files; or
+            processes opened different checkpoints.
         LayoutError: the target does not fit the tensors, the devices or the memory.
-        StorageError: the disk refused, or another process failed or did not come in time.
+        StorageError: the disk fails, or another process failed or did not arrive in time.
     """
     if mmap and copy:
         raise LayoutError(
-            "mmap=True uses tensors where they lie in the files, copy=True copies them to memory "
-            "of their own. Choose one."
+            "mmap=True aliases the files, and copy=True copies the tensors. Pass only one."
         )
     everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
-    is_asked = everyone.are_several and not balanced
-    together = everyone.of(sharers(target, devices)) if is_asked else everyone
+    may_differ = everyone.are_several and not balanced
+    together = everyone.of(sharers(target, devices)) if may_differ else everyone
     catalog = _opened_alike(source, src_strategy, suffix, together)
 
     def compare(wants: Sequence[ArrayRequest]) -> None:
-        if is_asked and not together.are_several:
+        if may_differ and not together.are_several:
             known = everyone.of(of_shardings(want.sharding for want in wants))
-            _check_same(catalog, known)  # a function of the name said only now where they go
+            _check_same(
+                catalog, known
+            )  # the participants of a function of the name are known only now
 
     options = LoadOptions(
         devices=devices,
@@ -188,7 +188,7 @@ def _opened_alike(
     suffix: str | None,
     processes: Processes,
 ) -> Catalog:
-    """``source``, opened by all ``processes``, which see one checkpoint (errors as ``load``)."""
+    """Open ``source`` in all ``processes``, and check that they see one checkpoint."""
     processes = processes.about(str(getattr(source, "root", source)))
     with processes.together("loading: opening") as meeting:
         catalog = opened(source, src_strategy=src_strategy, suffix=suffix)
@@ -201,9 +201,9 @@ def _opened_alike(
 
 def _check_same(catalog: Catalog, processes: Processes) -> None:
     if processes.are_several:
-        others = processes.about(catalog.root)
-        said = others.all_gather("loading: which checkpoint", identity(catalog))
-        check_same(said, catalog.root, processes.members)
+        meeting = processes.about(catalog.root)
+        identities = meeting.all_gather("loading: which checkpoint", identity(catalog))
+        check_same(identities, catalog.root, processes.members)
 
 
 def load_opened(
@@ -266,7 +266,7 @@ def _requests(
 def _read(
     catalog: Catalog, wants: Sequence[ArrayRequest], options: LoadOptions, extra_bytes: int
 ) -> tuple[list[jax.Array], Counts]:
-    """The arrays of ``wants``, in their order; ``extra_bytes`` more will be needed afterwards."""
+    """Read the arrays of ``wants``; ``extra_bytes`` of host memory are needed afterwards."""
     small, rest = small_of(wants, mmap=options.mmap, fetched=is_remote(catalog.root))
     found = requests_of([wants[place] for place in rest])
     todo = [request for request, _ in found]
@@ -316,7 +316,7 @@ def _check_sums(catalog: Catalog, files: Source, used: Iterable[int], options: L
 
 
 def _pin_for(todo: Sequence[TensorRequest]) -> Pin | None:
-    """How memory is pinned that passes to the devices of these requests."""
+    """Return the function that pins transfer buffers for the devices of ``todo``."""
     devices = (device for request in todo for use in request.uses for device, _ in use[:1])
     return next((pin for device in devices if (pin := pin_for(device))), None)
 
@@ -333,7 +333,7 @@ def _explaining_lost_ranks(catalog: Catalog) -> Iterator[None]:
             raise
         raise CoverageError(
             f"{error} Of {catalog.layout.num_ranks} ranks, {catalog.root} has {len(have)}: "
-            f"{format_list(map(str, sorted(have)))}. Where hosts share no disk, each process loads "
-            "what was saved by it, onto the same devices; for another layout, copy the other "
-            "ranks' folders here."
+            f"{format_list(map(str, sorted(have)))}. If hosts share no disk, each process loads "
+            "its own save onto the same devices; for another layout, copy the other ranks' folders "
+            "here."
         ) from None

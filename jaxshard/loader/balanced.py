@@ -1,13 +1,13 @@
 """Balanced loads: each byte is read by one process and sent to the others.
 
-For storage that is slower than the network between the hosts. A tensor of which several
-processes hold the same shard is first read cut further, so that nobody reads what
-another does; then the devices put the wanted shards together.
+For storage that is slower than the network between the hosts. If several processes hold the
+same shard of a tensor, it is first read with a finer sharding, so that each byte is read once;
+then the devices gather the requested shards.
 
     wanted     process 0  |---- w ----|     process 1  |---- w ----|
     read       process 0  |-- w --|         process 1          |-- w --|
 
-Everybody decides alike from the shardings, and does the same in the same order.
+All processes compute the same from the shardings, and run the same programs in the same order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .requests import ArrayRequest, adopts
 
 
 def spread(wants: Sequence[ArrayRequest]) -> list[ArrayRequest]:
-    """What to read so that no two processes read the same: ``wants`` with other shardings."""
+    """Return ``wants`` with shardings of which no two processes read the same byte."""
     found, turns = [], 0
     for want in wants:
         shape = want.tensor.shape
@@ -37,7 +37,7 @@ def spread(wants: Sequence[ArrayRequest]) -> list[ArrayRequest]:
             found.append(want)
             continue
         finer = _finer(want.sharding, shape)
-        if finer is None:  # too small to cut: one replica reads it for all, and they take turns
+        if finer is None:  # too small to split: one replica reads it for all, in turns
             finer = _one_replica(want.sharding, turns)
             turns += 1
         found.append(want if finer is None else replace(want, sharding=finer))
@@ -45,7 +45,7 @@ def spread(wants: Sequence[ArrayRequest]) -> list[ArrayRequest]:
 
 
 def gathered(arrays: Sequence[jax.Array], wants: Sequence[ArrayRequest]) -> list[jax.Array]:
-    """The arrays as they are wanted, from what ``spread`` had read; nothing goes over a host."""
+    """Reshard the arrays from the shardings of `spread` to those of ``wants``, on the devices."""
     moved = [n for n, w in enumerate(wants) if arrays[n].sharding != w.sharding]
     found = list(arrays)
     if moved:
@@ -58,7 +58,7 @@ def gathered(arrays: Sequence[jax.Array], wants: Sequence[ArrayRequest]) -> list
 
 
 def kept_bytes(first: Sequence[ArrayRequest], wants: Sequence[ArrayRequest]) -> int:
-    """Host memory that the arrays take on CPU devices once they are put together."""
+    """Return the host memory of the gathered arrays on CPU devices."""
     total = 0
     for before, want in zip(first, wants, strict=True):
         if before.sharding != want.sharding:
@@ -70,7 +70,7 @@ def kept_bytes(first: Sequence[ArrayRequest], wants: Sequence[ArrayRequest]) -> 
 
 @cached(4096)
 def is_shared(named: Sharding, shape: tuple[int, ...]) -> bool:
-    """Whether several processes hold one shard."""
+    """Return whether several processes hold the same shard."""
     holders: dict[object, set[int]] = {}
     for device, box in all_device_boxes(named, shape).items():
         holders.setdefault(box, set()).add(device.process_index)
@@ -79,7 +79,7 @@ def is_shared(named: Sharding, shape: tuple[int, ...]) -> bool:
 
 @cached(4096)
 def _finer(named: Sharding, shape: tuple[int, ...]) -> NamedSharding | None:
-    """``named`` cut further by all its replicas, so that every device holds something else."""
+    """Return ``named`` split further by all its replicas; None if it is not divisible."""
     if not isinstance(named, NamedSharding):
         return None
     finer = cut_by_replicas(placement_of(named), shape)
@@ -87,7 +87,7 @@ def _finer(named: Sharding, shape: tuple[int, ...]) -> NamedSharding | None:
 
 
 def _one_replica(named: Sharding, turn: int) -> NamedSharding | None:
-    """``named`` on those of its devices alone that together hold each shard once."""
+    """Return ``named`` on one replica of its devices, chosen by ``turn``."""
     if not isinstance(named, NamedSharding):
         return None
     placement = placement_of(named)

@@ -1,4 +1,4 @@
-"""SmallArrays tensors of a load: read together, placed by one ``device_put``.
+"""Small tensors of a load: adjacent ones are one read and one ``device_put``.
 
     file     |abc|def|ghi|         one read for all
     arrays   a  b  c  d  …         one ``device_put`` for all that go to the same devices
@@ -34,7 +34,7 @@ _Kind = tuple[Sharding, NumpyDType]
 
 @dataclass(frozen=True)
 class SmallArrays:
-    """The bundles of a load.
+    """Bundles of small tensors of a load.
 
     Attributes:
         bundles: their ``ranks`` are indices into ``kinds``.
@@ -50,7 +50,7 @@ class SmallArrays:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the arrays take in all devices' memory together."""
+        """Bytes of the arrays on all devices."""
         found = 0
         for bundle in self.bundles:
             for number in bundle.ranks:
@@ -58,11 +58,11 @@ class SmallArrays:
         return found
 
     def files(self) -> Iterator[int]:
-        """The numbers of the files that are read, some of them several times."""
+        """Yield the numbers of the files to read, with repetitions."""
         return (span.piece.file for bundle in self.bundles for span in bundle.reads)
 
     def samples(self) -> Iterator[tuple[str, NumpyDType, jax.Device]]:
-        """For each kind the name of a tensor of it, the dtype, and a device that gets it."""
+        """Yield the name of one tensor, the dtype and one device of each kind."""
         names = {n: bundle.names[0] for bundle in self.bundles for n in bundle.ranks}
         for number, name in names.items():
             sharding, dtype = self.kinds[number]
@@ -73,9 +73,9 @@ class SmallArrays:
 def small_of(
     wants: Sequence[ArrayRequest], *, mmap: bool = False, fetched: bool = False
 ) -> tuple[SmallArrays, list[int]]:
-    """What of ``wants`` is read in bundles, and the places of all others.
+    """Return the bundles of ``wants``, and the indices of all other wants.
 
-    With ``mmap``, tensors that can be used where they lie in their files are left out.
+    With ``mmap``, tensors that can be aliased in their files are not bundled.
     """
     if fetched:  # ahead, by the engine
         return SmallArrays((), (), {}, {}), list(range(len(wants)))
@@ -125,7 +125,7 @@ def _first_byte(tensor: Tensor) -> tuple[int, int]:
 def load_small(
     small: SmallArrays, source: Source, arrays: dict[int, jax.Array], *, workers: int
 ) -> Counts:
-    """Read the bundles, and put each array at the place of its want in ``arrays``."""
+    """Read the bundles, and store each array in ``arrays`` by the index of its want."""
     counts = [Counts() for _ in range(min(workers, len(small.bundles)))]
 
     def work(number: int) -> Callable[[WorkQueue[Bundle]], None]:
@@ -162,7 +162,7 @@ def _carried(
         with keeping_64_bits(dtype.itemsize):
             made = jax.device_put(values, sharding)
         if not adopts(_devices(sharding)):
-            jax.block_until_ready(made)  # so that few bundles are on their way at a time
+            jax.block_until_ready(made)  # bounds the bundles in flight
         for name, array in zip(bundle.names, made, strict=True):
             for place, kind in small.wants[name]:
                 if kind == number:
@@ -174,7 +174,7 @@ def _carried(
 def _stored(
     bundle: Bundle, tensors: dict[str, Tensor], buffer: Bytes
 ) -> Iterator[NDArray[np.generic]]:
-    """Each tensor's elements, as they are stored and where no device would use them in place."""
+    """Yield each tensor's stored elements, at addresses that no device aliases."""
     base = buffer.ctypes.data
     dtypes: dict[str, NumpyDType] = {}
     for name, start, length in zip(bundle.names, bundle.starts, bundle.lengths, strict=True):

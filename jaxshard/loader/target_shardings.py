@@ -2,8 +2,8 @@
 
 "dp2mp4", a Strategy, a Layout,      every tensor, by the rules of its family
 strategy files, a Mesh
-a Sharding, a Device                 every tensor alike
-a function of the name               every tensor as it says
+a Sharding, a Device                 the same for every tensor
+a function of the name               every tensor by its result
 a tree of shardings, of specs, or    the tree itself, with arrays for leaves; the name of
 of jax.ShapeDtypeStruct              a leaf is its path
 """
@@ -55,7 +55,7 @@ from ..formats.strategy_files import for_tensors
 from ..rules import Rules
 from .requests import ArrayRequest, Devices, LoadOptions, LoadRequest
 
-# --- Targets: from what a person asks for to one want for each array
+# --- Targets
 
 _HALVES = ("bfloat16", "float16")
 
@@ -104,16 +104,16 @@ def _is_tree(target: Any) -> bool:
 
 
 def _own_ranks(ranks: Sequence[jax.Device]) -> frozenset[int]:
-    """The ranks whose devices are this process's."""
+    """Return the ranks whose devices belong to this process."""
     here = jax.process_index()
     return frozenset(r for r, device in enumerate(ranks) if device.process_index == here)
 
 
 def _read_target(catalog: Catalog, target: Any) -> Any:
-    """``target``, read if it is a path or a word.
+    """Parse ``target`` if it is a path or a text.
 
     Raises:
-        LayoutError: as the source is cut, and it is complete; or a word that is no strategy.
+        LayoutError: ``"same"`` for a complete source, or an invalid strategy.
     """
     if not isinstance(target, str | os.PathLike):
         return target
@@ -121,15 +121,15 @@ def _read_target(catalog: Catalog, target: Any) -> Any:
         layout = same_layout(catalog)
         if layout is None:
             raise LayoutError(
-                f"{SAME} is as the ranks of a checkpoint are cut, and {catalog.root} is complete. "
-                "Give a strategy, a device or shardings."
+                f"{SAME!r} is the layout of a source of rank files, and {catalog.root} is "
+                "complete. Pass a strategy, a device or shardings."
             )
         return layout
     return parse_target(target, ())
 
 
 def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[str], Any]:
-    """The sharding of each name, as strategy files place it."""
+    """Return the sharding of each name by strategy files."""
     shapes = {t.name: t.shape for t in catalog.tensors.values()}
     layout = _with_scalars(for_tensors(target, shapes), catalog)
     unplaced = sorted(n for n in catalog.tensors if not layout.placements.get(n))
@@ -144,10 +144,10 @@ def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[
 
 
 def asked_dtype(target: Any, dtype: Any) -> str | None:
-    """NumPy's name of the float that values computed on their way should have; None if unsaid.
+    """Return NumPy's name of the dtype for computed values; None if the target has none.
 
-    Of several that the leaves of a tree ask for it is one that holds the values of each, so
-    that every leaf is rounded once.
+    If the leaves of a tree have several, it is one that represents the values of each, so that
+    every leaf is rounded once.
     """
     if dtype is not None:
         return str(np.dtype(dtype).name)
@@ -161,7 +161,7 @@ def asked_dtype(target: Any, dtype: Any) -> str | None:
 def _by_rules(
     catalog: Catalog, target: Mesh | Strategy, devices: Devices, rules: Rules | None
 ) -> tuple[Layout, Sequence[jax.Device], Callable[[str], Any]]:
-    """The layout that the rules make, the device of each rank, and the sharding of each name."""
+    """Return the layout by rules, the device of each rank, and the sharding of each name."""
     if isinstance(target, Mesh):
         layout, ranks, found = mesh_shardings(catalog, target, rules)
         return layout, ranks, found.__getitem__
@@ -171,7 +171,7 @@ def _by_rules(
 
 
 def _by_name(target: Any) -> Callable[[str], Any] | None:
-    """A sharding for each name, where the target is no tree."""
+    """Return the sharding of each name, unless the target is a tree."""
     if isinstance(target, jax.Device):
         target = SingleDeviceSharding(target)
     if isinstance(target, Sharding | PartitionSpec):
@@ -182,7 +182,7 @@ def _by_name(target: Any) -> Callable[[str], Any] | None:
 
 
 def _with_scalars(layout: Layout, catalog: Catalog) -> Layout:
-    """``layout`` with the tensors that are no weights on every rank."""
+    """Return ``layout`` with all non-weights replicated on every rank."""
     everywhere = (Placement((("all", layout.num_ranks),)),)
     added = {n: everywhere for n in catalog.scalars if n not in layout.placements}
     return replace(layout, placements={**layout.placements, **added})
@@ -252,7 +252,7 @@ def _tree(
     problems.unexpected += [name for name in catalog.tensors if name not in known]
     if not names:
         raise LayoutError(
-            f"a target of type {type(target).__name__} without shardings is none. Give a strategy "
+            f"a target of type {type(target).__name__} must contain shardings. Pass a strategy "
             "such as dp2mp4, a Mesh, a Sharding, a function of the name, or a tree of "
             "jax.ShapeDtypeStruct or shardings."
         )
@@ -276,10 +276,10 @@ def _tree(
 def _names(
     target: Any, leaves: Sequence[tuple[str, Any]], name_of: Callable[[str], str] | None
 ) -> dict[int, tuple[str, str]]:
-    """For each leaf that is about a tensor, its name, and that with all keys of its path."""
+    """Return the name of each tensor leaf, and its name with all keys of its path."""
     found = {}
     for number, ((path, leaf), whole) in enumerate(zip(leaves, whole_paths(target), strict=True)):
-        # others, functions and numbers, are parts of the model that are no weights
+        # functions and numbers are parts of the model, but not weights
         if isinstance(leaf, Sharding | PartitionSpec | jax.Device) or is_array_like(leaf):
             name = name_of(path) if name_of else path
             found[number] = name, name if name_of else whole
@@ -287,7 +287,7 @@ def _names(
 
 
 def _keys(name: str, leaf: Any, catalog: Catalog) -> Keys:
-    """The keys that a leaf asks for.
+    """Return the random keys of a leaf.
 
     Raises:
         LayoutError: those of the checkpoint are of another generator.
@@ -302,7 +302,7 @@ def _keys(name: str, leaf: Any, catalog: Catalog) -> Keys:
 
 
 def _of_keys(catalog: Catalog, names: Iterable[str]) -> tuple[str, ...]:
-    """A note on those of ``names`` that are keys, and are loaded as their data."""
+    """Return a note on the random keys among ``names``, which are loaded as their data."""
     found = [f"{name} ({catalog.keys[name]})" for name in names if name in catalog.keys]
     if not found:
         return ()
@@ -320,10 +320,10 @@ def _want(
     like: Any,
     cast: NumpyDType | None,
 ) -> ArrayRequest:
-    """The want of one tensor, checked.
+    """Return the checked request of one tensor.
 
     Raises:
-        LayoutError: it cannot be; the name and the numbers are said.
+        LayoutError: it does not fit the tensor, with the name and the numbers.
     """
     if like is not None and tuple(like.shape) != tensor.shape:
         raise LayoutError(
@@ -335,7 +335,7 @@ def _want(
 
 
 def _dtype(name: str, tensor: Tensor, like: Any, cast: NumpyDType | None) -> NumpyDType:
-    """The dtype of the array: as asked for, or as stored."""
+    """Return the dtype of the array: the requested or the stored one."""
     try:
         wanted = numpy_dtype(tensor.dtype)
     except LayoutError as error:
@@ -346,8 +346,8 @@ def _dtype(name: str, tensor: Tensor, like: Any, cast: NumpyDType | None) -> Num
         wanted = np.dtype(like.dtype)
     if not can_become(tensor.dtype, wanted):
         raise LayoutError(
-            f"{name}: stored as {tensor.dtype}, asked for as {wanted.name}. Only floats of 16 to "
-            "64 bits become each other here; ask for what is stored, and cast on the device."
+            f"{name}: stored as {tensor.dtype}, requested as {wanted.name}. Only floats of 16 to "
+            "64 bits are converted during a load. Load the stored dtype, and cast on the device."
         )
     return wanted
 
@@ -365,21 +365,21 @@ def _sharding(name: str, place: Any, devices: Devices) -> Sharding:
     if place is None and len(only) == 1:
         return SingleDeviceSharding(only[0])
     raise LayoutError(
-        f"{name}: the target gives no sharding ({type(place).__name__}) and there are {len(only)} "
-        "devices. Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+        f"{name}: the target has no sharding ({type(place).__name__}), and there are {len(only)} "
+        "devices. Pass jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
     )
 
 
 def _mesh(name: str, devices: Devices) -> Mesh:
-    """The mesh that specs are about: the one given, or the one in use."""
+    """Return the mesh of the specs: the argument, or the current one."""
     if isinstance(devices, Mesh):
         return devices
     current = jax.sharding.get_mesh()
     if isinstance(current, Mesh) and current.size > 1:
         return current
     raise LayoutError(
-        f"{name}: a PartitionSpec needs a mesh with devices. Give devices=mesh, load inside "
-        "jax.set_mesh(mesh), or give a NamedSharding."
+        f"{name}: a PartitionSpec needs a mesh with devices. Pass devices=mesh, load inside "
+        "jax.set_mesh(mesh), or pass a NamedSharding."
     )
 
 
@@ -406,7 +406,7 @@ def _listed(devices: Devices) -> Sequence[jax.Device] | None:
 
 
 def sharers(target: Any, devices: Devices) -> frozenset[int]:
-    """The processes that ``target`` has devices of; see ``load`` for the arguments.
+    """Return the processes with devices of ``target``; see ``load`` for the arguments.
 
     Of a function of the name nothing is known before it is called: then there are none.
     """
@@ -417,7 +417,7 @@ def sharers(target: Any, devices: Devices) -> frozenset[int]:
 
 
 def of_shardings(shardings: Iterable[Sharding]) -> frozenset[int]:
-    """The processes that have devices of ``shardings``."""
+    """Return the processes with devices of ``shardings``."""
     return _processes(device for named in set(shardings) for device in named.device_set)
 
 
@@ -446,7 +446,7 @@ def _devices(target: Any, devices: Devices) -> Iterable[Any]:
 
 
 def _place(leaf: Any) -> Any:
-    """Where a leaf says that its array is to be; None if it does not."""
+    """Return the sharding or device of a leaf; None if it has none."""
     if isinstance(leaf, Sharding | PartitionSpec | jax.Device):
         return leaf
     return getattr(leaf, "sharding", None)

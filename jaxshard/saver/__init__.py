@@ -1,9 +1,9 @@
-"""Saving: from arrays on devices to files, without gathering.
+"""Saving arrays on devices to files, without gathering.
 
-    arrays  →  a catalog of shards  →  the same plan as from files  →  each at its final offset
+    arrays  →  a catalog of shards  →  the same plan as from files  →  writes at final offsets
 
-Files are laid out from shapes first. Every distinct shard is written once, straight from
-where the host sees it; the result appears whole or not at all.
+File layouts follow from the shapes. Each distinct shard is written once, directly from host memory
+where possible, and the result is published atomically.
 """
 
 from __future__ import annotations
@@ -87,53 +87,52 @@ def save(
     single_process: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Report:
-    """Write the arrays of ``tree`` as a checkpoint at ``path``; what was done.
+    """Write the arrays of ``tree`` as a checkpoint at ``path``; return a report.
 
-    Where there are several processes of JAX, all of them call this alike, each writes its
-    share, and they meet before the result appears. What is on the host process 0 writes.
+    If JAX runs several processes, all of them call this with the same arguments. Each writes its
+    own shards, and process 0 writes NumPy arrays; the result is published when all are done.
 
     Args:
-        tree: a pytree of arrays with any sharding, NumPy's among them. The name of a tensor
-            is its leaf's path, joined by dots; leaves that are no arrays are left out.
-        path: a folder; it appears whole or not at all.
-        format: ``huggingface`` (safetensors, an index where there are several files),
-            ``ranks`` (one file a rank and strategy files), ``ckpt`` (one file; with
-            ``strategy`` one a rank), ``unified`` or ``iteration`` (Checkpoint 2.0) as
-            MindSpore has them, or ``orbax``.
-        strategy: for files by rank, who holds what: a strategy, strategy files, a
-            ``Layout``, or ``"same"``: as the arrays lie, rank r being the mesh's r-th device.
-            That is the default of ``ranks`` and ``iteration``.
-        rules: layout rules that go before the family's own, for a strategy.
-        max_shard_size: the most tensor bytes in one file, such as ``"5GB"``.
-        prefix: rank files are called ``rank_{r}/{prefix}_rank_{r}-{epoch}_{step}.safetensors``.
-        step: the epoch and the step in these names, ``"1_10"``: by default by the arrays that
-            are a job's numbers (``global_step``), or ``1_1``; ``"none"``: the prefix alone.
+        tree: a pytree of JAX or NumPy arrays with any sharding. The name of a tensor is its
+            leaf's path joined by dots; leaves that are not arrays are left out.
+        path: a folder, which is published atomically.
+        format: ``huggingface`` (safetensors, with an index if there are several files),
+            ``ranks`` (one file per rank, and strategy files), ``ckpt`` (one file; with
+            ``strategy`` one per rank), MindSpore's ``unified`` or ``iteration`` (Checkpoint 2.0),
+            or ``orbax``.
+        strategy: the layout of files by rank: a strategy, strategy files, a ``Layout``, or
+            ``"same"``: that of the arrays, where rank r is the mesh's r-th device. ``"same"`` is
+            the default of ``ranks`` and ``iteration``.
+        rules: layout rules that take precedence over those of the family, for a strategy.
+        max_shard_size: maximum tensor bytes per file, such as ``"5GB"``.
+        prefix: rank files are named ``rank_{r}/{prefix}_rank_{r}-{epoch}_{step}.safetensors``.
+        step: the epoch and step in these names, ``"1_10"``. The default is that of the arrays
+            that are training scalars (``global_step``), or ``1_1``; ``"none"``: the prefix alone.
         remove_redundancy: store each shard on one rank only.
-        name_of: the tensor's name for a leaf's path.
-        names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes
-            (``"llama-nnx-scan:llama-hf"``; the numbers of the model come from ``config`` or
-            ``extras``): what was fused, stacked or transposed is written apart, from the shards
-            where they lie.
-        config: what the model is, for ``config.json``.
-        extras: a checkpoint whose other files (config, tokenizer) are carried along.
-        metadata: text for the files' headers.
-        host_bytes: the most memory for what is in flight; by default 256 MiB.
-        workers: threads; by default one a core, at most 8.
-        overwrite: replace what is at ``path``.
+        name_of: returns the tensor's name for a leaf's path.
+        names: a mapping to other names and shapes, or an argument of ``mapping.find_mapping``
+            (``"llama-nnx-scan:llama-hf"``, with the model's numbers from ``config`` or
+            ``extras``). Fused, stacked and transposed tensors are written from their shards.
+        config: the contents of ``config.json``.
+        extras: a checkpoint whose other files (config, tokenizer) are copied.
+        metadata: text entries of the files' headers.
+        host_bytes: maximum host memory in flight; by default 256 MiB.
+        workers: threads; by default one per core, at most 8.
+        overwrite: replace an existing checkpoint at ``path``.
         fsync: have every file on disk before the result is published.
-        checksums: write ``checksums.json`` beside the files, for ``verify`` and
-            ``load(verify=True)``; other readers pass over it.
-        shared_filesystem: all processes see the same files at ``path``. If not, each writes the
-            files of the ranks whose devices it has to its own disk, where ``load`` in the same
-            process finds what its devices need; only for files by rank.
+        checksums: also write ``checksums.json``, for ``verify`` and ``load(verify=True)``; other
+            readers ignore it.
+        shared_filesystem: all processes see the same files at ``path``. Otherwise each writes the
+            files of its own devices' ranks to its own disk, where ``load`` in the same process
+            finds them; only for files by rank.
         single_process: only this process calls, and saves arrays that it holds completely.
         timeout_s: how long several processes wait for each other.
 
     Raises:
-        LayoutError: an array or the target cannot be written so, or ``path`` exists.
-        NotFoundError: no rules for the names, or no ``extras`` there.
-        FormatError: ``config`` has numbers that ``names`` cannot be about.
-        StorageError: the disk is full or refuses, or another process fails or does not come.
+        LayoutError: an array or the target cannot be written in this format, or ``path`` exists.
+        NotFoundError: no rules match the names, or ``extras`` does not exist.
+        FormatError: ``config`` does not fit ``names``.
+        StorageError: the disk is full or fails, or another process failed or did not arrive.
     """
     processes = Processes() if single_process else processes_of_jax(timeout_s)
     where, options = Path(path), {"overwrite": overwrite, "durable": fsync}
@@ -209,24 +208,24 @@ def _report(
     notes: tuple[str, ...],
     carried: Catalog | None,
 ) -> Report:
-    """What was saved, with its notes logged."""
+    """Log the notes, and return the report."""
     log_notes(str(path), notes, carried.logged if carried else ())
     return Report(str(path), counts, num_files, 0, notes)
 
 
 def _with_config(result: Result, config: Mapping[str, Any]) -> Result:
-    told = (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
+    text = (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
     place = f"{result.extras_to}/{huggingface.CONFIG}".lstrip("/")
-    return replace(result, side_files={**result.side_files, place: told})
+    return replace(result, side_files={**result.side_files, place: text})
 
 
 def arrays_of(
     tree: Any, name_of: Callable[[str], str] | None = None
 ) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """The arrays of ``tree`` by the names they are saved under, and notes.
+    """Return the arrays of ``tree`` by their names in files, and notes.
 
     Raises:
-        LayoutError: two have one name, or none is an array.
+        LayoutError: two leaves have the same name, or no leaf is an array.
     """
     found: dict[str, Array] = {}
     others = []
@@ -235,28 +234,31 @@ def arrays_of(
         leaf = np.asarray(given) if isinstance(given, np.generic) else given
         if not isinstance(leaf, kinds):
             if is_array_like(leaf):
-                raise LayoutError(f"{path}: a {type(leaf).__name__} holds nothing to save.")
+                raise LayoutError(
+                    f"{path}: a {type(leaf).__name__} has no values to save. Pass arrays."
+                )
             others.append(path)
             continue
         name = name_of(path) if name_of else path
         if not isinstance(name, str):
-            raise LayoutError(f"{path}: name_of gives {name!r}; a tensor's name is a text.")
+            raise LayoutError(f"{path}: name_of returned {name!r} (expected a str).")
         if name in found:
-            raise LayoutError(f"two leaves are to be saved as {name}: {path} is the second.")
+            raise LayoutError(
+                f"duplicate tensor name {name} (leaf {path}). Rename it with name_of=."
+            )
         if not isinstance(leaf, np.ndarray) and leaf.is_deleted():
             raise LayoutError(
-                f"{name}: the array was donated or deleted and holds nothing any more. Save what "
-                "the step returned."
+                f"{name}: the array was donated or deleted. Save the arrays that the step returned."
             )
         found[name] = leaf
     if not found:
-        raise LayoutError("nothing to save: the tree has no arrays.")
-    note = f"{len(others)} leaves that are no arrays are not saved: {format_list(others)}."
+        raise LayoutError("the tree has no arrays to save. Pass a pytree of arrays.")
+    note = f"{len(others)} leaves are not arrays and are not saved: {format_list(others)}."
     return found, (note,) if others else ()
 
 
 def _carried(extras: Catalog | PathLike | None) -> tuple[Catalog | None, tuple[str, ...]]:
-    """The checkpoint whose other files are carried along, with those that may be; and notes."""
+    """Open the checkpoint whose other files are copied; also return notes."""
     if extras is None:
         return None, ()
     catalog = opened(extras)
@@ -267,7 +269,7 @@ def _carried(extras: Catalog | PathLike | None) -> tuple[Catalog | None, tuple[s
 def _mapped(
     arrays: dict[str, Array], names: NamesAndShapes | str, model: Model
 ) -> dict[str, Array]:
-    """``arrays`` with other names and shapes, computed where they are."""
+    """Return ``arrays`` with other names and shapes, computed on their devices."""
     source = HostShards(arrays, model=model)
     mapping = find_mapping(names, source.catalog)
     source.close()
@@ -287,7 +289,7 @@ def _check_uncut(format: Format, strategy: object) -> None:
 def _with_step(
     request: Request, step: str | None, catalog: Catalog, arrays: Mapping[str, Array]
 ) -> Request:
-    """``request`` with the job's numbers, and the step that these or the caller give names."""
+    """Return ``request`` with the training scalars, and with their or the caller's step."""
     check_request(request, step)
     numbers = _numbers(arrays, catalog.scalars)
     asked = step_of_numbers(numbers) if step is None else rank_names.read_step(step)
@@ -295,7 +297,7 @@ def _with_step(
 
 
 def _numbers(arrays: Mapping[str, Array], scalars: frozenset[str]) -> dict[str, Any]:
-    """The values of the job's numbers among ``arrays``, as far as this process has them."""
+    """Return the values of the training scalars among ``arrays`` that every process has."""
     found = {}
     for name in sorted(scalars & arrays.keys()):
         array = arrays[name]
@@ -303,7 +305,7 @@ def _numbers(arrays: Mapping[str, Array], scalars: frozenset[str]) -> dict[str, 
             devices: set[jax.Device] = array.sharding.device_set
             holders = {device.process_index for device in devices}
             if not array.is_fully_addressable and len(holders) < jax.process_count():
-                continue  # all processes must find the same
+                continue  # all processes must return the same
             array = array.addressable_data(0)
         found[name] = np.asarray(array).reshape(-1)[0].item()
     return found
@@ -316,7 +318,7 @@ def _layout(
     catalog: Catalog,
     arrays: Mapping[str, Array],
 ) -> Layout | None:
-    """Who holds what in files by rank; None where files are complete."""
+    """Return the layout of files by rank; None for complete files."""
     if strategy == SAME or (strategy is None and format.of_shardings):
         own = layout_of(arrays)
         return catalog.origin.place(own) if catalog.origin else own

@@ -248,15 +248,15 @@ def _remote_tensors(catalog: Catalog, result: Result, only: frozenset[int], toke
 
 
 def own_ranks(arrays: Mapping[str, Array], num_ranks: int) -> frozenset[int]:
-    """The ranks whose devices this process has; ranks are as in ``array_layouts``.
+    """Return the ranks whose devices belong to this process.
 
     Raises:
-        LayoutError: the ranks are not the devices that the arrays lie on.
+        LayoutError: the ranks are not the devices of the arrays.
     """
     devices: tuple[jax.Device, ...] = rank_devices_of(arrays)
     if len(devices) != num_ranks:
         raise LayoutError(
-            f"the arrays lie on {len(devices)} devices, and {num_ranks} ranks are to be saved. "
+            f"the arrays are on {len(devices)} devices (expected {num_ranks}, one per rank). "
             "With shared_filesystem=False each process writes the ranks of its own devices: leave "
             "strategy= out, or save to a shared filesystem."
         )
@@ -327,9 +327,9 @@ def save_tree(
 
 
 def _is_restorable(tree: Any, num_arrays: int) -> bool:
-    """Whether Orbax can store ``tree`` as it is, and restore it into one of the same structure.
+    """Return whether Orbax can restore ``tree`` with the same structure.
 
-    Every leaf is an array, and the keys of all paths are texts, numbers or attributes.
+    Every leaf must be an array, and all keys texts, numbers or attributes.
     """
     leaves = tree_flatten_with_path(tree)[0]
     keys = {key for path, _ in leaves for key in path}

@@ -102,7 +102,7 @@ def test_blocks_and_parts_together_are_within_the_budget(host_bytes, workers, nu
 
 
 def test_less_than_one_thread_needs_is_refused_with_a_number_that_works():
-    with pytest.raises(LayoutError, match=rf"Give host_bytes={2 * LEAST_BYTES} or more"):
+    with pytest.raises(LayoutError, match=rf"Pass host_bytes={2 * LEAST_BYTES} or more"):
         share_out(2 * LEAST_BYTES - 1, 8, 4)
     share_out(2 * LEAST_BYTES, 8, 4)
 

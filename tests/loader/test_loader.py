@@ -370,7 +370,7 @@ def test_a_tree_that_owns_its_memory_is_updated_in_place_by_the_first_step(llama
 
 
 def test_memory_of_ones_own_and_that_of_the_file_exclude_each_other(llama):
-    with pytest.raises(LayoutError, match="Choose one"):
+    with pytest.raises(LayoutError, match="Pass only one"):
         load(llama[0], "mp2", mmap=True, copy=True)
 
 
@@ -441,7 +441,7 @@ def test_a_leafs_dtype_casts_floats_and_refuses_the_rest(tmp_path):
     here = SingleDeviceSharding(jax.devices()[0])
     half = jax.ShapeDtypeStruct((8,), np.float16, sharding=here)
     assert load(tmp_path, {"w": half, "i": here})["w"].dtype == np.float16
-    with pytest.raises(LayoutError, match="i: stored as I32, asked for as float16"):
+    with pytest.raises(LayoutError, match="i: stored as I32, requested as float16"):
         load(tmp_path, {"w": half, "i": half})
 
 
@@ -546,7 +546,7 @@ def test_a_missing_head_that_is_tied_is_explained(tmp_path):
 
 @pytest.mark.parametrize("target", [{}, {"x": None}, 7, {"x": 3}])
 def test_a_target_that_says_nowhere_is_refused(llama, target):
-    with pytest.raises(LayoutError, match="Give a strategy"):
+    with pytest.raises(LayoutError, match="Pass a strategy"):
         load(llama[0], target)
 
 
@@ -643,7 +643,7 @@ def test_names_are_chosen_by_expressions(llama):
 def test_an_axis_that_the_mesh_lacks_is_said_with_the_tensor(tmp_path):
     checkpoints.write_llama(tmp_path / "llama")
     mesh = jax.make_mesh((2, 4), ("dp", "mp"))
-    with pytest.raises(LayoutError, match=r"lm_head.weight: .*none for a mesh of .*'mp': 4.*foo"):
+    with pytest.raises(LayoutError, match=r"lm_head.weight: .*does not fit a mesh of .*'mp': 4.*foo"):
         load(tmp_path / "llama", lambda name: PartitionSpec("foo"), devices=mesh)
 
 

@@ -373,7 +373,7 @@ def test_a_load_may_keep_the_layout_of_its_source(tmp_path: Path) -> None:
     for name, array in arrays.items():
         assert array.sharding.is_equivalent_to(wanted[name].sharding, array.ndim), name
     js.merge(source, tmp_path / "whole", **QUICK)
-    with pytest.raises(LayoutError, match=r"same is as the ranks .*whole is complete"):
+    with pytest.raises(LayoutError, match=r"'same' is the layout .*whole is complete"):
         js.load(tmp_path / "whole", "same")
 
 

@@ -150,7 +150,7 @@ def test_a_trees_paths_are_the_names(tmp_path):
     tree = {"layers": [{"w": np.ones((2, 2), np.float32)}], "f": jax.nn.relu}
     report = save(tree, tmp_path / "out")
     assert set(the_bytes(tmp_path / "out")) == {"layers.0.w"}
-    assert report.notes == ("1 leaves that are no arrays are not saved: f.",)
+    assert report.notes == ("1 leaves are not arrays and are not saved: f.",)
     save(tree, tmp_path / "renamed", name_of=lambda path: f"model.{path}")
     assert set(the_bytes(tmp_path / "renamed")) == {"model.layers.0.w"}
 
@@ -219,7 +219,7 @@ def test_parts_come_from_devices_that_the_host_does_not_see(llama, tmp_path, mon
 
 def test_a_budget_too_small_for_one_thread_is_refused(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxshard.devices.host_shards.is_on_host", lambda shard: False)
-    with pytest.raises(LayoutError, match="Give host_bytes=1048576 or more"):
+    with pytest.raises(LayoutError, match="Pass host_bytes=1048576 or more"):
         save(load(llama[0], "dp2mp4"), tmp_path / "out", host_bytes=1024)
 
 
@@ -309,7 +309,7 @@ def test_a_config_of_ones_own_goes_before_the_one_carried_along(llama, tmp_path)
         ({"f": jax.nn.relu}, {}, "no arrays"),
         ({"x": np.ones(3, np.complex128)}, {}, "x: files have no dtype for complex128"),
         ({"x": np.ones(3, ml_dtypes.int4)}, {}, "x: files have no dtype for int4"),
-        ({"x": jax.ShapeDtypeStruct((2,), np.float32)}, {}, "holds nothing to save"),
+        ({"x": jax.ShapeDtypeStruct((2,), np.float32)}, {}, "has no values to save"),
         ({"x": np.ones(2)}, {"format": "safetensor"}, "no such format .expected one of ranks"),
         ({"x": np.ones(2)}, {"strategy": "mp2"}, "expected one of ranks"),
         ({"x": np.ones(2)}, {"max_shard_size": "many"}, "is not a size"),
