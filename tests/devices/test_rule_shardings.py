@@ -151,7 +151,7 @@ def test_the_devices_given_are_the_ranks_in_their_order():
         ("mp3", {}, LayoutError, "does not divide"),
         ("fast", {}, LayoutError, "fast"),
         (P(), {"devices": 8}, LayoutError, "only valid with a strategy, not with P"),
-        (P(), {"rules": Rules("mine")}, LayoutError, "go with a strategy"),
+        (P(), {"rules": Rules("mine")}, LayoutError, "only valid with a strategy"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_moves(target, options, error, words):
