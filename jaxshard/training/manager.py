@@ -289,7 +289,7 @@ class CheckpointManager:
                 leaves as they are in ``target``.
             verify: compare the checksums of all bytes first.
             missing_ok: return None, instead of an error, if the run has no steps.
-            strategy: layout of the leaves, whatever their shardings.
+            strategy: layout of the leaves; their shardings are ignored.
             devices: the device of each rank of the strategy.
             strict: refuse leaves missing in the step, and tensors missing in the target.
 
@@ -343,7 +343,7 @@ class CheckpointManager:
         return examine_all(self._directory, found, deep=deep, workers=self._options.workers)
 
     def latest_step(self) -> int | None:
-        """Return the number of the newest good step, by its files; None if there is none."""
+        """Return the number of the newest good step, by its files; None if no step is good."""
         found = newest_good(self._directory, self._options.prefix)
         return (true_number(self._directory, found) or found.global_step) if found else None
 

@@ -160,7 +160,7 @@ def _kept_strategy(run: RunDirectory, kept: str, num_ranks: int) -> Folder:
 
 
 def _open_complete(format: Format, folder: LocalFolder) -> Catalog:
-    """The weights of a complete checkpoint, and the rest of the state beside them."""
+    """Return the weights of a complete checkpoint, and the rest of the state."""
     listed = folder.files()
     below = [p for p in listed if p.startswith(f"{STATE_FOLDER}/")]
     found: Catalog | None = None

@@ -337,7 +337,7 @@ def _read(wanted: RestorePlan) -> Any:
 
 
 def _check_still(run: RunDirectory, step: RunStep) -> None:
-    """Refuse a state that was read while the step was replaced: it may be a mixture.
+    """Refuse a state that was read during another save of the step: it may be a mixture.
 
     If the step was removed meanwhile, the state is consistent: files are deleted, not changed.
 

@@ -280,7 +280,7 @@ def _copy(request: SaveRequest, catalog: Catalog, folder: str, names: Sequence[s
     """Return the files of a further copy: by rank if the step is, else complete."""
     format, chosen = request.options.format, _only(catalog, names)
     if format.is_by_rank:
-        # training scalars are no weights here either, though the layout has them
+        # the layout contains training scalars, which are not weights
         return _rank_part(request, replace(chosen, scalars=catalog.scalars), folder)
     suffix = folder.removeprefix(f"{records.CHECKPOINT}_")
     place = f"{folder}/{request.options.prefix}-{suffix}-{request.step}"

@@ -585,7 +585,7 @@ def test_a_step_may_be_named_in_many_ways(tmp_path, wish):
         manager.save(step, {"params": {"w": np.full(2, step)}})
     found = manager.restore({"params": {"w": np.zeros(2, int)}}, step=wish)
     assert found.state["params"]["w"][0] == 10
-    with pytest.raises(NotFoundError, match="there are 1_20, 1_10"):
+    with pytest.raises(NotFoundError, match="its steps are 1_20, 1_10"):
         manager.restore({}, step=15)
 
 
@@ -642,7 +642,7 @@ def test_an_interrupted_save_is_gone_on_with_and_said(tmp_path, caplog):
 
 
 def test_a_config_that_is_none_is_refused_at_once(tmp_path):
-    with pytest.raises(LayoutError, match=r"becomes config\.json"):
+    with pytest.raises(LayoutError, match=r"for config\.json"):
         CheckpointManager(tmp_path, config={"a": object()})
 
 
