@@ -3,8 +3,8 @@
     target            →  requests  →  filled buffers      →  arrays
     target_shardings     requests     read, shard_memory     make_arrays
 
-Each process reads the bytes of its own devices' distinct shards, once. Everything that headers
-can tell is checked before any tensor is read.
+Each process reads the bytes of its own devices' distinct shards, once. All checks that need only
+headers come before the first read of a tensor.
 """
 
 from __future__ import annotations

@@ -344,12 +344,12 @@ def test_no_folder_gets_the_name_of_a_weight_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("config", [[1], {"a": object()}])
-def test_a_config_that_is_none_is_refused_before_anything_is_written(tmp_path, config):
-    with pytest.raises(LayoutError, match=r"becomes config\.json"):
+def test_an_invalid_config_is_refused_before_any_write(tmp_path, config):
+    with pytest.raises(LayoutError, match=r"must be an object for config\.json"):
         save({"w": jax.device_put(np.ones(2))}, tmp_path / "out", config=config)
     assert not list(tmp_path.iterdir())
 
 
-def test_keys_of_a_random_generator_are_said_to_be_such(tmp_path):
+def test_random_keys_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(LayoutError, match=r"keys of a random generator.*key_data"):
         save({"k": jax.random.key(0)}, tmp_path / "out")
