@@ -2,7 +2,7 @@
 
     python tests/support/contract.py --write        after a deliberate change
 
-``tests/contract.json`` holds what was promised; ``test_contract.py`` compares.
+``contract.json`` holds the recorded value; ``test_contract.py`` compares.
 """
 
 from __future__ import annotations
