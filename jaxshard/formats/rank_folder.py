@@ -471,11 +471,11 @@ def _strategy(
         return strategy_files.raw_files(strategy_files.from_layout(every, shapes)), ()
     except LayoutError as error:
         note = (
-            f"the layout is in {STRATEGY_FOLDER}/{strategy_layouts.LAYOUT_FILE}, because "
+            f"the layout is in {STRATEGY_FOLDER}/{rank_names.LAYOUT_FILE}, because "
             f"MindSpore's strategy files cannot express it: {str(error).split('. ')[0]}."
         )
         own = strategy_layouts.layout_file_bytes(every, shapes)
-        return {strategy_layouts.LAYOUT_FILE: own}, (note,)
+        return {rank_names.LAYOUT_FILE: own}, (note,)
 
 
 def _absent_shapes(

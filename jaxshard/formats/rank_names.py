@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 from ..errors import CoverageError, LayoutError, format_list
 
+LAYOUT_FILE = "layout.json"  # in strategy/, where strategy files cannot express the layout
+
 _RANK = r"rank_(\d{1,7})"
 _RANK_FOLDER = re.compile(rf"{_RANK}(?=/|$)")
 _RANK_FILE = re.compile(rf"{_RANK}/([^/]+)\.(safetensors|ckpt)")

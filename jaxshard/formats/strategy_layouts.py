@@ -25,6 +25,7 @@ from ..core.layout import Layout, Placement, shard_dim_over_replicas
 from ..core.strategy import Axes
 from ..errors import FormatError, LayoutError, format_list, quote_name
 from .folder import Folder
+from .rank_names import LAYOUT_FILE
 from .strategy_codec import ParamLayout
 
 
@@ -230,8 +231,6 @@ def _in_order(placement: Placement) -> bool:
 #   {"jaxshard_layout": 1, "num_ranks": 4, "stage_axes": [["dp", 2], ["mp", 2]],
 #    "placements": [{"axes": [["mp", 2]], "spec": [["mp"], []], "first_rank": 2}, …],
 #    "tensors": {"model.layers.0.mlp.experts.3.w1.weight": [0], …}}
-
-LAYOUT_FILE = "layout.json"
 
 _MARK = "jaxshard_layout"
 _VERSION = 1

@@ -19,10 +19,10 @@ from typing import Literal
 
 from ..core.catalog import Catalog
 from ..errors import FormatError, JaxshardError, LayoutError, format_list
-from ..formats import strategy_files, strategy_layouts, weight_files
+from ..formats import weight_files
 from ..formats.folder import WEIGHTS, is_iteration, is_orbax, kind_of, orbax_item_folder
 from ..formats.huggingface import INDEX, MINDSPORE_INDEX, SINGLE, is_weights
-from ..formats.rank_names import is_rank_file, rank_of_folder
+from ..formats.rank_names import LAYOUT_FILE, is_rank_file, rank_of_folder
 from .local import LocalFolder
 from .places import is_remote
 
@@ -32,9 +32,7 @@ Kind = Literal["checkpoint", "strategies", "weight file", "strategy file", "own"
 
 _COMPLETE = {SINGLE, INDEX, MINDSPORE_INDEX, weight_files.NAME}  # one of them is at the top
 _WEIGHT_FOLDER = re.compile(r"iteration_\d+/|(merged_)?strategy/")  # besides those of ranks
-_STRATEGY = re.compile(
-    rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(strategy_layouts.LAYOUT_FILE)}"
-)
+_STRATEGY = re.compile(rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(LAYOUT_FILE)}")
 _KINDS = (".safetensors", ".ckpt", ".json")  # what we write; an optimizer.pt is somebody's work
 _HARMLESS = {".gitattributes", ".gitignore", ".DS_Store", ".cache", ".ipynb_checkpoints"}
 
@@ -163,6 +161,8 @@ def _strange_strategy(place: Path) -> str | None:
     if not stat.S_ISREG(os.lstat(place).st_mode):
         return "it is not a file"
     with _opened(place) as folder, suppress(JaxshardError):
+        from ..formats import strategy_files  # noqa: PLC0415 - only to replace one strategy file
+
         strategy_files.read_file(folder, place.name)
         return None
     return "it is not a strategy file"

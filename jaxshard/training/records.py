@@ -19,18 +19,13 @@ import re
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import (
-    dataclass,
-    field,
-    replace,
-)
+from dataclasses import dataclass, field, replace
 from posixpath import normpath
 from typing import Any
 
 from ..errors import FormatError, LayoutError
-from ..formats import strategy_layouts
 from ..formats.huggingface import TRAINING_SCALARS, scalar_value
-from ..formats.rank_names import rank_of_strategy_file
+from ..formats.rank_names import LAYOUT_FILE, rank_of_strategy_file
 from ..storage.checksums import Checksums, FileSums
 from .policy import Lineage
 
@@ -112,7 +107,7 @@ def is_strategy_file(name: str) -> bool:
     >>> [is_strategy_file(f"{start}ckpt_strategy_rank_0.ckpt") for start in ("", "._")]
     [True, False]
     """
-    return name == strategy_layouts.LAYOUT_FILE or rank_of_strategy_file(name) is not None
+    return name == LAYOUT_FILE or rank_of_strategy_file(name) is not None
 
 
 def kept_strategy(
@@ -124,7 +119,7 @@ def kept_strategy(
     """
     ranks = {name: rank_of_strategy_file(name) for name in held}
     raw = {name: held[name] for name, r in ranks.items() if r is not None and r < num_ranks}
-    own = {name: held[name] for name in held if name == strategy_layouts.LAYOUT_FILE}
+    own = {name: held[name] for name in held if name == LAYOUT_FILE}
     return next((f for f in (raw, own) if f and strategy_folder(f) == folder), None)
 
 

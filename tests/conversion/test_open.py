@@ -13,6 +13,7 @@ from jaxshard.conversion.open import open_checkpoint, open_strategy
 from jaxshard.core.layout import Placement
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.formats import strategy_layouts
+from jaxshard.formats.rank_names import LAYOUT_FILE
 
 QUICK = {"fsync": False}
 
@@ -73,7 +74,7 @@ def test_the_layout_of_rank_files_is_as_it_was_asked_for(base):
 
 def test_a_layout_of_our_own_goes_before_strategy_files(base):
     own = js.Layout(2, {"w": (Placement((("mp", 2),), (("mp",),)),)})
-    place = base / "cut" / "strategy" / strategy_layouts.LAYOUT_FILE
+    place = base / "cut" / "strategy" / LAYOUT_FILE
     place.write_bytes(strategy_layouts.layout_file_bytes(own, own.placements))
     assert open_strategy(base / "cut" / "strategy") == open_strategy(place) == own
 
