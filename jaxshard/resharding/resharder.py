@@ -76,7 +76,7 @@ class BatchLeg:
 
 
 @dataclass(frozen=True)
-class Batch:
+class LeafBatch:
     """Leaves (by number) that are moved together, leg by leg, and the route of each."""
 
     leaves: tuple[int, ...]
@@ -106,7 +106,7 @@ class Batch:
 
 def batches_of(
     leaves: Sequence[Leaf], policy: RoutePolicy, device_bytes: int | None
-) -> list[Batch]:
+) -> list[LeafBatch]:
     """Return all batches, in the order of their first leaves; compiles their programs.
 
     Raises:
@@ -168,12 +168,12 @@ def _rounds(geometries: list[list[int]], routes: Sequence[Route]) -> Iterator[tu
 
 def _compile(
     leaves: Sequence[Leaf], group: Sequence[tuple[int, Route]], device_bytes: int | None
-) -> list[Batch]:
+) -> list[LeafBatch]:
     """Return one batch for the group, or several if one would exceed the bounds."""
     numbers, routes = zip(*group, strict=True)
     legs = _legs(routes, device_bytes)
     if legs is not None:
-        return [Batch(numbers, routes, legs)]
+        return [LeafBatch(numbers, routes, legs)]
     if len(group) > 1:
         halves = group[: len(group) // 2], group[len(group) // 2 :]
         return [batch for half in halves for batch in _compile(leaves, half, device_bytes)]
@@ -324,7 +324,7 @@ class Resharder:
         self,
         leaves: Sequence[Leaf],
         structure: Any,
-        batches: Sequence[Batch],
+        batches: Sequence[LeafBatch],
         *,
         donate: bool,
         copy: bool,
@@ -412,7 +412,7 @@ class _Execution:
         self.in_flight: list[jax.Array] = []
         self.in_flight_bytes = 0
 
-    def all(self, batches: Sequence[Batch], limit_bytes: int) -> list[jax.Array]:
+    def all(self, batches: Sequence[LeafBatch], limit_bytes: int) -> list[jax.Array]:
         def stay() -> None:
             for batch in batches:
                 if batch.kind == "stay":
@@ -434,7 +434,7 @@ class _Execution:
         moves = [self.leaves[n].move for n in numbers]
         cpu_route.run(arrays, moves, done, share=not self.copy, meanwhile=meanwhile)
 
-    def _batch(self, batch: Batch, limit_bytes: int) -> None:
+    def _batch(self, batch: LeafBatch, limit_bytes: int) -> None:
         arrays = [self._source(n) for n in batch.leaves]
         if self.copy and batch.kind in (
             "stay",
@@ -455,7 +455,7 @@ class _Execution:
         for n, array in zip(batch.leaves, arrays, strict=True):
             self._finish(n, relabelled(array, self.leaves[n].move.target))
 
-    def _alone(self, batch: Batch, arrays: list[jax.Array]) -> list[jax.Array]:
+    def _alone(self, batch: LeafBatch, arrays: list[jax.Array]) -> list[jax.Array]:
         """Move the batch while no other program of ours runs."""
         self._barrier()
         jax.block_until_ready(arrays)
@@ -479,10 +479,10 @@ class _Execution:
             self.donated.moved(n, self.leaves[n].move)
 
 
-def _copies_first(batches: Sequence[Batch], leaves: Sequence[Leaf]) -> list[Batch]:
+def _copies_first(batches: Sequence[LeafBatch], leaves: Sequence[Leaf]) -> list[LeafBatch]:
     """Order ``batches``: those that threads copy come first, relabelling runs meanwhile."""
 
-    def copies_nothing(batch: Batch) -> bool:
+    def copies_nothing(batch: LeafBatch) -> bool:
         return batch.kind == "views" and not cpu_route.num_copied(leaves[batch.leaves[0]].move)
 
     return sorted(batches, key=copies_nothing)
@@ -493,7 +493,7 @@ def _is_cpu(array: jax.Array) -> bool:
 
 
 def _plan(
-    leaves: Sequence[Leaf], batches: Sequence[Batch], device_bytes: int | None
+    leaves: Sequence[Leaf], batches: Sequence[LeafBatch], device_bytes: int | None
 ) -> ReshardPlan:
     rows: dict[int, LeafPlan] = {}
     programs = {}
