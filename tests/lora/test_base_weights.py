@@ -400,7 +400,7 @@ def test_names_found_by_a_renaming_of_transformers_are_noted(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dict", "text", "file", "mapping", "command line"])
-def test_other_names_are_given_as_the_message_says(tmp_path, kind) -> None:
+def test_other_names_are_passed_as_in_the_message(tmp_path, kind) -> None:
     expected = make(tmp_path, "experts that files have apart")
     stem = "layers.0.block_sparse_moe"
     base = renamed(tmp_path / "base", tmp_path / "own", "block_sparse_moe", "mixture")
@@ -457,7 +457,7 @@ def test_two_renamings_that_lead_somewhere_are_not_chosen_between(tmp_path) -> N
         ({"a.{x}": "b.{y}"}, "placeholders differ"),
     ],
 )
-def test_names_that_mean_nothing_are_refused(tmp_path, given, told) -> None:
+def test_invalid_names_are_refused(tmp_path, given, told) -> None:
     make(tmp_path, "a router")
     with pytest.raises(LayoutError, match=told):
         with_adapter(tmp_path / "base", tmp_path / "adapter", adapter_names=given)

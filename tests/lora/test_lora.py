@@ -197,7 +197,7 @@ TWICE = {**small(), "l.0.q.mindpet_delta_lora_a": np.zeros((2, 6), np.float32)}
         ({"l.0.q.weight": small()["l.0.q.weight"]}, {"alpha": 1}, NotFoundError, "no adapters"),
     ],
 )
-def test_what_cannot_be_merged_is_said_before_anything_is_written(
+def test_unsupported_merges_are_refused_before_anything_is_written(
     tmp_path, tensors, how, kind, said
 ) -> None:
     save(tensors, tmp_path / "src")
@@ -216,7 +216,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(
         ({"lora_alpha": 4, "alpha_pattern": {"(": 1}}, FormatError, "not a regular expression"),
     ],
 )
-def test_a_config_that_is_wrong_is_said(tmp_path, config, kind, said) -> None:
+def test_an_invalid_config_is_refused(tmp_path, config, kind, said) -> None:
     save(small(), tmp_path / "src", **config)
     with pytest.raises(kind, match=said):
         with_adapter(tmp_path / "src")
@@ -231,7 +231,7 @@ def test_the_config_is_found_above_the_checkpoint(tmp_path) -> None:
     assert piece.view.steps[0].scaling == 3.5
 
 
-def test_a_square_weight_whose_orientation_is_not_said_gets_a_note(tmp_path) -> None:
+def test_a_square_weight_of_unknown_orientation_gets_a_note(tmp_path) -> None:
     tensors = {
         "q.weight": np.zeros((4, 4), np.float32),
         "q.lora_a": np.ones((2, 4), np.float32),

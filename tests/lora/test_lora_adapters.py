@@ -18,7 +18,7 @@ def scaling_of(catalog, name: str = "l.0.q.weight") -> float:
     return piece.view.steps[0].scaling
 
 
-def test_alpha_that_nobody_says_is_asked_for_with_every_place_that_was_looked_in(tmp_path) -> None:
+def test_a_missing_alpha_is_reported_with_every_searched_place(tmp_path) -> None:
     place = save(small(), tmp_path / "a" / "b" / "c")
     with pytest.raises(NotFoundError) as caught:
         with_adapter(place)
@@ -58,7 +58,7 @@ def test_a_given_alpha_goes_before_the_config_and_not_against_its_patterns(tmp_p
     assert scaling_of(with_adapter(only, alpha=2)) == 1
 
 
-def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
+def test_a_different_rank_is_reported_with_its_origin(tmp_path) -> None:
     place = save(small(), tmp_path / "a", lora_alpha=8, r=8)
     for how in ({}, {"alpha": 4}, {"scaling": 1.0}):
         with pytest.raises(FormatError, match=r"has rank 2, but /.*adapter_config\.json has 8"):
@@ -88,7 +88,7 @@ def test_a_rank_that_differs_is_said_with_who_says_it(tmp_path) -> None:
         ('{"lora_alpha": 4, "alpha_pattern": {"(?i)q": 1}}', "not a regular expression"),
     ],
 )
-def test_a_config_of_a_stranger_is_refused_and_does_not_crash(tmp_path, config, said) -> None:
+def test_an_untrusted_config_is_refused_without_a_crash(tmp_path, config, said) -> None:
     place = save(small(), tmp_path / "a")
     (place / "adapter_config.json").write_text(config)
     with pytest.raises(FormatError, match=said):
@@ -163,7 +163,7 @@ def test_an_adapter_of_rank_zero_is_no_pair(tmp_path) -> None:
         with_adapter(tmp_path / "src", alpha=1)
 
 
-def test_a_quantized_base_is_merged_after_what_the_error_says(tmp_path) -> None:
+def test_a_quantized_base_is_merged_after_the_remedy_of_the_error(tmp_path) -> None:
     import ml_dtypes  # noqa: PLC0415
     from mapping_random import Sizes, config_of, random_model, write_model  # noqa: PLC0415
 
@@ -215,7 +215,7 @@ def test_other_first_values_leave_the_base_as_it_was(tmp_path, start):
     assert scaling_of(with_adapter(place)) == 2
 
 
-def test_a_tensor_that_is_nobodys_is_not_added_to_the_model(tmp_path):
+def test_an_unknown_tensor_is_not_added_to_the_model(tmp_path):
     pair = {n: x for n, x in small().items() if "lora" in n}
     base = save({n: x for n, x in small().items() if n not in pair}, tmp_path / "base")
     stray = {**pair, "l.0.norm.foo": np.ones(2, np.float32), "score.weight": np.ones(2, np.float32)}
@@ -260,7 +260,7 @@ def test_a_head_is_not_changed_by_an_embedding_that_it_is_tied_to(tmp_path):
         {"modules_to_save": None},  # save_pretrained(save_embedding_layers=True)
     ],
 )
-def test_a_head_that_comes_with_its_embedding_is_taken_and_told_of(tmp_path, config):
+def test_a_head_saved_with_its_embedding_is_used_with_a_note(tmp_path, config):
     new = np.full((8, 6), 2, np.float32)
     made = tied(tmp_path, more={EMBEDDING: new, HEAD: new + 1}, **config)
     assert any("set tie_word_embeddings to false" in note for note in made.notes)
@@ -279,7 +279,7 @@ def test_a_head_that_was_trained_as_its_embedding_stays_tied(tmp_path):
     assert HEAD not in found
 
 
-def test_a_tied_embedding_that_is_adapted_changes_the_head_as_peft_says(tmp_path):
+def test_an_adapted_tied_embedding_changes_the_head_as_in_peft(tmp_path):
     stem = "base_model.model.model.embed_tokens."
     more = {
         stem + "base_layer.weight": np.ones((8, 6), np.float32),
@@ -376,7 +376,7 @@ SPELT_TWICE = {**PAIR, "l.0.q.mindpet_delta_lora_a": PAIR["l.0.q.lora_a"]}
         ),
     ],
 )
-def test_a_wrong_request_is_told_what_to_do(tmp_path, base, adapter, how, kind, told) -> None:
+def test_invalid_requests_get_a_remedy(tmp_path, base, adapter, how, kind, told) -> None:
     place = save(base, tmp_path / "base")
     beside = save(adapter, tmp_path / "a", lora_alpha=4) if adapter else None
     with pytest.raises(kind, match=told):

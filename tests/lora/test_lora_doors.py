@@ -92,7 +92,7 @@ def test_the_command_line_merges_and_takes_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(half, expected(base, pair, 0.5), rtol=1e-6, atol=1e-6)
 
 
-def test_the_command_line_writes_ranks_and_says_what_is_wrong(tmp_path: Path, capsys) -> None:
+def test_the_command_line_writes_ranks_and_reports_errors(tmp_path: Path, capsys) -> None:
     base, pair = model("mindpet")
     save(base | pair, tmp_path / "src")
     (tmp_path / "rules.toml").write_text('[specs]\n"*.wq.weight" = "mp,-"\n"*norm.weight" = "-"\n')

@@ -138,7 +138,7 @@ def test_patterns_that_take_too_many_steps_are_refused_with_what_to_do(
         ("(a)" * 400, "of 1200 characters"),
     ],
 )
-def test_what_is_not_matched_here_is_refused_when_the_config_is_read(pattern, told) -> None:
+def test_unsupported_expressions_are_refused_when_the_config_is_read(pattern, told) -> None:
     with pytest.raises(FormatError, match=told):
         check_patterns({pattern: 1}, "config: alpha_pattern")
 

@@ -151,7 +151,7 @@ def test_factors_that_do_not_fit_are_refused(arrays, kind, said) -> None:
         Mapping((Dequantize(block=(4, 4)),)).apply(Memory(arrays).catalog)
 
 
-def test_dequantizing_has_no_inverse_and_says_so() -> None:
+def test_dequantizing_has_no_inverse() -> None:
     with pytest.raises(LayoutError, match="the factors are lost"):
         Mapping((Dequantize(),)).inverse()
 

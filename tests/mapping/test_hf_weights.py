@@ -65,7 +65,7 @@ def test_a_text_part_is_mapped_as_the_model_alone(tmp_path, root, kind, key, for
         np.testing.assert_array_equal(made[name], x)
 
 
-def test_tensors_of_other_modalities_are_asked_to_be_left_out(tmp_path: Path) -> None:
+def test_tensors_of_other_modalities_must_be_left_out(tmp_path: Path) -> None:
     _, larger = nested(tmp_path, "model.language_model.", "llava", "text_config", vision=True)
     with pytest.raises(LayoutError, match=r"2 of .* tensors are not of the text model") as caught:
         convert(larger, tmp_path / "b", names="hf:tunix", **QUICK)

@@ -227,7 +227,7 @@ def test_a_cast_there_and_back_keeps_the_rounding() -> None:
         (Mapping((Transpose(("a",), (0, 1, 2)),)), LayoutError, "is not a permutation"),
     ],
 )
-def test_what_does_not_fit_is_said_with_names_and_numbers(mapping, kind, said) -> None:
+def test_errors_have_names_and_numbers(mapping, kind, said) -> None:
     arrays = {"a": np.zeros((4, 6), np.int8), "b": np.zeros((4, 6), np.int8)}
     with pytest.raises(kind, match=said):
         mapping.apply(Memory(arrays).catalog)
@@ -242,7 +242,7 @@ def test_a_missing_layer_is_named() -> None:
 
 
 @pytest.mark.parametrize("op", [Slice(("a",), 0, 0, 1), Cast(("a",), "F32")])
-def test_an_operation_without_an_inverse_says_so(op) -> None:
+def test_an_operation_without_an_inverse_raises(op) -> None:
     with pytest.raises(LayoutError, match="has no inverse"):
         Mapping((op,)).inverse()
 

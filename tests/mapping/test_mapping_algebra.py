@@ -113,7 +113,7 @@ def test_an_operation_that_cannot_be_is_refused_when_it_is_made(make) -> None:
         (Dequantize("{n*}.weight", "{n*}.scale", (2, 2)), r"scales of shape \(2, 2\), but q.scale"),
     ],
 )
-def test_what_does_not_fit_is_said_alike_in_files_and_in_memory(op, said) -> None:
+def test_errors_are_equal_in_files_and_in_memory(op, said) -> None:
     arrays = {
         "w": np.zeros((4, 6), np.float32),
         "v": np.zeros((4, 6), np.float32),
@@ -255,7 +255,7 @@ def model_of(**config: object) -> Model:
         ({"num_attention_heads": True}, "num_attention_heads is True"),
     ],
 )
-def test_numbers_of_heads_that_cannot_be_are_said(config, said) -> None:
+def test_invalid_numbers_of_heads_are_refused(config, said) -> None:
     model = Model("llama", None, False, {**config_of("llama", Sizes()), **config})
     with pytest.raises(FormatError, match=said):
         table("hf", "mcore-fused", model)
@@ -287,7 +287,7 @@ def test_absurd_numbers_of_layers_are_refused_and_take_no_time(form) -> None:
         ({"weight_block_size": [True, 2]}, None),
     ],
 )
-def test_blocks_of_factors_are_as_said_or_refused(quantization, block) -> None:
+def test_blocks_of_factors_follow_the_config_or_are_refused(quantization, block) -> None:
     catalog = Memory(QUANTIZED).catalog
     object.__setattr__(catalog, "model", model_of(quantization_config=quantization))
     if block is None:
@@ -308,7 +308,7 @@ def test_a_dtype_that_is_no_float_is_not_what_weights_become(word) -> None:
     assert found.ops[0].dtype == "F16"
 
 
-def test_a_file_that_is_no_mapping_is_said(tmp_path) -> None:
+def test_a_file_without_a_mapping_is_refused(tmp_path) -> None:
     folder = write_model(tmp_path / "m", config_of("llama", Sizes()), random_model("llama"))
     weights = folder / "model.safetensors"
     weights.write_bytes(b"\xff\xfe" + weights.read_bytes())
@@ -324,7 +324,7 @@ def test_a_file_that_is_no_mapping_is_said(tmp_path) -> None:
         find_mapping(str(folder / "config.json"), catalog)
 
 
-def test_an_error_of_a_users_table_says_which_operation() -> None:
+def test_an_error_in_a_user_table_names_the_operation() -> None:
     text = '[[op]]\nop = "split"\nnames = ["w"]\ndim = -1\nsizes = [2, 2]'
     with pytest.raises(LayoutError, match=r"own\.toml, operation 1: split: dim = -1 must be 0"):
         read_mapping(text, "own.toml")
@@ -336,7 +336,7 @@ def test_text_that_is_no_toml_is_an_error_and_no_crash(text) -> None:
         read_mapping(text)
 
 
-def test_what_a_cast_would_lose_is_said_of_its_inverse_too() -> None:
+def test_lossy_inverses_of_casts_are_refused() -> None:
     with pytest.raises(LayoutError, match="from I32 has no inverse: F32 to I32 would truncate"):
         Cast(W, "F32", "I32").inverse()
     assert Cast(W, "BF16", "F32").inverse() == Cast(W, "F32", "BF16")

@@ -47,9 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", ["mindformers-concat", "mcore-fused", "nnx-scan", "maxtext"])
-def test_what_is_made_on_devices_lies_as_what_is_loaded_and_comes_back(
-    folder, form, host_reads
-) -> None:
+def test_arrays_mapped_on_devices_are_sharded_like_loaded_ones(folder, form, host_reads) -> None:
     mapping = find_mapping(f"hf:{form}", open_checkpoint(folder))
     arrays = load(folder, "dp2mp2")
     loaded = load(folder, "dp2mp2", names=mapping)

@@ -81,7 +81,7 @@ def test_auto_does_not_choose_between_forms_of_the_same_names(folder, tmp_path) 
         assert same(weights(tmp_path / f"{form} back"), SOURCE)
 
 
-def test_experts_that_lie_alike_in_both_forms_are_no_reason_to_refuse(tmp_path) -> None:
+def test_experts_with_equal_rows_in_both_forms_are_accepted(tmp_path) -> None:
     source = random_model("qwen3_moe", SIZES)
     write_model(tmp_path / "hf", config_of("qwen3_moe", SIZES), source)
     convert(tmp_path / "hf", tmp_path / "there", names="hf:mcore-fused-blocks", **QUICK)

@@ -126,7 +126,7 @@ def test_a_scanned_model_on_fused_weights_computes_what_transformers_does(folder
         np.testing.assert_allclose(logits(params, jnp.asarray(ids)), expected, atol=2e-5)
 
 
-def test_fewer_kv_heads_than_ranks_are_told_of_by_the_mapping(folder) -> None:
+def test_fewer_kv_heads_than_ranks_are_reported_by_the_mapping(folder) -> None:
     with pytest.raises(LayoutError, match=r"mp=4 splits .* the 2 groups \(such as kv heads\)"):
         load(folder, "mp4", names=FUSED)
 

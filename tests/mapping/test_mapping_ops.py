@@ -120,7 +120,7 @@ def test_a_stack_of_some_layers_leaves_the_others() -> None:
         (["h.1.w", "h.01.w"], {"first": 1}, "both become layer 1"),
     ],
 )
-def test_layers_that_do_not_count_up_are_said(names, how, said) -> None:
+def test_gaps_between_layers_are_refused(names, how, said) -> None:
     with pytest.raises((NotFoundError, LayoutError), match=said):
         Mapping((Stack("h.{layer}.w", "w", **how),)).apply_arrays(arrays(*names))
 
@@ -181,7 +181,7 @@ def _plainly(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def test_a_way_back_that_is_given_is_taken_and_held_to() -> None:
+def test_back_rules_are_used_and_checked() -> None:
     op = Substitute(((r"q_pr.j", "wq"),), back=((r"wq", "q_proj"),))
     assert list(Mapping((op,)).apply_arrays(arrays(NAMES[0]))) == [
         "model.layers.3.self_attn.wq.weight"
@@ -197,14 +197,14 @@ def test_rules_without_back_have_no_inverse() -> None:
         Substitute(((r"\.w(\d)\.", r".linear_\1."),)).inverse()
 
 
-def test_a_name_that_did_not_come_this_way_does_not_go_back() -> None:
+def test_the_inverse_refuses_a_name_that_back_does_not_restore() -> None:
     back = Mapping((Substitute(((r"\.q_proj\.", ".wq."),), ((r"\.wq\.", ".q_proj."),)),)).inverse()
     with pytest.raises(LayoutError, match=r"a\.q_proj\.w becomes a\.q_proj\.w, but back= turns"):
         back.apply_arrays(arrays("a.q_proj.w"))
 
 
 @pytest.mark.parametrize("rule", [("(", "x"), ("a", r"\1"), ("(?P<n>a)", r"\g<m>")])
-def test_what_is_no_regular_expression_is_said(rule) -> None:
+def test_an_invalid_regular_expression_is_refused(rule) -> None:
     with pytest.raises(LayoutError, match="invalid regular expression"):
         Substitute((rule,))
 

@@ -130,7 +130,7 @@ def test_a_users_own_table_is_a_file(folders, tmp_path) -> None:
         ("mindformers:hf", NotFoundError, "llama-mindformers has no rule for 29 of 30 names"),
     ],
 )
-def test_a_table_that_is_not_there_is_said(folders, names, kind, said) -> None:
+def test_an_unknown_table_is_refused(folders, names, kind, said) -> None:
     with pytest.raises(kind, match=said):
         plan(folders("llama"), names=names)
 
@@ -148,7 +148,7 @@ def test_a_table_that_is_not_there_is_said(folders, names, kind, said) -> None:
         ('[[op]]\nop = "rename"\nrules = [["a.{x}", "b"]]', "placeholders differ"),
     ],
 )
-def test_a_table_that_is_wrong_is_said_with_its_place(text, said) -> None:
+def test_an_invalid_table_is_refused_with_its_place(text, said) -> None:
     with pytest.raises(LayoutError, match=said):
         read_mapping(text, "own.toml")
 

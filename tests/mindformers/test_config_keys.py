@@ -221,7 +221,7 @@ def test_a_key_is_used_or_noted_or_concerns_no_weights(
         (MONITOR, "save_max", "save_max has no effect there. Move it below checkpoint."),
     ],
 )
-def test_a_key_that_is_not_known_is_noted_with_what_may_be_meant(
+def test_an_unknown_key_is_noted_with_the_nearest_key(
     path: str, key: str, note: str, paths: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = answers(config(path, **{key: 8}), caplog)
@@ -369,7 +369,7 @@ def test_the_callback_and_then_the_top_decide_on_the_format(
         ),
     ],
 )
-def test_what_is_said_of_seen_data_goes_to_the_resume_point(
+def test_keys_of_consumed_data_are_passed_to_the_resume_point(
     told: dict[str, Any], arguments: dict[str, Any], skipped: int
 ) -> None:
     assert mindformers.resuming(told) == arguments

@@ -185,7 +185,7 @@ def test_a_rank_of_a_real_job_gets_what_its_own_file_has(name: str) -> None:
         (None, "parallel_config is used; auto_trans_ckpt: False keeps the part of each rank"),
     ],
 )
-def test_otherwise_the_configuration_says_how_ranks_are_cut(
+def test_otherwise_the_configuration_decides_the_slicing(
     switch: bool | None, note: str | None, tmp_path: Path
 ) -> None:
     layout, _ = JOBS["interleaved"]
@@ -212,7 +212,7 @@ def test_another_number_of_ranks_is_laid_out_by_the_configuration(tmp_path: Path
     assert "the checkpoint has 4 ranks and the job has 2" in " ".join(catalog.notes)
 
 
-def test_names_without_rules_are_loaded_as_they_lie_and_not_compared(tmp_path: Path) -> None:
+def test_names_without_rules_keep_their_slicing_and_are_not_compared(tmp_path: Path) -> None:
     layout = Layout(2, {"odd.thing": (Placement((("mp", 2),), ((), ("mp",))),)})
     arrays = {"odd.thing": np.arange(16, dtype=np.float32).reshape(4, 4)}
     write_strategy(tmp_path / "strategy", layout, arrays)
@@ -308,7 +308,7 @@ def test_names_of_no_family_are_held_against_the_number_of_ranks(
         assert mindformers.load_rank(told, 2, rules=rules)["odd.1.thing"].shape == (8, 3)
 
 
-def test_what_is_asked_for_of_a_part_is_loaded(tmp_path: Path) -> None:
+def test_selected_tensors_of_a_part_are_loaded(tmp_path: Path) -> None:
     told = _config(_first_stage(tmp_path), auto_trans_ckpt=True, parallel_config=PARALLEL)
     share = mindformers.load_rank(told, 0, include=r"^model.*attention\.wq\.")
     assert sorted(share) == [LAYER.format(0)]

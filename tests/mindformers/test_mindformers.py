@@ -280,7 +280,7 @@ def test_the_strategy_is_that_of_the_parallel_config(
         ({"auto_trans_ckpt": False}, "but the checkpoint has 8 ranks and the job has 2"),
     ],
 )
-def test_what_files_contradict_is_said_and_the_files_are_right(
+def test_contradictions_are_noted_and_the_files_decide(
     job: Path, values: dict[str, Any], note: str | None
 ) -> None:
     catalog = asked(config(job, **values)).open()
@@ -289,7 +289,7 @@ def test_what_files_contradict_is_said_and_the_files_are_right(
     assert note is None or note in said[0]
 
 
-def test_ckpt_files_with_all_replicas_are_told_apart_too(tmp_path: Path, job: Path) -> None:
+def test_ckpt_files_with_all_replicas_are_recognised_too(tmp_path: Path, job: Path) -> None:
     shutil.copytree(golden("dp4mp2_opt2", "src_ckpt"), tmp_path / "c" / "checkpoint")
     shutil.copytree(golden("dp4mp2_opt2", "strategy"), tmp_path / "c" / "strategy")
     told = config(tmp_path / "c", remove_redundancy=True, load_ckpt_format="safetensors")
@@ -339,7 +339,7 @@ def test_only_save_strategy_is_pointed_elsewhere(job: Path) -> None:
     assert "jaxshard strategy make" in asked(config(job, only_save_strategy=True)).notes[0]
 
 
-def test_balanced_loading_and_its_threads_are_what_load_is_told(
+def test_balanced_loading_and_its_threads_are_passed_to_load(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = {"load_path": str(job), "load_balanced": True, "reshard_worker_num": 3}
@@ -352,7 +352,7 @@ def test_balanced_loading_and_its_threads_are_what_load_is_told(
     assert (given["balanced"], given["workers"]) == (True, 1)
 
 
-def test_the_format_that_is_named_counts_where_both_lie_together(ranks: Path) -> None:
+def test_the_named_format_decides_if_both_exist(ranks: Path) -> None:
     newer = {n: a + 1 for n, a in ARRAYS.items()}
     write_ranks(ranks, lambda r: held_by(r, newer), "net_rank_{r}-1_10.ckpt")
     told = {"load_checkpoint": str(ranks), "use_parallel": True}
@@ -408,7 +408,7 @@ def test_the_monitor_of_a_configuration_becomes_a_manager(tmp_path: Path) -> Non
 # --- YAML ----------------------------------------------------------------------------------
 
 
-def test_a_yaml_file_says_the_same_as_a_mapping(job: Path, tmp_path: Path) -> None:
+def test_a_yaml_file_equals_a_mapping(job: Path, tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     place = tmp_path / "run.yaml"
     place.write_text(
@@ -438,7 +438,7 @@ def test_what_is_no_configuration_is_refused(text: str, tmp_path: Path) -> None:
         asked(tmp_path / "run.yaml")
 
 
-def test_a_missing_file_and_a_missing_library_are_said(
+def test_a_missing_file_and_a_missing_library_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(NotFoundError, match="does not exist"):

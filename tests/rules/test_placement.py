@@ -40,7 +40,7 @@ def test_names_go_to_the_stage_of_their_layer() -> None:
     assert made.notes == ()
 
 
-def test_a_user_says_how_many_layers_each_stage_has() -> None:
+def test_a_user_sets_the_layers_of_each_stage() -> None:
     rules = LLAMA.override(read_rules("[stages]\nlayers_per_stage = [1, 4]"))
     strategy = Strategy.parse("pp2")
     made = layout(llama(5), strategy, rules)
@@ -103,7 +103,7 @@ def test_a_table_that_is_no_weight_is_not_cut_by_the_optimizer_shard() -> None:
     assert made.placements["model.norm.weight"][0].spec == (("dp", "mp"),)
 
 
-def test_a_weight_of_no_stage_is_held_by_every_stage_and_said() -> None:
+def test_a_weight_without_a_stage_is_noted_and_held_by_every_stage() -> None:
     rules = LLAMA.override(mine(novel="mp,-", other="-"))
     made = layout(llama(2) | {"novel": (4, 4), "other": (3,)}, Strategy.parse("mp2pp2"), rules)
     assert [str(p) for p in made.placements["novel"]] == [

@@ -32,7 +32,7 @@ def test_a_rule_for_one_layer_is_for_that_layer_only() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [4, 400])
-def test_patterns_are_asked_once_for_each_kind_of_name(num_layers: int) -> None:
+def test_patterns_are_compared_once_with_each_kind_of_name(num_layers: int) -> None:
     matcher = Matcher(FAMILIES["mixtral"])
     names = moe(num_layers, 64)
     for name in names:
@@ -50,7 +50,7 @@ def test_a_big_model_shares_its_placements() -> None:
 
 
 @pytest.mark.parametrize("prefix", OPTIMIZER_PREFIXES)
-def test_an_optimizer_state_lies_as_its_weight_does(prefix: str) -> None:
+def test_an_optimizer_state_is_placed_like_its_weight(prefix: str) -> None:
     shapes = llama(4)
     strategy = Strategy.parse("dp2mp2pp2optall")
     made = layout(shapes | {prefix + n: s for n, s in shapes.items()}, strategy, LLAMA)
@@ -150,7 +150,7 @@ def test_a_slip_in_a_name_is_shown_the_rule_that_nearly_fits() -> None:
         layout({"lm_head.weight": (4, 4)}, Strategy(mp=2), mine(**{"lm_head.wieght": "-"}))
 
 
-def test_unmatched_names_are_replicated_when_asked_and_said() -> None:
+def test_unmatched_names_are_replicated_on_request_with_a_note() -> None:
     shapes = llama(4) | {"model.layers.3.novel.weight": (3, 5)}
     strategy = Strategy.parse("mp2pp2")
     made = layout(shapes, strategy, LLAMA, unmatched="replicate")
@@ -173,7 +173,7 @@ def test_dims_that_do_not_divide_are_one_error() -> None:
     assert 'uneven="replicate"' in message
 
 
-def test_uneven_dims_are_left_whole_when_asked_and_said() -> None:
+def test_uneven_dims_are_left_whole_on_request_with_a_note() -> None:
     shapes = llama() | {"lm_head.weight": (V + 1, H)}
     made = layout(shapes, Strategy(mp=4), LLAMA, uneven="replicate")
     assert made.placements["lm_head.weight"][0].spec == ()
@@ -196,7 +196,7 @@ def test_a_policy_is_one_of_two(policy: str) -> None:
         layout({}, Strategy(), LLAMA, **{policy: "pad"})  # type: ignore[arg-type]
 
 
-def test_a_users_rule_that_decides_nothing_is_said() -> None:
+def test_a_user_rule_that_matches_nothing_is_noted() -> None:
     user = read_rules('[specs]\n"lm_head.wieght" = "-,-"\n"model.norm.*" = "-"')
     made = layout(llama(), Strategy(mp=2), LLAMA.override(user))
     assert made.notes == ('the rules for "lm_head.wieght" match no tensor.',)
@@ -225,7 +225,7 @@ def test_an_optimizer_shard_that_fits_nothing_is_refused() -> None:
         layout(llama(), Strategy.parse("dp2mp2opt3"), LLAMA)
 
 
-def test_experts_with_too_few_replicas_stay_unsharded_and_are_said() -> None:
+def test_experts_with_too_few_replicas_stay_unsharded_with_a_note() -> None:
     made = layout(moe(), Strategy.parse("dp4mp2ep2opt4"), FAMILIES["mixtral"])
     expert = made.placements["model.layers.0.mlp.experts.0.up_proj.weight"][0]
     assert expert.spec == (("mp",),)
@@ -260,7 +260,7 @@ def test_names_of_another_framework_beside_a_config_are_seen() -> None:
     assert rules_for(None, ["adam_m." + n for n in legacy]).name == "mindformers"
 
 
-def test_a_model_that_nobody_knows_asks_for_rules() -> None:
+def test_an_unknown_model_needs_rules() -> None:
     with pytest.raises(NotFoundError) as caught:
         rules_for(Model("qwen2_mo"), ["a.b", "c.d"])
     assert "unknown model_type 'qwen2_mo' and tensor names (a.b, c.d)" in str(caught.value)

@@ -116,7 +116,7 @@ def dim_of(made: Layout, name: str) -> int | None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TEXT if kind not in NO_PLAN])
-def test_the_tensor_parallel_plan_of_transformers_says_the_same(kind: str) -> None:
+def test_the_rules_equal_the_tensor_parallel_plan_of_transformers(kind: str) -> None:
     model = build(kind)
     plan = model._tp_plan
     shapes = in_memory(model)

@@ -222,7 +222,7 @@ OLD_NAMES = [
 
 
 @pytest.mark.parametrize(("kind", "root", "others", "apart"), OLD_NAMES)
-def test_names_of_files_are_told_apart(kind, root, others, apart) -> None:
+def test_names_of_text_and_towers_are_distinguished(kind, root, others, apart) -> None:
     head = root.removesuffix("model.")
     text = {n.replace("model.", root, 1): s for n, s in llama(4, head=False).items()}
     text[f"{head}lm_head.weight"] = (64, 16)

@@ -130,7 +130,7 @@ def test_a_square_matrix_is_as_the_others_of_its_module() -> None:
         ({"hidden_size": 64, "moe_intermediate_size": 40}, (4, 96, 64), "inner size 40 is neither"),
     ],
 )
-def test_sizes_that_do_not_tell_ask_for_a_rule(config, shape, said) -> None:
+def test_ambiguous_sizes_need_a_rule(config, shape, said) -> None:
     shapes = {"model.layers.0.mlp.experts.gate_up_proj": shape}
     rules, model = FAMILIES["mixtral"], Model(config=config)
     with pytest.raises(LayoutError, match=re.escape(said)) as caught:
@@ -142,7 +142,7 @@ def test_sizes_that_do_not_tell_ask_for_a_rule(config, shape, said) -> None:
     assert cut_dims(made, shapes) == {"gate_up_proj": 2}
 
 
-def test_factors_and_states_of_stacked_experts_lie_as_their_weights() -> None:
+def test_factors_and_states_of_stacked_experts_are_placed_like_their_weights() -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     shapes: dict[str, Shape] = {name: (4, 512, 256), f"{name}_scale_inv": (4, 4, 2)}
     shapes[f"adam_m.{name}"] = (4, 512, 256)

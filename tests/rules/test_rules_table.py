@@ -77,13 +77,13 @@ def test_rules_without_a_name_are_called_after_their_place() -> None:
         ("name = 3", "line 1: name = 3"),
     ],
 )
-def test_a_slip_is_told_with_its_line_and_what_to_write(text: str, said: str) -> None:
+def test_a_mistake_is_reported_with_its_line_and_a_remedy(text: str, said: str) -> None:
     with pytest.raises(LayoutError, match=said) as caught:
         read_rules(text, "mine.toml")
     assert str(caught.value).startswith("mine.toml")
 
 
-def test_users_rules_are_asked_first_and_complete_the_others() -> None:
+def test_user_rules_precede_and_complete_the_others() -> None:
     base = Rules("base", specs=(("*", "-"),), layers=("h.{layer}.",), first=("wte.*",))
     both = base.override(read_rules('[specs]\n"a" = "mp"\n[stages]\nlast = "a"', "mine.toml"))
     assert both.specs == (("a", "mp"), ("*", "-"))
