@@ -245,7 +245,7 @@ def model_of(**config: object) -> Model:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0 .expected a number of 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, not a number of 1"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         (
             {"num_attention_heads": 4, "num_key_value_heads": 3},
