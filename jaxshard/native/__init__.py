@@ -1,11 +1,11 @@
 """Optional compiled kernels: transposes, casts and adapter sums.
 
-They are compiled when jaxshard is installed, if there is a C compiler (``hatch_build.py``).
-Each function here says whether it did the work. Where it did not, because nothing was compiled
-or the arrays lie otherwise, its caller does the same with NumPy, slower. Only sums of products may
-differ in their last bit, as they do between one matrix product of NumPy's and another.
+They are compiled when jaxshard is installed, if a C compiler is available (``hatch_build.py``).
+Each function returns whether it did the work. Otherwise (nothing was compiled, or the arrays have
+another memory layout) its caller does the same with NumPy, slower. Only sums of products may
+differ in the last bit, as they do between two matrix products of NumPy.
 
-``JAXSHARD_NATIVE=0`` has everything done with NumPy.
+``JAXSHARD_NATIVE=0`` disables the kernels.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Array = NDArray[Any]
 
 _VERSION = 2  # of the functions in kernels.c
 _MOST_RANK = 256
-_ITEMS = (1, 2, 4)  # wider ones NumPy turns as quickly
+_ITEMS = (1, 2, 4)  # NumPy transposes wider ones as fast
 
 
 def turn(out: Array, values: Array, *, is_final: bool = False) -> bool:
-    """``out[...] = values``, two matrices that lie in memory in opposite orders.
+    """``out[...] = values`` for two matrices with opposite memory orders.
 
     Args:
-        out: (rows, columns), neighbours in memory along the first dim.
-        values: (rows, columns), neighbours along the second.
-        is_final: nobody reads ``out`` soon, so caches are kept for what is read.
+        out: (rows, columns), contiguous along the first dim.
+        values: (rows, columns), contiguous along the second dim.
+        is_final: ``out`` is not read soon, so it bypasses the cache.
 
     >>> from jaxshard.native import is_there, turn
     >>> out, values = np.zeros((3, 2), "u2").T, np.arange(6, dtype="u2").reshape(2, 3)
@@ -88,7 +88,7 @@ def add_product(
 
     Args:
         out: (rows, columns) of bfloat16.
-        values: likewise, and dense along the same dim.
+        values: (rows, columns) of bfloat16, contiguous along the same dim.
         b: (rows, rank).
         a: (rank, columns).
         scaling: the product is multiplied with it before it is added.

@@ -81,11 +81,11 @@ BEST = next(iter(ALGORITHMS))
 
 
 def algorithm(name: str) -> Sum:
-    """The function that computes ``name``.
+    """Return the function that computes ``name``.
 
     Raises:
         LayoutError: no package here computes it.
-        FormatError: it is none that jaxshard writes.
+        FormatError: jaxshard does not write this kind.
 
     >>> hex(algorithm("crc32")(b"123456789"))
     '0xcbf43926'
@@ -174,7 +174,7 @@ def first_difference(
     return None
 
 
-# --- ``checksums.json``: the checksums of a checkpoint's files, in a file beside them
+# --- ``checksums.json``: the checksums of a checkpoint's files
 
 _CHUNK_BYTES = 64 << 20  # threads share a large file, and an error names the damaged part
 _MAX_BYTES = 256 << 20

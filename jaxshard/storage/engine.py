@@ -2,7 +2,7 @@
 
 Each block is read once from every source that stores a part of it, and written once to every
 target that holds a part of it, while it is in the cache of one core. Each thread needs memory for
-a few blocks, whatever the size of the tensors. Memory at either end saves a copy (see ``io``).
+a few blocks, for tensors of any size. Memory at either end saves a copy (see ``io``).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _batches(
     for move in moves:
         if isinstance(move, Bundle):
             yield move
-        elif source.request_bytes:  # a request covers what is near in the file, whatever the cells
+        elif source.request_bytes:  # a request covers adjacent bytes of a file, of several cells
             yield from sorted(_batches_of(move, budget, source, sink), key=_spans)
         else:
             yield from _batches_of(move, budget, source, sink)
@@ -128,7 +128,7 @@ def _batches_of(
     operands = operands_of(move)
     for cell in move.cells:
         limit = budget.block_bytes
-        if source.request_bytes:  # a batch is one request at most, whatever memory there is
+        if source.request_bytes:  # a batch is at most one request, even if memory allows more
             limit = min(limit, source.request_bytes)
         elif _needs_no_block(move, cell, source, sink):
             limit = max(limit, _STRAIGHT_BYTES)
@@ -303,7 +303,7 @@ class Worker:
         self.counts.num_copies += steps.num_copies
 
     def _put(self, move: TensorCopy, target: int, part: Box, values: NDArray[np.generic]) -> None:
-        """Store ``part`` of a target, wherever its elements come from."""
+        """Store ``part`` of a target."""
         shape = move.targets[target].box.shape
         runs = byte_runs(part, shape, move.unit_bytes)
         last = sum((n - 1) * stride for n, stride in runs.outer)
@@ -323,7 +323,7 @@ class Worker:
     def _write_runs(
         self, move: TensorCopy, index: int, runs: Runs, inside: NDArray[np.generic]
     ) -> None:
-        """Write a part of a tile that is not one run of its target."""
+        """Write a part of a tile that is several runs of its target."""
         flat = _flat(np.ascontiguousarray(inside))
         last = sum((n - 1) * stride for n, stride in runs.outer)
         span = self._place(move, index, runs.offset, last + runs.length)
@@ -340,7 +340,7 @@ class Worker:
         self.counts.bytes_written += writes * runs.num_bytes
 
     def _read_operand(self, tensor: Tensor) -> Bytes:
-        """All bytes of a small tensor that a step needs."""
+        """Read all bytes of a small tensor that a step needs."""
         out = np.empty(tensor.num_bytes, np.uint8)
         pieces = tensor.shards
         if len(pieces) == 1 and pieces[0].view is None and len(out) <= self._budget.block_bytes:
@@ -355,7 +355,7 @@ class Worker:
         return out
 
     def _gather(self, move: TensorCopy, steps: Steps, buffer: NDArray[np.generic]) -> None:
-        """Fill ``buffer``, which is the block, from all that stores parts of it."""
+        """Fill ``buffer``, which is the block, from all sources of its parts."""
         for index, part in steps.reads:
             inside = _inside(buffer, part.within(steps.block))
             if move.forms[index] is not None:
@@ -369,7 +369,7 @@ class Worker:
                 inside[...] = spare.view(buffer.dtype).reshape(inside.shape)
 
     def _final_place(self, move: TensorCopy, steps: Steps) -> Bytes | None:
-        """The memory that the whole block is for, if it is for one target alone."""
+        """Return the destination buffer if the block has exactly one destination."""
         if len(steps.writes) != 1 or steps.writes[0][1] != steps.block:
             return None
         index, part = steps.writes[0]
@@ -386,7 +386,7 @@ class Worker:
         return None if memory is None else np.frombuffer(memory, np.uint8)
 
     def _lent(self, move: TensorCopy, steps: Steps) -> Bytes | None:
-        """The memory where the whole block lies in its source, if it does."""
+        """Return the source memory of the whole block, if it is lent in one piece."""
         if not self._source.can_lend or len(steps.reads) != 1 or steps.reads[0][1] != steps.block:
             return None
         index = steps.reads[0][0]
@@ -417,7 +417,7 @@ class Worker:
         self._count_reads(runs)
 
     def _copied_from_lent(self, piece: StoredShard, runs: Runs, out: Bytes) -> bool:
-        """Whether runs that lie in memory already were copied from there, all in one copy."""
+        """Copy runs from lent memory in one copy; return whether it was lent."""
         if not self._source.can_lend:
             return False
         last = sum((n - 1) * stride for n, stride in runs.outer)

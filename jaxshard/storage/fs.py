@@ -1,7 +1,8 @@
 """Filesystem primitives: publish, exchange and replace files atomically.
 
-Knows nothing of checkpoints. Each primitive is atomic for readers and for a kill at any moment;
-where a file system offers no such operation, the fall-back and its gap are documented.
+Each primitive is atomic for readers and for a kill at any moment. If a filesystem does not offer
+such an operation, the fall-back and its gap are documented. System calls beyond Python's ``os``
+and bounded reads of text files are here too. This module does not depend on checkpoints.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EM
 def publish_new(made: Path, place: Path) -> None:
     """Rename ``made`` to ``place`` without replacing anything there.
 
-    An empty folder holds nothing, so a folder takes its place.
+    An empty folder may be replaced by a folder.
 
     Raises:
-        FileExistsError: something lies at ``place``; both are as they were.
-        OSError: the disk refused.
+        FileExistsError: ``place`` exists; both are unchanged.
+        OSError: the disk failed.
     """
     try:
         if rename_new(made, place):
@@ -50,10 +51,10 @@ def _rename_folder(made: Path, place: Path) -> None:
 
 
 def _rename_file(made: Path, place: Path) -> None:
-    """Without ``renameat2``: a hard link never replaces; without links either, look right before.
+    """Rename without ``renameat2``: by a hard link, which never replaces, or after a check.
 
-    An empty file made exclusively would reserve the name, but a kill would leave it there as a
-    result; a file that appears between the look and the rename is the lesser danger.
+    An empty file created exclusively would reserve the name, but a kill would leave it there as a
+    result. A file that appears between the check and the rename is the smaller risk.
     """
     try:
         os.link(made, place, follow_symlinks=False)
@@ -68,12 +69,12 @@ def _rename_file(made: Path, place: Path) -> None:
 
 
 def write_file_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Make ``path`` hold ``data``; at any instant it holds that, or what it held before.
+    """Replace the content of ``path`` by ``data`` atomically.
 
-    For folders of our own: what an earlier, killed call left at the scratch name is removed.
+    For jaxshard's own folders: a file that a killed call left at the scratch name is removed.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk failed.
     """
     scratch = scratch_of(path)
     scratch.unlink(missing_ok=True)  # exclusively below, so that no link is written through
@@ -88,12 +89,12 @@ def write_file_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def scratch_of(path: Path) -> Path:
-    """Where ``write_file_atomic`` writes what becomes ``path``."""
+    """Return the scratch name that ``write_file_atomic`` renames to ``path``."""
     return path.with_name(f".{path.name}.new")
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until the content of ``path``, a file or the names in a folder, is on the disk."""
+    """Flush ``path``, a file or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,10 +106,10 @@ fsync_dir = fsync_path
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link (not what it leads to) or a folder with all in it, if it is there.
+    """Delete a file, a link (not its target) or a folder with its content, if it exists.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk failed.
     """
     if _is_folder(path):
         shutil.rmtree(path)
@@ -148,13 +149,13 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def reserve(descriptor: int, num_bytes: int) -> None:
-    """Make an empty file ``num_bytes`` long, with its room on the disk reserved if that can be.
+    """Make an empty file ``num_bytes`` long, and reserve its blocks if the filesystem can.
 
-    The file system then finds no room while it is written to, and a full disk is heard of
-    before the first byte. ``posix_fallocate`` would do it, or write a byte to every block.
+    The filesystem then need not allocate during writes, and a full disk is an error before the
+    first byte. ``posix_fallocate`` might write a byte to every block instead.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     call = _function("fallocate")
     if num_bytes and call is not None:
@@ -167,27 +168,27 @@ def reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def start_writing_back(descriptor: int) -> None:
-    """Have the disk begin with what was written to the file so far; nobody waits for it."""
+    """Start writing the dirty pages of the file to the disk, without waiting."""
     call = _function("sync_file_range")
     if call is not None:
-        call(descriptor, 0, 0, _START_WRITING)  # if it fails, the later fsync will tell
+        call(descriptor, 0, 0, _START_WRITING)  # if it fails, the later fsync raises
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchange two paths in one step (``renameat2``); False where that is not offered.
+    """Exchange two paths in one step (``renameat2``); False if that is not offered.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk failed.
     """
     return _renamed(a, b, _EXCHANGE)
 
 
 def rename_new(a: Path, b: Path) -> bool:
-    """Rename ``a`` to ``b``, which must not exist (``renameat2``); False where that is not offered.
+    """Rename ``a`` to ``b``, which must not exist (``renameat2``); False if that is not offered.
 
     Raises:
-        FileExistsError: something lies at ``b``.
-        OSError: the disk refused.
+        FileExistsError: ``b`` exists.
+        OSError: the disk failed.
     """
     return _renamed(a, b, _NO_REPLACE)
 
@@ -205,9 +206,9 @@ def _renamed(a: Path, b: Path, flag: int) -> bool:
 
 
 def is_mount_point(path: Path) -> bool:
-    """Whether a file system is mounted at ``path`` (absolute): it cannot be renamed or replaced.
+    """Return whether ``path`` (absolute) is a mount point, which cannot be renamed or replaced.
 
-    A folder bound to another of the same disk shows nowhere but in the system's own list.
+    A bind mount of the same disk shows only in the system's list of mounts.
     """
     if os.path.ismount(path):
         return True
@@ -219,7 +220,7 @@ def is_mount_point(path: Path) -> bool:
 
 
 def is_fuse(path: Path) -> bool:
-    """Whether ``path`` is on a file system in user space, by the system's own list."""
+    """Return whether ``path`` is on a FUSE filesystem, by the system's list of mounts."""
     try:
         lines = _MOUNTS.read_bytes().splitlines()
     except OSError:

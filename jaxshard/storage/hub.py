@@ -140,7 +140,7 @@ class Repository:
         return root / folder
 
     def place(self, path: str) -> tuple[Client, str]:
-        """Resolve a file once, whatever the number of threads that ask for it."""
+        """Resolve a file once for all threads."""
         with self._lock:
             lock = self._locks.setdefault(path, threading.Lock())
         with lock:

@@ -1,8 +1,8 @@
 """Identity of an opened checkpoint, compared between processes.
 
-Hosts may have copies of their own at one path, and a copy may be of another step. Names, shapes
-and sizes are the same then, so a few bytes of the files are compared too, as many of a large
-checkpoint as of a small one. Times differ between copies and are not compared.
+Hosts may have their own copies at one path, and a copy may be of another step. Names, shapes and
+sizes are the same then, so a few bytes of the files are compared too, a fixed number for any size.
+Times differ between copies and are not compared.
 
     whole     tensors: names, dtypes, shapes      contents: paths, sizes, samples of all files
     a part    what one server has of a job's ranks: each file by itself, to be compared with the
@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 _SAMPLE_BYTES = 512
 _SAMPLES = 128  # 64 KiB in all
-_PARTS = 16  # what is said of each file by itself must stay short
+_PARTS = 16  # files that are compared one by one: their digests must stay short
 _CHARACTERS = 16
 _MAX_CHECKSUMS_BYTES = 4 << 20  # those of a terabyte or so
 _NO_BOX = Box.whole(())
@@ -50,7 +50,7 @@ _WHAT = {
 
 
 def identity(catalog: Catalog) -> str:
-    """What ``catalog`` is, for ``check_same``.
+    """Return the identity of ``catalog``, for ``check_same``.
 
     Raises:
         FormatError, StorageError: a file is damaged, changed or cannot be read.
@@ -58,35 +58,35 @@ def identity(catalog: Catalog) -> str:
     if is_remote(catalog.root):  # the listing has a version of each file
         versions = "\n".join(sorted(map(repr, catalog.files)))
         return json.dumps({"tensors": _tensors(catalog), "contents": _short(versions.encode())})
-    said: dict[str, Any] = {"save": _save_of(catalog), "checksums": _checksums(catalog)}
+    found: dict[str, Any] = {"save": _save_of(catalog), "checksums": _checksums(catalog)}
     if format_of(catalog.format).own_library:
-        said |= {"tensors": _tensors(catalog), "contents": _orbax(catalog)}
+        found |= {"tensors": _tensors(catalog), "contents": _orbax(catalog)}
     elif _is_part(catalog):
         files = sorted(catalog.files, key=lambda file: _short(file.path.encode()))[:_PARTS]
         samples = {**_samples(catalog, files), **_metadata(catalog)}
-        said["parts"] = {_short(path.encode()): _short(data) for path, data in samples.items()}
-        said["step"] = _step(catalog)
+        found["parts"] = {_short(path.encode()): _short(data) for path, data in samples.items()}
+        found["step"] = _step(catalog)
     else:
-        files = sorted(catalog.files, key=_path)  # folders list them as they like
+        files = sorted(catalog.files, key=_path)  # folders list them in any order
         digest = hashlib.sha256(repr([(_path(f), f.num_bytes) for f in files]).encode())
         for path, data in _samples(catalog, _spread(files, _SAMPLES // 2)).items():
             digest.update(path.encode() + data)
-        said |= {"tensors": _tensors(catalog), "contents": digest.hexdigest()[:_CHARACTERS]}
-    return json.dumps(said)
+        found |= {"tensors": _tensors(catalog), "contents": digest.hexdigest()[:_CHARACTERS]}
+    return json.dumps(found)
 
 
-def check_same(said: Sequence[str], root: str, members: Sequence[int]) -> None:
-    """Refuse checkpoints that are not one.
+def check_same(identities: Sequence[str], root: str, members: Sequence[int]) -> None:
+    """Check that all processes opened the same checkpoint.
 
     Args:
-        said: what ``identity`` gave in each process.
+        identities: the result of ``identity`` in each process.
         root: what this process opened.
         members: the processes' numbers.
 
     Raises:
         CoverageError: they differ.
     """
-    found = [json.loads(text) for text in said]
+    found = [json.loads(text) for text in identities]
     for field, what in _WHAT.items():
         _check(field, what, [one.get(field) for one in found], root, members)
     for part in sorted({part for one in found for part in one.get("parts", ())}):
@@ -114,10 +114,10 @@ def _check(
 
 
 def _save_of(catalog: Catalog) -> str:
-    """Which save a host's own folder is of; empty where it is not such a folder.
+    """Return the save that a host's own folder belongs to; empty for other folders.
 
     Raises:
-        FormatError: the file that says so is damaged.
+        FormatError: the file with its token is damaged.
     """
     if catalog.layout is None or not format_of(catalog.format).on_own_disks:
         return ""
@@ -150,7 +150,7 @@ def _of_ranks(catalog: Catalog) -> list[str]:
 
 
 def _step(catalog: Catalog) -> object:
-    """The step of the ranks' files; None where there are too few to tell it from the rank."""
+    """Return the step of the rank files; None if they are too few to distinguish it."""
     paths = _of_ranks(catalog)
     with suppress(CoverageError):
         return repr(rank_names.choose(paths).step) if len(paths) > 1 else None
@@ -178,13 +178,13 @@ def _tensors(catalog: Catalog) -> str:
         tensor = catalog.tensors[name]
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
     viewed = [t for t in catalog.tensors.values() if any(p.view for p in t.shards)]
-    for tensor in _spread(viewed, _SAMPLES):  # how an adapter is merged, say
+    for tensor in _spread(viewed, _SAMPLES):  # for example how an adapter is merged
         digest.update(repr([p.view for p in tensor.shards[:1]]).encode())
     return digest.hexdigest()[:_CHARACTERS]
 
 
 def _orbax(catalog: Catalog) -> str:
-    """What tells saves by Orbax apart: the names of its data files are never used twice."""
+    """Return a digest of an Orbax save, whose data files have unique names."""
     folder = LocalFolder(catalog.root)
     try:
         files = folder.files()

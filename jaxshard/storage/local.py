@@ -1,7 +1,6 @@
-"""Local files: listing, reading and a bounded set of descriptors.
+"""Local files: listing, versions, and I/O through a bounded set of descriptors.
 
-Everything above asks for (file, offset, length); this module knows nothing of
-tensors or formats.
+A request is (file, offset, length); this module does not depend on tensors or formats.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ from .fs import (
 if TYPE_CHECKING:  # NumPy, which most of what reads files does without
     from .vectored_io import IOVec
 
-_SPARE_HANDLES = 64  # left for the rest of the program
+_SPARE_HANDLES = 64  # for the rest of the program
 _MOST_HANDLES = 4096
 _TICK_NS = 10_000_000  # Linux stamps files 100 to 1000 times a second
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class LocalFolder:
-    """A folder on a disk of this machine, or one file alone, as a format sees it.
+    """A local folder, or a single file, as formats read it.
 
     Args:
         path: the folder or the file.
-        names: the files in it that count; by default all that are there. The folder is not listed
-            then, so it does not matter what other processes add and remove there.
+        names: the files of the folder; by default all that exist. With names the folder is not
+            listed, so files that other processes add and remove do not matter.
     """
 
     def __init__(self, path: str | os.PathLike[str], names: Iterable[str] | None = None) -> None:
@@ -71,7 +70,7 @@ class LocalFolder:
         return str(self._base)
 
     def files(self) -> Mapping[str, File]:
-        """Every file below, by relative path; hidden ones are left out.
+        """Return every file below by relative path, without hidden files.
 
         Links to files are followed, those to folders only where they stay in this one.
         """
@@ -87,11 +86,11 @@ class LocalFolder:
             except NotFoundError:
                 if names is not None:
                     raise
-                # it was listed, and has gone since: it is no file of this folder
+                # removed since it was listed
 
     @property
     def not_followed(self) -> tuple[str, ...]:
-        """Links to folders that are not in this one, which were passed by."""
+        """Links to folders outside this one, which were not followed."""
         self.files()
         return self._not_followed
 
@@ -118,14 +117,14 @@ class LocalFolder:
 
 
 class FolderVersions:
-    """All files of a folder whose library reads them itself: they must not change meanwhile."""
+    """The versions of all files of a folder that a library reads by itself."""
 
     def __init__(self, root: str) -> None:
-        """Take the present versions."""
+        """Record the current versions."""
         self._root, self._before = root, LocalFolder(root).files()
 
     def check(self) -> None:
-        """Compare them with the versions of now.
+        """Compare them with the current versions.
 
         Raises:
             FormatError: a file was changed, replaced, added or removed.
@@ -137,7 +136,7 @@ class FolderVersions:
 
 
 def _walk(base: Path, leads_away: Callable[[str], None]) -> Iterator[str]:
-    """The files below ``base``; ``leads_away`` is told of links to folders that are not."""
+    """Yield the files below ``base``; ``leads_away`` is called with links to folders elsewhere."""
     root = os.path.join(os.path.realpath(base), "")
     seen = set[tuple[int, int]]()  # folders by identity: a link to a parent would never end
     stack = [base]
@@ -155,7 +154,7 @@ def _walk(base: Path, leads_away: Callable[[str], None]) -> Iterator[str]:
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError:
-                continue  # a link to itself: whoever needs it will miss it
+                continue  # a link to itself: a reader that needs it fails
             name = Path(entry.path).relative_to(base).as_posix()
             if is_folder and entry.is_symlink() and not _is_below(entry.path, root):
                 leads_away(name)
@@ -180,10 +179,10 @@ def _stat(base: Path, name: str) -> File:
 
 
 def _settled(base: Path, name: str) -> File:
-    """The version of a file, taken when its times can no longer stay as they are if it changes.
+    """Return the version of a file, taken when any later change must change its times.
 
-    Linux stamps files with a clock that stands still for a tick: a second change within the
-    tick of the first would leave no trace.
+    Linux timestamps have the resolution of a clock tick, so a second change in the same tick would
+    not be visible.
     """
     found = _stat(base, name)
     age = time.time_ns() - found.ctime_ns
@@ -256,7 +255,7 @@ class _Use:
 
 
 class Handles:
-    """Open file descriptors below one folder: kept for reuse, and never too many.
+    """Cache of open file descriptors below one folder, with a bounded size.
 
     Safe to use from several threads.
     """
@@ -280,7 +279,7 @@ class Handles:
         self.lock = threading.Lock()
 
     def use(self, path: str, offset: int | None = None) -> _Use:
-        """A descriptor of ``path``, kept open at least until the ``with`` block ends.
+        """Return a descriptor of ``path``, kept open at least until the ``with`` block ends.
 
         OS errors inside the block become ``StorageError``, with ``offset`` in the message.
         """
@@ -380,7 +379,7 @@ class Handles:
             os.fsync(descriptor)
 
     def close(self) -> None:
-        """Close every descriptor that nobody uses."""
+        """Close every descriptor that is not in use."""
         with self.lock:
             for path in [p for p, (_, users) in self._open.items() if not users]:
                 os.close(self._open.pop(path)[0])
@@ -390,7 +389,7 @@ class Handles:
             pass
 
     def _close_idle(self) -> bool:
-        """Close the descriptor that was not used for longest; whether there was one."""
+        """Close the least recently used idle descriptor; return whether there was one."""
         idle = next((p for p, (_, users) in self._open.items() if not users), None)
         if idle is None:
             return False

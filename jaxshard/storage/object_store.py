@@ -134,7 +134,7 @@ def get_range(store: Client, path: str, file: File, start: int, stop: int, what:
         answer = obstore.get(store, path, options=options)
         meta = answer.meta
         data = memoryview(answer.bytes())
-    # A server may ignore If-Match, or send less than the range and say so.
+    # A server may ignore If-Match, or report a range that is too short.
     if meta["size"] != file.num_bytes or (file.version and (meta["e_tag"] or "") != file.version):
         raise _changed(what)
     if len(data) != stop - start:

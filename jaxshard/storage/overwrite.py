@@ -33,7 +33,7 @@ Kind = Literal["checkpoint", "strategies", "weight file", "strategy file", "own"
 _COMPLETE = {SINGLE, INDEX, MINDSPORE_INDEX, weight_files.NAME}  # one of them is at the top
 _WEIGHT_FOLDER = re.compile(r"iteration_\d+/|(merged_)?strategy/")  # besides those of ranks
 _STRATEGY = re.compile(rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(LAYOUT_FILE)}")
-_KINDS = (".safetensors", ".ckpt", ".json")  # what we write; an optimizer.pt is somebody's work
+_KINDS = (".safetensors", ".ckpt", ".json")  # not an optimizer.pt of the user
 _HARMLESS = {".gitattributes", ".gitignore", ".DS_Store", ".cache", ".ipynb_checkpoints"}
 
 
@@ -127,10 +127,10 @@ def _strange(place: Path) -> str | None:
     below = [f for f in weights if "/" in f]
     other = [f for f in below if rank_of_folder(f) is None and not _WEIGHT_FOLDER.match(f)]
     if other:
-        return f"below it lies {format_list(other, 3)}, which is of another checkpoint"
+        return f"it contains {format_list(other, 3)}, which belongs to another checkpoint"
     strange = [f for f in weights if not f.endswith(_KINDS)]
     if strange:
-        return f"beside the checkpoint lies {format_list(strange, 3)}, which none of ours has"
+        return f"it contains {format_list(strange, 3)}, which jaxshard does not write"
     return None
 
 

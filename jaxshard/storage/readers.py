@@ -111,7 +111,7 @@ class SourceFiles(Source):
             able &= set(only)
         having = set[int]()
         for number in sorted(able):
-            from ..formats.weight_files import check_crc  # noqa: PLC0415 - seldom needed
+            from ..formats.weight_files import check_crc  # noqa: PLC0415 - rarely needed
 
             if check_crc(*self._at(self._files[number].path)):
                 having.add(number)

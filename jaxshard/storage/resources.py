@@ -167,8 +167,8 @@ class Batch(NamedTuple):
 class WorkQueue(Generic[T]):
     """An iterator that several threads take items from.
 
-    ``stopped`` is called when there are no more items, for whatever reason: one thread may wait
-    inside ``items`` for work of another, which has failed.
+    ``stopped`` is called when the last item was taken or the queue is stopped: a thread may wait
+    inside ``items`` for another, which has failed.
     """
 
     def __init__(self, items: Iterator[T], stopped: Callable[[], None] | None = None) -> None:
@@ -176,7 +176,7 @@ class WorkQueue(Generic[T]):
         self._stopped = stopped
 
     def next(self) -> T | None:
-        """Return the next item; None if there are no more, or the queue is stopped."""
+        """Return the next item; None at the end, or if the queue is stopped."""
         with self._lock:
             return None if self._is_stopped else next(self._items, None)
 

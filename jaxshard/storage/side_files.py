@@ -1,8 +1,8 @@
 """Side files (config, tokenizer) copied into a result.
 
-A checkpoint may be a stranger's, and a link in it may lead anywhere: to keys, say. So a link
-is followed only to where the checkpoint's own files are: below its folder, or in a folder that
-really holds one of its weight files, which is how the Hugging Face cache is made.
+A checkpoint may be untrusted, and a link in it may lead anywhere, for example to keys. So a link is
+followed only to the checkpoint's own files: below its folder, or in a folder that has one of its
+weight files, which is the layout of the Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .staging import os_errors_as
 
 
 def carried(catalog: Catalog) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The extras of ``catalog`` that are carried along, and what to say of the others."""
+    """Return the extras of ``catalog`` that are copied, and notes on the others."""
     if is_remote(catalog.root):  # a store has no links
         return tuple(catalog.extras), ()
     root = os.path.realpath(catalog.root)
@@ -86,16 +86,16 @@ def write_files(
             sync(into / path)
 
 
-# --- The strategy folder beside a result, where MindFormers looks for it
+# --- The strategy folder next to a result, where MindFormers looks for it
 
 _JOB, _STRATEGY = "checkpoint", "strategy"
-_OURS = b"jaxshard_stage_"  # the operator in strategy files that no network made
+_OURS = b"jaxshard_stage_"  # the operator in strategy files that jaxshard made
 
 
 def put_beside(
     destination: Path, side_files: Mapping[str, bytes], *, overwrite: bool, durable: bool
 ) -> tuple[str, ...]:
-    """Put the strategy files among ``side_files`` beside ``destination``; notes on what was not.
+    """Write the strategy files of ``side_files`` next to ``destination``; return notes.
 
     Raises:
         StorageError: the disk refuses.

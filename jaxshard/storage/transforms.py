@@ -1,8 +1,7 @@
 """View transforms during reads: transpose, cast, dequantize, add adapters.
 
-A part of a source is read in the order of its file; the values are then converted where
-they lie, and last copied to the order wanted. The steps are said in ``views``; here they
-are computed, with NumPy, in float32.
+A part of a source is read in the order of its file, converted in place, and then copied to the
+order of the target. ``core.catalog`` defines the steps; NumPy computes them here, in float32.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ _SMALL = 1 << 11  # a plane of fewer elements is quick in any order
 
 
 def copy_into(out: Tile, values: Tile, *, is_final: bool = False) -> None:
-    """``out[...] = values``, quick where the two lie in memory in different orders.
+    """Copy ``values`` to ``out``, fast even if their memory orders differ.
 
-    ``is_final`` says that nobody reads ``out`` soon.
+    ``is_final``: ``out`` is not read soon, so it may bypass the cache.
     """
     to, come = _fastest(out), _fastest(values)
     if to == come or out.shape[to] * out.shape[come] < _SMALL:
@@ -80,7 +79,7 @@ def _fastest(array: Tile) -> int:
     return min(some, key=lambda d: array.strides[d], default=0)
 
 
-# --- Viewing: what lies transposed, repeated, in another dtype or quantised becomes what is meant
+# --- Views: transposed, repeated, cast or quantized data becomes the tensor's values
 
 Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
@@ -93,7 +92,7 @@ _AT_A_TIME = 1 << 19  # elements: a call for fewer ends before it lets another t
 
 
 class Operands:
-    """The small tensors that the steps of one move need whole, read once."""
+    """The small tensors that the steps of one copy need whole, read once."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._tensors = tensors
@@ -101,7 +100,7 @@ class Operands:
         self.values: dict[Tensor, NDArray[np.float32]] = {}
 
     def load(self, read: Callable[[Tensor], Bytes]) -> None:
-        """Have ``values``; the first thread that comes reads them, the others wait."""
+        """Load ``values``: the first thread reads them, the others wait."""
         with self._lock:
             if not self.values:
                 self.values = {t: _as_float32(t, read(t)) for t in self._tensors}
@@ -361,7 +360,7 @@ def _tiled(array: NDArray[np.float32], down: int, across: int) -> NDArray[np.flo
 
 
 def _fused_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``b @ a``, each sum in order of the rank and rounded at every step, whatever the BLAS.
+    """``b @ a``, each sum in order of the rank and rounded at every step, for any BLAS.
 
     A fused multiply-add in float32: the product of two is exact in float64.
     """

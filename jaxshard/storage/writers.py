@@ -57,7 +57,7 @@ class OutputFiles(Sink):
         self._lock = threading.Lock()
         sizes = outputs.rank_bytes()
         self._left = {rank: sizes[rank] for rank in wanted}
-        self._held = dict.fromkeys(wanted, 0)  # written since the disk was last told to begin
+        self._held = dict.fromkeys(wanted, 0)  # bytes written since the last writeback was started
         for rank in wanted:
             self._create(rank)
         for rank in [r for r, left in self._left.items() if not left]:
@@ -75,7 +75,7 @@ class OutputFiles(Sink):
         views: Sequence[memoryview],
         num_bytes: int,
     ) -> int:
-        """Store ``views``, which one after the other are part of a target box, likewise."""
+        """Store ``views``, which one after the other are part of a target box."""
         ranks = move.targets[target].ranks
         for rank in ranks:
             path = self._paths[rank]
@@ -264,7 +264,7 @@ class SharedFiles:
         self._lock = threading.Lock()
 
     def lay_out(self) -> None:
-        """Make all files, with all that is no tensor's; one process does, before the others write.
+        """Create all files with their headers; one process does, before the others write.
 
         Raises:
             StorageError: the disk is full or refuses.

@@ -643,7 +643,9 @@ def test_names_are_chosen_by_expressions(llama):
 def test_an_axis_that_the_mesh_lacks_is_said_with_the_tensor(tmp_path):
     checkpoints.write_llama(tmp_path / "llama")
     mesh = jax.make_mesh((2, 4), ("dp", "mp"))
-    with pytest.raises(LayoutError, match=r"lm_head.weight: .*does not fit a mesh of .*'mp': 4.*foo"):
+    with pytest.raises(
+        LayoutError, match=r"lm_head.weight: .*does not fit a mesh of .*'mp': 4.*foo"
+    ):
         load(tmp_path / "llama", lambda name: PartitionSpec("foo"), devices=mesh)
 
 

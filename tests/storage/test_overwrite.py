@@ -57,14 +57,20 @@ def test_what_results_look_like_may_be_replaced(tmp_path, names):
         (["model.safetensors", ".git/config"], ".git"),
         (
             ["model.safetensors", "optimizer.pt", "rng_state.pth"],
-            "lies optimizer.pt, rng_state.pth",
+            "it contains optimizer.pt, rng_state.pth",
         ),
-        (["rank_0/checkpoint_0.safetensors", "rank_0/optimizer.pt"], "lies rank_0/optimizer.pt"),
+        (
+            ["rank_0/checkpoint_0.safetensors", "rank_0/optimizer.pt"],
+            "contains rank_0/optimizer.pt",
+        ),
         (
             ["model.safetensors", "pytorch_model.bin"],
-            "beside the checkpoint lies pytorch_model.bin",
+            "it contains pytorch_model.bin",
         ),
-        (["model.safetensors", "llama/model.safetensors"], "llama/model.safetensors, which is of"),
+        (
+            ["model.safetensors", "llama/model.safetensors"],
+            "llama/model.safetensors, which belongs to",
+        ),
         (["rank_0/checkpoint_0.ckpt", "old/rank_0/checkpoint_0.ckpt"], "old/rank_0"),
         (["rank_0/net-1_1.ckpt", "rank_0/net-1_2.ckpt"], "no checkpoint"),
         ([".jaxshard/1_1.json", "rank_0/net-1_1.ckpt"], ".jaxshard"),
