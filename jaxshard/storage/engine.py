@@ -33,8 +33,8 @@ from ..planning.copies import (
 )
 from .io import GAP_BYTES, Sink, Source, Span, copy_bundle
 from .resources import BATCH_BLOCKS, Batch, Budget, Counts, WorkQueue, run_threads
-from .transforms import Operands, Viewer, copy_into
-from .vectored_io import iovec_of, read_runs, scatter_of
+from .transforms import Operands, Viewer, copy_into, read_runs
+from .vectored_io import iovec_of, scatter_of
 
 _Given = tuple[Batch, Operands | None] | Bundle
 

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from .. import native
 from ..core.box import Box
-from ..core.catalog import AddProduct, Affine, RoundTo, Step, Tensor, View
+from ..core.catalog import AddProduct, Affine, RoundTo, Step, StoredShard, Tensor, View
 from ..core.numpy_dtypes import Bytes, cast_into, numpy_dtype
 from ..core.ranges import Runs
 from ..planning.copies import TensorCopy
 from .io import Source
-from .vectored_io import read_runs
 
 Tile = NDArray[Any]
 
@@ -409,3 +408,32 @@ def _take(array: NDArray[np.float32], index: Indices, axis: int) -> NDArray[np.f
             return array.take(index, axis)
         index = slice(first, last + 1)  # indices grow, so these are all between
     return array[index] if axis == 0 else array[:, index]
+
+
+# --- Requests: the runs of a box, read from its file with as few requests as their gaps allow
+
+
+def read_runs(source: Source, piece: StoredShard, runs: Runs, out: Bytes) -> None:
+    """Fill ``out`` with ``runs`` of the file that stores ``piece``, one after the other."""
+    requests = runs.coalesced()
+    share = len(out) // max(1, len(requests))
+    if requests.length == share and len(requests) > 1:
+        source.read_rows(piece, requests.offsets(), out.data)
+        return
+    for i, (offset, length) in enumerate(requests):
+        chunk = out[i * share : (i + 1) * share]
+        if length == share:
+            source.read(piece, offset, chunk.data)
+        else:
+            span = np.empty(length, np.uint8)
+            source.read(piece, offset, span.data)
+            _pick(span, runs, len(runs.outer) - len(requests.outer), chunk)
+
+
+def _pick(span: Bytes, runs: Runs, inner: int, out: Bytes) -> None:
+    """Copy the runs of the last ``inner`` dims out of the span that was read over them."""
+    dims = runs.outer[len(runs.outer) - inner :]
+    shape = (*(n for n, _ in dims), runs.length)
+    strides = (*(s for _, s in dims), 1)
+    view = np.lib.stride_tricks.as_strided(span, shape, strides, writeable=False)
+    out.reshape(shape)[...] = view

@@ -20,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.box import Box
-from ..core.catalog import StoredShard
 from ..core.numpy_dtypes import Bytes
 from ..core.ranges import Runs, byte_runs
 from ..planning.copies import Steps, TensorCopy
 from .fs import IOV_MAX
-from .io import Source
 
 Table = NDArray[np.uint64]
 
@@ -99,35 +97,6 @@ def _preadv() -> Callable[..., Any] | None:
     call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
     call.restype = ctypes.c_ssize_t
     return call
-
-
-# --- Requests: the runs of a box, read from its file with as few requests as their gaps allow
-
-
-def read_runs(source: Source, piece: StoredShard, runs: Runs, out: Bytes) -> None:
-    """Fill ``out`` with ``runs`` of the file that stores ``piece``, one after the other."""
-    requests = runs.coalesced()
-    share = len(out) // max(1, len(requests))
-    if requests.length == share and len(requests) > 1:
-        source.read_rows(piece, requests.offsets(), out.data)
-        return
-    for i, (offset, length) in enumerate(requests):
-        chunk = out[i * share : (i + 1) * share]
-        if length == share:
-            source.read(piece, offset, chunk.data)
-        else:
-            span = np.empty(length, np.uint8)
-            source.read(piece, offset, span.data)
-            _pick(span, runs, len(runs.outer) - len(requests.outer), chunk)
-
-
-def _pick(span: Bytes, runs: Runs, inner: int, out: Bytes) -> None:
-    """Copy the runs of the last ``inner`` dims out of the span that was read over them."""
-    dims = runs.outer[len(runs.outer) - inner :]
-    shape = (*(n for n, _ in dims), runs.length)
-    strides = (*(s for _, s in dims), 1)
-    view = np.lib.stride_tricks.as_strided(span, shape, strides, writeable=False)
-    out.reshape(shape)[...] = view
 
 
 # --- Scattering: a block that several targets share by columns, read straight into their memory
