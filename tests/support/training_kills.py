@@ -136,7 +136,7 @@ def trial(options: argparse.Namespace, said: int, *, early: bool) -> tuple[int, 
     if status or not text:
         return said, f"looking at what is left ended with {status}", hit
     left, step, problem = json.loads(text)
-    hit |= {"removal" if "removing" in reason else "save" for reason in left}
+    hit |= {"removal" if "removal" in reason else "save" for reason in left}
     if not problem and step < said:
         problem = f"step {step} was restored, {said} was saved"
     return max(said, step), problem, hit
