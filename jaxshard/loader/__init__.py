@@ -48,7 +48,7 @@ from .read import carry
 from .requests import (
     ArrayRequest,
     Devices,
-    LoadOptions,
+    LoadArguments,
     LoadRequest,
     TensorRequest,
     files_of,
@@ -159,7 +159,7 @@ def load(
                 catalog, known
             )  # the participants of a function of the name are known only now
 
-    options = LoadOptions(
+    options = LoadArguments(
         devices=devices,
         rules=rules,
         dtype=dtype,
@@ -209,7 +209,7 @@ def _check_same(catalog: Catalog, processes: Processes) -> None:
 def load_opened(
     catalog: Catalog,
     target: Any,
-    options: LoadOptions,
+    options: LoadArguments,
     *,
     balanced: Processes | None = None,
     decided: Callable[[Sequence[ArrayRequest]], None] = lambda wants: None,
@@ -248,7 +248,7 @@ def load_opened(
 
 
 def _requests(
-    catalog: Catalog, target: Any, options: LoadOptions, *, is_shared: bool
+    catalog: Catalog, target: Any, options: LoadArguments, *, is_shared: bool
 ) -> LoadRequest:
     """Select and map the tensors, and resolve their target, with all notes."""
     tensors, notes = select(catalog, options.include, options.exclude, may_lack=not options.strict)
@@ -264,7 +264,7 @@ def _requests(
 
 
 def _read(
-    catalog: Catalog, wants: Sequence[ArrayRequest], options: LoadOptions, extra_bytes: int
+    catalog: Catalog, wants: Sequence[ArrayRequest], options: LoadArguments, extra_bytes: int
 ) -> tuple[list[jax.Array], Counts]:
     """Read the arrays of ``wants``; ``extra_bytes`` of host memory are needed afterwards."""
     small, rest = small_of(wants, mmap=options.mmap, fetched=is_remote(catalog.root))
@@ -289,7 +289,9 @@ def _read(
     return [arrays[place] for place in range(len(wants))], counts + more
 
 
-def _check_sums(catalog: Catalog, files: Source, used: Iterable[int], options: LoadOptions) -> None:
+def _check_sums(
+    catalog: Catalog, files: Source, used: Iterable[int], options: LoadArguments
+) -> None:
     """Compare the files numbered ``used`` with their checksums, each file once.
 
     Raises:

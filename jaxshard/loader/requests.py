@@ -50,7 +50,7 @@ class LoadRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
+class LoadArguments:
     """Arguments of ``load`` with their defaults resolved; see there."""
 
     devices: Devices = None

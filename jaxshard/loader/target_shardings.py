@@ -53,7 +53,7 @@ from ..devices.rule_shardings import mesh_shardings
 from ..errors import JaxshardError, LayoutError, NotFoundError, format_list
 from ..formats.strategy_files import for_tensors
 from ..rules import Rules
-from .requests import ArrayRequest, Devices, LoadOptions, LoadRequest
+from .requests import ArrayRequest, Devices, LoadArguments, LoadRequest
 
 # --- Targets
 
@@ -61,7 +61,7 @@ _HALVES = ("bfloat16", "float16")
 
 
 def resolve(
-    catalog: Catalog, target: Any, options: LoadOptions, *, is_whole: bool = False
+    catalog: Catalog, target: Any, options: LoadArguments, *, is_whole: bool = False
 ) -> LoadRequest:
     """Return the arrays that ``target`` requests of the tensors of ``catalog``.
 
@@ -221,7 +221,7 @@ def _check(problems: Problems, catalog: Catalog, names: Iterable[str]) -> None:
 
 
 def _tree(
-    catalog: Catalog, target: Any, options: LoadOptions, cast: NumpyDType | None
+    catalog: Catalog, target: Any, options: LoadArguments, cast: NumpyDType | None
 ) -> LoadRequest:
     leaves, structure = named_leaves(target)
     problems = Problems(catalog.root)

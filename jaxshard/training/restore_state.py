@@ -32,7 +32,7 @@ from ..errors import LayoutError, format_list
 from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
-from ..loader.requests import LoadOptions
+from ..loader.requests import LoadArguments
 from ..planning.copies import move_into
 from ..storage.engine import HostArrays, run
 from ..storage.readers import open_source
@@ -386,7 +386,7 @@ def _on_devices(
         return {}
     tensors = {n: catalog.tensors[n] for n in structs}
     chosen = replace(catalog, tensors=tensors, notes=())  # the manager logs them, with the step
-    load_options = LoadOptions(host_bytes=options.host_bytes)
+    load_options = LoadArguments(host_bytes=options.host_bytes)
     if options.workers is not None:
         load_options = replace(load_options, workers=options.workers)
     found: Mapping[str, jax.Array] = load_opened(chosen, dict(structs), load_options)[0]
