@@ -31,7 +31,7 @@ from models import _base, _data
 
 import jaxshard
 from jaxshard.core.dtypes import BY_NAME
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Strategy
 from jaxshard.formats import mindspore_ckpt, strategy_files
 from jaxshard.rules import FAMILIES
 from jaxshard.rules import layout as lay_out

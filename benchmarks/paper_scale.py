@@ -25,9 +25,8 @@ from deepseek import SMOKE, DeepSeek, write_deepseek
 import jaxshard as js
 from jaxshard.conversion.targets import lay_out_for
 from jaxshard.core.catalog import Catalog
-from jaxshard.core.layout import Layout, Placement
-from jaxshard.core.strategy import Strategy
-from jaxshard.distributed.partition import cut_by_replicas, split_outputs
+from jaxshard.core.layout import Layout, Placement, Strategy
+from jaxshard.distributed.processes import cut_by_replicas, split_outputs
 from jaxshard.planning.outputs import Outputs, arrange
 from jaxshard.planning.plan import make_plan
 

@@ -38,7 +38,7 @@ from llama import Config, head, layer
 
 import jaxshard as js
 from jaxshard.devices.mesh import stage_meshes
-from jaxshard.devices.rule_shardings import strategy_shardings
+from jaxshard.devices.pytree import strategy_shardings
 from jaxshard.rules import split_layers
 from jaxshard.training import CheckpointManager
 

@@ -38,8 +38,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imp
     )
     from .core.cache import clear_caches
     from .core.catalog import Catalog
-    from .core.layout import Layout, Placement
-    from .core.strategy import Strategy
+    from .core.layout import Layout, Placement, Strategy
     from .errors import (
         CoverageError,
         FormatError,
@@ -93,7 +92,7 @@ _HOME = dict.fromkeys(__all__, "api") | {
     "Mapping": "mapping",
     "Placement": "core.layout",
     "Rules": "rules",
-    "Strategy": "core.strategy",
+    "Strategy": "core.layout",
     "clear_caches": "core.cache",
     "load": "loader",
     "load_rank": "conversion.load_rank",

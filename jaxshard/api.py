@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from .conversion.execute import Report, execute
 from .conversion.open import PathLike, open_checkpoint, opened
-from .conversion.options import ConvertOptions, split, takes_options
-from .conversion.prepare import part_plan, prepare
+from .conversion.prepare import ConvertOptions, part_plan, prepare, split, takes_options
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
 from .core.cache import clear_caches
 from .core.catalog import Catalog, log_notes, with_notes_logged
-from .core.layout import Layout
-from .core.strategy import Strategy
-from .distributed.partition import part_of
+from .core.layout import Layout, Strategy
+from .distributed.processes import part_of
 from .planning.plan import Plan
 from .rules import Rules
 from .storage.resources import budget_for, parse_size
@@ -203,9 +201,9 @@ def reshard(
         NotFoundError: the target lacks some arrays.
     """
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
-    from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
+    from .devices import pytree  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
+    wanted = pytree.target_of(tree, target, devices=devices, rules=rules)
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 
@@ -226,9 +224,9 @@ def prepare_reshard(
     Pass ``copy=True`` if the step donates its arrays, as training steps do.
     """
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
-    from .devices import rule_shardings  # noqa: PLC0415 - JAX, only where devices are used
+    from .devices import pytree  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = rule_shardings.target_of(tree, target, devices=devices, rules=rules)
+    wanted = pytree.target_of(tree, target, devices=devices, rules=rules)
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.prepare_reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 

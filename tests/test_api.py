@@ -14,8 +14,7 @@ import jaxshard as js
 from jaxshard import api
 from jaxshard.cli.parsing import parser
 from jaxshard.conversion.execute import execute
-from jaxshard.conversion.options import ConvertOptions, ResultOptions, RunOptions
-from jaxshard.conversion.prepare import prepare
+from jaxshard.conversion.prepare import ConvertOptions, ResultOptions, RunOptions, prepare
 
 VERBS = {
     "convert": (js.convert, 2),

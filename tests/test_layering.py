@@ -32,7 +32,7 @@ RINGS: tuple[tuple[str, ...], ...] = (
 DEVICE_RINGS = (4,)
 APPS = 5
 #: May import JAX when called, and only then.
-INSIDE_FUNCTIONS = {"cli.demo", "mapping.arrays", "distributed.barriers"}
+INSIDE_FUNCTIONS = {"cli.demo", "mapping.arrays", "distributed.processes"}
 #: Import JAX, and so are themselves imported only when such a checkpoint is met.
 DEVICE_FORMATS = {"formats.orbax", "storage.orbax_source"}
 WITH_ORBAX = ("formats.orbax", "storage.orbax_source")

@@ -13,18 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..conversion.execute import Report, execute
 from ..conversion.open import open_checkpoint
-from ..conversion.options import RunOptions
-from ..conversion.prepare import Prepared, part_plan, prepare
+from ..conversion.prepare import Prepared, RunOptions, part_plan, prepare
 from ..core.catalog import Catalog
 from ..core.decoders import MAX_TOML_BYTES
-from ..distributed.partition import part_of
+from ..distributed.processes import part_of
 from ..errors import LayoutError, format_list
 from ..planning import pictures
 from ..rules import Rules, read_rules
-from ..storage.fs import (
-    read_bytes,
-    read_text,
-)
+from ..storage.fs import read_bytes, read_text
 from ..storage.resources import budget_for
 from . import write, write_json
 

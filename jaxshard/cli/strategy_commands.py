@@ -17,9 +17,8 @@ from typing import Any
 from ..conversion.open import open_checkpoint, strategy_place
 from ..conversion.targets import lay_out_for
 from ..core.catalog import Catalog
-from ..core.layout import Layout, Placement
+from ..core.layout import Layout, Placement, Strategy
 from ..core.patterns import template
-from ..core.strategy import Strategy
 from ..errors import LayoutError, NotFoundError, format_list
 from ..formats import model_shapes, strategy_files, strategy_layouts
 from ..formats.folder import WEIGHTS, kind_of

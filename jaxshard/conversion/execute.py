@@ -13,21 +13,20 @@ from functools import partial
 from pathlib import Path
 
 from ..core.catalog import Catalog
-from ..distributed.partition import Part, part_of
+from ..distributed.processes import Part, part_of
 from ..errors import CoverageError, LayoutError
 from ..formats.output_files import Result
 from ..formats.registry import FORMATS
 from ..planning.plan import Plan
-from ..storage import file_to_file, side_files
+from ..storage import file_to_file, writers
 from ..storage.fs import check_free_space
 from ..storage.io import Source
 from ..storage.overwrite import refuse_source
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
 from ..storage.shared_transaction import SharedTransaction
-from ..storage.side_files import put_beside
 from ..storage.transaction import Transaction
-from ..storage.writers import OutputFiles
+from ..storage.writers import OutputFiles, put_beside
 from . import targets
 from .open import PathLike
 from .prepare import Prepared, part_plan
@@ -205,14 +204,14 @@ def _write_side_files(
     def is_an_earlier_result(path: Path) -> bool:
         return inside in path.resolve().parents
 
-    side_files.copy_extras(
+    writers.copy_extras(
         source.root,
         source.extras,
         staging.files / prepared.result.extras_to,
         leave_out=is_an_earlier_result,
         sync=staging.sync,
     )
-    side_files.write_files(prepared.result.side_files.items(), staging.files, staging.sync)
+    writers.write_files(prepared.result.side_files.items(), staging.files, staging.sync)
     if prepared.result.checksums:
         from ..storage.checksums import add_checksums  # noqa: PLC0415 - on request only
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..core.catalog import Catalog, Tensor, log_notes
-from ..core.layout import Layout
+from ..core.layout import Layout, Strategy
 from ..core.numpy_dtypes import numpy_dtype
-from ..core.strategy import Strategy
 from ..errors import LayoutError
 from ..formats.output_files import LazyArray
 from ..planning.copies import TensorCopy

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.catalog import Catalog, Tensor
-from ..core.layout import Layout, Placement
-from ..core.strategy import Strategy
+from ..core.layout import Layout, Placement, Strategy
 from ..errors import LayoutError, NotFoundError, format_list
 from ..formats.output_files import Request, Result
 from ..formats.registry import FORMATS, find_format, names_where

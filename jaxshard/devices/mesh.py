@@ -21,8 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from numpy.typing import NDArray
 
 from ..core.cache import cached
-from ..core.layout import Layout, Placement
-from ..core.strategy import Axes, Strategy
+from ..core.layout import Axes, Layout, Placement, Strategy
 from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 
 #: The axis that is added for a tensor held by several stages; its copies are replicas over it.

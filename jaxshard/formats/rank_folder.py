@@ -24,8 +24,7 @@ from ..core.cache import cached
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.decoders import as_ints, as_list, as_object, parse_object, refuse
 from ..core.dtypes import BY_NAME, DType
-from ..core.layout import Layout, Placement, Spec, check_divides
-from ..core.strategy import Axes
+from ..core.layout import Axes, Layout, Placement, Spec, check_divides
 from ..errors import CoverageError, FormatError, LayoutError, format_list, quote_name
 from ..planning.outputs import arrange
 from ..rules.match import weight_name

@@ -21,8 +21,7 @@ from math import prod
 
 from ..core.cache import cached
 from ..core.decoders import FETCH, as_int, as_ints, as_list, as_object, parse_object, refuse
-from ..core.layout import Layout, Placement, shard_dim_over_replicas
-from ..core.strategy import Axes
+from ..core.layout import Axes, Layout, Placement, shard_dim_over_replicas
 from ..errors import FormatError, LayoutError, format_list, quote_name
 from .folder import Folder
 from .rank_names import LAYOUT_FILE

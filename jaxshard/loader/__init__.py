@@ -21,12 +21,8 @@ import jax
 from ..conversion.open import PathLike, opened
 from ..conversion.select import refuse_lost, select, takes_whole, texts
 from ..core.catalog import Catalog, log_notes
-from ..devices.host_memory import (
-    BufferPool,
-    Pin,
-    pin_for,
-)
-from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
+from ..devices.host_memory import BufferPool, Pin, pin_for
+from ..distributed.processes import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..errors import CoverageError, LayoutError, NotFoundError, format_list
 from ..formats.huggingface import CHECKSUMS
 from ..formats.rank_names import rank_of_folder
@@ -38,13 +34,17 @@ from ..storage.io import Source
 from ..storage.places import is_remote
 from ..storage.readers import open_source
 from ..storage.resources import Counts, default_workers, parse_size
-from .balanced import gathered, kept_bytes, spread
 from .make_arrays import (
     check_dtypes,
+    check_memory,
+    load_small,
+    need_of,
     restore,
     restored_by_orbax,
+    share_out,
+    small_of,
 )
-from .read import carry
+from .read import carry, gathered, kept_bytes, spread
 from .requests import (
     ArrayRequest,
     Devices,
@@ -54,12 +54,6 @@ from .requests import (
     files_of,
     requests_of,
 )
-from .shard_memory import (
-    check_memory,
-    need_of,
-    share_out,
-)
-from .small_arrays import load_small, small_of
 from .target_shardings import asked_dtype, of_shardings, resolve, sharers
 
 __all__ = ["load", "load_opened"]

@@ -29,28 +29,20 @@ from ..conversion.select import (
 )
 from ..conversion.targets import SAME, check_factors, lay_out_for, parse_target, same_layout
 from ..core.catalog import Catalog, Tensor
-from ..core.layout import Layout, Placement, check_divides
+from ..core.layout import Layout, Placement, Strategy, check_divides
 from ..core.numpy_dtypes import NumpyDType, can_become, is_plain_float, numpy_dtype
-from ..core.problems import Problems
-from ..core.strategy import Strategy
-from ..devices.mesh import (
-    layout_devices,
-    named_sharding,
-    placement_of,
-    rank_devices,
-    shardings,
-)
+from ..devices.mesh import layout_devices, named_sharding, placement_of, rank_devices, shardings
 from ..devices.pytree import (
     Keys,
     is_array_like,
     is_key,
     keys_of,
+    mesh_shardings,
     named_leaves,
     spelled,
     whole_paths,
 )
-from ..devices.rule_shardings import mesh_shardings
-from ..errors import JaxshardError, LayoutError, NotFoundError, format_list
+from ..errors import JaxshardError, LayoutError, NotFoundError, Problems, format_list
 from ..formats.strategy_files import for_tensors
 from ..rules import Rules
 from .requests import ArrayRequest, Devices, LoadArguments, LoadRequest

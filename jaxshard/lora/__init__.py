@@ -11,11 +11,9 @@ from typing import Unpack
 
 from ..conversion.execute import Report, execute
 from ..conversion.open import PathLike, opened
-from ..conversion.options import ConvertOptions, split, takes_options
-from ..conversion.prepare import prepare
+from ..conversion.prepare import ConvertOptions, prepare, split, takes_options
 from ..core.catalog import Catalog, log_notes
-from ..core.layout import Layout
-from ..core.strategy import Strategy
+from ..core.layout import Layout, Strategy
 from ..errors import LayoutError, format_list
 from .adapters import Settings, find_adapters, find_settings, is_adapter
 from .base_weights import AdapterNames

@@ -31,9 +31,13 @@ from ..core.layout import Layout
 from ..errors import JaxshardError, LayoutError, did_you_mean
 from ..rules.match import OPTIMIZER_PREFIXES
 from . import group_ops, ops
-from .algebra import Algebra, T
+from .algebra import (
+    Algebra,
+    Placing,
+    T,
+    placed,
+)
 from .arrays import Expressions, evaluate, leaf
-from .layouts import Placing, placed
 from .ops import Op
 from .tensors import Geometry
 

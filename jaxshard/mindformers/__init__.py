@@ -23,7 +23,7 @@ from ..conversion.select import refuse_half, takes_whole
 from ..conversion.targets import SAME
 from ..core.catalog import Catalog, log_notes, with_notes_logged
 from ..core.decoders import MAX_YAML_BYTES, parse_yaml
-from ..core.strategy import Strategy
+from ..core.layout import Strategy
 from ..errors import CoverageError, FormatError, LayoutError, StorageError, format_list
 from ..storage.fs import read_text
 from .config_keys import Config, prefix_of, resuming_of, saving_of, unshared

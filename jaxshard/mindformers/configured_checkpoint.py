@@ -18,8 +18,7 @@ from ..conversion.select import TRAINABLE
 from ..conversion.targets import lay_out_for
 from ..core.box import Box
 from ..core.catalog import Catalog, File, Model
-from ..core.layout import Layout
-from ..core.strategy import Strategy
+from ..core.layout import Layout, Strategy
 from ..errors import (
     CoverageError,
     FormatError,

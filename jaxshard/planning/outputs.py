@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from ..core.catalog import Tensor
 from ..core.dtypes import num_bytes
 from ..core.interpreter import paused
-from ..core.layout import Layout, Placement, Shard, Spec
-from ..core.strategy import Axes
+from ..core.layout import Axes, Layout, Placement, Shard, Spec
 from ..errors import LayoutError
 
 Keepers = Mapping[tuple[str, int], int]

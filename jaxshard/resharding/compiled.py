@@ -23,8 +23,7 @@ from jax.experimental.layout import Format
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ..core.cache import cached
-from ..core.layout import Spec
-from ..core.strategy import Axes
+from ..core.layout import Axes, Spec
 from ..devices.mesh import placement_of
 from .geometry import ShardingChange, as_bits, bits_of, from_bits
 

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from ..core.layout import Strategy
 from ..core.patterns import Patterns, template
-from ..core.strategy import Strategy
 from ..errors import LayoutError, format_list
 from .table import Rules, Spec
 

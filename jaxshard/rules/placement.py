@@ -14,10 +14,9 @@ from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
-from ..core.layout import Layout, Placement, shard_dim_over_replicas
+from ..core.layout import Axes, Layout, Placement, Strategy, shard_dim_over_replicas
 from ..core.layout import Spec as AxisSpec
 from ..core.patterns import Patterns, numbered, template
-from ..core.strategy import Axes, Strategy
 from ..errors import LayoutError, format_list
 from .match import Matcher, PlacementProblems, Policy, check_policy, text_config, weight_name
 from .table import Dims, ModelFacts, Rules, Spec, check_rules

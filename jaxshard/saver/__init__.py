@@ -31,13 +31,12 @@ from ..conversion.targets import (
 )
 from ..core.catalog import Catalog, Model, log_notes
 from ..core.interpreter import paused
-from ..core.layout import Layout
-from ..core.strategy import Strategy
+from ..core.layout import Layout, Strategy
 from ..devices.host_shards import Array, HostShards, num_fetched
 from ..devices.host_transfer import share_out
 from ..devices.mesh import layout_of
 from ..devices.pytree import is_array_like, named_leaves
-from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
+from ..distributed.processes import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..errors import LayoutError, format_list
 from ..formats import huggingface, rank_names
 from ..formats.huggingface import check_config
@@ -46,10 +45,10 @@ from ..formats.registry import Format, find_format, names_where
 from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
 from ..rules import Rules
-from ..storage import side_files as carrying
+from ..storage import writers as carrying
 from ..storage.resources import Counts, default_budget, default_workers, parse_size
-from ..storage.side_files import put_beside
 from ..storage.staging import real_place
+from ..storage.writers import put_beside
 from .publish import (
     Publication,
     check_across,

@@ -21,7 +21,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey, keystr, tree_flatten
 from ..core.catalog import Catalog
 from ..devices.host_shards import Array, HostShards
 from ..devices.mesh import rank_devices_of
-from ..distributed.barriers import Processes
+from ..distributed.processes import Processes
 from ..errors import LayoutError
 from ..formats import rank_folder
 from ..formats.output_files import Result

@@ -26,14 +26,12 @@ from pathlib import Path
 
 import jax
 
-from ..core.box import Box
+from ..core.box import Box, Runs, byte_runs
 from ..core.cache import cached
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import in_units
-from ..core.ranges import Runs, byte_runs
 from ..devices.host_shards import Array, HostShards, Snapshot
-from ..distributed.barriers import Processes
-from ..distributed.partition import assign
+from ..distributed.processes import Processes, assign
 from ..errors import LayoutError, StorageError
 from ..formats.output_files import Result
 from ..planning.copies import TensorCopy, move_into

@@ -27,10 +27,9 @@ from typing import Any, Literal, Self, get_args
 import jax
 
 from .. import rules as family_rules
-from ..core.layout import Layout
-from ..core.strategy import Strategy
+from ..core.layout import Layout, Strategy
 from ..devices.host_shards import SnapshotMode
-from ..distributed.barriers import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
+from ..distributed.processes import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..errors import JaxshardError, LayoutError, StorageError
 from ..formats.huggingface import check_config
 from ..formats.registry import format_of, names_where

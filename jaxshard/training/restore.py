@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 from ..conversion.open import read_scalars
 from ..core.catalog import Catalog, log_notes
-from ..distributed.barriers import Processes
+from ..distributed.processes import Processes
 from ..errors import (
     CoverageError,
     FormatError,
@@ -38,12 +38,7 @@ from ..storage.identity import check_same, identity
 from .commit_step import is_interrupted, is_on_disk, recover
 from .open_step import open_step
 from .policy import Lineage, Progress
-from .records import (
-    MOVING,
-    StepName,
-    parse_step,
-    parse_step_argument,
-)
+from .records import MOVING, StepName, parse_step, parse_step_argument
 from .restore_state import Parts, RestoreOptions, RestorePlan, plan_restore
 from .run_directory import RunDirectory, names_in, read_record, writer_lock
 from .state import one_of

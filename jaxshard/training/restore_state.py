@@ -21,14 +21,12 @@ from .. import rules as family_rules
 from ..conversion.targets import lay_out_for
 from ..core.box import Box
 from ..core.catalog import Catalog, Tensor, group_by_bytes
-from ..core.layout import Layout
+from ..core.layout import Layout, Strategy
 from ..core.numpy_dtypes import Bytes, numpy_dtype
-from ..core.problems import Problems
-from ..core.strategy import Strategy
 from ..devices.host_memory import aligned_empty
 from ..devices.mesh import rank_devices, shardings
 from ..devices.pytree import is_key, keys_of
-from ..errors import LayoutError, format_list
+from ..errors import LayoutError, Problems, format_list
 from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits

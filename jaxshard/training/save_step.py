@@ -20,22 +20,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..distributed.barriers import Processes
-from ..distributed.partition import cut_evenly
+from ..distributed.processes import Processes, cut_evenly
 from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..saver.shared_write import SharedWrite
 from ..storage.checksums import BEST, FileSums, Gathered
 from ..storage.resources import LENT_BLOCK_BYTES, Budget, budget_for
 from ..storage.staging import staging_folder
 from ..storage.transaction import Transaction
-from .commit_step import (
-    commit,
-    drop_unused_strategies,
-    recover,
-    remove,
-    replaceable,
-    update_latest,
-)
+from .commit_step import commit, drop_unused_strategies, recover, remove, replaceable, update_latest
 from .policy import Lineage, next_lineage
 from .records import MOVING, REMOVED, WHOLE, Record, Rollback, StepName, strategy_folder
 from .run_directory import RunDirectory, check_units, replace_file, writer_lock

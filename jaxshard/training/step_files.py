@@ -19,9 +19,8 @@ import numpy as np
 from .. import rules as family_rules
 from ..conversion.targets import make_result
 from ..core.catalog import Catalog, Tensor, log_once
-from ..core.layout import Layout
+from ..core.layout import Layout, Strategy
 from ..core.numpy_dtypes import stored_as
-from ..core.strategy import Strategy
 from ..devices.host_shards import Snapshot, SnapshotMode
 from ..devices.mesh import layout_of
 from ..errors import StorageError
@@ -35,9 +34,8 @@ from ..storage.engine import run
 from ..storage.fs import check_free_space
 from ..storage.io import Sink, Source
 from ..storage.resources import Budget
-from ..storage.side_files import write_files
 from ..storage.transaction import Transaction
-from ..storage.writers import OutputFiles
+from ..storage.writers import OutputFiles, write_files
 from . import records
 from .commit_step import Claim
 from .open_step import STATE_FOLDER

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import jaxshard as js
 from jaxshard.conversion.execute import execute
 from jaxshard.conversion.prepare import prepare
-from jaxshard.distributed.partition import Part, assign, cut_evenly, part_of, split_outputs
+from jaxshard.distributed.processes import Part, assign, cut_evenly, part_of, split_outputs
 from jaxshard.errors import LayoutError, StorageError
 from jaxshard.storage import shared_transaction as parts_module
 from jaxshard.storage.transaction import Transaction

@@ -7,8 +7,7 @@ import inspect
 import pytest
 
 from jaxshard.conversion.execute import execute
-from jaxshard.conversion.options import ConvertOptions, split, takes_options
-from jaxshard.conversion.prepare import prepare
+from jaxshard.conversion.prepare import ConvertOptions, prepare, split, takes_options
 
 
 def test_every_option_is_an_argument_of_prepare_or_of_execute():

@@ -9,7 +9,7 @@ import pytest
 import jaxshard as js
 from jaxshard.cli import main
 from jaxshard.conversion.targets import FULL, SAME, parse_target
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Strategy
 from jaxshard.errors import LayoutError
 
 

@@ -10,8 +10,7 @@ from jaxshard.conversion.targets import lay_out_for, make_result
 from jaxshard.core.box import Box
 from jaxshard.core.catalog import Catalog, File, Model, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
-from jaxshard.core.layout import Layout, Placement
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Placement, Strategy
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.formats.output_files import Request
 from jaxshard.rules import read_rules

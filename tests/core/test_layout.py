@@ -12,8 +12,7 @@ from random_layouts import models
 
 from jaxshard.core import layout as layout_module
 from jaxshard.core.box import Box
-from jaxshard.core.layout import Layout, Placement, check_divides, shard_dim_over_replicas
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Placement, Strategy, check_divides, shard_dim_over_replicas
 from jaxshard.errors import LayoutError
 
 DP4_MP2 = (("dp", 4), ("mp", 2))

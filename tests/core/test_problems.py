@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxshard.core.problems import Problems
-from jaxshard.errors import LayoutError, NotFoundError
+from jaxshard.errors import LayoutError, NotFoundError, Problems
 
 
 def test_all_problems_are_in_one_error():

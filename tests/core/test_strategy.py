@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Strategy
 from jaxshard.errors import LayoutError
 
 sizes = st.integers(1, 8)

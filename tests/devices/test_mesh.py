@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxshard.core.layout import Layout, Placement
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Placement, Strategy
 from jaxshard.devices.mesh import (
     layout_devices,
     mesh,

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxshard.core.strategy import Strategy
-from jaxshard.devices.pytree import named_leaves
-from jaxshard.devices.rule_shardings import strategy_shardings
+from jaxshard.core.layout import Strategy
+from jaxshard.devices.pytree import named_leaves, strategy_shardings
 from jaxshard.errors import LayoutError
 from jaxshard.loader import load
 from jaxshard.resharding import reshard

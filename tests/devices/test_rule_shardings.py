@@ -7,8 +7,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxshard as js
 from jaxshard import resharding
-from jaxshard.devices import rule_shardings
-from jaxshard.devices.rule_shardings import target_of
+from jaxshard.devices import pytree
+from jaxshard.devices.pytree import target_of
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.rules import Rules
 
@@ -86,7 +86,7 @@ def assert_arrived(moved, values, strategy):
 )
 def test_a_strategy_moves_every_name_to_where_its_rule_says(before, after, route):
     tree, values = tree_in(before)
-    wanted = rule_shardings.target_of(tree, after)
+    wanted = pytree.target_of(tree, after)
     assert_arrived(resharding.reshard(tree, wanted, route=route), values, after)
 
 

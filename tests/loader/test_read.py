@@ -19,9 +19,9 @@ from jaxshard.devices.host_memory import BufferPool
 from jaxshard.errors import StorageError
 from jaxshard.loader import load, make_arrays
 from jaxshard.loader import read as carrying
+from jaxshard.loader.make_arrays import load_budget
 from jaxshard.loader.read import Source, carry
 from jaxshard.loader.requests import ArrayRequest, requests_of
-from jaxshard.loader.shard_memory import load_budget
 from jaxshard.storage.readers import SourceFiles
 
 P = PartitionSpec
@@ -32,7 +32,7 @@ def unseen(monkeypatch):
     """Devices whose memory the host does not see: what they hold is copied there."""
     monkeypatch.setattr("jaxshard.loader.make_arrays.adopts", lambda devices: False)
     monkeypatch.setattr("jaxshard.loader.requests.adopts", lambda devices: False)
-    monkeypatch.setattr("jaxshard.loader.shard_memory.adopts", lambda devices: False)
+    monkeypatch.setattr("jaxshard.loader.make_arrays.adopts", lambda devices: False)
 
 
 def two_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -16,8 +16,7 @@ from mindspore_ranks import QUICK, held_by, write_ranks, write_strategy
 
 import jaxshard as js
 from jaxshard import mindformers
-from jaxshard.core.layout import Layout, Placement
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Placement, Strategy
 from jaxshard.errors import CoverageError, LayoutError
 
 STAGE = (("dp", 1), ("mp", 2))

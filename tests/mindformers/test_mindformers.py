@@ -29,8 +29,7 @@ import jaxshard as js
 from jaxshard import mindformers
 from jaxshard.cli.parsing import parser
 from jaxshard.conversion.open import open_strategy
-from jaxshard.core.layout import Layout, Placement
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Placement, Strategy
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError, StorageError
 from jaxshard.training import CheckpointManager
 

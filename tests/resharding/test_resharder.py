@@ -10,8 +10,7 @@ import pytest
 from jax import monitoring
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxshard.core.layout import Layout, Placement
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Placement, Strategy
 from jaxshard.devices.mesh import shardings
 from jaxshard.errors import LayoutError
 from jaxshard.resharding import Resharder, cpu_route, gather, prepare_reshard, reshard

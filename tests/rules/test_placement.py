@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from rules_models import LLAMA, F, H, V, llama, mine, moe, stages_of
 
 from jaxshard.core.catalog import Model
-from jaxshard.core.layout import Placement
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Placement, Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.rules import Rules, layout, read_rules, split_layers
 from jaxshard.rules.families import FAMILIES

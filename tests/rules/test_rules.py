@@ -6,9 +6,8 @@ import pytest
 from rules_models import LLAMA, H, V, llama, mine, moe
 
 from jaxshard.core.catalog import Model
-from jaxshard.core.layout import Placement
+from jaxshard.core.layout import Placement, Strategy
 from jaxshard.core.patterns import template
-from jaxshard.core.strategy import Strategy
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.rules import Rules, describe, layout, read_rules, rules_for
 from jaxshard.rules.families import FAMILIES

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from jaxshard.core.catalog import Model
-from jaxshard.core.layout import Layout
+from jaxshard.core.layout import Layout, Strategy
 from jaxshard.core.patterns import template
-from jaxshard.core.strategy import Strategy
 from jaxshard.rules import MODEL_TYPES, layout, rules_for
 from jaxshard.rules.families import FAMILIES
 

@@ -6,8 +6,7 @@ import pytest
 from golden_files import golden
 from golden_files import shapes as full_shapes
 
-from jaxshard.core.layout import Layout
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.formats import strategy_files
 from jaxshard.formats.folder import MemoryFolder

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 import jaxshard as js
 from jaxshard.api import convert
 from jaxshard.core.catalog import Model
-from jaxshard.core.layout import Placement
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Placement, Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.mapping import Fuse, Mapping, Repeat
 from jaxshard.rules import FAMILIES, layout

@@ -8,7 +8,7 @@ import pytest
 from rules_models import llama, mine
 
 from jaxshard.core.catalog import Model
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Strategy
 from jaxshard.formats.huggingface import model_of
 from jaxshard.rules import layout, rules_for
 from jaxshard.rules.families import missing_parts

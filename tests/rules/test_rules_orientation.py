@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rules_models import mine
 
 from jaxshard.core.catalog import Model
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.rules import FAMILIES, layout, rules_for
 from jaxshard.rules.table import parse_spec

@@ -23,8 +23,7 @@ from safetensors.numpy import save_file
 import jaxshard as js
 from jaxshard.api import convert
 from jaxshard.core.catalog import Model
-from jaxshard.core.layout import Layout
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.rules import FAMILIES, Rules, layout
 from jaxshard.rules.tensor_dims import Factors

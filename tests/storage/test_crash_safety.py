@@ -23,7 +23,7 @@ from jaxshard.conversion.execute import execute
 from jaxshard.conversion.open import open_checkpoint
 from jaxshard.conversion.prepare import prepare
 from jaxshard.errors import FormatError, JaxshardError, LayoutError, NotFoundError, StorageError
-from jaxshard.storage import local, side_files, staging, transaction, writers
+from jaxshard.storage import local, staging, transaction, writers
 
 INSIDE = 15  # kills that fall into a conversion, of each of the two kinds: thirty in all
 MOST_ROUNDS = 40
@@ -247,7 +247,7 @@ def refuse(*_: object, **__: object) -> None:
         (writers, "crc_trailer"),
         (transaction.os, "fsync"),
         (staging, "open"),
-        (side_files.shutil, "copyfile"),
+        (writers.shutil, "copyfile"),
         (Path, "write_bytes"),
         (transaction, "publish_new"),
     ],

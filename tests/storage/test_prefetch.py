@@ -20,10 +20,9 @@ from jaxshard.core.dtypes import dtype
 from jaxshard.errors import NotFoundError
 from jaxshard.loader import load
 from jaxshard.planning.copies import move_into
-from jaxshard.storage import prefetch
+from jaxshard.storage import readers
 from jaxshard.storage.io import PrefetchRange, Source
-from jaxshard.storage.prefetch import PrefetchThread, is_cached, ranges, spans
-from jaxshard.storage.readers import SourceFiles
+from jaxshard.storage.readers import PrefetchThread, SourceFiles, is_cached, ranges, spans
 
 BF16 = dtype("BF16")
 
@@ -166,16 +165,16 @@ def _made_cold(path: Path) -> bool:
 def read_ahead_marks(monkeypatch, descriptor, offset, num_bytes, *, window=8 << 20, **how):
     """Where a byte is asked for, and what ``fadvise`` is told."""
     asked, told = [], []
-    monkeypatch.setattr(prefetch, "_window_bytes", lambda device: window)
+    monkeypatch.setattr(readers, "_window_bytes", lambda device: window)
 
     def preadv(descriptor, buffers, at, flags):
         asked.append(at)
         assert flags == os.RWF_NOWAIT
         raise BlockingIOError
 
-    monkeypatch.setattr(prefetch.os, "preadv", preadv)
-    monkeypatch.setattr(prefetch.os, "posix_fadvise", lambda *what: told.append(what[1:3]))
-    prefetch.begin_reading(descriptor, offset, num_bytes, **how)
+    monkeypatch.setattr(readers.os, "preadv", preadv)
+    monkeypatch.setattr(readers.os, "posix_fadvise", lambda *what: told.append(what[1:3]))
+    readers.begin_reading(descriptor, offset, num_bytes, **how)
     assert told[0][0] == offset
     assert sum(n for _, n in told) == num_bytes
     return asked
@@ -220,18 +219,18 @@ def test_small_readaheads_are_left_alone(monkeypatch, large_file):
 @pytest.mark.parametrize("where", ["bdi/{}", "block/{}/../queue"])
 def test_the_size_of_a_readahead_is_what_the_system_says(monkeypatch, tmp_path, where):
     places = (f"{tmp_path}/no/{{}}", f"{tmp_path}/{where}")
-    monkeypatch.setattr(prefetch, "_READAHEADS", places)
+    monkeypatch.setattr(readers, "_READAHEADS", places)
     device = os.makedev(4095, 77)
     folder = Path(where.format("4095:77"))
     (tmp_path / folder.parts[0] / "4095:77").mkdir(parents=True)
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / "read_ahead_kb").write_text("8192\n")
-    prefetch._window_bytes.cache_clear()
+    readers._window_bytes.cache_clear()
     try:
-        assert prefetch._window_bytes(device) == 8 << 20
-        assert prefetch._window_bytes(os.makedev(4095, 78)) == 0
+        assert readers._window_bytes(device) == 8 << 20
+        assert readers._window_bytes(os.makedev(4095, 78)) == 0
     finally:
-        prefetch._window_bytes.cache_clear()
+        readers._window_bytes.cache_clear()
 
 
 def test_where_nobody_reads_without_waiting_the_disk_is_told_all_the_same(monkeypatch, large_file):
@@ -240,10 +239,10 @@ def test_where_nobody_reads_without_waiting_the_disk_is_told_all_the_same(monkey
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(prefetch, "_window_bytes", lambda device: 8 << 20)
-    monkeypatch.setattr(prefetch.os, "preadv", refuse)
-    monkeypatch.setattr(prefetch.os, "posix_fadvise", lambda *what: told.append(what[1:3]))
-    prefetch.begin_reading(large_file, 0, 64 << 20)
+    monkeypatch.setattr(readers, "_window_bytes", lambda device: 8 << 20)
+    monkeypatch.setattr(readers.os, "preadv", refuse)
+    monkeypatch.setattr(readers.os, "posix_fadvise", lambda *what: told.append(what[1:3]))
+    readers.begin_reading(large_file, 0, 64 << 20)
     assert sum(n for _, n in told) == 64 << 20
 
 

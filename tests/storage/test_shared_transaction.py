@@ -7,7 +7,7 @@ import pytest
 
 from jaxshard.conversion.prepare import prepare
 from jaxshard.devices.host_shards import HostShards
-from jaxshard.distributed.barriers import Processes
+from jaxshard.distributed.processes import Processes
 from jaxshard.errors import StorageError
 from jaxshard.saver.shared_write import SharedWrite
 from jaxshard.storage.local import Handles

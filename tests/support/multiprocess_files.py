@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxshard as js
 from jaxshard import loader, saver
-from jaxshard.distributed.partition import part_of
+from jaxshard.distributed.processes import part_of
 from jaxshard.errors import JaxshardError
 from jaxshard.saver import shared_write
 from jaxshard.saver.publish import Publication

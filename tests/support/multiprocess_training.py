@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from multiprocess_files import die_in, forbid_gathering, placed, refusal
 from training_weights import SHAPES, SPECS
 
-from jaxshard.distributed.barriers import processes_of_jax
+from jaxshard.distributed.processes import processes_of_jax
 from jaxshard.errors import StorageError
 from jaxshard.saver import shared_write
 from jaxshard.storage import writers

@@ -41,13 +41,9 @@ from golden_files import golden
 import jaxshard as js
 from jaxshard.cli import main as command_line
 from jaxshard.conversion.decrypt import decrypt
-from jaxshard.distributed.barriers import Processes
+from jaxshard.distributed.processes import Processes
 from jaxshard.errors import JaxshardError
-from jaxshard.storage import (
-    fs,
-    staging,
-    transaction,
-)
+from jaxshard.storage import fs, staging, transaction
 
 CALLS = (
     *("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir"),

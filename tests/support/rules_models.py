@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from jaxshard.core.layout import Layout
-from jaxshard.core.strategy import Strategy
+from jaxshard.core.layout import Layout, Strategy
 from jaxshard.rules import Rules
 from jaxshard.rules.families import FAMILIES
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from tiny_arrays import array, same, write
 
 import jaxshard as js
-from jaxshard.loader import small_arrays
+from jaxshard.loader import make_arrays
 from jaxshard.storage.local import Handles
 
 ONE = {"workers": 1}
@@ -97,7 +97,7 @@ def test_loading_small_arrays_together_is_loading_each_alone_and_saving_gives_th
     target = places()[place]
     found = js.load(folder, target, **how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_arrays, "SMALL_BYTES", 0)
+        patch.setattr(make_arrays, "SMALL_BYTES", 0)
         alone = js.load(folder, target, **how)
     assert list(found) == list(alone)
     for name, one in alone.items():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jaxshard.distributed.barriers import Processes
+from jaxshard.distributed.processes import Processes
 from jaxshard.errors import StorageError
 
 
@@ -63,7 +63,7 @@ class Job:
             def __setitem__(self, key, value):
                 met.__dict__[key] = value
 
-        monkeypatch.setattr("jaxshard.distributed.barriers._MET", Met())
+        monkeypatch.setattr("jaxshard.distributed.processes._MET", Met())
 
     def run(self, work):
         """What ``work`` gives, or raises, in each process."""
