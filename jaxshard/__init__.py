@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .core.interpreter import lazy_getattr
+from .core.runtime import lazy_getattr
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imported when used
     from .api import (
@@ -36,9 +36,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imp
         stage_meshes,
         verify,
     )
-    from .core.cache import clear_caches
     from .core.catalog import Catalog
     from .core.layout import Layout, Placement, Strategy
+    from .core.runtime import clear_caches
     from .errors import (
         CoverageError,
         FormatError,
@@ -93,7 +93,7 @@ _HOME = dict.fromkeys(__all__, "api") | {
     "Placement": "core.layout",
     "Rules": "rules",
     "Strategy": "core.layout",
-    "clear_caches": "core.cache",
+    "clear_caches": "core.runtime",
     "load": "loader",
     "load_rank": "conversion.load_rank",
     "merge_lora": "lora",

@@ -13,9 +13,9 @@ from .conversion.open import PathLike, open_checkpoint, opened
 from .conversion.prepare import ConvertOptions, part_plan, prepare, split, takes_options
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
-from .core.cache import clear_caches
 from .core.catalog import Catalog, log_notes, with_notes_logged
 from .core.layout import Layout, Strategy
+from .core.runtime import clear_caches
 from .distributed.processes import part_of
 from .planning.plan import Plan
 from .rules import Rules

@@ -28,7 +28,7 @@ from ..planning import pictures
 from ..rules.match import weight_name
 from ..storage.local import LocalFolder
 from ..storage.overwrite import refuse_source
-from ..storage.places import place_at
+from ..storage.remote import place_at
 from ..storage.staging import os_errors_as
 from ..storage.transaction import Transaction
 from . import write, write_json

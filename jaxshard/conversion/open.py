@@ -13,16 +13,22 @@ from typing import Any
 
 from ..core.catalog import Catalog, Tensor
 from ..core.decoders import FETCH, parse_object
-from ..core.interpreter import paused
 from ..core.layout import Layout
+from ..core.runtime import paused
 from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from ..formats.folder import COMMON, Folder, latest_iteration
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import FORMATS
 from ..storage.io import Source
 from ..storage.local import LocalFolder
-from ..storage.places import Place, ReadFolder, folder_at, place_at, refuse_repository
 from ..storage.readers import open_source
+from ..storage.remote import (
+    Place,
+    ReadFolder,
+    folder_at,
+    place_at,
+    refuse_repository,
+)
 from ..storage.staging import is_unfinished
 
 PathLike = str | os.PathLike[str]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, cast
 from .. import rules as family_rules
 from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard
-from ..core.interpreter import paused
 from ..core.layout import Layout, Strategy
+from ..core.runtime import paused
 from ..distributed.processes import Part, split_outputs
 from ..errors import LayoutError, format_list
 from ..formats import rank_names
@@ -27,7 +27,7 @@ from ..formats.registry import find_format, format_of
 from ..planning.copies import firsts
 from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..storage import writers
-from ..storage.places import is_remote
+from ..storage.remote import is_remote
 from ..storage.resources import Budget, budget_for, parse_size
 from . import targets
 from .open import PathLike, opened, read_scalars

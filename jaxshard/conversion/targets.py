@@ -24,7 +24,7 @@ from ..formats.registry import FORMATS, find_format, names_where
 from ..rules import Policy, Rules, rules_for
 from ..rules import layout as lay_out
 from ..rules.tensor_dims import Factors
-from ..storage.places import is_remote
+from ..storage.remote import is_remote
 from .open import PathLike, open_strategy
 
 __all__ = [

@@ -18,7 +18,7 @@ from math import prod
 
 from ..errors import LayoutError
 from .box import Box
-from .cache import LRUCache, cached
+from .runtime import LRUCache, cached
 
 # --- Strategies: sizes of a job's parallel axes, and the order of its ranks
 

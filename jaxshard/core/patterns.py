@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from .cache import cached
+from .runtime import cached
 
 _HOLE = re.compile(r"\{([^\W\d]\w*)(\*?)\}")
 _WILD = re.compile(rf"\*|{_HOLE.pattern}")

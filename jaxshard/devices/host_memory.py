@@ -18,18 +18,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import (
-    Callable,
-    Iterator,
-)
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.cache import clears
 from ..core.numpy_dtypes import Bytes
+from ..core.runtime import clears
 
 HUGE_BYTES = 2 << 20
 

@@ -30,10 +30,11 @@ from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from ..core.box import Box, block_dim
-from ..core.cache import cached
+from ..core.box import Box
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import Bytes
+from ..core.ranges import block_dim
+from ..core.runtime import cached
 from ..errors import LayoutError
 from ..storage.resources import LEAST_BYTES, LENT_BLOCK_BYTES, Budget, fit_budget
 

@@ -20,8 +20,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from ..core.cache import cached
 from ..core.layout import Axes, Layout, Placement, Strategy
+from ..core.runtime import cached
 from ..errors import LayoutError, NotFoundError, did_you_mean, format_list
 
 #: The axis that is added for a tensor held by several stages; its copies are replicas over it.

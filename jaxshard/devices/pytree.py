@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import DictKey, PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
 from ..conversion.targets import lay_out_for
-from ..core.cache import cached
 from ..core.catalog import Catalog, Model, log_notes
 from ..core.layout import Layout, Placement, Strategy
+from ..core.runtime import cached
 from ..errors import LayoutError, format_list
 from ..rules import Rules, layout, rules_for
 from ..rules.tensor_dims import Factors, Granule

@@ -23,8 +23,8 @@ from math import prod
 from typing import NamedTuple
 
 from ..core.box import Box
-from ..core.cache import cached
 from ..core.dtypes import BY_NAME, DType, num_bytes
+from ..core.runtime import cached
 from ..errors import FormatError, LayoutError, quote_name
 from . import protobuf
 from .folder import Folder, describe_kind, kind_of

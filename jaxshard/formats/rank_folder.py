@@ -20,11 +20,11 @@ from math import lcm, prod
 from typing import Any
 
 from ..core.box import Box
-from ..core.cache import cached
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.decoders import as_ints, as_list, as_object, parse_object, refuse
 from ..core.dtypes import BY_NAME, DType
 from ..core.layout import Axes, Layout, Placement, Spec, check_divides
+from ..core.runtime import cached
 from ..errors import CoverageError, FormatError, LayoutError, format_list, quote_name
 from ..planning.outputs import arrange
 from ..rules.match import weight_name

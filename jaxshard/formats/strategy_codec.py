@@ -20,8 +20,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..core.cache import cached
 from ..core.decoders import as_int, as_ints, as_list, as_object, parse_object
+from ..core.runtime import cached
 from ..errors import FormatError, LayoutError, format_list, quote_name
 from . import protobuf
 from .folder import Folder

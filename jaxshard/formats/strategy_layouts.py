@@ -19,9 +19,9 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
-from ..core.cache import cached
 from ..core.decoders import FETCH, as_int, as_ints, as_list, as_object, parse_object, refuse
 from ..core.layout import Axes, Layout, Placement, shard_dim_over_replicas
+from ..core.runtime import cached
 from ..errors import FormatError, LayoutError, format_list, quote_name
 from .folder import Folder
 from .rank_names import LAYOUT_FILE

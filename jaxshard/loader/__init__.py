@@ -31,18 +31,14 @@ from ..mapping import Mapping, find_mapping
 from ..rules import Rules
 from ..storage.identity import check_same, identity
 from ..storage.io import Source
-from ..storage.places import is_remote
 from ..storage.readers import open_source
+from ..storage.remote import is_remote
 from ..storage.resources import Counts, default_workers, parse_size
-from .make_arrays import (
-    check_dtypes,
+from .make_arrays import check_dtypes, load_small, restore, restored_by_orbax, small_of
+from .memory_budget import (
     check_memory,
-    load_small,
     need_of,
-    restore,
-    restored_by_orbax,
     share_out,
-    small_of,
 )
 from .read import carry, gathered, kept_bytes, spread
 from .requests import (

@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from .. import resharding
-from ..core.box import byte_runs
-from ..core.cache import cached
 from ..core.numpy_dtypes import Bytes
+from ..core.ranges import byte_runs
+from ..core.runtime import cached
 from ..devices.host_memory import BufferPool, is_aligned
 from ..devices.mesh import partition_spec, placement_of, sharding
 from ..distributed.processes import cut_by_replicas
@@ -29,9 +29,9 @@ from ..storage.engine import run
 from ..storage.io import Sink, Source
 from ..storage.readers import MappedFiles, PrefetchThread
 from ..storage.resources import Budget, Counts
-from .make_arrays import (
+from .make_arrays import place
+from .memory_budget import (
     RequestBuffers,
-    place,
     staged_bytes,
 )
 from .requests import ArrayRequest, TensorRequest, adopts, is_kept

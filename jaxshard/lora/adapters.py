@@ -25,7 +25,10 @@ from ..core.numpy_dtypes import is_plain_float
 from ..errors import FormatError, LayoutError, NotFoundError, format_list
 from ..formats.folder import Folder
 from ..rules import weight_name
-from ..storage.places import folder_at, is_remote
+from ..storage.remote import (
+    folder_at,
+    is_remote,
+)
 from .peft_patterns import ByPattern, check_patterns
 
 _HALF = re.compile(

@@ -20,7 +20,7 @@ from ..core.numpy_dtypes import is_plain_float
 from ..errors import LayoutError, NotFoundError
 from ..formats.huggingface import NO_CONFIG
 from ..mapping.tensors import cut, join, reshape, with_step
-from ..storage.places import is_remote
+from ..storage.remote import is_remote
 from .adapters import OWN_CONFIG, PEFT_CONFIG, Adapter, Settings, find_adapters, is_adapter
 from .base_weights import (
     AdapterNames,

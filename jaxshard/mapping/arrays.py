@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..core.cache import cached
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import numpy_dtype, stored_as
+from ..core.runtime import cached
 from ..errors import LayoutError, format_list
 from .algebra import (
     check_cast,

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..core.box import Box, Grid, Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
-from ..core.cache import cached
+from ..core.box import Box
 from ..core.catalog import ZEROS, StoredShard, Tensor
 from ..core.dtypes import DType, in_units
+from ..core.ranges import Grid, Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
+from ..core.runtime import cached
 from ..errors import CoverageError
 from .outputs import Outputs
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from ..core.catalog import Tensor
 from ..core.dtypes import num_bytes
-from ..core.interpreter import paused
 from ..core.layout import Axes, Layout, Placement, Shard, Spec
+from ..core.runtime import paused
 from ..errors import LayoutError
 
 Keepers = Mapping[tuple[str, int], int]

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..core.box import Box, byte_runs
-from ..core.cache import cached
+from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import DType
-from ..core.interpreter import paused
 from ..core.layout import Layout, Placement
+from ..core.ranges import byte_runs
+from ..core.runtime import cached, paused
 from ..errors import CoverageError, JaxshardError, format_list
 from .bundles import Bundle, bundled, ranks_of
 from .copies import (

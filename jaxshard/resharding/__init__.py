@@ -23,8 +23,8 @@ from jax.sharding import (
 )
 
 from ..core.box import Box
-from ..core.cache import cached
 from ..core.layout import Layout, check_divides
+from ..core.runtime import cached
 from ..devices.host_transfer import to_host
 from ..devices.mesh import named_sharding, placement_of, shardings
 from ..devices.pytree import is_key, keys_of, named_leaves

@@ -22,8 +22,8 @@ import numpy as np
 from jax.experimental.layout import Format
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from ..core.cache import cached
 from ..core.layout import Axes, Spec
+from ..core.runtime import cached
 from ..devices.mesh import placement_of
 from .geometry import ShardingChange, as_bits, bits_of, from_bits
 

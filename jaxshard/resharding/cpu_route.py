@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.box import Box
-from ..core.cache import cached
+from ..core.runtime import cached
 from .geometry import ShardingChange, is_contiguous, num_bytes
 
 Bytes = npt.NDArray[np.generic]

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..core.box import Box
-from ..core.cache import cached
+from ..core.runtime import cached
 from .compiled import Executable, compile_program
 from .geometry import ShardingChange, Traffic, all_device_boxes, as_bits, data_of, from_bits
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from ..core.box import Box
-from ..core.cache import cached
+from ..core.runtime import cached
 from ..errors import LayoutError
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..core.box import Box
-from ..core.cache import cached
+from ..core.runtime import cached
 from .compiled import Executable, compile_program
 from .geometry import (
     ShardingChange,

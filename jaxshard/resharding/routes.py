@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import jax
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
-from ..core.cache import cached
+from ..core.runtime import cached
 from ..errors import LayoutError, format_list
 from . import compiled
 from .exchange import exchange_traffic

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from ..core.cache import cached
 from ..core.decoders import parse_toml
+from ..core.runtime import cached
 from ..errors import LayoutError, did_you_mean
 
 Dims = tuple[tuple[str, ...], ...]  # per dim the axes of the rule; () for any ndim

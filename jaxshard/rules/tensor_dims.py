@@ -16,9 +16,9 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..core.box import Box
-from ..core.cache import cached
 from ..core.layout import Placement
 from ..core.patterns import Patterns, template
+from ..core.runtime import cached
 from ..errors import LayoutError, format_list
 from .match import Matcher, text_config, weight_name
 from .table import Rules, Spec

@@ -30,8 +30,8 @@ from ..conversion.targets import (
     step_of_numbers,
 )
 from ..core.catalog import Catalog, Model, log_notes
-from ..core.interpreter import paused
 from ..core.layout import Layout, Strategy
+from ..core.runtime import paused
 from ..devices.host_shards import Array, HostShards, num_fetched
 from ..devices.host_transfer import share_out
 from ..devices.mesh import layout_of

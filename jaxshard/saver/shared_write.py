@@ -26,10 +26,11 @@ from pathlib import Path
 
 import jax
 
-from ..core.box import Box, Runs, byte_runs
-from ..core.cache import cached
+from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor
 from ..core.dtypes import in_units
+from ..core.ranges import Runs, byte_runs
+from ..core.runtime import cached
 from ..devices.host_shards import Array, HostShards, Snapshot
 from ..distributed.processes import Processes, assign
 from ..errors import LayoutError, StorageError

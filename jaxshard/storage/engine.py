@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.box import Box, Runs, byte_runs
+from ..core.box import Box
 from ..core.catalog import StoredShard, Tensor
 from ..core.dtypes import DType
 from ..core.numpy_dtypes import Bytes, Conversion, numpy_dtype
+from ..core.ranges import Runs, byte_runs
 from ..planning.bundles import Bundle
 from ..planning.copies import (
     Cell,

@@ -27,8 +27,7 @@ from ..core.catalog import Catalog, File, StoredShard
 from .io import GAP_BYTES, Source, Span
 from .local import LocalFolder
 from .object_store import REQUESTS_AT_ONCE
-from .places import is_remote
-from .remote import RemoteFolder
+from .remote import RemoteFolder, is_remote
 
 T = TypeVar("T")
 

@@ -21,7 +21,8 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..core.box import Box, Runs, block_dim, blocks, byte_runs
+from ..core.box import Box
+from ..core.ranges import Runs, block_dim, blocks, byte_runs
 from ..planning.bundles import Bundle
 from ..planning.copies import Cell, TensorCopy, cell_blocks, cells
 from .io import Source, copy_bundle

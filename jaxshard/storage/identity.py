@@ -28,8 +28,8 @@ from ..formats.folder import ORBAX_FILES
 from ..formats.huggingface import CHECKSUMS
 from ..formats.registry import format_of
 from .local import LocalFolder
-from .places import is_remote
 from .readers import SourceFiles
+from .remote import is_remote
 
 _T = TypeVar("_T")
 

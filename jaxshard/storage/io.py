@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ..core.catalog import StoredShard
-from ..core.interpreter import paused
+from ..core.runtime import paused
 from ..planning.bundles import Bundle
 from ..planning.copies import TensorCopy
 from .resources import Counts

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -146,6 +145,8 @@ def get_range(store: Client, path: str, file: File, start: int, stop: int, what:
 
 def at_once(function: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
     """Call ``function`` with each argument, all at once: one round of latency."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - for remote paths only
+
     todo = list(arguments)
     if not todo:
         return

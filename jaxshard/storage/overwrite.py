@@ -24,7 +24,7 @@ from ..formats.folder import WEIGHTS, is_iteration, is_orbax, kind_of, orbax_ite
 from ..formats.huggingface import INDEX, MINDSPORE_INDEX, SINGLE, is_weights
 from ..formats.rank_names import LAYOUT_FILE, is_rank_file, rank_of_folder
 from .local import LocalFolder
-from .places import is_remote
+from .remote import is_remote
 
 #: What a result is, which decides what it may replace: a folder, a folder of strategy files, one
 #: weight file, one strategy file; "own" is in a folder of jaxshard's own, where all may go.

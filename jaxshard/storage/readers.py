@@ -16,14 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.box import byte_runs
 from ..core.catalog import Catalog, StoredShard
+from ..core.ranges import byte_runs
 from ..errors import LayoutError, NotFoundError, StorageError
 from ..formats.registry import Orbax, format_of
 from ..planning.copies import TensorCopy
 from .io import PrefetchRange, Source
 from .local import Handles, LocalFolder, Versions
-from .places import is_remote
+from .remote import is_remote
 
 if TYPE_CHECKING:
     from .vectored_io import IOVec

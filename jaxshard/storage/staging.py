@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import MEND_THE_DISK, OVERWRITE, LayoutError, StorageError, format_list
 from .fs import delete, fsync_path, scratch_of, write_file_atomic
-from .places import refuse_remote
+from .remote import refuse_remote
 
 FILES = "files"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

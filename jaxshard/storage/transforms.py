@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import native
-from ..core.box import Box, Runs
+from ..core.box import Box
 from ..core.catalog import AddProduct, Affine, RoundTo, Step, StoredShard, Tensor, View
 from ..core.numpy_dtypes import Bytes, cast_into, numpy_dtype
+from ..core.ranges import Runs
 from ..planning.copies import TensorCopy
 from .io import Source
 

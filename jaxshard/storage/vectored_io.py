@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.box import Box, Runs, byte_runs
+from ..core.box import Box
 from ..core.numpy_dtypes import Bytes
+from ..core.ranges import Runs, byte_runs
 from ..planning.copies import Steps, TensorCopy
 from .fs import IOV_MAX
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..core.catalog import Catalog
-from ..core.interpreter import paused
+from ..core.runtime import paused
 from ..errors import LayoutError, NotFoundError, StorageError, format_list
 from ..formats.mindspore_ckpt import CRC_BYTES, crc_trailer
 from ..formats.output_files import Container
@@ -32,7 +32,7 @@ from ..planning.plan import Plan
 from .fs import exchange, reserve
 from .io import Sink
 from .local import Handles
-from .places import is_remote
+from .remote import is_remote
 from .shared_transaction import SharedTransaction
 from .staging import FILES, os_errors_as, staging_folder
 from .transaction import Transaction

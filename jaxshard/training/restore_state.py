@@ -1,4 +1,4 @@
-"""RestorePlan a target state from a checkpoint's tensors.
+"""Restore a target state from a checkpoint's tensors.
 
 Arrays on devices, and descriptions of them, are loaded onto their target shardings; NumPy arrays
 and Python numbers are read into host memory. All mismatches of names, shapes and dtypes are

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_box import boxes
 
-from jaxshard.core.box import (
-    Box,
+from jaxshard.core.box import Box
+from jaxshard.core.ranges import (
     Runs,
     block_dim,
     blocks,

@@ -25,11 +25,7 @@ from jaxshard.devices import mesh as devices
 from jaxshard.devices.host_memory import aligned_empty, is_aligned
 from jaxshard.errors import CoverageError, FormatError, LayoutError, NotFoundError
 from jaxshard.loader import load
-from jaxshard.loader.make_arrays import (
-    MemoryNeed,
-    load_budget,
-    share_out,
-)
+from jaxshard.loader.memory_budget import MemoryNeed, load_budget, share_out
 from jaxshard.rules import read_rules
 from jaxshard.saver import save
 from jaxshard.storage.readers import SourceFiles
@@ -598,7 +594,7 @@ def test_a_file_that_is_rewritten_while_it_is_read_is_an_error(tmp_path, monkeyp
 
 
 def test_too_little_memory_is_refused_before_reading(llama, monkeypatch):
-    monkeypatch.setattr("jaxshard.loader.make_arrays.available_bytes", lambda: 1000)
+    monkeypatch.setattr("jaxshard.loader.memory_budget.available_bytes", lambda: 1000)
     monkeypatch.setattr("jaxshard.loader.carry", lambda *a, **k: pytest.fail("it began"))
     with pytest.raises(LayoutError, match=r"needs \d+ bytes of host memory.*1000 are available"):
         load(llama[0], "mp2")

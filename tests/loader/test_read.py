@@ -19,7 +19,7 @@ from jaxshard.devices.host_memory import BufferPool
 from jaxshard.errors import StorageError
 from jaxshard.loader import load, make_arrays
 from jaxshard.loader import read as carrying
-from jaxshard.loader.make_arrays import load_budget
+from jaxshard.loader.memory_budget import load_budget
 from jaxshard.loader.read import Source, carry
 from jaxshard.loader.requests import ArrayRequest, requests_of
 from jaxshard.storage.readers import SourceFiles

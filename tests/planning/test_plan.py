@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from random_layouts import models
 from test_laws import outputs_of, planned
 
-from jaxshard.core.box import Box, Grid
+from jaxshard.core.box import Box
 from jaxshard.core.catalog import Catalog, File, StoredShard, Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
+from jaxshard.core.ranges import Grid
 from jaxshard.errors import CoverageError, LayoutError
 from jaxshard.planning import plan as costs
 from jaxshard.planning.copies import check_covered

@@ -6,7 +6,13 @@ import pytest
 
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.storage.local import LocalFolder
-from jaxshard.storage.places import folder_at, is_remote, place_at, refuse_remote, refuse_repository
+from jaxshard.storage.remote import (
+    folder_at,
+    is_remote,
+    place_at,
+    refuse_remote,
+    refuse_repository,
+)
 
 
 @pytest.mark.parametrize("text", ["s3://b", "gs://b/x", "az://c/x", "hf://o/n@r", "HTTPS://h/x"])

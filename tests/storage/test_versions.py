@@ -16,12 +16,7 @@ import jaxshard as js
 from jaxshard.conversion.load_rank import load_rank
 from jaxshard.core.catalog import File
 from jaxshard.storage import fs
-from jaxshard.storage.local import (
-    FolderVersions,
-    LocalFolder,
-    Versions,
-    version_of,
-)
+from jaxshard.storage.local import FolderVersions, LocalFolder, Versions, version_of
 
 FORMATS: dict[str, tuple[str, dict[str, object]]] = {
     "huggingface": ("full", {}),

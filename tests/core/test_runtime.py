@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxshard as js
-from jaxshard.core.cache import LRUCache
+from jaxshard.core.runtime import LRUCache
 from jaxshard.devices import host_memory
 from jaxshard.resharding import geometry
 
