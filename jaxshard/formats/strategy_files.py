@@ -75,7 +75,7 @@ class Strategies:
 def find(folder: Folder, under: str = "") -> tuple[str, ...]:
     r"""List the strategy files directly in ``under`` by rank; JSON files only without others.
 
-    >>> from .reader import MemoryFolder
+    >>> from jaxshard.formats.folder import MemoryFolder
     >>> find(MemoryFolder({"s/rank_10.ckpt": b"\b\2", "s/rank_9.ckpt": b"\b\2"}), "s")
     ('s/rank_9.ckpt', 's/rank_10.ckpt')
     """

@@ -314,7 +314,7 @@ def test_a_config_of_ones_own_goes_before_the_one_carried_along(llama, tmp_path)
         ({"x": np.ones(2)}, {"strategy": "mp2"}, "expected one of ranks"),
         ({"x": np.ones(2)}, {"max_shard_size": "many"}, "is not a size"),
         ({"a.b": np.ones(2), "a": {"b": np.ones(2)}}, {}, "several leaves"),
-        ({"a": np.ones(2), "b": np.ones(2)}, {"name_of": lambda p: "x"}, "saved as x"),
+        ({"a": np.ones(2), "b": np.ones(2)}, {"name_of": lambda p: "x"}, "duplicate tensor name x"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, tree, how, said):
