@@ -6,6 +6,7 @@ This module does not import the commands, so that ``--help`` is fast.
 from __future__ import annotations
 
 import argparse
+from typing import TypedDict
 
 from ..formats.registry import FORMATS
 
@@ -21,6 +22,40 @@ examples:
   jaxshard demo                                    run all of these on a small model
 """
 
+_EXAMPLES_OF = {
+    "inspect": ("inspect llama/ --tensors", "inspect cut/ --json"),
+    "plan": ("plan llama/ --to dp2mp4", "plan cut/ --to full --json"),
+    "convert": (
+        "convert cut/ other/ --to dp1mp2pp2",
+        "convert llama/ ms/ --to mp2 --names llama-hf:llama-mindformers",
+    ),
+    "merge": ("merge cut/ whole/", "merge cut/ whole.safetensors"),
+    "slice": ("slice llama/ cut/ --to dp2mp4", "slice llama/ ckpt/ --to mp2 --format ckpt"),
+    "verify": ("verify llama/", "verify whole/ --against llama/"),
+    "lora": (
+        "lora llama/ merged/ --adapter adapter/",
+        "lora merged/ base/ --adapter adapter/ --unmerge",
+    ),
+    "strategy": ("strategy show cut/strategy/", "strategy merge cut/strategy/ all.ckpt"),
+    "strategy show": (
+        "strategy show cut/strategy/",
+        "strategy show cut/strategy/ --include q_proj --all",
+    ),
+    "strategy merge": (
+        "strategy merge cut/strategy/ merged.ckpt",
+        "strategy merge cut/strategy/ merged.json",
+    ),
+    "strategy make": (
+        "strategy make llama/ strategy/ --to dp2mp2pp2",
+        "strategy make llama/ stages.ckpt --to dp2mp2pp2 --merged",
+    ),
+    "decrypt": (
+        "decrypt secret.ckpt plain.ckpt --key-file key",
+        "decrypt secret.ckpt plain.ckpt --key-file key --overwrite",
+    ),
+    "demo": ("demo", "demo llama/ --keep results/"),
+}
+
 _CONVERSIONS = {
     "plan": "show what convert would read, copy and write",
     "convert": "write a checkpoint in another layout",
@@ -30,19 +65,34 @@ _CONVERSIONS = {
 _VERIFY = "check a checkpoint or the steps of a run, or compare two checkpoints of any layouts"
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wrap descriptions, but keep the lines of the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
+class _Help(TypedDict):
+    """The arguments of ``add_parser`` that describe a command."""
+
+    description: str
+    epilog: str
+    formatter_class: type[_HelpFormatter]
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the argument parser."""
     top = argparse.ArgumentParser(
         prog="jaxshard",
         description="Move model weights between any two layouts.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     top.add_argument("--version", action="version", version=_version())
     commands = top.add_subparsers(metavar="COMMAND")
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=summary, description=_sentence(summary))
+        made = commands.add_parser(name, help=summary, **_help_of(name, summary))
         made.set_defaults(command=name, module="commands")
         return made
 
@@ -129,7 +179,7 @@ def _add_strategy(to: argparse.ArgumentParser) -> None:
     verbs = to.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, summary: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=summary, description=_sentence(summary))
+        made = verbs.add_parser(name, help=summary, **_help_of(f"strategy {name}", summary))
         made.set_defaults(command=f"strategy_{name}", module="strategy_commands")
         return made
 
@@ -208,8 +258,13 @@ def _add_written(to: argparse.ArgumentParser) -> None:
     _add_output(to)
 
 
-def _sentence(summary: str) -> str:
-    return f"{summary[0].upper()}{summary[1:]}."
+def _help_of(command: str, summary: str) -> _Help:
+    examples = "".join(f"\n  jaxshard {line}" for line in _EXAMPLES_OF[command])
+    return {
+        "description": f"{summary[0].upper()}{summary[1:]}.",
+        "epilog": f"examples:{examples}",
+        "formatter_class": _HelpFormatter,
+    }
 
 
 def _version() -> str:
@@ -365,4 +420,6 @@ def _add_running(to: argparse.ArgumentParser) -> None:
 
 def _add_output(to: argparse.ArgumentParser) -> None:
     to.add_argument("--json", action="store_true", help="print the result as JSON")
-    to.add_argument("--quiet", action="store_true", help="print neither progress nor a report")
+    to.add_argument(
+        "-q", "--quiet", action="store_true", help="print neither progress nor a report"
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
 import os
 import pty
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -84,6 +87,13 @@ def test_quiet_is_silent(llama, capsys, tmp_path):
         ("verify", tmp_path / "cut", "--against", llama),
     ):
         assert answer(capsys, *command, "--quiet") == ""
+    assert answer(capsys, "inspect", llama, "-q") == ""
+
+
+def test_quiet_has_a_short_form_on_every_command():
+    flags = [a.option_strings for a in _actions(cli.parser()) if "--quiet" in a.option_strings]
+    assert flags
+    assert all("-q" in names for names in flags)
 
 
 def test_reports_use_singular_and_plural(llama, capsys, tmp_path):
@@ -242,29 +252,105 @@ def test_an_interrupted_run_is_resumed(llama, capsys, tmp_path, monkeypatch):
     assert json.loads(answer(capsys, *command, "--overwrite", "--json"))["skipped_files"] == 0
 
 
-def test_progress_is_shown_on_a_terminal(llama, tmp_path):
+def on_a_terminal(
+    *arguments: object, stream: str = "stderr", **environment: str
+) -> tuple[bytes, str]:
+    """What a command shows on a terminal, and what it writes to the other stream, a pipe."""
     ours, theirs = pty.openpty()
-    how = ("slice", llama, tmp_path / "out", "--to", "mp2")
-    command = [sys.executable, "-m", "jaxshard", *map(str, how)]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: theirs}
+    known = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PAGER", "LESS")}
     with open(ours, "rb", buffering=0) as screen:
         done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=theirs,
+            [sys.executable, "-m", "jaxshard", *map(str, arguments)],
+            **streams,
+            stdin=subprocess.DEVNULL,
             check=True,
             cwd=ROOT,
             text=True,
-            env=environment,
+            env={**known, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "24", **environment},
         )
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # raised by a terminal whose other end is closed
             while more := screen.read(4096):
                 shown += more
+    return shown, done.stdout if stream == "stderr" else done.stderr
+
+
+def test_progress_is_shown_on_a_terminal(llama, tmp_path):
+    shown, out = on_a_terminal("slice", llama, tmp_path / "out", "--to", "mp2")
     assert b"writing" in shown
     assert b"11.6/11.6 kB" in shown
-    assert "writing" not in done.stdout
+    assert "writing" not in out
+
+
+_COLOR = re.compile(rb"\x1b\[[0-9;]*(?:3|9)[0-8][0-9;]*m")
+
+
+@pytest.mark.parametrize(("environment", "colored"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_no_color_removes_the_colors_of_the_progress_bar(llama, tmp_path, environment, colored):
+    how = ("slice", llama, tmp_path / "out", "--to", "mp2")
+    shown, _ = on_a_terminal(*how, **environment)
+    assert b"writing" in shown
+    assert bool(_COLOR.search(shown)) == colored
+
+
+def test_a_pipe_gets_neither_colors_nor_progress(llama, tmp_path):
+    how = ("slice", llama, tmp_path / "out", "--to", "mp2")
+    command = [sys.executable, "-m", "jaxshard", *map(str, how)]
+    environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT, env=environment)
+    assert done.stderr == b""
+    assert b"\x1b" not in done.stdout
+
+
+# --- Help --------------------------------------------------------------------------------
+
+
+def _help_examples() -> dict[str, list[str]]:
+    found = {}
+
+    def walk(name: str, at: argparse.ArgumentParser) -> None:
+        _, _, examples = (at.epilog or "").partition("examples:\n")
+        found[name] = [line.strip() for line in examples.splitlines()]
+        for action in at._actions:
+            if isinstance(action.choices, dict):
+                for command, below in action.choices.items():
+                    walk(f"{name} {command}", below)
+
+    walk("jaxshard", cli.parser())
+    return found
+
+
+def test_each_command_has_two_examples_of_itself():
+    examples = _help_examples()
+    del examples["jaxshard"]  # one line per command, with comments
+    for name, lines in examples.items():
+        assert len(lines) == 2, name
+        for line in lines:
+            assert line.startswith(name)
+            cli.parser().parse_args(shlex.split(line.partition(" > ")[0])[1:])
+
+
+def test_the_examples_of_help_are_shown_line_by_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["strategy", "merge", "--help"])
+    out = capsys.readouterr().out
+    assert "\n  jaxshard strategy merge cut/strategy/ merged.ckpt\n" in out
+
+
+#: Need an adapter, an encrypted file or JAX; the tests of these commands run them.
+_NOT_RUN = ("lora", "decrypt", "demo", "completion")
+
+
+def test_the_examples_of_help_work(llama, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = _help_examples()
+    order = ["slice", "merge", *sorted(n.partition(" ")[2] for n in examples if " " in n)]
+    for command in dict.fromkeys(order):
+        if command not in _NOT_RUN:
+            for line in examples[f"jaxshard {command}"]:
+                answer(capsys, *shlex.split(line)[1:])
 
 
 # --- replicas --------------------------------------------------------------------------
