@@ -13,10 +13,9 @@ Importing this module imports neither JAX nor NumPy: each name is imported on fi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from .core import lazy_getattr
 
-from .core.runtime import lazy_getattr
-
+TYPE_CHECKING = False  # as in typing, whose import takes longer than all else here
 if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imported when used
     from .api import (
         convert,

@@ -1,4 +1,4 @@
-"""State of the process: bounded caches, pauses of the garbage collector, and lazy imports.
+"""State of the process: bounded caches and pauses of the garbage collector.
 
 The boxes of one strategy are computed for each of a model's few shapes and looked up often. But
 an untrusted strategy file may specify thousands of placements, each over a hundred thousand
@@ -8,13 +8,11 @@ ranks, so a cache that counts entries would be unbounded in memory.
 from __future__ import annotations
 
 import gc
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper, lru_cache
-from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -100,24 +98,7 @@ class LRUCache(Generic[K, V]):
             self._weight = 0
 
 
-# --- The Python interpreter: lazy imports of public names, pauses of the garbage collector
-
-
-def lazy_getattr(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module ``__getattr__`` (PEP 562) that imports names on first access.
-
-    _HOME = {"Mapping": "mapping", …}                # name -> module of the package
-    __getattr__ = lazy_getattr(__name__, _HOME)
-    """
-
-    def getattr_once(name: str) -> Any:
-        if name not in home:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f".{home[name]}", package), name)
-        setattr(sys.modules[package], name, value)  # later accesses do not come here
-        return value
-
-    return getattr_once
+# --- The garbage collector
 
 
 @contextmanager

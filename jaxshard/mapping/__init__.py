@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..core.runtime import lazy_getattr
+from ..core import lazy_getattr
 
 if TYPE_CHECKING:
     from .group_ops import ROWS, Dequantize, Fuse, Stack, Tie, Unfuse, Unstack, Untie

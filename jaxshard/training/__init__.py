@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..core.runtime import lazy_getattr
+from ..core import lazy_getattr
 
 if TYPE_CHECKING:
     from .manager import CheckpointManager

@@ -7,7 +7,8 @@ import gc
 import pytest
 
 import jaxshard
-from jaxshard.core.runtime import lazy_getattr, paused
+from jaxshard.core import lazy_getattr
+from jaxshard.core.runtime import paused
 
 
 def test_a_name_is_imported_on_first_access_and_kept(monkeypatch):
