@@ -31,7 +31,7 @@ from ..errors import (
     StorageError,
     format_list,
 )
-from ..formats.huggingface import TRAINING_SCALARS
+from ..formats.huggingface import NO_CONFIG, TRAINING_SCALARS
 from ..formats.registry import format_of
 from ..storage.checksums import Checksums, check_files
 from ..storage.identity import check_same, identity
@@ -138,7 +138,8 @@ def restore(
         passed = _others(passed, found.name)  # it may have been committed meanwhile
         if passed:
             _log.warning("step %s is restored instead of %s", found.name, passed[0][0])
-        notes = (*catalog.notes, *wanted.notes, *_notes(run, search.steps, found))
+        stored = [n for n in catalog.notes if found.record is None or n != NO_CONFIG]
+        notes = (*stored, *wanted.notes, *_notes(run, search.steps, found))
         log_notes(f"step {found.name}", notes)
         record = found.record
         number = record.global_step if record else _number(numbers, found)

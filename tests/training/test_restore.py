@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import training_beside
 from training_kills import CUT, is_state_of, state_of
@@ -408,3 +409,13 @@ def test_a_reader_takes_the_lock_only_where_something_was_interrupted(tmp_path, 
     (tmp_path / ".jaxshard/1_2.saving").mkdir()
     manager.restore(state_of(0))
     assert taken
+
+
+def test_a_step_that_the_manager_saved_is_restored_without_a_note(tmp_path, caplog):
+    """A training job has no config.json beside its steps; it need not be told at each restart."""
+    manager = CheckpointManager(tmp_path, format="huggingface", prefix="m")
+    manager.save(1, {"w": jax.numpy.ones(4)})
+    with caplog.at_level("WARNING", "jaxshard"):
+        restored = manager.restore({"w": jax.numpy.zeros(4)})
+    assert restored.notes == ()
+    assert "config.json" not in caplog.text
