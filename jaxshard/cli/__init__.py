@@ -18,6 +18,7 @@ from importlib import import_module
 from ..errors import JaxshardError, StorageError, printable
 from .parsing import parser
 
+_PAGER = "less -FRX"  # quits if one screen suffices, and leaves the text there
 _COLLECT_AFTER = 200_000  # allocations between collections; Python's default is 700
 
 
@@ -69,6 +70,38 @@ def _fail(error: JaxshardError, arguments: argparse.Namespace) -> int:
 def write(text: str) -> None:
     """Print ``text`` to standard output; names and notes from untrusted files are escaped."""
     print(printable(text))
+
+
+def write_paged(text: str) -> None:
+    """Print ``text``, through the pager if it is longer than the terminal."""
+    text = printable(text)
+    if not sys.stdout.isatty() or _fits(text) or not _page(text):
+        print(text)
+
+
+def _fits(text: str) -> bool:
+    import shutil  # noqa: PLC0415 - for terminals only
+
+    return text.count("\n") + 1 < shutil.get_terminal_size().lines  # a line for the prompt
+
+
+def _page(text: str) -> bool:
+    """Show ``text`` with ``$PAGER``; return False if it cannot be started."""
+    import shlex  # noqa: PLC0415 - a hundredth of a second, for terminals only
+    import subprocess  # noqa: PLC0415
+
+    sys.stdout.flush()
+    try:
+        command = shlex.split(os.environ.get("PAGER", _PAGER))
+        pager = subprocess.Popen(command, stdin=subprocess.PIPE)
+    except (OSError, ValueError, IndexError):  # not found, an open quote, or empty
+        return False
+    with pager:
+        try:
+            pager.communicate(f"{text}\n".encode(errors="replace"))
+        except KeyboardInterrupt:  # the key belongs to the pager, which has not ended
+            pager.wait()
+    return True
 
 
 def write_error(text: str) -> None:

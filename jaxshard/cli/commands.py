@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..conversion.execute import Report, execute
 from ..conversion.open import open_checkpoint
 from ..conversion.prepare import Prepared, RunOptions, part_plan, prepare
-from ..core.catalog import Catalog
+from ..conversion.select import select
+from ..core.catalog import Catalog, Tensor
 from ..core.decoders import MAX_TOML_BYTES
 from ..distributed.processes import part_of
 from ..errors import LayoutError, format_list
@@ -22,11 +23,16 @@ from ..planning import pictures
 from ..rules import Rules, read_rules
 from ..storage.fs import read_bytes, read_text
 from ..storage.resources import budget_for
-from . import write, write_json
+from . import write, write_json, write_paged
 
 if TYPE_CHECKING:
     from ..conversion.verify import Verdict
 
+_SORT_KEYS: dict[str, Callable[[Tensor], Any]] = {
+    "name": lambda t: t.name,
+    "bytes": lambda t: (-t.num_bytes, t.name),
+    "dtype": lambda t: (t.dtype.name, t.name),
+}
 _MAX_KEY_BYTES = 4096
 _PROBLEM = 3  # exit status for an invalid checkpoint
 
@@ -36,13 +42,24 @@ def inspect(a: Namespace) -> int:
     if (done := _run_of_steps(a, deep=False)) is not None:
         return done
     catalog = _source(a)
+    listed = _listed(catalog, a.include, a.sort)
     if a.json:
-        write_json(_catalog_facts(catalog))
+        write_json(_catalog_facts(catalog, listed))
     elif not a.quiet:
-        write(pictures.catalog_text(catalog))
-        if a.tensors:
-            write("\n" + pictures.tensor_table(catalog.tensors.values()))
+        text = pictures.catalog_text(catalog)
+        if a.tensors or a.include or a.sort:
+            text += "\n\n" + pictures.tensor_table(listed)
+        (write if a.no_pager else write_paged)(text)
     return 0
+
+
+def _listed(catalog: Catalog, include: Sequence[str], sort: str | None) -> list[Tensor]:
+    """Return the tensors that match ``include``, in the order ``sort``."""
+    if include:
+        found, _ = select(catalog, include, may_lack=True)
+    else:
+        found = list(catalog.tensors.values())
+    return sorted(found, key=_SORT_KEYS[sort]) if sort else found
 
 
 def plan(a: Namespace) -> int:
@@ -307,7 +324,7 @@ def _report_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _catalog_facts(catalog: Catalog) -> dict[str, Any]:
+def _catalog_facts(catalog: Catalog, listed: Sequence[Tensor]) -> dict[str, Any]:
     return {
         "root": catalog.root,
         "format": catalog.format,
@@ -319,7 +336,7 @@ def _catalog_facts(catalog: Catalog) -> dict[str, Any]:
         "files": [{"path": f.path, "num_bytes": f.num_bytes} for f in catalog.files],
         "tensors": {
             t.name: {"dtype": t.dtype.name, "shape": t.shape, "num_pieces": len(t.shards)}
-            for t in catalog.tensors.values()
+            for t in listed
         },
         "left_out": dict(catalog.left_out),
         "notes": catalog.notes,

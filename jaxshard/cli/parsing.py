@@ -23,7 +23,7 @@ examples:
 """
 
 _EXAMPLES_OF = {
-    "inspect": ("inspect llama/ --tensors", "inspect cut/ --json"),
+    "inspect": ("inspect llama/ --include q_proj --sort bytes", "inspect cut/ --json"),
     "plan": ("plan llama/ --to dp2mp4", "plan cut/ --to full --json"),
     "convert": (
         "convert cut/ other/ --to dp1mp2pp2",
@@ -118,6 +118,24 @@ def parser() -> argparse.ArgumentParser:
 def _add_inspect(to: argparse.ArgumentParser) -> None:
     _add_source(to)
     to.add_argument("--tensors", action="store_true", help="list every tensor")
+    to.add_argument(
+        "--include",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="list only matching tensors (repeatable; implies --tensors)",
+    )
+    to.add_argument(
+        "--sort",
+        choices=("name", "bytes", "dtype"),
+        help="order of the list: by name, largest first, or by dtype (implies --tensors; "
+        "default: as stored)",
+    )
+    to.add_argument(
+        "--no-pager",
+        action="store_true",
+        help="do not show a list longer than the terminal with $PAGER (default: less -FRX)",
+    )
     _add_output(to)
 
 

@@ -304,6 +304,76 @@ def test_a_pipe_gets_neither_colors_nor_progress(llama, tmp_path):
     assert b"\x1b" not in done.stdout
 
 
+# --- The list of tensors -----------------------------------------------------------------
+
+
+def names_of(out: str) -> list[str]:
+    lines = out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("tensor "))
+    return [line.split()[0] for line in lines[head + 1 :]]
+
+
+def test_the_list_of_tensors_is_filtered_by_any_of_the_expressions(llama, capsys):
+    flags = ("--include", "q_proj", "--include", r"^lm_head")
+    listed = names_of(answer(capsys, "inspect", llama, *flags))
+    assert len(listed) > 1
+    assert all("q_proj" in name or name.startswith("lm_head") for name in listed)
+    facts = json.loads(answer(capsys, "inspect", llama, "--json", *flags))
+    assert list(facts["tensors"]) == listed
+    assert facts["num_tensors"] == 21  # of the checkpoint
+    assert checkpoints.run("inspect", llama, "--include", "absent") == 2
+    assert "absent matches none of the 21 tensors" in capsys.readouterr().err
+
+
+def test_the_list_of_tensors_is_sorted(llama, capsys):
+    tensors = js.open(llama).tensors
+    listed = {
+        key: names_of(answer(capsys, "inspect", llama, "--sort", key))
+        for key in ("name", "bytes", "dtype")
+    }
+    assert listed["name"] == sorted(tensors)
+    sizes = [tensors[name].num_bytes for name in listed["bytes"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+    dtypes = [tensors[name].dtype.name for name in listed["dtype"]]
+    assert dtypes == sorted(dtypes)
+
+
+_MARK = "sed s/^/paged:/"
+
+
+def test_a_list_longer_than_the_terminal_is_shown_with_the_pager(llama):
+    shown, _ = on_a_terminal("inspect", llama, "--tensors", stream="stdout", PAGER=_MARK)
+    lines = shown.splitlines()
+    assert len(lines) > 24
+    assert all(line.startswith(b"paged:") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment"),
+    [
+        (["--tensors", "--no-pager"], {}),
+        (["--tensors"], {"LINES": "200"}),  # it fits
+        (["--tensors"], {"PAGER": "no-such-pager"}),
+        (["--tensors"], {"PAGER": ""}),
+        (["--tensors"], {"PAGER": "'open"}),
+    ],
+)
+def test_the_list_is_printed_where_a_pager_does_not_help(llama, flags, environment):
+    environment = {"PAGER": _MARK, **environment}
+    shown, _ = on_a_terminal("inspect", llama, *flags, stream="stdout", **environment)
+    assert b"lm_head.weight" in shown
+    assert b"paged:" not in shown
+
+
+def test_a_pipe_never_gets_a_pager(llama):
+    environment = {**os.environ, "PAGER": _MARK, "LINES": "5"}
+    command = [sys.executable, "-m", "jaxshard", "inspect", str(llama), "--tensors"]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT, env=environment)
+    assert b"lm_head.weight" in done.stdout
+    assert b"paged:" not in done.stdout
+
+
 # --- Help --------------------------------------------------------------------------------
 
 
