@@ -32,7 +32,6 @@ from .remote import RemoteFolder, is_remote
 T = TypeVar("T")
 
 REQUEST_BYTES = 4 << 20  # larger ones need more memory for as many connections
-WINDOW_BYTES = 224 << 20  # 56 requests: enough for 50 ms a request at 50 MB/s a connection
 _POLL_SECONDS = 0.1  # how long an interrupt of a run may go unnoticed
 _OVERLAPS = 8  # batches that overlap are joined up to so many requests: else fetched twice
 
@@ -111,7 +110,7 @@ class RemoteFiles(Source):
     can_lend = True
     request_bytes = REQUEST_BYTES
 
-    def __init__(self, catalog: Catalog, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(self, catalog: Catalog) -> None:
         self._files = catalog.files
         places = [location(catalog.root, file.path) for file in self._files]
         own: dict[str, list[File]] = {}  # of the folder, and of that of adapters
@@ -119,7 +118,6 @@ class RemoteFiles(Source):
             own.setdefault(folder, []).append(replace(file, path=name))
         folders = {at: RemoteFolder(at, files) for at, files in own.items() if is_remote(at)}
         self._folders, self._places = folders, places
-        self._window = max(window_bytes, REQUEST_BYTES)
         self._pool = RequestThreads(REQUESTS_AT_ONCE)
         self._live: list[Group] = []
         self._room = threading.Condition()
@@ -155,18 +153,21 @@ class RemoteFiles(Source):
                     return data[offset - start : stop - start]
         return None
 
-    def fetched(self, batches: Iterable[Sequence[Span]]) -> Generator[Callable[[], None]]:
+    def fetched(
+        self, batches: Iterable[Sequence[Span]], window_bytes: int
+    ) -> Generator[Callable[[], None]]:
         """Yield for each batch, once its bytes are here, what to call when it is done.
 
         Args:
             batches: what each batch reads, in the order in which the engine has them.
+            window_bytes: the most bytes to be held at once; one request is always held.
         """
         self._is_stopped = False
         groups, sent = groups_of(batches), deque[tuple[Group, Future[None]]]()
         following = next(groups, None)
         try:
             while (following is not None or sent) and not self._is_stopped:
-                while following is not None and self._has_room(following, bool(sent)):
+                while following is not None and self._has_room(following, window_bytes, bool(sent)):
                     sent.append((following, self._pool.submit(self._fetch, following)))
                     following = next(groups, None)
                 if not sent:  # stopped while there was no room
@@ -190,10 +191,10 @@ class RemoteFiles(Source):
             self._is_stopped = True
             self._room.notify_all()
 
-    def _has_room(self, group: Group, is_any_sent: bool) -> bool:
+    def _has_room(self, group: Group, window_bytes: int, is_any_sent: bool) -> bool:
         """Take room in the window for ``group``; waits for it if nothing else is on its way."""
         with self._room:
-            while self._held_bytes and self._held_bytes + group.num_bytes > self._window:
+            while self._held_bytes and self._held_bytes + group.num_bytes > window_bytes:
                 if is_any_sent or self._is_stopped:
                     return False
                 self._room.wait()

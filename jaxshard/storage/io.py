@@ -96,10 +96,13 @@ class Source(ABC):
     def prefetch(self, wanted: PrefetchRange) -> None:  # noqa: B027 - optional
         """Start fetching the bytes ``wanted``, without waiting."""
 
-    def fetched(self, batches: Iterable[Sequence[Span]]) -> Generator[Callable[[], None]]:
+    def fetched(
+        self, batches: Iterable[Sequence[Span]], window_bytes: int
+    ) -> Generator[Callable[[], None]]:
         """Fetch what each of ``batches`` reads, ahead and in their order (see ``fetch``).
 
-        Yields, for each batch once its bytes are here, what to call when the batch is done.
+        At most ``window_bytes`` are held at once. Yields, for each batch once its bytes are here,
+        what to call when the batch is done.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 from ..core.box import Box
@@ -51,11 +51,19 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How many threads, and how large their blocks: what ``host_bytes`` allows."""
+    """Threads, and the sizes of their blocks, within a limit of host memory.
+
+    Attributes:
+        workers: the number of threads.
+        block_bytes: a block.
+        tile_bytes: a block of what is read transposed.
+        limit_bytes: the limit; what the threads do not need is for fetched bytes. 0: no limit.
+    """
 
     workers: int
     block_bytes: int
-    tile_bytes: int = BLOCK_BYTES  # a block of what is read transposed
+    tile_bytes: int = BLOCK_BYTES
+    limit_bytes: int = field(default=0, compare=False, repr=False)
 
     @property
     def host_bytes(self) -> int:
@@ -92,7 +100,7 @@ def fit_budget(host_bytes: int, workers: int, block_bytes: int = BLOCK_BYTES) ->
     block = _power_of_two(min(block_bytes, host_bytes // workers // _BLOCKS_PER_WORKER))
     left = host_bytes // workers - block * _BLOCKS_PER_WORKER
     tile = _power_of_two(min(TILE_BYTES, max(block, left // _TILES_PER_WORKER)))
-    return Budget(workers, block, tile)
+    return Budget(workers, block, tile, host_bytes)
 
 
 def budget_for(

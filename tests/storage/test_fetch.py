@@ -13,6 +13,7 @@ from jaxshard.storage.fetch import RemoteFiles, groups_of, planned
 from jaxshard.storage.io import GAP_BYTES
 
 SIZE = 64 << 20
+WINDOW = 16 << 20
 
 
 class Folder:
@@ -81,7 +82,7 @@ def test_neighbours_share_a_request_and_gaps_beyond_a_mebibyte_do_not():
 
 def test_bytes_are_lent_until_their_batch_is_done(files):
     batches = [[(0, i << 20, (i + 1) << 20)] for i in range(64)]
-    for number, release in enumerate(files.fetched(batches)):
+    for number, release in enumerate(files.fetched(batches, WINDOW)):
         view = files.lend(_piece(), number << 20, 1 << 20)
         assert view is not None
         assert view[5] == ((number << 20) + 5) % 251
@@ -91,11 +92,10 @@ def test_bytes_are_lent_until_their_batch_is_done(files):
 
 
 def test_no_more_than_the_window_is_held(files):
-    files._window = 16 << 20
     batches = [[(0, i << 20, (i + 1) << 20)] for i in range(64)]
-    for release in files.fetched(batches):
+    for release in files.fetched(batches, WINDOW):
         release()
-    assert files.most_held_bytes <= 16 << 20
+    assert files.most_held_bytes <= WINDOW
 
 
 def test_a_read_that_was_not_planned_is_a_request_of_its_own(files):
@@ -111,7 +111,7 @@ def test_the_error_of_a_request_is_raised_in_its_turn(files):
     done = []
 
     def run():
-        for release in files.fetched(batches):
+        for release in files.fetched(batches, WINDOW):
             release()
             done.append(release)
 
