@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import Namespace
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,12 +18,13 @@ from ..conversion.select import select
 from ..core.catalog import Catalog, Tensor
 from ..core.decoders import MAX_TOML_BYTES
 from ..distributed.processes import part_of
-from ..errors import LayoutError, format_list
+from ..errors import LayoutError, NotFoundError, format_list
 from ..planning import pictures
 from ..rules import Rules, read_rules
 from ..storage.fs import read_bytes, read_text
 from ..storage.resources import budget_for
 from . import write, write_json, write_paged
+from .parsing import parser
 
 if TYPE_CHECKING:
     from ..conversion.verify import Verdict
@@ -34,6 +35,7 @@ _SORT_KEYS: dict[str, Callable[[Tensor], Any]] = {
     "dtype": lambda t: (t.dtype.name, t.name),
 }
 _MAX_KEY_BYTES = 4096
+_PATHS = ("SRC", "DST", "OUT", "PATH", "FILE", "DIR")  # metavars of paths
 _PROBLEM = 3  # exit status for an invalid checkpoint
 
 
@@ -179,6 +181,32 @@ def demo(a: Namespace) -> int:
     from .demo import run_demo  # noqa: PLC0415 - JAX, which no other command imports
 
     return run_demo(a.path, keep=a.keep, quiet=a.quiet or a.json, as_json=a.json)
+
+
+def completion(a: Namespace) -> int:
+    """Print the shell's completion script."""
+    try:
+        import shtab  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise NotFoundError(
+            "completion: the package shtab is not installed. "
+            "Install it with: pip install 'jaxshard[completion]'."
+        ) from None
+    top = parser()
+    for action in _actions(top):
+        if action.metavar in _PATHS:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(top, a.shell))  # as it is: the text is shtab's and ours
+    return 0
+
+
+def _actions(of: ArgumentParser) -> Iterator[Action]:
+    """Yield the arguments of a parser and of the commands below it."""
+    for action in of._actions:
+        yield action
+        if isinstance(action.choices, dict):
+            for command in action.choices.values():
+                yield from _actions(command)
 
 
 def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:

@@ -53,6 +53,10 @@ _EXAMPLES_OF = {
         "decrypt secret.ckpt plain.ckpt --key-file key",
         "decrypt secret.ckpt plain.ckpt --key-file key --overwrite",
     ),
+    "completion": (
+        "completion bash > ~/.local/share/bash-completion/completions/jaxshard",
+        "completion zsh > ~/.zfunc/_jaxshard",
+    ),
     "demo": ("demo", "demo llama/ --keep results/"),
 }
 
@@ -112,7 +116,14 @@ def parser() -> argparse.ArgumentParser:
             "compare the results bit for bit",
         )
     )
+    _add_completion(
+        command("completion", "print a shell script that completes commands, flags, paths")
+    )
     return top
+
+
+def _add_completion(to: argparse.ArgumentParser) -> None:
+    to.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell that runs the script")
 
 
 def _add_inspect(to: argparse.ArgumentParser) -> None:

@@ -374,6 +374,48 @@ def test_a_pipe_never_gets_a_pager(llama):
     assert b"paged:" not in done.stdout
 
 
+# --- Completion --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_the_completion_script_knows_commands_and_flags(capsys, shell):
+    pytest.importorskip("shtab")
+    script = answer(capsys, "completion", shell)
+    assert "jaxshard" in script
+    for word in ("strategy", "inspect", "remove-redundancy"):
+        assert word in script
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        (["jaxshard", "insp"], ["inspect"]),
+        (["jaxshard", "inspect", "--ten"], ["--tensors"]),
+        (["jaxshard", "inspect", "chec"], ["checkpoint.ckpt"]),
+        (["jaxshard", "plan", "x", "--rules", "chec"], ["checkpoint.ckpt"]),
+    ],
+)
+def test_bash_completes_commands_flags_and_files(capsys, tmp_path, typed, completed):
+    pytest.importorskip("shtab")
+    (tmp_path / "script").write_text(answer(capsys, "completion", "bash"))
+    (tmp_path / "checkpoint.ckpt").touch()
+    words = " ".join(map(shlex.quote, typed))
+    program = (
+        f"compopt() {{ :; }}; source ./script; COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; "
+        '_shtab_jaxshard jaxshard "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"; '
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    command = ["bash", "--norc", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert [word.strip() for word in done.stdout.split()] == completed, done.stderr
+
+
+def test_completion_without_its_package_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert checkpoints.run("completion", "bash") == 2
+    assert "pip install 'jaxshard[completion]'" in capsys.readouterr().err
+
+
 # --- Help --------------------------------------------------------------------------------
 
 
