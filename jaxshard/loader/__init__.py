@@ -286,11 +286,17 @@ def _check_sums(
 
     Raises:
         FormatError: a file is damaged.
+        LayoutError: ``verify`` is set, and the files are remote.
         NotFoundError: ``verify`` is set, and a file has no checksum.
     """
     if not options.verify or format_of(catalog.format).own_library:
         files.check_checksums(used)
         return
+    if is_remote(catalog.root):
+        raise LayoutError(
+            f"{catalog.root}: verify=True reads whole files. Copy the checkpoint to a disk first, or "
+            "leave verify out."
+        )
     from ..storage.checksums import check_folder  # noqa: PLC0415 - on request only
 
     paths = {number: catalog.files[number].path for number in sorted(set(used))}

@@ -117,6 +117,8 @@ def test_unknown_places_are_refused_with_what_to_do(store, llama):  # noqa: F811
         js.open(Path("s3://bucket/llama"))
     with pytest.raises(js.LayoutError, match="cannot be mapped"):
         js.load("s3://bucket/llama", "mp2", mmap=True)
+    with pytest.raises(js.LayoutError, match="reads whole files"):
+        js.load("s3://bucket/llama", "mp2", verify=True)
 
 
 # --- Faults --------------------------------------------------------------------------------
