@@ -294,8 +294,8 @@ def _check_sums(
         return
     if is_remote(catalog.root):
         raise LayoutError(
-            f"{catalog.root}: verify=True reads whole files. Copy the checkpoint to a disk first, or "
-            "leave verify out."
+            f"{catalog.root}: verify=True reads whole files. Copy the checkpoint to a disk "
+            "first, or leave verify out."
         )
     from ..storage.checksums import check_folder  # noqa: PLC0415 - on request only
 
