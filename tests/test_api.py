@@ -29,7 +29,7 @@ VERBS = {
     "reshard": (js.reshard, 2),
     "open": (js.open, 1),
 }
-ON_SCREEN = {"help", "json", "quiet"}  # of the command line alone: what it prints
+ON_SCREEN = {"help", "json", "quiet", "svg"}  # of the command line alone: what it shows
 
 
 def keywords(function) -> set[str]:

@@ -9,6 +9,7 @@ from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.execute import Report, execute
@@ -21,7 +22,7 @@ from ..distributed.processes import part_of
 from ..errors import LayoutError, NotFoundError, format_list
 from ..planning import pictures
 from ..rules import Rules, read_rules
-from ..storage.fs import read_bytes, read_text
+from ..storage.fs import read_bytes, read_text, write_user_file
 from ..storage.resources import budget_for
 from . import write, write_json, write_paged
 from .parsing import parser
@@ -41,10 +42,17 @@ _PROBLEM = 3  # exit status for an invalid checkpoint
 
 def inspect(a: Namespace) -> int:
     """Show the contents of a checkpoint, or the steps of a training run."""
-    if (done := _run_of_steps(a, deep=False)) is not None:
+    if not a.svg and (done := _run_of_steps(a, deep=False)) is not None:
         return done
     catalog = _source(a)
     listed = _listed(catalog, a.include, a.sort)
+    if a.svg:
+        if catalog.layout is None:
+            raise LayoutError(
+                f"--svg: {catalog.root} is not partitioned over ranks. "
+                "Draw a target's layout with: jaxshard plan SRC --to STRATEGY --svg FILE."
+            )
+        _write_svg(a, pictures.layout_svg(catalog.root, listed, catalog.layout))
     if a.json:
         write_json(_catalog_facts(catalog, listed))
     elif not a.quiet:
@@ -66,7 +74,23 @@ def _listed(catalog: Catalog, include: Sequence[str], sort: str | None) -> list[
 
 def plan(a: Namespace) -> int:
     """Show the plan of ``convert`` without running it."""
-    return _show_plan(_prepare(a, a.to), a)
+    prepared = _prepare(a, a.to)
+    if a.svg:
+        made = prepared.plan
+        tensors, layout = made.source.tensors.values(), made.outputs.layout
+        _write_svg(a, pictures.layout_svg(f"{a.source} as {a.to}", tensors, layout))
+    return _show_plan(prepared, a)
+
+
+def _write_svg(a: Namespace, text: str) -> None:
+    if not a.svg.endswith(".svg"):  # a typo must not replace a checkpoint's file
+        raise LayoutError(f"--svg {a.svg}: not the name of a picture. Let it end in .svg.")
+    try:
+        write_user_file(Path(a.svg), text.encode(), overwrite=a.overwrite)
+    except FileExistsError:
+        raise LayoutError(
+            f"--svg {a.svg} exists. Choose another file, or replace it with --overwrite."
+        ) from None
 
 
 def convert(a: Namespace) -> int:

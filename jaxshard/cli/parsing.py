@@ -142,6 +142,7 @@ def _add_inspect(to: argparse.ArgumentParser) -> None:
         help="order of the list: by name, largest first, or by dtype (implies --tensors; "
         "default: as stored)",
     )
+    _add_svg(to)
     to.add_argument(
         "--no-pager",
         action="store_true",
@@ -155,10 +156,17 @@ def _add_conversion(to: argparse.ArgumentParser, name: str) -> None:
     if name != "plan":
         to.add_argument("destination", metavar="DST", help=_DESTINATION)
     _add_how(to, name)
+    if name == "plan":
+        _add_svg(to)
     _add_output(to)
     _add_budget(to)
     if name != "plan":
         _add_running(to)
+
+
+def _add_svg(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--svg", metavar="FILE", help="also draw which rank holds which shard (.svg)")
+    to.add_argument("--overwrite", action="store_true", help="replace the file of --svg")
 
 
 def _add_verify(to: argparse.ArgumentParser) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from html import escape
 
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
+from ..core.patterns import template
 from ..errors import format_list, printable, quote_name
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import format_of
@@ -15,6 +17,7 @@ from .outputs import Outputs
 
 _MAX_CELLS = 8
 _MAX_RANKS = 16
+_WIDTH, _ROW, _MARGIN = 640, 28, 16  # pixels of a drawn tensor, and around it
 _ITERATION_RANK = re.compile(r"-(\d{7})-\d{7}\.safetensors$")
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
@@ -102,17 +105,31 @@ def held_by(title: str, placement: Placement, shape: tuple[int, ...]) -> str:
     │ 0 │ 1 │
     └───┴───┘
     """
-    shards = placement.shards(shape)
-    split = [d for d in range(len(shape)) if placement.ways(d) > 1]
-    row_dim = next((d for d in split if d < len(shape) - 1), None)
-    column_dim = next((d for d in reversed(split) if d != row_dim), None)
+    cells = _cells(placement, shape)
+    split = _split_dims(placement, shape)
     if len(split) > 2:
         title += f"  (dims {split[1:-1]} are split too)"
-    grid: dict[tuple[int, int], str] = {}
-    for shard in shards:
+    return title + "\n" + _grid({at: _ranks(ranks) for at, ranks in cells.items()})
+
+
+def _split_dims(placement: Placement, shape: tuple[int, ...]) -> list[int]:
+    return [d for d in range(len(shape)) if placement.ways(d) > 1]
+
+
+def _cells(placement: Placement, shape: tuple[int, ...]) -> dict[tuple[int, int], list[int]]:
+    """Return the ranks of each shard by its row and column, the starts in two split dims.
+
+    Of the shards that differ in other dims only, the first is in the cell.
+    """
+    split = _split_dims(placement, shape)
+    row_dim = next((d for d in split if d < len(shape) - 1), None)
+    column_dim = next((d for d in reversed(split) if d != row_dim), None)
+    cells: dict[tuple[int, int], list[int]] = {}
+    for shard in placement.shards(shape):
         at = (_start(shard.box.start, row_dim), _start(shard.box.start, column_dim))
-        grid.setdefault(at, _ranks([placement.first_rank + r for r in shard.holders]))
-    return title + "\n" + _grid(grid)
+        if at not in cells:
+            cells[at] = [placement.first_rank + r for r in shard.holders]
+    return cells
 
 
 def _start(start: tuple[int, ...], dim: int | None) -> int:
@@ -170,6 +187,84 @@ def layout_pictures(tensors: Iterable[Tensor], layout: Layout, max_pictures: int
             )
     ranked = sorted(first.values(), key=lambda f: -f[0])
     return [holders(tensor, placement) for _, tensor, placement in ranked[:max_pictures]]
+
+
+def layout_svg(
+    title: str, tensors: Iterable[Tensor], layout: Layout, max_pictures: int = 200
+) -> str:
+    """Draw each placement as a rectangle split into shards with their ranks, as SVG.
+
+    Tensors with the same placement share a rectangle; the first rank of a shard is its color.
+    The same layout is the same text.
+    """
+    alike: dict[tuple[Placement, int], list[Tensor]] = {}
+    for tensor in tensors:
+        for placement in layout.placements.get(tensor.name, ()):
+            alike.setdefault((placement, len(tensor.shape)), []).append(tensor)
+    groups = sorted(
+        ((placement, held) for (placement, _), held in alike.items()),
+        key=lambda g: (g[0].first_rank, -sum(t.num_bytes for t in g[1]), g[1][0].name),
+    )
+    parts, y = [_svg_text(title, _MARGIN, 24, _font(title, _WIDTH))], 48
+    for placement, held in groups[:max_pictures]:
+        for line in _captions(placement, held):
+            parts.append(_svg_text(line, _MARGIN, y, _font(line, _WIDTH)))
+            y += 16
+        cells, height = _svg_cells(placement, held[0].shape, y - 8)
+        parts += cells
+        y += height + 20
+    if len(groups) > max_pictures:
+        more = f"… and {count(len(groups) - max_pictures, 'placement')} more"
+        parts.append(_svg_text(more, _MARGIN, y, 12))
+        y += 20
+    size_of = f'width="{_WIDTH + 2 * _MARGIN}" height="{y}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size_of} font-family="monospace">'
+    background = '<rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([head, background, *parts, "</svg>", ""])
+
+
+def _captions(placement: Placement, held: Sequence[Tensor]) -> tuple[str, str]:
+    """Return the kinds of tensors that share a rectangle, and how they are placed."""
+    kinds = list(dict.fromkeys(template(t.name) for t in held))
+    named = ", ".join(map(quote_name, kinds[:2]))
+    named += f" and {len(kinds) - 2} more" if len(kinds) > 2 else ""
+    total = size(sum(t.num_bytes for t in held))
+    return named, f"{count(len(held), 'tensor')} of {total}, {placement}"
+
+
+def _svg_cells(placement: Placement, shape: tuple[int, ...], top: int) -> tuple[list[str], int]:
+    """Draw the shards below ``top``; also return the height."""
+    cells = _cells(placement, shape)
+    rows, columns = (_few(sorted({at[i] for at in cells})) for i in (0, 1))
+    width = _WIDTH // len(columns)
+    drawn = []
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            is_gap = row is None or column is None
+            ranks = [] if row is None or column is None else cells.get((row, column), [])
+            text = "…" if is_gap else _ranks(ranks)
+            # the golden angle: neighbors differ, and colors repeat after 360 ranks only
+            fill = f"hsl({ranks[0] * 137 % 360},70%,82%)" if ranks else "white"
+            x, y = _MARGIN + j * width, top + i * _ROW
+            drawn.append(
+                f'<rect x="{x}" y="{y}" width="{width}" height="{_ROW}" fill="{fill}" '
+                'stroke="black"/>'
+            )
+            font = _font(text, width)
+            drawn.append(
+                _svg_text(text, x + width // 2, y + _ROW // 2 + 4, font, ' text-anchor="middle"')
+            )
+    return drawn, _ROW * len(rows)
+
+
+def _font(text: str, width: int) -> int:
+    """Return the size in which ``text`` fits ``width``: a monospaced glyph is 0.6 em wide."""
+    return max(4, min(12, width * 5 // (3 * max(len(text), 1))))
+
+
+def _svg_text(text: str, x: int, y: int, font: int, more: str = "") -> str:
+    """Return a line of text; names come from an untrusted file."""
+    return f'<text x="{x}" y="{y}" font-size="{font}"{more}>{escape(printable(text))}</text>'
 
 
 def catalog_text(catalog: Catalog) -> str:

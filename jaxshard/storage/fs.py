@@ -88,6 +88,27 @@ def write_file_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
         fsync_dir(path.parent)
 
 
+def write_user_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
+    """Write ``data`` as the new file ``path`` atomically; with ``overwrite`` replace a file there.
+
+    Raises:
+        FileExistsError: ``path`` exists, and is unchanged.
+        OSError: the disk failed.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with open(scratch, "xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            if overwrite:
+                os.replace(scratch, path)
+            else:
+                publish_new(scratch, path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+
 def scratch_of(path: Path) -> Path:
     """Return the scratch name that ``write_file_atomic`` renames to ``path``."""
     return path.with_name(f".{path.name}.new")

@@ -374,6 +374,44 @@ def test_a_pipe_never_gets_a_pager(llama):
     assert b"paged:" not in done.stdout
 
 
+# --- Pictures --------------------------------------------------------------------------
+
+
+def test_plan_and_inspect_draw_the_same_layout(llama, capsys, tmp_path):
+    planned, stored = tmp_path / "plan.svg", tmp_path / "inspect.svg"
+    answer(capsys, "plan", llama, "--to", "dp2mp2", "--svg", planned)
+    answer(capsys, "slice", llama, tmp_path / "cut", "--to", "dp2mp2")
+    answer(capsys, "inspect", tmp_path / "cut", "--svg", stored, "-q")
+    planned_text, stored_text = (p.read_text().splitlines() for p in (planned, stored))
+    cells = [line for line in planned_text if line.startswith("<rect")]
+    assert len(cells) > 4
+    assert [line for line in stored_text if line.startswith("<rect")] == cells
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["inspect.svg", "plan.svg"]
+
+
+def test_a_picture_replaces_a_file_only_with_overwrite(llama, capsys, tmp_path):
+    place = tmp_path / "plan.svg"
+    place.write_text("mine")
+    command = ("plan", llama, "--to", "mp2", "--svg")
+    assert checkpoints.run(*command, place) == 2
+    assert "plan.svg exists" in capsys.readouterr().err
+    assert place.read_text() == "mine"
+    answer(capsys, *command, place, "--overwrite")
+    assert place.read_text().startswith("<svg")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "plan.svg"]
+    weights = next(llama.glob("*.safetensors"))
+    before = weights.read_bytes()
+    assert checkpoints.run(*command, weights, "--overwrite") == 2
+    assert "Let it end in .svg" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
+def test_a_checkpoint_without_ranks_is_not_drawn(llama, capsys, tmp_path):
+    assert checkpoints.run("inspect", llama, "--svg", tmp_path / "x.svg") == 2
+    assert "is not partitioned over ranks" in capsys.readouterr().err
+    assert not (tmp_path / "x.svg").exists()
+
+
 # --- Completion --------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from xml.etree import ElementTree
 
 import checkpoints
 import pytest
@@ -13,7 +14,7 @@ from test_laws import outputs_of
 
 from jaxshard.core.catalog import Tensor
 from jaxshard.core.dtypes import BY_NAME
-from jaxshard.core.layout import Placement
+from jaxshard.core.layout import Layout, Placement
 from jaxshard.planning import pictures
 from jaxshard.planning.plan import make_plan
 
@@ -134,3 +135,68 @@ model.layers.0.input_layernorm.weight  BF16 (16,)
 
 note: no files of rank 1, 4; replicas are read instead where possible.
 """
+
+
+# --- SVG ---------------------------------------------------------------------------------
+
+
+def svg_texts(text: str) -> list[str]:
+    return [node.text or "" for node in ElementTree.fromstring(text).iter(f"{_SVG}text")]
+
+
+_SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_an_svg_has_a_rectangle_for_each_shard_of_each_placement():
+    over = (("dp", 2), ("mp", 2))
+    split, whole = Placement(over, ((), ("mp",))), Placement(over)
+    names = ("layers.0.w", "layers.1.w", "norm")
+    tensors = [Tensor(name, BF16, (4, 8), ()) for name in names]
+    layout = Layout(4, dict(zip(names, ((split,), (split,), (whole,)), strict=True)))
+    text = pictures.layout_svg("title", tensors, layout)
+    assert text == pictures.layout_svg("title", tensors, layout)
+    assert svg_texts(text) == [
+        "title",
+        "layers.#.w",
+        f"2 tensors of 128 B, {split}",
+        "0, 2",
+        "1, 3",
+        "norm",
+        f"1 tensor of 64 B, {whole}",
+        "0 to 3",
+    ]
+    rectangles = ElementTree.fromstring(text).findall(f"{_SVG}rect")[1:]  # after the background
+    fills = [r.get("fill") for r in rectangles]
+    assert len(set(fills)) == 2
+    assert fills[0] == fills[2] != fills[1]  # colored by the first rank: 0, 1 and 0
+
+
+def test_the_text_of_an_svg_is_escaped():
+    name = "<script>&\x1b\u202e\ud800]]>"
+    layout = Layout(1, {name: (Placement(()),)})
+    text = pictures.layout_svg("<b>", [Tensor(name, BF16, (2,), ())], layout)
+    assert "<script>" not in text
+    assert "<b>" not in text
+    assert "\x1b" not in text
+    assert any("<script>&" in line for line in svg_texts(text))
+
+
+def test_an_svg_of_thousands_of_ranks_is_short():
+    axes = (("a", 128), ("b", 128))
+    names = [f"w{n}" for n in range(300)]
+    layout = Layout(
+        1 << 14, {n: (Placement(axes, (("a",), ("b",)), i),) for i, n in enumerate(names)}
+    )
+    tensors = [Tensor(n, BF16, (128, 128), ()) for n in names]
+    text = pictures.layout_svg("many", tensors[:1], layout)
+    assert text.count("<rect") == 1 + 8 * 8
+    text = pictures.layout_svg("many", tensors, layout, max_pictures=3)
+    assert svg_texts(text)[-1] == "… and 297 placements more"
+
+
+@given(models(num_layouts=1))
+def test_an_svg_of_any_layout_is_well_formed(model):
+    (layout,) = model.layouts
+    catalog, _ = in_memory(model, layout)
+    text = pictures.layout_svg("any", catalog.tensors.values(), layout)
+    ElementTree.fromstring(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxshard.storage import fs
-from jaxshard.storage.fs import delete, publish_new, write_file_atomic
+from jaxshard.storage.fs import delete, publish_new, write_file_atomic, write_user_file
 
 
 def make(path: Path, kind: str) -> Path:
@@ -105,3 +105,16 @@ def test_deleting_a_link_keeps_what_it_leads_to(tmp_path):
     assert listing(tmp_path) == [("home", "folder", ""), ("home/x", "file", "made")]
     delete(home)
     assert not listing(tmp_path)
+
+
+def test_a_users_file_is_replaced_only_with_overwrite(tmp_path):
+    write_user_file(tmp_path / "a", b"1")
+    with pytest.raises(FileExistsError):
+        write_user_file(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"
+    write_user_file(tmp_path / "a", b"3", overwrite=True)
+    assert (tmp_path / "a").read_bytes() == b"3"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_user_file(tmp_path / "folder", b"4", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder"]
