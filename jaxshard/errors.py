@@ -119,6 +119,35 @@ def format_list(names: Iterable[str], limit: int = 5) -> str:
     return f"{head} and {rest} more" if rest > 0 else head
 
 
+def size_text(num_bytes: float) -> str:
+    """Return a number of bytes in decimal units, with three digits.
+
+    >>> size_text(1_705_119_744), size_text(12)
+    ('1.71 GB', '12 B')
+    """
+    if num_bytes < 1000:
+        return f"{int(num_bytes)} B"
+    exponent = min(len(str(int(num_bytes))) - 1, 17) // 3
+    return f"{num_bytes / 1000**exponent:.3g} {'KMGTP'[exponent - 1]}B"
+
+
+def html_table(title: str, header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table for notebooks, with all text escaped.
+
+    >>> html_table("<b>", ["a"], [[1]])
+    '<table><caption>&lt;b&gt;</caption><tr><th>a</th></tr><tr><td>1</td></tr></table>'
+    """
+    from html import escape  # noqa: PLC0415 - for notebooks only
+
+    def line(cells: Iterable[object], tag: str) -> str:
+        found = (f"<{tag}>{escape(quote_name(str(cell)))}</{tag}>" for cell in cells)
+        return f"<tr>{''.join(found)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    caption = escape(quote_name(title))
+    return f"<table><caption>{caption}</caption>{line(header, 'th')}{body}</table>"
+
+
 def _inline(name: str) -> str:
     """Return ``name`` as part of a sentence; phrases and empty strings are valid too."""
     return quote_name(name) if name else name

@@ -123,3 +123,44 @@ def test_one_rank_may_be_a_number(tmp_path):
     assert [p.name for p in (tmp_path / "o").glob("rank_*")] == ["rank_1"]
     with pytest.raises(js.LayoutError, match=r"rank= \(--rank\) 2: the target has ranks 0 to 1"):
         js.plan(tmp_path / "llama", "mp2", rank=2)
+
+
+# --- How values look when they are printed
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A checkpoint of three small tensors, in a folder whose name is markup."""
+    path = tmp_path / "<b>llama"
+    weights = {f"layers.{n}.weight": np.zeros((4, 8), np.float32) for n in range(3)}
+    js.save(weights, path, fsync=False)
+    return path
+
+
+def test_a_value_prints_itself_on_one_short_line(stored, tmp_path):
+    catalog = js.open(stored)
+    layout = js.Layout(2, {"w": (js.Placement((("mp", 2),), (("mp",),)),)})
+    moved = js.prepare_reshard(
+        {"w": jax.numpy.zeros(4)}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+    report = js.convert(catalog, tmp_path / "out", fsync=False)
+    plan = js.plan(catalog)
+    assert repr(catalog) == f"Catalog({str(stored)!r}, huggingface, 3 tensors, 384 B, 1 files)"
+    assert repr(layout) == "Layout(2 ranks, 1 tensors)"
+    assert repr(plan) == "Plan(3 tensors to 1 files, 384 B read, 384 B written)"
+    assert repr(report) == f"Report({str(tmp_path / 'out')!r}, 1 files, 384 B, 1 notes)"
+    assert repr(moved).startswith("Resharder(1 arrays, ")
+    assert repr(js.Strategy("dp2mp4")) == "Strategy(dp=2, mp=4)"
+
+
+def test_the_tables_for_notebooks_contain_only_escaped_text(stored):
+    catalog = js.open(stored)
+    layout = js.Layout(2, {"<i>": (js.Placement((("<i>", 2),), (("<i>",),)),)})
+    for value in (catalog, layout, js.plan(catalog)):
+        html = value._repr_html_()
+        assert html.startswith("<table>")
+        assert html.count("<table>") == html.count("</table>") == 1
+        assert "<b>" not in html
+        assert "<i>" not in html
+    assert "<td>F32</td><td>3</td><td>384 B</td>" in catalog._repr_html_()
+    assert "<td>bytes_read</td><td>384</td>" in js.plan(catalog)._repr_html_()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.catalog import Catalog
 from ..distributed.processes import Part, part_of
-from ..errors import CoverageError, LayoutError
+from ..errors import CoverageError, LayoutError, size_text
 from ..formats.output_files import Result
 from ..formats.registry import FORMATS
 from ..planning.plan import Plan
@@ -45,6 +45,14 @@ class Report:
     notes: tuple[str, ...] = ()
     part: Part | None = None
     is_published: bool = True  # False: other parts are still to be made
+
+    def __repr__(self) -> str:
+        skipped = f", {self.skipped_files:,} skipped" * bool(self.skipped_files)
+        state = "" if self.is_published else ", not yet published"
+        return (
+            f"Report({self.destination!r}, {self.num_files:,} files{skipped}, "
+            f"{size_text(self.counts.bytes_written)}, {len(self.notes)} notes{state})"
+        )
 
 
 def execute(

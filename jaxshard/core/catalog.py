@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, Protocol, TypeVar
 
-from ..errors import LayoutError, NotFoundError, did_you_mean
+from ..errors import LayoutError, NotFoundError, did_you_mean, html_table, size_text
 from .box import Box
 from .dtypes import DType, num_bytes
 from .layout import Layout, Placement
@@ -219,6 +219,21 @@ class Catalog:
     left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
     has_merged_adapters: bool = False
     lost: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        ranks = "" if self.layout is None else f", {self.layout.num_ranks:,} ranks"
+        return (
+            f"Catalog({self.root!r}, {self.format}, {len(self.tensors):,} tensors, "
+            f"{size_text(self.num_bytes)}, {len(self.files):,} files{ranks})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the tensors and bytes per dtype, as a table for notebooks."""
+        found: dict[str, list[int]] = {}
+        for tensor in self.tensors.values():
+            found.setdefault(tensor.dtype.name, []).append(tensor.num_bytes)
+        rows = [(name, len(sizes), size_text(sum(sizes))) for name, sizes in sorted(found.items())]
+        return html_table(repr(self), ("dtype", "tensors", "bytes"), rows)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the tensor ``name``.

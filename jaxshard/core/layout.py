@@ -11,12 +11,13 @@ layouts of 16,384 ranks can be computed, printed and tested without an accelerat
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import product
+from itertools import chain, product
 from math import prod
 
-from ..errors import LayoutError
+from ..errors import LayoutError, html_table
 from .box import Box
 from .runtime import LRUCache, cached
 
@@ -306,6 +307,15 @@ class Layout:
     notes: tuple[str, ...] = ()
     absent: Mapping[str, tuple[Placement, ...]] = field(default_factory=dict, repr=False)
     unknown: tuple[int, ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        return f"Layout({self.num_ranks:,} ranks, {len(self.placements):,} tensors)"
+
+    def _repr_html_(self) -> str:
+        """Return the number of tensors per placement, as a table for notebooks."""
+        found = Counter(chain.from_iterable(self.placements.values()))
+        rows = [(p, f"{p.ranks.start}-{p.ranks.stop - 1}", n) for p, n in found.most_common(50)]
+        return html_table(repr(self), ("placement", "ranks", "tensors"), rows)
 
     def box_of(self, name: str, shape: tuple[int, ...], rank: int) -> Box | None:
         """Return the box of tensor ``name`` that ``rank`` holds, or None."""

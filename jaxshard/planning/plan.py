@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ..core.box import Box
 from ..core.catalog import Catalog, StoredShard, Tensor
@@ -15,7 +15,7 @@ from ..core.dtypes import DType
 from ..core.layout import Layout, Placement
 from ..core.ranges import byte_runs
 from ..core.runtime import cached, paused
-from ..errors import CoverageError, JaxshardError, format_list
+from ..errors import CoverageError, JaxshardError, format_list, html_table, size_text
 from .bundles import Bundle, bundled, ranks_of
 from .copies import (
     BLOCK_BYTES,
@@ -312,6 +312,18 @@ class Plan:
             is_bundled=self.is_bundled,
         )
         return replace(made, host_bytes=self.host_bytes)
+
+    def __repr__(self) -> str:
+        total = self.totals
+        return (
+            f"Plan({total.num_tensors:,} tensors to {total.num_files:,} files, "
+            f"{size_text(total.bytes_read)} read, {size_text(total.bytes_written)} written)"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the totals, as a table for notebooks."""
+        rows = [(f.name, f"{getattr(self.totals, f.name):,}") for f in fields(self.totals)]
+        return html_table(repr(self), ("", "total"), rows)
 
     def __str__(self) -> str:
         return plan_text(self)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ..core.catalog import group_by_bytes
-from ..errors import LayoutError
+from ..errors import LayoutError, size_text
 from . import compiled, cpu_route, exchange, piecewise
 from .compiled import own_context
 from .geometry import (
@@ -337,6 +337,13 @@ class Resharder:
         self._copy = copy
         self._in_flight_bytes = _IN_FLIGHT_BYTES if device_bytes is None else device_bytes
         self.plan = _plan(leaves, batches, device_bytes)
+
+    def __repr__(self) -> str:
+        num_bytes = sum(x.same_device_bytes + x.cross_device_bytes for x in self.plan.leaves)
+        return (
+            f"Resharder({len(self._leaves):,} arrays, {size_text(num_bytes)} moved, "
+            f"{self.plan.num_programs} compiled programs)"
+        )
 
     def __call__(self, tree: Any) -> Any:
         """Return the arrays of ``tree`` at their target.
