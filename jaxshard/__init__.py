@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imp
         read_rules,
         reshard,
         save,
+        show,
         slice,
         stage_meshes,
         verify,
@@ -78,6 +79,7 @@ __all__ = [
     "read_rules",
     "reshard",
     "save",
+    "show",
     "slice",
     "stage_meshes",
     "verify",
@@ -99,6 +101,7 @@ _HOME = dict.fromkeys(__all__, "api") | {
     "mesh": "devices.mesh",
     "read_rules": "rules",
     "save": "saver",
+    "show": "devices.pytree",
     "stage_meshes": "devices.mesh",
     **{name: "errors" for name in __all__ if name.endswith("Error")},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
@@ -13,7 +14,7 @@ from .conversion.open import PathLike, open_checkpoint, opened
 from .conversion.prepare import ConvertOptions, part_plan, prepare, split, takes_options
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
-from .core.catalog import Catalog, log_notes, with_notes_logged
+from .core.catalog import Catalog, log_done, log_notes, with_notes_logged
 from .core.layout import Layout, Strategy
 from .core.runtime import clear_caches
 from .distributed.processes import part_of
@@ -24,6 +25,7 @@ from .storage.resources import budget_for, parse_size
 if TYPE_CHECKING:
     from .conversion.load_rank import load_rank
     from .devices.mesh import mesh, stage_meshes
+    from .devices.pytree import show
     from .loader import load
     from .lora import merge_lora
     from .rules import read_rules
@@ -44,6 +46,7 @@ __all__ = [
     "read_rules",
     "reshard",
     "save",
+    "show",
     "slice",
     "stage_meshes",
     "verify",
@@ -109,10 +112,24 @@ def convert(
     Raises:
         JaxshardError: one of five kinds, each with a remedy; see ``errors``.
     """
+    return _convert("convert", source, destination, to, progress=progress, **options)
+
+
+def _convert(
+    verb: str,
+    source: Catalog | PathLike,
+    destination: PathLike,
+    to: To,
+    *,
+    progress: Callable[[int], Callable[[int], None]] | None,
+    **options: Unpack[ConvertOptions],
+) -> Report:
+    began = time.monotonic()
     result, run = split(options)
     prepared = prepare(source, to, destination=destination, **result)
     report = execute(prepared, destination, progress=progress, **run)
     log_notes(str(destination), report.notes, prepared.plan.source.logged)
+    log_done(verb, destination, report.counts.bytes_written, time.monotonic() - began)
     return report
 
 
@@ -125,7 +142,7 @@ def merge(
     **options: Unpack[ConvertOptions],
 ) -> Report:
     """``convert`` to one complete checkpoint."""
-    return convert(source, destination, "full", progress=progress, **options)
+    return _convert("merge", source, destination, "full", progress=progress, **options)
 
 
 @takes_options(prepare, execute)
@@ -138,7 +155,7 @@ def slice(
     **options: Unpack[ConvertOptions],
 ) -> Report:
     """``convert`` to one file per rank."""
-    return convert(source, destination, to, progress=progress, **options)
+    return _convert("slice", source, destination, to, progress=progress, **options)
 
 
 def verify(
@@ -164,13 +181,15 @@ def verify(
         host_bytes: memory limit for data in flight, such as ``"1GiB"``; by default 256 MiB.
         progress: callback that receives bytes read.
     """
+    began = time.monotonic()
     budget = budget_for(host_bytes, workers)
     catalog = with_notes_logged(opened(source, src_strategy=src_strategy, suffix=suffix))
     verdict = verify_alone(catalog, budget=budget, progress=progress)
-    if against is None or verdict.problems:
-        return verdict
-    other = with_notes_logged(opened(against, src_strategy=against_strategy))
-    return verify_against(catalog, other, budget=budget, progress=progress)
+    if against is not None and not verdict.problems:
+        other = with_notes_logged(opened(against, src_strategy=against_strategy))
+        verdict = verify_against(catalog, other, budget=budget, progress=progress)
+    log_done("verify", catalog.root, verdict.bytes_compared, time.monotonic() - began)
+    return verdict
 
 
 def reshard(

@@ -164,3 +164,28 @@ def test_the_tables_for_notebooks_contain_only_escaped_text(stored):
         assert "<i>" not in html
     assert "<td>F32</td><td>3</td><td>384 B</td>" in catalog._repr_html_()
     assert "<td>bytes_read</td><td>384</td>" in js.plan(catalog)._repr_html_()
+
+
+def test_each_verb_logs_one_line_with_its_bytes_at_its_end(stored, tmp_path, caplog):
+    quick = {"fsync": False}
+    params = {"w": jax.numpy.zeros(8)}
+    manager = js.CheckpointManager(tmp_path / "run", **quick)
+    verbs = {
+        "load": lambda: js.load(stored, jax.devices()[0]),
+        "save": lambda: js.save(params, tmp_path / "saved", **quick),
+        "convert": lambda: js.convert(stored, tmp_path / "converted", **quick),
+        "merge": lambda: js.merge(stored, tmp_path / "merged", **quick),
+        "slice": lambda: js.slice(stored, tmp_path / "sliced", "same", **quick),
+        "verify": lambda: js.verify(stored),
+        "save step": lambda: (manager.save(1, params), manager.wait()),
+        "restore step": lambda: manager.restore(params),
+    }
+    caplog.set_level("INFO", logger="jaxshard")
+    for verb, call in verbs.items():
+        caplog.clear()
+        call()
+        lines = [r.getMessage() for r in caplog.records if r.name == "jaxshard"]
+        done = [line for line in lines if line.endswith(" GB/s")]
+        assert len(done) == 1, (verb, lines)
+        assert done[0].startswith(f"{verb} "), done
+        assert ": 0 B" not in done[0] or verb == "verify", done

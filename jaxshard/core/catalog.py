@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, Protocol, TypeVar
 
-from ..errors import LayoutError, NotFoundError, did_you_mean, html_table, size_text
+from ..errors import LayoutError, NotFoundError, did_you_mean, html_table, printable, size_text
 from .box import Box
 from .dtypes import DType, num_bytes
 from .layout import Layout, Placement
@@ -408,6 +408,15 @@ def log_notes(subject: str, notes: Iterable[str], logged: Collection[str] = ()) 
 def log_once(subject: str, note: str) -> None:
     """Log a note on ``subject`` once in this process, for example of equal training steps."""
     _log.warning("%s: %s", subject, note)
+
+
+def log_done(verb: str, subject: object, num_bytes: int, seconds: float) -> None:
+    """Log one INFO line at the end of ``verb``, which took ``seconds``."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    speed = num_bytes / max(seconds, 1e-6) / 1e9
+    done = f"{size_text(num_bytes)} in {seconds:.3g} s, {speed:.3g} GB/s"
+    _log.info("%s %s: %s", verb, printable(str(subject)), done)
 
 
 def with_notes_logged(catalog: Catalog) -> Catalog:

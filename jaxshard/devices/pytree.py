@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from ..conversion.targets import lay_out_for
 from ..core.catalog import Catalog, Model, log_notes
 from ..core.layout import Layout, Placement, Strategy
 from ..core.runtime import cached
-from ..errors import LayoutError, format_list
+from ..errors import LayoutError, format_list, html_table, quote_name, size_text
 from ..rules import Rules, layout, rules_for
 from ..rules.tensor_dims import Factors, Granule
 from .mesh import rank_devices, sharding, shardings
@@ -360,3 +361,108 @@ def _split(
         return made
     first = (*(spec[0] if spec else ()), "fsdp")
     return replace(made, spec=(first, *spec[1:]))
+
+
+# --- Tables of the shardings of a tree
+
+
+@dataclass(frozen=True)
+class ShardingRow:
+    """The leaves of one sharding.
+
+    Attributes:
+        bytes_per_device: bytes of these leaves on each device; those of the host in NumPy arrays.
+        example: the name of the first leaf.
+    """
+
+    spec: str
+    mesh: str
+    num_leaves: int
+    num_bytes: int
+    bytes_per_device: int
+    example: str
+
+
+@dataclass(frozen=True, repr=False)
+class ShardingTable:
+    """The shardings of a tree, largest first; prints itself as text, and as HTML in notebooks."""
+
+    rows: tuple[ShardingRow, ...]
+
+    def __str__(self) -> str:
+        lines = [self._HEADER, *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if number in self._NUMBERS else cell.ljust(width)
+                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__
+
+    _HEADER = ("sharding", "mesh", "leaves", "bytes", "per device", "for example")
+    _NUMBERS = (2, 3, 4)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                row.spec,
+                row.mesh,
+                f"{row.num_leaves:,}",
+                size_text(row.num_bytes),
+                size_text(row.bytes_per_device),
+                quote_name(row.example),
+            )
+            for row in self.rows
+        ]
+
+    def _repr_html_(self) -> str:
+        """Return the rows as a table for notebooks."""
+        num_bytes = size_text(sum(row.num_bytes for row in self.rows))
+        num_leaves = sum(row.num_leaves for row in self.rows)
+        return html_table(f"{num_leaves:,} leaves, {num_bytes}", self._HEADER, self._cells())
+
+
+def show(tree: object) -> ShardingTable:
+    """Return the shardings of the arrays of ``tree`` as a table, one row per sharding.
+
+    Leaves are arrays or ``jax.ShapeDtypeStruct``s; other leaves are left out. ``print`` shows
+    the table as text, a notebook as HTML. No data is read.
+    """
+    found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    for name, leaf in named_leaves(tree, unique=False)[0]:
+        if not is_array_like(leaf):
+            continue
+        sharding = getattr(leaf, "sharding", None)
+        itemsize = leaf.dtype.itemsize
+        num_bytes = held = prod(leaf.shape) * itemsize
+        if sharding is not None:
+            held = prod(sharding.shard_shape(tuple(leaf.shape))) * itemsize
+        found.setdefault(_sharding_text(sharding), []).append((name, num_bytes, held))
+    rows = [
+        ShardingRow(
+            *key,
+            len(leaves),
+            sum(n for _, n, _ in leaves),
+            sum(h for *_, h in leaves),
+            leaves[0][0],
+        )
+        for key, leaves in found.items()
+    ]
+    return ShardingTable(tuple(sorted(rows, key=lambda row: -row.num_bytes)))
+
+
+def _sharding_text(sharding: Sharding | None) -> tuple[str, str]:
+    """Return the spec and the mesh of ``sharding``, for a table."""
+    if sharding is None:
+        return "none", "host"
+    kind = " pinned_host" * (sharding.memory_kind == "pinned_host")
+    if not isinstance(sharding, NamedSharding):
+        return type(sharding).__name__ + kind, f"{len(sharding.device_set)} devices"
+    parts = list(sharding.spec)
+    while parts and parts[-1] is None:  # P("x", None) is P("x")
+        parts.pop()
+    axes = ", ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
+    return f"P({', '.join(map(repr, parts))}){kind}", axes

@@ -10,6 +10,7 @@ headers come before the first read of a tensor.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ import jax
 
 from ..conversion.open import PathLike, opened
 from ..conversion.select import refuse_lost, select, takes_whole, texts
-from ..core.catalog import Catalog, log_notes
+from ..core.catalog import Catalog, log_done, log_notes
 from ..devices.host_memory import BufferPool, Pin, pin_for
 from ..distributed.processes import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..errors import CoverageError, LayoutError, NotFoundError, format_list
@@ -137,6 +138,7 @@ def load(
         raise LayoutError(
             "mmap=True aliases the files, and copy=True copies the tensors. Pass only one."
         )
+    began = time.monotonic()
     everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
     may_differ = everyone.are_several and not balanced
     together = everyone.of(sharers(target, devices)) if may_differ else everyone
@@ -169,6 +171,7 @@ def load(
     )
     if counted is not None:
         counted(counts)
+    log_done("load", catalog.root, counts.bytes_read, time.monotonic() - began)
     return arrays
 
 

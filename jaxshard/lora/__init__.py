@@ -6,13 +6,14 @@ load(with_adapter("llama/", "adapter/"), "dp2mp4")           inside a sharded lo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Unpack
 
 from ..conversion.execute import Report, execute
 from ..conversion.open import PathLike, opened
 from ..conversion.prepare import ConvertOptions, prepare, split, takes_options
-from ..core.catalog import Catalog, log_notes
+from ..core.catalog import Catalog, log_done, log_notes
 from ..core.layout import Layout, Strategy
 from ..errors import LayoutError, format_list
 from .adapters import Settings, find_adapters, find_settings, is_adapter
@@ -118,6 +119,7 @@ def merge_lora(
     Raises:
         JaxshardError: as ``with_adapter`` and ``convert``, before a byte is written.
     """
+    began = time.monotonic()
     result, run = split(options)
     catalog = with_adapter(
         source,
@@ -136,4 +138,5 @@ def merge_lora(
     prepared = prepare(catalog, to, destination=destination, **result)
     report = execute(prepared, destination, progress=progress, **run)
     log_notes(str(destination), report.notes, prepared.plan.source.logged)
+    log_done("merge_lora", destination, report.counts.bytes_written, time.monotonic() - began)
     return report

@@ -9,6 +9,7 @@ where possible, and the result is published atomically.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..conversion.targets import (
     parse_target,
     step_of_numbers,
 )
-from ..core.catalog import Catalog, Model, log_notes
+from ..core.catalog import Catalog, Model, log_done, log_notes
 from ..core.layout import Layout, Strategy
 from ..core.runtime import paused
 from ..devices.host_shards import Array, HostShards, num_fetched
@@ -134,7 +135,7 @@ def save(
         StorageError: the disk is full or fails, or another process failed or did not arrive.
     """
     processes = Processes() if single_process else processes_of_jax(timeout_s)
-    where, options = Path(path), {"overwrite": overwrite, "durable": fsync}
+    began, where, options = time.monotonic(), Path(path), {"overwrite": overwrite, "durable": fsync}
     with processes.about(str(where)).together("saving: preparing"), paused():
         kind = find_format(format)
         targets.refuse_file_name(where)
@@ -184,7 +185,7 @@ def save(
         publication = Publication(
             destination=real_place(where), carried=carried, overwrite=overwrite, durable=fsync
         )
-        return _report(path, save_tree(kind, own, arrays, publication), 0, notes, carried)
+        return _report(path, save_tree(kind, own, arrays, publication), 0, notes, carried, began)
     source, result, budget = ready
     publication = Publication.of(result, where, carried, **options)
     try:
@@ -197,7 +198,7 @@ def save(
         source.close()
     side_files = result.side_files if processes.index == 0 or not shared_filesystem else {}
     notes = (*notes, *result.outputs.layout.notes, *put_beside(where, side_files, **options))
-    return _report(path, counts, len(result.outputs.paths), notes, carried)
+    return _report(path, counts, len(result.outputs.paths), notes, carried, began)
 
 
 def _report(
@@ -206,9 +207,11 @@ def _report(
     num_files: int,
     notes: tuple[str, ...],
     carried: Catalog | None,
+    began: float,
 ) -> Report:
-    """Log the notes, and return the report."""
+    """Log the notes and the numbers, and return the report."""
     log_notes(str(path), notes, carried.logged if carried else ())
+    log_done("save", path, counts.bytes_written, time.monotonic() - began)
     return Report(str(path), counts, num_files, 0, notes)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from ..conversion.open import read_scalars
-from ..core.catalog import Catalog, log_notes
+from ..core.catalog import Catalog, log_done, log_notes
 from ..distributed.processes import Processes
 from ..errors import (
     CoverageError,
@@ -107,6 +107,7 @@ def restore(
         LayoutError: the target does not fit, or ``step`` is ambiguous.
         StorageError: another process failed, or is missing.
     """
+    began = time.monotonic()
     one_of("parts", parts, get_args(Parts))
     processes.broadcast("restoring: tidying", lambda: newest_step(run))
     search = _Search(run, prefix, parse_step_argument(step), processes)
@@ -141,6 +142,7 @@ def restore(
         stored = [n for n in catalog.notes if found.record is None or n != NO_CONFIG]
         notes = (*stored, *wanted.notes, *_notes(run, search.steps, found))
         log_notes(f"step {found.name}", notes)
+        log_done("restore step", found.name, wanted.num_bytes, time.monotonic() - began)
         record = found.record
         number = record.global_step if record else _number(numbers, found)
         extras = dict(record.extras) if record else {}

@@ -268,6 +268,13 @@ class RestorePlan:
     state: StateTree | None = None
     found: Sequence[StateLeaf] = ()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors to read, each counted once."""
+        names = self.structs if self.state is None else {leaf.name for leaf in self.found}
+        tensors = self.catalog.tensors
+        return sum(tensors[name].num_bytes for name in names if name in tensors)
+
     def read(self) -> Any:
         """Return the target with the leaves of the catalog, or arrays by name.
 

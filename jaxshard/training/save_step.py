@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.catalog import log_done
 from ..distributed.processes import Processes, cut_evenly
 from ..errors import FormatError, LayoutError, StorageError, format_list
 from ..saver.shared_write import SharedWrite
@@ -79,6 +80,7 @@ def save_step(request: SaveRequest, processes: Processes) -> Lineage | None:
 
 def _save(request: SaveRequest, write: Callable[[SaveRequest], Record]) -> Record:
     """Save a step whose files ``write`` puts into its staging directory."""
+    began = time.monotonic()
     run, durable = request.directory, request.options.durable
     with writer_lock(run, durable=durable):
         for done in recover(run, durable=durable):
@@ -103,6 +105,8 @@ def _save(request: SaveRequest, write: Callable[[SaveRequest], Record]) -> Recor
         except StorageError as error:  # the step is complete without its pointers
             _log.warning("step %s is saved, but pointers to it are not: %s", record.step, error)
         _apply_retention(request, record, before)
+    num_bytes = sum(sums.num_bytes for sums in record.files.values())
+    log_done("save step", record.step, num_bytes, time.monotonic() - began)
     return record
 
 

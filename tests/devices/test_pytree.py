@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxshard.core.layout import Strategy
-from jaxshard.devices.pytree import named_leaves, strategy_shardings
+from jaxshard.devices.pytree import named_leaves, show, strategy_shardings
 from jaxshard.errors import LayoutError
 from jaxshard.loader import load
 from jaxshard.resharding import reshard
@@ -87,3 +87,27 @@ def test_every_verb_calls_a_leaf_the_same(tmp_path):
     for back in (filled, moved):
         for ours, first in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
             assert np.array_equal(ours, first)
+
+
+def test_a_tree_is_shown_with_one_row_per_sharding_and_the_bytes_per_device():
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    over = NamedSharding(mesh, PartitionSpec("model", None))
+    same = NamedSharding(mesh, PartitionSpec("model"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    tree = {
+        "layers": [jax.ShapeDtypeStruct((8, 64), "float32", sharding=s) for s in (over, same)],
+        "<norm>": jax.device_put(np.zeros(16, np.float32), whole),
+        "table": np.zeros(4, np.int8),
+        "name": "llama",
+    }
+    table = show(tree)
+    assert [(r.spec, r.num_leaves, r.num_bytes, r.bytes_per_device) for r in table.rows] == [
+        ("P('model')", 2, 4096, 1024),
+        ("P()", 1, 64, 64),
+        ("none", 1, 4, 4),
+    ]
+    assert str(table).splitlines()[1].split() == (
+        ["P('model')", "data=2,", "model=4", "2", "4.1", "KB", "1.02", "KB", "layers.0"]
+    )
+    assert "&lt;norm&gt;" in table._repr_html_()
+    assert "<norm>" not in table._repr_html_()
