@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-from .conversion.execute import Report, execute
+from .conversion.execute import Report, execute, progress_of
 from .conversion.open import PathLike, open_checkpoint, opened
 from .conversion.prepare import ConvertOptions, part_plan, prepare, split, takes_options
 from .conversion.verify import Verdict, verify_against
@@ -94,7 +94,7 @@ def convert(
     destination: PathLike,
     to: To = "full",
     *,
-    progress: Callable[[int], Callable[[int], None]] | None = None,
+    progress: bool | Callable[[int], Callable[[int], None]] | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
     """Write ``source`` to ``destination`` in the layout ``to``.
@@ -104,7 +104,8 @@ def convert(
         destination: a directory, or one file if the name is that of a weight file
             (``out.safetensors``). It is published atomically.
         to: ``"full"``, a strategy (``"dp2mp4pp2"``), strategy files, ``"same"``, or a ``Layout``.
-        progress: called with the total byte count; returns a callback that receives bytes written.
+        progress: True for a bar on a terminal or in a notebook; or a function that is called with
+            the total byte count and returns a callback that receives bytes written.
         options: those of ``prepare`` decide the plan (include, exclude, rank, rules,
             remove_redundancy, workers, host_bytes …), those of ``execute`` how it is executed
             (overwrite, resume, fsync …). Each is also a flag of ``jaxshard convert``.
@@ -121,13 +122,14 @@ def _convert(
     destination: PathLike,
     to: To,
     *,
-    progress: Callable[[int], Callable[[int], None]] | None,
+    progress: bool | Callable[[int], Callable[[int], None]] | None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
     began = time.monotonic()
     result, run = split(options)
     prepared = prepare(source, to, destination=destination, **result)
-    report = execute(prepared, destination, progress=progress, **run)
+    with progress_of(progress, verb) as start:
+        report = execute(prepared, destination, progress=start, **run)
     log_notes(str(destination), report.notes, prepared.plan.source.logged)
     log_done(verb, destination, report.counts.bytes_written, time.monotonic() - began)
     return report
@@ -138,7 +140,7 @@ def merge(
     source: Catalog | PathLike,
     destination: PathLike,
     *,
-    progress: Callable[[int], Callable[[int], None]] | None = None,
+    progress: bool | Callable[[int], Callable[[int], None]] | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
     """``convert`` to one complete checkpoint."""
@@ -151,7 +153,7 @@ def slice(
     destination: PathLike,
     to: To,
     *,
-    progress: Callable[[int], Callable[[int], None]] | None = None,
+    progress: bool | Callable[[int], Callable[[int], None]] | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
     """``convert`` to one file per rank."""
@@ -167,7 +169,7 @@ def verify(
     against_strategy: PathLike | None = None,
     workers: int | None = None,
     host_bytes: int | str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] | None = None,
 ) -> Verdict:
     """Check that a checkpoint is complete, its replicas agree, and it equals ``against``.
 
@@ -179,15 +181,18 @@ def verify(
         against_strategy: strategy files of ``against``.
         workers: number of threads; by default one per core, at most 8.
         host_bytes: memory limit for data in flight, such as ``"1GiB"``; by default 256 MiB.
-        progress: callback that receives bytes read.
+        progress: True for a bar as in ``convert``, or a callback that receives bytes read.
     """
     began = time.monotonic()
     budget = budget_for(host_bytes, workers)
     catalog = with_notes_logged(opened(source, src_strategy=src_strategy, suffix=suffix))
-    verdict = verify_alone(catalog, budget=budget, progress=progress)
-    if against is not None and not verdict.problems:
-        other = with_notes_logged(opened(against, src_strategy=against_strategy))
-        verdict = verify_against(catalog, other, budget=budget, progress=progress)
+    with progress_of(progress is True, "verify") as start:
+        tell = None if isinstance(progress, bool) else progress
+        verdict = verify_alone(catalog, budget=budget, progress=start(0) if start else tell)
+        if against is not None and not verdict.problems:
+            other = with_notes_logged(opened(against, src_strategy=against_strategy))
+            tell = start(catalog.num_bytes) if start else tell
+            verdict = verify_against(catalog, other, budget=budget, progress=tell)
     log_done("verify", catalog.root, verdict.bytes_compared, time.monotonic() - began)
     return verdict
 

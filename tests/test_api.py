@@ -189,3 +189,21 @@ def test_each_verb_logs_one_line_with_its_bytes_at_its_end(stored, tmp_path, cap
         assert len(done) == 1, (verb, lines)
         assert done[0].startswith(f"{verb} "), done
         assert ": 0 B" not in done[0] or verb == "verify", done
+
+
+@pytest.mark.parametrize("verb", ["convert", "merge", "slice", "verify"])
+def test_progress_true_is_a_bar_on_a_terminal_only(verb, stored, tmp_path, capsys, monkeypatch):
+    def call(out: str) -> str:
+        if verb == "verify":
+            js.verify(stored, stored, progress=True)
+        else:
+            to = ("same",) if verb == "slice" else ()
+            getattr(js, verb)(stored, tmp_path / out, *to, fsync=False, progress=True)
+        return capsys.readouterr().err
+
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    assert verb not in call("plain")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert verb in call("terminal")

@@ -7,7 +7,8 @@ for the next one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,39 @@ def execute(
         notes += put_beside(place, prepared.result.side_files, **how)
     num_files = plan.totals.num_files
     return Report(str(destination), counts, num_files, skipped, notes, part, is_published)
+
+
+@contextmanager
+def progress_of(
+    given: bool | Callable[[int], Progress] | None, what: str
+) -> Iterator[Callable[[int], Progress] | None]:
+    """Yield ``given``, or for True a bar on standard error, if that is a terminal or a notebook."""
+    if not isinstance(given, bool):
+        yield given
+        return
+    if not given:
+        yield None
+        return
+    from rich import console, progress  # noqa: PLC0415 - a tenth of a second, on request only
+
+    screen = console.Console(stderr=True)
+    bar = progress.Progress(
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=not (screen.is_terminal or screen.is_jupyter),
+    )
+    with bar:
+
+        def start(total: int) -> Progress:
+            task = bar.add_task(what, total=total or None)
+            return lambda num_bytes: bar.advance(task, num_bytes)
+
+        yield start
 
 
 def _write(

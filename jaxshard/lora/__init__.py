@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Unpack
 
-from ..conversion.execute import Report, execute
+from ..conversion.execute import Report, execute, progress_of
 from ..conversion.open import PathLike, opened
 from ..conversion.prepare import ConvertOptions, prepare, split, takes_options
 from ..core.catalog import Catalog, log_done, log_notes
@@ -108,7 +108,7 @@ def merge_lora(
     reproducible: bool = False,
     adapter_strategy: PathLike | None = None,
     adapter_names: AdapterNames | None = None,
-    progress: Callable[[int], Callable[[int], None]] | None = None,
+    progress: bool | Callable[[int], Callable[[int], None]] | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
     """Write ``source`` with its adapters merged to ``destination`` in the layout ``to``.
@@ -136,7 +136,8 @@ def merge_lora(
         adapter_names=adapter_names,
     )
     prepared = prepare(catalog, to, destination=destination, **result)
-    report = execute(prepared, destination, progress=progress, **run)
+    with progress_of(progress, "merge_lora") as start:
+        report = execute(prepared, destination, progress=start, **run)
     log_notes(str(destination), report.notes, prepared.plan.source.logged)
     log_done("merge_lora", destination, report.counts.bytes_written, time.monotonic() - began)
     return report
