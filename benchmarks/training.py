@@ -47,8 +47,8 @@ from jaxshard.loader import load
 from jaxshard.storage import checksums
 from jaxshard.storage.resources import default_budget
 from jaxshard.training import CheckpointManager
-from jaxshard.training.open_step import check_sums, open_step
-from jaxshard.training.run_directory import Places
+from jaxshard.training.open_step import open_step
+from jaxshard.training.run_directory import RunDirectory
 from jaxshard.training.state import as_array, take_apart
 from jaxshard.training.steps import find_steps
 
@@ -201,7 +201,7 @@ def async_saves(bench: Bench, rounds: int) -> dict[str, object]:
 
 def restores(bench: Bench, rounds: int) -> dict[str, object]:
     """Coming back in another layout, beside loading the same tensors."""
-    places = Places.of(bench.kept)
+    places = RunDirectory.of(bench.kept)
     (step,) = find_steps(places)
     layout = js.Strategy.parse("dp4mp2")
     manager = CheckpointManager(bench.kept)
@@ -335,12 +335,13 @@ def check_answer(bench: Bench, found: object) -> None:
 def pieces(bench: Bench) -> dict[str, object]:
     """Where the time goes: a look, a copy, and the checksums of everything."""
     arrays = {leaf.name: as_array(leaf.value) for leaf in take_apart(bench.state).leaves}
-    (step,) = find_steps(Places.of(bench.kept))
+    (step,) = find_steps(RunDirectory.of(bench.kept))
+    root = RunDirectory.of(bench.kept).root
     return {
         "checksum": checksums.BEST,
         "look_s": timed(lambda: Snapshot(arrays)).wall_s,
         "copy_s": timed(lambda: Snapshot(arrays, mode="copy")).wall_s,
-        "check_sums_s": timed(lambda: check_sums(Places.of(bench.kept), step.record)).wall_s,
+        "check_sums_s": timed(lambda: checksums.check_files(root, step.record.checksums)).wall_s,
     }
 
 

@@ -180,7 +180,7 @@ def test_what_a_load_takes_is_checked_and_counted_as_for_files(tmp_path, monkeyp
     assert counts[0].bytes_needed == sum(a.nbytes for a in tree.values())
     assert counts[0].num_reads == len(tree)
     assert sorted(map(len, groups)) == [1, 1, 2]  # w alone has more than the budget
-    monkeypatch.setattr("jaxshard.loader.make_arrays.available_bytes", lambda: 1000)
+    monkeypatch.setattr("jaxshard.loader.memory_budget.available_bytes", lambda: 1000)
     with pytest.raises(LayoutError, match="bytes of host memory"):
         load(catalog, here)
 

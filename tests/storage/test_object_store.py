@@ -98,6 +98,6 @@ def test_a_local_checkpoint_imports_no_client(tmp_path):
         f"js.open({os.fspath(tmp_path / 'llama')!r})\n"
         "clients = ('obstore', 'huggingface_hub')\n"
         "names = [n for n in sys.modules if n.partition('.')[0] in clients]\n"
-        "print(names, 'jaxshard.storage.remote' in sys.modules)"
+        "print(names, 'jaxshard.storage.fetch' in sys.modules)"
     )
     assert _run(script).strip() == "[] False"
