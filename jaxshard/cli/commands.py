@@ -7,19 +7,19 @@ import sys
 import time
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.execute import Report, execute
+from ..conversion.execute import Progress, Report, execute, progress_of
 from ..conversion.open import open_checkpoint
 from ..conversion.prepare import Prepared, RunOptions, part_plan, prepare
 from ..conversion.select import select
 from ..core.catalog import Catalog, Tensor
 from ..core.decoders import MAX_TOML_BYTES
 from ..distributed.processes import part_of
-from ..errors import LayoutError, NotFoundError, format_list
+from ..errors import LayoutError, NotFoundError, format_list, size_text
 from ..planning import pictures
 from ..rules import Rules, read_rules
 from ..storage.fs import read_bytes, read_text, write_user_file
@@ -123,12 +123,15 @@ def verify(a: Namespace) -> int:
 
     budget = budget_for(a.host_bytes, a.workers)
     catalog = _source(a)
-    with _progress("checking", a.quiet or a.json) as begin:
-        verdict = verify_alone(catalog, budget=budget, progress=begin(0))
+    with _bar("checking", a) as begin:
+        verdict = verify_alone(catalog, budget=budget, progress=begin and begin(0))
         if a.against and not verdict.problems:
             other = open_checkpoint(a.against, src_strategy=a.against_strategy)
             verdict = verify_against(
-                catalog, other, budget=budget, progress=begin(catalog.num_bytes)
+                catalog,
+                other,
+                budget=budget,
+                progress=begin and begin(catalog.num_bytes),
             )
     return _show_verdict(verdict, a)
 
@@ -143,8 +146,8 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
     steps = run_steps.steps_of_run(a.source)
     if not steps:
         return None
-    with _progress("checking", a.quiet or a.json) as begin:
-        progress = begin(sum(s.num_bytes for s in steps)) if deep else None
+    with _bar("checking", a) as begin:
+        progress = begin(sum(s.num_bytes for s in steps)) if begin and deep else None
         place = run_directory.RunDirectory.of(a.source)
         steps = open_step.examine_all(place, steps, deep=deep, progress=progress)
     well = run_steps.is_well(steps)
@@ -159,7 +162,7 @@ def _run_of_steps(a: Namespace, *, deep: bool) -> int | None:
         )
     elif not a.quiet:
         head = ("step", "number", "state", "format", "size", "age", "")
-        write(pictures.table(head, run_steps.rows(steps, pictures.size, time.time())))
+        write(pictures.table(head, run_steps.rows(steps, size_text, time.time())))
         write(run_steps.verdict(best, deep=deep))
         newest = os.path.join(a.source, "checkpoint")
         if a.command == "verify" and os.path.isdir(newest):
@@ -196,7 +199,7 @@ def decrypt(a: Namespace) -> int:
     if a.json:
         write_json({"destination": str(place), "num_bytes": place.stat().st_size})
     elif not a.quiet:
-        write(f"{place}: {pictures.size(place.stat().st_size)}, decrypted")
+        write(f"{place}: {size_text(place.stat().st_size)}, decrypted")
     return 0
 
 
@@ -238,7 +241,7 @@ def _convert(a: Namespace, to: str, source: Catalog | None = None) -> int:
     if a.dry_run:
         part = part_of(a.process_index, a.process_count, os.environ)
         return _show_plan(replace(prepared, plan=part_plan(prepared.plan, part)), a)
-    with _progress("writing", a.quiet or a.json) as begin:
+    with _bar("writing", a) as begin:
         report = execute(prepared, a.destination, progress=begin, **_run_options(a))
     if a.json:
         write_json(asdict(report))
@@ -295,30 +298,9 @@ def _run_options(a: Namespace) -> RunOptions:
     }
 
 
-@contextmanager
-def _progress(what: str, quiet: bool) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """Show a progress bar if standard error is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda total: lambda num_bytes: None
-        return
-    from rich import console, progress  # noqa: PLC0415 - a tenth of a second, for terminals only
-
-    bar = progress.Progress(
-        progress.TextColumn(what),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=console.Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-
-        def start(total: int) -> Callable[[int], None]:
-            task = bar.add_task(what, total=total or None)
-            return lambda num_bytes: bar.advance(task, num_bytes)
-
-        yield start
+def _bar(what: str, a: Namespace) -> AbstractContextManager[Callable[[int], Progress] | None]:
+    """Show a progress bar if standard error is a terminal; without one rich is not imported."""
+    return progress_of(sys.stderr.isatty() and not (a.quiet or a.json), what)
 
 
 def _show_plan(prepared: Prepared, a: Namespace) -> int:
@@ -351,7 +333,7 @@ def _show_verdict(verdict: Verdict, a: Namespace) -> int:
         for problem in verdict.problems:
             write(problem)
         compared = (
-            f", {pictures.size(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
+            f", {size_text(verdict.bytes_compared)} compared" if verdict.bytes_compared else ""
         )
         outcome = "all is well"
         if verdict.problems:
@@ -366,7 +348,7 @@ def _report_text(report: Report) -> str:
     c = report.counts
     lines = [
         f"{report.destination}: {pictures.count(report.num_files, 'file')} with "
-        f"{pictures.size(c.bytes_written)} written, {pictures.size(c.bytes_read)} read"
+        f"{size_text(c.bytes_written)} written, {size_text(c.bytes_read)} read"
     ]
     if report.skipped_files:
         lines.append(f"finished before: {pictures.count(report.skipped_files, 'file')}")

@@ -225,6 +225,17 @@ def takes_whole(catalog: Catalog, include: Iterable[str], exclude: Iterable[str]
     return not texts(include) and all(map(taken, weights))
 
 
+def weights_of(catalog: Catalog) -> list[str]:
+    """Return the names of the model's weights: no scalars, optimizer states or adapters."""
+    return [
+        name
+        for name in (*catalog.tensors, *catalog.lost)
+        if name not in catalog.scalars
+        and weight_name(name) == name
+        and not is_part_of_adapter(name)
+    ]
+
+
 def refuse_half(catalog: Catalog) -> None:
     """Check that rank files have all pipeline stages, even if no strategy lists the others.
 
@@ -240,14 +251,7 @@ def refuse_half(catalog: Catalog) -> None:
         TRAINABLE in file.path for file in catalog.files
     ):
         return
-    names = [
-        name
-        for name in (*catalog.tensors, *catalog.lost)
-        if name not in catalog.scalars
-        and weight_name(name) == name
-        and not is_part_of_adapter(name)
-    ]
-    lack = missing_parts(catalog.model, names)
+    lack = missing_parts(catalog.model, weights_of(catalog))
     if lack:
         raise CoverageError(
             f"{catalog.root} is a part of a model: {lack}. Fetch the ranks of the other pipeline "

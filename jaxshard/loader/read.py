@@ -64,7 +64,7 @@ def carry(
             carried,
             budget=budget,
             progress=progress,
-            ahead=[move for *_, move in carried.todo if move],
+            ahead=carried.all_moves if source.request_bytes else None,
         )
     finally:
         carried.close()
@@ -92,14 +92,15 @@ class _LoadSink(Sink):
         self._requests, self._staging, self._adopted = requests, staging, adopted
         mapped = source if isinstance(source, MappedFiles) else None
         given = [in_place(request, mapped) if mapped else {} for request in requests]
-        self.todo = [
+        self._todo = [
             (request, have, request.move(have))
             for request, have in zip(requests, given, strict=True)
         ]
         self._memory: dict[str, RequestBuffers] = {}
         self._done: dict[str, list[jax.Array]] = {}
         self._lock = threading.Lock()
-        self._ahead = PrefetchThread([move for *_, move in self.todo if move], source)
+        self.all_moves = [move for *_, move in self._todo if move]
+        self._ahead = PrefetchThread(self.all_moves, source)
 
     def stop(self) -> None:
         """Wake the threads that wait for memory."""
@@ -108,7 +109,7 @@ class _LoadSink(Sink):
     def moves(self) -> Iterator[TensorCopy]:
         """Yield the copy of each request as soon as its buffers are allocated."""
         self._ahead.start()
-        for request, given, move in self.todo:
+        for request, given, move in self._todo:
             memory = self._memory_for(request, given)
             if memory is None:
                 return

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion.open import open_checkpoint, strategy_place
-from ..conversion.select import TRAINABLE
+from ..conversion.select import TRAINABLE, weights_of
 from ..conversion.targets import lay_out_for
 from ..core.box import Box
 from ..core.catalog import Catalog, File, Model
@@ -34,7 +34,7 @@ from ..formats.huggingface import model_of
 from ..formats.registry import format_of
 from ..mapping import find_mapping
 from ..rules import missing_layers, rules_for
-from ..rules.match import is_part_of_adapter, weight_name
+from ..rules.match import weight_name
 from ..storage.local import LocalFolder
 from .config_keys import SECTIONS, TOP, Config, data_keys, nearest_key, notes_of, section
 
@@ -184,14 +184,7 @@ def refuse_missing_layers(catalog: Catalog) -> None:
         return  # nothing records which layers were trained
     if catalog.layout is not None and catalog.layout.unknown:
         return  # missing stages are refused by the load that needs them
-    weights = [
-        name
-        for name in (*catalog.tensors, *catalog.lost)
-        if name not in catalog.scalars
-        and weight_name(name) == name
-        and not is_part_of_adapter(name)
-    ]
-    gone = missing_layers(catalog.model, weights)
+    gone = missing_layers(catalog.model, weights_of(catalog))
     if gone:
         raise CoverageError(
             f"{catalog.root} is a part of a model: {gone}. Pass the complete checkpoint, or select "

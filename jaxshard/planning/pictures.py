@@ -10,7 +10,7 @@ from html import escape
 from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, Placement
 from ..core.patterns import template
-from ..errors import format_list, printable, quote_name
+from ..errors import format_list, printable, quote_name, size_text
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import format_of
 from .outputs import Outputs
@@ -19,21 +19,6 @@ _MAX_CELLS = 8
 _MAX_RANKS = 16
 _WIDTH, _ROW, _MARGIN = 640, 28, 16  # pixels of a drawn tensor, and around it
 _ITERATION_RANK = re.compile(r"-(\d{7})-\d{7}\.safetensors$")
-_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
-
-
-def size(num_bytes: float) -> str:
-    """Format a number of bytes in decimal units.
-
-    >>> size(1_705_119_744), size(12)
-    ('1.71 GB', '12 B')
-    """
-    step = 1000.0
-    for unit in _UNITS:
-        if num_bytes < step or unit == _UNITS[-1]:
-            break
-        num_bytes /= step
-    return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{int(num_bytes)} B"
 
 
 def count(number: int, what: str) -> str:
@@ -228,7 +213,7 @@ def _captions(placement: Placement, held: Sequence[Tensor]) -> tuple[str, str]:
     kinds = list(dict.fromkeys(template(t.name) for t in held))
     named = ", ".join(map(quote_name, kinds[:2]))
     named += f" and {len(kinds) - 2} more" if len(kinds) > 2 else ""
-    total = size(sum(t.num_bytes for t in held))
+    total = size_text(sum(t.num_bytes for t in held))
     return named, f"{count(len(held), 'tensor')} of {total}, {placement}"
 
 
@@ -277,13 +262,16 @@ def catalog_text(catalog: Catalog) -> str:
     stored = sum(f.num_bytes for f in catalog.files)
     lines = [
         f"{catalog.root}: {format_title(catalog)}",
-        f"{count(len(tensors), 'tensor')} of {size(catalog.num_bytes)} in "
+        f"{count(len(tensors), 'tensor')} of {size_text(catalog.num_bytes)} in "
         + count(len(catalog.files), "file")
-        + f" of {size(stored)}",
+        + f" of {size_text(stored)}",
         "",
         table(
             ["dtype", "tensors", "bytes"],
-            [[k, f"{n:,}", size(b)] for k, (n, b) in sorted(kinds.items(), key=lambda i: -i[1][1])],
+            [
+                [k, f"{n:,}", size_text(b)]
+                for k, (n, b) in sorted(kinds.items(), key=lambda i: -i[1][1])
+            ],
         ),
     ]
     if catalog.layout:
@@ -299,7 +287,8 @@ def catalog_text(catalog: Catalog) -> str:
 def tensor_table(tensors: Iterable[Tensor]) -> str:
     """Return a row for each tensor: its name, dtype, shape and bytes."""
     rows = [
-        [t.name, t.dtype, "×".join(map(str, t.shape)) or "()", size(t.num_bytes)] for t in tensors
+        [t.name, t.dtype, "×".join(map(str, t.shape)) or "()", size_text(t.num_bytes)]
+        for t in tensors
     ]
     return table(["tensor", "dtype", "shape", "bytes"], rows)
 
@@ -325,7 +314,7 @@ def _rank_table(catalog: Catalog) -> str:
     """Return a row for each file, with its rank."""
     held = Counter(f for t in catalog.tensors.values() for f in {p.file for p in t.shards})
     rows = [
-        [_rank_of(file.path), f"{held[number]:,}", size(file.num_bytes), file.path]
+        [_rank_of(file.path), f"{held[number]:,}", size_text(file.num_bytes), file.path]
         for number, file in enumerate(catalog.files)
     ]
     return table(["rank", "tensors", "bytes", "path"], elided(rows))
@@ -352,7 +341,7 @@ def output_table(outputs: Outputs, only: frozenset[int] | None) -> str:
         [
             _rank_of(outputs.paths[r]) if of_ranks else r,
             f"{len(outputs.contents[outputs.content_of[r]]):,}",
-            size(sizes[r]),
+            size_text(sizes[r]),
             outputs.paths[r],
         ]
         for r in chosen

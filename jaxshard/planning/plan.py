@@ -35,7 +35,7 @@ from .copies import (
     unit_boxes,
 )
 from .outputs import Outputs
-from .pictures import count, format_title, layout_pictures, note_lines, output_table, size
+from .pictures import count, format_title, layout_pictures, note_lines, output_table
 
 Limits = tuple[int, int]  # bytes of a block, and of a tile
 _Numbers = tuple[int, ...]  # bytes needed, bytes read, reads, bytes written, writes, copies
@@ -427,9 +427,9 @@ def plan_text(plan: Plan) -> str:
     lines = [
         f"{plan.source.root}: {format_title(plan.source)}",
         "",
-        f"reads   {size(t.bytes_read)} in {count(t.num_reads, 'request')}{_most_of_one(plan)}"
-        + (f", {size(over)} of them in gaps" if over else ""),
-        f"writes  {size(t.bytes_written)} in {count(t.num_writes, 'request')} "
+        f"reads   {size_text(t.bytes_read)} in {count(t.num_reads, 'request')}{_most_of_one(plan)}"
+        + (f", {size_text(over)} of them in gaps" if over else ""),
+        f"writes  {size_text(t.bytes_written)} in {count(t.num_writes, 'request')} "
         f"to {count(t.num_files, 'file')}",
         f"copies  {t.num_copies:,} blocks in memory are cut or joined on the way",
         *_holds(plan),
@@ -444,7 +444,7 @@ def plan_text(plan: Plan) -> str:
 
 def _holds(plan: Plan) -> list[str]:
     num_bytes = plan.host_bytes
-    return [f"holds   {size(num_bytes)} of data in memory at most"] if num_bytes else []
+    return [f"holds   {size_text(num_bytes)} of data in memory at most"] if num_bytes else []
 
 
 def _most_of_one(plan: Plan) -> str:

@@ -196,22 +196,22 @@ class Worker:
     def work(self, batches: WorkQueue[_Given]) -> None:
         """Execute ``batches`` until none are left."""
         while given := batches.next():
-            if isinstance(given, Bundle):
-                self._copy_bundle(given)
-            else:
-                self.execute(*given)
+            self._execute_given(given)
 
     def work_fetched(self, batches: WorkQueue[tuple[_Given, Callable[[], None]]]) -> None:
         """Execute ``batches``, and release the bytes that were fetched for each."""
         while fetched := batches.next():
             given, release = fetched
             try:
-                if isinstance(given, Bundle):
-                    self._copy_bundle(given)
-                else:
-                    self.execute(*given)
+                self._execute_given(given)
             finally:
                 release()
+
+    def _execute_given(self, given: _Given) -> None:
+        if isinstance(given, Bundle):
+            self._copy_bundle(given)
+        else:
+            self.execute(*given)
 
     def execute(self, batch: Batch, operands: Operands | None) -> None:
         """Execute one batch."""

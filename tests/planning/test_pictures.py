@@ -15,6 +15,7 @@ from test_laws import outputs_of
 from jaxshard.core.catalog import Tensor
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Layout, Placement
+from jaxshard.errors import size_text
 from jaxshard.planning import pictures
 from jaxshard.planning.plan import make_plan
 
@@ -87,7 +88,7 @@ def test_long_tables_are_shortened_in_the_middle():
     [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (1_705_119_744, "1.71 GB"), (1e21, "1e+06 PB")],
 )
 def test_sizes_have_three_digits(num_bytes, text):
-    assert pictures.size(num_bytes) == text
+    assert size_text(num_bytes) == text
 
 
 def test_inspect_draws_who_holds_what(tmp_path, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxshard.cli import main
-from jaxshard.planning.pictures import size
+from jaxshard.errors import size_text
 from jaxshard.training import CheckpointManager, steps
 from jaxshard.training.run_directory import RunDirectory
 from jaxshard.training.steps import find_steps
@@ -44,7 +44,7 @@ def test_sizes_and_ages_are_told(run, capsys, monkeypatch):
     row = capsys.readouterr().out.splitlines()[1].split()
     on_disk = (run / "checkpoint/rank_0/net_rank_0-1_30.safetensors").stat().st_size
     assert 40_000 < on_disk < 45_000
-    assert row[4:] == [*size(on_disk).split(), "2", "min"]
+    assert row[4:] == [*size_text(on_disk).split(), "2", "min"]
     main(["inspect", str(run), "--json"])
     told = json.loads(capsys.readouterr().out)["steps"][-1]
     assert (told["num_bytes"], told["saved_at"]) == (on_disk, record.saved_at)
