@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         Unpad,
         Unrepeat,
     )
-    from .tables import FORMS, dequantized, find_mapping, form_of, table, true_config
+    from .quantization import dequantized, true_config
+    from .tables import FORMS, find_mapping, form_of, table
 
 _HOME = {
     "Cast": "ops",
@@ -60,12 +61,12 @@ _HOME = {
     "Unrepeat": "ops",
     "Unstack": "group_ops",
     "Untie": "group_ops",
-    "dequantized": "tables",
+    "dequantized": "quantization",
     "find_mapping": "tables",
     "form_of": "tables",
     "read_mapping": "mapping",
     "table": "tables",
-    "true_config": "tables",
+    "true_config": "quantization",
     "write_mapping": "mapping",
 }
 

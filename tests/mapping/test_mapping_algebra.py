@@ -33,7 +33,6 @@ from jaxshard.mapping import (
     Unrepeat,
     Unstack,
     Untie,
-    dequantized,
     find_mapping,
     read_mapping,
     table,
@@ -232,12 +231,6 @@ def test_every_operation_is_among_those() -> None:
 # --- what a stranger's config.json says ------------------------------------------------------
 
 
-QUANTIZED = {
-    "a.weight": np.ones((2, 2), ml_dtypes.float8_e4m3fn),
-    "a.weight_scale_inv": np.ones((1, 1), np.float32),
-}
-
-
 def model_of(**config: object) -> Model:
     return Model("deepseek_v3", None, False, {**config_of("deepseek_v3", Sizes()), **config})
 
@@ -271,41 +264,6 @@ def test_absurd_numbers_of_layers_are_refused_and_take_no_time(form) -> None:
     table("hf", form, model_of(num_hidden_layers=10**9))
     with pytest.raises(FormatError, match="num_nextn_predict_layers is -1"):
         table("hf", form, model_of(num_nextn_predict_layers=-1))
-
-
-@pytest.mark.parametrize(
-    ("quantization", "block"),
-    [
-        ("fp8", (128, 128)),
-        (None, (128, 128)),
-        ({}, (128, 128)),
-        ({"weight_block_size": [4, 2]}, (4, 2)),
-        ({"weight_block_size": 5}, None),
-        ({"weight_block_size": [0, 0]}, None),
-        ({"weight_block_size": [4]}, None),
-        ({"weight_block_size": [4, "2"]}, None),
-        ({"weight_block_size": [True, 2]}, None),
-    ],
-)
-def test_blocks_of_factors_follow_the_config_or_are_refused(quantization, block) -> None:
-    catalog = Memory(QUANTIZED).catalog
-    object.__setattr__(catalog, "model", model_of(quantization_config=quantization))
-    if block is None:
-        with pytest.raises(FormatError, match=r"weight_block_size is .*, expected two numbers"):
-            dequantized(catalog)
-    else:
-        found = dequantized(catalog)
-        assert found is not None
-        assert found.ops == (Dequantize(block=block),)
-
-
-@pytest.mark.parametrize("word", ["int8", "float8_e4m3fn", 7, None, "nonsense"])
-def test_a_dtype_that_is_no_float_is_not_what_weights_become(word) -> None:
-    catalog = Memory(QUANTIZED).catalog
-    object.__setattr__(catalog, "model", model_of(dtype=word, torch_dtype="float16"))
-    found = dequantized(catalog)
-    assert found is not None
-    assert found.ops[0].dtype == "F16"
 
 
 def test_a_file_without_a_mapping_is_refused(tmp_path) -> None:
