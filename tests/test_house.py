@@ -8,9 +8,9 @@ import house
 import pytest
 
 LIMITS = {
-    "files": 136,
+    "files": 141,  # with the tables of model families
     "modules with one importer": 25,
-    "packages and modules at the top": 19,
+    "packages and modules at the top": 20,
     "modules at the root": 2,
     "circles": 0,
     "file names in two packages": 0,

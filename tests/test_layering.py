@@ -23,7 +23,7 @@ PACKAGE = ROOT / "jaxshard"
 #: The six rings, from the inside out: packages and modules at the root.
 RINGS: tuple[tuple[str, ...], ...] = (
     ("errors", "core", "native"),
-    ("rules", "mapping", "planning", "formats"),
+    ("models", "rules", "mapping", "planning", "formats"),
     ("storage", "distributed"),
     ("conversion", "lora"),
     ("devices", "resharding", "loader", "saver"),

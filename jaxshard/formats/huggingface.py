@@ -25,8 +25,8 @@ from ..core.catalog import Catalog, File, Model, StoredShard, Tensor, group_by_b
 from ..core.decoders import FETCH, parse_object
 from ..core.layout import Layout, Placement
 from ..errors import CoverageError, FormatError, LayoutError, NotFoundError, format_list, quote_name
+from ..models.facts import text_config
 from ..planning.outputs import Outputs, arrange
-from ..rules.match import text_config
 from .folder import Folder
 from .output_files import Request, Result, SafetensorsContainer
 from .safetensors import Header, HeaderEntry, read_header

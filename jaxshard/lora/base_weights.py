@@ -32,7 +32,7 @@ from .. import mapping as mappings
 from ..core.catalog import Catalog, Model, Tensor
 from ..core.patterns import template
 from ..errors import LayoutError, NotFoundError, format_list
-from ..rules.match import text_type
+from ..models.facts import text_type
 from .adapters import Adapter
 
 AdapterNames: TypeAlias = mappings.Mapping | Mapping[str, str] | str | os.PathLike[str]

@@ -11,7 +11,7 @@ from collections.abc import Mapping as Dict
 from ..core.catalog import Catalog, Tensor
 from ..core.dtypes import BY_NUMPY, DType
 from ..errors import FormatError, LayoutError
-from ..rules.match import text_config
+from ..models.facts import text_config
 from ..rules.tensor_dims import Factors, settings
 from .group_ops import WITHOUT_BLOCKS, Dequantize
 from .mapping import Mapping

@@ -13,7 +13,8 @@ from itertools import islice
 
 from ..core.patterns import Patterns, numbered, template
 from ..errors import LayoutError, NotFoundError, format_list
-from .match import Matcher, text_type, towers, weight_name
+from ..models.facts import text_type
+from .match import Matcher, towers, weight_name
 from .table import BUFFER, ModelFacts, Rules
 
 _Specs = tuple[tuple[str, str], ...]

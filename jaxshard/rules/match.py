@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ..core.layout import Strategy
 from ..core.patterns import Patterns, template
 from ..errors import LayoutError, format_list
+from ..models.facts import text_config
 from .table import Rules, Spec
 
 #: Optimizer states and gradients are placed like the weight whose name follows.
@@ -243,12 +244,6 @@ class PlacementProblems:
 #     model.language_model.layers.0.…   the text model: by the table of its family
 #     lm_head.weight
 
-_NESTED = (
-    ("text_config",),
-    ("llm_config",),
-    ("language_config",),
-    ("thinker_config", "text_config"),
-)
 _TOWER = re.compile(  # a word of a name's part
     r"(?:^|_)(?:visual|vision|vit|vpm|image|img|video|audio|speech|apm|sound|projector|connector|"
     r"resampler|perceiver|aligner|talker|token2wav|code2wav|tts)(?:_|$)|^mlp1$"
@@ -259,31 +254,6 @@ _LAYER = re.compile(r"(.*?)(?:layers|h)\.\d+\.")
 _ROOT = re.compile(r"(.*?)(?:(?:layers|h)\.\d+\.|(?:embed_tokens|wte|tok_embeddings)\.)")
 _EMBEDDING = re.compile(r"(.*?)(?:embed_tokens|wte|tok_embeddings)\.")
 _HEADS = frozenset({"lm_head", "mtp", "score", "classifier"})
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of ``config.json`` for the text model, or all of it.
-
-    >>> text_config({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
-    {'model_type': 'gemma3_text'}
-    """
-    for path in _NESTED:
-        found: Any = config
-        for key in path:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        if isinstance(found, Mapping):
-            return found
-    return config
-
-
-def text_type(config: Mapping[str, Any]) -> str | None:
-    """Return the ``model_type`` of the text model in ``config.json``, if it is a string.
-
-    >>> text_type({"text_config": {"model_type": "gemma3_text"}}), text_type({"model_type": []})
-    ('gemma3_text', None)
-    """
-    kind = text_config(config).get("model_type")
-    return kind if isinstance(kind, str) and kind else None
 
 
 def text_root(names: Iterable[str]) -> str | None:

@@ -18,7 +18,8 @@ from ..core.layout import Axes, Layout, Placement, Strategy, shard_dim_over_repl
 from ..core.layout import Spec as AxisSpec
 from ..core.patterns import Patterns, numbered, template
 from ..errors import LayoutError, format_list
-from .match import Matcher, PlacementProblems, Policy, check_policy, text_config, weight_name
+from ..models.facts import text_config
+from .match import Matcher, PlacementProblems, Policy, check_policy, weight_name
 from .table import Dims, ModelFacts, Rules, Spec, check_rules
 from .tensor_dims import EXPERT_COUNTS, Factors, Granule, Heads, Orientations
 

@@ -20,7 +20,8 @@ from ..core.layout import Placement
 from ..core.patterns import Patterns, template
 from ..core.runtime import cached
 from ..errors import LayoutError, format_list
-from .match import Matcher, text_config, weight_name
+from ..models.facts import text_config
+from .match import Matcher, weight_name
 from .table import Rules, Spec
 
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim")  # models whose heads have several lengths

@@ -10,9 +10,10 @@ from rules_models import llama, mine
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Strategy
 from jaxshard.formats.huggingface import model_of
+from jaxshard.models.facts import text_config
 from jaxshard.rules import layout, rules_for
 from jaxshard.rules.families import missing_parts
-from jaxshard.rules.match import text_config, text_root, towers
+from jaxshard.rules.match import text_root, towers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the oracles, among themselves
 

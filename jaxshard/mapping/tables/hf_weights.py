@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import FormatError, NotFoundError
+from ...models.facts import text_config, text_type
 from ...rules import ModelFacts
-from ...rules.match import text_config, text_type
 
 LAYER = "model.layers.{layer}."
 
@@ -20,7 +20,7 @@ _MAX_PREDICTIONS = 100
 
 
 @dataclass(frozen=True)
-class Family:
+class HFFamily:
     """The modules of a family, without ``.weight`` and ``.bias``, and tensors by full name."""
 
     name: str
@@ -47,7 +47,7 @@ class Family:
 class Facts:
     """The numbers of one model that its tables need."""
 
-    family: Family
+    family: HFFamily
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def number(self, *keys: str, default: int | None = None, least: int = 1) -> int:
@@ -149,8 +149,8 @@ def _decoder(
     linear: tuple[str, ...] = _MLP,
     norms: tuple[str, ...] = (),
     plain: tuple[str, ...] = (),
-) -> Family:
-    return Family(
+) -> HFFamily:
+    return HFFamily(
         name,
         linear=("lm_head", *_ATTENTION, *linear),
         norms=(*_NORMS, *norms),
@@ -186,9 +186,9 @@ _DEEPSEEK = _decoder(
 )
 
 
-def _gpt2(prefix: str) -> Family:
+def _gpt2(prefix: str) -> HFFamily:
     block = prefix + "h.{layer}."
-    return Family(
+    return HFFamily(
         "gpt2",
         linear=("lm_head",),
         kernels=tuple(block + x for x in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
@@ -199,9 +199,9 @@ def _gpt2(prefix: str) -> Family:
     )
 
 
-def _bert(prefix: str) -> Family:
+def _bert(prefix: str) -> HFFamily:
     block = prefix + "encoder.layer.{layer}."
-    return Family(
+    return HFFamily(
         "bert",
         linear=(
             *(block + f"attention.self.{x}" for x in ("query", "key", "value")),
@@ -227,7 +227,7 @@ def _bert(prefix: str) -> Family:
 
 
 #: By the model_type of config.json; the first of two has a prefix before its names.
-FAMILIES: dict[str, tuple[Family, ...]] = {
+FAMILIES: dict[str, tuple[HFFamily, ...]] = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_LLAMA,)
     ),

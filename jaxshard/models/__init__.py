@@ -1,0 +1,55 @@
+"""Model families: one table of weights with named axes for each.
+
+Sharding rules, mappings between programs' names and shapes, and adapters are derived from the
+tables (``tables/*.toml``). This package does not depend on any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import NotFoundError
+from .facts import Config, text_config
+from .family import Family, Form, Row, Sizes
+from .reading import build, model_types, packaged_table, read_table
+
+__all__ = ["Family", "Form", "Row", "Sizes", "family_of", "model_types", "read_family"]
+
+
+def family_of(
+    config: Config, kind: str | None = None, words: Mapping[str, str] | None = None
+) -> Family:
+    """Return the family of a model.
+
+    Args:
+        config: ``config.json``.
+        kind: the ``model_type``; by default that of ``config``, or of its text model.
+        words: texts that replace those of the table's ``[words]``.
+
+    Raises:
+        NotFoundError: no table for the model.
+    """
+    stated = (config.get("model_type"), text_config(config).get("model_type"))
+    kinds = [kind] if kind else [k for k in dict.fromkeys(stated) if isinstance(k, str)]
+    for each in kinds:
+        table = packaged_table(each)
+        if table is not None:
+            return build(table, config, words)
+    raise NotFoundError(
+        f"no table for model_type {' with '.join(map(repr, kinds)) or 'None'} (known: "
+        f"{', '.join(model_types())}). Pass a table of the family in TOML."
+    )
+
+
+def read_family(text: str, config: Config, where: str = "family") -> Family:
+    """Return the family that ``text`` (TOML) describes; ``where`` begins its errors.
+
+    Raises:
+        LayoutError: not TOML, or an invalid table.
+        NotFoundError: it is like a table that does not exist.
+    """
+    family = build(read_table(text, where), config)
+    for form in family.forms.values():
+        for row in form.values():
+            Sizes(family, config).value(row)  # reports invalid rows now
+    return family

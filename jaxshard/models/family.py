@@ -1,0 +1,327 @@
+"""Families: one table of weights, whose columns are the forms in which programs store them.
+
+    weight   hf                                                  tunix
+    q        model.layers.{layer}.self_attn.q_proj.weight        layers.{layer}.attn.q_proj.w
+             (heads head_dim) embed                              embed heads head_dim
+
+A placeholder in a name ({layer}, {expert}) is an index in this form, and a dim in others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod, sqrt
+
+from ..core.patterns import Patterns, holes, placeholders
+from ..errors import LayoutError, NotFoundError
+from . import facts
+from .axes import Axes, Dim, parse
+from .facts import Config
+
+_STEP = re.compile(r"\s*([*/+-])\s*(?:(sqrt)\(\s*(\w+)\s*\)|(\d+(?:\.\d+)?))")
+
+#: Axes of a weight that both matrices of its adapter have.
+SHARED_AXES = frozenset({"layer", "expert"})
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a form stores instead of each value: the value times ``times``, plus ``plus``."""
+
+    times: float = 1.0
+    plus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How a form stores a weight: the name, the axes, and the steps from values to stored values.
+
+    Raises:
+        LayoutError: an axis is both in the name and in the dims, or the steps are invalid.
+    """
+
+    name: str
+    axes: Axes
+    steps: str = ""
+
+    def __post_init__(self) -> None:
+        twice = holes(self.name) & set(self.axes.names)
+        if twice:
+            raise LayoutError(f"{self.name}: {', '.join(twice)} is in the name and in the axes.")
+        if _STEP.sub("", self.steps).strip():
+            raise LayoutError(
+                f"{self.name}: the steps {self.steps!r} are invalid. Write, for example, "
+                "/ sqrt(head_dim), or + 1."
+            )
+
+
+#: The rows by weight. Weights that share a tensor have the same row.
+Form = Mapping[str, Row]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The weights of one kind of models.
+
+    Attributes:
+        name: the name in messages.
+        forms: the columns.
+        sizes: by axis, the expression of ``config.json`` that is its length (see ``facts``).
+        aliases: axes that are products of others.
+        inputs: by weight, the axes that it contracts, which an adapter's A has.
+        buffers: patterns of names that are not weights.
+        runs: the numbers of the layers that some forms store apart. Such a form has rows for
+            ``RUN/WEIGHT``, and counts the layers of each run from 0.
+        copies: weights that repeat another one. A form without them drops them, and they are
+            restored in models that have the weight ``copied_with``.
+        repeated: axes that a form may lengthen by repeating; others are padded.
+        hidden: forms that only define others, and are not offered.
+    """
+
+    name: str
+    forms: Mapping[str, Form]
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+    runs: Mapping[str, range] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    copied_with: str = ""
+    repeated: frozenset[str] = frozenset({"kv_heads"})
+    hidden: frozenset[str] = frozenset()
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """The forms that the family offers."""
+        return tuple(f for f in self.forms if f not in self.hidden)
+
+    def form(self, name: str) -> Form:
+        """Return a column.
+
+        Raises:
+            NotFoundError: the family does not have it.
+        """
+        if name not in self.listed:
+            raise NotFoundError(
+                f"{self.name} has no form {name!r} (forms: {', '.join(self.listed)})."
+            )
+        return self.forms[name]
+
+    def find(self, form: str, name: str) -> str | None:
+        """Return the weight ``name`` of ``form``, the first of those that share it, or None."""
+        weights, patterns = self._found[form]
+        at = patterns.find(name)
+        return None if at is None else weights[at]
+
+    def is_buffer(self, name: str) -> bool:
+        """Return whether ``name`` is a buffer (rotary frequencies)."""
+        return self._buffers.find(name) is not None
+
+    @cached_property
+    def _buffers(self) -> Patterns:
+        return Patterns(self.buffers, placeholders)
+
+    @cached_property
+    def _found(self) -> dict[str, tuple[tuple[str, ...], Patterns]]:
+        return {
+            f: (tuple(rows), Patterns((row.name for row in rows.values()), placeholders))
+            for f, rows in self.forms.items()
+        }
+
+    def form_of(self, names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+        """Return the form that most of ``names`` have, and the names that it does not have."""
+        every = tuple(n for n in names if not self.is_buffer(n))
+        left = {f: tuple(n for n in every if self.find(f, n) is None) for f in self.listed}
+        best = min(left, key=lambda f: len(left[f]))  # the first of equals
+        return best, left[best]
+
+
+class Sizes:
+    """The lengths of one model's axes: as stated, else by ``config.json``, else by its tensors."""
+
+    def __init__(
+        self, family: Family, config: Config, stated: Mapping[str, int] | None = None
+    ) -> None:
+        self.config: Config = {**config, **facts.text_config(config)}
+        self._family, self._stated = family, dict(stated or {})
+        self._seen: dict[str, int] = {}
+        self._pending: set[str] = set()
+
+    def having(self, stated: Mapping[str, int]) -> Sizes:
+        """Return the same with other lengths (a padded vocabulary, repeated kv heads)."""
+        made = Sizes(self._family, self.config, {**self._stated, **stated})
+        made._seen = dict(self._seen)
+        return made
+
+    def seeing(self, form: str, shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
+        """Return the same, with lengths from tensors where ``config.json`` lacks them.
+
+        Raises:
+            LayoutError: a tensor's shape contradicts its axes.
+        """
+        made, rows = self.having({}), self._family.forms[form]
+        for name, shape in shapes.items():
+            weight = self._family.find(form, name)
+            if weight is not None:
+                made._see(name, shape, rows[weight].axes)
+        return made
+
+    def _see(self, name: str, shape: tuple[int, ...], axes: Axes) -> None:
+        if len(shape) != len(axes.dims):
+            raise LayoutError(
+                f"{name} has shape {shape}, expected {len(axes.dims)} dims ({axes}) for "
+                f"{self._family.name}."
+            )
+        for i, (dim, n) in enumerate(zip(axes.dims, shape, strict=True)):
+            known = self.length(dim)
+            if known is None and len(dim.factors) == 1 and dim.block == 1 and not dim.sum:
+                self._seen[dim.names[0]] = n
+            elif known not in (None, n):
+                raise LayoutError(
+                    f"{name} has shape {shape}, expected {known} elements along dim {i}: its axes "
+                    f"are {axes} in {self._family.name}. Check config.json."
+                )
+
+    def length(self, dim: Dim) -> int | None:
+        """Return the length of a dim, or None."""
+        found: list[int | None] = [
+            self.get(f) if isinstance(f, str) else _sum([self.product(t.axes) for t in f.terms])
+            for f in dim.factors
+        ]
+        return None if None in found else -(-prod(n or 0 for n in found) // dim.block)
+
+    def product(self, axes: Iterable[str]) -> int | None:
+        """Return the length of several axes together, or None."""
+        found = [self.get(a) for a in axes]
+        return None if None in found else prod(n or 0 for n in found)
+
+    def __getitem__(self, axis: str) -> int:
+        found = self.get(axis)
+        if found is None:
+            raise NotFoundError(
+                f"config.json: {self._family.sizes.get(axis, axis)} is missing, which is the "
+                f"length of {axis}. Put config.json into the folder of the weights; for a save "
+                "pass config= or extras=."
+            )
+        return found
+
+    def get(self, axis: str) -> int | None:
+        """Return the length of ``axis``, or None."""
+        if axis.isdigit():
+            return int(axis)
+        if axis in self._stated:
+            return self._stated[axis]
+        if axis in self._pending:
+            return None
+        self._pending.add(axis)
+        try:
+            parts = self._family.aliases.get(axis)
+            text = self._family.sizes.get(axis)
+            found = None if text is None else facts.number(text, self.config, self.get)
+            if found is None and parts:
+                found = self.product(parts)
+        finally:
+            self._pending.discard(axis)
+        return self._seen.get(axis) if found is None else found
+
+    def value(self, row: Row) -> Value:
+        """Return the steps of ``row`` in numbers."""
+        times, plus = 1.0, 0.0
+        for sign, root, axis, digits in _STEP.findall(row.steps):
+            x = float(digits) if digits else self._root(axis)
+            if root and not digits and not x:
+                raise LayoutError(f"{row.name}: {axis} is 0, and {row.steps} has no value.")
+            if sign in "*/":
+                factor = x if sign == "*" else 1 / x
+                times, plus = times * factor, plus * factor
+            else:
+                plus += x if sign == "+" else -x
+        return Value(times, plus)
+
+    def _root(self, axis: str) -> float:
+        found = facts.evaluate(f"sqrt({axis})", {}, self.get)
+        if found is None:
+            found = facts.evaluate(f"sqrt({axis})", self.config)
+        return found if isinstance(found, float) else sqrt(self[axis])
+
+
+def _sum(found: list[int | None]) -> int | None:
+    return None if None in found else sum(n or 0 for n in found)
+
+
+# --- Forms made from other forms by rule
+
+
+def stacked(form: Form, axis: str, dim: int = 0, runs: frozenset[str] = frozenset()) -> Form:
+    """Return the rows with ``axis`` as a dim instead of an index in the name.
+
+    Args:
+        form: the rows.
+        axis: the index: ``layer`` or ``expert``.
+        dim: where the new dim is; the last if the tensor has fewer.
+        runs: stack only these runs of layers; all if empty.
+    """
+
+    def one(weight: str, row: Row) -> Row:
+        run = weight.rpartition("/")[0]
+        if f"{{{axis}}}" not in row.name or (runs and run not in runs):
+            return row
+        name = re.sub(rf"[._]\{{{axis}\}}", "", row.name)
+        return replace(row, name=name, axes=row.axes.along(axis, min(dim, len(row.axes.dims))))
+
+    return {w: one(w, c) for w, c in form.items()}
+
+
+def with_flax_names(
+    form: Form, inputs: Mapping[str, frozenset[str]], lookups: frozenset[str]
+) -> Form:
+    """Return the rows with Flax's names: kernels (in, out), scales, embeddings."""
+
+    def one(weight: str, row: Row) -> Row:
+        if not row.name.endswith(".weight"):
+            return row
+        if len(row.axes.dims) == 1:
+            kind = "scale"
+        else:
+            kind = "embedding" if weight in lookups else "kernel"
+        first = set(row.axes.dims[0].names[:1])
+        turn = kind == "kernel" and not first & inputs.get(weight, frozenset())
+        axes = row.axes.reversed() if turn else row.axes
+        return replace(row, name=row.name.removesuffix("weight") + kind, axes=axes)
+
+    return {w: one(w, c) for w, c in form.items()}
+
+
+def by_run(form: Form, runs: Mapping[str, str]) -> Form:
+    """Return the rows whose names have ``$run`` once for each run, with its text in place."""
+    made: dict[str, Row] = {}
+    for weight, row in form.items():
+        if "$run" not in row.name:
+            made[weight] = row
+            continue
+        for run, text in runs.items():
+            made.setdefault(f"{run}/{weight}", replace(row, name=row.name.replace("$run", text)))
+    return made
+
+
+def adapter_axes(axes: Axes, inputs: frozenset[str]) -> tuple[Axes, Axes]:
+    """Return the axes of a low-rank adapter of a weight: of A (rank, in) and of B (out, rank).
+
+    Each is the weight's own axes, with the outputs (or inputs) replaced by ``rank`` in place.
+    """
+    outputs = frozenset(axes.names) - inputs - SHARED_AXES
+    return _with_rank(axes, outputs), _with_rank(axes, inputs)
+
+
+def _with_rank(axes: Axes, replaced: frozenset[str]) -> Axes:
+    dims: list[Dim] = []
+    rank = parse("rank").dims[0]
+    for dim in axes.dims:
+        if replaced.isdisjoint(dim.names):
+            dims.append(dim)
+        elif rank not in dims:
+            dims.append(rank)
+    return Axes(tuple(dims))

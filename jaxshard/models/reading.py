@@ -1,0 +1,326 @@
+"""Families from TOML: the package's own tables, and those of users, in the same text.
+
+name = "mine"
+types = ["mine"]                    # values of model_type
+like = "llama"                      # begin with everything of that table
+listed = ["hf", "nnx"]              # the forms it offers; all if left out
+
+[words]                             # $word (or ${word}) in a row stands for this
+layer = "h.{layer}"
+[sizes]                             # lengths of axes by config.json
+mlp = "ffn_hidden_size"
+[aliases]
+heads = "kv_heads q_per_kv"
+[inputs]                            # the axes that weights contract
+"q k v" = "embed"
+[runs]                              # layers that a form stores apart: start : stop : step
+dense = "0 : first_k_dense_replace"
+
+[forms.hf]                          # WEIGHT NAME AXES | STEPS; WEIGHT - leaves one out
+rows = '''
+q    $layer.q.weight                (heads head_dim) embed
+-    $layer.gate_up.weight          (gate:mlp + up:mlp) embed
+'''
+[forms.mine-scan]                   # made from another form by rule
+like = "hf"
+stack = ["layer 0"]
+
+[[when]]                            # laid over the table where config.json is so
+config = "use_bias == 1"
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from ..core.decoders import parse_toml
+from ..core.runtime import cached
+from ..errors import LayoutError, NotFoundError, did_you_mean
+from . import facts
+from .axes import parse
+from .facts import Config
+from .family import Family, Form, Row, by_run, stacked, with_flax_names
+
+_KEYS = {
+    "name": str,
+    "types": list,
+    "like": str,
+    "listed": list,
+    "buffers": list,
+    "lookups": str,
+    "repeated": str,
+    "words": dict,
+    "sizes": dict,
+    "aliases": dict,
+    "inputs": dict,
+    "runs": dict,
+    "copies": dict,
+    "copied_with": str,
+    "forms": dict,
+    "when": list,
+}
+_FORM_KEYS = {
+    "rows": str,
+    "like": str,
+    "words": dict,
+    "runs": dict,
+    "stack": list,
+    "replace": list,
+    "prefix": str,
+    "flax": bool,
+}
+_WORD = re.compile(r"\$(?:\{([a-z]+)\}|([a-z]+))")
+_STACK = re.compile(r"(?:layer|expert) \d(?: \w+)*")
+_MAX_LIKE = 8
+
+Table = dict[str, Any]
+
+
+def read_table(text: str, where: str) -> Table:
+    """Parse the TOML of a family, and lay it over the tables that it is ``like``.
+
+    Raises:
+        LayoutError: not TOML, or an unknown key or value; begins with ``where``.
+        NotFoundError: no table that it could be like.
+    """
+    table: Table = parse_toml(text, where)
+    _check(table, _KEYS, where)
+    for block in table.get("when", []):
+        if not isinstance(block, dict) or "config" not in block:
+            raise LayoutError(f'{where}: each [[when]] needs config = "EXPRESSION".')
+        _check(block, {**_KEYS, "config": str}, f"{where}, [[when]]")
+    chain = [table]
+    while "like" in chain[-1]:
+        if len(chain) == _MAX_LIKE:
+            raise LayoutError(f"{where}: more than {_MAX_LIKE} tables are like each other.")
+        chain.append(_packaged(chain[-1]["like"]))
+    made: Table = {}
+    for part in reversed(chain):
+        made = _laid_over(made, part)
+    return made
+
+
+def build(table: Table, config: Config, words: Mapping[str, str] | None = None) -> Family:
+    """Build the family that ``table`` describes, for one ``config.json``.
+
+    Args:
+        table: of ``read_table``.
+        config: ``config.json``; may be empty.
+        words: texts that replace those of ``[words]``.
+
+    Raises:
+        LayoutError: an invalid row.
+        FormatError: ``config.json`` has a value that does not fit.
+    """
+    text = {**config, **facts.text_config(config)}
+    for block in table.get("when", []):
+        if facts.evaluate(block["config"], text):
+            table = _laid_over(table, {k: v for k, v in block.items() if k != "config"})
+    table = {**table, "words": {**table.get("words", {}), **(words or {})}}
+    family = Family(
+        name=table["name"],
+        forms={},
+        sizes=table.get("sizes", {}),
+        aliases={axis: tuple(t.split()) for axis, t in table.get("aliases", {}).items()},
+        inputs={
+            w: frozenset(axes.split())
+            for weights, axes in table.get("inputs", {}).items()
+            for w in weights.split()
+        },
+        buffers=tuple(table.get("buffers", ())),
+        runs={run: _layers(t, text) for run, t in table.get("runs", {}).items()},
+        copies=table.get("copies", {}),
+        copied_with=table.get("copied_with", ""),
+        repeated=frozenset(table.get("repeated", "kv_heads").split()),
+    )
+    names = table.get("forms", {})
+    listed = table.get("listed", list(names))
+    unknown = [f for f in listed if f not in names]
+    if unknown:
+        raise LayoutError(
+            f"{family.name}: listed = {unknown[0]!r} has no [forms.{unknown[0]}] (forms: "
+            f"{', '.join(names)})."
+        )
+    return replace(family, forms=_Forms(table, family, tuple(dict.fromkeys((*listed, *names)))),
+                   hidden=frozenset(names) - set(listed))  # fmt: skip
+
+
+class _Forms(Mapping[str, Form]):
+    """The forms of one table, each built when it is first used."""
+
+    def __init__(self, table: Table, family: Family, names: tuple[str, ...]) -> None:
+        self._table, self._family, self._names = table, family, names
+        self._made: dict[str, Form] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Form:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = self._form(name)
+        return self._made[name]
+
+    def _form(self, name: str, depth: int = 0) -> Form:
+        """Return the rows of the form ``name``."""
+        entry = self._table["forms"].get(name)
+        if entry is None or depth == _MAX_LIKE:
+            raise LayoutError(
+                f"{self._family.name}: like = {name!r} is not a form of the table, or a form is "
+                "like itself."
+            )
+        rows = dict(self._form(entry["like"], depth + 1)) if "like" in entry else {}
+        if entry.get("flax"):
+            lookups = frozenset(self._table.get("lookups", "embed").split())
+            rows = dict(with_flax_names(rows, self._family.inputs, lookups))
+        for old, new in entry.get("replace", []):
+            rows = {w: replace(c, name=c.name.replace(old, new)) for w, c in rows.items()}
+        before = entry.get("prefix", "")
+        rows = {w: replace(c, name=before + c.name) for w, c in rows.items()}
+        self._add_rows(rows, entry, name)
+        made: Form = by_run(rows, entry.get("runs", {}))
+        for text in entry.get("stack", []):
+            axis, dim, *runs = text.split()
+            made = stacked(made, axis, int(dim), frozenset(runs))
+        return made
+
+    def _add_rows(self, rows: dict[str, Row], entry: Table, form: str) -> None:
+        words = {**self._table["words"], **entry.get("words", {})}
+        for line in entry.get("rows", "").splitlines():
+            text = line.partition("#")[0].strip()
+            for _ in range(_MAX_LIKE):  # words may have words
+                text = _WORD.sub(lambda found: words.get(found[1] or found[2], found[0]), text)
+            if not text:
+                continue
+            where = f"{self._family.name}, {form}: {line.strip()!r}"
+            left, _, steps = text.partition("|")
+            parts = left.split(None, 2)
+            if len(parts) == 2 and parts[1] == "-":
+                rows.pop(parts[0], None)
+                continue
+            if len(parts) < 3:
+                raise LayoutError(f"{where}: write WEIGHT NAME AXES, or WEIGHT - to leave it out.")
+            row = Row(parts[1], parse(parts[2].strip()), steps.strip())
+            shared = row.axes.weights
+            run, _, weight = parts[0].rpartition("/")
+            if not shared and weight == "-":
+                raise LayoutError(f"{where}: only a row of several weights has no weight.")
+            for w in shared or (weight,):
+                rows[f"{run}/{w}" if run else w] = row
+
+
+def _layers(text: str, config: Config) -> range:
+    """Return the numbers of the layers of a run, of which ``text`` is the slice."""
+    start, stop, step, *_ = (*text.split(":"), "", "")
+    count = facts.number("num_hidden_layers or n_layer or 0", config)
+    ends = [
+        facts.number(part, config) if part.strip() else default
+        for part, default in ((start, 0), (stop, count), (step, 1))
+    ]
+    return range(ends[0] or 0, ends[1] or 0, ends[2] or 1)
+
+
+def _laid_over(base: Table, over: Table) -> Table:
+    """Return ``base`` with the values of ``over``; the rows of a form are added to its rows."""
+    made = dict(base)
+    for key, value in over.items():
+        known = base.get(key)
+        if key == "when" and known:
+            made[key] = [*known, *value]
+        elif key == "rows" and known:
+            made[key] = f"{known}\n{value}"
+        elif isinstance(value, dict) and isinstance(known, dict) and "like" not in value:
+            made[key] = _laid_over(known, value)
+        else:
+            made[key] = value
+    return made
+
+
+def _check(table: Table, keys: Mapping[str, type], where: str) -> None:
+    for key, value in table.items():
+        if key not in keys:
+            raise LayoutError(
+                f"{where}: unknown key {key!r}.{did_you_mean(key, keys)} Known keys: "
+                f"{', '.join(keys)}."
+            )
+        if not isinstance(value, keys[key]):
+            raise LayoutError(f"{where}: {key} must be a {keys[key].__name__}, got {value!r}.")
+    texts = [v for k in ("types", "listed", "buffers") for v in table.get(k, [])]
+    texts += [v for k in ("words", "sizes", "aliases", "inputs", "runs", "copies")
+              for v in table.get(k, {}).values()]  # fmt: skip
+    if not all(isinstance(t, str) for t in texts):
+        raise LayoutError(f"{where}: all values of words, sizes, … must be texts in quotes.")
+    for name, form in table.get("forms", {}).items():
+        if not isinstance(form, dict):
+            raise LayoutError(f"{where}: write [forms.{name}] on a line of its own, then rows = …")
+        for key, value in form.items():
+            if key not in _FORM_KEYS or not isinstance(value, _FORM_KEYS[key]):
+                raise LayoutError(
+                    f"{where}, forms.{name}: {key} = {str(value)[:40]!r} is not valid. Known keys: "
+                    f"{', '.join(_FORM_KEYS)}."
+                )
+        pairs, stacks = form.get("replace", []), form.get("stack", [])
+        if not all(isinstance(p, list) and list(map(type, p)) == [str, str] for p in pairs):
+            raise LayoutError(f'{where}, forms.{name}: replace must be [["OLD", "NEW"], …].')
+        if not all(isinstance(t, str) and _STACK.fullmatch(t) for t in stacks):
+            raise LayoutError(f'{where}, forms.{name}: stack must be ["layer 0"], or ["expert 0"].')
+
+
+# --- The package's own tables
+
+
+@cached(1)
+def _index() -> dict[str, str]:
+    """Return the table of each ``model_type``."""
+    found: dict[str, str] = {}
+    for name in _names():
+        types = re.search(r"^types = (\[[^\]]*\])", _text(name), re.MULTILINE)
+        if types:
+            found |= dict.fromkeys(parse_toml(types[0], name)["types"], name)
+    return found
+
+
+@cached(1)
+def _names() -> tuple[str, ...]:
+    """Return the names of the tables, also of those that only others are like."""
+    from importlib.resources import files  # noqa: PLC0415 - slow to import
+
+    folder = files(__package__) / "tables"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir()))
+
+
+@cached(128)
+def _text(name: str) -> str:
+    return cast(bytes, pkgutil.get_data(__package__, f"tables/{name}.toml")).decode()
+
+
+@cached(128)
+def _packaged(name: str) -> Table:
+    if name not in _names():
+        raise NotFoundError(
+            f"like = {name!r}: no such table.{did_you_mean(name, _names())} Tables: "
+            f"{', '.join(_names())}."
+        )
+    table: Table = parse_toml(_text(name), f"models/tables/{name}.toml")
+    _check(table, _KEYS, f"models/tables/{name}.toml")
+    return table
+
+
+@cached(128)
+def packaged_table(model_type: str) -> Table | None:
+    """Return the package's table for a ``model_type``, or None."""
+    name = _index().get(model_type)
+    return None if name is None else read_table(_text(name), f"models/tables/{name}.toml")
+
+
+def model_types() -> tuple[str, ...]:
+    """Return the values of ``model_type`` that the package has tables for."""
+    return tuple(_index())

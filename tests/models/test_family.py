@@ -1,0 +1,87 @@
+"""Families: forms, lengths, and forms made from others by rule."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxshard.errors import LayoutError, NotFoundError
+from jaxshard.models import Sizes, family_of
+from jaxshard.models.axes import parse
+from jaxshard.models.family import Value, adapter_axes
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 2,
+    "num_nextn_predict_layers": 1,
+}
+
+
+def test_lengths_are_stated_or_in_the_config_or_seen():
+    family = family_of(LLAMA)
+    sizes = Sizes(family, {**LLAMA, "intermediate_size": None})
+    assert (sizes["heads"], sizes["q_per_kv"], sizes["head_dim"]) == (4, 2, 8)
+    assert sizes.having({"vocab": 128})["vocab"] == 128
+    with pytest.raises(NotFoundError, match="intermediate_size is missing"):
+        sizes["mlp"]
+    seen = sizes.seeing("hf", {"model.layers.0.mlp.up_proj.weight": (48, 32)})
+    assert seen["mlp"] == 48
+    with pytest.raises(LayoutError, match="expected 48 elements along dim 1"):
+        seen.seeing("hf", {"model.layers.1.mlp.down_proj.weight": (32, 64)})
+
+
+def test_a_form_that_is_not_listed_is_refused_by_name():
+    with pytest.raises(NotFoundError, match="no form 'tunix'"):
+        family_of({"model_type": "mixtral"}).form("tunix")
+
+
+def test_values_are_scaled_where_the_form_says_so():
+    config = {**LLAMA, "head_dim": 16}
+    family = family_of(config)
+    assert Sizes(family, config).value(family.form("maxtext")["q"]) == Value(0.25, 0.0)
+    config = {**config, "model_type": "gemma2", "hidden_size": 64}
+    family = family_of(config)
+    form = family.form("maxtext")
+    assert Sizes(family, config).value(form["embed"]) == Value(8.0, 0.0)
+    assert Sizes(family, config).value(form["norm"]) == Value(1.0, 1.0)
+
+
+def test_rotary_halves_are_interleaved_for_llama_3_1_only():
+    scaled = {**LLAMA, "rope_scaling": {"rope_type": "llama3"}}
+    assert str(family_of(scaled).form("maxtext")["k"].axes) == "embed layer kv_heads (half two)"
+    assert str(family_of(LLAMA).form("maxtext")["k"].axes) == "embed layer kv_heads head_dim"
+
+
+def test_layers_of_several_kinds_are_counted_apart():
+    family = family_of(DEEPSEEK)
+    assert family.runs == {
+        "dense": range(2),
+        "moe": range(2, 4),
+        "mtp": range(4, 5),
+        "main": range(4),
+    }
+    scan = family.form("nnx-scan")
+    assert scan["dense/gate"].name == "model.dense_layers.mlp.gate_proj.kernel"
+    assert str(scan["moe/e.up"].axes) == "layer expert embed moe_mlp"
+    assert "{layer}" in scan["mtp/q_b"].name
+    assert family.find("hf", "model.layers.3.mlp.experts.7.up_proj.weight") == "e.up"
+
+
+def test_the_matrices_of_an_adapter_have_the_axes_of_their_weight():
+    def texts(axes, inputs):
+        return tuple(map(str, adapter_axes(parse(axes), frozenset(inputs))))
+
+    assert texts("(heads head_dim) embed", ["embed"]) == ("rank embed", "(heads head_dim) rank")
+    assert texts("embed layer heads head_dim", ["embed"]) == (
+        "embed layer rank",
+        "rank layer heads head_dim",
+    )
