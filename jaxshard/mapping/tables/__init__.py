@@ -20,7 +20,6 @@ from ...errors import (
     did_you_mean,
     format_list,
 )
-from ...models.facts import text_config
 from ...rules import ModelFacts, weight_name
 from ...rules.match import TEXT_MODEL, text_root, towers
 from ..mapping import Mapping, read_mapping
