@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .devices.pytree import show
     from .loader import load
     from .lora import merge_lora
+    from .models import register_models
     from .rules import read_rules
     from .saver import save
 
@@ -44,6 +45,7 @@ __all__ = [
     "plan",
     "prepare_reshard",
     "read_rules",
+    "register_models",
     "reshard",
     "save",
     "show",

@@ -29,7 +29,8 @@ VERBS = {
     "reshard": (js.reshard, 2),
     "open": (js.open, 1),
 }
-ON_SCREEN = {"help", "json", "quiet", "svg"}  # of the command line alone: what it shows
+#: Of the command line alone: what it shows; js.register_models.
+ON_SCREEN = {"help", "json", "quiet", "svg", "models"}
 
 
 def keywords(function) -> set[str]:

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # imports NumPy, so only after the command is known
         run = getattr(import_module(f".{arguments.module}", __package__), arguments.command)
+        if getattr(arguments, "models", None):
+            import_module(".commands", __package__).register_files(arguments.models)
         status = int(run(arguments))
         sys.stdout.flush()  # before exit, where a closed pipe would be a traceback
         return status

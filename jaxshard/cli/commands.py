@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..core.catalog import Catalog, Tensor
 from ..core.decoders import MAX_TOML_BYTES
 from ..distributed.processes import part_of
 from ..errors import LayoutError, NotFoundError, format_list, size_text
+from ..models import Sizes, family_of, model_types, register_models
 from ..planning import pictures
 from ..rules import Rules, read_rules
 from ..storage.fs import read_bytes, read_text, write_user_file
@@ -189,6 +190,38 @@ def lora(a: Namespace) -> int:
     return _convert(a, a.to, source)
 
 
+def models(a: Namespace) -> int:
+    """List the model families, or show the table of one."""
+    if a.model is None:
+        families = {kind: family_of({}, kind) for kind in model_types()}
+        if a.json:
+            write_json({kind: family.listed for kind, family in families.items()})
+        elif not a.quiet:
+            rows = [(kind, ", ".join(family.listed)) for kind, family in families.items()]
+            write(pictures.table(("model_type", "forms"), rows))
+        return 0
+    is_type = a.model in model_types()
+    config = {} if is_type else open_checkpoint(a.model).model.config
+    family = family_of(config, a.model if is_type else None)
+    form, sizes = a.form or "hf", Sizes(family, config)
+    found = [
+        (weight, row.name, str(row.axes), row.steps) for weight, row in family.form(form).items()
+    ]
+    if a.json:
+        keys = ("weight", "name", "axes", "steps")
+        write_json([dict(zip(keys, row, strict=True)) for row in found])
+    elif not a.quiet:
+        write(f"{family.name}, {form} (forms: {', '.join(family.listed)})\n")
+        write(pictures.table(("weight", "name", "axes", "steps"), found))
+        known = [f"{axis} = {n}" for axis in family.sizes if (n := sizes.get(axis)) is not None]
+        write("\n" + (", ".join(known) if config else _lengths(family.sizes)))
+    return 0
+
+
+def _lengths(sizes: Mapping[str, str]) -> str:
+    return pictures.table(("axis", "length by config.json"), sorted(sizes.items()))
+
+
 def decrypt(a: Namespace) -> int:
     """Decrypt a MindSpore checkpoint file."""
     from ..conversion.decrypt import decrypt as decrypt_file  # noqa: PLC0415 - only this command needs it
@@ -278,6 +311,12 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
 
 def _source(a: Namespace) -> Catalog:
     return open_checkpoint(a.source, src_strategy=a.src_strategy, suffix=a.suffix)
+
+
+def register_files(paths: Sequence[str]) -> None:
+    """Register the model families of ``--models``."""
+    for path in paths:
+        register_models(read_text(path, MAX_TOML_BYTES, f"--models {path}"), path)
 
 
 def read_rules_file(path: str | None) -> Rules | None:

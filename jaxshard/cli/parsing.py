@@ -49,6 +49,7 @@ _EXAMPLES_OF = {
         "strategy make llama/ strategy/ --to dp2mp2pp2",
         "strategy make llama/ stages.ckpt --to dp2mp2pp2 --merged",
     ),
+    "models": ("models", "models llama --form maxtext"),
     "decrypt": (
         "decrypt secret.ckpt plain.ckpt --key-file key",
         "decrypt secret.ckpt plain.ckpt --key-file key --overwrite",
@@ -108,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     _add_verify(command("verify", _VERIFY))
     _add_lora(command("lora", "merge LoRA adapters into their base weights, in any layout"))
     _add_strategy(command("strategy", "show, merge or write MindSpore strategy files"))
+    _add_models(command("models", "list the known model families, or show the table of one"))
     _add_decrypt(command("decrypt", "decrypt a .ckpt that MindSpore encrypted"))
     _add_demo(
         command(
@@ -192,6 +194,25 @@ def _add_lora(to: argparse.ArgumentParser) -> None:
     _add_budget(to)
     _add_output(to)
     _add_running(to)
+
+
+def _add_models(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "model", nargs="?", metavar="MODEL", help="model_type, or the directory of a model"
+    )
+    to.add_argument("--form", metavar="FORM", help="show only this form (default: hf)")
+    _add_tables(to)
+    _add_output(to)
+
+
+def _add_tables(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--models",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="table of a model family (TOML, see docs/models.md; repeatable)",
+    )
 
 
 def _add_decrypt(to: argparse.ArgumentParser) -> None:
@@ -314,6 +335,7 @@ def _add_source(
     to: argparse.ArgumentParser, what: str = "checkpoint: a directory, or one weight file"
 ) -> None:
     to.add_argument("source", metavar="SRC", help=what)
+    _add_tables(to)
     to.add_argument(
         "--src-strategy",
         metavar="PATH",

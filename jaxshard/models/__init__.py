@@ -11,9 +11,18 @@ from collections.abc import Mapping
 from ..errors import NotFoundError
 from .facts import Config, text_config
 from .family import Family, Form, Row, Sizes
-from .reading import build, model_types, packaged_table, read_table
+from .reading import build, model_types, read_table, register, table_for
 
-__all__ = ["Family", "Form", "Row", "Sizes", "family_of", "model_types", "read_family"]
+__all__ = [
+    "Family",
+    "Form",
+    "Row",
+    "Sizes",
+    "family_of",
+    "model_types",
+    "read_family",
+    "register_models",
+]
 
 
 def family_of(
@@ -32,7 +41,7 @@ def family_of(
     stated = (config.get("model_type"), text_config(config).get("model_type"))
     kinds = [kind] if kind else [k for k in dict.fromkeys(stated) if isinstance(k, str)]
     for each in kinds:
-        table = packaged_table(each)
+        table = table_for(each)
         if table is not None:
             return build(table, config, words)
     raise NotFoundError(
@@ -53,3 +62,22 @@ def read_family(text: str, config: Config, where: str = "family") -> Family:
         for row in form.values():
             Sizes(family, config).value(row)  # reports invalid rows now
     return family
+
+
+def register_models(text: str, where: str = "models") -> tuple[str, ...]:
+    """Register a model family for this process, in TOML; return its values of ``model_type``.
+
+    From then on all functions treat models of these types by the table: sharding, ``names=``
+    and adapters. It precedes the package's own table for the same type. ``docs/models.md``
+    documents the text; on the command line it is the file of ``--models``.
+
+    Args:
+        text: the TOML text.
+        where: the source of ``text``, which begins the message of an error.
+
+    Raises:
+        LayoutError: not TOML, or an invalid table.
+        NotFoundError: it is like a table that does not exist.
+    """
+    read_family(text, {}, where)  # reports every invalid row
+    return register(text, where)

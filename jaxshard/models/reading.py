@@ -315,12 +315,34 @@ def _packaged(name: str) -> Table:
 
 
 @cached(128)
-def packaged_table(model_type: str) -> Table | None:
-    """Return the package's table for a ``model_type``, or None."""
+def _packaged_for(model_type: str) -> Table | None:
     name = _index().get(model_type)
     return None if name is None else read_table(_text(name), f"models/tables/{name}.toml")
 
 
+# --- Tables that the user registered, which precede the package's own
+
+_registered: dict[str, Table] = {}
+
+
+def register(text: str, where: str) -> tuple[str, ...]:
+    """Register the table in ``text`` for its ``types``; see ``jaxshard.register_models``."""
+    table = read_table(text, where)
+    own = parse_toml(text, where).get("types", [])
+    if not own:
+        raise LayoutError(
+            f"{where}: types is missing. List the values of model_type of the family: "
+            'types = ["mine"].'
+        )
+    _registered.update(dict.fromkeys(own, table))
+    return tuple(own)
+
+
+def table_for(model_type: str) -> Table | None:
+    """Return the table for a ``model_type``, or None."""
+    return _registered.get(model_type) or _packaged_for(model_type)
+
+
 def model_types() -> tuple[str, ...]:
-    """Return the values of ``model_type`` that the package has tables for."""
-    return tuple(_index())
+    """Return the values of ``model_type`` with a table."""
+    return tuple(dict.fromkeys((*_registered, *_index())))

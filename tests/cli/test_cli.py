@@ -22,6 +22,7 @@ import jaxshard as js
 from jaxshard import cli
 from jaxshard.cli import commands, parsing
 from jaxshard.formats import registry
+from jaxshard.models import reading
 from jaxshard.storage.resources import fit_budget
 
 ROOT = Path(__file__).parents[2]
@@ -568,3 +569,25 @@ def _actions(parser):
                 yield from _actions(sub)
         else:
             yield action
+
+
+def test_models_lists_families_and_shows_the_table_of_one(capsys, tmp_path):
+    assert cli.main(["models"]) == 0
+    assert "llama" in capsys.readouterr().out
+    assert cli.main(["models", "llama", "--form", "maxtext"]) == 0
+    out = capsys.readouterr().out
+    assert "params.decoder.layers.self_attention.query.kernel" in out
+    assert "embed layer heads head_dim" in out
+    assert cli.main(["models", "llama", "--form", "none"]) == 2
+    assert "no form 'none'" in capsys.readouterr().err
+
+
+def test_a_family_of_a_file_is_known_to_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_registered", {})
+    table = tmp_path / "mine.toml"
+    table.write_text('name = "mine"\ntypes = ["mine"]\nlike = "llama"\nlisted = ["hf"]')
+    assert cli.main(["models", "--models", str(table), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mine"] == ["hf"]
+    table.write_text("name = ")
+    assert cli.main(["models", "--models", str(table)]) == 2
+    assert f"{table}: not TOML" in capsys.readouterr().err

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jaxshard.errors import NotFoundError
-from jaxshard.models import Sizes, family_of, model_types
+import jaxshard as js
+from jaxshard.errors import LayoutError, NotFoundError
+from jaxshard.models import Sizes, family_of, model_types, reading
 
 LLAMA = {
     "model_type": "llama",
@@ -38,3 +39,38 @@ def test_text_models_inside_others_are_read_where_they_are():
 def test_an_unknown_model_is_refused_with_those_that_are_known():
     with pytest.raises(NotFoundError, match=r"'mamba'.*known: .*llama"):
         family_of({"model_type": "mamba"})
+
+
+MINE = """
+name = "mine"
+types = ["mine"]
+like = "llama"
+[forms.hf]
+rows = "down $layer.mlp.out.weight embed mlp"
+"""
+
+
+@pytest.fixture
+def _registered(monkeypatch):
+    monkeypatch.setattr(reading, "_registered", {})
+
+
+@pytest.mark.usefixtures("_registered")
+def test_a_registered_family_is_found_by_its_type():
+    with pytest.raises(NotFoundError):
+        family_of({"model_type": "mine"})
+    assert js.register_models(MINE) == ("mine",)
+    assert model_types()[0] == "mine"
+    family = family_of({"model_type": "mine"})
+    assert family.form("hf")["down"].name == "model.layers.{layer}.mlp.out.weight"
+
+
+@pytest.mark.usefixtures("_registered")
+def test_a_wrong_table_is_not_registered():
+    with pytest.raises(LayoutError, match="types is missing"):
+        js.register_models(MINE.replace('types = ["mine"]', ""))
+    with pytest.raises(LayoutError, match=r"my.toml.*"):
+        js.register_models(MINE.replace("types = [", "types = "), "my.toml")
+    with pytest.raises(LayoutError, match="write WEIGHT NAME AXES"):
+        js.register_models(MINE.replace(" embed mlp", ""))
+    assert "mine" not in model_types()
