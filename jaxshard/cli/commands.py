@@ -334,6 +334,7 @@ def _run_options(a: Namespace) -> RunOptions:
         "process_index": a.process_index,
         "process_count": a.process_count,
         "check_replicas": a.check_replicas,
+        "stream": a.stream,
     }
 
 

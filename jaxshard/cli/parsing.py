@@ -471,6 +471,11 @@ def _add_running(to: argparse.ArgumentParser) -> None:
         help="verify that replicas in SRC are identical before converting",
     )
     to.add_argument(
+        "--stream",
+        action="store_true",
+        help="read hf:// paths by ranges, without a copy in the local cache",
+    )
+    to.add_argument(
         "--no-fsync",
         action="store_true",
         help="do not flush the files to disk (a power failure may lose the result)",

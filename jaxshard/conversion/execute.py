@@ -30,7 +30,7 @@ from ..storage.transaction import Transaction
 from ..storage.writers import OutputFiles, put_beside
 from . import targets
 from .open import PathLike
-from .prepare import Prepared, part_plan
+from .prepare import Prepared, downloaded_first, part_plan
 
 Progress = Callable[[int], None]
 
@@ -66,6 +66,7 @@ def execute(
     process_index: int | str | None = None,
     process_count: int | str | None = None,
     check_replicas: bool = False,
+    stream: bool = False,
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Write a prepared conversion to ``destination``.
@@ -82,6 +83,8 @@ def execute(
             ``jax.distributed``, or from the environment of SLURM or Open MPI.
         check_replicas: read all replicas of the source first, and refuse it if they differ.
             Otherwise the first replica is used.
+        stream: read a repository of the Hub by ranges, and write nothing to its local cache.
+            Otherwise the files that are read are downloaded to the cache first.
         progress: called with the total byte count; returns a callback that receives bytes written.
 
     Raises:
@@ -97,6 +100,8 @@ def execute(
             f"format {prepared.result.format!r} is written by one process, not in parts. Leave out "
             "process_index= and process_count=."
         )
+    if not stream:
+        prepared = downloaded_first(prepared, part)
     catalog, budget = prepared.plan.source, prepared.budget
     place, only = Path(destination), targets.single_file(prepared.result, destination)
     refuse_source(catalog, place)
@@ -114,7 +119,7 @@ def execute(
         check_free_space(staging.files, plan.totals.bytes_written)
         tell = progress(plan.totals.bytes_written) if progress else None
         with open_source(catalog) as source:
-            source.check_checksums()
+            source.check_checksums(n for n, reads in enumerate(plan.reads) if reads)
             counts = _write(plan, prepared.result, source, staging, budget, tell)
         is_published = staging.publish(
             None if only else partial(_write_side_files, prepared, staging, place)

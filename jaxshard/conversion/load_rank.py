@@ -22,7 +22,7 @@ from ..storage.io import Source
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
 from .open import PathLike
-from .prepare import prepare
+from .prepare import downloaded_first, prepare
 from .targets import FULL
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def load_rank(
     keep_accu_grads: bool = False,
     workers: int | None = None,
     host_bytes: int | str | None = None,
+    stream: bool = False,
 ) -> dict[str, NDArray[Any]]:
     """Return the shards of ``rank`` of ``source`` in the layout ``to``: ``{name: array}``.
 
@@ -65,6 +66,7 @@ def load_rank(
         keep_accu_grads: load accumulated gradients too.
         workers: number of threads; by default one per core, at most 8.
         host_bytes: memory limit for data in flight, without the arrays themselves.
+        stream: read a repository of the Hub by ranges, and write nothing to its local cache.
 
     Raises:
         JaxshardError: as ``prepare``.
@@ -89,13 +91,14 @@ def load_rank(
         workers=workers,
         host_bytes=host_bytes,
     )
+    prepared = prepared if stream else downloaded_first(prepared)
     plan = prepared.plan
     log_notes(plan.source.root, plan.notes, plan.source.logged)
     wanted = range(len(plan.outputs.paths)) if plan.only is None else plan.only
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
     share = HostArrays((e.tensor.name, e.tensor.dtype, e.shape) for e in entries)
     with open_source(plan.source) as files:
-        files.check_checksums()
+        files.check_checksums(n for n, reads in enumerate(plan.reads) if reads)
         run(plan.moves(), files, share, budget=prepared.budget, ahead=plan.moves())
     return share.arrays()
 

@@ -27,7 +27,7 @@ from ..formats.registry import find_format, format_of
 from ..planning.copies import firsts
 from ..planning.plan import Plan, block_bytes_for, make_plan
 from ..storage import writers
-from ..storage.remote import is_remote
+from ..storage.remote import downloaded, is_remote, url_of_cached
 from ..storage.resources import Budget, budget_for, parse_size
 from . import targets
 from .open import PathLike, opened, read_scalars
@@ -83,11 +83,12 @@ def fingerprint(catalog: Catalog, result: Result, only: frozenset[int] | None) -
         if id(data) not in hashes:
             hashes[id(data)] = hashlib.sha256(data).digest()
         digest.update(name.encode() + hashes[id(data)])
-    root = catalog.root
+    root, files = catalog.root, catalog.files
+    url = root if is_remote(root) else url_of_cached(root)
     return json.dumps(
         {
-            "source": root if is_remote(root) else str(Path(root).absolute()),
-            "files": [[f.path, f.num_bytes, f.version or f.mtime_ns] for f in catalog.files],
+            "source": url or str(Path(root).absolute()),
+            "files": [[f.path, f.num_bytes, f.version or (not url and f.mtime_ns)] for f in files],
             "format": [result.format, result.container.crc],
             "ranks": sorted(only) if only is not None else None,
             "result": digest.hexdigest(),
@@ -135,6 +136,19 @@ class Prepared:
     def request(self) -> str:
         """The fingerprint that a resumed run must have; half a second for 90,000 tensors."""
         return fingerprint(self.plan.source, self.result, self.plan.only)
+
+
+def downloaded_first(prepared: Prepared, part: Part | None = None) -> Prepared:
+    """Return ``prepared`` with the files that ``part`` reads in the Hub's cache, if it has them.
+
+    Raises:
+        NotFoundError, StorageError: they cannot be downloaded.
+    """
+    plan = prepared.plan
+    if not is_remote(plan.source.root):
+        return prepared
+    used = (n for n, reads in enumerate(part_plan(plan, part).reads) if reads)
+    return replace(prepared, plan=replace(plan, source=downloaded(plan.source, used)))
 
 
 @paused()
@@ -383,6 +397,7 @@ class RunOptions(TypedDict, total=False):
     process_index: int | str | None
     process_count: int | str | None
     check_replicas: bool
+    stream: bool
 
 
 class ConvertOptions(ResultOptions, RunOptions, total=False):

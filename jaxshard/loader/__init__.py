@@ -33,7 +33,7 @@ from ..rules import Rules
 from ..storage.identity import check_same, identity
 from ..storage.io import Source
 from ..storage.readers import open_source
-from ..storage.remote import is_remote
+from ..storage.remote import downloaded, is_remote
 from ..storage.resources import Counts, default_workers, parse_size
 from .make_arrays import check_dtypes, load_small, restore, restored_by_orbax, small_of
 from .memory_budget import (
@@ -76,6 +76,7 @@ def load(
     workers: int | None = None,
     balanced: bool = False,
     verify: bool = False,
+    stream: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     counted: Callable[[Counts], None] | None = None,
 ) -> Any:
@@ -121,6 +122,8 @@ def load(
         verify: first compare all files that are read with their checksums: those in
             ``checksums.json`` (written by ``save(checksums=True)``, ``convert`` …), in ``.ckpt``
             files, or Orbax's. Files without a checksum are refused.
+        stream: read a repository of the Hub by ranges, and write nothing to its local cache.
+            Otherwise the files that are read are downloaded to the cache first.
         timeout_s: how long the processes with devices of the target wait for each other to open
             the source, which must be the same for all. With ``balanced``, also how long they wait
             for each other to read it.
@@ -165,6 +168,7 @@ def load(
         mmap=mmap,
         copy=copy,
         verify=verify,
+        stream=stream,
     )
     arrays, counts = load_opened(
         catalog, target, options, balanced=together if balanced else None, decided=compare
@@ -233,6 +237,8 @@ def load_opened(
         else:
             first = list(wanted.wants) if balanced is None else spread(wanted.wants)
             extra = kept_bytes(first, wanted.wants)
+            if not options.stream and is_remote(catalog.root):
+                catalog = downloaded(catalog, files_of(r for r, _ in requests_of(first)))
             with _explaining_lost_ranks(catalog):
                 arrays, counts = _read(catalog, first, options, extra)
     if balanced is not None and not by_orbax:

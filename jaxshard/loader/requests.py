@@ -66,6 +66,7 @@ class LoadArguments:
     mmap: bool = False
     copy: bool = False
     verify: bool = False
+    stream: bool = False
 
     @property
     def takes(self) -> Callable[[str], bool]:

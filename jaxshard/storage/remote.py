@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from ..core.catalog import File
-from ..errors import FormatError, LayoutError, NotFoundError, StorageError
+from ..core.catalog import Catalog, File
+from ..errors import FormatError, JaxshardError, LayoutError, NotFoundError, StorageError
 from .local import LocalFolder
 from .object_store import (
     Client,
@@ -324,6 +327,10 @@ _REPOSITORY_URL = re.compile(
 )
 
 
+# The revision that the caller named, by repository and commit.
+_REVISIONS: dict[tuple[str, str], str | None] = {}
+
+
 def _library() -> ModuleType:
     try:
         import huggingface_hub  # noqa: PLC0415 - an extra, and a second to import
@@ -344,8 +351,8 @@ def hub_errors_as(name: str) -> Iterator[None]:
         yield
     except known.GatedRepoError:
         raise StorageError(
-            f"hf://{name} is gated. Accept its terms at {_endpoint()}/{name}, and log in: set "
-            "HF_TOKEN, or run hf auth login."
+            f"hf://{name} is gated. Accept its terms at {_library().constants.ENDPOINT}/{name}, "
+            "and log in: set HF_TOKEN, or run hf auth login."
         ) from None
     except known.RevisionNotFoundError:
         raise NotFoundError(
@@ -356,20 +363,32 @@ def hub_errors_as(name: str) -> Iterator[None]:
             f"hf://{name} does not exist, or is private. Check the name; for a private one log in: "
             "set HF_TOKEN, or run hf auth login."
         ) from None
-    except (known.LocalEntryNotFoundError, known.OfflineModeIsEnabled):
+    except (known.LocalEntryNotFoundError, known.OfflineModeIsEnabled) as error:
+        if not _library().constants.HF_HUB_OFFLINE:
+            raise _unreadable(name, error) from None
         raise StorageError(
             f"hf://{name} is not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or "
             f"download first: hf download {name}."
         ) from None
     except known.EntryNotFoundError:
         raise NotFoundError(f"hf://{name} has no such file.") from None
-    except (known.HfHubHTTPError, OSError, ValueError) as error:
-        text = re.sub(r"\?[^\s)]*", "", " ".join(str(error).split()))[:300]
-        raise StorageError(f"hf://{name} cannot be read: {text}") from None
+    except Exception as error:
+        of_http = type(error).__module__.startswith("http")  # its versions use httpx, or a copy
+        if isinstance(error, JaxshardError) or not (
+            of_http or isinstance(error, OSError | ValueError)
+        ):
+            raise
+        raise _unreadable(name, error) from None
 
 
-def _endpoint() -> str:
-    return str(_library().constants.ENDPOINT)
+def _unreadable(name: str, error: Exception) -> StorageError:
+    text = re.sub(r"\?[^\s)]*", "", " ".join(str(error).split()))[:300]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"hf://{name} cannot be downloaded: {text}. Make room, set HF_HOME to another disk, or "
+            "read it without a copy: stream=True (--stream)."
+        )
+    return StorageError(f"hf://{name} cannot be read: {text}. Check HF_ENDPOINT, and try again.")
 
 
 class Repository:
@@ -404,6 +423,7 @@ class Repository:
                 .model_info(self._name, revision=self._revision, files_metadata=True)
             )
         self._commit = info.sha
+        _REVISIONS[self._name, self._commit] = self._revision
         entries = {e.rfilename: e.size or 0 for e in info.siblings or ()}
         if self._folder in entries:  # one file
             self._folder, _, only = self._folder.rpartition("/")
@@ -424,9 +444,12 @@ class Repository:
         """
         library = _library()
         if library.constants.HF_HUB_OFFLINE:
-            with hub_errors_as(self._name):
+            with hub_errors_as(self._name):  # formats report missing weights by name
                 found = library.snapshot_download(
-                    self._name, revision=self._revision, local_files_only=True
+                    self._name,
+                    revision=self._revision,
+                    local_files_only=True,
+                    allow_patterns=self._patterns(()),
                 )
             return Path(found, self._folder)
         folder = self._folder
@@ -440,6 +463,30 @@ class Repository:
             return None
         root = Path(found[0]).parents[len(PurePosixPath(prefix + names[0]).parts) - 1]
         return root / folder
+
+    def download(self, names: Iterable[str]) -> Path:
+        """Download the files ``names`` and all small ones to the local cache; return the folder.
+
+        The library resumes an interrupted download and shows its progress.
+
+        Raises:
+            StorageError: the Hub cannot be reached or refuses, or the disk is full.
+            NotFoundError: the repository or the commit does not exist any more.
+        """
+        download = _library().snapshot_download
+        patterns = self._patterns(names)
+        # With a branch's name the cache records its commit too, which offline runs look up.
+        revision = _REVISIONS.get((self._name, self._commit or ""), self._commit)
+        with hub_errors_as(self._name):
+            found = Path(download(self._name, revision=revision, allow_patterns=patterns))
+            if found.name != self._commit:  # the branch moved on since the checkpoint was opened
+                found = Path(download(self._name, revision=self._commit, allow_patterns=patterns))
+        return found / self._folder
+
+    def _patterns(self, names: Iterable[str]) -> list[str]:
+        """Return patterns of the files ``names`` and of every file but the weights below."""
+        prefix = f"{self._folder}/" if self._folder else ""
+        return [glob.escape(prefix) + pattern for pattern in (*map(glob.escape, names), "*.json")]
 
     def place(self, path: str) -> tuple[Client, str]:
         """Resolve a file once for all threads."""
@@ -466,6 +513,48 @@ class Repository:
             if self._places.get(path) is place:
                 del self._places[path]
         return True
+
+
+def downloaded(catalog: Catalog, numbers: Iterable[int]) -> Catalog:
+    """Return ``catalog`` as it is in the local cache of the Hub, its files ``numbers`` downloaded.
+
+    Extras are downloaded too. Catalogs of other places are returned unchanged.
+
+    Raises:
+        FormatError: a file in the cache has another size than in the listing.
+        NotFoundError, StorageError: as ``Repository.download``.
+    """
+    if not catalog.root.startswith("hf://"):
+        return catalog
+    paths = {catalog.files[number].path for number in numbers}
+    own = {path for path in paths if "://" not in path and not os.path.isabs(path)}
+    place = Repository(catalog.root).download(sorted(own.union(catalog.extras)))
+    here = LocalFolder(place, own).files() if own else {}
+    for file in catalog.files:
+        if file.path in own and here[file.path].num_bytes != file.num_bytes:
+            raise FormatError(
+                f"{place / file.path} has {here[file.path].num_bytes} bytes (expected "
+                f"{file.num_bytes}). Remove it from the cache, and try again."
+            )
+    files = tuple(here.get(file.path, file) for file in catalog.files)
+    return replace(catalog, root=str(place), files=files)
+
+
+_CACHED = re.compile(
+    r".*/models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?P<folder>/.+)?"
+)
+
+
+def url_of_cached(path: str) -> str | None:
+    """Return the URL of a folder in the local cache of the Hub; None for other folders.
+
+    >>> url_of_cached("/home/me/hub/models--org--llama/snapshots/" + "a" * 40)
+    'hf://org/llama@aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'
+    """
+    found = _CACHED.fullmatch(path)
+    if found is None:
+        return None
+    return f"hf://{found['owner']}/{found['name']}@{found['commit']}{found['folder'] or ''}"
 
 
 def _in_use(path: str) -> bool:

@@ -7,10 +7,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
-from remote_store import store  # noqa: F401 - a fixture
+from remote_store import point_hub_at, store  # noqa: F401 - a fixture
 
 import jaxshard as js
+from jaxshard.cli import main
 from jaxshard.errors import NotFoundError, StorageError
+from jaxshard.storage import writers
 
 
 @pytest.fixture
@@ -21,13 +23,14 @@ def llama(store, tmp_path):  # noqa: F811
 
 
 def _load(url):
-    return {name: np.asarray(array) for name, array in js.load(url, "mp2").items()}
+    loaded = js.load(url, "mp2", stream=True)
+    return {name: np.asarray(array) for name, array in loaded.items()}
 
 
 def test_each_weight_file_is_resolved_once(store, llama):  # noqa: F811
     catalog = js.open("hf://org/llama")
     store.objects.log.clear()
-    js.load(catalog, "mp8")
+    js.load(catalog, "mp8", stream=True)
     assert len(store.lines("HEAD /org/llama/resolve")) == 2
 
 
@@ -94,6 +97,93 @@ def test_a_cache_of_another_commit_is_not_read(store, llama, tmp_path):  # noqa:
     store.objects.add_folder("bucket/newer", tmp_path / "newer")
     store.objects.add_repository("org/llama", "bucket/newer", "d" * 40)
     assert js.open("hf://org/llama").root == "hf://org/llama@" + "d" * 40
+
+
+def _cached(tmp_path):
+    """The names of the weight files in the local cache."""
+    return sorted(p.name for p in (tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_a_load_downloads_to_the_cache_and_later_ones_read_it_there(store, llama, tmp_path):  # noqa: F811
+    loaded = js.load("hf://org/llama", "mp2")
+    for name, array in llama.items():
+        assert np.array_equal(np.asarray(loaded[name]).view(np.uint8), array.view(np.uint8))
+    assert len(_cached(tmp_path)) == 2
+    store.objects.log.clear()
+    assert js.load("hf://org/llama", "mp4").keys() == llama.keys()
+    assert all("/api/models" in line for line in store.lines())
+
+
+def test_a_conversion_downloads_only_the_files_that_it_reads(store, llama, tmp_path):  # noqa: F811
+    catalog = js.open("hf://org/llama")
+    file = catalog.tensors["model.norm.weight"].shards[0].file
+    js.convert(catalog, tmp_path / "norm", include="model.norm.weight")
+    assert _cached(tmp_path) == [catalog.files[file].path]
+    assert (tmp_path / "norm/tokenizer.json").exists()
+    shares = js.load_rank("hf://org/llama", "mp2", include="model.norm.weight")
+    assert np.array_equal(shares["model.norm.weight"], llama["model.norm.weight"])
+    assert _cached(tmp_path) == [catalog.files[file].path]
+
+
+def test_streamed_inspected_and_planned_nothing_is_written_to_the_disk(store, llama, tmp_path):  # noqa: F811
+    js.load("hf://org/llama", "mp2", stream=True)
+    js.load_rank("hf://org/llama", "mp2", stream=True)
+    js.slice("hf://org/llama", tmp_path / "cut", "mp2", stream=True)
+    js.plan("hf://org/llama", "mp2")
+    assert main(["inspect", "hf://org/llama"]) == 0
+    assert main(["merge", "hf://org/llama", str(tmp_path / "out"), "--stream", "--quiet"]) == 0
+    assert not js.verify(tmp_path / "cut", "hf://org/llama").problems
+    assert not _cached(tmp_path)
+
+
+def test_a_download_may_be_mapped_and_verified(store, llama, tmp_path):  # noqa: F811
+    js.convert(tmp_path / "llama", tmp_path / "summed", checksums=True)
+    store.add("summed", tmp_path / "summed")
+    assert js.load("hf://org/summed", "mp2", verify=True, mmap=True).keys() == llama.keys()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_conversion_from_the_hub_is_resumed(stream, store, llama, tmp_path):  # noqa: F811
+    out, finish = tmp_path / "out", writers.OutputFiles._finish
+    calls = []
+
+    def fail_second(self, rank):
+        calls.append(rank)
+        if len(calls) == 2:
+            raise StorageError("the disk is full")
+        finish(self, rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers.OutputFiles, "_finish", fail_second)
+        with pytest.raises(StorageError, match="full"):
+            js.slice("hf://org/llama", out, "mp2", stream=stream, workers=1)
+    report = js.slice("hf://org/llama", out, "mp2", resume=True)
+    assert report.skipped_files == 1
+    assert not js.verify(out, tmp_path / "llama").problems
+
+
+def test_a_branch_that_moves_before_the_download_is_not_followed(store, llama, tmp_path):  # noqa: F811
+    catalog = js.open("hf://org/llama")
+    other = checkpoints.write_llama(tmp_path / "newer", num_files=2, seed=1)
+    store.objects.add_folder("bucket/newer", tmp_path / "newer")
+    store.objects.add_repository("org/llama", "bucket/newer", "d" * 40)
+    name = "model.norm.weight"
+    assert np.array_equal(np.asarray(js.load(catalog, "mp2")[name]), llama[name])
+    assert np.array_equal(np.asarray(js.load("hf://org/llama", "mp2")[name]), other[name])
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error(store, llama, tmp_path, monkeypatch):  # noqa: F811
+    point_hub_at("http://127.0.0.1:9", monkeypatch, tmp_path / "hub")
+    with pytest.raises(StorageError, match="Check HF_ENDPOINT"):
+        js.open("hf://org/llama")
+
+
+def test_offline_what_was_downloaded_is_loaded(store, llama, monkeypatch):  # noqa: F811
+    js.load("hf://org/llama", "mp2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    store.objects.log.clear()
+    assert js.load("hf://org/llama", "mp4").keys() == llama.keys()
+    assert not store.lines()
 
 
 def test_offline_only_the_cache_is_read(store, llama, monkeypatch):  # noqa: F811

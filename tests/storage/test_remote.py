@@ -39,21 +39,21 @@ def _equal(loaded, arrays):
 def test_a_remote_checkpoint_loads_as_the_local_one_does(kind, to, store, llama):  # noqa: F811
     url = store.urls("llama")[kind]
     if to.endswith("pp2"):
-        loaded = {n: a for n, a in js.load(url, to).items() if a is not None}
+        loaded = {n: a for n, a in js.load(url, to, stream=True).items() if a is not None}
     else:
-        loaded = js.load(url, to)
+        loaded = js.load(url, to, stream=True)
     _equal(loaded, llama)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_remote_checkpoint_is_cut_merged_and_verified(kind, store, llama, tmp_path):  # noqa: F811
     url = store.urls("llama")[kind]
-    js.slice(url, tmp_path / "cut", "dp2mp2")
+    js.slice(url, tmp_path / "cut", "dp2mp2", stream=True)
     js.merge(tmp_path / "cut", tmp_path / "whole")
     assert not js.verify(tmp_path / "whole", url).problems
     assert not js.verify(url).problems
     local = js.load_rank(tmp_path / "llama", "dp2mp2", rank=1)
-    _equal(js.load_rank(url, "dp2mp2", rank=1), local)
+    _equal(js.load_rank(url, "dp2mp2", rank=1, stream=True), local)
     js.convert(url, tmp_path / "copy")
     config = (tmp_path / "llama/config.json").read_bytes()
     assert (tmp_path / "copy/config.json").read_bytes() == config
@@ -137,7 +137,7 @@ def test_a_fault_ends_in_the_right_data_or_in_an_error(fault, times, kind, store
     catalog = js.open(store.urls("llama")[kind])
     store.fail(fault, "GET .*model-", times=times, seconds=1.5)
     try:
-        loaded = js.load(catalog, "mp2")
+        loaded = js.load(catalog, "mp2", stream=True)
     except (StorageError, FormatError) as error:
         text = str(error)
     else:

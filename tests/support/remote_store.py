@@ -71,14 +71,14 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
     }
     retry = {"max_retries": 2, "retry_timeout": timedelta(seconds=5), "backoff": backoff}
     monkeypatch.setattr(object_store, "_RETRY", retry)
-    _point_hub_at(address, monkeypatch, tmp_path / "hub")
+    point_hub_at(address, monkeypatch, tmp_path / "hub")
     object_store.store_at.cache_clear()
     yield Store(objects, address)
     object_store.store_at.cache_clear()
     stop()
 
 
-def _point_hub_at(address: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def point_hub_at(address: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Have huggingface_hub, which reads its settings once, use the loopback."""
     monkeypatch.setattr(constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
