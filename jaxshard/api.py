@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from .conversion.execute import Report, execute, progress_of
-from .conversion.open import PathLike, open_checkpoint, opened
+from .conversion.open import Config, PathLike, open_checkpoint, opened
 from .conversion.prepare import ConvertOptions, part_plan, prepare, split, takes_options
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
@@ -61,13 +61,18 @@ if not TYPE_CHECKING:  # these need JAX, or a package that the functions below d
 
 
 def open(
-    path: PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
+    path: PathLike,
+    *,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    config: Config | None = None,
 ) -> Catalog:
     """Return the contents of the checkpoint at ``path``, from headers only.
 
     Arguments and errors as ``open_checkpoint``.
     """
-    return with_notes_logged(open_checkpoint(path, src_strategy=src_strategy, suffix=suffix))
+    catalog = open_checkpoint(path, src_strategy=src_strategy, suffix=suffix, config=config)
+    return with_notes_logged(catalog)
 
 
 @takes_options(prepare, execute)

@@ -310,7 +310,8 @@ def _prepare(a: Namespace, to: str, source: Catalog | None = None) -> Prepared:
 
 
 def _source(a: Namespace) -> Catalog:
-    return open_checkpoint(a.source, src_strategy=a.src_strategy, suffix=a.suffix)
+    config = getattr(a, "config", None)
+    return open_checkpoint(a.source, src_strategy=a.src_strategy, suffix=a.suffix, config=config)
 
 
 def register_files(paths: Sequence[str]) -> None:

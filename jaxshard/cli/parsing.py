@@ -364,6 +364,11 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
         help="map names and shapes: llama-hf:llama-mindformers, or a mapping (TOML)",
     )
     to.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config.json of the model, for a SRC without one, or in place of its own",
+    )
+    to.add_argument(
         "--rules",
         metavar="FILE",
         help="file with layout rules (TOML) that precede the built-in ones",

@@ -21,7 +21,7 @@ from ..storage.engine import HostArrays, run
 from ..storage.io import Source
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
-from .open import PathLike
+from .open import Config, PathLike
 from .prepare import downloaded_first, prepare
 from .targets import FULL
 
@@ -36,6 +36,7 @@ def load_rank(
     *,
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
+    config: Config | None = None,
     rules: Rules | None = None,
     names: Mapping | str | None = None,
     unmatched: Policy = "error",
@@ -56,6 +57,7 @@ def load_rank(
         rank: the rank whose shards are loaded.
         src_strategy: as for ``convert``, like the options after it.
         suffix: which of several files per rank the source has.
+        config: the model's ``config.json``, or its path, for a source without one.
         rules: layout rules that precede the family's own.
         names: a mapping to other names and shapes.
         unmatched: names without a rule are an error, or ``"replicate"``.
@@ -79,6 +81,7 @@ def load_rank(
         to,
         src_strategy=src_strategy,
         suffix=suffix,
+        config=config,
         rules=rules,
         names=names,
         unmatched=unmatched,

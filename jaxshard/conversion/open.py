@@ -17,8 +17,10 @@ from ..core.layout import Layout
 from ..core.runtime import paused
 from ..errors import RESUME, CoverageError, FormatError, LayoutError, NotFoundError, format_list
 from ..formats.folder import COMMON, Folder, latest_iteration
+from ..formats.huggingface import CONFIG, MAX_CONFIG_BYTES, NO_CONFIG, model_of, parse_config
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import FORMATS
+from ..storage.fs import read_bytes
 from ..storage.io import Source
 from ..storage.local import LocalFolder
 from ..storage.readers import open_source
@@ -32,13 +34,19 @@ from ..storage.remote import (
 from ..storage.staging import is_unfinished
 
 PathLike = str | os.PathLike[str]
+#: A ``config.json``: its path, the directory that contains it, or its contents.
+Config = PathLike | Mapping[str, Any]
 
 # MindFormers merges the strategies of two jobs; dst_ is that of the job that saves here.
 _MERGED = ("merged_strategy.ckpt", "merged_strategy/dst_strategy.ckpt")
 
 
 def opened(
-    source: Catalog | PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
+    source: Catalog | PathLike,
+    *,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    config: Config | None = None,
 ) -> Catalog:
     """Return ``source``, opened if it is a path (arguments and errors as ``open_checkpoint``).
 
@@ -46,18 +54,22 @@ def opened(
         LayoutError: it is open already, and the arguments would have no effect.
     """
     if not isinstance(source, Catalog):
-        return open_checkpoint(source, src_strategy=src_strategy, suffix=suffix)
+        return open_checkpoint(source, src_strategy=src_strategy, suffix=suffix, config=config)
     if src_strategy is not None or suffix is not None:
         raise LayoutError(
             f"src_strategy= and suffix= are for paths, and {source.root} is open already. Pass "
             "them to open()."
         )
-    return source
+    return source if config is None else _with_config(source, config)
 
 
 @paused()
 def open_checkpoint(
-    path: PathLike, *, src_strategy: PathLike | None = None, suffix: str | None = None
+    path: PathLike,
+    *,
+    src_strategy: PathLike | None = None,
+    suffix: str | None = None,
+    config: Config | None = None,
 ) -> Catalog:
     """Open the checkpoint at ``path``, from headers only.
 
@@ -66,9 +78,11 @@ def open_checkpoint(
         src_strategy: for rank folders, the strategy files they were written with (a file or a
             directory); by default ``strategy/`` in or next to the directory, or a merged file.
         suffix: for rank folders with several files per rank, which one: ``1_10``.
+        config: the model's ``config.json``, for a checkpoint without one, or in place of it: the
+            path of the file or of its directory, or the contents.
 
     Raises:
-        NotFoundError: jaxshard finds no checkpoint.
+        NotFoundError: jaxshard finds no checkpoint, or no ``config``.
         FormatError: a file is damaged.
         CoverageError: files contradict each other.
     """
@@ -91,13 +105,40 @@ def open_checkpoint(
         finally:
             folder.close()
         if catalog is not None:
-            return replace(catalog, notes=(*catalog.notes, *_links(folder)))
+            catalog = replace(catalog, notes=(*catalog.notes, *_links(folder)))
+            return catalog if config is None else _with_config(catalog, config)
     _refuse_other_weights(where)
     raise NotFoundError(
         f"{where} holds no checkpoint that jaxshard can read: neither *.safetensors, nor rank_0/ "
         "or iteration_00000001/ folders, nor MindSpore's *.ckpt were found."
         + "".join(f" {text}" for text in _links(folder_at(where)))
     )
+
+
+def _with_config(catalog: Catalog, config: Config) -> Catalog:
+    """Return ``catalog`` with the model of ``config``.
+
+    Raises:
+        NotFoundError: no such file.
+        FormatError: not a JSON object.
+    """
+    if isinstance(config, Mapping):
+        found, where = dict(config), "config="
+    else:
+        path = Path(config)
+        where = str(path / CONFIG if path.is_dir() else path)
+        raw = read_bytes(where, MAX_CONFIG_BYTES, f"config= (--config) {where}")
+        try:
+            found = parse_config(raw)
+        except ValueError as error:
+            raise FormatError(
+                f"config= (--config) {where}: {error}. Pass a config.json, or the directory that "
+                "contains it."
+            ) from None
+    notes = tuple(n for n in catalog.notes if n != NO_CONFIG)
+    if CONFIG in catalog.extras and catalog.model.config != found:
+        notes = (*notes, f"{CONFIG} of {catalog.root} is replaced by {where}.")
+    return replace(catalog, model=model_of(found), notes=notes, config_is_given=True)
 
 
 def open_some(

@@ -22,6 +22,7 @@ from ..core.runtime import paused
 from ..distributed.processes import Part, split_outputs
 from ..errors import LayoutError, format_list
 from ..formats import rank_names
+from ..formats.huggingface import CONFIG
 from ..formats.output_files import Request, Result
 from ..formats.registry import find_format, format_of
 from ..planning.copies import firsts
@@ -30,7 +31,7 @@ from ..storage import writers
 from ..storage.remote import downloaded, is_remote, url_of_cached
 from ..storage.resources import Budget, budget_for, parse_size
 from . import targets
-from .open import PathLike, opened, read_scalars
+from .open import Config, PathLike, opened, read_scalars
 from .select import (
     chooser,
     missed,
@@ -158,6 +159,7 @@ def prepare(
     *,
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
+    config: Config | None = None,
     rules: family_rules.Rules | None = None,
     names: Mapping | str | None = None,
     unmatched: family_rules.Policy = "error",
@@ -185,6 +187,8 @@ def prepare(
         to: ``"full"``, a strategy, the path of strategy files, or ``"same"`` as the source.
         src_strategy: the strategy files of a source that is cut by rank.
         suffix: which of several files per rank the source has.
+        config: the model's ``config.json``, or its path, for a source without one; the result
+            gets it too.
         rules: layout rules that precede those of the model's family.
         names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
             ``"llama-hf:llama-mindformers"``, a table's path.
@@ -219,8 +223,8 @@ def prepare(
         LayoutError: the target does not fit the tensors, or an option would have no effect.
     """
     include, exclude, drop_prefixes = map(texts, (include, exclude, drop_prefix))
-    catalog = opened(source, src_strategy=src_strategy, suffix=suffix)
-    chosen, config = _chosen(
+    catalog = opened(source, src_strategy=src_strategy, suffix=suffix, config=config)
+    chosen, side_files = _chosen(
         catalog, names, include, exclude, drop_prefixes, keep_accu_grads=keep_accu_grads
     )
     is_whole = takes_whole(catalog, include, exclude)
@@ -259,8 +263,10 @@ def prepare(
         request = replace(request, step=_step_in_names(step, catalog, chosen))
     result = make_result(chosen, list(chosen.tensors.values()), request)
     targets.single_file(result, destination)  # refuses a result that is not one file
-    if config:
-        result = replace(result, side_files={**config, **result.side_files})
+    if catalog.config_is_given and CONFIG not in side_files:
+        side_files[CONFIG] = json.dumps(catalog.model.config, indent=2).encode()
+    if side_files:
+        result = replace(result, side_files={**side_files, **result.side_files})
     plan = make_plan(
         chosen,
         result.outputs,
@@ -357,7 +363,7 @@ def part_plan(plan: Plan, part: Part | None) -> Plan:
 if TYPE_CHECKING:
     from ..mapping import Mapping
     from ..rules import Policy, Rules
-    from .open import PathLike
+    from .open import Config, PathLike
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -368,6 +374,7 @@ class ResultOptions(TypedDict, total=False):
 
     src_strategy: PathLike | None
     suffix: str | None
+    config: Config | None
     rules: Rules | None
     names: Mapping | str | None
     unmatched: Policy

@@ -201,6 +201,7 @@ class Catalog:
             has their names, without shapes. Operations that need them raise an error.
         has_merged_adapters: adapters were added to the weights, so a target's layout may name
             adapters that the result does not have.
+        config_is_given: ``config.json`` is the caller's, not the checkpoint's; results get it.
     """
 
     root: str
@@ -218,6 +219,7 @@ class Catalog:
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
     has_merged_adapters: bool = False
+    config_is_given: bool = False
     lost: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:

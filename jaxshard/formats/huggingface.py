@@ -74,7 +74,7 @@ MINDSPORE_INDEX = "param_name_map.json"
 MINDSPORE_SCALARS = "hyper_param.safetensors"
 
 _MAX_INDEX_BYTES = 100_000_000  # the limit of headers, which list the same names
-_MAX_CONFIG_BYTES = 16_000_000
+MAX_CONFIG_BYTES = 16_000_000
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|npz)(\.index\.json)?$"
 )
@@ -291,16 +291,28 @@ def read_model(
     listed = files.get(path)
     if listed is None:
         return Model(), [NO_CONFIG]
-    if listed.num_bytes > _MAX_CONFIG_BYTES:
+    if listed.num_bytes > MAX_CONFIG_BYTES:
         return Model(), [f"{CONFIG} is not read: it has {listed.num_bytes} bytes."]
     try:
+        return model_of(parse_config(folder.read(path, 0, listed.num_bytes))), []
+    except ValueError as error:
+        return Model(), [f"{CONFIG} is not read: {error}."]
+
+
+def parse_config(raw: bytes) -> dict[str, Any]:
+    """Parse a ``config.json``.
+
+    Raises:
+        ValueError: not a JSON object; the message completes "is not read:".
+    """
+    try:
         # not the strict parser: Python writes Infinity into configs, and no value is trusted
-        config = json.loads(folder.read(path, 0, listed.num_bytes).decode("utf-8-sig"))
+        config = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        return Model(), [f"{CONFIG} is not read: it is not JSON ({type(error).__name__})."]
+        raise ValueError(f"it is not JSON ({type(error).__name__})") from None
     if not isinstance(config, dict):
-        return Model(), [f"{CONFIG} is not read: it is not an object."]
-    return model_of(config), []
+        raise ValueError("it is not an object")
+    return config
 
 
 def model_of(config: Mapping[str, Any]) -> Model:

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from ..conversion.open import PathLike, opened
+from ..conversion.open import Config, PathLike, opened
 from ..conversion.select import refuse_lost, select, takes_whole, texts
 from ..core.catalog import Catalog, log_done, log_notes
 from ..devices.host_memory import BufferPool, Pin, pin_for
@@ -73,6 +73,7 @@ def load(
     copy: bool = False,
     src_strategy: PathLike | None = None,
     suffix: str | None = None,
+    config: Config | None = None,
     workers: int | None = None,
     balanced: bool = False,
     verify: bool = False,
@@ -116,6 +117,7 @@ def load(
             they are donated to needs memory for the arrays twice. Slower by one copy.
         src_strategy: the strategy files of a source of rank files.
         suffix: selects one of several files per rank.
+        config: the model's ``config.json``, or its path, for a checkpoint without one.
         workers: threads; by default one per core, at most 8.
         balanced: each byte is read by one process only, and common shards are sent from device
             to device. All processes must call this with the same arguments.
@@ -145,7 +147,7 @@ def load(
     everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
     may_differ = everyone.are_several and not balanced
     together = everyone.of(sharers(target, devices)) if may_differ else everyone
-    catalog = _opened_alike(source, src_strategy, suffix, together)
+    catalog = _opened_alike(source, src_strategy, suffix, config, together)
 
     def compare(wants: Sequence[ArrayRequest]) -> None:
         if may_differ and not together.are_several:
@@ -183,12 +185,13 @@ def _opened_alike(
     source: Catalog | PathLike,
     src_strategy: PathLike | None,
     suffix: str | None,
+    config: Config | None,
     processes: Processes,
 ) -> Catalog:
     """Open ``source`` in all ``processes``, and check that they see one checkpoint."""
     processes = processes.about(str(getattr(source, "root", source)))
     with processes.together("loading: opening") as meeting:
-        catalog = opened(source, src_strategy=src_strategy, suffix=suffix)
+        catalog = opened(source, src_strategy=src_strategy, suffix=suffix, config=config)
         if processes.are_several:
             meeting.sent = identity(catalog)
     if processes.are_several:

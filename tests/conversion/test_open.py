@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -137,3 +138,51 @@ def test_an_empty_path_is_not_the_folder_one_is_in(base, monkeypatch):
     monkeypatch.chdir(base / "llama")
     with pytest.raises(NotFoundError, match="the path of the checkpoint is empty"):
         js.open("")
+
+
+# --- config=, for checkpoints without a config.json
+
+
+def test_a_config_is_taken_from_where_the_caller_says(tmp_path):
+    checkpoints.write_llama(tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "llama" / "config.json").rename(tmp_path / "elsewhere" / "config.json")
+    path = tmp_path / "llama"
+    assert js.open(path).model.type is None
+    for given in (config, tmp_path / "elsewhere", tmp_path / "elsewhere" / "config.json"):
+        opened = js.open(path, config=given)
+        assert opened.model.type == "llama"
+        assert opened.notes == ()
+    assert js.open(js.open(path).root, config=config).model.config == config
+    js.convert(path, tmp_path / "out", "mp2", config=config)
+    js.merge(path, tmp_path / "whole", config=tmp_path / "elsewhere")
+    assert json.loads((tmp_path / "whole" / "config.json").read_text()) == config
+    assert checkpoints.run("plan", path, "--to", "mp2", "--config", tmp_path / "elsewhere") == 0
+
+
+def test_a_config_that_replaces_another_is_noted(tmp_path):
+    checkpoints.write_llama(tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    changed = js.open(tmp_path / "llama", config={**config, "vocab_size": 7})
+    assert "config.json of" in changed.notes[-1]
+    assert "is replaced by config=" in changed.notes[-1]
+    js.merge(changed, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {**config, "vocab_size": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, js.NotFoundError, "does not exist"),
+        ("{", js.FormatError, "it is not JSON"),
+        ("[]", js.FormatError, "it is not an object"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_an_error(tmp_path, text, error, message):
+    checkpoints.write_llama(tmp_path / "llama")
+    if text is not None:
+        (tmp_path / "my.json").write_text(text)
+    with pytest.raises(error, match=message):
+        js.open(tmp_path / "llama", config=tmp_path / "my.json")
