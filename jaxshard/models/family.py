@@ -10,6 +10,7 @@ A placeholder in a name ({layer}, {expert}) is an index in this form, and a dim 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from . import facts
 from .axes import Axes, Dim, parse
 from .facts import Config
 
-_STEP = re.compile(r"\s*([*/+-])\s*(?:(sqrt)\(\s*(\w+)\s*\)|(\d+(?:\.\d+)?))")
+_STEP = re.compile(r"\s*([*/+-])\s*(?:(bfloat16\()?sqrt\(\s*(\w+)\s*\)(?(2)\))|(\d+(?:\.\d+)?))")
 
 #: Axes of a weight that both matrices of its adapter have.
 SHARED_AXES = frozenset({"layer", "expert"})
@@ -230,10 +231,11 @@ class Sizes:
     def value(self, row: Row) -> Value:
         """Return the steps of ``row`` in numbers."""
         times, plus = 1.0, 0.0
-        for sign, root, axis, digits in _STEP.findall(row.steps):
+        for sign, rounded, axis, digits in _STEP.findall(row.steps):
             x = float(digits) if digits else self._root(axis)
-            if root and not digits and not x:
+            if axis and not x:
                 raise LayoutError(f"{row.name}: {axis} is 0, and {row.steps} has no value.")
+            x = _bfloat16(x) if rounded else x
             if sign in "*/":
                 factor = x if sign == "*" else 1 / x
                 times, plus = times * factor, plus * factor
@@ -246,6 +248,14 @@ class Sizes:
         if found is None:
             found = facts.evaluate(f"sqrt({axis})", self.config)
         return found if isinstance(found, float) else sqrt(self[axis])
+
+
+def _bfloat16(x: float) -> float:
+    """Return the bfloat16 nearest to ``x``, the even one of two."""
+    bits: int = struct.unpack("<I", struct.pack("<f", x))[0]
+    return float(
+        struct.unpack("<f", struct.pack("<I", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16))[0]
+    )
 
 
 def _sum(found: list[int | None]) -> int | None:

@@ -53,6 +53,10 @@ def test_values_are_scaled_where_the_form_says_so():
     form = family.form("maxtext")
     assert Sizes(family, config).value(form["embed"]) == Value(8.0, 0.0)
     assert Sizes(family, config).value(form["norm"]) == Value(1.0, 1.0)
+    config = {**config, "model_type": "gemma3_text", "hidden_size": 3840}
+    family = family_of(config)
+    value = Sizes(family, config).value(family.form("maxtext")["embed"])
+    assert value == Value(62.0, 0.0)  # the bfloat16 next to 61.97
 
 
 def test_rotary_halves_are_interleaved_for_llama_3_1_only():
