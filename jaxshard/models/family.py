@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod, sqrt
@@ -24,7 +24,7 @@ from .facts import Config
 
 _STEP = re.compile(r"\s*([*/+-])\s*(?:(bfloat16\()?sqrt\(\s*(\w+)\s*\)(?(2)\))|(\d+(?:\.\d+)?))")
 
-#: Axes of a weight that both matrices of its adapter have.
+#: Axes along which weights are stacked.
 SHARED_AXES = frozenset({"layer", "expert"})
 
 
@@ -59,6 +59,14 @@ class Row:
             )
 
 
+_WORD = re.compile(r"\$(?:\{([a-z]+)\}|([a-z]+))")
+
+
+def with_words(text: str, words: Mapping[str, str]) -> str:
+    """Replace ``$word`` and ``${word}`` by the text of that word; unknown ones stay."""
+    return _WORD.sub(lambda found: words.get(found[1] or found[2], found[0]), text)
+
+
 #: The rows by weight. Weights that share a tensor have the same row.
 Form = Mapping[str, Row]
 
@@ -80,6 +88,7 @@ class Family:
             restored in models that have the weight ``copied_with``.
         repeated: axes that a form may lengthen by repeating; others are padded.
         hidden: forms that only define others, and are not offered.
+        adapters: the forms' rows of low-rank adapters; see ``adapter_rows``.
     """
 
     name: str
@@ -93,6 +102,18 @@ class Family:
     copied_with: str = ""
     repeated: frozenset[str] = frozenset({"kv_heads"})
     hidden: frozenset[str] = frozenset()
+    adapters: Mapping[str, Form] = field(default_factory=dict)
+
+    def of_adapters(self) -> Family:
+        """Return the same with the adapters of the weights in place of the weights.
+
+        Raises:
+            NotFoundError: adapters are known in no form.
+        """
+        known = {f: rows for f in self.listed if (rows := self.adapters.get(f))}
+        if not known:
+            raise NotFoundError(f"{self.name} has no names of adapters.")
+        return replace(self, forms=known, hidden=frozenset(), adapters={}, copies={})
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -317,21 +338,45 @@ def by_run(form: Form, runs: Mapping[str, str]) -> Form:
     return made
 
 
-def adapter_axes(axes: Axes, inputs: frozenset[str]) -> tuple[Axes, Axes]:
-    """Return the axes of a low-rank adapter of a weight: of A (rank, in) and of B (out, rank).
+def adapter_rows(
+    form: Form, inputs: Mapping[str, frozenset[str]], patterns: Sequence[str]
+) -> dict[str, Row]:
+    """Return the rows of the low-rank adapters of a form's weights: ``WEIGHT.lora_A`` and ``_B``.
 
-    Each is the weight's own axes, with the outputs (or inputs) replaced by ``rank`` in place.
+    Weights that share a tensor, and stacked experts and layers, have none. Where the form scales
+    a weight, it scales B.
+
+    Args:
+        form: the rows.
+        inputs: by weight, the axes that it contracts.
+        patterns: of A and of B: a name, in which ``$name`` is the weight's and ``$module`` that
+            without its last part; then the dims: ``in`` and ``out`` for those of the weight,
+            ``(in)`` and ``(out)`` for these as one dim, and ``rank``.
     """
-    outputs = frozenset(axes.names) - inputs - SHARED_AXES
-    return _with_rank(axes, outputs), _with_rank(axes, inputs)
+    made: dict[str, Row] = {}
+    for weight, row in form.items():
+        own = inputs.get(weight.rpartition("/")[2])
+        if not own or row.axes.weights or SHARED_AXES & set(row.axes.names):
+            continue
+        words = {"name": row.name, "module": row.name.rpartition(".")[0]}
+        sides = {
+            side: [d for d in row.axes.dims if own.isdisjoint(d.names) == (side == "out")]
+            for side in ("in", "out")
+        }
+        for half, pattern in zip("AB", patterns, strict=True):
+            name, *dims = pattern.split()
+            made[f"{weight}.lora_{half}"] = Row(
+                with_words(name, words),
+                Axes(tuple(d for text in dims for d in _adapter_dims(text, sides))),
+                row.steps if half == "B" else "",
+            )
+    return made
 
 
-def _with_rank(axes: Axes, replaced: frozenset[str]) -> Axes:
-    dims: list[Dim] = []
-    rank = parse("rank").dims[0]
-    for dim in axes.dims:
-        if replaced.isdisjoint(dim.names):
-            dims.append(dim)
-        elif rank not in dims:
-            dims.append(rank)
-    return Axes(tuple(dims))
+def _adapter_dims(text: str, sides: Mapping[str, list[Dim]]) -> list[Dim]:
+    side = text.strip("()")
+    if side not in sides:
+        return list(parse(text).dims)
+    if text == side:
+        return sides[side]
+    return [Dim(tuple(f for d in sides[side] for f in d.factors))]

@@ -43,7 +43,16 @@ from ..errors import LayoutError, NotFoundError, did_you_mean
 from . import facts
 from .axes import parse
 from .facts import Config
-from .family import Family, Form, Row, by_run, stacked, with_flax_names
+from .family import (
+    Family,
+    Form,
+    Row,
+    adapter_rows,
+    by_run,
+    stacked,
+    with_flax_names,
+    with_words,
+)
 
 _KEYS = {
     "name": str,
@@ -72,8 +81,8 @@ _FORM_KEYS = {
     "replace": list,
     "prefix": str,
     "flax": bool,
+    "adapters": list,
 }
-_WORD = re.compile(r"\$(?:\{([a-z]+)\}|([a-z]+))")
 _STACK = re.compile(r"(?:layer|expert) \d(?: \w+)*")
 _MAX_LIKE = 8
 
@@ -145,8 +154,14 @@ def build(table: Table, config: Config, words: Mapping[str, str] | None = None) 
             f"{family.name}: listed = {unknown[0]!r} has no [forms.{unknown[0]}] (forms: "
             f"{', '.join(names)})."
         )
-    return replace(family, forms=_Forms(table, family, tuple(dict.fromkeys((*listed, *names)))),
-                   hidden=frozenset(names) - set(listed))  # fmt: skip
+    every = tuple(dict.fromkeys((*listed, *names)))
+    forms = _Forms(table, family, every)
+    return replace(
+        family,
+        forms=forms,
+        hidden=frozenset(names) - set(listed),
+        adapters=_Adapters(table, family, every, forms),
+    )
 
 
 class _Forms(Mapping[str, Form]):
@@ -181,23 +196,16 @@ class _Forms(Mapping[str, Form]):
         if entry.get("flax"):
             lookups = frozenset(self._table.get("lookups", "embed").split())
             rows = dict(with_flax_names(rows, self._family.inputs, lookups))
-        for old, new in entry.get("replace", []):
-            rows = {w: replace(c, name=c.name.replace(old, new)) for w, c in rows.items()}
-        before = entry.get("prefix", "")
-        rows = {w: replace(c, name=before + c.name) for w, c in rows.items()}
+        rows = _renamed(rows, entry)
         self._add_rows(rows, entry, name)
-        made: Form = by_run(rows, entry.get("runs", {}))
-        for text in entry.get("stack", []):
-            axis, dim, *runs = text.split()
-            made = stacked(made, axis, int(dim), frozenset(runs))
-        return made
+        return _arranged(rows, entry)
 
     def _add_rows(self, rows: dict[str, Row], entry: Table, form: str) -> None:
         words = {**self._table["words"], **entry.get("words", {})}
         for line in entry.get("rows", "").splitlines():
             text = line.partition("#")[0].strip()
             for _ in range(_MAX_LIKE):  # words may have words
-                text = _WORD.sub(lambda found: words.get(found[1] or found[2], found[0]), text)
+                text = with_words(text, words)
             if not text:
                 continue
             where = f"{self._family.name}, {form}: {line.strip()!r}"
@@ -215,6 +223,44 @@ class _Forms(Mapping[str, Form]):
                 raise LayoutError(f"{where}: only a row of several weights has no weight.")
             for w in shared or (weight,):
                 rows[f"{run}/{w}" if run else w] = row
+
+
+class _Adapters(_Forms):
+    """The adapters of each form that defines them, or is like one that does."""
+
+    def __init__(
+        self, table: Table, family: Family, names: tuple[str, ...], forms: Mapping[str, Form]
+    ) -> None:
+        super().__init__(table, family, names)
+        self._forms = forms
+
+    def _form(self, name: str, depth: int = 0) -> Form:
+        entry = self._table["forms"][name]
+        if "stack" in entry and "adapters" not in entry:
+            return _arranged(_renamed(self._form(entry["like"], depth + 1), entry), entry)
+        while "adapters" not in entry:
+            if "like" not in entry or entry.get("flax"):
+                return {}
+            entry = self._table["forms"][entry["like"]]
+        return adapter_rows(self._forms[name], self._family.inputs, entry["adapters"])
+
+
+def _renamed(rows: Form, entry: Table) -> dict[str, Row]:
+    """Return the rows with the names that ``entry`` (of a form) makes of theirs."""
+    names = {w: row.name for w, row in rows.items()}
+    for old, new in entry.get("replace", []):
+        names = {w: name.replace(old, new) for w, name in names.items()}
+    before = entry.get("prefix", "")
+    return {w: replace(row, name=before + names[w]) for w, row in rows.items()}
+
+
+def _arranged(rows: Form, entry: Table) -> Form:
+    """Return the rows with the runs and stacks of ``entry``."""
+    made = by_run(rows, entry.get("runs", {}))
+    for text in entry.get("stack", []):
+        axis, dim, *runs = text.split()
+        made = stacked(made, axis, int(dim), frozenset(runs))
+    return made
 
 
 def _layers(text: str, config: Config) -> range:
@@ -270,6 +316,10 @@ def _check(table: Table, keys: Mapping[str, type], where: str) -> None:
         pairs, stacks = form.get("replace", []), form.get("stack", [])
         if not all(isinstance(p, list) and list(map(type, p)) == [str, str] for p in pairs):
             raise LayoutError(f'{where}, forms.{name}: replace must be [["OLD", "NEW"], …].')
+        if len(patterns := form.get("adapters", ["", ""])) != 2 or not all(
+            isinstance(t, str) for t in patterns
+        ):
+            raise LayoutError(f'{where}, forms.{name}: adapters must be ["A AXES", "B AXES"].')
         if not all(isinstance(t, str) and _STACK.fullmatch(t) for t in stacks):
             raise LayoutError(f'{where}, forms.{name}: stack must be ["layer 0"], or ["expert 0"].')
 

@@ -6,8 +6,7 @@ import pytest
 
 from jaxshard.errors import LayoutError, NotFoundError
 from jaxshard.models import Sizes, family_of
-from jaxshard.models.axes import parse
-from jaxshard.models.family import Value, adapter_axes
+from jaxshard.models.family import Value
 
 LLAMA = {
     "model_type": "llama",
@@ -81,11 +80,23 @@ def test_layers_of_several_kinds_are_counted_apart():
 
 
 def test_the_matrices_of_an_adapter_have_the_axes_of_their_weight():
-    def texts(axes, inputs):
-        return tuple(map(str, adapter_axes(parse(axes), frozenset(inputs))))
-
-    assert texts("(heads head_dim) embed", ["embed"]) == ("rank embed", "(heads head_dim) rank")
-    assert texts("embed layer heads head_dim", ["embed"]) == (
-        "embed layer rank",
-        "rank layer heads head_dim",
+    scaled = {**LLAMA, "head_dim": 8, "rope_scaling": {"rope_type": "llama3"}}
+    family = family_of(scaled).of_adapters()
+    hf, maxtext, tunix = (family.form(f) for f in ("hf", "maxtext", "tunix"))
+    assert (
+        hf["q.lora_A"].name
+        == "base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"
     )
+    assert [str(hf[f"q.lora_{x}"].axes) for x in "AB"] == ["rank embed", "(heads head_dim) rank"]
+    assert maxtext["q.lora_A"].name == "params.decoder.layers.self_attention.query.kernel_lora_a"
+    assert [str(maxtext[f"q.lora_{x}"].axes) for x in "AB"] == [
+        "embed layer rank",
+        "rank layer (heads half two)",
+    ]
+    assert (maxtext["q.lora_A"].steps, maxtext["q.lora_B"].steps) == ("", "/ sqrt(head_dim)")
+    assert [str(tunix[f"o.lora_{x}"].axes) for x in "AB"] == ["heads head_dim rank", "rank embed"]
+    assert "norm.lora_A" not in hf
+    assert "mcore-fused" in family.listed
+    assert "q.lora_A" not in family.form("mcore-fused")  # it shares a tensor with k and v
+    with pytest.raises(NotFoundError, match="no names of adapters"):
+        family_of({"model_type": "opt"}).of_adapters()
