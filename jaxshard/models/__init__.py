@@ -6,12 +6,12 @@ tables (``tables/*.toml``). This package does not depend on any of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..errors import NotFoundError
 from .facts import Config, text_config
 from .family import Family, Form, Row, Sizes
-from .reading import build, model_types, read_table, register, table_for
+from .reading import build, find_roots, model_types, read_table, register, table_for
 
 __all__ = [
     "Family",
@@ -26,7 +26,10 @@ __all__ = [
 
 
 def family_of(
-    config: Config, kind: str | None = None, words: Mapping[str, str] | None = None
+    config: Config,
+    kind: str | None = None,
+    words: Mapping[str, str] | None = None,
+    names: Iterable[str] = (),
 ) -> Family:
     """Return the family of a model.
 
@@ -34,6 +37,8 @@ def family_of(
         config: ``config.json``.
         kind: the ``model_type``; by default that of ``config``, or of its text model.
         words: texts that replace those of the table's ``[words]``.
+        names: of the tensors of the model, or of its text part, whose prefixes replace the
+            table's (``language_model.model.``).
 
     Raises:
         NotFoundError: no table for the model.
@@ -43,7 +48,7 @@ def family_of(
     for each in kinds:
         table = table_for(each)
         if table is not None:
-            return build(table, config, words)
+            return build(table, config, {**find_roots(table, config, names), **(words or {})})
     raise NotFoundError(
         f"no table for model_type {' with '.join(map(repr, kinds)) or 'None'} (known: "
         f"{', '.join(model_types())}). Pass a table of the family in TOML."

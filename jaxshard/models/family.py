@@ -155,10 +155,14 @@ class Family:
 
     def form_of(self, names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
         """Return the form that most of ``names`` have, and the names that it does not have."""
-        every = tuple(n for n in names if not self.is_buffer(n))
-        left = {f: tuple(n for n in every if self.find(f, n) is None) for f in self.listed}
+        left = self.left(names)
         best = min(left, key=lambda f: len(left[f]))  # the first of equals
         return best, left[best]
+
+    def left(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return for each form that the family offers the names that it does not have."""
+        every = tuple(n for n in names if not self.is_buffer(n))
+        return {f: tuple(n for n in every if self.find(f, n) is None) for f in self.listed}
 
 
 class Sizes:
@@ -206,6 +210,24 @@ class Sizes:
                     f"{name} has shape {shape}, expected {known} elements along dim {i}: its axes "
                     f"are {axes} in {self._family.name}. Check config.json."
                 )
+
+    def form_of(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[str, ...]]:
+        """Return the form of tensors, and the names that it does not have.
+
+        Of forms with the same names, it is the first that has the shapes too.
+        """
+        best, left = self._family.form_of(shapes)
+        for form, others in self._family.left(shapes).items():
+            if len(others) == len(left) and self._has(form, shapes):
+                return form, others
+        return best, left
+
+    def _has(self, form: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        try:
+            self.seeing(form, shapes)
+        except LayoutError:
+            return False
+        return True
 
     def length(self, dim: Dim) -> int | None:
         """Return the length of a dim, or None."""

@@ -33,11 +33,13 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from ..core.decoders import parse_toml
+from ..core.patterns import template
 from ..core.runtime import cached
 from ..errors import LayoutError, NotFoundError, did_you_mean
 from . import facts
@@ -84,6 +86,8 @@ _FORM_KEYS = {
     "adapters": list,
 }
 _STACK = re.compile(r"(?:layer|expert) \d(?: \w+)*")
+_DOT = re.compile(r"\.")
+_ROOTS = ("root", "head")
 _MAX_LIKE = 8
 
 Table = dict[str, Any]
@@ -162,6 +166,37 @@ def build(table: Table, config: Config, words: Mapping[str, str] | None = None) 
         hidden=frozenset(names) - set(listed),
         adapters=_Adapters(table, family, every, forms),
     )
+
+
+def find_roots(table: Table, config: Config, names: Iterable[str]) -> dict[str, str]:
+    r"""Return the words ``root`` and ``head`` for the names of a model's tensors.
+
+    A text model inside a multimodal one has other prefixes than the table's, a saved base model
+    none. Of several the one that fits most kinds of names is returned.
+
+    >>> table = read_table('name = "mine"\nlike = "decoder"', "mine")
+    >>> find_roots(table, {}, ["language_model.model.norm.weight", "language_model.lm_head.weight"])
+    {'root': 'language_model.model.', 'head': 'language_model.'}
+    """
+    words = {w: table["words"][w] for w in _ROOTS if w in table.get("words", {})}
+    if not words:
+        return {}
+    family = build(table, config, {w: f"<{w}>" for w in words})
+    kinds = {template(name): name for name in names}.values()
+    found: dict[str, str] = {}
+    for word, usual in words.items():
+        fits = Counter(
+            name[:at]
+            for name in kinds
+            for at in (0, *(dot.end() for dot in _DOT.finditer(name)))
+            if any(family.find(form, f"<{word}>{name[at:]}") for form in _named_by_hub(family))
+        )
+        found[word] = max(fits, key=lambda root: (fits[root], root == usual), default=usual)
+    return found
+
+
+def _named_by_hub(family: Family) -> list[str]:
+    return [form for form in family.listed if form.split("-")[0] == "hf"]
 
 
 class _Forms(Mapping[str, Form]):

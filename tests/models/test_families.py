@@ -12,9 +12,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from permuted_models import Computed, Permutation  # noqa: E402
-from tiny_models import MODELS, saved, tiny  # noqa: E402
+from tiny_models import MODELS, MULTIMODAL, saved, tiny  # noqa: E402
 
+from jaxshard.core.patterns import Patterns, template  # noqa: E402
 from jaxshard.models import Sizes, family_of  # noqa: E402
+from jaxshard.rules.match import towers  # noqa: E402
 
 KINDS = list(MODELS)
 #: Without a rotary embedding, a bias of k adds the same to a query's scores of all keys.
@@ -36,40 +38,56 @@ def models(tmp_path_factory):
     return one
 
 
+def text_family(config, names):
+    """The family of the text model, and the names that are not of its encoders of images."""
+    apart = Patterns(towers(names, config))
+    text = [n for n in names if apart.find(n, template(n)) is None]
+    return family_of(config, names=text), text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_has_a_row_and_its_axes_are_its_shape(models, kind):
     _, config, tensors = models(kind)
-    family = family_of(config)
-    weights = {n: family.find("hf", n) for n in tensors}
-    assert [n for n, weight in weights.items() if weight is None] == []
+    family, text = text_family(config, tensors)
+    assert len(text) == len(tensors) - number_of_others(kind)
     sizes = Sizes(family, config)
-    for name, tensor in tensors.items():
-        axes = family.form("hf")[weights[name]].axes
-        assert tuple(map(sizes.length, axes.dims)) == tuple(tensor.shape), (name, str(axes))
+    form, left = sizes.form_of({n: tuple(tensors[n].shape) for n in text})
+    assert left == ()
+    assert form == ("hf-stacked" if kind == "qwen3_vl_moe" else "hf")
+    for name in text:
+        axes = family.form(form)[family.find(form, name)].axes
+        assert tuple(map(sizes.length, axes.dims)) == tuple(tensors[name].shape), name
 
 
-def form_in_memory(family, names):
-    """The form whose names are those of the model in memory."""
-    return next(f for f in family.listed if all(family.find(f, n) for n in names))
+def number_of_others(kind):
+    """The number of tensors that are not of the text model."""
+    if kind not in MULTIMODAL:
+        return 0
+    names = dict(tiny(kind).named_parameters())
+    return sum(".language_model." not in f".{n}" and not n.startswith("lm_head") for n in names)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_axes_mean_what_they_are_called(kind, monkeypatch):
     model = tiny(kind)
     config = model.config.to_dict()
-    family = family_of(config)
-    computed = Computed(model, config["vocab_size"], "type_vocab_size" in config)
-    form, sizes = form_in_memory(family, computed.tensors), Sizes(family, config)
-    permutation = Permutation(family, form, sizes, computed.tensors)
+    computed = Computed(model, "type_vocab_size" in config)
+    family, text = text_family(config, list(computed.tensors))
+    sizes = Sizes(family, config)
+    form, left = sizes.form_of({n: tuple(computed.tensors[n].shape) for n in text})
+    assert left == ()
+    permutation = Permutation(family, form, sizes, text)
     before, want = computed.arrays(), computed.logits({})
-    after = permutation.applied(before, before)
+    after = permutation.applied(before, text)
     computed.put(after)
     axes = {a for found in permutation.axes_of.values() for a in found}
     if "half" in axes:
         computed.turn(permutation.order("half"))
     if "rope" in axes:
         computed.turn(permutation.order("rope")[::2] // 2)
-    first_axes = {n: permutation.rows[n].axes.dims[0].names[0] for n in computed.looked_up}
+    first_axes = {
+        n: permutation.rows[n].axes.dims[0].names[0] for n in computed.looked_up if n in text
+    }
     permute_alibi(monkeypatch, model, permutation.order("kv_heads"))
     lookups = {n: permutation.order(axis) for n, axis in first_axes.items()}
     outputs = permutation.order(output_axis(family, form, permutation))

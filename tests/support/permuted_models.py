@@ -125,8 +125,9 @@ def _indices(factors: tuple[str | Sum, ...], order: Order) -> np.ndarray:
 class Computed:
     """A model whose tensors can be replaced, and what it computes for fixed inputs."""
 
-    def __init__(self, model: torch.nn.Module, vocabulary: int, with_types: bool) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, with_types: bool) -> None:
+        inner = getattr(model, "language_model", model)
+        self.model = model if not hasattr(inner, "lm_head") else inner  # Llama 4
         modules = model.named_modules()
         self.looked_up = [f"{n}.weight" for n, m in modules if isinstance(m, torch.nn.Embedding)]
         every = dict(model.named_parameters(remove_duplicate=False))
@@ -136,7 +137,7 @@ class Computed:
         first = {id(every[n]): n for n in reversed(names)}
         self.tensors = {n: every[n] for n in every if first[id(every[n])] == n}
         generator = torch.Generator().manual_seed(1)
-        self._inputs = {"input_ids": torch.randint(3, vocabulary, (2, 9), generator=generator)}
+        self._inputs = {"input_ids": torch.randint(3, 99, (2, 9), generator=generator)}
         if with_types:
             self._inputs["token_type_ids"] = torch.randint(0, 2, (2, 9), generator=generator)
 

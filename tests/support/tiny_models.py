@@ -152,12 +152,108 @@ MODELS |= {
     "camembert": ("CamembertForMaskedLM", "CamembertConfig", {**BERT, "pad_token_id": 1}),
 }
 
+#: the sizes of encoders of images
+VISION = {"hidden_size": 32, "intermediate_size": 44, "image_size": 28, "patch_size": 14}
+TOWER = {**VISION, "num_hidden_layers": 2, "num_attention_heads": 4}
+QWEN_TOWER = {**VISION, "depth": 2, "num_heads": 4, "fullatt_block_indexes": [1]}
+QWEN3_TOWER = {**QWEN_TOWER, "deepstack_visual_indexes": [1], "num_position_embeddings": 16}
+LLAMA4_TOWER = {
+    **TOWER,
+    "intermediate_size": 88,
+    "vision_output_dim": 20,
+    "projector_input_dim": 20,
+    "projector_output_dim": 20,
+}
+PIXTRAL_TOWER = {**TOWER, "model_type": "pixtral", "head_dim": 8}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]}
+
+
+def _text(kind: str, **more: Any) -> dict[str, Any]:
+    return {"model_type": kind, **MODELS.get(kind, ("", "", {}))[2], **more}
+
+
+MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    kind: (f"{stem}ForConditionalGeneration", f"{stem}Config", {**settings, **ids})
+    for ids in ({"image_token_index": 100, "image_token_id": 100},)
+    for kind, stem, settings in (
+        (
+            "mistral3",
+            "Mistral3",
+            {
+                "text_config": _text("mistral"),
+                "vision_config": PIXTRAL_TOWER,
+                "tie_word_embeddings": False,
+            },
+        ),
+        (
+            "llava",
+            "Llava",
+            {
+                "text_config": _text("llama"),
+                "vision_config": {**TOWER, "model_type": "clip_vision_model"},
+            },
+        ),
+        (
+            "gemma3",
+            "Gemma3",
+            {
+                "text_config": _text("gemma3_text"),
+                "vision_config": {**TOWER, "model_type": "siglip_vision_model"},
+                "mm_tokens_per_image": 4,
+            },
+        ),
+        (
+            "qwen2_vl",
+            "Qwen2VL",
+            {
+                "text_config": {**SQUARE, "rope_parameters": ROPE},
+                "vision_config": {**QWEN_TOWER, "embed_dim": 32, "hidden_size": 120},
+                "tie_word_embeddings": False,
+            },
+        ),
+        (
+            "qwen2_5_vl",
+            "Qwen2_5_VL",
+            {
+                "text_config": {**SQUARE, "rope_parameters": ROPE},
+                "vision_config": {**QWEN_TOWER, "out_hidden_size": 120},
+                "tie_word_embeddings": False,
+            },
+        ),
+        (
+            "qwen3_vl",
+            "Qwen3VL",
+            {
+                "text_config": {**DECODER, "rope_parameters": ROPE},
+                "vision_config": {**QWEN3_TOWER, "out_hidden_size": 84},
+                "tie_word_embeddings": False,
+            },
+        ),
+        (
+            "qwen3_vl_moe",
+            "Qwen3VLMoe",
+            {
+                "text_config": {**DECODER, **MOE, "rope_parameters": ROPE},
+                "vision_config": {**QWEN3_TOWER, "out_hidden_size": 84},
+                "tie_word_embeddings": False,
+            },
+        ),
+        (
+            "llama4",
+            "Llama4",
+            {"text_config": _text("llama4_text"), "vision_config": LLAMA4_TOWER},
+        ),
+    )
+}
+MODELS |= MULTIMODAL
+
 
 def tiny(kind: str) -> torch.nn.Module:
     """Make the model, every parameter of it random: none is 0 or 1, so none can be left out."""
     torch.set_num_threads(1)
     model_class, config_class, settings = MODELS[kind]
-    config = getattr(transformers, config_class)(**settings, attn_implementation="eager")
+    config = getattr(transformers, config_class)(**settings)
+    config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(config)
     with torch.no_grad():
