@@ -192,17 +192,18 @@ class Sizes:
         for name, shape in shapes.items():
             weight = self._family.find(form, name)
             if weight is not None:
-                made._see(name, shape, rows[weight].axes)
+                made._see(name, shape, rows[weight].axes, weight.rpartition("/")[0])
         return made
 
-    def _see(self, name: str, shape: tuple[int, ...], axes: Axes) -> None:
+    def _see(self, name: str, shape: tuple[int, ...], axes: Axes, run: str) -> None:
         if len(shape) != len(axes.dims):
             raise LayoutError(
                 f"{name} has shape {shape}, expected {len(axes.dims)} dims ({axes}) for "
                 f"{self._family.name}."
             )
         for i, (dim, n) in enumerate(zip(axes.dims, shape, strict=True)):
-            known = self.length(dim)
+            is_run = bool(run) and dim.names == ("layer",)
+            known = len(self._family.runs[run]) if is_run else self.length(dim)
             if known is None and len(dim.factors) == 1 and dim.block == 1 and not dim.sum:
                 self._seen[dim.names[0]] = n
             elif known not in (None, n):

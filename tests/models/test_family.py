@@ -38,6 +38,15 @@ def test_lengths_are_stated_or_in_the_config_or_seen():
         seen.seeing("hf", {"model.layers.1.mlp.down_proj.weight": (32, 64)})
 
 
+def test_stacked_layers_are_as_many_as_their_run_has():
+    config = {**LLAMA, "model_type": "gemma2", "num_hidden_layers": 5}
+    sizes, name = Sizes(family_of(config), config), "params.decoder.layers.mlp_{}.wi_0.kernel"
+    seen = {name.format("local"): (32, 3, 48), name.format("global"): (32, 2, 48)}
+    assert sizes.seeing("maxtext", seen)["layer"] == 5
+    with pytest.raises(LayoutError, match="expected 2 elements along dim 1"):
+        sizes.seeing("maxtext", {name.format("global"): (32, 5, 48)})
+
+
 def test_a_form_that_is_not_listed_is_refused_by_name():
     with pytest.raises(NotFoundError, match="no form 'tunix'"):
         family_of({"model_type": "mixtral"}).form("tunix")
