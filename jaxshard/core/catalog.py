@@ -264,19 +264,19 @@ ZEROS = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Affine:
-    """Affine index of each element of a box: ``start``, plus ``steps`` along each dim.
+class IndexMap:
+    """IndexMap index of each element of a box: ``start``, plus ``steps`` along each dim.
 
-    >>> Affine(10, (4, 1)).moved(1, by=2)
-    Affine(start=12, steps=(4, 1))
+    >>> IndexMap(10, (4, 1)).moved(1, by=2)
+    IndexMap(start=12, steps=(4, 1))
     """
 
     start: int
     steps: tuple[int, ...]
 
-    def moved(self, dim: int, by: int) -> Affine:
+    def moved(self, dim: int, by: int) -> IndexMap:
         """Return the indices of the box that begins ``by`` elements later along ``dim``."""
-        return Affine(self.start + by * self.steps[dim], self.steps)
+        return IndexMap(self.start + by * self.steps[dim], self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +298,7 @@ class Scale:
 
     scale: Tensor
     block: tuple[int, int]
-    at: tuple[Affine, Affine]
+    at: tuple[IndexMap, IndexMap]
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,12 +317,21 @@ class AddProduct:
     a: Tensor
     b: Tensor
     scaling: float
-    at: tuple[Affine, Affine]
+    at: tuple[IndexMap, IndexMap]
     columns: tuple[int, int] = (0, 1)
     reproducible: bool = False
 
 
-Step = RoundTo | Scale | AddProduct
+@dataclass(frozen=True, slots=True)
+class MultiplyAdd:
+    """Multiply by ``times``, then add ``plus``, each rounded to ``dtype`` (F32 or F64)."""
+
+    times: float
+    plus: float
+    dtype: DType
+
+
+Step = RoundTo | Scale | AddProduct | MultiplyAdd
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +341,8 @@ class View:
     Attributes:
         strides: bytes between neighbours, per dim of the box; 0 repeats one element.
         dtype: the stored dtype.
-        steps: transforms of the values, in float32, before the cast to the tensor's dtype.
+        steps: transforms of the values, in float32 (in float64 from or to F64), before the cast
+            to the tensor's dtype.
     """
 
     strides: tuple[int, ...]
@@ -351,14 +361,14 @@ class View:
         return tuple(found)
 
 
-def with_places(step: Step, at: tuple[Affine, ...]) -> Step:
+def with_places(step: Step, at: tuple[IndexMap, ...]) -> Step:
     """Return ``step`` for elements with other indices."""
-    return step if isinstance(step, RoundTo) else replace(step, at=(at[0], at[1]))
+    return replace(step, at=(at[0], at[1])) if isinstance(step, Scale | AddProduct) else step
 
 
-def places(step: Step) -> tuple[Affine, ...]:
+def places(step: Step) -> tuple[IndexMap, ...]:
     """Return the element indices of ``step``."""
-    return () if isinstance(step, RoundTo) else step.at
+    return step.at if isinstance(step, Scale | AddProduct) else ()
 
 
 def group_by_bytes(

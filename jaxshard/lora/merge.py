@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..core.catalog import AddProduct, Affine, Catalog, File, StoredShard, Tensor
+from ..core.catalog import AddProduct, Catalog, File, IndexMap, StoredShard, Tensor
 from ..core.numpy_dtypes import is_plain_float
 from ..errors import LayoutError, NotFoundError
 from ..formats.huggingface import NO_CONFIG
@@ -330,9 +330,9 @@ class _Product:
     experts: int
     reproducible: bool
 
-    def step(self, expert: int, row: int, at: tuple[Affine, Affine]) -> AddProduct:
+    def step(self, expert: int, row: int, at: tuple[IndexMap, IndexMap]) -> AddProduct:
         """Return the step for a matrix whose first row is ``row`` of the product of ``expert``."""
-        first, second = Affine(at[0].start + row, at[0].steps), at[1]
+        first, second = IndexMap(at[0].start + row, at[0].steps), at[1]
         rows, columns = (second, first) if self.swapped else (first, second)
         a, b = self.pair.a, self.pair.b
         if self.experts > 1:

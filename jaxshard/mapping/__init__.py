@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .group_ops import ROWS, Dequantize, Fuse, Stack, Tie, Unfuse, Unstack, Untie
     from .mapping import MappedFrom, Mapping, read_mapping, write_mapping
     from .ops import (
+        Affine,
         Cast,
         Drop,
         Expect,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .tables import FORMS, find_mapping, form_of, table
 
 _HOME = {
+    "Affine": "ops",
     "Cast": "ops",
     "Dequantize": "group_ops",
     "Drop": "ops",
@@ -73,6 +75,7 @@ _HOME = {
 __all__ = [
     "FORMS",
     "ROWS",
+    "Affine",
     "Cast",
     "Dequantize",
     "Drop",

@@ -63,6 +63,10 @@ class Algebra(Protocol[T]):
         """The values of ``x`` rounded to ``dtype``."""
         ...
 
+    def affine(self, x: T, times: float, plus: float) -> T:
+        """Each value of ``x`` times ``times`` plus ``plus``, rounded once to the dtype of ``x``."""
+        ...
+
     def scaled(self, x: T, scale: T, block: tuple[int, int], dtype: DType) -> T:
         """The dequantized values of a matrix with a factor for each block in ``scale``."""
         ...
@@ -150,6 +154,21 @@ def check_cast(old: DType, new: DType) -> None:
         raise LayoutError(f"{old} to {new} would lose the imaginary parts.")
     if is_float(old) and not is_float(new):
         raise LayoutError(f"{old} to {new} would truncate fractions and overflow. Cast to a float.")
+
+
+def check_affine(dtype: DType) -> DType:
+    """Return the dtype in which values of ``dtype`` are multiplied and added: F32 or F64.
+
+    Raises:
+        LayoutError: not floats of a byte or more.
+    """
+    name = dtype.numpy or dtype.name
+    if not is_float(dtype) or name.startswith(("complex", "float4", "F6")):
+        raise LayoutError(
+            f"{dtype} values cannot be multiplied and added to; expected floats of 8 bits or more. "
+            "Dequantize or cast them first."
+        )
+    return BY_NAME["F64" if dtype.name == "F64" else "F32"]
 
 
 def check_scales(
@@ -255,6 +274,11 @@ class Placing:
 
     @staticmethod
     def cast(x: Placed, dtype: DType) -> Placed:
+        """The same placements."""
+        return x
+
+    @staticmethod
+    def affine(x: Placed, times: float, plus: float) -> Placed:
         """The same placements."""
         return x
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..core.dtypes import DType
-from ..core.numpy_dtypes import numpy_dtype, stored_as
+from ..core.numpy_dtypes import held_as, numpy_dtype, stored_as
 from ..core.runtime import cached
 from ..errors import LayoutError, format_list
 from .algebra import (
+    check_affine,
     check_cast,
     check_cut,
     check_join,
@@ -102,6 +103,14 @@ class Expressions:
         return Expression("cast", x.shape, name, (x,), (dtype,), x.name)
 
     @staticmethod
+    def affine(x: Expression, times: float, plus: float) -> Expression:
+        """Each value of ``x`` times ``times`` plus ``plus``, rounded once to the dtype of ``x``."""
+        width = check_affine(held_as(np.dtype(x.dtype), x.shape))
+        if (times, plus) == (1, 0):
+            return x
+        return _of(x, "affine", x.shape, times, plus, width)
+
+    @staticmethod
     def scaled(
         x: Expression, scale: Expression, block: tuple[int, int], dtype: DType
     ) -> Expression:
@@ -138,7 +147,8 @@ def evaluate(made: Mapping[str, Expression], arrays: Mapping[str, Any]) -> dict[
             result[name] = inputs[0]
         elif all(isinstance(x, np.ndarray) for x in inputs):
             # ascontiguousarray would give a scalar a dim
-            result[name] = np.asarray(value(general, inputs, np), order="C")
+            with np.errstate(over="ignore", invalid="ignore"):  # too large becomes inf, as in JAX
+                result[name] = np.asarray(value(general, inputs, np), order="C")
         else:
             together.setdefault(leaves, []).append(name)
     for leaves, names in together.items():  # the layers of one stack share one program
@@ -211,6 +221,58 @@ def _scaled(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp:
     return (xs[0].astype("float32") * factors).astype(numpy_dtype(dtype))
 
 
+def _affine(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: Any) -> Any:
+    times, plus, width = how
+    kind = numpy_dtype(width).type
+    x = xs[0].astype(kind)
+    if xp is not np:
+        x = _product(x, kind(times))  # also by 1: no earlier product or sum is joined to this one
+    elif times != 1:
+        x = x * kind(times)
+    return (x + kind(plus) if plus else x).astype(xs[0].dtype)
+
+
+def _product(x: Any, times: Any) -> Any:
+    """``x * times`` in JAX, rounded as IEEE 754 defines.
+
+    XLA replaces subnormal values by zero on CPUs, and fuses a product with a sum. Therefore this
+    computes products near or below the smallest normal number from integers, and returns all of
+    them through integers.
+    """
+    import jax.numpy as jnp  # noqa: PLC0415 - only for JAX arrays
+
+    info = np.finfo(times.dtype)
+    word = np.dtype(f"uint{info.bits}").type
+    one = 1 << info.nmant  # the smallest normal number, as an integer
+    lift = word((info.nmant - int(info.minexp)) << info.nmant)  # the smallest number becomes 1
+    top = word(1 << (info.bits - 1))
+    plain = x * times
+    size = _recast(x, word) & ~top
+    is_small = (size < one) | ((_recast(plain, word) & ~top) < 2 * one)
+    lifted = jnp.where(size < one, size.astype(x.dtype), _recast(size + lift, x.dtype))
+    product = lifted * abs(times)
+    # The rounding error of the product, from halves whose products are exact (Dekker)
+    half = info.nmant // 2 + 1
+    high = abs(times) * times.dtype.type((1 << half) + 1)
+    high = high - (high - abs(times))
+    low = abs(times) - high
+    x_high = _recast(_recast(lifted, word) & ~word((1 << half) - 1), x.dtype)
+    x_low = lifted - x_high
+    error = ((x_high * high - product) + x_low * high + x_high * low) + x_low * low
+    floor = jnp.floor(product)
+    rest, count = product - floor, floor.astype(word)
+    is_up = (rest > 0.5) | ((rest == 0.5) & ((error > 0) | ((error == 0) & (count % 2 == 1))))
+    small = jnp.where(product < one, count + is_up, _recast(product, word) - lift)
+    sign = (_recast(x, word) & top) ^ (top if times < 0 else word(0))
+    return _recast(jnp.where(is_small, small | sign, _recast(plain, word)), x.dtype)
+
+
+def _recast(x: Any, dtype: Any) -> Any:
+    from jax import lax  # noqa: PLC0415 - only for JAX arrays
+
+    return lax.bitcast_convert_type(x, dtype)
+
+
 _KINDS: dict[str, Callable[[Sequence[Any], tuple[int, ...], tuple[Any, ...], Any], Any]] = {
     "transpose": lambda xs, shape, how, xp: xp.transpose(xs[0], how[0]),
     "reshape": lambda xs, shape, how, xp: xp.reshape(xs[0], shape),
@@ -219,5 +281,6 @@ _KINDS: dict[str, Callable[[Sequence[Any], tuple[int, ...], tuple[Any, ...], Any
     "repeat": lambda xs, shape, how, xp: xp.broadcast_to(xs[0], shape),
     "pad": _pad,
     "cast": lambda xs, shape, how, xp: xs[0].astype(numpy_dtype(how[0])),
+    "affine": _affine,
     "scaled": _scaled,
 }

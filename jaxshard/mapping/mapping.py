@@ -3,8 +3,8 @@
     catalog of files ──→ catalog whose tensors are strided views of the same files
     arrays           ──→ arrays, computed where they are
 
-Optimizer states (``adam_m.NAME``) are mapped like the weight NAME; training scalars
-(``global_step``) stay unchanged.
+Optimizer states (``adam_m.NAME``) are mapped like the weight NAME, but gradients are divided by
+what multiplies the weight; training scalars (``global_step``) stay unchanged.
 
     name = "mine:theirs"
 
@@ -20,7 +20,8 @@ Optimizer states (``adam_m.NAME``) are mapped like the weight NAME; training sca
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Container, Iterable
 from collections.abc import Mapping as Dict
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
@@ -28,8 +29,8 @@ from typing import Any
 from ..core.catalog import Catalog, Tensor
 from ..core.decoders import parse_toml
 from ..core.layout import Layout
-from ..errors import JaxshardError, LayoutError, did_you_mean
-from ..rules.match import OPTIMIZER_PREFIXES
+from ..errors import JaxshardError, LayoutError, did_you_mean, format_list
+from ..rules.match import STATE_ORDERS
 from . import group_ops, ops
 from .algebra import (
     Algebra,
@@ -118,17 +119,30 @@ class Mapping:
     ) -> dict[str, T]:
         """Apply the operations to ``tensors`` with ``algebra``."""
         result = {n: t for n, t in tensors.items() if n in scalars}
-        for prefix, group in _by_prefix(tensors, scalars).items():
+        for (prefix, order), group in _by_state(tensors, scalars).items():
             made = group
             try:
-                for op in self.ops:
-                    made = op.apply(made, algebra)
+                for op in self.ops if prefix else self._checked(group, algebra):
+                    made = (op.of_state(order) if prefix else op).apply(made, algebra)
             except JaxshardError as error:
                 if not prefix:
                     raise
                 raise type(error)(f"names that begin with {prefix}: {error}") from None
             result |= {prefix + name: tensor for name, tensor in made.items()}
         return result
+
+    def _checked(self, weights: Dict[str, T], algebra: Algebra[T]) -> tuple[Op, ...]:
+        """Return the operations; refuse to scale states whose relation to gradients is unknown."""
+        scaling = [op for op in self.ops if op.of_state(1) != op]
+        strange = [n for n, x in weights.items() if n.startswith(_OPTAX) and algebra.shape(x)]
+        if scaling and strange:
+            raise LayoutError(
+                f"{len(strange)} optimizer states have no known relation to gradients: "
+                f"{format_list(strange)}. This mapping scales weights ({scaling[0]}), so their "
+                f"states change too; known are {', '.join((*STATE_ORDERS, *_OPTAX_ORDERS))}, with "
+                "their weights. Leave the others out (exclude=, --exclude)."
+            )
+        return self.ops
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.ops)) or "no operation"
@@ -146,13 +160,32 @@ class MappedFrom:
         return self.mapping.place(layout, self.catalog.tensors, self.catalog.scalars)
 
 
-def _by_prefix(tensors: Dict[str, T], scalars: frozenset[str]) -> dict[str, dict[str, T]]:
-    groups: dict[str, dict[str, T]] = {}
+#: Training keeps the path in optax's tree of states other than the moments of one Adam.
+_OPTAX = "opt_state."
+_OPTAX_ORDERS = {"mu": 1, "nu": 2, "trace": 1}
+_OPTAX_STATE = re.compile(rf"{re.escape(_OPTAX)}(?:[^.]+\.)*?({'|'.join(_OPTAX_ORDERS)})\.")
+
+
+def _by_state(
+    tensors: Dict[str, T], scalars: frozenset[str]
+) -> dict[tuple[str, int], dict[str, T]]:
+    """Group by (prefix, order) of optimizer states, without the prefix; weights are ("", 0)."""
+    groups: dict[tuple[str, int], dict[str, T]] = {}
     for name, tensor in tensors.items():
         if name not in scalars:
-            prefix = next((p for p in OPTIMIZER_PREFIXES if name.startswith(p)), "")
-            groups.setdefault(prefix, {})[name[len(prefix) :]] = tensor
+            prefix, order = _state(name, tensors)
+            groups.setdefault((prefix, order), {})[name[len(prefix) :]] = tensor
     return groups
+
+
+def _state(name: str, known: Container[str]) -> tuple[str, int]:
+    for prefix, order in STATE_ORDERS.items():
+        if name.startswith(prefix):
+            return prefix, order
+    found = _OPTAX_STATE.match(name)
+    if found and name[found.end() :] in known:
+        return found[0], _OPTAX_ORDERS[found[1]]
+    return "", 0
 
 
 # --- Mappings as TOML
@@ -161,7 +194,7 @@ _KINDS: dict[str, type[Op]] = {
     kind.word: kind
     for kind in (
         *(ops.Rename, ops.Drop, ops.Expect, ops.Transpose, ops.Split, ops.Merge, ops.Slice),
-        *(ops.Pad, ops.Unpad, ops.Repeat, ops.Unrepeat, ops.Cast),
+        *(ops.Pad, ops.Unpad, ops.Repeat, ops.Unrepeat, ops.Cast, ops.Affine),
         *(group_ops.Fuse, group_ops.Unfuse, group_ops.Dequantize, ops.Substitute),
         *(group_ops.Stack, group_ops.Unstack, group_ops.Tie, group_ops.Untie),
     )
@@ -243,7 +276,9 @@ def _checked(value: Any, kind: str, where: str) -> Any:
     """Return ``value`` with lists as tuples, checked against the field's type (a text)."""
     frozen = _frozen(value)
     base = kind.removesuffix(" | None")
-    if base in _TYPES:
+    if base == "float":
+        right = isinstance(frozen, int | float) and not isinstance(frozen, bool)
+    elif base in _TYPES:
         right = isinstance(frozen, _TYPES[base]) and (base == "bool") == isinstance(frozen, bool)
     elif base == "tuple[tuple[str, str], ...]":
         right = isinstance(frozen, tuple) and all(

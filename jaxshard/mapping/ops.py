@@ -38,6 +38,10 @@ class Op:
         """
         raise LayoutError(f"{self.word} has no inverse: {self}.")
 
+    def of_state(self, order: int) -> Op:
+        """Return the operation on averages of gradients to the power of ``order``."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Rename(Op):
@@ -386,6 +390,46 @@ class Cast(_Each):
                 f"cast of {', '.join(self.names)} from {self.was} has no inverse: {error}"
             ) from None
         return Cast(self.names, self.was, self.dtype)
+
+
+_LEAST, _MOST = 2.0**-60, 2.0**60  # powers and inverses of the factors stay normal numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Affine(_Each):
+    """Multiply each value by ``times``, then add ``plus``.
+
+    Both are computed in float32 (float64 for F64), and the result is rounded once to the dtype.
+    """
+
+    word: ClassVar[str] = "affine"
+    times: float = 1.0
+    plus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("times", "plus"):
+            number = float(getattr(self, name))
+            object.__setattr__(self, name, number)
+            if not (_LEAST <= abs(number) <= _MOST or (number == 0 and name == "plus")):
+                raise LayoutError(
+                    f"affine: {name} = {number} must be {'0, or ' if name == 'plus' else ''}"
+                    "of a magnitude between 2**-60 and 2**60."
+                )
+
+    def change(self, x: T, algebra: Algebra[T]) -> T:
+        """``x`` with its values multiplied and shifted."""
+        return algebra.affine(x, self.times, self.plus)
+
+    def of_state(self, order: int) -> Affine:
+        """Return the operation on averages of gradients to the power of ``order``.
+
+        The gradient of a weight that is multiplied is divided, and a shift does not change it.
+        """
+        return Affine(self.names, self.times**-order)
+
+    def inverse(self) -> Affine:
+        """Return the division by ``times`` after the subtraction of ``plus``; both round."""
+        return Affine(self.names, 1 / self.times, -self.plus / self.times or 0.0)
 
 
 def renamed(tensors: Mapping[str, T], new_name: Callable[[str], str]) -> dict[str, T]:

@@ -17,7 +17,8 @@ from math import prod
 from ..core.box import Box
 from ..core.catalog import (
     ZEROS,
-    Affine,
+    IndexMap,
+    MultiplyAdd,
     RoundTo,
     Scale,
     Step,
@@ -30,6 +31,7 @@ from ..core.catalog import (
 from ..core.dtypes import DType
 from ..errors import LayoutError
 from .algebra import (
+    check_affine,
     check_cast,
     check_cut,
     check_join,
@@ -47,7 +49,8 @@ def with_steps(shard: StoredShard, turn: _Turn) -> StoredShard:
     view = shard.view
     assert view is not None
     steps = tuple(
-        with_places(s, tuple(Affine(a.start, turn(a.steps)) for a in places(s))) for s in view.steps
+        with_places(s, tuple(IndexMap(a.start, turn(a.steps)) for a in places(s)))
+        for s in view.steps
     )
     return replace(shard, view=View(turn(view.strides), view.dtype, steps))
 
@@ -298,16 +301,38 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
     if dtype == tensor.dtype:
         return tensor
     check_cast(tensor.dtype, dtype)
-    tensor = viewed(tensor)
     _refuse_packed(dtype, tensor.name)
+    return replace(_rounded(tensor), dtype=dtype)
+
+
+def affine(tensor: Tensor, times: float, plus: float) -> Tensor:
+    """Return each value times ``times`` plus ``plus``, rounded once to the tensor's dtype."""
+    width = check_affine(tensor.dtype)
+    if (times, plus) == (1, 0):
+        return tensor
+    step = MultiplyAdd(times, plus, width)
+    return _stepped(_rounded(tensor), lambda view: (*view.steps, step))
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """Round the values to the dtype of ``tensor`` before the next step."""
+    kind = tensor.dtype
+
+    def steps(view: View) -> tuple[Step, ...]:
+        last = view.steps[-1] if view.steps else RoundTo(view.dtype)
+        is_rounded = isinstance(last, RoundTo | MultiplyAdd) and last.dtype == kind
+        return view.steps if is_rounded else (*view.steps, RoundTo(kind))
+
+    return _stepped(viewed(tensor), steps)
+
+
+def _stepped(tensor: Tensor, steps: Callable[[View], tuple[Step, ...]]) -> Tensor:
+    """Replace the steps of each view of ``tensor`` by those that ``steps`` returns."""
     shards = []
     for p in tensor.shards:
-        view = p.view
-        assert view is not None
-        if view.dtype != tensor.dtype or view.steps:
-            view = replace(view, steps=(*view.steps, RoundTo(tensor.dtype)))
-        shards.append(replace(p, view=view))
-    return replace(tensor, dtype=dtype, shards=tuple(shards))
+        assert p.view is not None
+        shards.append(replace(p, view=replace(p.view, steps=steps(p.view))))
+    return replace(tensor, shards=tuple(shards))
 
 
 def scaled(tensor: Tensor, scale: Tensor, block: tuple[int, int], dtype: DType) -> Tensor:
@@ -317,11 +342,11 @@ def scaled(tensor: Tensor, scale: Tensor, block: tuple[int, int], dtype: DType) 
         LayoutError: the factors do not match the blocks.
     """
     check_scales(tensor.name, tensor.shape, scale.name, scale.shape, block)
-    made = with_step(tensor, lambda at: Scale(scale, block, at))
+    made = with_step(_rounded(tensor), lambda at: Scale(scale, block, at))
     return replace(made, dtype=dtype)
 
 
-def with_step(tensor: Tensor, make: Callable[[tuple[Affine, Affine]], Step]) -> Tensor:
+def with_step(tensor: Tensor, make: Callable[[tuple[IndexMap, IndexMap]], Step]) -> Tensor:
     """Append to each shard of a matrix the step that ``make`` returns for its position."""
     tensor = viewed(tensor)
     if [len(f) for f in _factors(tensor)] != [1, 1]:
@@ -332,7 +357,7 @@ def with_step(tensor: Tensor, make: Callable[[tuple[Affine, Affine]], Step]) -> 
         )
     shards = []
     for p in tensor.shards:
-        at = (Affine(p.box.start[0], (1, 0)), Affine(p.box.start[1], (0, 1)))
+        at = (IndexMap(p.box.start[0], (1, 0)), IndexMap(p.box.start[1], (0, 1)))
         assert p.view is not None
         shards.append(replace(p, view=replace(p.view, steps=(*p.view.steps, make(at)))))
     return replace(tensor, shards=tuple(shards))
@@ -482,6 +507,7 @@ class Geometry:
     join = staticmethod(join)
     repeat = staticmethod(repeat)
     cast = staticmethod(cast)
+    affine = staticmethod(affine)
     scaled = staticmethod(scaled)
 
     @staticmethod

@@ -18,16 +18,19 @@ from ..errors import LayoutError, format_list
 from ..models.facts import text_config
 from .table import Rules, Spec
 
-#: Optimizer states and gradients are placed like the weight whose name follows.
-OPTIMIZER_PREFIXES = (
-    "adam_m.",
-    "adam_v.",
-    "accu_grads.",
-    "moment1.",
-    "moment2.",
-    "exp_avg.",
-    "exp_avg_sq.",
-)
+#: Optimizer states and gradients: prefixes of the weight's name, and the power of the gradient
+#: that their values are sums or averages of.
+STATE_ORDERS = {
+    "adam_m.": 1,
+    "adam_v.": 2,
+    "accu_grads.": 1,
+    "moment1.": 1,
+    "moment2.": 2,
+    "exp_avg.": 1,
+    "exp_avg_sq.": 2,
+}
+#: They are placed like the weight whose name follows.
+OPTIMIZER_PREFIXES = tuple(STATE_ORDERS)
 _STATE = re.compile("|".join(map(re.escape, OPTIMIZER_PREFIXES)))
 _ADAPTER = re.compile(  # names in peft, MindFormers and mindpet, in files and in memory
     r"(?P<base>.+?)\."

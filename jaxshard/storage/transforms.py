@@ -1,4 +1,4 @@
-"""View transforms during reads: transpose, cast, dequantize, add adapters.
+"""View transforms during reads: transpose, cast, scale, shift, dequantize, add adapters.
 
 A part of a source is read in the order of its file, converted in place, and then copied to the
 order of the target. ``core.catalog`` defines the steps; NumPy computes them here, in float32.
@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 
 from .. import native
 from ..core.box import Box
-from ..core.catalog import AddProduct, Affine, RoundTo, Step, StoredShard, Tensor, View
+from ..core.catalog import (
+    AddProduct,
+    IndexMap,
+    MultiplyAdd,
+    RoundTo,
+    Step,
+    StoredShard,
+    Tensor,
+    View,
+)
+from ..core.dtypes import BY_NAME
 from ..core.numpy_dtypes import Bytes, cast_into, numpy_dtype
 from ..core.ranges import Runs
 from ..planning.copies import TensorCopy
@@ -84,6 +94,7 @@ Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
 Indices = slice | NDArray[np.intp]
 
+_F64 = BY_NAME["F64"]
 _ALONE = 1 << 17  # multiplications that OpenBLAS does in the calling thread
 _PRODUCT_ROWS = 64
 _IN_CACHE = 1 << 14  # elements of float64 that stay in a core's cache
@@ -150,7 +161,7 @@ class Viewer:
         assert piece.view is not None
         dtype = numpy_dtype(move.dtype)
         if not form.item_bytes:
-            return np.broadcast_to(np.zeros((), dtype), part.shape), None
+            return self._zeros(piece.view, part.shape, part.within(stored).start, dtype), None
         runs, order = form.runs(part, stored, piece.offset)
         compact = self._room(piece.view, runs, order, into, dtype)
         read_runs(self._source, piece, runs, compact)
@@ -168,6 +179,16 @@ class Viewer:
                 done = np.empty_like(values, dtype)
                 cast_into(done, values)
         return np.broadcast_to(done, part.shape), runs
+
+    def _zeros(
+        self, view: View, shape: tuple[int, ...], start: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> Array:
+        """The values of zeros, which no file stores, after the view's steps."""
+        done = np.zeros(shape if view.steps else (), dtype)
+        if view.steps:
+            zeros = np.zeros(shape, numpy_dtype(view.dtype))
+            _converted(zeros, view, start, self.values, done, self._spare)
+        return np.broadcast_to(done, shape)
 
     def _room(
         self,
@@ -199,17 +220,24 @@ def _converted(
     values: Array, view: View, start: tuple[int, ...], known: Values, done: Array, spare: Spare
 ) -> None:
     """Put ``values``, whose first element is at ``start``, in ``done`` after the view's steps."""
-    work = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
+    first = view.steps[0]
+    is_wide = _F64 in (view.dtype, first.dtype if isinstance(first, RoundTo) else None)
+    work = np.dtype(np.float64 if is_wide else np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # a value too large becomes inf, as in JAX
         if _added_at_once(values, view, start, known, done):
             return
         wide_memory, table_memory = spare.of(work, _most(values))
+        in_place = done.dtype == work and done.strides == values.strides
+        is_read_there = in_place and np.may_share_memory(done, values)
         for part, at in _portions(values, start):
-            wide = _like(wide_memory, values[part])
-            cast_into(wide, values[part])
+            target = done[part]
+            wide = target if in_place else _like(wide_memory, values[part])
+            if not is_read_there:
+                cast_into(wide, values[part])
             for step in view.steps:
                 wide = _stepped(wide, step, at, known, table_memory)
-            cast_into(done[part], wide)
+            if wide is not target:
+                cast_into(target, wide)
 
 
 def _added_at_once(
@@ -260,10 +288,10 @@ def _slowest(values: Array) -> int:
 
 def _portions(
     values: Array, start: tuple[int, ...]
-) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
+) -> Iterator[tuple[tuple[Any, ...], tuple[int, ...]]]:
     """Parts of ``values`` that are one piece of memory each, and where each begins."""
     if not values.ndim or not values.size:
-        yield (), start
+        yield (...,), start  # without it, indexing an array without dims makes a number
         return
     slowest = _slowest(values)
     rows, one = values.shape[slowest], values.size // values.shape[slowest]
@@ -286,7 +314,20 @@ def _stepped(
     values: Array, step: Step, start: tuple[int, ...], known: Values, spare: Array
 ) -> Array:
     if isinstance(step, RoundTo):
-        return values.astype(numpy_dtype(step.dtype)).astype(values.dtype)
+        kind = numpy_dtype(step.dtype)
+        if kind != values.dtype:
+            rounded = np.empty_like(values, kind)
+            cast_into(rounded, values)
+            cast_into(values, rounded)
+        return values
+    if isinstance(step, MultiplyAdd):
+        number = numpy_dtype(step.dtype).type
+        values = values.astype(number, copy=False)  # exact: the values are rounded to a dtype
+        if step.times != 1:
+            values *= number(step.times)
+        if step.plus:
+            values += number(step.plus)
+        return values
     (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
     if isinstance(step, AddProduct):
         b, a = _factors(step, known, rows, columns)
@@ -377,7 +418,7 @@ def _fused_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np
 
 
 def _indices(
-    at: Affine, start: tuple[int, ...], lengths: tuple[int, ...]
+    at: IndexMap, start: tuple[int, ...], lengths: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Indices]:
     """The dims that ``at`` grows along, largest step first, and its numbers in that order."""
     dims = [d for d, n in enumerate(lengths) if n > 1 and at.steps[d]]

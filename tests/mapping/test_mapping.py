@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapping_worlds import Memory, grid, read_all, read_box, same
+from mapping_worlds import Memory, grid, read_all, read_box, same, worlds
 
 from jaxshard.core.box import Box
 from jaxshard.core.catalog import Tensor
@@ -16,10 +16,7 @@ from jaxshard.mapping import (
     Cast,
     Fuse,
     Mapping,
-    Merge,
-    Pad,
     Rename,
-    Repeat,
     Slice,
     Split,
     Stack,
@@ -89,42 +86,6 @@ def test_files_and_memory_agree_and_the_way_back_is_the_identity() -> None:
     assert same(read_all(there, FUSED.inverse().apply(there.catalog)), arrays)
     assert same(FUSED.inverse().apply_arrays(made), arrays)
     assert same(read_all(memory, FUSED.inverse().apply(FUSED.apply(memory.catalog))), arrays)
-
-
-@st.composite
-def worlds(draw: st.DrawFn):
-    """A random chain of operations on one tensor, and ways to cut source and result."""
-    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=3)))
-    ops, now = [], shape
-    for _ in range(draw(st.integers(1, 4))):
-        dim = draw(st.integers(0, len(now) - 1))
-        kind = draw(st.sampled_from(["transpose", "split", "merge", "slice", "pad", "repeat"]))
-        if kind == "transpose":
-            order = tuple(draw(st.permutations(range(len(now)))))
-            ops.append(Transpose(("w",), order))
-            now = tuple(now[i] for i in order)
-        elif kind == "split" and len(now) < 5:
-            a = draw(st.sampled_from([n for n in range(1, now[dim] + 1) if now[dim] % n == 0]))
-            ops.append(Split(("w",), dim, (a, -1)))
-            now = (*now[:dim], a, now[dim] // a, *now[dim + 1 :])
-        elif kind == "merge" and dim + 1 < len(now):
-            ops.append(Merge(("w",), dim, (-1, now[dim + 1])))
-            now = (*now[:dim], now[dim] * now[dim + 1], *now[dim + 2 :])
-        elif kind == "slice" and now[dim] > 1:
-            a = draw(st.integers(0, now[dim] - 1))
-            b = draw(st.integers(a + 1, now[dim]))
-            ops.append(Slice(("w",), dim, a, b))
-            now = (*now[:dim], b - a, *now[dim + 1 :])
-        elif kind == "pad":
-            to = now[dim] + draw(st.integers(0, 3))
-            ops.append(Pad(("w",), dim, now[dim], to))
-            now = (*now[:dim], to, *now[dim + 1 :])
-        elif kind == "repeat":
-            ops.append(Repeat(("w",), 1, 2, dim))
-            now = (*now[:dim], 2 * now[dim], *now[dim + 1 :])
-    ways = tuple(draw(st.sampled_from([w for w in (1, 2, 3) if n % w == 0])) for n in shape)
-    tile = draw(st.sampled_from([8, 32, 4096]))
-    return shape, Mapping(tuple(ops)), ways, tile
 
 
 @settings(max_examples=600)
