@@ -133,7 +133,7 @@ class Mapping:
 
     def _checked(self, weights: Dict[str, T], algebra: Algebra[T]) -> tuple[Op, ...]:
         """Return the operations; refuse to scale states whose relation to gradients is unknown."""
-        scaling = [op for op in self.ops if op.of_state(1) != op]
+        scaling = [op for op in self.ops if isinstance(op, ops.Affine)]
         strange = [n for n, x in weights.items() if n.startswith(_OPTAX) and algebra.shape(x)]
         if scaling and strange:
             raise LayoutError(
