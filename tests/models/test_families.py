@@ -67,8 +67,8 @@ def number_of_others(kind):
     return sum(".language_model." not in f".{n}" and not n.startswith("lm_head") for n in names)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_axes_mean_what_they_are_called(kind, monkeypatch):
+def computed_and_permutation(kind):
+    """A model, and the permutations of the tensors of its text model."""
     model = tiny(kind)
     config = model.config.to_dict()
     computed = Computed(model, "type_vocab_size" in config)
@@ -76,22 +76,26 @@ def test_axes_mean_what_they_are_called(kind, monkeypatch):
     sizes = Sizes(family, config)
     form, left = sizes.form_of({n: tuple(computed.tensors[n].shape) for n in text})
     assert left == ()
-    permutation = Permutation(family, form, sizes, text)
+    return computed, Permutation(family, form, sizes, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_axes_mean_what_they_are_called(kind, monkeypatch):
+    computed, permutation = computed_and_permutation(kind)
     before, want = computed.arrays(), computed.logits({})
-    after = permutation.applied(before, text)
+    after = permutation.applied(before, permutation.rows)
     computed.put(after)
     axes = {a for found in permutation.axes_of.values() for a in found}
     if "half" in axes:
         computed.turn(permutation.order("half"))
     if "rope" in axes:
         computed.turn(permutation.order("rope")[::2] // 2)
-    first_axes = {
-        n: permutation.rows[n].axes.dims[0].names[0] for n in computed.looked_up if n in text
-    }
-    permute_alibi(monkeypatch, model, permutation.order("kv_heads"))
+    permute_alibi(monkeypatch, computed.model, permutation.order("kv_heads"))
+    looked_up = [n for n in computed.looked_up if n in permutation.rows]
+    first_axes = {n: permutation.rows[n].axes.dims[0].names[0] for n in looked_up}
     lookups = {n: permutation.order(axis) for n, axis in first_axes.items()}
-    outputs = permutation.order(output_axis(family, form, permutation))
-    want = want[..., outputs]
+    head = permutation.row("head") or permutation.row("embed")
+    want = want[..., permutation.order(head.axes.dims[0].names[0])]
     assert differs(computed.logits(lookups), want) < 1e-4
     for row, its_axes in permutation.axes_of.items():
         for axis in its_axes:
@@ -99,8 +103,51 @@ def test_axes_mean_what_they_are_called(kind, monkeypatch):
             computed.put(permutation.applied(before, names, left_out=axis))
             left = differs(computed.logits(lookups), want)
             computed.put({n: after[n] for n in names})
-            no_effect = (kind, family.find(form, names[0])) in WITHOUT_EFFECT
+            no_effect = (kind, permutation.weight(names[0])) in WITHOUT_EFFECT
             assert (left < 1e-4) == no_effect, (row.name, axis, left)
+
+
+#: The output is linear in the first weight, but not in the second, before the third.
+LINEAR = [
+    ("v", None, "o"),
+    ("up", "gate", "down"),
+    ("e.up", "e.gate", "e.down"),
+    ("s.up", "s.gate", "s.down"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_share_a_tensor_are_in_this_order(kind):
+    """Permutations do not tell gate from up, nor k from v."""
+    computed, permutation = computed_and_permutation(kind)
+    before, want = computed.arrays(), computed.logits({})
+
+    def difference(steps):
+        computed.put(permutation.changed(before, steps))
+        got = computed.logits({})
+        computed.put(before)
+        return differs(got, want)
+
+    for linear, other, output in LINEAR:
+        if not permutation.has(linear) or not (other is None or permutation.has(other)):
+            continue
+        if kind == "gpt_oss" and linear == "up":  # gate (up + 1)
+            none = {"gate": (0, 0), "gate.bias": (0, 0)}
+            computed.put(permutation.changed(before, none))
+            without = computed.logits({})
+            computed.put(permutation.changed(before, {**none, "down": (2, 0)}))
+            assert differs(computed.logits({}), without) < 1e-4
+            computed.put(before)
+            continue
+        twice = {linear: (2, 0), f"{linear}.bias": (2, 0), output: (0.5, 0)}
+        assert difference(twice) < 1e-4, linear
+        if other:
+            assert difference({other: (2, 0), f"{other}.bias": (2, 0), output: (0.5, 0)}) > 1e-3
+    if permutation.has("k.bias") and not (permutation.has("k_norm") or permutation.has("sinks")):
+        computed.still()
+        want = computed.logits({})
+        assert difference({"k.bias": (1, 1)}) < 1e-4
+        assert difference({"q.bias": (1, 1)}) > 1e-3
 
 
 def permute_alibi(monkeypatch, model, heads):
@@ -124,10 +171,3 @@ def by_heads(function, heads):
 def differs(got, want):
     """The largest difference of outputs, in standard deviations."""
     return float(np.abs(got - want).max() / want.std())
-
-
-def output_axis(family, form, permutation):
-    """The axis of the model's outputs: of the head, or of the embedding that is the head too."""
-    weights = {family.find(form, n) for n in permutation.rows}
-    row = family.form(form)["head" if "head" in weights else "embed"]
-    return row.axes.dims[0].names[0]

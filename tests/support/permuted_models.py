@@ -15,7 +15,7 @@ import torch
 
 from jaxshard.core.patterns import fill, match
 from jaxshard.models import Family, Sizes
-from jaxshard.models.axes import Sum
+from jaxshard.models.axes import Dim, Sum
 from jaxshard.models.family import Row
 
 #: Axes that are one thing under two names: a family names them apart because they are cut apart.
@@ -37,7 +37,8 @@ class Permutation:
     """One random permutation for each axis of a model's tensors."""
 
     def __init__(self, family: Family, form: str, sizes: Sizes, names: Iterable[str]) -> None:
-        self.rows = {n: family.form(form)[found] for n in names if (found := family.find(form, n))}
+        self._weights = {n: found for n in names if (found := family.find(form, n))}
+        self.rows = {n: family.form(form)[weight] for n, weight in self._weights.items()}
         self._family, self._sizes = family, sizes
         self._random = np.random.default_rng(0)
         self._orders: dict[str, np.ndarray] = {}
@@ -94,6 +95,34 @@ class Permutation:
 
         return {n: self._one(n, arrays, order) for n in names}
 
+    def changed(
+        self, arrays: Mapping[str, np.ndarray], steps: Mapping[str, tuple[float, float]]
+    ) -> dict[str, np.ndarray]:
+        """Multiply weights and add to them, also where several share a tensor."""
+        out: dict[str, np.ndarray] = {}
+        for name, row in self.rows.items():
+            wanted = {w: steps[w] for w in row.axes.weights or (self._weights[name],) if w in steps}
+            for weight, (times, plus) in wanted.items():
+                here = out.setdefault(name, arrays[name].copy())
+                place = tuple(
+                    _part(dim.factors, weight, self._sizes)
+                    for dim in row.axes.expanded(self._family.aliases).dims
+                )
+                here[np.ix_(*place)] = here[np.ix_(*place)] * times + plus
+        return out
+
+    def weight(self, name: str) -> str:
+        """The weight that a tensor is; the first of those that share it."""
+        return self._weights[name]
+
+    def row(self, weight: str) -> Row | None:
+        """The row of a weight that the model has."""
+        return next((self.rows[n] for n, w in self._weights.items() if w == weight), None)
+
+    def has(self, weight: str) -> bool:
+        """Whether the model has the weight."""
+        return any(weight in (self._weights[n], *r.axes.weights) for n, r in self.rows.items())
+
     def _one(self, name: str, arrays: Mapping[str, np.ndarray], order: Order) -> np.ndarray:
         row = self.rows[name]
         if "{expert}" in row.name:
@@ -120,6 +149,23 @@ def _indices(factors: tuple[str | Sum, ...], order: Order) -> np.ndarray:
     outer = np.arange(int(first)) if first.isdigit() else order(first)
     inner = _indices(rest, order)
     return (outer[:, None] * inner.size + inner).ravel()
+
+
+def _part(factors: tuple[str | Sum, ...], weight: str, sizes: Sizes) -> np.ndarray:
+    """The indices of a dim that are a weight's."""
+    if not factors:
+        return np.zeros(1, int)
+    first, rest = factors[0], factors[1:]
+    if isinstance(first, Sum):
+        found, at = [], 0
+        for term in first.terms:
+            mine = _part((*term.axes, *rest), weight, sizes)
+            found += [at + mine] if term.weight == weight else []
+            at += mine.size
+        return np.concatenate(found)
+    inner = _part(rest, weight, sizes)
+    whole = sizes.length(Dim(rest)) if rest else 1
+    return (np.arange(sizes[first])[:, None] * whole + inner).ravel()
 
 
 class Computed:
@@ -156,6 +202,12 @@ class Computed:
         for name, buffer in self.model.named_buffers():
             if name.endswith("inv_freq") and buffer.shape == order.shape:
                 buffer.copy_(buffer[torch.from_numpy(order)])
+
+    def still(self) -> None:
+        """Stop the rotation of q and k, so that a bias of k adds the same to a query's scores."""
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("inv_freq"):
+                buffer.zero_()
 
     def logits(self, lookups: Mapping[str, np.ndarray]) -> np.ndarray:
         """Compute the output, with the looked-up rows of tensors (by name) at other places."""
