@@ -19,7 +19,7 @@ from .core.layout import Layout, Strategy
 from .core.runtime import clear_caches
 from .distributed.processes import part_of
 from .planning.plan import Plan
-from .rules import Rules
+from .rules import Rules, Unmatched
 from .storage.resources import budget_for, parse_size
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ def reshard(
     *,
     devices: Sequence[Any] | None = None,
     rules: Rules | None = None,
+    unmatched: Unmatched = "error",
     donate: bool = False,
     copy: bool = False,
     device_bytes: int | str | None = None,
@@ -218,10 +219,12 @@ def reshard(
 
     Args:
         tree: a pytree of ``jax.Array``.
-        target: a strategy (``"dp4mp2"``), resolved by the rules of the names' family; or
-            shardings, in any form that ``resharding.reshard`` accepts.
+        target: a strategy (``"dp4mp2"``) or a ``Mesh``, resolved by the rules of the names'
+            family; or shardings, in any form that ``resharding.reshard`` accepts.
         devices: the device of each rank of a strategy; by default all devices.
-        rules: rules for a strategy that precede the family's rules.
+        rules: rules for a strategy or mesh that precede the family's rules.
+        unmatched: names without a rule are an error, or ``"replicate"``, or ``"largest"``: split by
+            their shapes.
         donate: free each source array as soon as it has been moved.
         copy: share no memory with the sources. By default a shard that stays on its device is
             aliased, so donating the source in a later step deletes it.
@@ -234,7 +237,7 @@ def reshard(
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
     from .devices import pytree  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = pytree.target_of(tree, target, devices=devices, rules=rules)
+    wanted = pytree.target_of(tree, target, devices=devices, rules=rules, unmatched=unmatched)
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 
@@ -245,6 +248,7 @@ def prepare_reshard(
     *,
     devices: Sequence[Any] | None = None,
     rules: Rules | None = None,
+    unmatched: Unmatched = "error",
     donate: bool = False,
     copy: bool = False,
     device_bytes: int | str | None = None,
@@ -257,7 +261,7 @@ def prepare_reshard(
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
     from .devices import pytree  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = pytree.target_of(tree, target, devices=devices, rules=rules)
+    wanted = pytree.target_of(tree, target, devices=devices, rules=rules, unmatched=unmatched)
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.prepare_reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 

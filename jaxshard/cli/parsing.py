@@ -353,7 +353,7 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
             metavar="TARGET",
             required=command != "convert",
             default="full" if command == "convert" else None,
-            help="full, a strategy (dp2mp4pp2), strategy files, or same (as SRC)",
+            help="full, a strategy (dp2mp4pp2, fsdp4mp2), strategy files, or same (as SRC)",
         )
     to.add_argument(
         "--format", choices=tuple(FORMATS), help="format to write (default: implied by --to)"
@@ -373,17 +373,19 @@ def _add_how(to: argparse.ArgumentParser, command: str) -> None:
         metavar="FILE",
         help="file with layout rules (TOML) that precede the built-in ones",
     )
-    for flag, what in (
-        ("--unmatched", "names that match no rule"),
-        ("--uneven", "dims that are not divisible"),
-    ):
-        choices = ("error", "replicate")
-        to.add_argument(
-            flag,
-            choices=choices,
-            default="error",
-            help=f"{what}: raise an error, or replicate the tensor",
-        )
+    to.add_argument(
+        "--unmatched",
+        choices=("error", "replicate", "largest"),
+        default="error",
+        help="names that match no rule: raise an error, replicate the tensor, or split its largest "
+        "dims",
+    )
+    to.add_argument(
+        "--uneven",
+        choices=("error", "replicate"),
+        default="error",
+        help="dims that are not divisible: raise an error, or replicate the tensor",
+    )
     to.add_argument(
         "--include",
         metavar="REGEX",

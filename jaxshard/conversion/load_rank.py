@@ -16,7 +16,7 @@ from ..errors import LayoutError
 from ..formats.output_files import LazyArray
 from ..planning.copies import TensorCopy
 from ..planning.plan import Plan
-from ..rules import Policy, Rules
+from ..rules import Policy, Rules, Unmatched
 from ..storage.engine import HostArrays, run
 from ..storage.io import Source
 from ..storage.readers import open_source
@@ -39,7 +39,7 @@ def load_rank(
     config: Config | None = None,
     rules: Rules | None = None,
     names: Mapping | str | None = None,
-    unmatched: Policy = "error",
+    unmatched: Unmatched = "error",
     uneven: Policy = "error",
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -60,7 +60,8 @@ def load_rank(
         config: the model's ``config.json``, or its path, for a source without one.
         rules: layout rules that precede the family's own.
         names: a mapping to other names and shapes.
-        unmatched: names without a rule are an error, or ``"replicate"``.
+        unmatched: names without a rule are an error, or ``"replicate"``, or ``"largest"``: split by
+            their shapes.
         uneven: dims that do not divide are an error, or ``"replicate"``.
         include: regular expressions; only tensors that match one of them are loaded.
         exclude: regular expressions; tensors that match one of them are left out.

@@ -162,7 +162,7 @@ def prepare(
     config: Config | None = None,
     rules: family_rules.Rules | None = None,
     names: Mapping | str | None = None,
-    unmatched: family_rules.Policy = "error",
+    unmatched: family_rules.Unmatched = "error",
     uneven: family_rules.Policy = "error",
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -192,7 +192,8 @@ def prepare(
         rules: layout rules that precede those of the model's family.
         names: a mapping to other names and shapes, or what ``mapping.find_mapping`` takes:
             ``"llama-hf:llama-mindformers"``, a table's path.
-        unmatched: names without a rule are an error, or ``"replicate"``.
+        unmatched: names without a rule are an error, or ``"replicate"``, or ``"largest"``: split by
+            their shapes.
         uneven: dims that do not divide are an error, or ``"replicate"``.
         include: regular expressions; only tensors that match one of them are converted.
         exclude: regular expressions; tensors that match one of them are left out.
@@ -362,7 +363,7 @@ def part_plan(plan: Plan, part: Part | None) -> Plan:
 
 if TYPE_CHECKING:
     from ..mapping import Mapping
-    from ..rules import Policy, Rules
+    from ..rules import Policy, Rules, Unmatched
     from .open import Config, PathLike
 
 _P = ParamSpec("_P")
@@ -377,7 +378,7 @@ class ResultOptions(TypedDict, total=False):
     config: Config | None
     rules: Rules | None
     names: Mapping | str | None
-    unmatched: Policy
+    unmatched: Unmatched
     uneven: Policy
     include: Iterable[str]
     exclude: Iterable[str]

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.catalog import Catalog, Tensor
-from ..core.layout import Layout, Placement, Strategy
+from ..core.layout import Layout, MeshAxes, Placement, Strategy
 from ..errors import LayoutError, NotFoundError, format_list
 from ..formats.output_files import Request, Result
 from ..formats.registry import FORMATS, find_format, names_where
-from ..rules import Policy, Rules, rules_for
+from ..rules import Policy, Rules, Unmatched, table_for
 from ..rules import layout as lay_out
 from ..rules.tensor_dims import Factors
 from ..storage.remote import is_remote
@@ -77,10 +77,10 @@ def parse_target(target: Target, words: Collection[str] = (FULL, SAME)) -> Strat
 
 def lay_out_for(
     source: Catalog,
-    strategy: Strategy,
+    strategy: Strategy | MeshAxes,
     rules: Rules | None = None,
     *,
-    unmatched: Policy = "error",
+    unmatched: Unmatched = "error",
     uneven: Policy = "error",
 ) -> Layout:
     """Return the layout of ``source``'s tensors under ``strategy``, by its family's rules.
@@ -129,7 +129,11 @@ def _check_groups(source: Catalog, layout: Layout) -> None:
 
 
 def _lay_out_parts(
-    source: Catalog, before: Catalog, strategy: Strategy, unmatched: Policy, uneven: Policy
+    source: Catalog,
+    before: Catalog,
+    strategy: Strategy | MeshAxes,
+    unmatched: Unmatched,
+    uneven: Policy,
 ) -> Layout:
     """Return the layout of the source tensors; factors are replicated, as they are consumed."""
     views = (p.view for t in source.tensors.values() for p in t.shards if p.view)
@@ -143,18 +147,15 @@ def _lay_out_parts(
 
 
 def _by_rules(
-    source: Catalog, strategy: Strategy, rules: Rules | None, unmatched: Policy, uneven: Policy
+    source: Catalog,
+    strategy: Strategy | MeshAxes,
+    rules: Rules | None,
+    unmatched: Unmatched,
+    uneven: Policy,
 ) -> Layout:
     lost = () if source.origin else tuple(source.lost)
     names = [*(name for name in source.tensors if name not in source.scalars), *lost]
-    try:
-        table = rules_for(source.model, names)
-    except (LayoutError, NotFoundError):
-        if rules is None:
-            raise
-        table = rules
-    else:
-        table = table.override(rules) if rules else table
+    table = table_for(source.model, names, rules, unmatched)
     shapes = {t.name: t.shape for t in source.tensors.values()}
     return lay_out(shapes, strategy, table, source.model, source.scalars, unmatched, uneven, lost)
 

@@ -25,7 +25,7 @@ from .runtime import LRUCache, cached
 
 Axes = tuple[tuple[str, int], ...]  # mesh axes in row-major order: (name, size), last fastest
 
-_PART = re.compile(r"(dp|mp|tp|pp|ep|cp|opt)([0-9]{1,9}|all)|(vocabdp)")
+_PART = re.compile(r"(dp|fsdp|mp|tp|pp|ep|cp|opt)([0-9]{1,9}|all)|(vocabdp)")
 _MAX_RANKS = 1 << 20  # boxes are listed per rank; the largest jobs have tens of thousands
 _FIELD = {"tp": "mp", "opt": "optimizer_shard"}
 
@@ -36,6 +36,7 @@ class Strategy:
 
     Attributes:
         dp: data parallel ranks (replicas of the weights).
+        fsdp: further data parallel ranks, over which every tensor is split ("fully sharded").
         mp: tensor ("model") parallel ranks; ``tp`` is an alias.
         pp: pipeline stages.
         ep: expert parallel ways; a part of ``dp``, as in MindSpore.
@@ -47,11 +48,12 @@ class Strategy:
 
     >>> Strategy("dp2mp4pp2").num_ranks
     16
-    >>> str(Strategy(tp=8))
-    'dp1mp8'
+    >>> str(Strategy(tp=8)), str(Strategy(fsdp=4, mp=2))
+    ('dp1mp8', 'fsdp4mp2')
     """
 
     dp: int = 1
+    fsdp: int = 1
     mp: int = 1
     pp: int = 1
     ep: int = 1
@@ -65,6 +67,7 @@ class Strategy:
         /,
         *,
         dp: int = 1,
+        fsdp: int = 1,
         mp: int = 1,
         tp: int = 1,
         pp: int = 1,
@@ -80,7 +83,14 @@ class Strategy:
         """
         if mp != 1 and tp != 1:
             raise LayoutError(f"strategy: mp={mp} and tp={tp} are the same axis. Give one of them.")
-        given: dict[str, int] = {"dp": dp, "mp": mp * tp, "pp": pp, "ep": ep, "cp": cp}
+        given: dict[str, int] = {
+            "dp": dp,
+            "fsdp": fsdp,
+            "mp": mp * tp,
+            "pp": pp,
+            "ep": ep,
+            "cp": cp,
+        }
         given |= {"optimizer_shard": optimizer_shard, "vocab_emb_dp": vocab_emb_dp}
         if text is not None:
             twice = [f"{n}={v}" for n, v in given.items() if v != _DEFAULTS[n]]
@@ -94,7 +104,7 @@ class Strategy:
         self._check()
 
     def _check(self) -> None:
-        for name in ("dp", "mp", "pp", "ep", "cp"):
+        for name in ("dp", "fsdp", "mp", "pp", "ep", "cp"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"strategy: {name}={getattr(self, name)}; it must be 1 or more.")
         if self.dp % self.ep:
@@ -139,11 +149,31 @@ class Strategy:
         >>> Strategy(dp=4, mp=2, ep=2).stage_axes
         (('ep', 2), ('edp', 2), ('mp', 2))
         """
+        return self.mesh_axes.stage_axes
+
+    @property
+    def mesh_axes(self) -> MeshAxes:
+        """All mesh axes, and their meaning in rules."""
         data: Axes = (
             (("dp", self.dp),) if self.ep == 1 else (("ep", self.ep), ("edp", self.dp // self.ep))
         )
-        context: Axes = (("cp", self.cp),) if self.cp > 1 else ()
-        return (*data, *context, ("mp", self.mp))
+        more = tuple((n, getattr(self, n)) for n in ("fsdp", "cp") if getattr(self, n) > 1)
+        stages: Axes = (("pp", self.pp),) if self.pp > 1 else ()
+        return MeshAxes(
+            (*stages, *data, *more, ("mp", self.mp)),
+            {
+                "pp": "pp",
+                "ep": "ep",
+                "dp": "dp",
+                "edp": "dp",
+                "fsdp": "fsdp",
+                "cp": "cp",
+                "mp": "mp",
+            },
+            text=str(self),
+            optimizer_shard=self.optimizer_shard,
+            vocab_emb_dp=self.vocab_emb_dp,
+        )
 
     @property
     def stage_ranks(self) -> int:
@@ -156,8 +186,8 @@ class Strategy:
         return self.stage_ranks * self.pp
 
     def __str__(self) -> str:
-        text = f"dp{self.dp}mp{self.mp}"
-        for name in ("pp", "ep", "cp"):
+        text = "" if self.fsdp > 1 else f"dp{self.dp}mp{self.mp}"
+        for name in ("pp", "ep", "cp") if text else ("dp", "fsdp", "mp", "pp", "ep", "cp"):
             size = getattr(self, name)
             text += f"{name}{size}" if size > 1 else ""
         if self.optimizer_shard != 1:
@@ -190,11 +220,76 @@ def _sizes(text: str) -> dict[str, int]:
     if not sizes or at != len(lowered):
         raise LayoutError(
             f"{text[:60]!r} is not a strategy. Write each axis once with its size: "
-            "dp2mp4, dp1mp2pp2, mp8, dp4mp2ep2, dp2mp2optall (axes: dp, mp or tp, pp, ep, cp, "
-            "opt; vocabdp leaves the embedding whole over mp)."
+            "dp2mp4, dp1mp2pp2, mp8, fsdp4mp2, dp4mp2ep2, dp2mp2optall (axes: dp, fsdp, mp or "
+            "tp, pp, ep, cp, opt; vocabdp leaves the embedding whole over mp)."
         )
     return sizes
 
+
+@dataclass(frozen=True, slots=True)
+class MeshAxes:
+    """The axes along which ranks are numbered, and what each is in rules.
+
+    Attributes:
+        axes: slowest first: those of the pipeline stages, those of the experts, all others.
+        roles: by name, the axis of a strategy that an axis acts as (``{"tensor": "mp"}``).
+        text: what messages call them.
+        by_name: rules name the axes themselves, and split tensors completely.
+        optimizer_shard: as in `Strategy`.
+        vocab_emb_dp: as in `Strategy`.
+    """
+
+    axes: Axes
+    roles: Mapping[str, str]
+    text: str
+    by_name: bool = False
+    optimizer_shard: int = 1
+    vocab_emb_dp: bool = False
+
+    def named(self, rule_axis: str) -> tuple[str, ...]:
+        """Return the axes that ``rule_axis`` means: by their role, or one by its name.
+
+        >>> MeshAxes((("data", 2), ("fsdp", 4)), {"data": "dp", "fsdp": "fsdp"}, "").named("dp")
+        ('data', 'fsdp')
+        """
+        if self.by_name and rule_axis in dict(self.axes):
+            return (rule_axis,)
+        roles: tuple[str, ...] = _MEANS.get(rule_axis, (rule_axis,))
+        if rule_axis == "vocab" and self.vocab_emb_dp:
+            roles = ()
+        return tuple(a for a, _ in self.axes if self.roles.get(a) in roles)
+
+    def ways(self, rule_axis: str) -> int:
+        """Return the number of ranks along the axes that ``rule_axis`` means."""
+        size = dict(self.axes)
+        return prod(size[a] for a in self.named(rule_axis))
+
+    @property
+    def stage_axes(self) -> Axes:
+        """The axes of one pipeline stage."""
+        return tuple((a, n) for a, n in self.axes if self.roles.get(a) != "pp")
+
+    @property
+    def expert_axes(self) -> Axes:
+        """The axes of the ranks of one expert in a stage."""
+        return tuple((a, n) for a, n in self.stage_axes if self.roles.get(a) != "ep")
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks in one pipeline stage."""
+        return prod(n for _, n in self.stage_axes)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in the whole job."""
+        return prod(n for _, n in self.axes)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+#: Axes of rules that stand for several roles.
+_MEANS = {"vocab": ("mp",), "dp": ("ep", "dp", "fsdp"), "edp": ("dp", "fsdp")}
 
 # --- Layouts: which rank holds which box of each tensor
 

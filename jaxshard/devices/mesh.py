@@ -97,12 +97,13 @@ def _well_connected(
     return tuple(grid.flat)
 
 
-def mesh(strategy: Strategy, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh(strategy: str | Strategy, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a strategy without pipeline stages.
 
     Raises:
         LayoutError: there are fewer devices than ranks, or several stages.
     """
+    strategy = Strategy.of(strategy)
     if strategy.pp > 1:
         raise LayoutError(
             f"{strategy}: {strategy.pp} pipeline stages are {strategy.pp} meshes, not one. "
@@ -112,13 +113,14 @@ def mesh(strategy: Strategy, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def stage_meshes(
-    strategy: Strategy, devices: Sequence[jax.Device] | None = None
+    strategy: str | Strategy, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Mesh, ...]:
     """The mesh of each pipeline stage; they share no device.
 
     Raises:
         LayoutError: there are fewer devices than ranks.
     """
+    strategy = Strategy.of(strategy)
     ranks = rank_devices(strategy, devices)
     per = strategy.stage_ranks
     return tuple(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -23,12 +23,11 @@ from jax.tree_util import DictKey, PyTreeDef, keystr, tree_flatten_with_path, tr
 
 from ..conversion.targets import lay_out_for
 from ..core.catalog import Catalog, Model, log_notes
-from ..core.layout import Layout, Placement, Strategy
+from ..core.layout import Layout, MeshAxes, Placement, Strategy
 from ..core.runtime import cached
 from ..errors import LayoutError, format_list, html_table, quote_name, size_text
-from ..rules import Rules, layout, rules_for
-from ..rules.tensor_dims import Factors, Granule
-from .mesh import rank_devices, sharding, shardings
+from ..rules import Rules, Unmatched, layout, table_for
+from .mesh import partition_spec, rank_devices, sharding, shardings
 
 #: Flax's classes that hold one value, by name: it need not be installed to be recognised.
 _BOXES = {"Variable", "VariableState", "AxisMetadata"}
@@ -185,30 +184,33 @@ def target_of(
     *,
     devices: Sequence[jax.Device] | None = None,
     rules: Rules | None = None,
+    unmatched: Unmatched = "error",
 ) -> Any:
-    """``target`` as ``transfer`` takes it: a strategy becomes a sharding for each name.
+    """``target`` as ``transfer`` takes it: a strategy or a mesh becomes a sharding for each name.
 
     Raises:
-        LayoutError: the strategy does not fit the arrays, or ``devices``.
+        LayoutError: the target does not fit the arrays, or ``devices``.
     """
-    if isinstance(target, str | Strategy):
-        target = Strategy.of(target)
-        return strategy_shardings(tree, target, devices=devices, rules=rules)
-    if devices is not None or rules is not None:
+    if isinstance(target, str | Strategy | Mesh):
+        target = target if isinstance(target, Mesh) else Strategy.of(target)
+        return shardings_by_rules(tree, target, devices=devices, rules=rules, unmatched=unmatched)
+    if devices is not None or rules is not None or unmatched != "error":
         raise LayoutError(
-            f"devices= and rules= are only valid with a strategy, not with {type(target).__name__}."
+            "devices=, rules= and unmatched= are only valid with a strategy or a mesh, not with "
+            f"{type(target).__name__}."
         )
     return target
 
 
-def strategy_shardings(
+def shardings_by_rules(
     tree: Any,
-    strategy: Strategy,
+    target: Strategy | Mesh,
     *,
     devices: Sequence[jax.Device] | None = None,
     rules: Rules | None = None,
+    unmatched: Unmatched = "error",
 ) -> Mapping[str, NamedSharding]:
-    """Return the sharding of each leaf of ``tree`` under ``strategy``, by its name.
+    """Return the sharding of each leaf of ``tree`` on ``target``, by its name.
 
     A leaf's name is its path joined by dots (see ``pytree``). ``rules`` take precedence over those
     of the family that the names match; without such a family they are the only ones.
@@ -217,150 +219,96 @@ def strategy_shardings(
         LayoutError: names without a rule, dims that do not divide, too few devices.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)[0]}
-    placed = layout(shapes, strategy, _table(list(shapes), rules))
-    log_notes(str(strategy), placed.notes)
-    return shardings(placed, rank_devices(strategy, devices))
+    axes = mesh_axes(target) if isinstance(target, Mesh) else target
+    placed = layout(shapes, axes, table_for(Model(), shapes, rules, unmatched), unmatched=unmatched)
+    log_notes(str(axes), placed.notes)
+    if isinstance(axes, MeshAxes):
+        assert isinstance(target, Mesh)
+        if devices is not None:
+            raise LayoutError("devices= is only valid with a strategy: a mesh has its own devices.")
+        return on_mesh(target, axes, placed)[1]
+    return shardings(placed, rank_devices(axes, devices))
 
 
-def _table(names: list[str], rules: Rules | None) -> Rules:
-    try:
-        family = rules_for(Model(), names)
-    except LookupError:
-        if rules is None:
-            raise
-        return rules
-    return family.override(rules) if rules else family
+# --- Rules on a mesh of the caller's own: the role of each axis follows from its name
 
-
-# --- Rules on a mesh of the caller's own: its axes are found by what they are called
-
-#: What an axis may be called, and what it is; ``dp`` and ``edp`` are both replicas.
-AXIS_NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("dp", "data", "replica", "edp"), "dp"),
-    **dict.fromkeys(("mp", "tp", "model", "tensor"), "mp"),
-    **dict.fromkeys(("ep", "expert"), "ep"),
-    **dict.fromkeys(("cp", "context"), "cp"),
-    **dict.fromkeys(("pp", "stage", "pipe"), "pp"),
-    "fsdp": "fsdp",
+#: The names of mesh axes by their role in rules, which is that of an axis of a strategy.
+AXIS_NAMES: Mapping[str, tuple[str, ...]] = {
+    "dp": ("dp", "data", "replica", "edp", "diloco"),
+    "fsdp": ("fsdp", "fsdp_transpose"),
+    "mp": ("mp", "tp", "model", "tensor", "tensor_transpose", "tensor_sequence"),
+    "ep": ("ep", "expert"),
+    "cp": ("cp", "context", "sp", "sequence", "autoregressive", "context_autoregressive"),
+    "pp": ("pp", "stage", "pipe"),
 }
-_ORDER = ("pp", "ep", "dp", "fsdp", "cp", "mp")  # slowest first, as ranks are numbered
+_ROLES = {name: role for role, names in AXIS_NAMES.items() for name in names}
 _MEANINGS = {
     "dp": "replicas",
     "fsdp": "weights split over replicas",
     "mp": "tensor parallel",
     "ep": "expert parallel",
-    "cp": "context parallel",
+    "cp": "context or sequence parallel, replicas of the weights",
     "pp": "pipeline stages",
 }
 
 
 def mesh_shardings(
-    catalog: Catalog, mesh: Mesh, rules: Rules | None
+    catalog: Catalog, mesh: Mesh, rules: Rules | None, unmatched: Unmatched = "error"
 ) -> tuple[Layout, tuple[jax.Device, ...], dict[str, NamedSharding]]:
     """The layout of ``catalog`` by the rules, its ranks, and the sharding of every tensor.
 
     Raises:
         LayoutError: the rules do not know an axis, or a tensor does not fit.
     """
-    called = _roles(mesh)
-    size = {role: mesh.shape[axis] for role, axis in called.items()}
-    ep, fsdp = size.get("ep", 1), size.get("fsdp", 1)
-    strategy = Strategy(
-        dp=size.get("dp", 1) * fsdp * ep,
-        mp=size.get("mp", 1),
-        pp=size.get("pp", 1),
-        ep=ep,
-        cp=size.get("cp", 1),
-    )
-    layout = lay_out_for(catalog, strategy, rules)
-    if fsdp > 1:
-        layout = _over_fsdp(catalog, layout, fsdp)
-    ranks = _ranks(mesh, called)
+    axes = mesh_axes(mesh)
+    layout = lay_out_for(catalog, axes, rules, unmatched=unmatched)
+    ranks, found = on_mesh(mesh, axes, layout)
+    return layout, ranks, found
+
+
+def mesh_axes(mesh: Mesh) -> MeshAxes:
+    """The axes of ``mesh`` with their roles; those of one device may have any name.
+
+    Raises:
+        LayoutError: no role for an axis.
+    """
+    roles = {}
+    for axis in mesh.axis_names:
+        role = _ROLES.get(str(axis).lower())
+        if role is not None:
+            roles[axis] = role
+        elif mesh.shape[axis] > 1:
+            known = (f"{_MEANINGS[r]} ({', '.join(names)})" for r, names in AXIS_NAMES.items())
+            raise LayoutError(
+                f"axis {axis!r} of the mesh {dict(mesh.shape)} is not known to the rules. Call "
+                f"each axis by what it splits: {', '.join(known)}; or give a sharding for each "
+                "name."
+            )
+    slowest = {"pp": 0, "ep": 1}
+    order = sorted(mesh.axis_names, key=lambda axis: slowest.get(roles.get(axis, ""), 2))
+    text = f"the mesh {' '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1)}"
+    return MeshAxes(tuple((axis, mesh.shape[axis]) for axis in order), roles, text)
+
+
+def on_mesh(
+    mesh: Mesh, axes: MeshAxes, layout: Layout
+) -> tuple[tuple[jax.Device, ...], dict[str, NamedSharding]]:
+    """The device of each rank of ``layout``, and the sharding of each tensor.
+
+    A tensor on all ranks has ``mesh`` itself; one of a stage or of an expert has the sub-mesh.
+    """
+    order = [mesh.axis_names.index(axis) for axis, _ in axes.axes]
+    ranks = tuple(np.transpose(mesh.devices, order).flat)
     found: dict[tuple[Placement, ...], NamedSharding] = {}
     for placements in layout.placements.values():
         if placements not in found:
-            found[placements] = _on(mesh, called, placements, ranks)
-    return layout, ranks, {n: found[placed] for n, placed in layout.placements.items()}
-
-
-def _roles(mesh: Mesh) -> dict[str, str]:
-    """What each axis is, and what the mesh calls it; axes of one device are left out."""
-    called: dict[str, str] = {}
-    for axis in mesh.axis_names:
-        if mesh.shape[axis] == 1:
-            continue
-        role = AXIS_NAMES.get(str(axis).lower())
-        if role is None or role in called:
-            what = f"is {role} like {called[role]!r}" if role else "is not known to the rules"
-            known = (
-                f"{meaning} ({', '.join(n for n, r in AXIS_NAMES.items() if r == kind)})"
-                for kind, meaning in _MEANINGS.items()
+            is_whole = len(placements) == 1 and placements[0].num_ranks == mesh.size
+            found[placements] = (
+                NamedSharding(mesh, partition_spec(placements[0]))
+                if is_whole
+                else sharding(placements, ranks)
             )
-            raise LayoutError(
-                f"axis {axis!r} of the mesh {dict(mesh.shape)} {what}. Call each axis by what it "
-                f"splits: {', '.join(known)}; or give a sharding for each name."
-            )
-        called[role] = axis
-    return called
-
-
-def _ranks(mesh: Mesh, called: Mapping[str, str]) -> tuple[jax.Device, ...]:
-    """The mesh's devices in the order of a strategy's ranks."""
-    order = [mesh.axis_names.index(called[role]) for role in _ORDER if role in called]
-    order = [i for i in range(mesh.devices.ndim) if i not in order] + order  # those of one device
-    return tuple(np.transpose(mesh.devices, order).flat)
-
-
-def _on(
-    mesh: Mesh,
-    called: Mapping[str, str],
-    placements: tuple[Placement, ...],
-    ranks: tuple[jax.Device, ...],
-) -> NamedSharding:
-    first = placements[0]
-    if len(placements) > 1 or first.num_ranks < mesh.size:
-        return sharding(placements, ranks)
-    mesh_axis = {**called, "edp": called.get("dp", "dp")}
-    there = {a for a, n in first.axes if n > 1}
-    split = (tuple(mesh_axis[a] for a in axes if a in there) for axes in first.spec)
-    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in split)))
-
-
-def _over_fsdp(catalog: Catalog, layout: Layout, ways: int) -> Layout:
-    """``layout`` with dim 0 split once more over ``ways`` of its replicas, where that divides."""
-    shapes = {n: t.shape for n, t in catalog.tensors.items() if n in layout.placements}
-    factors = Factors(shapes, catalog.model.config)
-    placements = dict(layout.placements)
-    whole: list[str] = []
-    for name in sorted(shapes, key=lambda name: (name in factors.weights, len(name))):
-        if name in factors.weights:
-            placements[name] = factors.follow(name, placements[factors.weights[name]])
-            continue
-        granules = [g for g in factors.granules(name) if g.dim == 0]
-        made = tuple(_split(p, shapes[name], ways, granules) for p in placements[name])
-        placements[name] = made
-        if not any("fsdp" in axes for p in made for axes in p.spec):
-            whole.append(f"{name} {shapes[name]}")
-    left = f"not split over fsdp={ways}, which does not divide dim 0: {format_list(whole)}."
-    return replace(layout, placements=placements, notes=(*layout.notes, *([left] if whole else [])))
-
-
-def _split(
-    placement: Placement, shape: tuple[int, ...], ways: int, granules: Sequence[Granule]
-) -> Placement:
-    """``placement`` with its replicas as two axes, the inner of which splits dim 0 if it can."""
-    parts = {a: ((a, n // ways), ("fsdp", ways)) for a, n in placement.axes if a in ("dp", "edp")}
-    axes = tuple(part for a, n in placement.axes for part in parts.get(a, ((a, n),)))
-    spec = [tuple(b for a in dim for b, _ in parts.get(a, ((a, 1),))) for dim in placement.spec]
-    made = replace(placement, axes=axes, spec=tuple(spec))
-    total = placement.ways(0) * ways
-    fits = (
-        bool(shape) and shape[0] % total == 0 and all(g.divides(shape[0], total) for g in granules)
-    )
-    if not fits or not parts or any("fsdp" in dim for dim in spec):
-        return made
-    first = (*(spec[0] if spec else ()), "fsdp")
-    return replace(made, spec=(first, *spec[1:]))
+    return ranks, {name: found[placed] for name, placed in layout.placements.items()}
 
 
 # --- Tables of the shardings of a tree

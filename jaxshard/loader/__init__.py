@@ -29,7 +29,7 @@ from ..formats.huggingface import CHECKSUMS
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import format_of
 from ..mapping import Mapping, find_mapping
-from ..rules import Rules
+from ..rules import Rules, Unmatched
 from ..storage.identity import check_same, identity
 from ..storage.io import Source
 from ..storage.readers import open_source
@@ -62,6 +62,7 @@ def load(
     *,
     devices: Devices = None,
     rules: Rules | None = None,
+    unmatched: Unmatched = "error",
     dtype: Any = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -98,6 +99,8 @@ def load(
             loaded as keys if the tree has keys, otherwise as their data.
         devices: the devices of the ranks, in order; or the mesh of the specs.
         rules: layout rules that take precedence over those of the family.
+        unmatched: names without a rule are an error, or ``"replicate"``, or ``"largest"``: split by
+            their shapes.
         dtype: the dtype of floating-point tensors of 16 to 64 bits; others keep their dtype.
         include: regular expressions; load only the names in which one matches.
         exclude: regular expressions; do not load the names in which one matches.
@@ -159,6 +162,7 @@ def load(
     options = LoadArguments(
         devices=devices,
         rules=rules,
+        unmatched=unmatched,
         dtype=dtype,
         include=texts(include),
         exclude=texts(exclude),

@@ -25,7 +25,7 @@ from ..errors import JaxshardError
 from ..mapping import Mapping
 from ..planning.copies import TensorCopy, move_into
 from ..resharding.geometry import device_boxes
-from ..rules import Rules
+from ..rules import Rules, Unmatched
 from ..storage.resources import default_workers
 
 Devices = Sequence[jax.Device] | Mesh | None
@@ -55,6 +55,7 @@ class LoadArguments:
 
     devices: Devices = None
     rules: Rules | None = None
+    unmatched: Unmatched = "error"
     dtype: Any = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

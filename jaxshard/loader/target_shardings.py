@@ -44,7 +44,6 @@ from ..devices.pytree import (
 )
 from ..errors import JaxshardError, LayoutError, NotFoundError, Problems, format_list
 from ..formats.strategy_files import for_tensors
-from ..rules import Rules
 from .requests import ArrayRequest, Devices, LoadArguments, LoadRequest
 
 # --- Targets
@@ -80,7 +79,7 @@ def resolve(
     if is_whole and not _is_tree(target):
         refuse_half(catalog)
     if isinstance(target, Mesh | Strategy):
-        layout, ranks, found = _by_rules(catalog, target, devices, options.rules)
+        layout, ranks, found = _by_rules(catalog, target, options)
         refuse_lost(catalog, options.takes, layout, _own_ranks(ranks))
         made = _all_tensors(catalog, found, devices, cast)
         return replace(made, notes=(*layout.notes, *made.notes))
@@ -151,14 +150,14 @@ def asked_dtype(target: Any, dtype: Any) -> str | None:
 
 
 def _by_rules(
-    catalog: Catalog, target: Mesh | Strategy, devices: Devices, rules: Rules | None
+    catalog: Catalog, target: Mesh | Strategy, options: LoadArguments
 ) -> tuple[Layout, Sequence[jax.Device], Callable[[str], Any]]:
     """Return the layout by rules, the device of each rank, and the sharding of each name."""
     if isinstance(target, Mesh):
-        layout, ranks, found = mesh_shardings(catalog, target, rules)
+        layout, ranks, found = mesh_shardings(catalog, target, options.rules, options.unmatched)
         return layout, ranks, found.__getitem__
-    ranks = rank_devices(target, _listed(devices))
-    layout = lay_out_for(catalog, target, rules)
+    ranks = rank_devices(target, _listed(options.devices))
+    layout = lay_out_for(catalog, target, options.rules, unmatched=options.unmatched)
     return layout, ranks, shardings(layout, ranks).__getitem__
 
 

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..mapping import Mapping as NameMapping
-    from ..rules import Policy, Rules
+    from ..rules import Policy, Rules, Unmatched
     from ..storage.resources import Counts
 
 _STATES = (r"^adam_m\.", r"^adam_v\.", r"^moment[12]\.")
@@ -88,7 +88,7 @@ class LoadOptions(_CommonOptions, total=False):
 class LoadRankOptions(_CommonOptions, total=False):
     """Options of ``jaxshard.load_rank``, which documents them."""
 
-    unmatched: Policy
+    unmatched: Unmatched
     uneven: Policy
     drop_prefix: Iterable[str]
     keep_accu_grads: bool

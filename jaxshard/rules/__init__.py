@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-from .families import FAMILIES, MODEL_TYPES, missing_layers, missing_parts, rules_for
-from .match import OPTIMIZER_PREFIXES, Policy, weight_name
+from .families import FAMILIES, MODEL_TYPES, missing_layers, missing_parts, rules_for, table_for
+from .match import OPTIMIZER_PREFIXES, Policy, Unmatched, weight_name
 from .placement import layout, split_layers
 from .table import ModelFacts, Rules, describe, read_rules
 
@@ -21,6 +21,7 @@ __all__ = [
     "ModelFacts",
     "Policy",
     "Rules",
+    "Unmatched",
     "describe",
     "layout",
     "missing_layers",
@@ -28,5 +29,6 @@ __all__ = [
     "read_rules",
     "rules_for",
     "split_layers",
+    "table_for",
     "weight_name",
 ]

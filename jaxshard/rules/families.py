@@ -14,7 +14,7 @@ from itertools import islice
 from ..core.patterns import Patterns, numbered, template
 from ..errors import LayoutError, NotFoundError, format_list
 from ..models.facts import text_type
-from .match import Matcher, towers, weight_name
+from .match import Matcher, Unmatched, towers, weight_name
 from .table import BUFFER, ModelFacts, Rules
 
 _Specs = tuple[tuple[str, str], ...]
@@ -296,6 +296,27 @@ def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
     return replace(rules, specs=(*((p, BUFFER) for p in apart), *rules.specs), apart=apart)
 
 
+def table_for(
+    model: ModelFacts | None, names: Iterable[str], rules: Rules | None, unmatched: Unmatched
+) -> Rules:
+    """Return the rules of a model preceded by ``rules``, or ``rules`` if the family is unknown.
+
+    Names without a rule may be split by their shapes (``unmatched="largest"``); then neither is
+    necessary.
+
+    Raises:
+        LayoutError: ``rules`` are not ``Rules``.
+        NotFoundError: the family is unknown, and ``rules`` is missing.
+    """
+    try:
+        table = rules_for(model, names)
+    except (LayoutError, NotFoundError):
+        if rules is None and unmatched != "largest":
+            raise
+        return rules or Rules("by shape")
+    return table.override(rules) if rules else table
+
+
 def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
     """Return the table for the names of a text model."""
     types = _types(model)
@@ -315,7 +336,8 @@ def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
     raise NotFoundError(
         f"{unknown} tensor names ({format_list(kinds.values(), 3)}). Pass rules for the names in "
         'TOML: [specs] "*.q_proj.weight" = "mp,-" and [stages] '
-        f"(known families: {', '.join(FAMILIES)})."
+        f'(known families: {", ".join(FAMILIES)}), or unmatched="largest" (--unmatched largest) '
+        "to split them by their shapes."
     )
 
 

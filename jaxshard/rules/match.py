@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ..core.layout import Strategy
+from ..core.layout import MeshAxes
 from ..core.patterns import Patterns, template
 from ..errors import LayoutError, format_list
 from ..models.facts import text_config
@@ -128,26 +128,31 @@ def _adapter_spec(base: Spec | None, part: str) -> Spec | None:
 # --- Deviations from the rules, collected for one report
 
 Policy = Literal["error", "replicate"]
+Unmatched = Literal["error", "replicate", "largest"]
 
 _NOTES = {
     "apart": "not of the text model, whole on the ranks of the first stage: {}: {}.",
     "unmatched": "no rule matches {}, whole on every rank of the stage: {}.",
+    "largest": "no rule matches {}, split by their shapes alone: {}.",
     "heads": "cut within a head, so ranks hold parts of heads: {}: {}. Take an mp that divides the "
     'heads, or repeat the kv heads with a mapping (op = "repeat").',
     "uneven": "left whole, because it does not divide: {}: {}.",
     "no stage": "without a stage, so held by every stage: {}: {}.",
+    "unsplit": "not split over fsdp, which divides no dim: {}: {}.",
     "no shard": "not split by the optimizer shard, which does not fit: {}: {}.",
 }
 
 
-def check_policy(name: str, value: str) -> None:
-    """Refuse an unknown policy.
+def check_policy(name: str, value: str, known: object = Policy) -> None:
+    """Refuse a policy that is not one of ``known``, a ``Literal``.
 
     Raises:
         LayoutError: with the known ones.
     """
-    if value not in ("error", "replicate"):
-        raise LayoutError(f'{name}={value!r} must be "error" or "replicate".')
+    words = get_args(known)
+    if value not in words:
+        expected = " or ".join(f'"{word}"' for word in words)
+        raise LayoutError(f"{name}={value!r} must be {expected}.")
 
 
 class PlacementProblems:
@@ -166,7 +171,7 @@ class PlacementProblems:
         kind = (template(name), numbers)
         self._names.setdefault(what, {}).setdefault(kind, []).append(name)
 
-    def refuse(self, rules: Rules, strategy: Strategy, unmatched: Policy, uneven: Policy) -> None:
+    def refuse(self, rules: Rules, mesh: MeshAxes, unmatched: str, uneven: str) -> None:
         """Raise the first kind of problem that the policies forbid.
 
         Raises:
@@ -175,9 +180,9 @@ class PlacementProblems:
         if unmatched == "error" and "unmatched" in self._names:
             raise LayoutError(
                 f"none of the rules {rules.name} matches {self._count('unmatched')}: "
-                f"{self._lines('unmatched')}. {self._remedy(rules)}, or request whole copies on "
-                'every rank of the stage, in a conversion with unmatched="replicate" (--unmatched '
-                "replicate)."
+                f"{self._lines('unmatched')}. {self._remedy(rules)}, "
+                'or pass unmatched="largest" (--unmatched largest) to split them by their shapes, '
+                'or unmatched="replicate" for whole copies on every rank of the stage.'
             )
         if "order" in self._names:
             first = next(iter(self._names["order"]))[0].replace("#", "*")
@@ -194,14 +199,14 @@ class PlacementProblems:
         if uneven == "error" and "uneven" in self._names:
             first = next(iter(self._names["uneven"]))[0].replace("#", "*")
             raise LayoutError(
-                f"{strategy} does not divide {self._count('uneven')}: "
+                f"{mesh} does not divide {self._count('uneven')}: "
                 f"{self._lines('uneven')}. Use a strategy that divides them, leave the tensor "
                 f'whole with the rule "{first}" = "-" (rules=, --rules), or, in a conversion, '
                 'every such dim with uneven="replicate" (--uneven replicate).'
             )
         if "no shard" in self._names and not self.sharded:
             raise LayoutError(
-                f"{strategy}: the optimizer shard fits no tensor: {self._lines('no shard', 2)}. "
+                f"{mesh}: the optimizer shard fits no tensor: {self._lines('no shard', 2)}. "
                 "Use a number of ways that divides the replicas, or -1 for all of them."
             )
 

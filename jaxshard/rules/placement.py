@@ -14,12 +14,19 @@ from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
-from ..core.layout import Axes, Layout, Placement, Strategy, shard_dim_over_replicas
+from ..core.layout import (
+    Axes,
+    Layout,
+    MeshAxes,
+    Placement,
+    Strategy,
+    shard_dim_over_replicas,
+)
 from ..core.layout import Spec as AxisSpec
 from ..core.patterns import Patterns, numbered, template
 from ..errors import LayoutError, format_list
 from ..models.facts import text_config
-from .match import Matcher, PlacementProblems, Policy, check_policy, weight_name
+from .match import Matcher, PlacementProblems, Policy, Unmatched, check_policy, weight_name
 from .table import Dims, ModelFacts, Rules, Spec, check_rules
 from .tensor_dims import EXPERT_COUNTS, Factors, Granule, Heads, Orientations
 
@@ -46,16 +53,17 @@ def split_layers(num_layers: int, pp: int) -> tuple[int, ...]:
 
 
 class Stages:
-    """Finds the stages and expert slot of each name for one strategy.
+    """Finds the stages and expert slot of each name on one mesh.
 
     Raises:
         LayoutError: the layers do not fit the stages, or the experts the expert ranks.
     """
 
     def __init__(
-        self, rules: Rules, strategy: Strategy, model: ModelFacts | None, names: Iterable[str]
+        self, rules: Rules, mesh: MeshAxes, model: ModelFacts | None, names: Iterable[str]
     ) -> None:
-        self._rules, self._strategy = rules, strategy
+        self._rules, self._mesh = rules, mesh
+        self._pp, self._ep = mesh.ways("pp"), mesh.ways("ep")
         self._layer = numbered(rules.layers, "layer")
         self._expert = numbered(rules.experts, "expert")
         self._first, self._last = Patterns(rules.first), Patterns(rules.last)
@@ -65,8 +73,8 @@ class Stages:
         if rules.apart:
             weights = [w for w in weights if not self._tower(w, template(w))]
         self._tied = bool(model and model.tied_embeddings) and not _any(rules.head, weights)
-        self._layer_ends = self._cut_layers(model, weights) if strategy.pp > 1 else ()
-        self._num_experts = self._count_experts(model, weights) if strategy.ep > 1 else 0
+        self._layer_ends = self._cut_layers(model, weights) if self._pp > 1 else ()
+        self._num_experts = self._count_experts(model, weights) if self._ep > 1 else 0
 
     def _tower(self, name: str, kind: str) -> str:
         """Return the pattern of the tower of ``name``, or ""."""
@@ -80,7 +88,7 @@ class Stages:
         return Home(self._stages(name, kind), self._slot(name))
 
     def _stages(self, name: str, kind: str) -> tuple[int, ...]:
-        last = self._strategy.pp - 1
+        last = self._pp - 1
         if last == 0:
             return (0,)
         layer = _number(self._layer, name)
@@ -93,7 +101,7 @@ class Stages:
         return (last,) if self._last.find(name, kind) is not None else ()
 
     def _slot(self, name: str) -> int | None:
-        if self._strategy.ep == 1:
+        if self._ep == 1:
             return None
         expert = _number(self._expert, name)
         if expert is None:
@@ -103,21 +111,21 @@ class Stages:
                 f"{name}: config.json has {self._num_experts} experts, numbered from 0. Correct "
                 "config.json, or the name."
             )
-        return expert // (self._num_experts // self._strategy.ep)
+        return expert // (self._num_experts // self._ep)
 
     def _cut_layers(self, model: ModelFacts | None, weights: list[str]) -> tuple[int, ...]:
         """Return the end of the layers of each stage."""
-        pp, rules = self._strategy.pp, self._rules
+        pp, rules = self._pp, self._rules
         if not rules.layers:
             raise LayoutError(
-                f"{self._strategy}: the rules {rules.name} have no layer patterns, so they define "
+                f"{self._mesh}: the rules {rules.name} have no layer patterns, so they define "
                 f'no stages. Add [stages] with layers = "…layers.{{layer}}.".'
             )
         seen = _count(self._layer, weights)
         num = ((model and model.num_layers) or seen) if seen else 0
         if pp > num:
             raise LayoutError(
-                f"{self._strategy}: {pp} pipeline stages, but the names have {num} layers "
+                f"{self._mesh}: {pp} pipeline stages, but the names have {num} layers "
                 f"({' or '.join(rules.layers)}). Use pp={max(num, 1)} or less, "
                 "or correct [stages] layers in the rules."
             )
@@ -125,7 +133,7 @@ class Stages:
         if len(each) != pp or sum(each) != num:
             raise LayoutError(
                 f"rules {rules.name}: layers_per_stage = {list(each)} has {len(each)} stages with "
-                f"{sum(each)} layers, but {self._strategy} has {pp} stages and the model {num} "
+                f"{sum(each)} layers, but {self._mesh} has {pp} stages and the model {num} "
                 f"layers. Write {pp} numbers that add up to {num}."
             )
         return tuple(accumulate(each))
@@ -135,10 +143,10 @@ class Stages:
         if not seen:
             return 0  # experts are stacked: their spec splits them
         num = _experts_by_config(model.config if model else {}) or seen
-        if num % self._strategy.ep:
+        if num % self._ep:
             raise LayoutError(
-                f"{self._strategy}: ep={self._strategy.ep} does not divide the {num} experts. "
-                f"Use an ep that does, such as {_largest_divisor(num, self._strategy.ep)}."
+                f"{self._mesh}: ep={self._ep} does not divide the {num} experts. "
+                f"Use an ep that does, such as {_largest_divisor(num, self._ep)}."
             )
         return num
 
@@ -178,11 +186,11 @@ _WHOLE = Spec()
 
 def layout(
     shapes: Mapping[str, tuple[int, ...]],
-    strategy: Strategy,
+    strategy: Strategy | MeshAxes,
     rules: Rules,
     model: ModelFacts | None = None,
     scalars: frozenset[str] = frozenset(),
-    unmatched: Policy = "error",
+    unmatched: Unmatched = "error",
     uneven: Policy = "error",
     unseen: Iterable[str] = (),
 ) -> Layout:
@@ -192,11 +200,13 @@ def layout(
 
     Args:
         shapes: the shape of each tensor.
-        strategy: the strategy of the job.
+        strategy: the strategy of the job, or the axes of a mesh.
         rules: how names are sharded; see ``rules_for`` and ``read_rules``.
         model: numbers of layers and experts, tied embeddings; by default counted from the names.
         scalars: names of training scalars (``global_step``).
-        unmatched: the policy for names that no rule matches.
+        unmatched: the policy for names that no rule matches. With ``"largest"`` the largest dim
+            that the tensor parallel ranks divide is split, and then one over the fully sharded
+            ranks; tensors of fewer than 65,536 elements are whole.
         uneven: the policy for dims that do not divide.
         unseen: names of the model with unknown shapes: their layers are counted, and the layout
             lists them as ``absent``.
@@ -211,15 +221,16 @@ def layout(
     '[-,mp] over dp1 mp2 from rank 0'
     """
     check_rules(rules)
-    check_policy("unmatched", unmatched)
+    check_policy("unmatched", unmatched, Unmatched)
     check_policy("uneven", uneven)
     others = tuple(unseen)
     weights = {name: shape for name, shape in shapes.items() if name not in scalars}
-    stages = Stages(rules, strategy, model, (*weights, *others))
-    decided = _Decisions(rules, strategy, weights, model)
+    mesh = strategy.mesh_axes if isinstance(strategy, Strategy) else strategy
+    stages = Stages(rules, mesh, model, (*weights, *others))
+    decided = _Decisions(rules, mesh, weights, model, by_shape=unmatched == "largest")
     factors = decided.factors
     following = {n for n in factors.weights if not decided.is_direct(n)}
-    everywhere = (Placement((("all", strategy.num_ranks),)),)
+    everywhere = (Placement((("all", mesh.num_ranks),)),)
     placements: dict[str, tuple[Placement, ...]] = dict.fromkeys(
         scalars & shapes.keys(), everywhere
     )
@@ -229,12 +240,12 @@ def layout(
     for name in sorted(following, key=len):  # after its weight, which may have factors itself
         placements[name] = factors.follow(name, placements[factors.weights[name]])
     absent = {name: decided.place_unseen(name, stages) for name in others}
-    decided.problems.refuse(rules, strategy, unmatched, uneven)
+    decided.problems.refuse(rules, mesh, unmatched, uneven)
     factors.check(placements, [n for n in factors.weights if n not in following])
     return Layout(
-        num_ranks=strategy.num_ranks,
+        num_ranks=mesh.num_ranks,
         placements={name: placements[name] for name in shapes},
-        stage_axes=strategy.stage_axes,
+        stage_axes=mesh.stage_axes,
         notes=(*decided.problems.notes(), *_idle(rules, decided.matcher)),
         absent=absent,
     )
@@ -246,18 +257,20 @@ class _Decisions:
     def __init__(
         self,
         rules: Rules,
-        strategy: Strategy,
+        mesh: MeshAxes,
         shapes: Mapping[str, tuple[int, ...]],
         model: ModelFacts | None,
+        *,
+        by_shape: bool,
     ) -> None:
-        self._strategy, self._shapes = strategy, shapes
+        self._mesh, self._shapes, self._by_shape = mesh, shapes, by_shape
         config = _config(model)
         self.matcher = Matcher(rules)
         self.factors = Factors(shapes, config)
-        self._placer = _Placer(strategy)
+        self._placer = _Placer(mesh)
         self.problems = self._placer.problems
         self._orientations = Orientations(rules, self.matcher, shapes, config)
-        self._heads = Heads(rules, config)
+        self._heads = Heads(rules, config, mesh.named("mp"))
         self._alike: dict[str, tuple[int, ...]] | None = None
 
     def is_direct(self, name: str) -> bool:
@@ -283,18 +296,20 @@ class _Decisions:
             self._alike = {template(weight_name(n)): tuple(s) for n, s in self._shapes.items()}
         kind = template(name)
         spec = (self.matcher.find(name, kind) or _WHOLE).straight()
-        any_divides = (self._strategy.num_ranks,) * len(spec.dims)
+        any_divides = (self._mesh.num_ranks,) * len(spec.dims)
         home = stages.home(name, kind)
         return self._placer.place(name, self._alike.get(kind, any_divides), spec, home)
 
     def _spec(self, name: str, weight: str, kind: str) -> Spec:
         spec = self.matcher.find(weight, kind)
+        if spec is None and self._by_shape:
+            return Spec(by_shape=True)
         if spec is None:
             self.problems.add("unmatched", name, str(tuple(self._shapes[name])))
             return _WHOLE
         if not spec.other:
             return spec
-        if self._strategy.mp == 1:  # no rank shares inputs or outputs
+        if self._mesh.ways("mp") == 1:  # no rank shares inputs or outputs
             return spec.straight()
         chosen = self._orientations.choose(name, spec)
         if isinstance(chosen, str):
@@ -320,8 +335,8 @@ _Event = tuple[str, str]  # what was found, and its numbers
 class _Placer:
     """Creates each distinct placement once; a large model has a few hundred."""
 
-    def __init__(self, strategy: Strategy) -> None:
-        self._strategy = strategy
+    def __init__(self, mesh: MeshAxes) -> None:
+        self._mesh = mesh
         self._made: dict[tuple[object, ...], tuple[tuple[Placement, ...], list[_Event]]] = {}
         self._shared: dict[tuple[Placement, ...], tuple[Placement, ...]] = {}
         self.problems = PlacementProblems()
@@ -354,50 +369,125 @@ class _Placer:
         granules: tuple[Granule, ...],
         events: list[_Event],
     ) -> tuple[Placement, ...]:
-        s = self._strategy
-        axes = s.stage_axes if home.slot is None else s.stage_axes[1:]  # ep is the slowest
-        cut = _resolve(spec.dims, s, axes)
+        mesh = self._mesh
+        axes = mesh.stage_axes if home.slot is None else mesh.expert_axes
+        cut = _resolve(spec.dims, mesh, axes)
         if spec.dims and len(spec.dims) != len(shape):
             events.append(("misfit", f'has shape {shape}, its rule is "{spec}"'))
             cut = ()
         cut = _evened(cut, shape, axes, granules, events)
         placement = Placement(axes, cut)
+        if spec.by_shape:
+            placement = _by_shape(placement, shape, mesh, granules)
+            events.append(("largest", f"{shape} as {Spec(placement.spec)}"))
+        elif home.stages and shape and (home.apart or not spec.buffer):
+            placement = _fully_sharded(placement, shape, spec.dims, mesh, granules, events)
         if not home.stages and not spec.buffer:
             events.append(("no stage", ""))
-        if home.stages and not spec.buffer and shape and s.optimizer_shard != 1:
-            sharded = _optimizer_sharded(placement, shape, s.optimizer_shard, granules, events)
+        if home.stages and not spec.buffer and shape and mesh.optimizer_shard != 1:
+            sharded = _optimizer_sharded(placement, shape, mesh.optimizer_shard, granules, events)
             self.problems.sharded |= sharded is not placement
             placement = sharded
-        if not home.stages and not cut and home.slot is None:
-            return (Placement((("all", s.num_ranks),)),)
-        offset = (home.slot or 0) * (s.stage_ranks // s.ep)
+        if not home.stages and not any(placement.spec) and home.slot is None:
+            return (Placement((("all", mesh.num_ranks),)),)
+        offset = (home.slot or 0) * prod(n for _, n in mesh.expert_axes)
         return tuple(
-            replace(placement, first_rank=stage * s.stage_ranks + offset)
-            for stage in home.stages or range(s.pp)
+            replace(placement, first_rank=stage * mesh.stage_ranks + offset)
+            for stage in home.stages or range(mesh.ways("pp"))
         )
 
 
-def _resolve(dims: Dims, strategy: Strategy, axes: Axes) -> AxisSpec:
-    """Translate a rule's dims to the axes of this strategy, dropping axes that it lacks."""
-    stands_for = {
-        "vocab": () if strategy.vocab_emb_dp else ("mp",),
-        "dp": ("dp",) if strategy.ep == 1 else ("ep", "edp"),
-        "edp": ("dp",) if strategy.ep == 1 else ("edp",),
-    }
+def _resolve(dims: Dims, mesh: MeshAxes, axes: Axes) -> AxisSpec:
+    """Translate a rule's dims to the axes of this mesh, dropping axes that it lacks.
+
+    The axes of fsdp are assigned later, unless the rules name the mesh's own axes.
+    """
     there = {a for a, n in axes if n > 1}
     cut = [
-        tuple(a for named in split for a in stands_for.get(named, (named,)) if a in there)
+        tuple(
+            a
+            for named in split
+            if named != "fsdp" or mesh.by_name
+            for a in mesh.named(named)
+            if a in there
+        )
         for split in dims
     ]
     used = [a for split in cut for a in split]
     if len(used) != len(set(used)):
         raise LayoutError(
-            f'the rule "{Spec(dims)}" uses an axis twice for {strategy}: {", ".join(used)}. '
-            "(vocab is mp; with experts dp is ep and edp.)"
+            f'the rule "{Spec(dims)}" uses an axis twice for {mesh}: {", ".join(used)}. '
+            "(vocab is mp; with experts dp is ep and edp; dp contains fsdp.)"
         )
     while cut and not cut[-1]:
         cut.pop()
     return tuple(cut)
+
+
+# --- Dims that the shape decides: of fully sharded data parallelism, and of names without a rule
+
+_WHOLE_BELOW = 1 << 16  # elements; a smaller tensor costs more in messages than it takes in memory
+
+
+def _by_shape(
+    placement: Placement, shape: tuple[int, ...], mesh: MeshAxes, granules: tuple[Granule, ...]
+) -> Placement:
+    """Split the largest dims of a tensor without a rule over all axes that split weights."""
+    if prod(shape) < _WHOLE_BELOW:
+        return placement
+    others = tuple(a for a, _ in placement.axes if mesh.roles.get(a, "mp") == "mp")
+    for over in (others, mesh.named("fsdp")):
+        placement = _split_one(placement, shape, over, (), granules) or placement
+    return placement
+
+
+def _fully_sharded(
+    placement: Placement,
+    shape: tuple[int, ...],
+    dims: Dims,
+    mesh: MeshAxes,
+    granules: tuple[Granule, ...],
+    events: list[_Event],
+) -> Placement:
+    """Split a dim over the axes of fsdp that are left: that of the rule, or the largest."""
+    used = {a for split in placement.spec for a in split}
+    size = dict(placement.axes)
+    over = tuple(a for a in mesh.named("fsdp") if size[a] > 1 and a not in used)
+    if not over or mesh.by_name:
+        return placement
+    first = tuple(d for d, split in enumerate(dims) if "fsdp" in split)
+    made = _split_one(placement, shape, over, first, granules)
+    if made is None:
+        by = " ".join(f"{a}={size[a]}" for a in over)
+        events.append(("unsplit", f"{shape} over {by}"))
+    return made or placement
+
+
+def _split_one(
+    placement: Placement,
+    shape: tuple[int, ...],
+    over: tuple[str, ...],
+    first: tuple[int, ...],
+    granules: tuple[Granule, ...],
+) -> Placement | None:
+    """Split one dim over the axes ``over``, or return None if they divide none.
+
+    The dims of ``first`` are preferred, then those that are not split, then larger ones.
+    """
+    size = dict(placement.axes)
+    ways = prod(size[a] for a in over)
+    if ways == 1:
+        return placement
+    order = sorted(
+        range(len(shape)), key=lambda d: (d not in first, placement.ways(d) > 1, -shape[d])
+    )
+    for dim in order:
+        total = placement.ways(dim) * ways
+        if shape[dim] % total == 0 and _misfit(granules, shape, dim, total) is None:
+            spec = [*placement.spec, *[()] * (dim + 1 - len(placement.spec))]
+            spec[dim] = (*spec[dim], *(a for a in over if size[a] > 1))
+            return replace(placement, spec=tuple(spec))
+    return None
 
 
 def _evened(

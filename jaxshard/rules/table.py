@@ -41,7 +41,8 @@ Dims = tuple[tuple[str, ...], ...]  # per dim the axes of the rule; () for any n
 #: The axes of rules and their meaning.
 AXES = {
     "mp": "tensor parallel ranks",
-    "dp": "data parallel ranks (expert parallel ones included)",
+    "dp": "data parallel ranks (expert parallel and fully sharded ones included)",
+    "fsdp": "fully sharded data parallel ranks; where it does not divide, another dim is split",
     "ep": "expert parallel ranks",
     "edp": "replicas of one expert",
     "cp": "context parallel ranks",
@@ -72,12 +73,13 @@ class Spec(NamedTuple):
     """A parsed spec text. ``dims`` is empty for ``-``, which fits any number of dims.
 
     ``other`` has the dims for the second order of a tensor whose inputs and outputs may be in
-    either order.
+    either order; ``by_shape`` leaves the choice of a dim to the shape.
     """
 
     dims: Dims = ()
     buffer: bool = False
     other: Dims = ()
+    by_shape: bool = False
 
     def straight(self) -> Spec:
         """Return the spec of the first order."""
@@ -92,8 +94,7 @@ class Spec(NamedTuple):
             return BUFFER
         return EITHER.join(
             ",".join("+".join(axes) or "-" for axes in dims) or "-"
-            for dims in (self.dims, self.other)
-            if dims or dims is self.dims
+            for dims in (self.dims, self.other)[: 2 if self.other else 1]
         )
 
 

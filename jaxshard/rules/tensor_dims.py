@@ -28,9 +28,13 @@ _LATENT = ("kv_lora_rank", "qk_nope_head_dim")  # models whose heads have severa
 
 
 class Heads:
-    """Checks the placements of projections whose rows are attention heads."""
+    """Checks the placements of projections whose rows are attention heads.
 
-    def __init__(self, rules: Rules, config: Mapping[str, Any]) -> None:
+    ``over`` are the tensor parallel axes, whose ranks compute with whole heads.
+    """
+
+    def __init__(self, rules: Rules, config: Mapping[str, Any], over: tuple[str, ...]) -> None:
+        self._over = over
         self._length = _head_length(text_config(config))
         self._makers = Patterns(rules.heads)
         self._known: dict[tuple[Placement, tuple[int, ...]], str] = {}
@@ -46,7 +50,7 @@ class Heads:
 
     def _numbers(self, shape: tuple[int, ...], placement: Placement) -> str:
         sizes, axes = dict(placement.axes), placement.spec[0] if placement.spec else ()
-        ways = prod(sizes[a] for a in axes if a == "mp")
+        ways = prod(sizes[a] for a in axes if a in self._over)
         heads, rest = divmod(shape[0], self._length)
         if rest or heads % ways == 0:
             return ""

@@ -16,12 +16,12 @@ from jaxshard.errors import LayoutError
 sizes = st.integers(1, 8)
 
 
-@given(sizes, sizes, sizes, sizes, st.sampled_from([-1, 1, 2, 4]), st.sampled_from([1, 2]))
-def test_a_strategy_is_read_as_it_is_written(dp, mp, pp, cp, opt, ep):
-    made = Strategy(dp=dp * ep, mp=mp, pp=pp, cp=cp, ep=ep, optimizer_shard=opt)
+@given(sizes, sizes, sizes, sizes, sizes, st.sampled_from([-1, 1, 2, 4]), st.sampled_from([1, 2]))
+def test_a_strategy_is_read_as_it_is_written(dp, fsdp, mp, pp, cp, opt, ep):
+    made = Strategy(dp=dp * ep, fsdp=fsdp, mp=mp, pp=pp, cp=cp, ep=ep, optimizer_shard=opt)
     assert Strategy.parse(str(made)) == made
     assert eval(repr(made)) == made
-    assert made.num_ranks == dp * ep * mp * pp * cp
+    assert made.num_ranks == dp * fsdp * ep * mp * pp * cp
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,8 @@ def test_a_strategy_is_read_as_it_is_written(dp, mp, pp, cp, opt, ep):
         ("dp4mp2ep2", Strategy(dp=4, mp=2, ep=2)),
         ("dp2mp2optall", Strategy(dp=2, mp=2, optimizer_shard=-1)),
         ("dp4opt2", Strategy(dp=4, optimizer_shard=2)),
+        ("fsdp4mp2", Strategy(fsdp=4, mp=2)),
+        ("mp2fsdp4dp2", Strategy(dp=2, fsdp=4, mp=2)),
     ],
 )
 def test_axes_come_in_any_order_and_case(text, strategy):
@@ -53,6 +55,7 @@ def test_what_is_no_strategy_is_refused_with_examples(text):
     ("sizes", "message"),
     [
         ({"dp": 0}, "dp=0; it must be 1 or more"),
+        ({"fsdp": 0}, "fsdp=0; it must be 1 or more"),
         ({"dp": 4, "ep": 3}, "ep=3 does not divide dp=4"),
         ({"optimizer_shard": 0}, "optimizer_shard=0"),
         ({"dp": 2**11, "mp": 2**11}, "4194304 ranks"),
@@ -67,6 +70,20 @@ def test_the_text_of_an_error_is_short_however_long_the_input():
     with pytest.raises(LayoutError) as caught:
         Strategy.parse("dp" + "9" * 100_000)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["fsdp4mp2", "fsdp8", "dp2fsdp4mp2pp2", "dp4fsdp2ep2optall"])
+def test_a_fully_sharded_strategy_is_written_without_the_axes_that_it_lacks(text):
+    assert str(Strategy(text)) == text
+
+
+def test_fully_sharded_ranks_are_between_the_replicas_and_the_tensor_parallel_ones():
+    made = Strategy("dp2fsdp4mp2cp2pp2")
+    assert made.stage_axes == (("dp", 2), ("fsdp", 4), ("cp", 2), ("mp", 2))
+    assert made.mesh_axes.axes == (("pp", 2), *made.stage_axes)
+    experts = Strategy("dp4fsdp2mp2ep2")
+    assert experts.stage_axes == (("ep", 2), ("edp", 2), ("fsdp", 2), ("mp", 2))
+    assert experts.mesh_axes.named("dp") == ("ep", "edp", "fsdp")
 
 
 def test_tensor_parallel_ranks_are_neighbours_and_stages_far_apart():

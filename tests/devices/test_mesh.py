@@ -56,6 +56,7 @@ def test_a_sharding_says_the_placement_it_was_made_from(case):
 
 def test_stages_are_meshes_that_share_no_device():
     stages = stage_meshes(Strategy(dp=2, mp=2, pp=2))
+    assert stages == stage_meshes("dp2mp2pp2")
     assert [m.axis_names for m in stages] == [("dp", "mp")] * 2
     assert [[d.id for d in m.devices.flat] for m in stages] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 

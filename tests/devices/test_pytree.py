@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxshard.core.layout import Strategy
-from jaxshard.devices.pytree import named_leaves, show, strategy_shardings
+from jaxshard.devices.pytree import named_leaves, shardings_by_rules, show
 from jaxshard.errors import LayoutError
 from jaxshard.loader import load
 from jaxshard.resharding import reshard
@@ -82,7 +82,7 @@ def test_every_verb_calls_a_leaf_the_same(tmp_path):
     filled = load(tmp_path / "out", jax.tree.map(lambda _: here, tree))
     moved = reshard(filled, dict.fromkeys(names_of(tree), NamedSharding(mesh, PartitionSpec())))
     rules = read_rules('[specs]\n"*" = "mp,-"\n')
-    placed = strategy_shardings(tree, Strategy(mp=4), rules=rules)
+    placed = shardings_by_rules(tree, Strategy(mp=4), rules=rules)
     assert list(placed) == names_of(tree)
     for back in (filled, moved):
         for ours, first in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):

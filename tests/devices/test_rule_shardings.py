@@ -150,7 +150,7 @@ def test_the_devices_given_are_the_ranks_in_their_order():
         ("mp4", {"devices": 2}, LayoutError, "mp4 needs 4 devices; there are 2"),
         ("mp3", {}, LayoutError, "does not divide"),
         ("fast", {}, LayoutError, "fast"),
-        (P(), {"devices": 8}, LayoutError, "only valid with a strategy, not with P"),
+        (P(), {"devices": 8}, LayoutError, "only valid with a strategy or a mesh, not with P"),
         (P(), {"rules": Rules("mine")}, LayoutError, "only valid with a strategy"),
     ],
 )

@@ -208,3 +208,87 @@ def test_no_layout_replicates_silently(strategy: Strategy) -> None:
         fits = replicas % more == 0 and shape[0] % (more if by_columns else ways * more) == 0
         assert fits or made.notes
         assert len(placement.shards(shape)) == (ways * more if fits else ways)
+
+
+# ---------------------------------------------------------------------------- fully sharded
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "spec"),
+    [
+        ("mp,fsdp", (8, 8), (("mp",), ("fsdp",))),
+        ("fsdp,mp", (8, 8), (("fsdp",), ("mp",))),
+        ("mp,-", (8, 8), (("mp",), ("fsdp",))),  # the dim that is not split
+        ("-,-", (4, 8), ((), ("fsdp",))),  # the larger one
+        ("-", (8, 8), (("fsdp",),)),  # the first of equal ones
+        ("mp,fsdp", (8, 6), (("mp", "fsdp"),)),  # 6 columns do not divide
+        ("mp,fsdp", (4, 6), (("mp",),)),  # neither do 2 rows of each rank
+        ("fsdp,-", (6, 8), ((), ("fsdp",))),
+        ("-", (16,), (("fsdp",),)),
+        ("-", (), ()),
+        ("whole", (8, 8), ()),
+        ("mp,dp", (8, 8), (("mp",), ("dp", "fsdp"))),  # a rule that splits over all replicas
+    ],
+)
+def test_every_tensor_is_split_over_fsdp_along_a_dim_that_divides(text, shape, spec) -> None:
+    made = layout({"w": shape}, Strategy("dp2fsdp4mp2"), mine(w=text))
+    assert made.placements["w"][0].spec == spec
+    is_left = not any("fsdp" in axes for axes in spec) and shape and text != "whole"
+    assert made.notes == (
+        (f"not split over fsdp, which divides no dim: 1 tensor: w {shape} over fsdp=4.",)
+        if is_left
+        else ()
+    )
+
+
+def test_states_and_adapters_are_split_over_fsdp_as_their_weight() -> None:
+    shapes = {"w.weight": (8, 16), "adam_m.w.weight": (8, 16)}
+    shapes |= {"w.lora_A.weight": (2, 16), "w.lora_B.weight": (8, 2)}
+    made = layout(shapes, Strategy("fsdp4mp2"), mine(**{"w.weight": "mp,fsdp"}))
+    specs = {n: p[0].spec for n, p in made.placements.items()}
+    assert specs["adam_m.w.weight"] == specs["w.weight"] == (("mp",), ("fsdp",))
+    assert specs["w.lora_A.weight"] == ((), ("fsdp",))
+    assert specs["w.lora_B.weight"] == (("mp", "fsdp"),)
+
+
+def test_fsdp_goes_with_stages_experts_and_the_optimizer_shard() -> None:
+    strategy = Strategy("dp4fsdp2mp2pp2ep2optall")
+    made = layout(moe(2, 4), strategy, FAMILIES["mixtral"])
+    expert = made.placements["model.layers.1.mlp.experts.3.up_proj.weight"]
+    assert [(p.axes, p.spec, p.first_rank) for p in expert] == [
+        ((("edp", 2), ("fsdp", 2), ("mp", 2)), (("mp", "edp"), ("fsdp",)), 24)
+    ]
+    query = made.placements["model.layers.0.self_attn.q_proj.weight"]
+    assert [(p.spec, p.first_rank) for p in query] == [((("mp", "ep", "edp"), ("fsdp",)), 0)]
+
+
+# ---------------------------------------------------------------------------- by shape alone
+
+
+@pytest.mark.parametrize(
+    ("shape", "strategy", "spec"),
+    [
+        ((256, 512), "dp2mp4", ((), ("mp",))),
+        ((512, 256), "fsdp4mp2", (("mp",), ("fsdp",))),
+        ((514, 256), "mp4", ((), ("mp",))),  # 4 does not divide the larger one
+        ((257, 511), "mp4", ()),
+        ((1 << 16,), "fsdp8", (("fsdp",),)),
+        (((1 << 16) - 8,), "fsdp8", ()),  # small
+    ],
+)
+def test_names_without_a_rule_are_split_by_shape_on_request(shape, strategy, spec) -> None:
+    shapes = {"w": (4, 4), "new.0.x": shape, "new.1.x": shape}
+    made = layout(shapes, Strategy(strategy), mine(w="whole"), unmatched="largest")
+    assert [made.placements[n][0].spec for n in shapes] == [(), spec, spec]
+    said = ",".join("+".join(axes) or "-" for axes in spec) or "-"
+    assert made.notes == (
+        "no rule matches 2 tensors, split by their shapes alone: "
+        f"new.0.x {shape} as {said} (and 1 like it).",
+    )
+
+
+def test_a_policy_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(LayoutError, match='"error" or "replicate" or "largest"'):
+        layout({}, Strategy(), LLAMA, unmatched="x")  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match=r'must be "error" or "replicate"\.'):
+        layout({}, Strategy(), LLAMA, uneven="largest")  # type: ignore[arg-type]
