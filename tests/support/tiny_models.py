@@ -1,17 +1,26 @@
 """Tiny models of transformers with random weights, whose axes have pairwise different lengths.
 
 Some families have one length for two axes: the hidden units of GPT-2 are 12 heads of 10.
+
+As a program it writes ``tests/models/saved_models.jsonl``: for each model, what the tables read of
+its config.json, and the name and shape of one tensor of each kind.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import re
+import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file
+
+import jaxshard.models
+from jaxshard.core.patterns import template
 
 transformers.logging.set_verbosity_error()
 
@@ -140,6 +149,21 @@ MODELS |= {
             "no_rope_layers": [1, 1, 1],
             "use_qk_norm": True,
         },
+    ),
+    "llama_labels": (
+        "LlamaForSequenceClassification",
+        "LlamaConfig",
+        {**DECODER, "num_labels": 7, "pad_token_id": 0},
+    ),
+    "bert_labels": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        {**BERT, "pad_token_id": 0, "num_labels": 7},
+    ),
+    "roberta_labels": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**BERT, "pad_token_id": 1, "num_labels": 7},
     ),
     "gpt2": (
         "GPT2LMHeadModel",
@@ -270,3 +294,26 @@ def saved(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
     return json.loads((folder / "config.json").read_text()), tensors
+
+
+def recorded(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return what is kept of a saved model: facts that tables read, and a tensor of each kind."""
+    tables = pathlib.Path(jaxshard.models.__file__).parent / "tables"
+    words = {w for f in tables.iterdir() for w in re.findall(r"\w+", f.read_text())}
+
+    def facts(of: Mapping[str, Any]) -> dict[str, Any]:
+        found = {k: facts(v) if isinstance(v, dict) else v for k, v in of.items() if k in words}
+        return {k: v for k, v in found.items() if v is not None and v != {}}
+
+    text = {"text_config": facts(config["text_config"])} if "text_config" in config else {}
+    kinds = {(template(n), x.shape): n for n, x in reversed(tensors.items())}
+    shapes = {n: list(tensors[n].shape) for n in sorted(kinds.values())}
+    return {"config": {**facts(config), **text}, "tensors": shapes}
+
+
+if __name__ == "__main__":
+    for kind in MODELS:
+        with tempfile.TemporaryDirectory() as name:
+            tiny(kind).save_pretrained(name)
+            found = recorded(*saved(pathlib.Path(name)))
+        print(json.dumps({"kind": kind, "version": transformers.__version__, **found}))
