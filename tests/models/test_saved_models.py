@@ -85,8 +85,8 @@ PUBLISHED = {
     "gpt-oss-20b": (
         "hf-mxfp4",
         "gpt_oss",
-        "model.layers.0.mlp.experts.gate_up_proj_blocks model.layers.0.mlp.experts.down_proj_scales "
-        "model.layers.0.mlp.experts.gate_up_proj_bias model.layers.0.self_attn.sinks",
+        "model.layers.0.mlp.experts.gate_up_proj_blocks model.layers.0.mlp.experts.down_proj_bias "
+        "model.layers.0.mlp.experts.down_proj_scales model.layers.0.self_attn.sinks",
     ),
     "DeepSeek-V3": (
         "hf",
