@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from jaxshard.errors import LayoutError, NotFoundError
@@ -71,3 +73,14 @@ def test_a_mistake_is_an_error_that_tells_it(old, new, message):
     assert old in MINE
     with pytest.raises((LayoutError, NotFoundError), match=message):
         read_family(MINE.replace(old, new), {})
+
+
+def test_the_example_of_the_documentation_is_a_family():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    example = text.split("```toml\n")[1].split("```")[0]
+    family = read_family(example, {"model_type": "mine", "use_bias": True})
+    hf = family.form("hf")
+    assert hf["v"].name == "model.blocks.{layer}.attn.qkv.weight"
+    assert hf["k.bias"].axes.weights == ("q.bias", "k.bias", "v.bias")
+    assert hf["embed"].name == "model.embed_tokens.weight"
+    assert "q.bias" not in read_family(example, {"model_type": "mine"}).form("hf")
