@@ -287,18 +287,61 @@ class RoundTo:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """Multiply element (row, column) by ``scale[row // block, column // block]``.
+class Decode:
+    """Take one of the values that a stored integer packs; always the first step.
 
     Attributes:
-        scale: the factors, a small tensor.
-        block: rows and columns per factor.
-        at: the row and the column, in the stored weight, of each element of the box.
+        code: a key of ``dtypes.CODES``.
+        at: the number of the value in its integer, of each element of the box. The strides of
+            the view are 0 along the dims that it depends on.
+    """
+
+    code: str
+    at: IndexMap
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Multiply each element by ``scale[index // block]``, divided dim by dim.
+
+    Attributes:
+        scale: the factors, with as many dims as the weight.
+        block: elements per factor along each dim.
+        at: the index, in the stored weight, of each element of the box.
+        outer: one number, by which all factors are multiplied first.
+        divides: divide by ``outer`` instead.
     """
 
     scale: Tensor
-    block: tuple[int, int]
-    at: tuple[IndexMap, IndexMap]
+    block: tuple[int, ...]
+    at: tuple[IndexMap, ...]
+    outer: Tensor | None = None
+    divides: bool = False
+
+    @property
+    def is_by_part(self) -> bool:
+        """Whether each part of the weight is read with its own part of ``scale``.
+
+        Otherwise ``scale`` is small and read whole: one factor for several rows, or for each.
+        """
+        return max(self.block[:-1]) == 1 and self.scale.shape[-1] > 1
+
+    def part_of(self, start: tuple[int, ...], lengths: tuple[int, ...]) -> Box:
+        """Return the box of ``scale`` for the elements of a box, ``start`` after its first."""
+        bounds = []
+        for at, size in zip(self.at, self.block, strict=True):
+            first = at.start + sum(i * s for i, s in zip(start, at.steps, strict=True))
+            last = first + sum((n - 1) * s for n, s in zip(lengths, at.steps, strict=True))
+            bounds.append((first // size, last // size + 1))
+        return Box(*zip(*bounds, strict=True))
+
+    def within(self, part: Box, scale: Tensor) -> Scale:
+        """Return the step with ``scale``, which is ``part`` of its factors."""
+        at = tuple(
+            IndexMap(a.start - first * size, a.steps)
+            for a, first, size in zip(self.at, part.start, self.block, strict=True)
+        )
+        return replace(self, scale=scale, at=at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +374,7 @@ class MultiplyAdd:
     dtype: DType
 
 
-Step = RoundTo | Scale | AddProduct | MultiplyAdd
+Step = RoundTo | Decode | Scale | AddProduct | MultiplyAdd
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,23 +394,40 @@ class View:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """Small tensors that the steps need whole."""
+        """Other tensors that the steps need."""
         found: list[Tensor] = []
         for step in self.steps:
             if isinstance(step, Scale):
-                found.append(step.scale)
+                found += [step.scale, *([step.outer] if step.outer else [])]
             elif isinstance(step, AddProduct):
                 found += [step.a, step.b]
         return tuple(found)
 
+    @property
+    def factors(self) -> tuple[Scale, ...]:
+        """The steps that read their operand by parts."""
+        return tuple(s for s in self.steps if isinstance(s, Scale) and s.is_by_part)
+
+    @property
+    def whole_operands(self) -> tuple[Tensor, ...]:
+        """The small tensors among ``operands``, which are read whole."""
+        by_part = [step.scale for step in self.factors]
+        return tuple(t for t in self.operands if t not in by_part)
+
 
 def with_places(step: Step, at: tuple[IndexMap, ...]) -> Step:
     """Return ``step`` for elements with other indices."""
-    return replace(step, at=(at[0], at[1])) if isinstance(step, Scale | AddProduct) else step
+    if isinstance(step, Decode):
+        return replace(step, at=at[0])
+    if isinstance(step, Scale):
+        return replace(step, at=at)
+    return replace(step, at=(at[0], at[1])) if isinstance(step, AddProduct) else step
 
 
 def places(step: Step) -> tuple[IndexMap, ...]:
     """Return the element indices of ``step``."""
+    if isinstance(step, Decode):
+        return (step.at,)
     return step.at if isinstance(step, Scale | AddProduct) else ()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import NamedTuple
 
 from ..errors import FormatError, LayoutError
 from .box import Box
@@ -88,6 +89,22 @@ OF_ARRAYS: Mapping[str, DType] = {
         ("complex128", 128),
     )
 }
+
+
+class Code(NamedTuple):
+    """How integers of ``stored_bits`` pack values of ``bits`` each, lowest bits first."""
+
+    bits: int
+    stored_bits: int
+
+    @property
+    def num_values(self) -> int:
+        """Values in each stored integer."""
+        return self.stored_bits // self.bits
+
+
+#: The float E2M1 in bytes; and integers, plus half their range, in words.
+CODES = {"e2m1": Code(4, 8), "int4": Code(4, 32), "int8": Code(8, 32)}
 
 
 def dtype(name: str) -> DType:

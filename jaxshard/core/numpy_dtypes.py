@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .. import native
 from ..errors import LayoutError
-from .dtypes import BY_NUMPY, OF_ARRAYS, DType
+from .dtypes import BY_NUMPY, CODES, OF_ARRAYS, DType
 
 NumpyDType = np.dtype[np.generic]
 Bytes = NDArray[np.uint8]
@@ -146,6 +146,19 @@ def _unpack(data: NDArray[np.uint8]) -> NDArray[np.generic]:
     out[0::2] = data & 0x0F
     out[1::2] = data >> 4
     return out.view(ml_dtypes.float4_e2m1fn)
+
+
+@lru_cache(maxsize=8)
+def code_values(code: str) -> NDArray[np.float32]:
+    """Return the values of all numbers of ``code``, a key of ``dtypes.CODES``.
+
+    >>> code_values("e2m1")[:8].tolist(), code_values("int4")[:3].tolist()
+    ([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], [-8.0, -7.0, -6.0])
+    """
+    numbers = np.arange(1 << CODES[code].bits, dtype=np.uint8)
+    if code == "e2m1":
+        return np.asarray(numbers.view(ml_dtypes.float4_e2m1fn), np.float32)
+    return np.asarray(numbers, np.float32) - np.float32(len(numbers) // 2)
 
 
 def pack(elements: NDArray[np.uint8]) -> NDArray[np.uint8]:

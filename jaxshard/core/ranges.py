@@ -216,9 +216,9 @@ def tiles(
 ) -> Grid:
     """``box`` cut into boxes of at most ``limit`` bytes that are long on both sides.
 
-    A tile first grows along the dims that are neighbours where it is stored (``strides``),
-    until a run there has ``least_run`` bytes; then along those that are neighbours where
-    it goes, which is row-major.
+    A tile first grows along the dims that repeat what is stored, so that it is read once; then
+    along those that are neighbours where it is stored (``strides``), until a run there has
+    ``least_run`` bytes; then along those that are neighbours where it goes, which is row-major.
 
     >>> [t.shape for t in tiles(Box((0, 0), (8, 8)), (1, 8), 1, limit=32, least_run=4)]
     [(4, 8), (4, 8)]
@@ -226,9 +226,12 @@ def tiles(
     lengths = box.shape
     extent = [1] * len(lengths)
     most = max(1, limit // itemsize)
-    for dim in sorted(range(len(lengths)), key=lambda d: strides[d]):
-        room = min(most, -(-least_run // itemsize)) // prod(extent)
-        extent[dim] = max(1, min(lengths[dim], room)) if strides[dim] else 1
+    repeats = [d for d in range(len(lengths)) if not strides[d]]
+    for dim in repeats:
+        extent[dim] = max(1, min(lengths[dim], most // prod(extent)))
+    most_run = min(most, -(-least_run // itemsize) * prod(extent))
+    for dim in sorted(set(range(len(lengths))).difference(repeats), key=lambda d: strides[d]):
+        extent[dim] = max(1, min(lengths[dim], most_run // prod(extent)))
     for dim in reversed(range(len(lengths))):
         extent[dim] = max(1, min(lengths[dim], most // (prod(extent) // extent[dim])))
     return Grid(box, tuple(extent), tuple(range(len(lengths))))

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from ..core import dtypes
 from ..core.catalog import Tensor
-from ..core.dtypes import BY_NAME, DType, is_float
+from ..core.dtypes import BY_NAME, CODES, DType, is_float
 from ..core.layout import (
     Layout,
     Placement,
@@ -67,8 +67,35 @@ class Algebra(Protocol[T]):
         """Each value of ``x`` times ``times`` plus ``plus``, rounded once to the dtype of ``x``."""
         ...
 
-    def scaled(self, x: T, scale: T, block: tuple[int, int], dtype: DType) -> T:
-        """The dequantized values of a matrix with a factor for each block in ``scale``."""
+    def decoded(self, x: T, code: str) -> T:
+        """The values that each integer of ``x`` packs (``dtypes.CODES``), in float32.
+
+        The last dim is as many times longer.
+
+        Raises:
+            LayoutError: integers of another width.
+        """
+        ...
+
+    def bits_as(self, x: T, dtype: DType) -> T:
+        """The bits of ``x`` as values of ``dtype``, of the same width."""
+        ...
+
+    def scaled(
+        self,
+        x: T,
+        scale: T,
+        block: tuple[int, int],
+        dtype: DType,
+        outer: T | None = None,
+        *,
+        divides: bool = False,
+    ) -> T:
+        """The dequantized values of ``x`` with a factor for each block in ``scale``.
+
+        All dims of ``x`` but the last are rows. Each factor is first multiplied, or divided if
+        ``divides``, by the one number ``outer``.
+        """
         ...
 
 
@@ -174,13 +201,30 @@ def check_affine(dtype: DType) -> DType:
 def check_scales(
     name: str, shape: Shape, scale: str, scale_shape: Shape, block: tuple[int, int]
 ) -> None:
-    """Refuse factors whose shape is not that of the blocks of a matrix."""
-    expected = tuple(-(-n // b) for n, b in zip(shape, block, strict=False))
-    if len(shape) != 2 or scale_shape != expected:
+    """Refuse factors whose shape is not that of the blocks of a weight."""
+    rows = shape[:-1] if block[0] == 1 else tuple(-(-n // block[0]) for n in shape[:-1])
+    expected = (*rows, -(-shape[-1] // block[1])) if shape else ()
+    if len(shape) < 2 or (len(shape) > 2 and block[0] > 1) or scale_shape != expected:
         raise LayoutError(
             f"{name}: shape {shape} in blocks of {block[0]} x {block[1]} needs scales of shape "
             f"{expected}, but {scale} has {scale_shape}."
         )
+
+
+def check_code(name: str, shape: Shape, dtype: DType | None, code: str) -> None:
+    """Refuse to decode what are not the integers of ``code``."""
+    bits = CODES[code].stored_bits
+    if not shape or dtype is None or dtype.bits != bits or dtype.name[0] not in "IU":
+        raise LayoutError(
+            f"{name}: {code} is packed in integers of {bits} bits along the last dim, got {dtype} "
+            f"of shape {shape}."
+        )
+
+
+def check_bits(name: str, old: DType | None, new: DType) -> None:
+    """Refuse to take the bits of one width for values of another."""
+    if old is None or old.bits != new.bits:
+        raise LayoutError(f"{name}: {old} is not as wide as {new}.")
 
 
 def dtype_of(word: str, name: str) -> DType:
@@ -283,7 +327,25 @@ class Placing:
         return x
 
     @staticmethod
-    def scaled(x: Placed, scale: Placed, block: tuple[int, int], dtype: DType) -> Placed:
+    def decoded(x: Placed, code: str) -> Placed:
+        """The same axes on more elements."""
+        return _with(x, (*x.shape[:-1], x.shape[-1] * CODES[code].num_values), x.spec)
+
+    @staticmethod
+    def bits_as(x: Placed, dtype: DType) -> Placed:
+        """The same placements."""
+        return x
+
+    @staticmethod
+    def scaled(
+        x: Placed,
+        scale: Placed,
+        block: tuple[int, int],
+        dtype: DType,
+        outer: Placed | None = None,
+        *,
+        divides: bool = False,
+    ) -> Placed:
         """The same placements."""
         return x
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import DType
-from ..core.numpy_dtypes import held_as, numpy_dtype, stored_as
+from ..core.dtypes import CODES, DType
+from ..core.numpy_dtypes import code_values, held_as, numpy_dtype, stored_as
 from ..core.runtime import cached
 from ..errors import LayoutError, format_list
 from .algebra import (
     check_affine,
+    check_bits,
     check_cast,
+    check_code,
     check_cut,
     check_join,
     check_order,
@@ -111,13 +113,34 @@ class Expressions:
         return _of(x, "affine", x.shape, times, plus, width)
 
     @staticmethod
+    def decoded(x: Expression, code: str) -> Expression:
+        """The values that each integer of ``x`` packs, in float32."""
+        check_code(x.name, x.shape, stored_as(np.dtype(x.dtype)), code)
+        shape = (*x.shape[:-1], x.shape[-1] * CODES[code].num_values)
+        return Expression("decoded", shape, "float32", (x,), (code,), x.name)
+
+    @staticmethod
+    def bits_as(x: Expression, dtype: DType) -> Expression:
+        """The bits of ``x`` as values of ``dtype``."""
+        check_bits(x.name, stored_as(np.dtype(x.dtype)), dtype)
+        name = numpy_dtype(dtype).name
+        return Expression("bits", x.shape, name, (x,), (dtype,), x.name)
+
+    @staticmethod
     def scaled(
-        x: Expression, scale: Expression, block: tuple[int, int], dtype: DType
+        x: Expression,
+        scale: Expression,
+        block: tuple[int, int],
+        dtype: DType,
+        outer: Expression | None = None,
+        *,
+        divides: bool = False,
     ) -> Expression:
-        """The dequantized values of a matrix with a factor for each block in ``scale``."""
+        """The dequantized values of ``x`` with a factor for each block in ``scale``."""
         check_scales(x.name, x.shape, scale.name, scale.shape, block)
         name = numpy_dtype(dtype).name
-        return Expression("scaled", x.shape, name, (x, scale), (block, dtype), x.name)
+        inputs = (x, scale) if outer is None else (x, scale, outer)
+        return Expression("scaled", x.shape, name, inputs, (block, dtype, divides), x.name)
 
 
 def _of(x: Expression, kind: str, shape: tuple[int, ...], *how: Any) -> Expression:
@@ -215,9 +238,17 @@ def _pad(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: An
 
 
 def _scaled(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: Any) -> Any:
-    block, dtype = how
-    row, column = (xp.arange(n) // b for n, b in zip(shape, block, strict=True))
-    factors = xs[1].astype("float32")[row][:, column]
+    block, dtype, divides = how
+    factors = xs[1].astype("float32")
+    if len(xs) > 2:
+        outer = xs[2].astype("float32").reshape(())
+        factors = factors / outer if divides else factors * outer
+    rows, columns = factors.shape[-2:]
+    row, column = (xp.arange(n) // b for n, b in zip(shape[-2:], block, strict=True))
+    if rows != shape[-2]:
+        factors = factors[..., row, :]
+    if columns != shape[-1]:
+        factors = factors[..., column]
     return (xs[0].astype("float32") * factors).astype(numpy_dtype(dtype))
 
 
@@ -273,6 +304,13 @@ def _recast(x: Any, dtype: Any) -> Any:
     return lax.bitcast_convert_type(x, dtype)
 
 
+def _decoded(xs: Sequence[Any], shape: tuple[int, ...], how: tuple[Any, ...], xp: Any) -> Any:
+    bits, _ = CODES[how[0]]
+    places = xp.arange(CODES[how[0]].num_values, dtype=xs[0].dtype) * bits
+    numbers = (xs[0][..., None] >> places) & ((1 << bits) - 1)
+    return xp.asarray(code_values(how[0]))[numbers].reshape(shape)
+
+
 _KINDS: dict[str, Callable[[Sequence[Any], tuple[int, ...], tuple[Any, ...], Any], Any]] = {
     "transpose": lambda xs, shape, how, xp: xp.transpose(xs[0], how[0]),
     "reshape": lambda xs, shape, how, xp: xp.reshape(xs[0], shape),
@@ -282,5 +320,7 @@ _KINDS: dict[str, Callable[[Sequence[Any], tuple[int, ...], tuple[Any, ...], Any
     "pad": _pad,
     "cast": lambda xs, shape, how, xp: xs[0].astype(numpy_dtype(how[0])),
     "affine": _affine,
+    "decoded": _decoded,
+    "bits": lambda xs, shape, how, xp: xs[0].view(numpy_dtype(how[0])),
     "scaled": _scaled,
 }

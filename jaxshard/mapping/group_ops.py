@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from ..core.dtypes import DType
+from ..core.dtypes import CODES, DType
 from ..core.patterns import Holes, fill, holes, match
 from ..errors import LayoutError, NotFoundError, format_list
 from .algebra import Algebra, T, check_numbers, dtype_of, length_of
@@ -145,14 +145,20 @@ class Unfuse(Op):
 
 @dataclass(frozen=True, slots=True)
 class Dequantize(Op):
-    """Dequantize matrices whose blocks share a factor each (FP8).
+    """Dequantize weights whose blocks share a factor each (FP8, MXFP4, NVFP4, int8, int4).
 
     Attributes:
         weight: pattern of the weights; one without factors stays unchanged.
         scale: pattern of the factors, which are dropped.
-        block: rows and columns that share a factor; (0, 0) for one factor for the tensor or
-            for each row, depending on the shape of the factors.
+        block: rows and columns that share a factor; (0, 0) for one factor for the tensor, for
+            each row, or for each group of columns, depending on the shape of the factors.
         dtype: of the values.
+        code: how an integer of the weights packs several values (``e2m1``, ``int4``, ``int8``);
+            a weight with one more dim than its factors is in groups.
+        scale_dtype: a dtype as wide as that of the factors, whose bits they are.
+        outer: pattern of one more factor of each weight, for all its factors. Weights without
+            one stay unchanged.
+        divides: ``outer`` divides the factors.
     """
 
     word: ClassVar[str] = "dequantize"
@@ -160,12 +166,22 @@ class Dequantize(Op):
     scale: str = "{name*}.weight_scale_inv"
     block: tuple[int, int] = (128, 128)
     dtype: str = "BF16"
+    code: str = ""
+    scale_dtype: str = ""
+    outer: str = ""
+    divides: bool = False
 
     def __post_init__(self) -> None:
+        if self.code and self.code not in CODES:
+            raise LayoutError(
+                f"dequantize: unknown code {self.code!r} (known: {', '.join(CODES)})."
+            )
+        dtype_of(self.word, self.scale_dtype or self.dtype)
         if len(self.block) != 2 or (min(self.block) < 1 and self.block != WITHOUT_BLOCKS):
             raise LayoutError(
                 f"dequantize: block {self.block} must be two numbers of 1 or more (rows, columns), "
-                "or [0, 0] for one factor for the tensor or for each row."
+                "or [0, 0] for one factor for the tensor, for each row or for each group of "
+                "columns."
             )
         dtype_of(self.word, self.dtype)
 
@@ -173,33 +189,52 @@ class Dequantize(Op):
         """The dequantized tensors without the factors."""
         kind = dtype_of(self.word, self.dtype)
         result: dict[str, T] = {}
+        used: set[str] = set()
         for name, tensor in tensors.items():
-            if (found := match(self.scale, name)) is not None:
-                weight = fill(self.weight, found)
-                if weight not in tensors:
-                    raise NotFoundError(f"{self.word}: {name} scales {weight}, which is missing.")
-                continue
             found = match(self.weight, name)
-            factors = tensors.get(fill(self.scale, found)) if found is not None else None
-            if factors is None:
-                result[name] = tensor
-            else:
+            patterns = (self.scale, self.outer) if self.outer else (self.scale,)
+            names = [fill(p, found) for p in patterns] if found is not None else [""]
+            if all(n in tensors for n in names):
+                used.update(names)
+                factors = [tensors[n] for n in names]
                 result[name] = self._scaled(tensor, factors, algebra, kind)
-        return result
+            else:
+                result[name] = tensor
+        for name in tensors:
+            found = match(self.scale, name)
+            if found is not None and (weight := fill(self.weight, found)) not in tensors:
+                raise NotFoundError(f"{self.word}: {name} scales {weight}, which is missing.")
+        return {n: t for n, t in result.items() if n not in used}
 
-    def _scaled(self, tensor: T, factors: T, algebra: Algebra[T], kind: DType) -> T:
-        if self.block != WITHOUT_BLOCKS:
-            return algebra.scaled(tensor, factors, self.block, kind)
-        shape, own = algebra.shape(tensor), algebra.shape(factors)
-        if len(shape) != 2 or own not in ((), (1,), (1, 1), shape[:1], (*shape[:1], 1)):
+    def _scaled(self, x: T, factors: Sequence[T], algebra: Algebra[T], kind: DType) -> T:
+        scale, *outer = factors
+        if self.scale_dtype:
+            scale = algebra.bits_as(scale, dtype_of(self.word, self.scale_dtype))
+        shape, own = algebra.shape(x), algebra.shape(scale)
+        if self.code and len(shape) == len(own) + 1 > 1:
+            x = algebra.reshape(x, (*shape[:-2], shape[-2] * shape[-1]))
+        if self.code:
+            x = algebra.decoded(x, self.code)
+        block, shape = self.block, algebra.shape(x)
+        if block == WITHOUT_BLOCKS:
+            block = self._block_of(shape, own)
+            if len(own) < 2:
+                scale = algebra.reshape(scale, (prod(own), 1))
+        whole = algebra.reshape(outer[0], ()) if outer else None
+        return algebra.scaled(x, scale, block, kind, whole, divides=self.divides)
+
+    def _block_of(self, shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, int]:
+        """Return the rows and columns of ``shape`` that share each of the factors ``own``."""
+        lone = ((), (1,), (1, 1), shape[:1], (*shape[:1], 1))
+        if len(shape) == 2 and own in lone:
+            return max(1, shape[0] // prod(own)), max(1, shape[1])
+        if len(shape) < 2 or own[:-1] != shape[:-1] or shape[-1] % max(1, own[-1]):
             raise LayoutError(
                 f"{self.word}: factors of shape {own} for a weight of shape {shape}; expected one "
-                "for the weight or one for each row. Set block to the rows and columns that share "
-                "a factor."
+                "for the weight, one for each row, or one for each group of columns. Set block to "
+                "the rows and columns that share a factor."
             )
-        rows = prod(own)
-        factors = algebra.reshape(factors, (rows, 1))
-        return algebra.scaled(tensor, factors, (max(1, shape[0] // rows), max(1, shape[1])), kind)
+        return 1, shape[-1] // max(1, own[-1])
 
     def inverse(self) -> Op:
         """Raise, because the factors cannot be recovered.

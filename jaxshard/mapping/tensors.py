@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
+from operator import mul
 
 from ..core.box import Box
 from ..core.catalog import (
     ZEROS,
+    Decode,
     IndexMap,
     MultiplyAdd,
     RoundTo,
@@ -28,11 +30,14 @@ from ..core.catalog import (
     places,
     with_places,
 )
-from ..core.dtypes import DType
+from ..core.dtypes import CODES, DType
+from ..core.dtypes import dtype as dtype_named
 from ..errors import LayoutError
 from .algebra import (
     check_affine,
+    check_bits,
     check_cast,
+    check_code,
     check_cut,
     check_join,
     check_order,
@@ -320,7 +325,9 @@ def _rounded(tensor: Tensor) -> Tensor:
 
     def steps(view: View) -> tuple[Step, ...]:
         last = view.steps[-1] if view.steps else RoundTo(view.dtype)
-        is_rounded = isinstance(last, RoundTo | MultiplyAdd) and last.dtype == kind
+        is_rounded = isinstance(last, Decode) or (
+            isinstance(last, RoundTo | MultiplyAdd) and last.dtype == kind
+        )
         return view.steps if is_rounded else (*view.steps, RoundTo(kind))
 
     return _stepped(viewed(tensor), steps)
@@ -335,14 +342,52 @@ def _stepped(tensor: Tensor, steps: Callable[[View], tuple[Step, ...]]) -> Tenso
     return replace(tensor, shards=tuple(shards))
 
 
-def scaled(tensor: Tensor, scale: Tensor, block: tuple[int, int], dtype: DType) -> Tensor:
-    """Return the values in ``dtype`` of a matrix with a factor for each block.
+def decoded(tensor: Tensor, code: str) -> Tensor:
+    """Return the values that each integer packs; the last dim has one more factor, for them."""
+    check_code(tensor.name, tensor.shape, tensor.dtype, code)
+    tensor = viewed(tensor)
+    count = CODES[code].num_values
+    end = len(tensor.fine_shape)
+    shards = []
+    for p in tensor.shards:
+        wide = with_dim(p, end)
+        assert wide.view is not None
+        step = Decode(code, IndexMap(0, (*(0 for _ in range(end)), 1)))
+        box = Box(wide.box.start, (*wide.box.stop[:-1], count))
+        view = replace(wide.view, steps=(*wide.view.steps, step))
+        shards.append(replace(wide, box=box, view=view))
+    *rows, last = _factors(tensor)
+    shape = (*tensor.shape[:-1], tensor.shape[-1] * count)
+    factors = (*rows, (*last, count))
+    return Tensor(tensor.name, dtype_named("F32"), shape, tuple(shards), factors)
+
+
+def bits_as(tensor: Tensor, kind: DType) -> Tensor:
+    """Return the bits as values of ``kind``."""
+    check_bits(tensor.name, tensor.dtype, kind)
+    shards = tuple(
+        replace(p, view=replace(p.view, dtype=kind)) if p.view else p for p in tensor.shards
+    )
+    return replace(tensor, dtype=kind, shards=shards)
+
+
+def scaled(
+    tensor: Tensor,
+    scale: Tensor,
+    block: tuple[int, int],
+    dtype: DType,
+    outer: Tensor | None = None,
+    *,
+    divides: bool = False,
+) -> Tensor:
+    """Return the values in ``dtype`` of a weight with a factor for each block.
 
     Raises:
         LayoutError: the factors do not match the blocks.
     """
     check_scales(tensor.name, tensor.shape, scale.name, scale.shape, block)
-    made = with_step(_rounded(tensor), lambda at: Scale(scale, block, at))
+    per = (*(block[0] for _ in scale.shape[:-1]), block[1])
+    made = _with_step(_rounded(tensor), lambda at: Scale(scale, per, at, outer, divides))
     return replace(made, dtype=dtype)
 
 
@@ -355,11 +400,22 @@ def with_step(tensor: Tensor, make: Callable[[tuple[IndexMap, IndexMap]], Step])
             "got "
             f"shape {tensor.shape}. Apply it before other operations."
         )
+    return _with_step(tensor, lambda at: make((at[0], at[1])))
+
+
+def _with_step(tensor: Tensor, make: Callable[[tuple[IndexMap, ...]], Step]) -> Tensor:
+    """Append to each shard the step that ``make`` returns for the indices of its elements."""
+    fine, factors = tensor.fine_shape, _factors(tensor)
+    along: list[tuple[int, ...]] = []
+    for first, dim in zip(_offsets(factors), factors, strict=True):
+        inside = range(first, end := first + len(dim))
+        along.append(tuple(prod(fine[i + 1 : end]) * (i in inside) for i in range(len(fine))))
     shards = []
     for p in tensor.shards:
-        at = (IndexMap(p.box.start[0], (1, 0)), IndexMap(p.box.start[1], (0, 1)))
-        assert p.view is not None
-        shards.append(replace(p, view=replace(p.view, steps=(*p.view.steps, make(at)))))
+        start, view = p.box.start, p.view
+        assert view is not None
+        at = tuple(IndexMap(sum(map(mul, start, steps)), steps) for steps in along)
+        shards.append(replace(p, view=replace(view, steps=(*view.steps, make(at)))))
     return replace(tensor, shards=tuple(shards))
 
 
@@ -508,6 +564,8 @@ class Geometry:
     repeat = staticmethod(repeat)
     cast = staticmethod(cast)
     affine = staticmethod(affine)
+    decoded = staticmethod(decoded)
+    bits_as = staticmethod(bits_as)
     scaled = staticmethod(scaled)
 
     @staticmethod

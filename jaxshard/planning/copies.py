@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..core.box import Box
-from ..core.catalog import ZEROS, StoredShard, Tensor
+from ..core.catalog import ZEROS, Scale, StoredShard, Tensor, View
 from ..core.dtypes import DType, in_units
 from ..core.ranges import Grid, Runs, blocks, blocks_along, byte_runs, strided_runs, tiles
 from ..core.runtime import cached
@@ -168,10 +168,13 @@ class Form:
     Attributes:
         strides: bytes between neighbours, per dim.
         item_bytes: bytes of a stored element; 0 for zeros, which are not stored.
+        factors: the steps that read a part of their operand with each part of the box, without
+            names, files and offsets.
     """
 
     strides: tuple[int, ...]
     item_bytes: int
+    factors: tuple[Scale, ...] = ()
 
     def runs(self, part: Box, stored: Box, base: int = 0) -> tuple[Runs, tuple[int, ...]]:
         """Return the runs of ``part`` in the box ``stored``, which begins at ``base``."""
@@ -194,7 +197,13 @@ def form_of(piece: StoredShard) -> Form | None:
     if view is None:
         return None
     item_bytes = 0 if piece.file == ZEROS else view.dtype.unit_bytes
-    return Form(view.strides, item_bytes)
+    return Form(view.strides, item_bytes, tuple(map(_geometry, view.factors)))
+
+
+def _geometry(step: Scale) -> Scale:
+    """Return ``step`` with nothing but the geometry of its factors, so that layers are equal."""
+    shards = tuple(replace(p, file=0, offset=0) for p in firsts(step.scale.shards))
+    return replace(step, scale=replace(step.scale, name="", shards=shards), outer=None)
 
 
 def part_runs(part: Box, stored: Box, form: Form | None, unit: int) -> Runs | None:
@@ -251,9 +260,17 @@ class TensorCopy:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """Small tensors that the transforms of the sources need whole."""
-        views = (pieces[0].view for pieces in self.pieces)
-        return tuple(dict.fromkeys(t for view in views if view for t in view.operands))
+        """Other tensors that the transforms of the sources need."""
+        return tuple(dict.fromkeys(t for view in self._views for t in view.operands))
+
+    @property
+    def whole_operands(self) -> tuple[Tensor, ...]:
+        """The small tensors among ``operands``, which are read whole, once."""
+        return tuple(dict.fromkeys(t for view in self._views for t in view.whole_operands))
+
+    @property
+    def _views(self) -> tuple[View, ...]:
+        return tuple(view for pieces in self.pieces if (view := pieces[0].view))
 
 
 def make_move(tensor: Tensor, outputs: Outputs, only: frozenset[int] | None) -> TensorCopy | None:

@@ -81,9 +81,17 @@ def tensor_cost(
                 return TensorCost((0,) * 6, ())
             wanted = tuple((t.box, len(t.ranks)) for t in move.targets)
             numbers, reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, limits)
-        return _with_operands(TensorCost(numbers, _by_file(read, reads)), read, limits)
+        return _with_operands(TensorCost(numbers, _by_file(_all_read(read), reads)), read, limits)
     except JaxshardError as error:
         raise type(error)(f"{tensor.name}: {error}") from None
+
+
+def _all_read(read: tuple[StoredShard, ...]) -> Iterator[StoredShard]:
+    """Yield ``read``, and the shards of the operands that are read with their parts."""
+    yield from read
+    for piece in read:
+        for step in piece.view.factors if piece.view else ():
+            yield from firsts(step.scale.shards)
 
 
 def _by_file(pieces: Iterable[StoredShard], reads: Iterable[int]) -> tuple[tuple[int, int], ...]:
@@ -93,7 +101,7 @@ def _by_file(pieces: Iterable[StoredShard], reads: Iterable[int]) -> tuple[tuple
 def _with_operands(cost: TensorCost, pieces: Iterable[StoredShard], limits: Limits) -> TensorCost:
     """Add the reads of the small tensors that transforms need, once each."""
     views = dict.fromkeys(p.view for p in pieces if p.view and p.view.steps)
-    for operand in dict.fromkeys(t for view in views for t in view.operands):
+    for operand in dict.fromkeys(t for view in views for t in view.whole_operands):
         move = move_into(operand, {Box.whole(operand.shape): (0,)})
         wanted = ((move.targets[0].box, 1),)
         numbers, reads = _cost(move.sources, move.forms, wanted, move.unit_bytes, limits)
@@ -144,12 +152,19 @@ def _cost(
     limits: Limits,
 ) -> _Geometry:
     """Count the engine's steps: those of one block of each kind, times the number of blocks."""
-    total, reads = [0] * 5, [0] * len(sources)
+    factors = [step for form in forms if form for step in form.factors]
+    total = [0] * 5
+    reads = [0] * (len(sources) + sum(len(step.scale.shards) for step in factors))
     for cell in cells(sources, tuple(box for box, _ in wanted)):
         parts = [part for _, part in (*cell.sources, *cell.targets)]
-        for block, times in cell_blocks(cell, forms, unit, *limits).kinds(parts):
+        grid = cell_blocks(cell, forms, unit, *limits)
+        # a block may begin inside a group that shares a factor, so blocks with factors all differ
+        for block, times in ((b, 1) for b in grid) if factors else grid.kinds(parts):
             steps = block_steps(cell, block, sources, forms)
             numbers = _block_cost(steps, sources, forms, wanted, unit, reads, times)
+            if factors:
+                added = _factor_cost(steps, sources, forms, reads, limits)
+                numbers = (numbers[0] + added[0], numbers[1] + added[1], *numbers[2:])
             for i, n in enumerate(numbers):
                 total[i] += n * times
     needed, read, written, writes, copies = total
@@ -179,6 +194,29 @@ def _block_cost(
         written += part.size * unit * num_ranks
         writes += len(byte_runs(part.within(target), target.shape, unit)) * num_ranks
     return needed, read, written, writes, steps.num_copies
+
+
+def _factor_cost(
+    steps: Steps, sources: tuple[Box, ...], forms: Forms, reads: list[int], limits: Limits
+) -> tuple[int, int]:
+    """Return bytes needed and read of the factors of a block; add requests to ``reads``."""
+    needed = read = 0
+    first, at = {}, len(sources)
+    for index, form in enumerate(forms):
+        first[index] = at
+        at += sum(len(step.scale.shards) for step in form.factors) if form else 0
+    for index, part in steps.reads:
+        form, at = forms[index], first[index]
+        for step in form.factors if form else ():
+            box = step.part_of(part.within(sources[index]).start, part.shape)
+            move = move_into(step.scale, {box: (0,)})
+            wanted = ((move.targets[0].box, 1),)
+            numbers, requests = _cost(move.sources, move.forms, wanted, move.unit_bytes, limits)
+            needed, read = needed + numbers[0], read + numbers[1]
+            for i, n in enumerate(requests, at):
+                reads[i] += n
+            at += len(requests)
+    return needed, read
 
 
 # --- Coverage: incomplete tensors, and the ranks whose files hold the missing shards

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..core.box import Box
 from ..core.catalog import StoredShard, Tensor
-from ..core.dtypes import DType
+from ..core.dtypes import DType, num_bytes
 from ..core.numpy_dtypes import Bytes, Conversion, numpy_dtype
 from ..core.ranges import Runs, byte_runs
 from ..planning.bundles import Bundle
@@ -99,20 +99,30 @@ def _spans(given: _Given) -> list[Span]:
     (move, cell, blocks), _ = given
     spans: list[Span] = []
     for block in blocks:
-        for index, part in block_steps(cell, block, move.sources, move.forms).reads:
-            piece, stored, form = move.pieces[index][0], move.sources[index], move.forms[index]
-            if form is None:
-                runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
-            else:
-                runs, _ = form.runs(part, stored, piece.offset)
-            if not runs.num_bytes:
-                continue
-            if runs.outer and min(stride for _, stride in runs.outer) - runs.length > GAP_BYTES:
-                spans.extend((piece.file, at, at + length) for at, length in runs)
-            else:
-                last = sum((n - 1) * stride for n, stride in runs.outer)
-                spans.append((piece.file, runs.offset, runs.offset + last + runs.length))
+        spans += _spans_of(move, block_steps(cell, block, move.sources, move.forms).reads)
     return sorted(spans)
+
+
+def _spans_of(move: TensorCopy, reads: Iterable[tuple[int, Box]]) -> list[Span]:
+    spans: list[Span] = []
+    for index, part in reads:
+        piece, stored, form = move.pieces[index][0], move.sources[index], move.forms[index]
+        if form is None:
+            runs = byte_runs(part.within(stored), stored.shape, move.unit_bytes, piece.offset)
+        else:
+            runs, _ = form.runs(part, stored, piece.offset)
+        if not runs.num_bytes:
+            continue
+        if runs.outer and min(stride for _, stride in runs.outer) - runs.length > GAP_BYTES:
+            spans.extend((piece.file, at, at + length) for at, length in runs)
+        else:
+            last = sum((n - 1) * stride for n, stride in runs.outer)
+            spans.append((piece.file, runs.offset, runs.offset + last + runs.length))
+        for step in piece.view.factors if piece.view else ():
+            box = step.part_of(part.within(stored).start, part.shape)
+            factors = move_into(step.scale, {box: (0,)})
+            spans += _spans_of(factors, [p for cell in factors.cells for p in cell.sources])
+    return spans
 
 
 def _batches(
@@ -155,7 +165,7 @@ def _batches_of(
 
 def operands_of(move: TensorCopy) -> Operands | None:
     """The small tensors that steps of ``move`` need, to be read once for all its batches."""
-    return Operands(move.operands) if any(move.forms) and move.operands else None
+    return Operands(move.whole_operands) if any(move.forms) and move.whole_operands else None
 
 
 def _needs_no_block(move: TensorCopy, cell: Cell, source: Source, sink: Sink) -> bool:
@@ -191,7 +201,7 @@ class Worker:
         self._budget, self._progress = budget, progress
         self._block = np.empty(budget.block_bytes, np.uint8)
         self._spare = np.empty(budget.block_bytes, np.uint8)
-        self._viewer = Viewer(source)
+        self._viewer = Viewer(source, self._read_operand)
 
     def work(self, batches: WorkQueue[_Given]) -> None:
         """Execute ``batches`` until none are left."""
@@ -344,18 +354,20 @@ class Worker:
         self.counts.num_writes += writes * len(runs)
         self.counts.bytes_written += writes * runs.num_bytes
 
-    def _read_operand(self, tensor: Tensor) -> Bytes:
-        """Read all bytes of a small tensor that a step needs."""
-        out = np.empty(tensor.num_bytes, np.uint8)
-        pieces = tensor.shards
-        if len(pieces) == 1 and pieces[0].view is None and len(out) <= self._budget.block_bytes:
-            self._source.read(pieces[0], pieces[0].offset, out.data)
-            self.counts += Counts(len(out), len(out), 1)
+    def _read_operand(self, tensor: Tensor, box: Box) -> Bytes:
+        """Read ``box`` of a tensor that a step needs."""
+        out = np.empty(num_bytes(box.shape, tensor.dtype), np.uint8)
+        move = move_into(tensor, {box: (0,)})
+        if (
+            len(move.sources) == 1
+            and move.forms[0] is None
+            and len(out) <= self._budget.block_bytes
+        ):
+            self._fetch(move, 0, move.targets[0].box, out)
             return out
 
         budget = Budget(1, self._budget.block_bytes, self._budget.tile_bytes)
-        moves = [move_into(tensor, {Box.whole(tensor.shape): (0,)})]
-        done = run(moves, self._source, _Buffer(out), budget=budget)
+        done = run([move], self._source, _Buffer(out), budget=budget)
         self.counts += Counts(done.bytes_needed, done.bytes_read, done.num_reads)
         return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from math import frexp
 from operator import mul
@@ -20,16 +21,18 @@ from .. import native
 from ..core.box import Box
 from ..core.catalog import (
     AddProduct,
+    Decode,
     IndexMap,
     MultiplyAdd,
     RoundTo,
+    Scale,
     Step,
     StoredShard,
     Tensor,
     View,
 )
-from ..core.dtypes import BY_NAME
-from ..core.numpy_dtypes import Bytes, cast_into, numpy_dtype
+from ..core.dtypes import BY_NAME, CODES
+from ..core.numpy_dtypes import Bytes, cast_into, code_values, numpy_dtype
 from ..core.ranges import Runs
 from ..planning.copies import TensorCopy
 from .io import Source
@@ -93,6 +96,7 @@ def _fastest(array: Tile) -> int:
 Array = NDArray[Any]
 Values = Mapping[Tensor, NDArray[np.float32]]
 Indices = slice | NDArray[np.intp]
+Read = Callable[[Tensor, Box], Bytes]  # the bytes of a box of an operand, row-major
 
 _F64 = BY_NAME["F64"]
 _ALONE = 1 << 17  # multiplications that OpenBLAS does in the calling thread
@@ -109,15 +113,17 @@ class Operands:
         self._lock = threading.Lock()
         self.values: dict[Tensor, NDArray[np.float32]] = {}
 
-    def load(self, read: Callable[[Tensor], Bytes]) -> None:
+    def load(self, read: Read) -> None:
         """Load ``values``: the first thread reads them, the others wait."""
         with self._lock:
             if not self.values:
-                self.values = {t: _as_float32(t, read(t)) for t in self._tensors}
+                whole = ((t, Box.whole(t.shape)) for t in self._tensors)
+                self.values = {t: _as_float32(t, box, read) for t, box in whole}
 
 
-def _as_float32(tensor: Tensor, data: Bytes) -> NDArray[np.float32]:
-    return data.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape).astype(np.float32)
+def _as_float32(tensor: Tensor, box: Box, read: Read) -> NDArray[np.float32]:
+    stored = read(tensor, box).view(numpy_dtype(tensor.dtype))
+    return stored.reshape(box.shape).astype(np.float32)
 
 
 class Viewer:
@@ -127,9 +133,9 @@ class Viewer:
         values: the operands of the steps of the move at hand.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, read: Read) -> None:
         self.values: Values = {}
-        self._source = source
+        self._source, self._read = source, read
         self._buffer = np.empty(0, np.uint8)
         self._spare = Spare()
 
@@ -168,11 +174,13 @@ class Viewer:
         values = _in_order(compact.view(numpy_dtype(piece.view.dtype)), part.shape, order)
         start = part.within(stored).start
         if piece.view.steps:
+            view, known = self._with_factors(piece.view, start, part.shape)
+            values = _expanded(values, view, part.shape)
             if into is not None and into.shape == values.shape:
-                _converted(values, piece.view, start, self.values, into, self._spare)
+                _converted(values, view, start, known, into, self._spare)
                 return into, runs
             done = np.empty_like(values, dtype)
-            _converted(values, piece.view, start, self.values, done, self._spare)
+            _converted(values, view, start, known, done, self._spare)
         else:
             done = values
             if values.dtype != dtype:
@@ -187,8 +195,26 @@ class Viewer:
         done = np.zeros(shape if view.steps else (), dtype)
         if view.steps:
             zeros = np.zeros(shape, numpy_dtype(view.dtype))
-            _converted(zeros, view, start, self.values, done, self._spare)
+            view, known = self._with_factors(view, start, shape)
+            _converted(zeros, view, start, known, done, self._spare)
         return np.broadcast_to(done, shape)
+
+    def _with_factors(
+        self, view: View, start: tuple[int, ...], lengths: tuple[int, ...]
+    ) -> tuple[View, Values]:
+        """Read the factors of a part that have a size like its own; the others are known."""
+        if not view.factors:
+            return view, self.values
+        steps, known = list[Step](), dict(self.values)
+        for step in view.steps:
+            if isinstance(step, Scale) and step.is_by_part:
+                box = step.part_of(start, lengths)
+                scale = replace(step.scale, shape=box.shape, shards=())
+                known[scale] = _as_float32(step.scale, box, self._read)
+                steps.append(step.within(box, scale))
+            else:
+                steps.append(step)
+        return replace(view, steps=tuple(steps)), known
 
     def _room(
         self,
@@ -216,6 +242,15 @@ def _in_order(compact: Array, lengths: tuple[int, ...], order: tuple[int, ...]) 
     return stored.transpose(ascending)[index]
 
 
+def _expanded(values: Array, view: View, lengths: tuple[int, ...]) -> Array:
+    """Repeat integers along the dims of the values that they pack."""
+    step = view.steps[0]
+    if not isinstance(step, Decode):
+        return values
+    pairs = zip(values.shape, lengths, step.at.steps, strict=True)
+    return np.broadcast_to(values, [n if along else own for own, n, along in pairs])
+
+
 def _converted(
     values: Array, view: View, start: tuple[int, ...], known: Values, done: Array, spare: Spare
 ) -> None:
@@ -232,9 +267,11 @@ def _converted(
         for part, at in _portions(values, start):
             target = done[part]
             wide = target if in_place else _like(wide_memory, values[part])
-            if not is_read_there:
+            if isinstance(first, Decode):
+                _decode_into(wide, values[part], first, at)
+            elif not is_read_there:
                 cast_into(wide, values[part])
-            for step in view.steps:
+            for step in view.steps[isinstance(first, Decode) :]:
                 wide = _stepped(wide, step, at, known, table_memory)
             if wide is not target:
                 cast_into(target, wide)
@@ -310,6 +347,16 @@ def _like(spare: Array, values: Array) -> Array:
     return made.transpose([order.index(d) for d in range(values.ndim)])
 
 
+def _decode_into(out: Array, values: Array, step: Decode, start: tuple[int, ...]) -> None:
+    """Put the values that integers pack, each repeated for all of them, in ``out``."""
+    bits = CODES[step.code].bits
+    dims, places = _indices(step.at, start, values.shape)
+    shifts = _in_order((_numbers(places) * bits).astype(values.dtype), values.shape, dims)
+    numbers = np.right_shift(values, shifts)
+    numbers &= (1 << bits) - 1
+    out[...] = code_values(step.code)[numbers]
+
+
 def _stepped(
     values: Array, step: Step, start: tuple[int, ...], known: Values, spare: Array
 ) -> Array:
@@ -328,8 +375,11 @@ def _stepped(
         if step.plus:
             values += number(step.plus)
         return values
-    (row_dims, rows), (column_dims, columns) = (_indices(a, start, values.shape) for a in step.at)
+    assert not isinstance(step, Decode), "always the first step"
+    indices = [_indices(a, start, values.shape) for a in step.at]
+    order = tuple(d for dims, _ in indices for d in dims)
     if isinstance(step, AddProduct):
+        (_, rows), (_, columns) = indices
         b, a = _factors(step, known, rows, columns)
         scaling = np.float32(step.scaling)
         if step.reproducible:
@@ -341,12 +391,23 @@ def _stepped(
             table = _product(b, a, made.reshape(len(b), a.shape[1]))
         if scaling != 1:
             table *= scaling
-        values += _in_order(table, values.shape, (*row_dims, *column_dims))
+        values += _in_order(table, values.shape, order)
     else:
-        high, wide = step.block
-        table = known[step.scale][_numbers(rows) // high][:, _numbers(columns) // wide]
-        values *= _in_order(table, values.shape, (*row_dims, *column_dims))
+        table = _table(step, known[step.scale], indices, known)
+        values *= _in_order(table, values.shape, order)
     return values
+
+
+def _table(
+    step: Scale, factors: Array, indices: Sequence[tuple[tuple[int, ...], Indices]], known: Values
+) -> Array:
+    """Return the factor of each element of a portion."""
+    if step.outer:
+        outer = known[step.outer].reshape(())
+        factors = factors / outer if step.divides else factors * outer
+    for axis, ((_, numbers), size) in enumerate(zip(indices, step.block, strict=True)):
+        factors = factors.take(_numbers(numbers) // size, axis)
+    return factors
 
 
 def _factors(

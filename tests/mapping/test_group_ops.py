@@ -231,9 +231,9 @@ def test_a_factor_of_a_tensor_or_of_each_row_is_multiplied(tmp_path, shape, end,
     [
         # blocks, though config.json says that there are none
         (np.zeros((256, 256), FP8), {"weight_scale_inv": (2, 2)}, {"weight_block_size": None}),
-        # groups of four, of sixteen (NVFP4), zero points
+        # packed without a code, groups of eight, zero points
         (np.zeros((8, 8), np.uint8), {"weight_scale": (8, 2)}, {}),
-        (np.zeros((8, 8), np.uint8), {"weight_scale": (8, 1), "weight_scale_2": ()}, {}),
+        (np.zeros((8, 8), np.uint8), {"weight_scale": (8, 2), "weight_scale_2": ()}, {}),
         (np.zeros((8, 8), np.int8), {"weight_scale": (8, 1), "weight_zero_point": (8, 1)}, {}),
         # one for each column
         (np.zeros((8, 4), FP8), {"weight_scale": (1, 4)}, {}),

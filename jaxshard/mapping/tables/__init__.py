@@ -95,8 +95,17 @@ def find_mapping(
     true = dequantized(catalog, dtype)
     if true is not None:
         plain = true.apply(catalog)
+        if text == "auto" and not _has_tables(catalog.model):
+            return true
         return Mapping((*true.ops, *_find_table(text, plain).ops))
     return _find_table(text, catalog)
+
+
+def _has_tables(model: ModelFacts) -> bool:
+    try:
+        return bool(facts_of(model, None))
+    except NotFoundError:
+        return False
 
 
 def _text_of(path: str) -> str:
