@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         Unrepeat,
     )
     from .quantization import dequantized, true_config
-    from .tables import FORMS, find_mapping, form_of, table
+    from .tables import find_mapping, form_of, table
 
 _HOME = {
     "Affine": "ops",
@@ -42,7 +42,6 @@ _HOME = {
     "Dequantize": "group_ops",
     "Drop": "ops",
     "Expect": "ops",
-    "FORMS": "tables",
     "Fuse": "group_ops",
     "Mapping": "mapping",
     "Merge": "ops",
@@ -73,7 +72,6 @@ _HOME = {
 }
 
 __all__ = [
-    "FORMS",
     "ROWS",
     "Affine",
     "Cast",

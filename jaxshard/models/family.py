@@ -17,7 +17,7 @@ from functools import cached_property
 from math import prod, sqrt
 
 from ..core.patterns import Patterns, holes, placeholders
-from ..errors import LayoutError, NotFoundError
+from ..errors import LayoutError, NotFoundError, did_you_mean
 from . import facts
 from .axes import Axes, Dim, parse
 from .facts import Config
@@ -129,6 +129,7 @@ class Family:
         if name not in self.listed:
             raise NotFoundError(
                 f"{self.name} has no form {name!r} (forms: {', '.join(self.listed)})."
+                + did_you_mean(name, self.listed)
             )
         return self.forms[name]
 

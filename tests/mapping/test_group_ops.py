@@ -264,7 +264,7 @@ def test_names_that_no_form_has_are_listed_and_no_others(tmp_path) -> None:
     weight, scale = np.zeros((8, 4), FP8), np.ones((), np.float32)
     factors = {"weight_scale": scale, "activation_scale": scale}
     quantized_folder(tmp_path / "a", weight, factors, settings_of())
-    with pytest.raises(NotFoundError, match="llama-hf has no rule") as caught:
+    with pytest.raises(NotFoundError, match="mistral-hf has no rule") as caught:
         convert(tmp_path / "a", tmp_path / "b", names="auto", **QUICK)
     said = str(caught.value)
     assert "has no rule for 1 of 3 names: model.layers.0.self_attn.q_proj.activation_scale." in said

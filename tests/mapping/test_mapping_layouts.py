@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mapping_models import DECODER, save
+from mapping_random import forms_of
 from safetensors.numpy import load_file, save_file
 
 jax = pytest.importorskip("jax")
@@ -19,7 +20,7 @@ from jaxshard.conversion.open import open_checkpoint  # noqa: E402
 from jaxshard.errors import LayoutError  # noqa: E402
 from jaxshard.loader import load  # noqa: E402
 from jaxshard.lora import merge_lora, with_adapter  # noqa: E402
-from jaxshard.mapping import FORMS, Fuse, Mapping, Rename, Stack, Transpose, find_mapping  # noqa: E402
+from jaxshard.mapping import Fuse, Mapping, Rename, Stack, Transpose, find_mapping  # noqa: E402
 
 HEADS, KV = DECODER["num_attention_heads"], DECODER["num_key_value_heads"]
 HIDDEN = DECODER["hidden_size"]
@@ -35,7 +36,7 @@ def weights(where: Path) -> dict[str, np.ndarray]:
     return load_file(where / "model.safetensors")
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f not in ("hf", "linen", "nnx")])
+@pytest.mark.parametrize("form", [f for f in forms_of("llama") if f not in ("linen", "nnx")])
 @pytest.mark.parametrize("strategy", ["dp2mp2", "dp1mp2pp3"])
 def test_a_form_is_loaded_onto_a_mesh_by_the_layout_carried_over(folder, form, strategy) -> None:
     mapping = find_mapping(f"hf:{form}", open_checkpoint(folder))

@@ -27,7 +27,7 @@ from jaxshard.conversion.execute import execute
 from jaxshard.conversion.prepare import prepare
 from jaxshard.errors import LayoutError
 from jaxshard.loader import load
-from jaxshard.mapping import FORMS, Fuse, Mapping, Stack, Transpose, read_mapping, write_mapping
+from jaxshard.mapping import Fuse, Mapping, Stack, Transpose, read_mapping, write_mapping
 from jaxshard.planning.plan import Totals
 from jaxshard.storage.resources import Counts
 
@@ -35,24 +35,6 @@ QUICK = {"workers": 1, "fsync": False}
 
 
 EVERY = [(family, form) for family in FAMILIES for form in forms_of(family)]
-
-
-def test_the_forms_that_families_lack() -> None:
-    lacks = {family: {"hf", *FORMS} - {"hf", *forms_of(family)} for family in FAMILIES}
-    flax = {"nnx", "nnx-scan", "linen", "linen-scan"}
-    mcore = {"mcore", "mcore-fused", "mcore-fused-blocks"}
-    of_llama = {"mindformers", "mindformers-concat", "maxtext", "tunix"}
-    for family in ("llama", "qwen2", "gemma"):
-        assert lacks[family] == set()
-    assert lacks["qwen3"] == {
-        "mindformers",
-        "mindformers-concat",
-    }  # they have no place for its norms
-    for family in ("qwen3_moe", "deepseek_v3"):
-        assert lacks[family] == of_llama
-    for family in ("mixtral", "gpt2", "bert"):
-        assert lacks[family] == of_llama | mcore
-        assert {*forms_of(family)} == flax
 
 
 @st.composite

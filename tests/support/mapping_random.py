@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxshard.core.catalog import Model
-from jaxshard.errors import LayoutError, NotFoundError
-from jaxshard.mapping import FORMS, table
 from jaxshard.mapping import Mapping as MappingOfNames
+from jaxshard.mapping import table
+from jaxshard.models import family_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "qwen3_moe", "mixtral", "deepseek_v3")
@@ -230,12 +230,5 @@ def mapping_of(family: str, form: str, s: Sizes = Sizes()) -> MappingOfNames:
 
 @cache
 def forms_of(family: str) -> tuple[str, ...]:
-    """The forms that a family has: all but those that are refused."""
-    found = []
-    for form in FORMS:
-        try:
-            mapping_of(family, form).apply_arrays(random_model(family))
-        except (LayoutError, NotFoundError):
-            continue
-        found.append(form)
-    return tuple(f for f in found if f != "hf")
+    """The other forms that a family has."""
+    return tuple(f for f in family_of({}, family).listed if f not in ("hf", "hf-stacked"))
