@@ -179,6 +179,8 @@ def _by_state(
 
 
 def _state(name: str, known: Container[str]) -> tuple[str, int]:
+    if not name.startswith((*STATE_ORDERS, _OPTAX)):
+        return "", 0
     for prefix, order in STATE_ORDERS.items():
         if name.startswith(prefix):
             return prefix, order
