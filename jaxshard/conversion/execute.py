@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.catalog import Catalog
 from ..distributed.processes import Part, part_of
@@ -24,6 +25,7 @@ from ..storage.fs import check_free_space
 from ..storage.io import Source
 from ..storage.overwrite import refuse_source
 from ..storage.readers import open_source
+from ..storage.remote import is_remote
 from ..storage.resources import Budget, Counts
 from ..storage.shared_transaction import SharedTransaction
 from ..storage.transaction import Transaction
@@ -31,6 +33,9 @@ from ..storage.writers import OutputFiles, put_beside
 from . import targets
 from .open import PathLike
 from .prepare import Prepared, downloaded_first, part_plan
+
+if TYPE_CHECKING:  # obstore, NumPy
+    from ..storage.upload import Upload
 
 Progress = Callable[[int], None]
 
@@ -103,11 +108,14 @@ def execute(
     if not stream:
         prepared = downloaded_first(prepared, part)
     catalog, budget = prepared.plan.source, prepared.budget
-    place, only = Path(destination), targets.single_file(prepared.result, destination)
-    refuse_source(catalog, place)
+    only = targets.single_file(prepared.result, destination)
+    refuse_source(catalog, destination)
     if check_replicas:
         _refuse_differing(catalog, budget)
-    plan = part_plan(prepared.plan, part)
+    if is_remote(destination):
+        _refuse_on_stores(prepared.result, part)
+        return _upload(prepared, destination, only, resume, overwrite, progress)
+    place, plan = Path(destination), part_plan(prepared.plan, part)
     how = {"overwrite": overwrite, "durable": fsync}
     staging = _staging(place, prepared.request, only, part, resume=resume, **how)
     left = targets.notes_on_left_out(catalog, prepared.result, only)
@@ -131,6 +139,64 @@ def execute(
         notes += put_beside(place, prepared.result.side_files, **how)
     num_files = plan.totals.num_files
     return Report(str(destination), counts, num_files, skipped, notes, part, is_published)
+
+
+def _upload(
+    prepared: Prepared,
+    destination: PathLike,
+    only: str | None,
+    resume: bool,
+    overwrite: bool,
+    progress: Callable[[int], Progress] | None,
+) -> Report:
+    """Write a prepared conversion to a store (arguments and errors as ``execute``)."""
+    from ..storage.upload import Upload, first_files, is_last, upload_files  # noqa: PLC0415 - obstore, NumPy
+
+    plan, result, catalog = prepared.plan, prepared.result, prepared.plan.source
+    options = {"resume": resume, "overwrite": overwrite, "only": only is not None}
+    upload = Upload(os.fspath(destination), prepared.request, **options)
+    notes = (*plan.notes, *targets.notes_on_left_out(catalog, result, only))
+    num_files = plan.totals.num_files
+    if upload.published:
+        return Report(str(destination), Counts(), 0, num_files, notes)
+    try:
+        upload.check_sizes(plan.outputs, result.container)
+        plan, skipped = _without_finished(plan, upload)
+        tell = progress(plan.totals.bytes_written) if progress else None
+        last = {p: data for p, data in result.side_files.items() if is_last(p) and not only}
+        with open_source(catalog) as source:
+            source.check_checksums(n for n, reads in enumerate(plan.reads) if reads)
+            upload.begin()
+            if not only:
+                upload.put_all(first_files(result, catalog))
+            counts = upload_files(
+                plan,
+                result.container,
+                source,
+                upload,
+                budget=prepared.budget,
+                is_last=not last,
+                progress=tell,
+            )
+        upload.publish(last)
+    except BaseException:
+        upload.abandon()
+        raise
+    return Report(str(destination), counts, plan.totals.num_files, skipped, notes)
+
+
+def _refuse_on_stores(result: Result, part: Part | None) -> None:
+    """Refuse what is not written to stores.
+
+    Raises:
+        LayoutError: parts by several processes, Orbax, or checksums.
+    """
+    if part:
+        raise LayoutError(
+            "one process writes to a store. Leave out process_index= and process_count=, or write "
+            "to a shared disk, and upload the folder with the tools of the store."
+        )
+    targets.refuse_on_stores(FORMATS[result.format], checksums=result.checksums)
 
 
 @contextmanager
@@ -235,7 +301,9 @@ def _refuse_differing(catalog: Catalog, budget: Budget) -> None:
         raise CoverageError(f"{problems[0]}{more}")
 
 
-def _without_finished(plan: Plan, staging: Transaction | SharedTransaction) -> tuple[Plan, int]:
+def _without_finished(
+    plan: Plan, staging: Transaction | SharedTransaction | Upload
+) -> tuple[Plan, int]:
     """Return ``plan`` without the files that an earlier run finished, and their number."""
     paths = plan.outputs.paths
     wanted = set(range(len(paths))) if plan.only is None else set(plan.only)

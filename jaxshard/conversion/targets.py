@@ -20,7 +20,7 @@ from ..core.catalog import Catalog, Tensor
 from ..core.layout import Layout, MeshAxes, Placement, Strategy
 from ..errors import LayoutError, NotFoundError, format_list
 from ..formats.output_files import Request, Result
-from ..formats.registry import FORMATS, find_format, names_where
+from ..formats.registry import FORMATS, Format, find_format, names_where
 from ..rules import Policy, Rules, Unmatched, table_for
 from ..rules import layout as lay_out
 from ..rules.tensor_dims import Factors
@@ -252,6 +252,22 @@ def check_request(request: Request, step: str | None = None) -> None:
         raise LayoutError(
             f"prefix= (--prefix) {request.prefix} is for files by rank, and the target is a "
             "complete checkpoint, whose files are named by its format. Leave it out."
+        )
+
+
+def refuse_on_stores(format: Format, *, checksums: bool) -> None:
+    """Refuse results that are not written to an object store.
+
+    Raises:
+        LayoutError: the format is written by a library of its own, or has ``checksums.json``.
+    """
+    if format.own_library or checksums:
+        what = (
+            f"format {format.name!r} is" if format.own_library else "checksums= (--checksums) are"
+        )
+        raise LayoutError(
+            f"{what} written to local paths only. Write to a disk, and upload the folder with the "
+            "tools of the store."
         )
 
 

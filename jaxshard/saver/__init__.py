@@ -9,6 +9,7 @@ where possible, and the result is published atomically.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -47,16 +48,19 @@ from ..mapping import Mapping as NamesAndShapes
 from ..mapping import find_mapping
 from ..rules import Rules
 from ..storage import writers as carrying
-from ..storage.resources import Counts, default_budget, default_workers, parse_size
+from ..storage.remote import is_remote
+from ..storage.resources import Budget, Counts, default_budget, default_workers, parse_size
 from ..storage.staging import real_place
 from ..storage.writers import put_beside
 from .publish import (
     Publication,
     check_across,
     check_alone,
+    check_on_store,
     commit,
     commit_own,
     commit_shared,
+    commit_upload,
     save_tree,
     write_files,
 )
@@ -95,7 +99,8 @@ def save(
     Args:
         tree: a pytree of JAX or NumPy arrays with any sharding. The name of a tensor is its
             leaf's path joined by dots; leaves that are not arrays are left out.
-        path: a folder, which is published atomically.
+        path: a folder, which is published atomically; or a URL of an object store, which one
+            process writes.
         format: ``huggingface`` (safetensors, with an index if there are several files),
             ``ranks`` (one file per rank, and strategy files), ``ckpt`` (one file; with
             ``strategy`` one per rank), MindSpore's ``unified`` or ``iteration`` (Checkpoint 2.0),
@@ -136,19 +141,18 @@ def save(
     """
     processes = Processes() if single_process else processes_of_jax(timeout_s)
     began, where, options = time.monotonic(), Path(path), {"overwrite": overwrite, "durable": fsync}
-    with processes.about(str(where)).together("saving: preparing"), paused():
+    with processes.about(os.fspath(path)).together("saving: preparing"), paused():
         kind = find_format(format)
+        check_on_store(path, kind, processes, checksums=checksums)
         targets.refuse_file_name(where)
         arrays, notes = arrays_of(tree, name_of)
         if processes.are_several:
             check_across(kind, shared=shared_filesystem)
         elif single_process:
             check_alone(arrays, kind)
-        carried, more = _carried(extras)
-        notes = (*notes, *more)
+        carried, of_extras = _carried(extras)
         check_config(config)
-        model = _model(config, carried)
-        ready = None
+        model, ready = _model(config, carried), None
         _check_uncut(kind, strategy)
         max_bytes = None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size")
         request = Request(
@@ -185,20 +189,36 @@ def save(
         publication = Publication(
             destination=real_place(where), carried=carried, overwrite=overwrite, durable=fsync
         )
-        return _report(path, save_tree(kind, own, arrays, publication), 0, notes, carried, began)
+        counts = save_tree(kind, own, arrays, publication)
+        return _report(path, counts, 0, (*notes, *of_extras), carried, began)
     source, result, budget = ready
-    publication = Publication.of(result, where, carried, **options)
     try:
-        if processes.are_several:
-            commit_all = commit_shared if shared_filesystem else commit_own
-            counts = commit_all(source, result, publication, budget, processes)
+        if is_remote(path):
+            counts = commit_upload(source, result, os.fspath(path), carried, budget, overwrite)
         else:
-            counts = commit(publication, lambda s: write_files(source, result, s, budget))
+            publication = Publication.of(result, where, carried, **options)
+            counts = _commit(source, publication, result, budget, processes, shared_filesystem)
     finally:
         source.close()
-    side_files = result.side_files if processes.index == 0 or not shared_filesystem else {}
-    notes = (*notes, *result.outputs.layout.notes, *put_beside(where, side_files, **options))
+    is_elsewhere = is_remote(path) or (processes.index > 0 and shared_filesystem)
+    beside = put_beside(where, {} if is_elsewhere else result.side_files, **options)
+    notes = (*notes, *of_extras, *result.outputs.layout.notes, *beside)
     return _report(path, counts, len(result.outputs.paths), notes, carried, began)
+
+
+def _commit(
+    source: HostShards,
+    publication: Publication,
+    result: Result,
+    budget: Budget,
+    processes: Processes,
+    shared_filesystem: bool,
+) -> Counts:
+    """Write and publish files, from one process or several."""
+    if processes.are_several:
+        commit_all = commit_shared if shared_filesystem else commit_own
+        return commit_all(source, result, publication, budget, processes)
+    return commit(publication, lambda s: write_files(source, result, s, budget))
 
 
 def _report(

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey, keystr, tree_flatten_with_path
 
+from ..conversion.targets import refuse_on_stores
 from ..core.catalog import Catalog
 from ..devices.host_shards import Array, HostShards
 from ..devices.mesh import rank_devices_of
@@ -30,6 +32,7 @@ from ..planning.plan import make_plan
 from ..storage.engine import run
 from ..storage.fs import check_free_space
 from ..storage.overwrite import refuse_source
+from ..storage.remote import is_remote
 from ..storage.resources import Budget, Counts
 from ..storage.staging import os_errors_as, real_place
 from ..storage.transaction import Transaction
@@ -155,6 +158,62 @@ def write_files(
         return run(plan.journeys(), source, files, budget=budget)
     finally:
         files.close()
+
+
+# --- An object store
+
+
+def commit_upload(
+    source: HostShards,
+    result: Result,
+    url: str,
+    carried: Catalog | None,
+    budget: Budget,
+    overwrite: bool,
+) -> Counts:
+    """Write ``result`` to the object store at ``url``.
+
+    Raises:
+        LayoutError: the destination exists, or holds an interrupted upload.
+        StorageError: the store fails or refuses.
+    """
+    from ..storage.upload import Upload, first_files, is_last, upload_files  # noqa: PLC0415 - obstore
+
+    if overwrite and carried is not None:
+        refuse_source(carried, url, "the source of extras=")
+    request = f"{_REQUEST} {secrets.token_hex(8)}"  # of this save only
+    upload = Upload(url, request, overwrite=overwrite, is_resumable=False)
+    try:
+        plan = make_plan(source.catalog, result.outputs, block_bytes=budget.block_bytes)
+        last = {path: data for path, data in result.side_files.items() if is_last(path)}
+        upload.begin()
+        upload.put_all(first_files(result, carried))
+        counts = upload_files(
+            plan, result.container, source, upload, budget=budget, is_last=not last
+        )
+        upload.publish(last)
+    except BaseException:
+        upload.abandon()
+        raise
+    return counts
+
+
+def check_on_store(
+    path: str | PathLike[str], format: Format, processes: Processes, *, checksums: bool
+) -> None:
+    """Refuse what is not saved to an object store, if ``path`` is one.
+
+    Raises:
+        LayoutError: several processes save, or the format or its checksums are not for stores.
+    """
+    if not is_remote(path):
+        return
+    if processes.are_several:
+        raise LayoutError(
+            f"{len(processes.members)} processes cannot save to a store together. Save to a shared "
+            "disk, and upload the folder with the tools of the store."
+        )
+    refuse_on_stores(format, checksums=checksums)
 
 
 # --- Several processes: one result on a shared disk, or one on each process's own disk

@@ -158,7 +158,7 @@ def _batches_of(
             )
         )
         batch_bytes = source.request_bytes or BATCH_BLOCKS * budget.block_bytes
-        most = max(1, batch_bytes // limit)
+        most = 1 if sink.is_in_order else max(1, batch_bytes // limit)
         while batch := tuple(islice(all_blocks, most)):
             yield Batch(move, cell, batch), operands
 

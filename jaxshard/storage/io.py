@@ -149,9 +149,12 @@ class Sink(ABC):
 
     Attributes:
         is_memory: ``place`` may return memory, so the engine tries it before ``write``.
+        is_in_order: a thread that is far ahead of the others has to wait or needs memory, so each
+            takes one block at a time.
     """
 
     is_memory = False
+    is_in_order = False
 
     @abstractmethod
     def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:

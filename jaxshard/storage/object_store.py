@@ -71,8 +71,11 @@ def obstore_module() -> ModuleType:
 
 
 @contextmanager
-def store_errors_as(what: str) -> Iterator[None]:
-    """Convert errors of a request about ``what``; the text of a URL's query is never repeated."""
+def store_errors_as(what: str, done: str = "read") -> Iterator[None]:
+    """Convert errors of a request about ``what``, which is to be ``done``.
+
+    The text of a URL's query is never repeated.
+    """
     import obstore.exceptions as known  # noqa: PLC0415 - as in obstore_module
 
     try:
@@ -91,7 +94,7 @@ def store_errors_as(what: str) -> Iterator[None]:
     except (known.BaseError, ValueError, OSError) as error:
         text = " ".join(str(error).split()).split("Debug source")[0]
         text = re.sub(r"\?[^\s)]*", "", text)[:300].strip()
-        raise StorageError(f"{what} cannot be read: {text}") from None
+        raise StorageError(f"{what} cannot be {done}: {text}") from None
 
 
 class CredentialsError(StorageError):

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -45,11 +45,15 @@ def refuse_other(kind: Kind, found: Path, destination: Path) -> None:
     """
     strange = _CHECKS[kind](found)
     if strange:
-        raise LayoutError(
-            f"{destination} is not replaced: {strange}. What is replaced (--overwrite) is "
-            f"{_REPLACED[kind]}, and nothing else. Choose another destination, or remove this one "
-            "yourself."
-        )
+        raise _refusal(strange, kind, destination)
+
+
+def _refusal(strange: str, kind: Kind, destination: str | Path) -> LayoutError:
+    return LayoutError(
+        f"{destination} is not replaced: {strange}. What is replaced (--overwrite) is "
+        f"{_REPLACED[kind]}, and nothing else. Choose another destination, or remove this one "
+        "yourself."
+    )
 
 
 def refuse_foreign(destination: Path) -> None:
@@ -61,21 +65,45 @@ def refuse_foreign(destination: Path) -> None:
     refuse_other("checkpoint", destination, destination)
 
 
-def refuse_source(catalog: Catalog, destination: Path, what: str = "the source") -> None:
+def refuse_foreign_names(paths: Iterable[str], destination: str) -> None:
+    """Refuse to replace the objects ``paths`` below ``destination`` unless they are a checkpoint.
+
+    Raises:
+        LayoutError: with what is there.
+    """
+    found = sorted(paths)
+    strange = _strange_names(found, {path.partition("/")[0] for path in found}) if found else None
+    if strange:
+        raise _refusal(strange, "checkpoint", destination)
+
+
+def refuse_source(
+    catalog: Catalog, destination: str | os.PathLike[str], what: str = "the source"
+) -> None:
     """Refuse a destination whose replacement would remove ``catalog``, or a file of it.
 
     Raises:
         LayoutError: the destination is the checkpoint, or holds it.
     """
+    if not isinstance(destination, Path) and is_remote(destination):
+        url = os.fspath(destination).rstrip("/")
+        files = (f.path if "://" in f.path else f"{catalog.root}/{f.path}" for f in catalog.files)
+        if any(path == url or path.startswith(f"{url}/") for path in (catalog.root, *files)):
+            raise _holds(destination, what)
+        return
     if is_remote(catalog.root):
         return
     source, place = Path(os.path.realpath(catalog.root)), Path(os.path.realpath(destination))
     linked = (Path(os.path.realpath(source / f.path)) for f in catalog.files)
     if any(p == place or place in p.parents for p in (source, *linked)):
-        raise LayoutError(
-            f"{destination} is {what}, or holds it or files that it links to. Choose another "
-            f"destination; {what} is never changed."
-        )
+        raise _holds(destination, what)
+
+
+def _holds(destination: str | os.PathLike[str], what: str) -> LayoutError:
+    return LayoutError(
+        f"{destination} is {what}, or holds it or files that it links to. Choose another "
+        f"destination; {what} is never changed."
+    )
 
 
 def files_of(place: Path) -> dict[str, list[int]]:
@@ -117,13 +145,18 @@ def _strange(place: Path) -> str | None:
     """Why the folder ``place`` is not a checkpoint or a strategy alone, or None."""
     if not _is_folder(place):
         return "it is not a folder"
-    names = sorted(os.listdir(place))
+    return _strange_names(_files(place), os.listdir(place))
+
+
+def _strange_names(paths: Iterable[str], at_top: Iterable[str]) -> str | None:
+    """Why the files ``paths`` are not a checkpoint or a strategy alone, or None."""
+    names, paths = sorted(at_top), list(paths)
     hidden = [n for n in names if n.startswith(".") and n not in _HARMLESS]
     if hidden:
         return f"it holds {format_list(hidden, 3)}, which no checkpoint does"
-    if not (all(map(_STRATEGY.fullmatch, names)) or _is_checkpoint(place)):
+    if not (all(map(_STRATEGY.fullmatch, names)) or _is_checkpoint(paths)):
         return f"it holds {format_list(names, 3)}, and no checkpoint"
-    weights = sorted(filter(is_weights, _files(place)))
+    weights = sorted(filter(is_weights, paths))
     below = [f for f in weights if "/" in f]
     other = [f for f in below if rank_of_folder(f) is None and not _WEIGHT_FOLDER.match(f)]
     if other:
@@ -181,12 +214,12 @@ def _is_folder(place: Path) -> bool:
     return stat.S_ISDIR(os.lstat(place).st_mode)
 
 
-def _is_checkpoint(place: Path) -> bool:
-    """Whether the names at the top of ``place`` and just below are those of one checkpoint.
+def _is_checkpoint(paths: Iterable[str]) -> bool:
+    """Whether those of ``paths`` at the top and just below are of one checkpoint.
 
     Several steps of a training run are its history, and none of ours to replace.
     """
-    near = list(_files(place, depth=2))
+    near = [path for path in paths if path.count("/") < 2]
     of_ranks = Counter(path.partition("/")[0] for path in near if is_rank_file(path))
     return (
         not _COMPLETE.isdisjoint(near)
@@ -214,12 +247,10 @@ def _is_one_item(paths: list[str]) -> bool:
         return False
 
 
-def _files(place: Path, depth: int | None = None) -> Iterator[str]:
-    """The files below ``place`` by relative path, at most ``depth`` names long."""
-    for folder, below, names in os.walk(place):
+def _files(place: Path) -> Iterator[str]:
+    """The files below ``place`` by relative path."""
+    for folder, _, names in os.walk(place):
         at = Path(folder).relative_to(place)
-        if depth is not None and len(at.parts) + 1 >= depth:
-            below.clear()
         for name in names:
             yield (at / name).as_posix()
 

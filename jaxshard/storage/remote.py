@@ -17,7 +17,15 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ..core.catalog import Catalog, File
-from ..errors import FormatError, JaxshardError, LayoutError, NotFoundError, StorageError
+from ..errors import (
+    OVERWRITE,
+    RESUME,
+    FormatError,
+    JaxshardError,
+    LayoutError,
+    NotFoundError,
+    StorageError,
+)
 from .local import LocalFolder
 from .object_store import (
     Client,
@@ -30,6 +38,9 @@ from .object_store import (
 )
 
 HEAD_BYTES = 64 << 10  # of each weight file at first: dense models have headers of about 10 KB
+
+MARKER = ".jaxshard.partial"  # the object of an upload that is not complete
+REQUEST_KEY = "jaxshard"  # in the metadata of each object of a result
 
 _INDEX = "model.safetensors.index.json"
 # A web server lists nothing, so these names are tried.
@@ -85,6 +96,11 @@ class Bucket:
             found = [entry for page in obstore.list(store_at(self.root)) for entry in page]
         if not found:
             found = list(self._single())
+        if any(entry["path"] == MARKER for entry in found):
+            raise FormatError(
+                f"{self.root} is an unfinished upload. Complete it with {RESUME}, or replace it "
+                f"with {OVERWRITE}."
+            )
         for entry in found:
             if not any(part.startswith(".") for part in entry["path"].split("/")):
                 yield File(entry["path"], entry["size"], version=entry["e_tag"] or "")
@@ -619,7 +635,7 @@ def folder_at(
 
 
 def refuse_remote(destination: str | os.PathLike[str]) -> None:
-    """Refuse to write to a store: results are published by renames, and stores have none.
+    """Refuse to write to a store what is published by a rename, because stores have none.
 
     Raises:
         LayoutError: the destination is a URL, also if ``pathlib`` has removed a slash of it.
@@ -628,8 +644,8 @@ def refuse_remote(destination: str | os.PathLike[str]) -> None:
     found = _URL.match(text)
     if found and found[1].lower() in SCHEMES and not os.path.lexists(text):
         raise LayoutError(
-            f"{text}: results are written to local paths only. Write to a disk, and upload the "
-            "folder with the tools of the store."
+            f"{text}: this is written to local paths only. Write to a disk, and upload the folder "
+            "with the tools of the store."
         )
 
 

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..core.catalog import Catalog
@@ -32,7 +32,7 @@ from ..planning.plan import Plan
 from .fs import exchange, reserve
 from .io import Sink
 from .local import Handles
-from .remote import is_remote
+from .remote import RemoteFolder, is_remote
 from .shared_transaction import SharedTransaction
 from .staging import FILES, os_errors_as, staging_folder
 from .transaction import Transaction
@@ -364,11 +364,7 @@ def copy_extras(
         StorageError: the disk is full or refuses.
     """
     if is_remote(root):
-        from .remote import RemoteFolder  # noqa: PLC0415 - only for remote paths
-
-        folder = RemoteFolder(root)
-        found = ((path, folder.read_whole(path)) for path in extras)
-        write_files(found, into, sync)
+        write_files(read_extras(root, extras), into, sync)
         return
     for path in extras:
         if not leave_out(Path(root, path)):
@@ -376,6 +372,22 @@ def copy_extras(
                 (into / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(root, path), into / path)
                 sync(into / path)
+
+
+def read_extras(root: str, extras: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield ``extras`` of the folder ``root`` and their contents, one at a time.
+
+    Raises:
+        StorageError: they cannot be read.
+    """
+    folder = RemoteFolder(root) if is_remote(root) else None
+    for path in extras:
+        if folder is not None:
+            yield path, folder.read_whole(path)
+        else:
+            with os_errors_as(f"{Path(root, path)} cannot be read"):
+                data = Path(root, path).read_bytes()
+            yield path, data
 
 
 def write_files(

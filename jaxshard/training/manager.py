@@ -33,6 +33,7 @@ from ..distributed.processes import DEFAULT_TIMEOUT_S, Processes, processes_of_j
 from ..errors import JaxshardError, LayoutError, StorageError
 from ..formats.huggingface import check_config
 from ..formats.registry import format_of, names_where
+from ..storage.remote import refuse_remote
 from ..storage.resources import budget_for, parse_size
 from . import records
 from .commit_step import Claim, is_on_disk, task_for
@@ -157,6 +158,7 @@ class CheckpointManager:
             workers=workers,
             host_bytes=None if host_bytes is None else parse_size(host_bytes, "host_bytes"),
         )
+        refuse_remote(directory)
         self._directory = RunDirectory.of(directory)
         cadence = Cadence(whole("save_every_steps", save_every_steps), save_every_seconds)
         self._schedule = Schedule(cadence, clock())

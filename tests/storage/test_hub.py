@@ -217,14 +217,3 @@ def test_adapters_and_their_base_are_merged_from_a_bucket(store, tmp_path):  # n
     js.merge_lora(tmp_path / "llama", tmp_path / "local base", adapter="hf://org/adapter")
     for name in ("here", "local adapter", "local base"):
         assert not js.verify(tmp_path / name, tmp_path / "there").problems
-
-
-def test_nothing_is_written_to_a_store(store, llama, tmp_path):  # noqa: F811
-    for write in (
-        lambda: js.convert(tmp_path / "llama", "s3://bucket/out"),
-        lambda: js.save(js.load(tmp_path / "llama", "mp2"), "gs://bucket/out"),
-        lambda: js.slice(tmp_path / "llama", "hf://org/out", "mp2"),
-    ):
-        with pytest.raises(js.LayoutError, match="local paths only"):
-            write()
-    assert not [path for path in tmp_path.iterdir() if ":" in path.name]
