@@ -19,7 +19,7 @@ from .core.layout import Layout, Strategy
 from .core.runtime import clear_caches
 from .distributed.processes import part_of
 from .planning.plan import Plan
-from .rules import Rules, Unmatched
+from .rules import LogicalAxisRules, Rules, Unmatched
 from .storage.resources import budget_for, parse_size
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ def reshard(
     *,
     devices: Sequence[Any] | None = None,
     rules: Rules | None = None,
+    logical_axis_rules: LogicalAxisRules | None = None,
     unmatched: Unmatched = "error",
     donate: bool = False,
     copy: bool = False,
@@ -223,6 +224,7 @@ def reshard(
             family; or shardings, in any form that ``resharding.reshard`` accepts.
         devices: the device of each rank of a strategy; by default all devices.
         rules: rules for a strategy or mesh that precede the family's rules.
+        logical_axis_rules: which mesh axes split each logical axis, as for ``load``.
         unmatched: names without a rule are an error, or ``"replicate"``, or ``"largest"``: split by
             their shapes.
         donate: free each source array as soon as it has been moved.
@@ -237,7 +239,14 @@ def reshard(
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
     from .devices import pytree  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = pytree.target_of(tree, target, devices=devices, rules=rules, unmatched=unmatched)
+    wanted = pytree.target_of(
+        tree,
+        target,
+        devices=devices,
+        rules=rules,
+        logical_axis_rules=logical_axis_rules,
+        unmatched=unmatched,
+    )
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 
@@ -248,6 +257,7 @@ def prepare_reshard(
     *,
     devices: Sequence[Any] | None = None,
     rules: Rules | None = None,
+    logical_axis_rules: LogicalAxisRules | None = None,
     unmatched: Unmatched = "error",
     donate: bool = False,
     copy: bool = False,
@@ -261,7 +271,14 @@ def prepare_reshard(
     from . import resharding  # noqa: PLC0415 - JAX, only where devices are used
     from .devices import pytree  # noqa: PLC0415 - JAX, only where devices are used
 
-    wanted = pytree.target_of(tree, target, devices=devices, rules=rules, unmatched=unmatched)
+    wanted = pytree.target_of(
+        tree,
+        target,
+        devices=devices,
+        rules=rules,
+        logical_axis_rules=logical_axis_rules,
+        unmatched=unmatched,
+    )
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.prepare_reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
 

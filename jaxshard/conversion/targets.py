@@ -155,7 +155,7 @@ def _by_rules(
 ) -> Layout:
     lost = () if source.origin else tuple(source.lost)
     names = [*(name for name in source.tensors if name not in source.scalars), *lost]
-    table = table_for(source.model, names, rules, unmatched)
+    table = table_for(source.model, names, strategy, rules, unmatched)
     shapes = {t.name: t.shape for t in source.tensors.values()}
     return lay_out(shapes, strategy, table, source.model, source.scalars, unmatched, uneven, lost)
 

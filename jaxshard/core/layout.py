@@ -259,6 +259,11 @@ class MeshAxes:
             roles = ()
         return tuple(a for a, _ in self.axes if self.roles.get(a) in roles)
 
+    def with_own_names(self, *, has_layers: bool) -> MeshAxes:
+        """Return the axes for rules that name them; without layers, no axis is of stages."""
+        kept = {a: role for a, role in self.roles.items() if has_layers or role != "pp"}
+        return replace(self, roles=kept, by_name=True)
+
     def ways(self, rule_axis: str) -> int:
         """Return the number of ranks along the axes that ``rule_axis`` means."""
         size = dict(self.axes)

@@ -27,6 +27,8 @@ from ..core.layout import Layout, MeshAxes, Placement, Strategy
 from ..core.runtime import cached
 from ..errors import LayoutError, format_list, html_table, quote_name, size_text
 from ..rules import Rules, Unmatched, layout, table_for
+from ..rules.logical_axes import LogicalAxisRules, axes_of, with_axis_rules
+from ..rules.table import check_rules
 from .mesh import partition_spec, rank_devices, sharding, shardings
 
 #: Flax's classes that hold one value, by name: it need not be installed to be recognised.
@@ -185,19 +187,21 @@ def target_of(
     devices: Sequence[jax.Device] | None = None,
     rules: Rules | None = None,
     unmatched: Unmatched = "error",
+    logical_axis_rules: LogicalAxisRules | None = None,
 ) -> Any:
     """``target`` as ``transfer`` takes it: a strategy or a mesh becomes a sharding for each name.
 
     Raises:
         LayoutError: the target does not fit the arrays, or ``devices``.
     """
+    rules = with_axis_rules(rules, logical_axis_rules)
     if isinstance(target, str | Strategy | Mesh):
         target = target if isinstance(target, Mesh) else Strategy.of(target)
         return shardings_by_rules(tree, target, devices=devices, rules=rules, unmatched=unmatched)
     if devices is not None or rules is not None or unmatched != "error":
         raise LayoutError(
-            "devices=, rules= and unmatched= are only valid with a strategy or a mesh, not with "
-            f"{type(target).__name__}."
+            "devices=, rules=, logical_axis_rules= and unmatched= are only valid with a strategy "
+            f"or a mesh, not with {type(target).__name__}."
         )
     return target
 
@@ -219,8 +223,9 @@ def shardings_by_rules(
         LayoutError: names without a rule, dims that do not divide, too few devices.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)[0]}
-    axes = mesh_axes(target) if isinstance(target, Mesh) else target
-    placed = layout(shapes, axes, table_for(Model(), shapes, rules, unmatched), unmatched=unmatched)
+    axes = mesh_axes(target, rules) if isinstance(target, Mesh) else target
+    table = table_for(Model(), shapes, axes, rules, unmatched)
+    placed = layout(shapes, axes, table, unmatched=unmatched)
     log_notes(str(axes), placed.notes)
     if isinstance(axes, MeshAxes):
         assert isinstance(target, Mesh)
@@ -260,30 +265,41 @@ def mesh_shardings(
     Raises:
         LayoutError: the rules do not know an axis, or a tensor does not fit.
     """
-    axes = mesh_axes(mesh)
+    axes = mesh_axes(mesh, rules)
     layout = lay_out_for(catalog, axes, rules, unmatched=unmatched)
     ranks, found = on_mesh(mesh, axes, layout)
     return layout, ranks, found
 
 
-def mesh_axes(mesh: Mesh) -> MeshAxes:
+def mesh_axes(mesh: Mesh, rules: Rules | None) -> MeshAxes:
     """The axes of ``mesh`` with their roles; those of one device may have any name.
+
+    With logical axis rules all axes may. Then those that split layers and experts have their
+    roles, for layers and experts that are tensors of their own.
 
     Raises:
         LayoutError: no role for an axis.
     """
     roles = {}
+    if rules is not None:
+        check_rules(rules)
+    by_name = rules is not None and bool(rules.axes)
     for axis in mesh.axis_names:
         role = _ROLES.get(str(axis).lower())
         if role is not None:
             roles[axis] = role
-        elif mesh.shape[axis] > 1:
+        elif mesh.shape[axis] > 1 and not by_name:
             known = (f"{_MEANINGS[r]} ({', '.join(names)})" for r, names in AXIS_NAMES.items())
             raise LayoutError(
                 f"axis {axis!r} of the mesh {dict(mesh.shape)} is not known to the rules. Call "
-                f"each axis by what it splits: {', '.join(known)}; or give a sharding for each "
-                "name."
+                f"each axis by what it splits: {', '.join(known)}; or pass logical_axis_rules=, "
+                "or give a sharding for each name."
             )
+    if by_name:
+        assert rules is not None
+        roles = {axis: role for axis, role in roles.items() if role not in ("pp", "ep")}
+        roles |= dict.fromkeys(axes_of(rules.axes, "expert", mesh.axis_names), "ep")
+        roles |= dict.fromkeys(axes_of(rules.axes, "layer", mesh.axis_names), "pp")
     slowest = {"pp": 0, "ep": 1}
     order = sorted(mesh.axis_names, key=lambda axis: slowest.get(roles.get(axis, ""), 2))
     text = f"the mesh {' '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1)}"

@@ -29,7 +29,7 @@ from ..formats.huggingface import CHECKSUMS
 from ..formats.rank_names import rank_of_folder
 from ..formats.registry import format_of
 from ..mapping import Mapping, find_mapping
-from ..rules import Rules, Unmatched
+from ..rules import LogicalAxisRules, Rules, Unmatched, with_axis_rules
 from ..storage.identity import check_same, identity
 from ..storage.io import Source
 from ..storage.readers import open_source
@@ -62,6 +62,7 @@ def load(
     *,
     devices: Devices = None,
     rules: Rules | None = None,
+    logical_axis_rules: LogicalAxisRules | None = None,
     unmatched: Unmatched = "error",
     dtype: Any = None,
     include: Iterable[str] = (),
@@ -99,6 +100,10 @@ def load(
             loaded as keys if the tree has keys, otherwise as their data.
         devices: the devices of the ranks, in order; or the mesh of the specs.
         rules: layout rules that take precedence over those of the family.
+        logical_axis_rules: which mesh axes split each logical axis, as in Flax and MaxText:
+            ``(("embed", "fsdp"), ("heads", ("tensor",)), ("mlp", None))``, for a mesh or a strategy
+            as target. The first rule for an axis whose mesh axes are free in a tensor is used. The
+            logical axes of a model are those of its table (``jaxshard models``).
         unmatched: names without a rule are an error, or ``"replicate"``, or ``"largest"``: split by
             their shapes.
         dtype: the dtype of floating-point tensors of 16 to 64 bits; others keep their dtype.
@@ -161,7 +166,7 @@ def load(
 
     options = LoadArguments(
         devices=devices,
-        rules=rules,
+        rules=with_axis_rules(rules, logical_axis_rules),
         unmatched=unmatched,
         dtype=dtype,
         include=texts(include),

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from .families import FAMILIES, MODEL_TYPES, missing_layers, missing_parts, rules_for, table_for
+from .logical_axes import LogicalAxisRules, with_axis_rules
 from .match import OPTIMIZER_PREFIXES, Policy, Unmatched, weight_name
 from .placement import layout, split_layers
 from .table import ModelFacts, Rules, describe, read_rules
@@ -18,6 +19,7 @@ __all__ = [
     "FAMILIES",
     "MODEL_TYPES",
     "OPTIMIZER_PREFIXES",
+    "LogicalAxisRules",
     "ModelFacts",
     "Policy",
     "Rules",
@@ -31,4 +33,5 @@ __all__ = [
     "split_layers",
     "table_for",
     "weight_name",
+    "with_axis_rules",
 ]

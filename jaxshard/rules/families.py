@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 
+from ..core.layout import MeshAxes, Strategy
 from ..core.patterns import Patterns, numbered, template
 from ..errors import LayoutError, NotFoundError, format_list
 from ..models.facts import text_type
+from .logical_axes import by_logical_axes
 from .match import Matcher, Unmatched, towers, weight_name
 from .table import BUFFER, ModelFacts, Rules
 
@@ -297,9 +299,15 @@ def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
 
 
 def table_for(
-    model: ModelFacts | None, names: Iterable[str], rules: Rules | None, unmatched: Unmatched
+    model: ModelFacts | None,
+    names: Iterable[str],
+    mesh: Strategy | MeshAxes,
+    rules: Rules | None,
+    unmatched: Unmatched,
 ) -> Rules:
     """Return the rules of a model preceded by ``rules``, or ``rules`` if the family is unknown.
+
+    If ``rules`` are logical axis rules, those of the model are made from them, for ``mesh``.
 
     Names without a rule may be split by their shapes (``unmatched="largest"``); then neither is
     necessary.
@@ -308,11 +316,21 @@ def table_for(
         LayoutError: ``rules`` are not ``Rules``.
         NotFoundError: the family is unknown, and ``rules`` is missing.
     """
+    names = list(names)
+    table = None
     try:
         table = rules_for(model, names)
     except (LayoutError, NotFoundError):
         if rules is None and unmatched != "largest":
             raise
+    if rules is not None and rules.axes:
+        axes = mesh.mesh_axes.axes if isinstance(mesh, Strategy) else mesh.axes
+        try:
+            table = by_logical_axes(model, names, rules.axes, [a for a, _ in axes], table)
+        except NotFoundError:
+            if unmatched != "largest":
+                raise
+    if table is None:
         return rules or Rules("by shape")
     return table.override(rules) if rules else table
 

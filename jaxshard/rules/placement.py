@@ -226,6 +226,8 @@ def layout(
     others = tuple(unseen)
     weights = {name: shape for name, shape in shapes.items() if name not in scalars}
     mesh = strategy.mesh_axes if isinstance(strategy, Strategy) else strategy
+    if rules.axes:
+        mesh = mesh.with_own_names(has_layers=bool(rules.layers))
     stages = Stages(rules, mesh, model, (*weights, *others))
     decided = _Decisions(rules, mesh, weights, model, by_shape=unmatched == "largest")
     factors = decided.factors
@@ -246,7 +248,7 @@ def layout(
         num_ranks=mesh.num_ranks,
         placements={name: placements[name] for name in shapes},
         stage_axes=mesh.stage_axes,
-        notes=(*decided.problems.notes(), *_idle(rules, decided.matcher)),
+        notes=(*rules.notes, *decided.problems.notes(), *_idle(rules, decided.matcher)),
         absent=absent,
     )
 

@@ -12,6 +12,9 @@ The first pattern that matches a name decides. Users write rules in TOML:
     "*.q_proj.weight" = "mp,-"               # per dim: axes joined by +, outer to inner; - is whole
     "lm_head.weight" = "-,-"
 
+    [axes]                                   # or by the axes of the family's table
+    embed = "fsdp"
+
     [stages]
     layers = "model.layers.{layer}."         # prefixes of names that belong to a layer
     first = ["model.embed_tokens.*"]
@@ -37,6 +40,7 @@ from ..core.runtime import cached
 from ..errors import LayoutError, did_you_mean
 
 Dims = tuple[tuple[str, ...], ...]  # per dim the axes of the rule; () for any ndim
+AxisRule = tuple[str, tuple[str, ...]]  # a logical axis, and the mesh axes that split it
 
 #: The axes of rules and their meaning.
 AXES = {
@@ -119,6 +123,9 @@ class Rules:
         apart: patterns of the towers of other modalities, which are on the first stage; layer
             and stage patterns are not applied to them.
         written: the patterns of the user; one that matches nothing is likely a mistake.
+        axes: logical axis rules, from which the specs of a known family are made.
+        mesh_axes: axes that specs may have besides ``AXES``.
+        notes: findings that are not errors.
     """
 
     name: str
@@ -133,10 +140,13 @@ class Rules:
     written: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    axes: tuple[AxisRule, ...] = ()
+    mesh_axes: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, text in self.specs:
-            parse_spec(text, f'rules {self.name}: "{pattern}"')
+            parse_spec(text, f'rules {self.name}: "{pattern}"', self.mesh_axes)
         for field, patterns in (("layer", self.layers), ("expert", self.experts)):
             for pattern in patterns:
                 if pattern.count(f"{{{field}}}") != 1:
@@ -166,17 +176,20 @@ class Rules:
             written=user.written + self.written,
             heads=user.heads + self.heads,
             apart=user.apart + self.apart,
+            axes=user.axes or self.axes,
+            mesh_axes=user.mesh_axes | self.mesh_axes,
+            notes=user.notes + self.notes,
         )
 
     @cached_property
     def parsed(self) -> tuple[Spec, ...]:
         """The specs, parsed, in the order of ``specs``."""
-        return tuple(parse_spec(text, self.name) for _, text in self.specs)
+        return tuple(parse_spec(text, self.name, self.mesh_axes) for _, text in self.specs)
 
 
 @cached(1024)
-def parse_spec(text: str, where: str) -> Spec:
-    """Parse a spec; ``where`` is the prefix of messages.
+def parse_spec(text: str, where: str, axes: frozenset[str] = frozenset()) -> Spec:
+    """Parse a spec; ``where`` is the prefix of messages, ``axes`` are valid besides ``AXES``.
 
     Raises:
         LayoutError: an unknown or repeated axis.
@@ -187,14 +200,14 @@ def parse_spec(text: str, where: str) -> Spec:
     if text.strip() == BUFFER:
         return Spec(buffer=True)
     if EITHER in text:
-        straight, turned = (parse_spec(t, where).dims for t in text.split(EITHER, 1))
+        straight, turned = (parse_spec(t, where, axes).dims for t in text.split(EITHER, 1))
         if len(straight) != 3 or turned != (straight[0], straight[2], straight[1]):
             raise LayoutError(
                 f'{where} = "{text}": the specs on both sides of "or" must have three dims, with '
                 "the last two exchanged."
             )
         return Spec(straight, other=turned)
-    dims = tuple(_axes(part.strip(), text, where) for part in text.split(","))
+    dims = tuple(_axes(part.strip(), text, where, axes) for part in text.split(","))
     named = [axis for axes in dims for axis in axes]
     for axis in named:
         if named.count(axis) > 1:
@@ -206,12 +219,13 @@ def parse_spec(text: str, where: str) -> Spec:
     return Spec() if dims == ((),) else Spec(dims)
 
 
-def _axes(part: str, text: str, where: str) -> tuple[str, ...]:
+def _axes(part: str, text: str, where: str, more: frozenset[str]) -> tuple[str, ...]:
     if part == "-":
         return ()
-    axes = tuple(_ALSO.get(a.strip(), a.strip()) for a in part.split("+"))
+    written = (axis.strip() for axis in part.split("+"))
+    axes = tuple(a if a in more else _ALSO.get(a, a) for a in written)
     for axis in axes:
-        if axis not in AXES:
+        if axis not in AXES and axis not in more:
             raise LayoutError(
                 f'{where} = "{text}": unknown axis {axis!r}.{did_you_mean(axis, AXES)} Write for '
                 "each "
@@ -263,6 +277,7 @@ def check_rules(rules: object) -> None:
 
 _TABLES = {
     "specs": None,
+    "axes": None,
     "stages": ("layers", "first", "last", "layers_per_stage", "embedding", "head"),
     "experts": ("names",),
 }
@@ -296,6 +311,7 @@ def read_rules(text: str, where: str = "rules") -> Rules:
         embedding=reader.strings("embedding", stages.get("embedding", [])),
         head=reader.strings("head", stages.get("head", [])),
         written=tuple(tables["specs"]),
+        axes=tuple(reader.axis_rule(axis, over) for axis, over in tables["axes"].items()),
     )
 
 
@@ -364,6 +380,10 @@ class _TomlReader:
                 f"{self.at(key)}: {key} = {value!r} must list the layers of each stage: [7, 9]."
             )
         return tuple(value)
+
+    def axis_rule(self, axis: str, over: object) -> AxisRule:
+        named = self.string(axis, over)
+        return axis, () if named == "-" else tuple(a.strip() for a in named.split("+"))
 
     def spec(self, pattern: str, text: object) -> tuple[str, str]:
         if isinstance(text, dict):

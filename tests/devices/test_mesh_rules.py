@@ -237,3 +237,82 @@ def test_names_that_no_table_has_load_by_their_shapes_on_request(tmp_path: Path,
     assert moved["tower.kernel"].sharding == made["tower.kernel"].sharding
     js.slice(tmp_path / "a", tmp_path / "cut", "fsdp2mp4", unmatched="largest")
     assert js.open(tmp_path / "cut").layout is not None
+
+
+# --- Logical axis rules, on a mesh whose axes may have any names
+
+LOGICAL = (
+    ("vocab", "y"),
+    ("heads", "y"),
+    ("kv_heads", "y"),
+    ("mlp", ("y",)),
+    ("expert", "z"),
+    ("embed", ("x", "z")),
+    ("embed", "x"),
+)
+
+
+def test_logical_axis_rules_load_what_jax_places(tmp_path: Path) -> None:
+    linen = pytest.importorskip("flax.linen")
+    arrays = folder(tmp_path / "a", llama(2))
+    mesh = mesh_of({"x": 2, "y": 2, "z": 2})
+    axes = {
+        "embed_tokens.weight": ("vocab", "embed"),
+        "q_proj.weight": ("heads", "embed"),
+        "k_proj.weight": ("kv_heads", "embed"),
+        "o_proj.weight": ("embed", "heads"),
+        "up_proj.weight": ("mlp", "embed"),
+        "down_proj.weight": ("embed", "mlp"),
+        "norm.weight": ("embed",),
+        "lm_head.weight": ("vocab", "embed"),
+    }
+    counts = []
+    made = js.load(tmp_path / "a", mesh, logical_axis_rules=LOGICAL, counted=counts.append)
+    moved = js.reshard(jax.device_put(arrays, jax.devices()[0]), mesh, logical_axis_rules=LOGICAL)
+    checked = 0
+    for name, array in made.items():
+        for end, logical in axes.items():
+            if name.endswith(end):
+                spec = linen.logical_to_mesh_axes(logical, LOGICAL)
+                is_as_jax_places(array, arrays[name], mesh, spec)
+                is_as_jax_places(moved[name], arrays[name], mesh, spec)
+                checked += 1
+    assert checked == 1 + 2 * 7 + 2
+    assert counts[0].bytes_read == sum(a.nbytes for a in arrays.values())
+
+
+def test_experts_of_names_of_their_own_are_on_the_part_of_the_mesh_that_a_rule_names(
+    tmp_path: Path,
+) -> None:
+    arrays = folder(tmp_path / "a", moe(1, 4))
+    mesh = mesh_of({"x": 2, "y": 2, "z": 2})
+    made = js.load(tmp_path / "a", mesh, logical_axis_rules=LOGICAL)
+    devices = mesh.devices  # z is the last axis
+    for number in range(4):
+        name = f"model.layers.0.mlp.experts.{number}.up_proj.weight"
+        part = jax.sharding.Mesh(devices[..., number // 2], ("x", "y"))
+        is_as_jax_places(made[name], arrays[name], part, P("y", "x"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    is_as_jax_places(made[name], arrays[name], mesh, P("y", ("x", "z")))
+
+
+def test_logical_axis_rules_are_for_meshes_and_strategies(tmp_path: Path) -> None:
+    folder(tmp_path / "a", llama(1))
+    whole = jax.sharding.NamedSharding(mesh_of({"x": 8}), P())
+    with pytest.raises(LayoutError, match="logical_axis_rules= are for a mesh or a strategy"):
+        js.load(tmp_path / "a", whole, logical_axis_rules=LOGICAL)
+    with pytest.raises(LayoutError, match=r"logical_axis_rules= .* only valid with a strategy or"):
+        js.reshard({"w": jax.numpy.zeros(8)}, whole, logical_axis_rules=LOGICAL)
+    made = js.load(tmp_path / "a", "fsdp4mp2", logical_axis_rules=[("embed", ("fsdp", "mp"))])
+    assert made["model.norm.weight"].sharding.spec == P(("fsdp", "mp"))
+
+
+def test_rule_files_have_logical_axes_for_conversions(tmp_path: Path) -> None:
+    folder(tmp_path / "a", llama(1))
+    rules = js.read_rules('[axes]\nembed = "fsdp+mp"')
+    js.slice(tmp_path / "a", tmp_path / "cut", "fsdp4mp2", rules=rules)
+    on_devices = js.load(tmp_path / "a", "fsdp4mp2", rules=rules)
+    for name, array in js.load_rank(tmp_path / "cut", "same", 3).items():
+        shard = next(s for s in on_devices[name].addressable_shards if s.device.id == 3)
+        assert np.asarray(shard.data).tobytes() == array.tobytes()
+    assert on_devices["model.layers.0.mlp.up_proj.weight"].sharding.spec == P(None, ("fsdp", "mp"))
