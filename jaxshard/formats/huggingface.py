@@ -67,6 +67,8 @@ def index_json(
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"  # of PEFT, which also writes adapter_config.json
+ADAPTER_PREFIX = "base_model.model."  # of all names in it
 CONFIG = "config.json"
 CHECKSUMS = "checksums.json"  # checksums of the folder's files, written on request
 NO_CONFIG = f"{CONFIG} is missing, so the model's family is unknown."
@@ -465,6 +467,8 @@ def plan_complete(source: Catalog, tensors: Sequence[Tensor], request: Request) 
     """Plan the files of a folder that transformers loads."""
     groups = _groups(source, tensors, request.max_shard_bytes or _HUGGINGFACE_BYTES)
     paths = file_names(len(groups))
+    if len(groups) == 1 and tensors and all(t.name.startswith(ADAPTER_PREFIX) for t in tensors):
+        paths = [ADAPTER]
     if request.one_file and len(groups) == 1:
         groups = [[t.name for t in tensors]]
     outputs, weight_map = _arranged(tensors, groups, paths)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 from ..core.catalog import Catalog
@@ -19,12 +20,16 @@ from ..rules import ModelFacts, weight_name
 from ..rules.match import TEXT_MODEL, text_root, towers
 from .deriving import derive
 from .mapping import Mapping, read_mapping
-from .ops import Rename
+from .ops import Op, Rename
 from .quantization import dequantized
 
 __all__ = ["find_mapping", "form_of", "table"]
 
 _MAX_BYTES = 16_000_000  # of a mapping in TOML
+
+# The names of low-rank adapters in PEFT's files.
+_PREFIX = "base_model.model."
+_PEFT = re.compile(r"\.lora_[AB](?:\.default)?\.weight$")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -105,10 +110,10 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
             "llama-hf:llama-mindformers (jaxshard models lists families and forms)."
         )
     if source == "auto" or _parsed(source)[1] == "hf":
-        alone = _text_alone(catalog)
-        if alone is not None:
-            plain = alone.apply(catalog)
-            return Mapping((*alone.ops, *_find_table(text, plain).ops))
+        for usual in (_text_alone(catalog), _adapters_as_in_files(catalog)):
+            if usual is not None:
+                plain = usual.apply(catalog)
+                return Mapping((*usual.ops, *_find_table(text, plain).ops))
     shapes = _weights(catalog)
     if source == "auto":
         family, form = form_of(shapes, catalog.model)
@@ -153,6 +158,17 @@ def _text_alone(catalog: Catalog) -> Mapping | None:
     heads = {n.rpartition("lm_head.")[0] for n in names if "lm_head." in n}
     rules = [(f"{head}lm_head.{{x*}}", "lm_head.{x*}") for head in sorted(heads) if head]
     return Mapping((Rename((*rules, (f"{root}{{x*}}", "model.{x*}"))),))
+
+
+def _adapters_as_in_files(catalog: Catalog) -> Mapping | None:
+    """Return the mapping of PEFT's names in memory to those in its files, or None if they are."""
+    known = [n for n in catalog.tensors if _PEFT.search(n)]
+    ops: list[Op] = []
+    if any(".default." in n for n in known):
+        ops.append(Rename((("{x*}.lora_{half}.default.weight", "{x*}.lora_{half}.weight"),)))
+    if known and not any(n.startswith(_PREFIX) for n in known):
+        ops.append(Rename((("{x*}.lora_{half}.weight", _PREFIX + "{x*}.lora_{half}.weight"),)))
+    return Mapping(tuple(ops)) if ops else None
 
 
 def form_of(shapes: Shapes, model: ModelFacts, kind: str | None = None) -> tuple[Family, str]:
@@ -203,11 +219,16 @@ def _family_of(
     model: ModelFacts | None, kind: str | None, names: Iterable[str] = ()
 ) -> tuple[Family, Config]:
     """Return the family, and the facts of ``config.json`` with the ``kind`` if it has none."""
-    config = model.config if model else {}
+    names, config = list(names), model.config if model else {}
     kind = kind or (model.type if model and model.type in model_types() else None)
     if kind and "model_type" not in config:
         config = {"model_type": kind, **config}
-    return family_of(config, kind, names=names), config
+    family = family_of(config, kind, names=(n for n in names if not _is_adapter(n)))
+    return family.with_adapters() if any(map(_is_adapter, names)) else family, config
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name
 
 
 def _parsed_pair(source: str, target: str) -> tuple[str | None, str, str]:

@@ -24,6 +24,8 @@ from .facts import Config
 
 _STEP = re.compile(r"\s*([*/+-])\s*(?:(bfloat16\()?sqrt\(\s*(\w+)\s*\)(?(2)\))|(\d+(?:\.\d+)?))")
 
+#: The axis that the two matrices of an adapter share.
+RANK = "rank"
 #: Axes along which weights are stacked.
 SHARED_AXES = frozenset({"layer", "expert"})
 
@@ -104,16 +106,10 @@ class Family:
     hidden: frozenset[str] = frozenset()
     adapters: Mapping[str, Form] = field(default_factory=dict)
 
-    def of_adapters(self) -> Family:
-        """Return the same with the adapters of the weights in place of the weights.
-
-        Raises:
-            NotFoundError: adapters are known in no form.
-        """
-        known = {f: rows for f in self.listed if (rows := self.adapters.get(f))}
-        if not known:
-            raise NotFoundError(f"{self.name} has no names of adapters.")
-        return replace(self, forms=known, hidden=frozenset(), adapters={}, copies={})
+    def with_adapters(self) -> Family:
+        """Return the same, whose forms have the rows of the weights' adapters too."""
+        forms = {f: {**rows, **self.adapters.get(f, {})} for f, rows in self.forms.items()}
+        return replace(self, forms=forms, adapters={})
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -205,6 +201,8 @@ class Sizes:
         for i, (dim, n) in enumerate(zip(axes.dims, shape, strict=True)):
             is_run = bool(run) and dim.names == ("layer",)
             known = len(self._family.runs[run]) if is_run else self.length(dim)
+            if dim.factors == (RANK,):
+                continue  # of the adapters of one model, each may have its own
             if known is None and len(dim.factors) == 1 and dim.block == 1 and not dim.sum:
                 self._seen[dim.names[0]] = n
             elif known not in (None, n):

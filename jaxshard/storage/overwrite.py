@@ -21,7 +21,7 @@ from ..core.catalog import Catalog
 from ..errors import FormatError, JaxshardError, LayoutError, format_list
 from ..formats import weight_files
 from ..formats.folder import WEIGHTS, is_iteration, is_orbax, kind_of, orbax_item_folder
-from ..formats.huggingface import INDEX, MINDSPORE_INDEX, SINGLE, is_weights
+from ..formats.huggingface import ADAPTER, INDEX, MINDSPORE_INDEX, SINGLE, is_weights
 from ..formats.rank_names import LAYOUT_FILE, is_rank_file, rank_of_folder
 from .local import LocalFolder
 from .remote import is_remote
@@ -30,7 +30,13 @@ from .remote import is_remote
 #: weight file, one strategy file; "own" is in a folder of jaxshard's own, where all may go.
 Kind = Literal["checkpoint", "strategies", "weight file", "strategy file", "own"]
 
-_COMPLETE = {SINGLE, INDEX, MINDSPORE_INDEX, weight_files.NAME}  # one of them is at the top
+_COMPLETE = {
+    SINGLE,
+    ADAPTER,
+    INDEX,
+    MINDSPORE_INDEX,
+    weight_files.NAME,
+}  # one of them is at the top
 _WEIGHT_FOLDER = re.compile(r"iteration_\d+/|(merged_)?strategy/")  # besides those of ranks
 _STRATEGY = re.compile(rf"[^/]*strategy[^/]*\.(ckpt|json)|{re.escape(LAYOUT_FILE)}")
 _KINDS = (".safetensors", ".ckpt", ".json")  # not an optimizer.pt of the user

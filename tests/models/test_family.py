@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxshard.errors import LayoutError, NotFoundError
-from jaxshard.models import Sizes, family_of, read_family
+from jaxshard.models import Sizes, family_of
 from jaxshard.models.family import Value
 
 LLAMA = {
@@ -90,7 +90,7 @@ def test_layers_of_several_kinds_are_counted_apart():
 
 def test_the_matrices_of_an_adapter_have_the_axes_of_their_weight():
     scaled = {**LLAMA, "head_dim": 8, "rope_scaling": {"rope_type": "llama3"}}
-    family = family_of(scaled).of_adapters()
+    family = family_of(scaled).with_adapters()
     hf, maxtext, tunix = (family.form(f) for f in ("hf", "maxtext", "tunix"))
     assert (
         hf["q.lora_A"].name
@@ -107,5 +107,3 @@ def test_the_matrices_of_an_adapter_have_the_axes_of_their_weight():
     assert "norm.lora_A" not in hf
     assert "mcore-fused" in family.listed
     assert "q.lora_A" not in family.form("mcore-fused")  # it shares a tensor with k and v
-    with pytest.raises(NotFoundError, match="no names of adapters"):
-        read_family('name = "mine"\n[forms.hf]\nrows = "q q.weight heads embed"', {}).of_adapters()
