@@ -237,13 +237,15 @@ def shardings_by_rules(
 
 # --- Rules on a mesh of the caller's own: the role of each axis follows from its name
 
+_CONTEXT = ("context_autoregressive", "context_usp_ulysses")  # of MaxText
+
 #: The names of mesh axes by their role in rules, which is that of an axis of a strategy.
 AXIS_NAMES: Mapping[str, tuple[str, ...]] = {
     "dp": ("dp", "data", "replica", "edp", "diloco"),
     "fsdp": ("fsdp", "fsdp_transpose"),
     "mp": ("mp", "tp", "model", "tensor", "tensor_transpose", "tensor_sequence"),
     "ep": ("ep", "expert"),
-    "cp": ("cp", "context", "sp", "sequence", "autoregressive", "context_autoregressive"),
+    "cp": ("cp", "context", "sp", "sequence", "autoregressive", *_CONTEXT),
     "pp": ("pp", "stage", "pipe"),
 }
 _ROLES = {name: role for role, names in AXIS_NAMES.items() for name in names}
@@ -283,23 +285,22 @@ def mesh_axes(mesh: Mesh, rules: Rules | None) -> MeshAxes:
     roles = {}
     if rules is not None:
         check_rules(rules)
-    by_name = rules is not None and bool(rules.axes)
+    logical = None if rules is None else rules.axes
     for axis in mesh.axis_names:
         role = _ROLES.get(str(axis).lower())
         if role is not None:
             roles[axis] = role
-        elif mesh.shape[axis] > 1 and not by_name:
+        elif mesh.shape[axis] > 1 and logical is None:
             known = (f"{_MEANINGS[r]} ({', '.join(names)})" for r, names in AXIS_NAMES.items())
             raise LayoutError(
                 f"axis {axis!r} of the mesh {dict(mesh.shape)} is not known to the rules. Call "
                 f"each axis by what it splits: {', '.join(known)}; or pass logical_axis_rules=, "
                 "or give a sharding for each name."
             )
-    if by_name:
-        assert rules is not None
+    if logical is not None:
         roles = {axis: role for axis, role in roles.items() if role not in ("pp", "ep")}
-        roles |= dict.fromkeys(axes_of(rules.axes, "expert", mesh.axis_names), "ep")
-        roles |= dict.fromkeys(axes_of(rules.axes, "layer", mesh.axis_names), "pp")
+        roles |= dict.fromkeys(axes_of(logical, "expert", mesh.axis_names), "ep")
+        roles |= dict.fromkeys(axes_of(logical, "layer", mesh.axis_names), "pp")
     slowest = {"pp": 0, "ep": 1}
     order = sorted(mesh.axis_names, key=lambda axis: slowest.get(roles.get(axis, ""), 2))
     text = f"the mesh {' '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1)}"

@@ -67,7 +67,8 @@ def resolve(
     devices = options.devices
     cast = None if options.dtype is None else np.dtype(options.dtype)
     target = _read_target(catalog, target)
-    if options.rules and options.rules.axes and not isinstance(target, Mesh | Strategy):
+    has_axes = options.rules is not None and options.rules.axes is not None
+    if has_axes and not isinstance(target, Mesh | Strategy):
         raise LayoutError(
             "logical_axis_rules= are for a mesh or a strategy as target, not for "
             f"{type(target).__name__}. Leave them out."

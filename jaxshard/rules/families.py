@@ -323,7 +323,7 @@ def table_for(
     except (LayoutError, NotFoundError):
         if rules is None and unmatched != "largest":
             raise
-    if rules is not None and rules.axes:
+    if rules is not None and rules.axes is not None:
         axes = mesh.mesh_axes.axes if isinstance(mesh, Strategy) else mesh.axes
         try:
             table = by_logical_axes(model, names, rules.axes, [a for a, _ in axes], table)

@@ -226,7 +226,7 @@ def layout(
     others = tuple(unseen)
     weights = {name: shape for name, shape in shapes.items() if name not in scalars}
     mesh = strategy.mesh_axes if isinstance(strategy, Strategy) else strategy
-    if rules.axes:
+    if rules.axes is not None:
         mesh = mesh.with_own_names(has_layers=bool(rules.layers))
     stages = Stages(rules, mesh, model, (*weights, *others))
     decided = _Decisions(rules, mesh, weights, model, by_shape=unmatched == "largest")

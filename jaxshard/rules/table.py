@@ -123,7 +123,7 @@ class Rules:
         apart: patterns of the towers of other modalities, which are on the first stage; layer
             and stage patterns are not applied to them.
         written: the patterns of the user; one that matches nothing is likely a mistake.
-        axes: logical axis rules, from which the specs of a known family are made.
+        axes: logical axis rules, from which the specs of a known family are made; None for its own.
         mesh_axes: axes that specs may have besides ``AXES``.
         notes: findings that are not errors.
     """
@@ -140,7 +140,7 @@ class Rules:
     written: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
-    axes: tuple[AxisRule, ...] = ()
+    axes: tuple[AxisRule, ...] | None = None
     mesh_axes: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
@@ -176,7 +176,7 @@ class Rules:
             written=user.written + self.written,
             heads=user.heads + self.heads,
             apart=user.apart + self.apart,
-            axes=user.axes or self.axes,
+            axes=self.axes if user.axes is None else user.axes,
             mesh_axes=user.mesh_axes | self.mesh_axes,
             notes=user.notes + self.notes,
         )
@@ -311,7 +311,9 @@ def read_rules(text: str, where: str = "rules") -> Rules:
         embedding=reader.strings("embedding", stages.get("embedding", [])),
         head=reader.strings("head", stages.get("head", [])),
         written=tuple(tables["specs"]),
-        axes=tuple(reader.axis_rule(axis, over) for axis, over in tables["axes"].items()),
+        axes=tuple(reader.axis_rule(axis, over) for axis, over in tables["axes"].items())
+        if "axes" in data
+        else None,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import pytest
 
 import jaxshard as js
@@ -112,6 +113,26 @@ def test_a_strategy_precedes_a_folder_of_the_same_name(llama, capsys, monkeypatc
         answer(capsys, "slice", llama, "mp2", "--to", "mp2", "--overwrite")
     answer(capsys, "slice", llama, "again", "--to", "./mp2/strategy")
     assert checkpoints.stored(Path("again/rank_1")) == checkpoints.stored(Path("mp2/rank_1"))
+
+
+def test_a_fully_sharded_strategy_and_names_without_a_rule_are_converted(llama, capsys, tmp_path):
+    to = ("--to", "fsdp2mp2")
+    answer(capsys, "slice", llama, tmp_path / "cut", *to)
+    assert [p.name for p in sorted((tmp_path / "cut").glob("rank_*"))] == [
+        f"rank_{rank}" for rank in range(4)
+    ]
+    answer(capsys, "verify", tmp_path / "cut", "--against", llama)
+    js.save({"tower.kernel": np.zeros((256, 512), np.float32)}, tmp_path / "new")
+    assert checkpoints.run("slice", tmp_path / "new", tmp_path / "out", *to) == 2
+    assert "--unmatched largest" in capsys.readouterr().err
+    how = (*to, "--unmatched", "largest")
+    out = answer(capsys, "slice", tmp_path / "new", tmp_path / "out", *how)
+    assert "split by their shapes alone: tower.kernel (256, 512) as fsdp,mp" in out
+    share = js.load_rank(tmp_path / "out", "same", 3)
+    assert share["tower.kernel"].shape == (128, 256)
+    with pytest.raises(SystemExit):
+        checkpoints.run("slice", "--help")
+    assert "a strategy (dp2mp4pp2, fsdp4mp2)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_strategy_options_without_effect_are_refused(llama, capsys):

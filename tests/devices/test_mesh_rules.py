@@ -316,3 +316,17 @@ def test_rule_files_have_logical_axes_for_conversions(tmp_path: Path) -> None:
         shard = next(s for s in on_devices[name].addressable_shards if s.device.id == 3)
         assert np.asarray(shard.data).tobytes() == array.tobytes()
     assert on_devices["model.layers.0.mlp.up_proj.weight"].sharding.spec == P(None, ("fsdp", "mp"))
+
+
+def test_the_code_of_the_documentation_prints_what_its_comments_say(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "loading.md").read_text()
+    part = text.partition("## Meshes of your own")[2].partition("## Errors and notes")[0]
+    blocks = [block.partition("```")[0] for block in part.split("```python\n")[1:]]
+    folder(tmp_path / "llama", llama(2))
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})
+    said = [line.split("# ")[1] for line in "\n".join(blocks).splitlines() if "print(" in line]
+    assert len(blocks) == 2
+    assert capsys.readouterr().out.replace("PartitionSpec(", "P(").splitlines() == said

@@ -200,4 +200,5 @@ def test_names_that_no_table_has_are_refused_before_anything_is_laid_out() -> No
 
 
 def test_rules_without_axes_of_their_own_keep_the_meaning_of_the_family() -> None:
-    assert table_for(None, llama(1), Strategy(), Rules("mine"), "error").axes == ()
+    assert table_for(None, llama(1), Strategy(), Rules("mine"), "error").axes is None
+    assert table_for(None, llama(1), Strategy(), read_rules("[axes]"), "error").axes == ()
