@@ -91,17 +91,20 @@ def evaluate(text: str, config: Config, lookup: Lookup = lambda name: None) -> V
     return _Evaluation(text, config, lookup).of(_parsed(text))
 
 
-def number(text: str, config: Config, lookup: Lookup = lambda name: None) -> int | None:
-    """Return the value of ``text`` as a length, 0 or more; None if a key is missing.
+def number(
+    text: str, config: Config, lookup: Lookup = lambda name: None, least: int = 0
+) -> int | None:
+    """Return the value of ``text`` as an integer of ``least`` or more; None if a key is missing.
 
     Raises:
         LayoutError, FormatError: as ``evaluate``, and for a value that is not a length.
     """
     found = evaluate(text, config, lookup)
-    if found is None or (isinstance(found, int) and not isinstance(found, bool) and found >= 0):
+    if found is None or (type(found) is int and found >= least):
         return found
     raise FormatError(
-        f"config.json: {text} is {str(found)[:40]}, not a number of 0 or more. Fetch it again."
+        f"config.json: {text} is {str(found)[:40]}, not a number of {least} or more. "
+        "Fetch it again."
     )
 
 
@@ -151,6 +154,10 @@ class _Evaluation:
             found = found.get(part) if isinstance(found, Mapping) else None
         if found is None:
             return self._lookup(name)
+        if type(found) is int and found < 0:
+            raise FormatError(
+                f"config.json: {name} is {found}, not a number of 0 or more. Fetch it again."
+            )
         if isinstance(found, int | float | str):
             return found
         return len(found) if isinstance(found, list | tuple) else True
@@ -159,7 +166,8 @@ class _Evaluation:
         found: Value = None
         for value in node.values:
             found = self.of(value)
-            if bool(found) == isinstance(node.op, ast.Or):
+            is_missing = found is None or found is False  # 0 is a number
+            if is_missing != isinstance(node.op, ast.Or):
                 break
         return found
 

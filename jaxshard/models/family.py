@@ -264,7 +264,7 @@ class Sizes:
         try:
             parts = self._family.aliases.get(axis)
             text = self._family.sizes.get(axis)
-            found = None if text is None else facts.number(text, self.config, self.get)
+            found = None if text is None else facts.number(text, self.config, self.get, least=1)
             if found is None and parts:
                 found = self.product(parts)
         finally:

@@ -41,7 +41,7 @@ from typing import Any, cast
 from ..core.decoders import parse_toml
 from ..core.patterns import template
 from ..core.runtime import cached
-from ..errors import LayoutError, NotFoundError, did_you_mean
+from ..errors import FormatError, LayoutError, NotFoundError, did_you_mean
 from . import facts
 from .axes import parse
 from .facts import Config
@@ -89,6 +89,7 @@ _STACK = re.compile(r"(?:layer|expert) \d(?: \w+)*")
 _DOT = re.compile(r"\.")
 _ROOTS = ("root", "head")
 _MAX_LIKE = 8
+_MAX_LAYERS = 10_000
 
 Table = dict[str, Any]
 
@@ -306,7 +307,13 @@ def _layers(text: str, config: Config) -> range:
         facts.number(part, config) if part.strip() else default
         for part, default in ((start, 0), (stop, count), (step, 1))
     ]
-    return range(ends[0] or 0, ends[1] or 0, ends[2] or 1)
+    found = range(ends[0] or 0, ends[1] or 0, ends[2] or 1)
+    if len(found) > _MAX_LAYERS:  # each is renamed: an untrusted number must not take hours
+        raise FormatError(
+            f"config.json: the layers {text} are {len(found)}, expected at most {_MAX_LAYERS}. "
+            "Fetch it again."
+        )
+    return found
 
 
 def _laid_over(base: Table, over: Table) -> Table:
