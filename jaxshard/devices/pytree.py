@@ -34,6 +34,7 @@ from .mesh import partition_spec, rank_devices, sharding, shardings
 #: Flax's classes that hold one value, by name: it need not be installed to be recognised.
 _BOXES = {"Variable", "VariableState", "AxisMetadata"}
 _VALUE = ".value"
+_PARAMS = "params."
 
 
 def named_leaves(tree: Any, *, unique: bool = True) -> tuple[list[tuple[str, Any]], PyTreeDef]:
@@ -93,15 +94,22 @@ def _name(path: Sequence[Any]) -> str:
 def spelled(name: str, whole: str, known: Container[str], taken: Container[str]) -> str | None:
     """The name by which ``known`` has the leaf called ``name``, whose whole path is ``whole``.
 
-    The ``value`` of a Flax variable may be in the one and not in the other. A name that is
-    ``taken``, because another leaf is called exactly so, is not this leaf's.
+    The ``value`` of a Flax variable may be in the one and not in the other, and so may ``params``
+    around all leaves: once for Linen's collection, once more for the parameters in a train state.
+    A name that is ``taken``, because another leaf is called exactly so, is not this leaf's.
 
     >>> spelled("lin.kernel", "lin.kernel", {"lin.kernel.value"}, {"lin.kernel"})
     'lin.kernel.value'
+    >>> spelled("params.params.lin.kernel", "", {"params.lin.kernel"}, ())
+    'params.lin.kernel'
     """
     if name in known:
         return name
-    for other in (whole, name.removesuffix(_VALUE), name + _VALUE):
+    inner = name
+    while inner.startswith(_PARAMS):
+        inner = inner.removeprefix(_PARAMS)
+    values = (whole, name.removesuffix(_VALUE), name + _VALUE)
+    for other in (*values, inner, _PARAMS + inner, 2 * _PARAMS + inner):
         if other in known and other not in taken:
             return other
     return None

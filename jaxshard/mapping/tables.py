@@ -26,6 +26,7 @@ from .quantization import dequantized
 __all__ = ["find_mapping", "form_of", "table"]
 
 _MAX_BYTES = 16_000_000  # of a mapping in TOML
+_PARAMS = "params."
 
 # The names of low-rank adapters in PEFT's files.
 _PREFIX = "base_model.model."
@@ -114,6 +115,10 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
             if usual is not None:
                 plain = usual.apply(catalog)
                 return Mapping((*usual.ops, *_find_table(text, plain).ops))
+    wrapped = _in_params(source, catalog)
+    if wrapped is not None:
+        plain = wrapped.apply(catalog)
+        return Mapping((*wrapped.ops, *_find_table(text, plain).ops))
     shapes = _weights(catalog)
     if source == "auto":
         family, form = form_of(shapes, catalog.model)
@@ -124,6 +129,27 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
     family, config = _family_of(catalog.model, kind, shapes)
     family.form(a)  # refuses a form that it does not have
     return derive(family, a, b, Sizes(family, config).seeing(a, shapes))
+
+
+def _in_params(source: str, catalog: Catalog) -> Mapping | None:
+    """Return the mapping to names within one ``params``, or None if they are so.
+
+    ``params`` is Linen's collection of weights; a train state has it in a ``params`` of its own,
+    and an NNX model has none.
+    """
+    shapes = _weights(catalog)
+    if any(n.startswith(2 * _PARAMS) for n in shapes):
+        return Mapping((Rename(((2 * _PARAMS + "{x*}", _PARAMS + "{x*}"),)),))
+    if any(n.startswith(_PARAMS) for n in shapes):
+        return None
+    kind, form = _parsed(source)
+    family, _ = _family_of(catalog.model, kind, shapes)
+    if source == "auto":
+        is_known = not family.form_of(shapes)[1]
+        is_bare = not is_known and not family.form_of(_PARAMS + n for n in shapes)[1]
+    else:
+        is_bare = all(r.name.startswith(_PARAMS) for r in family.form(form).values())
+    return Mapping((Rename((("{x*}", _PARAMS + "{x*}"),)),)) if is_bare else None
 
 
 def _weights(catalog: Catalog) -> Shapes:

@@ -8,10 +8,12 @@ trainer and of its programs' dependencies).
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import resources
 from typing import Any
 from unittest import mock
 
@@ -76,7 +78,7 @@ class Converter:
                 self.settings,
                 key,
             )
-            found = np.asarray(load())
+            found = np.asarray(load()).astype(leaf.dtype)  # as when MaxText saves it
             for i, k in enumerate(keys):
                 made[_dotted(k)] = found if len(keys) == 1 else found[..., i]
         return made
@@ -93,6 +95,54 @@ class Converter:
             weight = held if len(held) > 1 else held[0]
             made |= dict(process(key, weight, self._names, hooks, shapes, self.settings))
         return made
+
+
+def older_to_hf(name: str, config: Mapping[str, Any], source: Arrays) -> Arrays:
+    """Convert scanned weights of llama 2, mistral or mixtral to Hugging Face's, in float16.
+
+    By MaxText's script for these, which expects heads to be as wide as the hidden units together.
+    """
+    script = _module("checkpoint_conversion.standalone_scripts.llama_mistral_mixtral_orbax_to_hf")
+    sizes = {
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "num_kv_heads": config["num_key_value_heads"],
+        "dims_per_head": config["hidden_size"] // config["num_attention_heads"],
+    }
+    if "num_local_experts" in config:
+        sizes["num_experts"] = config["num_local_experts"]
+    state = types.SimpleNamespace(params=nested(source))
+    with mock.patch.dict(script.llama_or_mistral_ckpt.MODEL_PARAMS_DICT, {name: sizes}):
+        return {n: x.numpy() for n, x in script.convert_state_to_hf(state, name).items()}
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree whose paths are the dotted names."""
+    made: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split(".")
+        inside = made
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[last] = array
+    return made
+
+
+def listed_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of an unscanned model in MaxText's own list.
+
+    Its conversion's settings for agents contain lists of llama3, gemma3 and qwen3.
+    """
+    files = resources.files("maxtext") / "experimental/agent/ckpt_conversion_agent/context"
+    listed = json.loads((files / model / "maxtext_params.json").read_text())
+    return {_dotted(name): tuple(shape) for name, shape in listed.items()}
+
+
+def published_config(model: str) -> dict[str, Any]:
+    """Return ``config.json`` of a published model, as MaxText has it."""
+    configs = _module("checkpoint_conversion.utils.hf_model_configs").HF_MODEL_CONFIGS
+    found: dict[str, Any] = configs[model].to_dict()
+    return found
 
 
 def _first(names: Any) -> str:
