@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from .conversion.execute import Report, execute, progress_of
 from .conversion.open import Config, PathLike, open_checkpoint, opened
-from .conversion.prepare import ConvertOptions, part_plan, prepare, split, takes_options
+from .conversion.prepare import ConvertOptions, prepare, split, takes_options, with_requests
 from .conversion.verify import Verdict, verify_against
 from .conversion.verify import verify as verify_alone
 from .core.catalog import Catalog, log_done, log_notes, with_notes_logged
@@ -89,10 +89,11 @@ def plan(
     ``workers`` and ``host_bytes`` matter, because blocks are as large as they allow.
     """
     result, run = split(options)
-    made = prepare(source, to, destination=destination, **result).plan
-    log_notes(made.source.root, made.notes, made.source.logged)
+    prepared = prepare(source, to, destination=destination, **result)
     part = part_of(run.get("process_index"), run.get("process_count"), os.environ)
-    return part_plan(made, part)
+    made = with_requests(prepared, destination, part, stream=run.get("stream", False))
+    log_notes(made.source.root, made.notes, made.source.logged)
+    return made
 
 
 @takes_options(prepare, execute)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..conversion.execute import Progress, Report, execute, progress_of
 from ..conversion.open import open_checkpoint
-from ..conversion.prepare import Prepared, RunOptions, part_plan, prepare
+from ..conversion.prepare import Prepared, RunOptions, part_plan, prepare, with_requests
 from ..conversion.select import select
 from ..core.catalog import Catalog, Tensor
 from ..core.decoders import MAX_TOML_BYTES
@@ -345,7 +345,8 @@ def _bar(what: str, a: Namespace) -> AbstractContextManager[Callable[[int], Prog
 
 
 def _show_plan(prepared: Prepared, a: Namespace) -> int:
-    made = prepared.plan
+    destination, stream = getattr(a, "destination", None), getattr(a, "stream", False)
+    made = with_requests(prepared, destination, None, stream=stream)
     if a.json:
         write_json(
             {

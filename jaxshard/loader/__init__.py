@@ -33,7 +33,7 @@ from ..rules import LogicalAxisRules, Rules, Unmatched, with_axis_rules
 from ..storage.identity import check_same, identity
 from ..storage.io import Source
 from ..storage.readers import open_source
-from ..storage.remote import downloaded, is_remote
+from ..storage.remote import downloaded, is_fetched, is_remote
 from ..storage.resources import Counts, default_workers, parse_size
 from .make_arrays import check_dtypes, load_small, restore, restored_by_orbax, small_of
 from .memory_budget import (
@@ -77,7 +77,7 @@ def load(
     suffix: str | None = None,
     config: Config | None = None,
     workers: int | None = None,
-    balanced: bool = False,
+    balanced: bool | None = None,
     verify: bool = False,
     stream: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -128,7 +128,8 @@ def load(
         config: the model's ``config.json``, or its path, for a checkpoint without one.
         workers: threads; by default one per core, at most 8.
         balanced: each byte is read by one process only, and common shards are sent from device
-            to device. All processes must call this with the same arguments.
+            to device. All processes must call this with the same arguments. The default is True for
+            remote files whose target has devices of several processes, otherwise False.
         verify: first compare all files that are read with their checksums: those in
             ``checksums.json`` (written by ``save(checksums=True)``, ``convert`` …), in ``.ckpt``
             files, or Orbax's. Files without a checksum are refused.
@@ -153,8 +154,13 @@ def load(
         )
     began = time.monotonic()
     everyone = Processes() if jax.process_count() == 1 else processes_of_jax(timeout_s)
+    together = everyone
+    if everyone.are_several and not balanced:
+        together = everyone.of(sharers(target, devices))
+    if balanced is None:
+        place = source.root if isinstance(source, Catalog) else source
+        balanced = together.are_several and is_fetched(place, stream=stream)
     may_differ = everyone.are_several and not balanced
-    together = everyone.of(sharers(target, devices)) if may_differ else everyone
     catalog = _opened_alike(source, src_strategy, suffix, config, together)
 
     def compare(wants: Sequence[ArrayRequest]) -> None:
@@ -247,9 +253,12 @@ def load_opened(
         if by_orbax:
             arrays, counts = restore(catalog, wanted.wants, options.host_bytes)
         else:
-            first = list(wanted.wants) if balanced is None else spread(wanted.wants)
+            fetched = is_fetched(catalog.root, stream=options.stream)
+            first = list(wanted.wants)
+            if balanced is not None:
+                first = spread(first, fetched=fetched)
             extra = kept_bytes(first, wanted.wants)
-            if not options.stream and is_remote(catalog.root):
+            if not fetched:
                 catalog = downloaded(catalog, files_of(r for r, _ in requests_of(first)))
             with _explaining_lost_ranks(catalog):
                 arrays, counts = _read(catalog, first, options, extra)

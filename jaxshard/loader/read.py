@@ -14,18 +14,21 @@ from math import prod
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from .. import resharding
+from ..core.box import Box
+from ..core.catalog import Tensor
 from ..core.numpy_dtypes import Bytes
 from ..core.ranges import byte_runs
 from ..core.runtime import cached
 from ..devices.host_memory import BufferPool, is_aligned
 from ..devices.mesh import partition_spec, placement_of, sharding
 from ..distributed.processes import cut_by_replicas
-from ..planning.copies import TensorCopy
+from ..errors import LayoutError
+from ..planning.copies import TensorCopy, firsts, form_of, move_into
 from ..resharding.geometry import all_device_boxes, bits_of
-from ..storage.engine import run
+from ..storage.engine import fetched_bytes, run
 from ..storage.io import Sink, Source
 from ..storage.readers import MappedFiles, PrefetchThread
 from ..storage.resources import Budget, Counts
@@ -199,8 +202,12 @@ def _stored(request: TensorRequest, number: int, mapped: MappedFiles) -> Bytes |
 # --- Balanced loads: each byte is read by one process and sent to the others
 
 
-def spread(wants: Sequence[ArrayRequest]) -> list[ArrayRequest]:
-    """Return ``wants`` with shardings of which no two processes read the same byte."""
+def spread(wants: Sequence[ArrayRequest], *, fetched: bool = False) -> list[ArrayRequest]:
+    """Return ``wants`` with shardings of which no two processes read the same byte.
+
+    If the files are ``fetched`` by ranges, no two processes fetch the same byte either: column
+    shards, between whose rows a request fetches those of other shards, become rows.
+    """
     found, turns = [], 0
     for want in wants:
         shape = want.tensor.shape
@@ -212,7 +219,70 @@ def spread(wants: Sequence[ArrayRequest]) -> list[ArrayRequest]:
             finer = _one_replica(want.sharding, turns)
             turns += 1
         found.append(want if finer is None else replace(want, sharding=finer))
-    return found
+    if not fetched:
+        return found
+    known: dict[object, Sharding] = {}
+    return [_by_rows(want, first, known) for want, first in zip(wants, found, strict=True)]
+
+
+_MOST_EXTRA = 1.02  # of the bytes of a tensor: what is between the shards of one process
+_ON_ONE_BYTES = 256 << 20  # the largest tensor that one device reads for all
+
+
+def _by_rows(
+    want: ArrayRequest, first: ArrayRequest, known: dict[object, Sharding]
+) -> ArrayRequest:
+    """Return ``first``, or the request with another sharding for which fewer bytes are fetched.
+
+    ``known`` has the shardings of tensors with the same geometry.
+    """
+    tensor = want.tensor
+    unordered: set[jax.Device] = want.sharding.device_set
+    devices = sorted(unordered, key=lambda d: (d.process_index, d.id))
+    if len({d.process_index for d in devices}) < 2 or bits_of(want.dtype) < 8:
+        return first
+    forms = tuple((piece.box, form_of(piece)) for piece in firsts(tensor.shards))
+    key = (tensor.shape, tensor.dtype, forms, want.sharding, first.sharding)
+    if key not in known:
+        known[key] = _least_fetched(tensor, first.sharding, devices)
+    return replace(want, sharding=known[key])
+
+
+def _least_fetched(tensor: Tensor, first: Sharding, devices: Sequence[jax.Device]) -> Sharding:
+    """Return the first sharding over ``devices`` that fetches each byte once; else the best."""
+    best, least = first, _fetched(tensor, first)
+    for named in _shardings_by_dim(tensor, devices):
+        if least <= _MOST_EXTRA * tensor.num_bytes:
+            break
+        num_bytes = _fetched(tensor, named)
+        if num_bytes < least:
+            best, least = named, num_bytes
+    return best
+
+
+def _shardings_by_dim(tensor: Tensor, devices: Sequence[jax.Device]) -> Iterator[Sharding]:
+    """Yield shardings of one dim over all ``devices``, or over one of each process, or on one."""
+    one_each = list({d.process_index: d for d in devices}.values())
+    for some in (devices, one_each):
+        mesh = Mesh(np.asarray(some, dtype=object), ("part",))
+        for dim, size in enumerate(tensor.shape):
+            if size and not size % len(some):
+                yield NamedSharding(mesh, PartitionSpec(*[None] * dim, "part"))
+    if tensor.num_bytes <= _ON_ONE_BYTES:
+        turn = sum(tensor.name.encode()) % len(devices)
+        yield NamedSharding(Mesh(np.asarray(devices[turn : turn + 1]), ("one",)), PartitionSpec())
+
+
+def _fetched(tensor: Tensor, named: Sharding) -> int:
+    """Return how many bytes all processes fetch for ``tensor`` with the sharding ``named``."""
+    boxes: dict[int, dict[Box, tuple[int, ...]]] = {}
+    for device, box in all_device_boxes(named, tensor.shape).items():
+        if box.size:
+            boxes.setdefault(device.process_index, {})[box] = (0,)
+    try:
+        return sum(fetched_bytes(move_into(tensor, wanted)) for wanted in boxes.values())
+    except LayoutError:  # it would cut a group of elements that belong together
+        return 1 << 62
 
 
 def gathered(arrays: Sequence[jax.Array], wants: Sequence[ArrayRequest]) -> list[jax.Array]:

@@ -293,6 +293,8 @@ class Totals:
     bytes_written: int = 0  # tensor bytes, headers not counted
     num_writes: int = 0
     num_copies: int = 0  # strided copies in memory
+    num_requests: int = 0  # to a store, each for several reads; 0 for local files
+    bytes_fetched: int = 0  # by these requests, the gaps between reads included
 
 
 @dataclass(frozen=True)
@@ -467,6 +469,7 @@ def plan_text(plan: Plan) -> str:
         "",
         f"reads   {size_text(t.bytes_read)} in {count(t.num_reads, 'request')}{_most_of_one(plan)}"
         + (f", {size_text(over)} of them in gaps" if over else ""),
+        *_fetches(t),
         f"writes  {size_text(t.bytes_written)} in {count(t.num_writes, 'request')} "
         f"to {count(t.num_files, 'file')}",
         f"copies  {t.num_copies:,} blocks in memory are cut or joined on the way",
@@ -478,6 +481,13 @@ def plan_text(plan: Plan) -> str:
         for drawn in layout_pictures(plan.source.tensors.values(), plan.outputs.layout):
             lines += ["", drawn]
     return "\n".join([*lines, *note_lines(plan.notes)])
+
+
+def _fetches(totals: Totals) -> list[str]:
+    if not totals.num_requests:
+        return []
+    size, requests = size_text(totals.bytes_fetched), count(totals.num_requests, "request")
+    return [f"fetches {size} in {requests} to the store"]
 
 
 def _holds(plan: Plan) -> list[str]:

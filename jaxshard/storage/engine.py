@@ -59,12 +59,16 @@ def run(
     """
     workers = [Worker(source, sink, budget, progress) for _ in range(budget.workers)]
     batches = _batches(moves, budget, source, sink)
+    requests = Counts()
     if source.request_bytes and ahead is not None:
+        before = source.requested
         following = _batches(ahead, budget, source, sink)
         _run_fetched(workers, batches, following, source, sink, budget)
+        num_requests, num_bytes = (b - a for a, b in zip(before, source.requested, strict=True))
+        requests = Counts(num_requests=num_requests, bytes_fetched=num_bytes)
     else:
         run_threads([w.work for w in workers], WorkQueue(batches, sink.stop))
-    return sum((w.counts for w in workers), Counts())
+    return sum((w.counts for w in workers), requests)
 
 
 def _run_fetched(
@@ -123,6 +127,43 @@ def _spans_of(move: TensorCopy, reads: Iterable[tuple[int, Box]]) -> list[Span]:
             factors = move_into(step.scale, {box: (0,)})
             spans += _spans_of(factors, [p for cell in factors.cells for p in cell.sources])
     return spans
+
+
+class _NotRead(Source):
+    def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
+        raise NotImplementedError
+
+
+class _NotWritten(Sink):
+    def write(self, move: TensorCopy, target: int, offset: int, buffer: memoryview) -> int:
+        raise NotImplementedError
+
+
+def planned_requests(
+    moves: Iterable[TensorCopy | Bundle], *, budget: Budget, is_in_order: bool = False
+) -> Counts:
+    """Return the requests of ``run`` for ``moves`` from a store to files, and their bytes."""
+    from .fetch import REQUEST_BYTES, planned  # noqa: PLC0415 - for stores only
+
+    source, sink, moves = _NotRead(), _NotWritten(), list(moves)
+    source.request_bytes, sink.is_in_order = REQUEST_BYTES, is_in_order
+    requests, num_bytes = planned(map(_spans, _batches(moves, budget, source, sink)))
+    for operand in (t for move in moves if isinstance(move, TensorCopy) for t in move.operands):
+        requests, num_bytes = requests + len(operand.shards), num_bytes + operand.num_bytes
+    return Counts(num_requests=requests, bytes_fetched=num_bytes)
+
+
+def fetched_bytes(move: TensorCopy) -> int:
+    """Return how many bytes of the files a source that fetches requests for ``move``."""
+    cells = move.cells
+    spans = sorted(s for cell in cells for s in _spans((Batch(move, cell, (cell.box,)), None)))
+    total, last = 0, (-1, 0, 0)
+    for file, start, stop in spans:
+        if file != last[0] or start > last[2] + GAP_BYTES:
+            last = (file, start, start)
+        total += max(0, stop - last[2])
+        last = (file, start, max(stop, last[2]))
+    return total
 
 
 def _batches(

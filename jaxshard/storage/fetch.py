@@ -125,14 +125,10 @@ class RemoteFiles(Source):
         self.most_held_bytes = 0
 
     @property
-    def num_requests(self) -> int:
-        """How many requests were made."""
-        return sum(folder.num_requests for folder in self._folders.values())
-
-    @property
-    def bytes_fetched(self) -> int:
-        """How many bytes were requested."""
-        return sum(folder.bytes_read for folder in self._folders.values())
+    def requested(self) -> tuple[int, int]:
+        """The requests to the stores so far, and their bytes."""
+        folders = self._folders.values()
+        return sum(f.num_requests for f in folders), sum(f.bytes_read for f in folders)
 
     def read(self, piece: StoredShard, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from what was fetched, or by a request of its own."""

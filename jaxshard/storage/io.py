@@ -106,6 +106,11 @@ class Source(ABC):
         """
         raise NotImplementedError
 
+    @property
+    def requested(self) -> tuple[int, int]:
+        """The requests to a store so far, and their bytes."""
+        return 0, 0
+
     def stop(self) -> None:  # noqa: B027 - optional
         """Wake every thread that waits in ``fetched``: the run has failed, or is complete."""
 

@@ -614,6 +614,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return True
 
 
+def is_fetched(path: str | os.PathLike[str], *, stream: bool) -> bool:
+    """Return whether the bytes of ``path`` are fetched by ranges, and not downloaded first."""
+    return is_remote(path) and (stream or not os.fspath(path).startswith("hf://"))
+
+
 def place_at(path: str | os.PathLike[str]) -> Path | RemotePath:
     """Return ``path`` as a path or, if it is a URL, as something that can be used like one.
 

@@ -44,6 +44,8 @@ class Counts:
     bytes_written: int = 0
     num_writes: int = 0
     num_copies: int = 0
+    num_requests: int = 0
+    bytes_fetched: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -39,7 +39,7 @@ from ..formats.safetensors import FileLayout
 from ..planning.copies import TensorCopy
 from ..planning.outputs import Outputs
 from ..planning.plan import Plan
-from .engine import run
+from . import engine
 from .io import Sink, Source
 from .object_store import at_once, obstore_module, store_at, store_errors_as
 from .overwrite import refuse_foreign_names
@@ -556,16 +556,14 @@ def upload_files(
         StorageError: the store or the source fails.
     """
     outputs, counts = plan.outputs, Counts()
-    wanted = range(len(outputs.paths)) if plan.only is None else sorted(plan.only)
     limit = budget.limit_bytes or default_budget()
     room = (limit - budget.host_bytes) // (2 if source.request_bytes else 1)
     budget = replace(budget, limit_bytes=limit - room)
-    for first in range(0, len(wanted), _FILES_AT_ONCE):
-        ranks = wanted[first : first + _FILES_AT_ONCE]
-        is_held = is_last and first + _FILES_AT_ONCE >= len(wanted)
+    groups = _groups(plan)
+    for ranks in groups:
+        is_held = is_last and ranks is groups[-1]
         with paused():
-            layouts = {r: container.layout(outputs.contents[outputs.content_of[r]]) for r in ranks}
-            moves = _in_file_order(replace(plan, only=frozenset(ranks)), layouts)
+            layouts, moves = _in_file_order(plan, container, ranks)
         largest = max(part_bytes_of(layout.num_bytes) for layout in layouts.values())
         num_at_once = room // largest // len(ranks) - _AHEAD - 1
         num_at_once = max(1, min(num_at_once, _PARTS_AT_ONCE // len(ranks)))
@@ -574,17 +572,35 @@ def upload_files(
             for r, layout in layouts.items()
         }
         sink = _Streams(streams, layouts)
-        counts += run(moves, source, sink, budget=budget, progress=progress, ahead=moves)
+        counts += engine.run(moves, source, sink, budget=budget, progress=progress, ahead=moves)
         upload.wait()
     return counts
 
 
-def _in_file_order(plan: Plan, layouts: Mapping[int, FileLayout]) -> list[TensorCopy]:
-    """Return the copies of ``plan`` such that its files are filled from their beginning, evenly."""
+def planned_requests(plan: Plan, container: Container, budget: Budget) -> Counts:
+    """Return the requests that ``upload_files`` makes to the store of the source."""
+    moves = (_in_file_order(plan, container, ranks)[1] for ranks in _groups(plan))
+    found = (engine.planned_requests(m, budget=budget, is_in_order=True) for m in moves)
+    return sum(found, Counts())
+
+
+def _groups(plan: Plan) -> list[tuple[int, ...]]:
+    """Return the files of ``plan``, by rank, that are written at the same time."""
+    wanted = range(len(plan.outputs.paths)) if plan.only is None else sorted(plan.only)
+    starts = range(0, len(wanted), _FILES_AT_ONCE)
+    return [tuple(wanted[first : first + _FILES_AT_ONCE]) for first in starts]
+
+
+def _in_file_order(
+    plan: Plan, container: Container, ranks: Sequence[int]
+) -> tuple[dict[int, FileLayout], list[TensorCopy]]:
+    """Return the files of ``ranks``, and copies that fill them from their beginning, evenly."""
+    outputs = plan.outputs
+    layouts = {r: container.layout(outputs.contents[outputs.content_of[r]]) for r in ranks}
 
     def place(move: TensorCopy) -> float:
         rank = move.targets[0].ranks[0]
         at, _ = layouts[rank].spans(move.name, 0, 1)[0]
         return at / layouts[rank].num_bytes
 
-    return sorted(plan.moves(), key=place)
+    return layouts, sorted(replace(plan, only=frozenset(ranks)).moves(), key=place)

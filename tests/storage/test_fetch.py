@@ -88,7 +88,7 @@ def test_bytes_are_lent_until_their_batch_is_done(files):
         assert view[5] == ((number << 20) + 5) % 251
         release()
     assert files.lend(_piece(), 0, 1) is None
-    assert (files.num_requests, SIZE) == planned(batches)
+    assert (len(files.folder.requests), SIZE) == planned(batches)
 
 
 def test_no_more_than_the_window_is_held(files):

@@ -1,14 +1,19 @@
 """What a load from a store requests: the bytes that it needs, once, and few requests."""
 
+import os
 import re
+from dataclasses import asdict
 
 import checkpoints
 import jax
 import pytest
+from processes import answers, run_processes
 from remote_store import store  # noqa: F401 - a fixture
 
 import jaxshard as js
-from jaxshard.storage import fetch
+from jaxshard.cli import main
+from jaxshard.storage import engine, fetch
+from jaxshard.storage.engine import COUNTED
 from jaxshard.storage.fetch import RemoteFiles
 
 
@@ -18,6 +23,7 @@ def llama(store, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(fetch, "REQUEST_BYTES", 64 << 10)
     monkeypatch.setattr(RemoteFiles, "request_bytes", 64 << 10)
     monkeypatch.setattr(fetch, "GAP_BYTES", 16 << 10)
+    monkeypatch.setattr(engine, "GAP_BYTES", 16 << 10)
     folder = tmp_path / "llama"
     arrays = checkpoints.write_llama(folder, num_files=3, layers=4, hidden=256, vocab=512)
     store.add("llama", folder)
@@ -55,6 +61,53 @@ def test_a_conversion_fetches_each_byte_once(store, llama, tmp_path):  # noqa: F
     store.objects.log.clear()
     js.convert(catalog, tmp_path / "out", "dp2mp4")
     assert _fetched(store) <= 1.02 * llama
+
+
+@pytest.mark.parametrize("out", ["local", "s3"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"to": "dp2mp2"},
+        {"to": "mp4"},
+        {"max_shard_size": 200_000},
+        {"names": "auto:nnx-scan"},
+        {"include": "norm|q_proj"},
+    ],
+    ids=str,
+)
+def test_the_totals_of_a_plan_are_the_counts_of_its_run(how, out, store, llama, tmp_path):  # noqa: F811
+    destination = tmp_path / "out" if out == "local" else "s3://bucket/out"
+    how = {**how, "host_bytes": "1MiB", "workers": 2}  # blocks of a request
+    totals = js.plan("s3://bucket/llama", destination=destination, **how).totals
+    catalog = js.open("s3://bucket/llama")
+    store.objects.log.clear()
+    counts = js.convert(catalog, destination, **how).counts
+    assert {name: getattr(totals, name) for name in COUNTED} == asdict(counts)
+    assert totals.num_requests == len(store.lines("GET /bucket/llama/model-"))
+    assert totals.bytes_fetched == _fetched(store)
+    assert totals.num_requests > (3 if "include" in how else 50)
+
+
+def test_a_plan_shows_its_requests(store, llama, capsys):  # noqa: F811
+    assert main(["plan", "s3://bucket/llama", "--to", "mp2"]) == 0
+    assert re.search(r"fetches 5\.25 MB in \d+ requests to the store", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
+def test_several_processes_fetch_each_byte_once_in_all(count, devices, store, llama, tmp_path):  # noqa: F811
+    """Column shards are fetched as rows, and resharded; unbalanced, rows are fetched again."""
+    environ = {n: v for n, v in os.environ.items() if n.startswith("AWS_")}
+    work = "multiprocess_files:load_from_store"
+    source = str(tmp_path / "llama")
+    ended = run_processes(work, count, devices, "s3://bucket/llama", source, environ=environ)
+    for strategy, (is_balanced_right, is_plain_right, *_) in answers(ended)[0].items():
+        assert is_balanced_right, strategy
+        assert is_plain_right, strategy
+        balanced = sum(answer[strategy][2] for answer in answers(ended))
+        assert balanced <= 1.02 * llama, strategy
+        plain = sum(answer[strategy][3] for answer in answers(ended))
+        assert plain > 1.25 * llama, strategy
 
 
 def test_opening_fetches_headers_only(store, llama):  # noqa: F811

@@ -23,7 +23,7 @@ from jaxshard.distributed.processes import part_of
 from jaxshard.errors import JaxshardError
 from jaxshard.saver import shared_write
 from jaxshard.saver.publish import Publication
-from jaxshard.storage import writers
+from jaxshard.storage import engine, fetch, writers
 from jaxshard.storage.transaction import Transaction
 
 P = PartitionSpec
@@ -389,6 +389,21 @@ def _peak_bytes(reset=True):
         if line.startswith("VmHWM"):
             return int(line.split()[1]) << 10
     raise AssertionError("no VmHWM")
+
+
+def load_from_store(index, count, url, source):
+    """Whether loads are right, balanced by default and not, and the bytes that each fetched."""
+    fetch.REQUEST_BYTES = fetch.RemoteFiles.request_bytes = 64 << 10
+    fetch.GAP_BYTES = engine.GAP_BYTES = 4 << 10
+    truth, answer = truth_of(source), {}
+    for strategy in ("dp2mp4", "mp8"):
+        counts = []
+        loaded = [
+            is_right(loader.load(url, strategy, counted=counts.append, **how), truth)
+            for how in ({}, {"balanced": False})
+        ]
+        answer[strategy] = (*loaded, *(c.bytes_fetched for c in counts))
+    return answer
 
 
 def two_copies(index, count, folders):
