@@ -80,7 +80,8 @@ ERNIE_MOE = {
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     kind: (f"{stem}ForCausalLM", f"{stem}Config", settings)
     for kind, stem, settings in (
-        ("llama", "Llama", {**DECODER, "attention_bias": True}),
+        ("llama", "Llama", DECODER),
+        ("llama_bias", "Llama", {**DECODER, "attention_bias": True, "mlp_bias": True}),
         ("mistral", "Mistral", DECODER),
         ("qwen2", "Qwen2", SQUARE),
         ("qwen3", "Qwen3", DECODER),
@@ -88,7 +89,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("gemma2", "Gemma2", TIED),
         ("mixtral", "Mixtral", {**DECODER, "num_local_experts": 8, "num_experts_per_tok": 3}),
         ("qwen2_moe", "Qwen2Moe", {**SQUARE, **MOE, "shared_expert_intermediate_size": 64}),
-        ("qwen3_moe", "Qwen3Moe", {**DECODER, **MOE, "mlp_only_layers": [1]}),
+        ("qwen3_moe", "Qwen3Moe", {**DECODER, **MOE}),
+        ("qwen3_moe_mixed", "Qwen3Moe", {**DECODER, **MOE, "mlp_only_layers": [1]}),
         ("deepseek_v2", "DeepseekV2", {**MLA, "q_lora_rank": 16}),
         ("deepseek_v2_lite", "DeepseekV2", {**MLA, "q_lora_rank": None}),
         ("deepseek_v3", "DeepseekV3", {**MLA, "q_lora_rank": 16}),
