@@ -259,10 +259,10 @@ class MeshAxes:
             roles = ()
         return tuple(a for a, _ in self.axes if self.roles.get(a) in roles)
 
-    def with_own_names(self, *, has_layers: bool) -> MeshAxes:
-        """Return the axes for rules that name them; without layers, no axis is of stages."""
-        kept = {a: role for a, role in self.roles.items() if has_layers or role != "pp"}
-        return replace(self, roles=kept, by_name=True)
+    def without_stages(self) -> MeshAxes:
+        """Return the axes for tensors that have all layers: stages split a dim of them."""
+        roles = {a: "layer" if role == "pp" else role for a, role in self.roles.items()}
+        return replace(self, roles=roles)
 
     def ways(self, rule_axis: str) -> int:
         """Return the number of ranks along the axes that ``rule_axis`` means."""
@@ -289,12 +289,22 @@ class MeshAxes:
         """Ranks in the whole job."""
         return prod(n for _, n in self.axes)
 
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return self.num_ranks // self.stage_ranks
+
     def __str__(self) -> str:
         return self.text
 
 
 #: Axes of rules that stand for several roles.
-_MEANS = {"vocab": ("mp",), "dp": ("ep", "dp", "fsdp"), "edp": ("dp", "fsdp")}
+_MEANS = {
+    "pp": ("pp", "layer"),
+    "vocab": ("mp",),
+    "dp": ("ep", "dp", "fsdp"),
+    "edp": ("dp", "fsdp"),
+}
 
 # --- Layouts: which rank holds which box of each tensor
 

@@ -63,7 +63,7 @@ class Stages:
         self, rules: Rules, mesh: MeshAxes, model: ModelFacts | None, names: Iterable[str]
     ) -> None:
         self._rules, self._mesh = rules, mesh
-        self._pp, self._ep = mesh.ways("pp"), mesh.ways("ep")
+        self._pp, self._ep = mesh.num_stages, mesh.ways("ep")
         self._layer = numbered(rules.layers, "layer")
         self._expert = numbered(rules.experts, "expert")
         self._first, self._last = Patterns(rules.first), Patterns(rules.last)
@@ -227,7 +227,9 @@ def layout(
     weights = {name: shape for name, shape in shapes.items() if name not in scalars}
     mesh = strategy.mesh_axes if isinstance(strategy, Strategy) else strategy
     if rules.axes is not None:
-        mesh = mesh.with_own_names(has_layers=bool(rules.layers))
+        mesh = replace(mesh, by_name=True)
+    if mesh.num_stages > 1 and rules.has_stacked_layers:
+        mesh = mesh.without_stages()
     stages = Stages(rules, mesh, model, (*weights, *others))
     decided = _Decisions(rules, mesh, weights, model, by_shape=unmatched == "largest")
     factors = decided.factors
@@ -395,7 +397,7 @@ class _Placer:
         offset = (home.slot or 0) * prod(n for _, n in mesh.expert_axes)
         return tuple(
             replace(placement, first_rank=stage * mesh.stage_ranks + offset)
-            for stage in home.stages or range(mesh.ways("pp"))
+            for stage in home.stages or range(mesh.num_stages)
         )
 
 

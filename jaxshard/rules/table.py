@@ -50,6 +50,7 @@ AXES = {
     "ep": "expert parallel ranks",
     "edp": "replicas of one expert",
     "cp": "context parallel ranks",
+    "pp": "pipeline stages, where tensors have the layers as a dim; other tensors are in one stage",
     "vocab": "mp, or nothing when the strategy keeps the embedding whole (vocab_emb_dp)",
 }
 _ALSO = {"tp": "mp"}
@@ -180,6 +181,14 @@ class Rules:
             mesh_axes=user.mesh_axes | self.mesh_axes,
             notes=user.notes + self.notes,
         )
+
+    @property
+    def has_stacked_layers(self) -> bool:
+        """Whether layers are a dim of tensors, and not in their names."""
+        stacked = self.axes is not None or any(
+            "pp" in split for s in self.parsed for split in s.dims
+        )
+        return stacked and not self.layers
 
     @cached_property
     def parsed(self) -> tuple[Spec, ...]:

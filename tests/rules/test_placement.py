@@ -292,3 +292,17 @@ def test_a_policy_that_does_not_exist_is_refused_with_those_that_do() -> None:
         layout({}, Strategy(), LLAMA, unmatched="x")  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match=r'must be "error" or "replicate"\.'):
         layout({}, Strategy(), LLAMA, uneven="largest")  # type: ignore[arg-type]
+
+
+def test_stages_split_the_dim_of_layers_where_tensors_have_one() -> None:
+    rules = mine(**{"layers.w": "pp,mp,-", "head": "mp,-"})
+    shapes = {"layers.w": (4, 8, 8), "head": (8, 8)}
+    made = layout(shapes, Strategy("dp2mp2pp2"), rules)
+    axes = (("pp", 2), ("dp", 2), ("mp", 2))
+    assert made.num_ranks == 8
+    assert made.placements == {
+        "layers.w": (Placement(axes, (("pp",), ("mp",))),),
+        "head": (Placement(axes, (("mp",),)),),  # whole on both stages
+    }
+    with pytest.raises(LayoutError, match="no layer patterns, so they define no stages"):
+        layout(shapes, Strategy("pp2"), mine(**{"layers.w": "-,mp,-", "head": "-"}))
