@@ -18,8 +18,9 @@ from jaxshard.models import Sizes, family_of
 #: hand, family by family, before mappings were derived.
 BY_HAND = json.loads((Path(__file__).parent / "derived_forms.json").read_text())
 #: These tables were wrong: MaxText scales the queries of llama and mistral; Gemma's names in
-#: MaxText and Tunix are not llama's, and MindFormers does not have it.
+#: MaxText and Tunix are not llama's, and MindFormers does not have it; nor has Tunix mistral.
 WRONG = {
+    "mistral: tunix",
     *(f"{kind}: maxtext" for kind in ("llama", "llama+biases", "mistral", "gemma")),
     *(f"gemma: {form}" for form in ("tunix", "mindformers", "mindformers-concat")),
     *(f"gemma: {form}" for form in ("mcore", "mcore-fused", "mcore-fused-blocks")),

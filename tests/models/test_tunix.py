@@ -112,7 +112,8 @@ def test_all_devices_together_read_every_byte_once(models, case):
     assert counts[0].bytes_read == counts[0].bytes_needed == sum(x.nbytes for x in whole.values())
 
 
-def test_a_model_that_tunix_does_not_have_is_refused(tmp_path):
-    tiny("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(js.NotFoundError, match="mixtral has no form 'tunix'"):
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_a_model_that_tunix_does_not_have_is_refused(tmp_path, kind):
+    tiny(kind).save_pretrained(tmp_path)
+    with pytest.raises(js.NotFoundError, match=f"{kind} has no form 'tunix'"):
         js.load(tmp_path, jax.devices()[0], names="hf:tunix")
