@@ -190,6 +190,16 @@ def test_a_mesh_of_usual_names_loads_what_jax_places(
     assert {n: a.sharding for n, a in moved.items()} == {n: a.sharding for n, a in made.items()}
 
 
+def test_each_stage_of_a_mesh_is_a_sub_mesh(tmp_path: Path) -> None:
+    arrays = folder(tmp_path / "a", llama(2))
+    mesh = mesh_of({"fsdp": 2, "stage": 2, "tensor": 2})
+    made = js.load(tmp_path / "a", mesh)
+    for stage in range(2):
+        part = jax.sharding.Mesh(mesh.devices[:, stage], ("fsdp", "tensor"))
+        name = f"model.layers.{stage}.mlp.up_proj.weight"
+        is_as_jax_places(made[name], arrays[name], part, P("tensor", "fsdp"))
+
+
 def test_a_fully_sharded_strategy_is_that_mesh(tmp_path: Path) -> None:
     arrays = folder(tmp_path / "a", llama(2))
     mesh = js.mesh("fsdp4mp2")

@@ -13,7 +13,7 @@ from rules_models import LLAMA, F, H, V, llama, mine, moe, stages_of
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Placement, Strategy
 from jaxshard.errors import LayoutError
-from jaxshard.rules import Rules, layout, read_rules, split_layers
+from jaxshard.rules import Rules, layout, read_rules, rules_for, split_layers
 from jaxshard.rules.families import FAMILIES
 
 # ---------------------------------------------------------------------------- stages
@@ -223,6 +223,7 @@ def test_no_layout_replicates_silently(strategy: Strategy) -> None:
         ("-", (8, 8), (("fsdp",),)),  # the first of equal ones
         ("mp,fsdp", (8, 6), (("mp", "fsdp"),)),  # 6 columns do not divide
         ("mp,fsdp", (4, 6), (("mp",),)),  # neither do 2 rows of each rank
+        ("fsdp,-", (4, 8), (("fsdp",),)),
         ("fsdp,-", (6, 8), ((), ("fsdp",))),
         ("-", (16,), (("fsdp",),)),
         ("-", (), ()),
@@ -249,6 +250,12 @@ def test_states_and_adapters_are_split_over_fsdp_as_their_weight() -> None:
     assert specs["adam_m.w.weight"] == specs["w.weight"] == (("mp",), ("fsdp",))
     assert specs["w.lora_A.weight"] == ((), ("fsdp",))
     assert specs["w.lora_B.weight"] == (("mp", "fsdp"),)
+
+
+def test_towers_are_split_over_fsdp_although_their_rule_is_whole() -> None:
+    shapes = llama(1) | {"visual.blocks.0.attn.weight": (8, 16)}
+    made = layout(shapes, Strategy("fsdp4mp2"), rules_for(None, shapes))
+    assert made.placements["visual.blocks.0.attn.weight"][0].spec == ((), ("fsdp",))
 
 
 def test_fsdp_goes_with_stages_experts_and_the_optimizer_shard() -> None:
