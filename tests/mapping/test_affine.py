@@ -160,6 +160,21 @@ def test_a_dequantized_weight_is_rounded_before_it_is_multiplied(dtype, first) -
     assert same_values(in_jax(only, arrays), only.apply_arrays(arrays))
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_values_that_integers_pack_are_multiplied_after_they_are_scaled(dtype) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        "q.weight": random.integers(0, 256, (8, 6), np.uint8),
+        "q.weight_scale_inv": random.normal(size=(2, 3)).astype(np.float32),
+    }
+    unpack = Dequantize(block=(4, 4), dtype=dtype, code="e2m1")
+    mapping = Mapping((unpack, Affine(("q.weight",), 0.3, 1), Transpose(("q.weight",))))
+    want = mapping.apply_arrays(arrays)
+    assert want["q.weight"].shape == (12, 8)
+    assert same_values(from_files(mapping, arrays), want)
+    assert same_values(in_jax(mapping, arrays), want)
+
+
 def test_zeros_padded_before_are_shifted_and_those_padded_after_stay() -> None:
     arrays = {"w": np.ones((2, 3), np.float32)}
     before = Mapping((Pad(("w",), 0, 2, 4), Affine(("w",), 2, 1)))
