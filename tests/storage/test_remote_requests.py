@@ -1,14 +1,17 @@
 """What a load from a store requests: the bytes that it needs, once, and few requests."""
 
+import json
 import os
 import re
 from dataclasses import asdict
 
 import checkpoints
 import jax
+import numpy as np
 import pytest
 from processes import answers, run_processes
 from remote_store import store  # noqa: F401 - a fixture
+from safetensors.numpy import save_file
 
 import jaxshard as js
 from jaxshard.cli import main
@@ -121,3 +124,42 @@ def test_part_of_the_devices_fetch_their_part(store, llama):  # noqa: F811
     store.objects.log.clear()
     js.load(catalog, "pp2", devices=jax.devices()[:2])
     assert _fetched(store) <= 1.02 * llama
+
+
+@pytest.mark.parametrize("to", ["mp1", "mp8"])
+def test_a_quantized_load_fetches_its_factors_with_their_weights(
+    to,
+    store,  # noqa: F811
+    llama,
+    tmp_path,
+    monkeypatch,
+):
+    random = np.random.default_rng(0)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    arrays = {
+        f"{name}_blocks": random.integers(0, 256, (4, 512, 16, 16), np.uint8),
+        f"{name}_scales": random.integers(120, 130, (4, 512, 16), np.uint8),
+    }
+    folder = tmp_path / "mxfp4"
+    folder.mkdir()
+    save_file(arrays, folder / "model-00001-of-00001.safetensors")
+    config = {"model_type": "unheard_of", "quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    store.add("mxfp4", folder)
+    mesh = jax.make_mesh((int(to[2:]),), ("mp",), devices=jax.devices()[: int(to[2:])])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "mp"))
+    lend, alone = RemoteFiles.lend, []
+
+    def lent(self, piece, offset, num_bytes):
+        found = lend(self, piece, offset, num_bytes)
+        alone.extend([(offset, num_bytes)] if found is None else [])
+        return found
+
+    monkeypatch.setattr(RemoteFiles, "lend", lent)
+    catalog = js.open("s3://bucket/mxfp4")
+    store.objects.log.clear()
+    loaded = js.load(catalog, {name: sharding}, names="auto")
+    assert _fetched(store) <= 1.05 * sum(x.nbytes for x in arrays.values())
+    assert alone == []  # no thread waits for a request of its own
+    local = js.load(folder, {name: sharding}, names="auto")
+    np.testing.assert_array_equal(np.asarray(loaded[name]), np.asarray(local[name]), strict=True)

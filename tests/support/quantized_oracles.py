@@ -27,7 +27,7 @@ class Oracle(NamedTuple):
     by: str  # the library and its version
 
 
-def _of(tensor: Any) -> Any:
+def bits_of(tensor: Any) -> Any:
     """A NumPy array of a torch tensor, with its bits."""
     import torch  # noqa: PLC0415 - only for the oracles
 
@@ -61,7 +61,7 @@ def mxfp4(rows: int, columns: int, seed: int = 0) -> Oracle:
     true = library.convert_moe_packed_tensors(_torch(blocks), _torch(scales))
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     return Oracle(
-        {"_blocks": blocks, "_scales": scales}, config, _of(true), _version("transformers")
+        {"_blocks": blocks, "_scales": scales}, config, bits_of(true), _version("transformers")
     )
 
 
@@ -97,7 +97,7 @@ def _compressed(
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": format}},
     }
     by = _version("compressed-tensors")
-    return Oracle({f".{n}": _of(x) for n, x in stored.items()}, config, _of(true), by)
+    return Oracle({f".{n}": bits_of(x) for n, x in stored.items()}, config, bits_of(true), by)
 
 
 def _maker(format: str, scale_dtype: str = "", **weights: Any) -> Callable[..., Oracle]:
@@ -118,9 +118,9 @@ def modelopt_nvfp4(rows: int, columns: int, seed: int = 0) -> Oracle:
         torch.bfloat16, scale=scale, double_scale=scale_2, block_sizes={-1: 16}
     )
     stored = {
-        ".weight": _of(packed._quantized_data),
-        ".weight_scale": _of(scale),
-        ".weight_scale_2": _of(scale_2),
+        ".weight": bits_of(packed._quantized_data),
+        ".weight_scale": bits_of(scale),
+        ".weight_scale_2": bits_of(scale_2),
         ".input_scale": np.array(0.5, np.float32),
     }
     config = {
@@ -133,7 +133,7 @@ def modelopt_nvfp4(rows: int, columns: int, seed: int = 0) -> Oracle:
             }
         },
     }
-    return Oracle(stored, config, _of(true), _version("nvidia-modelopt"))
+    return Oracle(stored, config, bits_of(true), _version("nvidia-modelopt"))
 
 
 _INT = {"type": "int", "symmetric": True}
