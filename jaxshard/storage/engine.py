@@ -148,7 +148,7 @@ def planned_requests(
     source, sink, moves = _NotRead(), _NotWritten(), list(moves)
     source.request_bytes, sink.is_in_order = REQUEST_BYTES, is_in_order
     requests, num_bytes = planned(map(_spans, _batches(moves, budget, source, sink)))
-    for operand in (t for move in moves if isinstance(move, TensorCopy) for t in move.operands):
+    for operand in (t for m in moves if isinstance(m, TensorCopy) for t in m.whole_operands):
         requests, num_bytes = requests + len(operand.shards), num_bytes + operand.num_bytes
     return Counts(num_requests=requests, bytes_fetched=num_bytes)
 

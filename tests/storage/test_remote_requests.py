@@ -161,5 +161,8 @@ def test_a_quantized_load_fetches_its_factors_with_their_weights(
     loaded = js.load(catalog, {name: sharding}, names="auto")
     assert _fetched(store) <= 1.05 * sum(x.nbytes for x in arrays.values())
     assert alone == []  # no thread waits for a request of its own
+    totals = js.plan(catalog, names="auto", workers=1).totals
+    counts = js.convert(catalog, tmp_path / "true", names="auto", workers=1, stream=True).counts
+    assert {n: getattr(totals, n) for n in COUNTED} == asdict(counts)
     local = js.load(folder, {name: sharding}, names="auto")
     np.testing.assert_array_equal(np.asarray(loaded[name]), np.asarray(local[name]), strict=True)
