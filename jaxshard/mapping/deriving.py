@@ -221,8 +221,8 @@ class _Move:
         stored, wanted = holes(self.source.name), holes(self.target.name)
         if "layer" not in {*wanted, *self.target.axes.names} and "/" in self.weight:
             stored -= {"layer"}  # the only layer of its run
-        expanded = self._expanded(self.source)
-        a, b = self._short(expanded), self._short(self._expanded(self.target))
+        expanded, other = self._expanded(self.source), self._expanded(self.target)
+        a, b = self._short(expanded, other), self._short(other, expanded)
         inside = set(a.names) | (stored & set(_INDICES))
         if inside != set(b.names) | (wanted & set(_INDICES)):
             raise LayoutError(
@@ -281,10 +281,10 @@ class _Move:
         """Return the row's axes for this weight, without aliases."""
         return row.axes.part(_plain(self.weight)).expanded(self.family.aliases)
 
-    def _short(self, axes: Axes) -> Axes:
-        """Return ``axes`` without those of length 1 in the target (q heads per kv head)."""
+    def _short(self, axes: Axes, other: Axes) -> Axes:
+        """Return ``axes`` without those of length 1 that ``other`` lacks (q heads per kv head)."""
         for axis in axes.names:
-            if self.there.get(axis) == 1 and axis not in _INDICES:
+            if self.there.get(axis) == 1 and axis not in (*other.names, *_INDICES):
                 axes = axes.without(axis)
         return axes
 

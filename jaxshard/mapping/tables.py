@@ -244,11 +244,9 @@ def _refuse_twins(family: Family, form: str, shapes: Shapes, sizes: Sizes) -> No
 def _family_of(
     model: ModelFacts | None, kind: str | None, names: Iterable[str] = ()
 ) -> tuple[Family, Config]:
-    """Return the family, and the facts of ``config.json`` with the ``kind`` if it has none."""
+    """Return the family, and ``config.json``."""
     names, config = list(names), model.config if model else {}
     kind = kind or (model.type if model and model.type in model_types() else None)
-    if kind and "model_type" not in config:
-        config = {"model_type": kind, **config}
     family = family_of(config, kind, names=(n for n in names if not _is_adapter(n)))
     return family.with_adapters() if any(map(_is_adapter, names)) else family, config
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ..core.patterns import template
 from ..errors import NotFoundError
 from .facts import Config, text_config
 from .family import Family, Form, Row, Sizes
-from .reading import build, find_roots, model_types, read_table, register, table_for
+from .reading import Table, build, find_roots, model_types, read_table, register, table_for
 
 __all__ = [
     "Family",
@@ -48,11 +49,27 @@ def family_of(
     for each in kinds:
         table = table_for(each)
         if table is not None:
-            return build(table, config, {**find_roots(table, config, names), **(words or {})})
+            return _fitting(table, {"model_type": each, **config}, words or {}, names)
     raise NotFoundError(
         f"no table for model_type {' with '.join(map(repr, kinds)) or 'None'} (known: "
         f"{', '.join(model_types())}). Pass a table of the family in TOML."
     )
+
+
+def _fitting(
+    table: Table, config: Config, words: Mapping[str, str], names: Iterable[str]
+) -> Family:
+    """Return the family with the prefixes of ``names``, if no form with the usual ones fits."""
+    usual = build(table, config, words)
+    kinds = {template(name): name for name in names}.values()
+    if not kinds or not (strange := _num_strange(usual, kinds)):
+        return usual
+    made = build(table, config, {**find_roots(table, config, kinds), **words})
+    return made if _num_strange(made, kinds) < strange else usual
+
+
+def _num_strange(family: Family, names: Iterable[str]) -> int:
+    return min(map(len, family.left(names).values()))
 
 
 def read_family(text: str, config: Config, where: str = "family") -> Family:

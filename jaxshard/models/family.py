@@ -203,13 +203,22 @@ class Sizes:
             known = len(self._family.runs[run]) if is_run else self.length(dim)
             if dim.factors == (RANK,):
                 continue  # of the adapters of one model, each may have its own
-            if known is None and len(dim.factors) == 1 and dim.block == 1 and not dim.sum:
-                self._seen[dim.names[0]] = n
-            elif known not in (None, n):
+            if known is None:
+                self._infer(dim, n)
+            elif known != n:
                 raise LayoutError(
                     f"{name} has shape {shape}, expected {known} elements along dim {i}: its axes "
                     f"are {axes} in {self._family.name}. Check config.json."
                 )
+
+    def _infer(self, dim: Dim, length: int) -> None:
+        """Take the length of the only unknown axis of ``dim`` from that of the dim."""
+        unknown = [a for a in dim.names if self.get(a) is None]
+        if dim.block > 1 or dim.sum or len(unknown) != 1:
+            return
+        rest = self.product(a for a in dim.names if a != unknown[0]) or 1
+        if length % rest == 0:
+            self._seen[unknown[0]] = length // rest
 
     def form_of(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[str, ...]]:
         """Return the form of tensors, and the names that it does not have.

@@ -59,3 +59,18 @@ def test_derived_is_what_was_written_by_hand(case):
     assert digest(made) == BY_HAND[case]
     for back in (mapping.inverse(), derive(family, form, "hf", sizes)):
         assert digest(back.apply_arrays(made)) == digest(arrays)
+
+
+@pytest.mark.parametrize("form", ["tunix", "maxtext", "mcore-fused", "mindformers-concat"])
+@pytest.mark.parametrize(("heads", "kv"), [(4, 1), (1, 1), (4, 4)])
+def test_one_kv_head_or_as_many_as_heads(form, heads, kv):
+    model = Model(heads=heads, kv=kv)
+    arrays = random_model("qwen2", model)
+    config = config_of("qwen2", model)
+    family = family_of(config, "qwen2")
+    sizes = Sizes(family, config).seeing("hf", {n: x.shape for n, x in arrays.items()})
+    mapping = derive(family, "hf", form, sizes)
+    made = mapping.apply_arrays(arrays)
+    if form == "tunix":
+        assert made["layers.0.attn.k_proj.w"].shape == (8, kv, 4)
+    assert digest(mapping.inverse().apply_arrays(made)) == digest(arrays)

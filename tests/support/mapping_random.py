@@ -230,5 +230,9 @@ def mapping_of(family: str, form: str, s: Sizes = Sizes()) -> MappingOfNames:
 
 @cache
 def forms_of(family: str) -> tuple[str, ...]:
-    """The other forms that a family has."""
-    return tuple(f for f in family_of({}, family).listed if f not in ("hf", "hf-stacked"))
+    """The other forms that a family has, for all layers and with the same values."""
+    known = family_of({}, family)
+    others = [f for f in known.listed if f not in ("hf", "hf-stacked", "hf-packed")]
+    if family == "deepseek_v3":
+        others = [f for f in others if "maxtext" not in f]  # which has no prediction layers
+    return tuple(f for f in others if not any(row.steps for row in known.form(f).values()))
