@@ -27,6 +27,7 @@ _NESTED = (
     ("llm_config",),
     ("language_config",),
     ("thinker_config", "text_config"),
+    ("vlm_config", "text_config"),
 )
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod, sqrt
 
-from ..core.patterns import Patterns, holes, placeholders
+from ..core.patterns import Patterns, holes, placeholders, template
 from ..errors import LayoutError, NotFoundError, did_you_mean
 from . import facts
 from .axes import Axes, Dim, parse
@@ -129,10 +129,13 @@ class Family:
             )
         return self.forms[name]
 
-    def find(self, form: str, name: str) -> str | None:
-        """Return the weight ``name`` of ``form``, the first of those that share it, or None."""
+    def find(self, form: str, name: str, kind: str = "") -> str | None:
+        """Return the weight ``name`` of ``form``, the first of those that share it, or None.
+
+        ``kind`` is the ``template`` of the name, if the caller has it.
+        """
         weights, patterns = self._found[form]
-        at = patterns.find(name)
+        at = patterns.find(name, kind)
         return None if at is None else weights[at]
 
     def is_buffer(self, name: str) -> bool:
@@ -158,8 +161,11 @@ class Family:
 
     def left(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Return for each form that the family offers the names that it does not have."""
-        every = tuple(n for n in names if not self.is_buffer(n))
-        return {f: tuple(n for n in every if self.find(f, n) is None) for f in self.listed}
+        kinds = {n: template(n) for n in names}
+        every = [(n, kind) for n, kind in kinds.items() if self._buffers.find(n, kind) is None]
+        return {
+            f: tuple(n for n, kind in every if self.find(f, n, kind) is None) for f in self.listed
+        }
 
 
 class Sizes:
@@ -225,11 +231,12 @@ class Sizes:
 
         Of forms with the same names, it is the first that has the shapes too.
         """
-        best, left = self._family.form_of(shapes)
-        for form, others in self._family.left(shapes).items():
-            if len(others) == len(left) and self._has(form, shapes):
-                return form, others
-        return best, left
+        left = self._family.left(shapes)
+        fewest = min(map(len, left.values()))
+        best = [form for form, others in left.items() if len(others) == fewest]
+        fitting = (form for form in best if len(best) == 1 or self._has(form, shapes))
+        form = next(fitting, best[0])
+        return form, left[form]
 
     def _has(self, form: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         try:

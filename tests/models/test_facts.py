@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jaxshard.errors import FormatError, LayoutError
-from jaxshard.models.facts import evaluate, number
+from jaxshard.models import Sizes, family_of
+from jaxshard.models.facts import evaluate, number, text_config
 
 CONFIG = {
     "hidden_size": 32,
@@ -55,3 +56,22 @@ def test_other_names_are_looked_up():
 def test_a_wrong_expression_or_value_is_refused(text, error, message):
     with pytest.raises(error, match=message):
         number(text, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("text_config",),
+        ("llm_config",),
+        ("language_config",),
+        ("thinker_config", "text_config"),
+        ("vlm_config", "text_config"),
+    ],
+)
+def test_the_text_models_part_of_a_configuration_is_found(path):
+    text = {"model_type": "qwen2", "hidden_size": 8}
+    config = text
+    for key in reversed(path):
+        config = {"model_type": "other", key: config}
+    assert text_config(config) == text
+    assert Sizes(family_of(config), config)["embed"] == 8

@@ -111,6 +111,14 @@ def test_axes_mean_what_they_are_called(kind, monkeypatch):
             assert (left < 1e-4) == no_effect, (row.name, axis, left)
 
 
+def computed_with(computed, arrays, before):
+    """What a model computes with some other tensors."""
+    computed.put(arrays)
+    got = computed.logits({})
+    computed.put(before)
+    return got
+
+
 #: The output is linear in the first weight, but not in the second, before the third.
 LINEAR = [
     ("v", None, "o"),
@@ -127,9 +135,7 @@ def test_weights_that_share_a_tensor_are_in_this_order(kind):
     before, want = computed.arrays(), computed.logits({})
 
     def difference(steps):
-        computed.put(permutation.changed(before, steps))
-        got = computed.logits({})
-        computed.put(before)
+        got = computed_with(computed, permutation.changed(before, steps), before)
         return differs(got, want)
 
     for linear, other, output in LINEAR:
@@ -137,16 +143,22 @@ def test_weights_that_share_a_tensor_are_in_this_order(kind):
             continue
         if kind == "gpt_oss" and linear == "up":  # gate (up + 1)
             none = {"gate": (0, 0), "gate.bias": (0, 0)}
-            computed.put(permutation.changed(before, none))
-            without = computed.logits({})
-            computed.put(permutation.changed(before, {**none, "down": (2, 0)}))
-            assert differs(computed.logits({}), without) < 1e-4
-            computed.put(before)
+            want, plain = computed_with(computed, permutation.changed(before, none), before), want
+            assert difference({**none, "down": (2, 0)}) < 1e-4
+            want = plain
             continue
         twice = {linear: (2, 0), f"{linear}.bias": (2, 0), output: (0.5, 0)}
         assert difference(twice) < 1e-4, linear
         if other:
             assert difference({other: (2, 0), f"{other}.bias": (2, 0), output: (0.5, 0)}) > 1e-3
+    if kind.startswith("qwen3_next"):
+        none = {"l.decay": (0, -50)}  # then l.a has no effect
+        want = computed_with(computed, permutation.changed(before, none), before)
+        assert difference({**none, "l.a": (2, 0)}) < 1e-4
+        assert difference({**none, "l.b": (2, 0)}) > 1e-3
+        want = computed.logits({})
+        assert difference({"q": (2, 0)}) < 1e-4  # it is normalized, its gate is not
+        assert difference({"q.gate": (2, 0)}) > 1e-3
     if permutation.has("k.bias") and not (permutation.has("k_norm") or permutation.has("sinks")):
         computed.still()
         want = computed.logits({})
