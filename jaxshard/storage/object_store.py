@@ -87,14 +87,20 @@ def store_errors_as(what: str, done: str = "read") -> Iterator[None]:
     except known.AlreadyExistsError:
         raise LayoutError(f"{what} exists.") from None
     except (known.PermissionDeniedError, known.UnauthenticatedError):
-        raise CredentialsError(
-            f"{what}: the store refuses these credentials, or they have expired. Log in again, or, "
-            "for a public bucket, set AWS_SKIP_SIGNATURE=true or GOOGLE_SKIP_SIGNATURE=true."
-        ) from None
+        raise CredentialsError(_refused(what)) from None
     except (known.BaseError, ValueError, OSError) as error:
+        if re.search(r"status code: 40[13]\b", str(error)):  # of a listing, which has no own class
+            raise CredentialsError(_refused(what)) from None
         text = " ".join(str(error).split()).split("Debug source")[0]
         text = re.sub(r"\?[^\s)]*", "", text)[:300].strip()
         raise StorageError(f"{what} cannot be {done}: {text}") from None
+
+
+def _refused(what: str) -> str:
+    return (
+        f"{what}: the store refuses these credentials, or they have expired. Log in again, or, for "
+        "a public bucket, set AWS_SKIP_SIGNATURE=true or GOOGLE_SKIP_SIGNATURE=true."
+    )
 
 
 class CredentialsError(StorageError):
@@ -130,14 +136,17 @@ def get_range(store: Client, path: str, file: File, start: int, stop: int, what:
     """
     obstore = obstore_module()
     options: dict[str, Any] = {"range": (start, stop)}
-    if file.version and not file.version.startswith("W/"):  # a weak tag never matches If-Match
-        options["if_match"] = file.version
+    version = file.version
+    if version and not version.startswith("W/"):  # a weak tag never matches If-Match
+        options["if_match"] = version if version.startswith('"') else f'"{version}"'
     with store_errors_as(what):
         answer = obstore.get(store, path, options=options)
         meta = answer.meta
         data = memoryview(answer.bytes())
-    # A server may ignore If-Match, or report a range that is too short.
-    if meta["size"] != file.num_bytes or (file.version and (meta["e_tag"] or "") != file.version):
+    # A server may ignore If-Match, or report a range that is too short. Azure lists tags without
+    # the quotes of its headers.
+    is_same = not version or (meta["e_tag"] or "").strip('"') == version.strip('"')
+    if meta["size"] != file.num_bytes or not is_same:
         raise _changed(what)
     if len(data) != stop - start:
         raise FormatError(

@@ -154,8 +154,7 @@ class Upload:
         others = {path: size for path, size in there.items() if path != MARKER}
         mode: Any = "create"
         if MARKER in there:
-            before, tag = self._read_marker()
-            mode = {"e_tag": tag}
+            before, mode = self._read_marker()
             if resume and before.is_resumable and before.request == self._digest:
                 self.finished = self._made_here(others)
                 self._replaces = tuple(p for p in before.replaces if p in others)
@@ -195,14 +194,15 @@ class Upload:
             found = obstore_module().get(self._store, path, options={"head": True})
         return found.attributes.get(REQUEST_KEY)  # type: ignore[no-any-return]
 
-    def _read_marker(self) -> tuple[_Marker, str]:
-        """Return the marker and its version."""
+    def _read_marker(self) -> tuple[_Marker, dict[str, Any]]:
+        """Return the marker and its version, by which stores compare it when it is replaced."""
         with store_errors_as(f"{self._url}/{MARKER}"):
             found = obstore_module().get(self._store, MARKER)
-            tag, data = found.meta["e_tag"] or "", bytes(found.bytes())
+            meta, data = found.meta, bytes(found.bytes())
+        version = {name: meta[name] for name in ("e_tag", "version") if meta[name]}
         try:
             fields = json.loads(data)
-            return _Marker(**{**fields, "replaces": tuple(fields["replaces"])}), tag
+            return _Marker(**{**fields, "replaces": tuple(fields["replaces"])}), version
         except (ValueError, TypeError, KeyError):
             raise LayoutError(
                 f"{self._url}/{MARKER} is not jaxshard's. Remove it, or choose another destination."

@@ -14,7 +14,7 @@ import jaxshard as js
 from jaxshard.cli import main
 from jaxshard.errors import FormatError, JaxshardError, NotFoundError, StorageError
 
-KINDS = ("s3", "http", "hub")
+KINDS = ("s3", "gs", "http", "hub")
 
 
 @pytest.fixture

@@ -105,6 +105,22 @@ def test_arrays_are_saved_to_a_store(format, store, llama, tmp_path):  # noqa: F
         js.save(params, OUT, format=format)
 
 
+def test_google_cloud_storage_is_written_and_resumed(store, llama):  # noqa: F811
+    out = "gs://bucket/out"
+    store.fail("500", "PUT .*rank%5F1.*partNumber", times=999)
+    with pytest.raises(StorageError, match=r"rank_1/.* cannot be written"):
+        js.slice("gs://bucket/llama", out, "mp2")
+    store.objects.reset()
+    with pytest.raises(FormatError, match="unfinished upload"):
+        js.open(out)
+    assert js.slice("gs://bucket/llama", out, "mp2", resume=True).num_files
+    assert not js.verify(out, llama).problems
+    js.merge(out, "gs://bucket/merged")
+    js.slice(llama, out, "mp4", overwrite=True)
+    assert not js.verify(out, "gs://bucket/merged").problems
+    assert not store.objects.uploads
+
+
 def test_the_command_line_writes_to_a_store(store, llama):  # noqa: F811
     assert main(["slice", "s3://bucket/llama", OUT, "--to", "mp2", "--quiet"]) == 0
     assert main(["merge", OUT, "s3://bucket/merged", "--quiet"]) == 0

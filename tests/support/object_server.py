@@ -3,11 +3,11 @@
     python tests/support/object_server.py [--latency 0.02] [--per-connection 200e6]
         [--total 1e9] [BUCKET=FOLDER ...]
 
-Prints its address and serves until its standard input is closed. S3: list with pages, head,
-ranges, conditions, multipart uploads. ``/http/KEY``: the same objects as a web server has them.
-``/api/models/ORG/NAME`` and ``/ORG/NAME/resolve/…``: the Hub, which redirects weight files to a
-second port, as to a content network. Latency and rates are per request and per connection. Faults
-are selected by a regular expression on "METHOD /path?query".
+Prints its address and serves until its standard input is closed. S3 and Google Cloud Storage: list
+with pages, head, ranges, conditions, multipart uploads. ``/http/KEY``: the same objects as a web
+server has them. ``/api/models/ORG/NAME`` and ``/ORG/NAME/resolve/…``: the Hub, which redirects
+weight files to a second port, as to a content network. Latency and rates are per request and per
+connection. Faults are selected by a regular expression on "METHOD /path?query".
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import struct
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -274,6 +275,7 @@ class Handler(BaseHTTPRequestHandler):
             view,
             "application/octet-stream",
             ETag=tag,
+            X_Goog_Generation=generation_of(tag),
             Accept_Ranges="bytes",
             Last_Modified=email.utils.formatdate(1.7e9, usegmt=True),
             **objects.metadata.get(key, {}),
@@ -334,7 +336,7 @@ class Handler(BaseHTTPRequestHandler):
             if not self.may_put(full):
                 return self.refuse(412, "PreconditionFailed")
             tag = objects.put(full, body, self.sent_metadata())
-        return self.answer(200, ETag=tag)
+        return self.answer(200, ETag=tag, X_Goog_Generation=generation_of(tag))
 
     def s3_post(self, bucket: str, key: str, query: dict[str, str], body: bytes) -> None:
         full, objects = f"{bucket}/{key}", self.server.objects
@@ -377,11 +379,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(204)
 
     def sent_metadata(self) -> dict[str, str]:
-        return {k: v for k, v in self.headers.items() if k.lower().startswith("x-amz-meta-")}
+        return {k: v for k, v in self.headers.items() if "-meta-" in k.lower()}
 
     def may_put(self, key: str) -> bool:
         tag = self.server.objects.data.get(key, (None, None))[1]
         is_refused = self.headers.get("If-None-Match") == "*" and tag
+        generation = self.headers.get("x-goog-if-generation-match")
+        if generation is not None and int(generation) != generation_of(tag):
+            return False
         return not is_refused and self.headers.get("If-Match") in (None, tag)
 
     # --- the Hub ---------------------------------------------------------------------------
@@ -442,6 +447,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_json(self, status: int, value: Any, **headers: object) -> None:
         self.answer(status, json.dumps(value).encode(), "application/json", **headers)
+
+
+def generation_of(tag: str | None) -> int:
+    """The number of a version for Google Cloud Storage; 0 of none."""
+    return zlib.crc32(tag.encode()) if tag else 0
 
 
 class Server(ThreadingHTTPServer):

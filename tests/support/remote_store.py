@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Store:
     def urls(self, name: str) -> dict[str, str]:
         return {
             "s3": f"s3://bucket/{name}",
+            "gs": f"gs://bucket/{name}",
             "http": f"{self.address}/http/bucket/{name}",
             "hub": f"hf://org/{name}",
         }
@@ -60,6 +62,13 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
         "AWS_ALLOW_HTTP": "true",
         "AWS_SKIP_SIGNATURE": "true",
         "AWS_REGION": "us-east-1",
+        "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(
+            {
+                "gcs_base_url": address,
+                "disable_oauth": True,
+                **dict.fromkeys(("client_email", "private_key", "private_key_id"), ""),
+            }
+        ),
     }.items():
         monkeypatch.setenv(name, value)
     short = {"connect_timeout": "1s", "read_timeout": "1s", "timeout": "3s"}
