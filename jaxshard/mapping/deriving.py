@@ -56,7 +56,7 @@ def derive(
         Drop(family.buffers, rebuilt=True),
         Expect(_names(a, weights), f"{family.name}-{source}"),
         *_taken_apart(a, weights, sizes),
-        *_together(op for move in moves for op in move.ops()),
+        *_together(moves),
         *_joined(b, weights, there),
         Expect(_names(b, weights), f"{family.name}-{target}"),
     )
@@ -104,7 +104,7 @@ def _by_runs(
         Expect(_names(form, used), f"{family.name}-{source}"),
         *_taken_apart(form, used, sizes),
         Rename(tuple(numbers)),
-        *_together(op for move in moves for op in move.ops()),
+        *_together(moves),
         *_joined(rows, list(apart), there),
         Expect(_names(rows, apart), f"{family.name}-{target}"),
     )
@@ -216,8 +216,8 @@ class _Move:
     sizes: Sizes
     there: Sizes
 
-    def ops(self) -> list[Op]:
-        """Return the operations in order."""
+    def stages(self) -> tuple[list[Op], ...]:
+        """Return the operations in order, in stages."""
         stored, wanted = holes(self.source.name), holes(self.target.name)
         if "layer" not in {*wanted, *self.target.axes.names} and "/" in self.weight:
             stored -= {"layer"}  # the only layer of its run
@@ -229,10 +229,10 @@ class _Move:
                 f"{self.family.name} {self.weight}: {self.source.name} is {a}, {self.target.name} "
                 f"is {b}; these are not the same axes."
             )
-        ops: list[Op] = self._values(_own(self.weight, stored))
-        ops += self._longer(expanded, _own(self.weight, stored))
-        a, alone = self._without_ones(a, _own(self.weight, stored))
-        ops += alone
+        own = _own(self.weight, stored)
+        values = [*self._values(own), *self._longer(expanded, own)]
+        a, without_ones = self._without_ones(a, own)
+        ops: list[Op] = []
         ones = [i for i, d in enumerate(b.dims) if not d.factors]
         b = Axes(tuple(d for d in b.dims if d.factors))
         runs = _runs(a, b)
@@ -261,10 +261,11 @@ class _Move:
         for i in range(len(merged) - 1, -1, -1):
             if len(merged[i]) > 1:
                 ops.append(Merge((_own(self.weight, now),), i, self._lengths(merged[i])))
+        with_ones: list[Op] = []
         for i in ones:
             at, sizes = (i, (1, -1)) if i < len(b.dims) else (i - 1, (-1, 1))
-            ops.append(Split((_own(self.weight, now),), at, sizes))
-        return ops
+            with_ones.append(Split((_own(self.weight, now),), at, sizes))
+        return values, without_ones, ops, with_ones
 
     def _without_ones(self, axes: Axes, name: str) -> tuple[Axes, list[Op]]:
         """Return the operations that remove dims whose only factor was the sum of weights."""
@@ -335,23 +336,24 @@ def _runs(axes: Axes, other: Axes) -> tuple[tuple[_Run, ...], ...]:
 
 
 _ORDER = (Affine, Pad, Repeat, Split, Unstack, Transpose, Stack, Merge)
-_ONE = ((1, -1), (-1, 1))  # sizes that add or take away a dim of one: first or last of all
 
 
-def _together(ops: Iterable[Op]) -> list[Op]:
+def _together(moves: Iterable[_Move]) -> list[Op]:
     """Return the operations of all weights, equal ones (but for the names) as one.
 
     The order matters within a weight only. Experts are stacked before layers, so that few names
     remain.
     """
+    stages = zip(*(move.stages() for move in moves), strict=True)
+    return [op for stage in stages for op in _merged(op for ops in stage for op in ops)]
 
+
+def _merged(ops: Iterable[Op]) -> list[Op]:
     def place(op: Op) -> tuple[int, int]:
-        if isinstance(op, Split | Merge) and op.sizes in _ONE:
-            return (-1 if isinstance(op, Merge) else len(_ORDER)), 0
-        split = -op.dim if isinstance(op, Split | Merge) else 0
-        return _ORDER.index(type(op)), _INDICES[::-1].index(op.index) if isinstance(
-            op, Stack
-        ) else split
+        kind = _ORDER.index(type(op))
+        if isinstance(op, Stack):
+            return kind, _INDICES[::-1].index(op.index)
+        return kind, -op.dim if isinstance(op, Split | Merge) else 0
 
     made: list[Op] = []
     for op in sorted(ops, key=place):
