@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mapping_models import save
 from mapping_random import Sizes, config_of
 from mapping_worlds import Memory, read_box
 from quantized_oracles import LIBRARY, LINEAR, ORACLES, Oracle, bits_of, recorded
 from safetensors.numpy import load_file, save_file
 
 import jaxshard as js
+from jaxshard.api import convert
 from jaxshard.conversion.execute import execute
 from jaxshard.conversion.prepare import prepare
 from jaxshard.core.box import Box
@@ -369,3 +371,38 @@ def test_what_has_no_code_or_is_no_integer_of_its_width_is_refused() -> None:
     mapping = Mapping((Dequantize(scale_dtype="F8_E8M0"),))
     with pytest.raises(LayoutError, match="F32 is not as wide as F8_E8M0"):
         mapping.apply_arrays(arrays)
+
+
+@pytest.fixture(scope="module")
+def nvfp4_llama(tmp_path_factory):
+    """A tiny llama whose projections are in NVFP4, and its true values as a checkpoint."""
+    root = tmp_path_factory.mktemp("nvfp4")
+    plain, folder = save("llama", root / "plain"), root / "quantized"
+    random = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for name, x in load_file(plain / "model.safetensors").items():
+        stem, (rows, *columns) = name.removesuffix(".weight"), x.shape
+        if name.endswith("proj.weight"):
+            scale = random.uniform(1, 400, (rows, columns[0] // 16))
+            arrays[f"{stem}.weight_packed"] = random.integers(0, 256, (rows, columns[0] // 2), "u1")
+            arrays[f"{stem}.weight_scale"] = scale.astype(ml_dtypes.float8_e4m3fn)
+            arrays[f"{stem}.weight_global_scale"] = random.uniform(100, 3000, 1).astype("f4")
+        else:
+            arrays[name] = x
+    folder.mkdir()
+    save_file(arrays, folder / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    config |= {"dtype": "float32", "quantization_config": recorded("nvfp4").config}
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(folder, root / "true", names="auto", **QUICK)
+    return folder, root / "true"
+
+
+@pytest.mark.parametrize("to", ["dp1", "fsdp2mp2"])
+@pytest.mark.parametrize("form", ["nnx-scan", "maxtext", "mcore-fused"])
+def test_packed_weights_are_stacked_and_fused_as_true_ones_are(nvfp4_llama, form, to) -> None:
+    packed, true = (js.load(x, to, names=f"hf:{form}", dtype=np.float32) for x in nvfp4_llama)
+    assert packed.keys() == true.keys()
+    for name, array in true.items():
+        np.testing.assert_array_equal(np.asarray(packed[name]), np.asarray(array), strict=True)
+        assert packed[name].sharding.is_equivalent_to(array.sharding, array.ndim)
