@@ -8,7 +8,7 @@ import house
 import pytest
 
 LIMITS = {
-    "files": 142,  # with the tables of model families
+    "files": 143,  # with the tables of model families
     "modules with one importer": 25,
     "packages and modules at the top": 20,
     "modules at the root": 2,

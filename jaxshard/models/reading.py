@@ -438,3 +438,14 @@ def table_for(model_type: str) -> Table | None:
 def model_types() -> tuple[str, ...]:
     """Return the values of ``model_type`` with a table."""
     return tuple(dict.fromkeys((*_registered, *_index())))
+
+
+def tables() -> Mapping[str, Table]:
+    """Return the tables of families by their names: the user's, and the package's own."""
+    return {**{table["name"]: table for table in _registered.values()}, **_packaged_tables()}
+
+
+@cached(1)
+def _packaged_tables() -> Mapping[str, Table]:
+    every = {name: read_table(_text(name), f"models/tables/{name}.toml") for name in _names()}
+    return {t["name"]: t for t in every.values() if "listed" in t or "types" in t}

@@ -9,15 +9,13 @@
 
 from __future__ import annotations
 
-from .families import FAMILIES, MODEL_TYPES, missing_layers, missing_parts, rules_for, table_for
+from .families import missing_layers, missing_parts, rules_for, table_for
 from .logical_axes import LogicalAxisRules, with_axis_rules
 from .match import OPTIMIZER_PREFIXES, Policy, Unmatched, weight_name
 from .placement import layout, split_layers
 from .table import ModelFacts, Rules, describe, read_rules
 
 __all__ = [
-    "FAMILIES",
-    "MODEL_TYPES",
     "OPTIMIZER_PREFIXES",
     "LogicalAxisRules",
     "ModelFacts",

@@ -1,8 +1,7 @@
-"""Rule tables of known model families, recognition of families, and missing layers.
+"""Recognition of model families, their rules, and missing layers.
 
-Weights of Hugging Face models are (out, in), so column-parallel layers split dim 0 and
-row-parallel ones dim 1; gpt2's are (in, out). The bias of a row-parallel layer and the norm
-after it are applied to the sum, and so are whole.
+The rules are derived from the tables of ``jaxshard.models`` (see ``by_axes``). The family is that
+of ``model_type`` if the names agree, otherwise the names alone decide.
 """
 
 from __future__ import annotations
@@ -13,267 +12,21 @@ from itertools import islice
 
 from ..core.layout import MeshAxes, Strategy
 from ..core.patterns import Patterns, numbered, template
+from ..core.runtime import cached
 from ..errors import LayoutError, NotFoundError, format_list
+from ..models import Family, Sizes, family_of
 from ..models.facts import text_type
+from ..models.reading import build, find_roots, tables
+from .by_axes import rules_of
 from .logical_axes import by_logical_axes
-from .match import Matcher, Unmatched, towers, weight_name
+from .match import Matcher, Unmatched, base_name, towers, weight_name
 from .table import BUFFER, ModelFacts, Rules
 
-_Specs = tuple[tuple[str, str], ...]
-
-
-def _columns(*names: str) -> _Specs:
-    """Return specs of column-parallel layers: each rank computes some outputs and biases."""
-    return tuple(pair for n in names for pair in ((f"*{n}.weight", "mp,-"), (f"*{n}.bias", "mp")))
-
-
-def _rows(*names: str) -> _Specs:
-    """Return specs of row-parallel layers: each rank has some inputs; the bias is added once."""
-    return tuple(pair for n in names for pair in ((f"*{n}.weight", "-,mp"), (f"*{n}.bias", "-")))
-
-
-def _whole(*names: str) -> _Specs:
-    return tuple((f"*{n}", "-") for n in names)
-
-
-_NORMS = _whole("norm.weight", "norm.bias")
-_ROTARY: _Specs = (("*inv_freq", BUFFER),)
-_EXPERTS = ("*.experts.{expert}.",)
-
-# A fused qkv_proj or gate_up_proj is split into equal blocks of rows, which suits storage; a rank
-# then does not hold whole heads of q, k and v.
-_ATTENTION = _columns(".q_proj", ".k_proj", ".v_proj", ".qkv_proj") + _rows(".o_proj")
-_MLP = _columns(".gate_proj", ".up_proj", ".gate_up_proj") + _rows(".down_proj")
-_DECODER: _Specs = (
-    ("*embed_tokens.weight", "vocab,-"),
-    *_columns("lm_head"),
-    *_ATTENTION,
-    *_MLP,
-    *_NORMS,
-    *_ROTARY,
-)
-_MOE: _Specs = (
-    ("*.experts.gate_up_proj", "ep,mp,- or ep,-,mp"),  # (expert, out, in) or (expert, in, out)
-    ("*.experts.down_proj", "ep,-,mp or ep,mp,-"),
-    ("*.experts.gate_up_proj_bias", "ep,mp"),
-    ("*.experts.down_proj_bias", "ep,-"),
-    ("*.experts.gate_up_proj_blocks", "ep,mp,-,-"),  # MXFP4: (expert, out, group, 16 bytes)
-    ("*.experts.down_proj_blocks", "ep,-,mp,-"),
-    ("*.sinks", "mp"),
-    ("*.experts.*.w1.weight", "mp,-"),
-    ("*.experts.*.w3.weight", "mp,-"),
-    ("*.experts.*.w2.weight", "-,mp"),
-    *_whole(".router.weight", ".router.bias"),
-    *_whole(".gate.weight", ".gate.e_score_correction_bias", ".shared_expert_gate.weight"),
-)
-# Multi-head latent attention: the small latent is whole, the projections to heads are split.
-_MLA: _Specs = (
-    *_whole(".q_a_proj.weight", ".q_a_proj.bias"),
-    *_whole(".kv_a_proj_with_mqa.weight", ".kv_a_proj_with_mqa.bias"),
-    *_columns(".q_b_proj", ".kv_b_proj"),
-    *_whole(".eh_proj.weight"),  # multi-token prediction
-    ("*.shared_head.head.weight", "mp,-"),
-)
-
-
-def _decoder(name: str, *more: _Specs) -> Rules:
-    return Rules(
-        name=name,
-        specs=tuple(pair for table in more for pair in table) + _DECODER,
-        layers=("layers.{layer}.", "*model.layers.{layer}."),  # and "language_model.layers."
-        first=("*embed_tokens.*",),
-        last=("norm.*", "*model.norm.*", "*lm_head.*"),
-        experts=_EXPERTS,
-        embedding=("*embed_tokens.weight",),
-        head=("*lm_head.weight",),
-        heads=tuple(f"*.{x}_proj.{y}" for x in "qkv" for y in ("weight", "bias")),
-    )
-
-
-# gpt2's 50257 and bert's 30522 tokens are not divisible by usual mp, but hidden sizes are: the
-# embedding is split by columns.
-_GPT2 = Rules(
-    name="gpt2",
-    specs=(
-        ("*wte.weight", "-,vocab"),
-        ("*wpe.weight", "-,-"),
-        ("*lm_head.weight", "-,mp"),
-        ("*.lora_magnitude_vector*", "-"),  # an adapter's A is (r, in), B (out, r) here too
-        ("*.c_attn.lora_A*", "-,-"),
-        ("*.c_attn.lora_B*", "mp,-"),
-        ("*.c_fc.lora_A*", "-,-"),
-        ("*.c_fc.lora_B*", "mp,-"),
-        ("*.c_proj.lora_A*", "-,mp"),
-        ("*.c_proj.lora_B*", "-,-"),
-        ("*.attn.bias", BUFFER),
-        ("*.attn.masked_bias", BUFFER),
-        ("*.c_attn.weight", "-,mp"),
-        ("*.c_attn.bias", "mp"),
-        ("*.c_fc.weight", "-,mp"),
-        ("*.c_fc.bias", "mp"),
-        ("*.c_proj.weight", "mp,-"),
-        ("*.c_proj.bias", "-"),
-        *_whole("ln_*.weight", "ln_*.bias"),
-    ),
-    layers=("h.{layer}.", "*.h.{layer}."),
-    first=("*wte.*", "*wpe.*"),
-    last=("*ln_f.*", "*lm_head.*"),
-    embedding=("*wte.weight",),
-    head=("*lm_head.weight",),
-)
-_BERT = Rules(
-    name="bert",
-    specs=(
-        ("*word_embeddings.weight", "-,vocab"),
-        *_whole("position_embeddings.weight", "token_type_embeddings.weight"),
-        ("*position_ids", BUFFER),
-        ("*token_type_ids", BUFFER),
-        *_columns(".self.query", ".self.key", ".self.value", ".intermediate.dense"),
-        *_rows(".output.dense"),
-        *_whole("LayerNorm.*", "layer_norm.*", "pooler.dense.*"),
-        ("*predictions.decoder.weight", "-,mp"),
-        ("*lm_head.decoder.weight", "-,mp"),
-        *_whole("predictions.*", "seq_relationship.*", "classifier.*", "qa_outputs.*"),
-        *_whole("lm_head.dense.*", "lm_head.bias", "lm_head.decoder.bias"),
-    ),
-    layers=("*encoder.layer.{layer}.",),
-    first=("*embeddings.*",),
-    last=("*pooler.*", "*cls.*", "*classifier.*", "*lm_head.*", "*qa_outputs.*"),
-    embedding=("*word_embeddings.weight",),
-    head=("*predictions.decoder.weight", "*lm_head.decoder.weight"),
-)
-_OPT = Rules(
-    name="opt",
-    specs=(
-        ("*embed_tokens.weight", "vocab,-"),
-        *_whole("embed_positions.weight", "project_in.weight", "project_out.weight"),
-        *_columns("lm_head", ".q_proj", ".k_proj", ".v_proj", ".fc1"),
-        *_rows(".out_proj", ".fc2"),
-        *_whole("layer_norm.weight", "layer_norm.bias"),
-    ),
-    layers=("*decoder.layers.{layer}.",),
-    first=("*embed_tokens.*", "*embed_positions.*", "*project_in.*"),
-    last=("*final_layer_norm.*", "*project_out.*", "*lm_head.*"),
-    embedding=("*embed_tokens.weight",),
-    head=("*lm_head.weight",),
-)
-_FUSED_ATTENTION: _Specs = (  # gpt_neox, falcon and bloom
-    *_columns("query_key_value", ".dense_h_to_4h"),
-    *_rows("attention.dense", ".dense_4h_to_h"),
-    ("*attention.bias", BUFFER),
-    ("*attention.masked_bias", BUFFER),
-    *_whole("layernorm.weight", "layernorm.bias", "layer_norm.weight", "layer_norm.bias"),
-    *_ROTARY,
-)
-_GPT_NEOX = Rules(
-    name="gpt_neox",
-    specs=(("*embed_in.weight", "vocab,-"), *_columns("embed_out", "lm_head"), *_FUSED_ATTENTION),
-    layers=("layers.{layer}.", "*gpt_neox.layers.{layer}."),
-    first=("*embed_in.*",),
-    last=("*final_layer_norm.*", "*embed_out.*", "*lm_head.*"),
-    embedding=("*embed_in.weight",),
-    head=("*embed_out.weight", "*lm_head.weight"),
-)
-_FALCON = Rules(
-    name="falcon",
-    specs=(
-        ("*word_embeddings.weight", "vocab,-"),
-        *_columns("lm_head"),
-        *_FUSED_ATTENTION,
-        *_whole("ln_attn.*", "ln_mlp.*", "ln_f.*"),
-    ),
-    layers=("h.{layer}.", "*.h.{layer}."),
-    first=("*word_embeddings.*", "*word_embeddings_layernorm.*"),
-    last=("*ln_f.*", "*lm_head.*"),
-    embedding=("*word_embeddings.weight",),
-    head=("*lm_head.weight",),
-)
-
-# MindFormers, the older names.
-_MINDFORMERS = Rules(
-    name="mindformers",
-    specs=(
-        ("*tok_embeddings.embedding_weight", "vocab,-"),
-        *_columns("lm_head"),
-        *_columns(".attention.wq", ".attention.wk", ".attention.wv", ".attention.w_qkv"),
-        *_rows(".attention.wo"),
-        ("*.experts.w1", "ep,-,mp or ep,mp,-"),
-        ("*.experts.w3", "ep,-,mp or ep,mp,-"),
-        ("*.experts.w2", "ep,mp,- or ep,-,mp"),
-        *_columns(".feed_forward.w1", ".feed_forward.w3", ".feed_forward.w_gate_hidden"),
-        *_rows(".feed_forward.w2"),
-        *_whole("norm.weight", "norm.bias", "norm_out.weight", "norm_out.bias"),
-        *_whole(".attention.odd_bias"),  # in MindSpore's example jobs: (7, 5), divides by nothing
-    ),
-    layers=("*layers.{layer}.",),
-    first=("*tok_embeddings.*",),
-    last=("*norm_out.*", "*lm_head.*"),
-    experts=_EXPERTS,
-    embedding=("*tok_embeddings.embedding_weight",),
-    head=("*lm_head.weight",),
-    heads=tuple(f"*.attention.w{x}.{y}" for x in "qkv" for y in ("weight", "bias")),
-)
-# MindFormers, the Megatron names. All experts are stacked along dim 0 of one matrix, (E*in, out):
-# equal blocks of rows are whole experts, and tensor parallel ranks hold them whole.
-_MCORE = Rules(
-    name="mindformers_mcore",
-    specs=(
-        ("*word_embeddings.weight", "vocab,-"),
-        *_whole("position_embeddings.weight"),
-        *_columns("output_layer"),
-        *_columns(*(f".linear_{n}" for n in ("qkv", "q", "k", "v", "q_proj"))),
-        *_whole(".linear_q_down_proj.*", ".linear_kv_down_proj.*"),
-        *_columns(".linear_q_up_proj", ".linear_kv_up_proj", ".linear_qb", ".linear_kvb"),
-        *_rows(".linear_proj"),
-        ("*.experts.weight1", "ep,-"),
-        ("*.experts.weight2", "ep,-"),
-        *_columns(".linear_fc1", ".gating", ".hidden"),
-        *_rows(".linear_fc2"),
-        *_whole(".router.weight", ".router.expert_bias", ".shared_experts_gate.weight"),
-        *_columns(".eh_proj"),
-        *_NORMS,
-    ),
-    layers=("*decoder.layers.{layer}.",),
-    first=("*embedding.*",),
-    last=("*decoder.final_layernorm.*", "*output_layer.*", "*mtp.*"),
-    experts=_EXPERTS,
-    embedding=("*word_embeddings.weight",),
-    head=("*output_layer.weight",),
-)
-
-#: Every table by its name; of two that match the same names the more general is first.
-FAMILIES: dict[str, Rules] = {
-    rules.name: rules
-    for rules in (
-        _decoder("llama"),
-        _decoder("mixtral", _MOE),
-        _decoder("deepseek", _MOE, _MLA),
-        *(_GPT2, _BERT, _OPT, _GPT_NEOX, _FALCON, _MINDFORMERS, _MCORE),
-    )
-}
-
-#: The table of each ``model_type`` in config.json.
-MODEL_TYPES: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            *("llama", "mistral", "qwen2", "qwen3", "phi3"),
-            *("gemma", "gemma2", "gemma3", "gemma3_text"),
-        ),
-        "llama",
-    ),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), "mixtral"),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek"),
-    "gpt2": "gpt2",
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), "bert"),
-    "opt": "opt",
-    "gpt_neox": "gpt_neox",
-    **dict.fromkeys(("falcon", "bloom"), "falcon"),
-}
-
-
-# --- Recognition of a model's family
-
 _ENOUGH = 0.5  # of the kinds of names; the remaining names are reported one by one
+#: Programs whose names need no ``model_type``.
+_NAMED = ("hf", "mindformers", "mcore")
+#: In models of unknown families, vectors with these names.
+_NORMS = tuple((f"*norm.{end}", "-") for end in ("weight", "bias"))
 
 
 def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
@@ -294,7 +47,7 @@ def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
         return _table(model, kinds)
     known = Patterns(apart)
     text = {kind: name for kind, name in kinds.items() if known.find(name, kind) is None}
-    rules = _table(model, text) if text else FAMILIES["llama"]
+    rules = _table(model, text) if text else Rules("towers")
     return replace(rules, specs=(*((p, BUFFER) for p in apart), *rules.specs), apart=apart)
 
 
@@ -336,27 +89,96 @@ def table_for(
 
 
 def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
-    """Return the table for the names of a text model."""
-    types = _types(model)
-    by_type = next((FAMILIES[MODEL_TYPES[t]] for t in types if t in MODEL_TYPES), None)
-    if by_type and (not kinds or _fit(by_type, kinds)[0]):
+    """Return the rules for the names of a text model."""
+    by_type = _by_type(model, kinds)
+    if by_type and (not kinds or _fit(by_type, kinds) == (True, 1.0)):
         return by_type
-    best = max(FAMILIES.values(), key=lambda rules: _fit(rules, kinds))  # the first of equals
+    found = _by_names(kinds)
+    best = max(found, key=lambda rules: _fit(rules, kinds))  # the first of equals
     fits, known = _fit(best, kinds)
+    if by_type and _fit(by_type, kinds)[0]:  # what it lacks may be as in other families
+        is_same = best.layers == by_type.layers and known > _known(by_type, kinds)
+        return _with_specs(by_type, best) if is_same else by_type
     if by_type and not fits and _known(by_type, kinds) >= _ENOUGH:
         return by_type
     if kinds and known >= _ENOUGH:
         return best
     if by_type:
         return by_type
-    kind = types[0] if types else None
-    unknown = f"unknown model_type {kind!r} and" if kind else "no model_type, and unknown"
+    types = _types(model)
+    unknown = f"unknown model_type {types[0]!r} and" if types else "no model_type, and unknown"
     raise NotFoundError(
         f"{unknown} tensor names ({format_list(kinds.values(), 3)}). Pass rules for the names in "
         'TOML: [specs] "*.q_proj.weight" = "mp,-" and [stages] '
-        f'(known families: {", ".join(FAMILIES)}), or unmatched="largest" (--unmatched largest) '
-        "to split them by their shapes."
+        f"(known names: those of {', '.join(rules.name for rules in found)}), or a table of the "
+        'family (--models), or unmatched="largest" (--unmatched largest) to split them by their '
+        "shapes."
     )
+
+
+def _with_specs(rules: Rules, others: Rules) -> Rules:
+    return replace(rules, specs=rules.specs + others.specs, experts=rules.experts + others.experts)
+
+
+def _by_type(model: ModelFacts | None, kinds: dict[str, str]) -> Rules | None:
+    """Return the rules of the family of ``model_type``, in the form that most names have."""
+    names = [base_name(name) for name in kinds.values()]
+    for kind in _types(model):
+        try:
+            family = family_of(model.config if model else {}, kind, names=names)
+        except NotFoundError:
+            continue
+        form = family.form_of(names)[0]
+        parts = [(family, f) for f in (form, *family.listed) if _alike(family, f, form)]
+        return rules_of(parts, Sizes(family, model.config if model else {}))
+    return None
+
+
+def _alike(family: Family, form: str, other: str) -> bool:
+    """Return whether two forms are one program's, which may mix them: fused and not."""
+    return _ends_of(family, form) == _ends_of(family, other)
+
+
+def _ends_of(family: Family, form: str) -> str:
+    """Return the names of the embedding and the last norm, by which a program is recognized."""
+    rows = family.forms[form]
+    return " ".join(rows[w].name if w in rows else form for w in ("embed", "norm"))
+
+
+def _by_names(kinds: dict[str, str]) -> list[Rules]:
+    """Return the rules of each program's names, of all families together."""
+    names = [base_name(name) for name in kinds.values()]
+    every = tables()
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for ends, part in _named_forms():
+        groups.setdefault(ends, []).append(part)
+    found = []
+    for parts in groups.values():
+        parts.sort(key=lambda part: part[0] != "llama")  # the best known names the others
+        words = find_roots(every[parts[0][0]], {}, names)
+        found.append(_of_group(tuple(parts), tuple(words.items())))
+    return found
+
+
+def _named_forms() -> list[tuple[str, tuple[str, str]]]:
+    """Return table and form of all names that need no type, with those of their ends."""
+    no_roots = {"root": "", "head": ""}
+    families = {name: build(table, {}, no_roots) for name, table in tables().items()}
+    return [
+        (_ends_of(family, form), (name, form))
+        for name, family in families.items()
+        for form in family.listed
+        if form.split("-")[0] in _NAMED
+    ]
+
+
+@cached(64)
+def _of_group(parts: tuple[tuple[str, str], ...], words: tuple[tuple[str, str], ...]) -> Rules:
+    every = tables()
+    built = {name: build(every[name], {}, dict(words)) for name, _ in parts}
+    rules = rules_of([(built[name], form) for name, form in parts], is_ordered=False)
+    name, form = parts[0]
+    return replace(rules, name=name if form == "hf" else form, specs=(*rules.specs, *_NORMS))
 
 
 def _types(model: ModelFacts | None) -> list[str]:

@@ -161,7 +161,6 @@ def by_logical_axes(
         name=f"{family.name} ({form}) by logical axes",
         specs=(*whole, *specs, *buffers),
         layers=base.layers if has_layers else (),
-        heads=(),
         axes=rules,
         mesh_axes=frozenset(mesh_axes),
         notes=tuple(_notes(rows, rules, mesh_axes)),
@@ -196,14 +195,14 @@ def _text(
 ) -> str:
     """Return the spec of a row. Its layer and expert have mesh axes too if its name has them."""
     inside = [axis for axis in ("layer", "expert") if axis in holes(row.name)]
-    firsts = [*inside, *map(_first, row.axes.dims)]
+    firsts = [*inside, *map(first_axis, row.axes.dims)]
     names = [axis and _named(weight, axis, ruled) for axis in firsts]
     split = assign(names, rules)[len(inside) :]
     parts = ["+".join(a for a in axes if a in mesh_axes) or "-" for axes in split]
     return ",".join(parts) if set(parts) != {"-"} else "-"
 
 
-def _first(dim: Dim) -> str | None:
+def first_axis(dim: Dim) -> str | None:
     """Return the axis that a dim is split along; of weights one after the other, the first's."""
     first = dim.factors[0]
     return first if isinstance(first, str) else next(iter(first.terms[0].axes), None)

@@ -68,6 +68,20 @@ def is_part_of_adapter(name: str) -> bool:
     return _ADAPTER.fullmatch(weight_name(name)) is not None
 
 
+def base_name(name: str) -> str:
+    """Return the name of the weight whose adapter, scale, or packed form is ``name``.
+
+    >>> base_name("h.0.q_proj.lora_A.default.weight"), base_name("h.0.q_proj.base_layer.weight")
+    ('h.0.q_proj.weight', 'h.0.q_proj.weight')
+    """
+    if scale := _SCALE.fullmatch(name):
+        return scale["base"]
+    if adapter := _ADAPTER.fullmatch(name):
+        return adapter["base"] + ".weight"
+    base = name.replace(".base_layer.", ".")  # an adapted weight in peft
+    return base.removesuffix("_packed") if base.endswith(".weight_packed") else base
+
+
 class Matcher:
     """Finds the spec of each name in a table of rules.
 
@@ -91,17 +105,11 @@ class Matcher:
             return spec
         if is_setting(name):
             return Spec(buffer=True)
-        scale, adapter = _SCALE.fullmatch(name), _ADAPTER.fullmatch(name)
-        if scale:
-            base = scale["base"]
-            return self.direct(base, template(base))
-        if adapter:
-            base = adapter["base"] + ".weight"
-            return _adapter_spec(self.direct(base, template(base)), adapter["part"])
-        base = name.replace(".base_layer.", ".")  # the name of an adapted weight in peft
-        if base.endswith(".weight_packed"):  # (out, in), several inputs in an element
-            base = base.removesuffix("_packed")
-        return self.direct(base, template(base)) if base != name else None
+        base, adapter = base_name(name), _ADAPTER.fullmatch(name)
+        if base == name:
+            return None
+        found = self.direct(base, template(base))
+        return _adapter_spec(found, adapter["part"]) if adapter else found
 
     def direct(self, name: str, kind: str) -> Spec | None:
         """Return the spec of the rule that matches ``name`` itself, or None."""
@@ -134,8 +142,7 @@ _NOTES = {
     "apart": "not of the text model, whole on the ranks of the first stage: {}: {}.",
     "unmatched": "no rule matches {}, whole on every rank of the stage: {}.",
     "largest": "no rule matches {}, split by their shapes alone: {}.",
-    "heads": "cut within a head, so ranks hold parts of heads: {}: {}. Take an mp that divides the "
-    'heads, or repeat the kv heads with a mapping (op = "repeat").',
+    "units": "cut within what ranks need whole to compute: {}: {}.",
     "uneven": "left whole, because it does not divide: {}: {}.",
     "no stage": "without a stage, so held by every stage: {}: {}.",
     "unsplit": "not split over fsdp, which divides no dim: {}: {}.",

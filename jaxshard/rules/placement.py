@@ -28,7 +28,7 @@ from ..errors import LayoutError, format_list
 from ..models.facts import text_config
 from .match import Matcher, PlacementProblems, Policy, Unmatched, check_policy, weight_name
 from .table import Dims, ModelFacts, Rules, Spec, check_rules
-from .tensor_dims import EXPERT_COUNTS, Factors, Granule, Heads, Orientations
+from .tensor_dims import EXPERT_COUNTS, Factors, Granule, Orientations, Units
 
 
 class Home(NamedTuple):  # a tuple, because one is made for each of 90,000 names
@@ -274,7 +274,7 @@ class _Decisions:
         self._placer = _Placer(mesh)
         self.problems = self._placer.problems
         self._orientations = Orientations(rules, self.matcher, shapes, config)
-        self._heads = Heads(rules, config, mesh.named("mp"))
+        self._units = Units(rules, mesh)
         self._alike: dict[str, tuple[int, ...]] | None = None
 
     def is_direct(self, name: str) -> bool:
@@ -290,8 +290,8 @@ class _Decisions:
         if home.apart and spec.buffer:
             self.problems.add("apart", home.apart, "")
         placed = self._placer.place(name, shape, spec, home, self.factors.granules(name))
-        if name == weight and (parts := self._heads.cut(weight, kind, shape, placed[0])):
-            self.problems.add("heads", name, parts)
+        if name == weight and (parts := self._units.cut(weight, kind, shape, placed[0])):
+            self.problems.add("units", name, parts)
         return placed
 
     def place_unseen(self, name: str, stages: Stages) -> tuple[Placement, ...]:

@@ -103,6 +103,22 @@ class Spec(NamedTuple):
         )
 
 
+class Unit(NamedTuple):
+    """Elements along a dim that ranks need whole to compute: a head, a pair of gate and up.
+
+    Attributes:
+        pattern: the names of the tensors.
+        dim: the dim.
+        axis: what the units are (``kv_heads``).
+        length: elements in one.
+    """
+
+    pattern: str
+    dim: int
+    axis: str
+    length: int
+
+
 @dataclass(frozen=True)
 class Rules:
     """How the tensors of a model are sharded, by their names.
@@ -120,13 +136,14 @@ class Rules:
         embedding: patterns of tensors that are also on the last stage if embeddings are tied and
             no name matches ``head``.
         head: patterns of a head that is stored.
-        heads: patterns of weights whose dim 0 is attention heads, which ranks need whole.
         apart: patterns of the towers of other modalities, which are on the first stage; layer
             and stage patterns are not applied to them.
         written: the patterns of the user; one that matches nothing is likely a mistake.
         axes: logical axis rules, from which the specs of a known family are made; None for its own.
         mesh_axes: axes that specs may have besides ``AXES``.
         notes: findings that are not errors.
+        units: what ranks need whole along the dims that the specs split.
+        is_ordered: where sizes do not decide between the orders of a spec, the first is right.
     """
 
     name: str
@@ -139,11 +156,12 @@ class Rules:
     embedding: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     axes: tuple[AxisRule, ...] | None = None
     mesh_axes: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    units: tuple[Unit, ...] = ()
+    is_ordered: bool = False
 
     def __post_init__(self) -> None:
         for pattern, text in self.specs:
@@ -175,11 +193,12 @@ class Rules:
             embedding=user.embedding + self.embedding,
             head=user.head + self.head,
             written=user.written + self.written,
-            heads=user.heads + self.heads,
             apart=user.apart + self.apart,
             axes=self.axes if user.axes is None else user.axes,
             mesh_axes=user.mesh_axes | self.mesh_axes,
             notes=user.notes + self.notes,
+            units=self.units,
+            is_ordered=self.is_ordered,
         )
 
     @property

@@ -16,55 +16,56 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..core.box import Box
-from ..core.layout import Placement
+from ..core.layout import MeshAxes, Placement
 from ..core.patterns import Patterns, template
 from ..core.runtime import cached
 from ..errors import LayoutError, format_list
 from ..models.facts import text_config
 from .match import Matcher, weight_name
-from .table import Rules, Spec
-
-_LATENT = ("kv_lora_rank", "qk_nope_head_dim")  # models whose heads have several lengths
+from .table import Rules, Spec, Unit
 
 
-class Heads:
-    """Checks the placements of projections whose rows are attention heads.
+class Units:
+    """Checks that splits are between units, which ranks need whole to compute.
 
-    ``over`` are the tensor parallel axes, whose ranks compute with whole heads.
+    ``mesh`` has the axes whose ranks compute with their parts; others gather them before use.
     """
 
-    def __init__(self, rules: Rules, config: Mapping[str, Any], over: tuple[str, ...]) -> None:
-        self._over = over
-        self._length = _head_length(text_config(config))
-        self._makers = Patterns(rules.heads)
-        self._known: dict[tuple[Placement, tuple[int, ...]], str] = {}
+    def __init__(self, rules: Rules, mesh: MeshAxes) -> None:
+        self._over = {a for a, _ in mesh.axes if mesh.roles.get(a, "mp") in ("mp", "ep")}
+        self._of: dict[str, list[Unit]] = {}
+        for unit in rules.units:
+            self._of.setdefault(unit.pattern, []).append(unit)
+        self._names = Patterns(self._of)
+        self._every = tuple(self._of.values())
+        self._known: dict[tuple[int, Placement, tuple[int, ...]], str] = {}
 
     def cut(self, name: str, kind: str, shape: tuple[int, ...], placement: Placement) -> str:
-        """Describe the heads that tensor parallel ranks split, or return ""."""
-        if not self._length or not shape or self._makers.find(name, kind) is None:
+        """Describe the units that ranks split, with numbers that fit, or return ""."""
+        at = self._names.find(name, kind) if self._of else None
+        if at is None:
             return ""
-        key = (placement, shape)
+        key = (at, placement, shape)
         if key not in self._known:
-            self._known[key] = self._numbers(shape, placement)
+            found = (self._numbers(unit, shape, placement) for unit in self._every[at])
+            self._known[key] = next(filter(None, found), "")
         return self._known[key]
 
-    def _numbers(self, shape: tuple[int, ...], placement: Placement) -> str:
-        sizes, axes = dict(placement.axes), placement.spec[0] if placement.spec else ()
-        ways = prod(sizes[a] for a in axes if a in self._over)
-        heads, rest = divmod(shape[0], self._length)
-        if rest or heads % ways == 0:
+    def _numbers(self, unit: Unit, shape: tuple[int, ...], placement: Placement) -> str:
+        size = dict(placement.axes)
+        split = placement.spec[unit.dim] if unit.dim < len(placement.spec) else ()
+        over = [a for a in split if a in self._over]
+        ways = prod(size[a] for a in over)
+        count, rest = divmod(shape[unit.dim], unit.length) if unit.dim < len(shape) else (0, 1)
+        if rest or count % ways == 0:
             return ""
-        return f"{heads} heads of {self._length} over mp={ways}"
-
-
-def _head_length(config: Mapping[str, Any]) -> int:
-    given, hidden, heads = (
-        n if type(n := config.get(key)) is int and n > 0 else 0
-        for key in ("head_dim", "hidden_size", "num_attention_heads")
-    )
-    if any(config.get(key) for key in _LATENT):
-        return 0
-    return given or (hidden // heads if heads else 0)
+        by = " ".join(f"{a}={size[a]}" for a in over)
+        fits = [str(n) for n in range(1, min(count, ways) + 1) if count % n == 0]
+        repeat = ", or repeat the kv heads" if unit.axis == "kv_heads" else ""
+        return (
+            f"{count} {unit.axis} of {unit.length} over {by}; use "
+            f"{over[0] if len(over) == 1 else 'a product of'} {' or '.join(fits)}{repeat}"
+        )
 
 
 # --- Orientation: whether stacked experts are (expert, out, in) or (expert, in, out)
@@ -87,6 +88,7 @@ class Orientations:
         config: Mapping[str, Any],
     ) -> None:
         self._matcher, self._shapes = matcher, shapes
+        self._is_ordered = rules.is_ordered
         config = text_config(config)
         self._experts = _numbers(config, EXPERT_COUNTS)
         self._inner = _numbers(config, _INNER)
@@ -106,6 +108,8 @@ class Orientations:
             possible = sure if len(sure) == 1 else possible
         if len(possible) == 1:
             return spec.turned() if possible.pop() else spec.straight()
+        if possible and self._is_ordered:
+            return spec.straight()
         sizes = (
             f"{shape} with {' or '.join(map(str, self._experts)) or 'any number of'} experts, "
             f"hidden size {self._hidden[0] if self._hidden else 'unknown'}, inner size "

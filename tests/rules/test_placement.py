@@ -8,13 +8,12 @@ from math import prod
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from rules_models import LLAMA, F, H, V, llama, mine, moe, stages_of
+from rules_models import FAMILIES, LLAMA, F, H, V, llama, mine, moe, stages_of
 
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Placement, Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.rules import Rules, layout, read_rules, rules_for, split_layers
-from jaxshard.rules.families import FAMILIES
 
 # ---------------------------------------------------------------------------- stages
 
@@ -118,7 +117,7 @@ def test_a_weight_without_a_stage_is_noted_and_held_by_every_stage() -> None:
 
 def test_an_expert_lives_on_the_ranks_of_its_slot() -> None:
     strategy = Strategy.parse("dp4mp2ep2pp2")
-    made = layout(moe(), strategy, FAMILIES["mixtral"])
+    made = layout(moe(), strategy, FAMILIES["decoder"])
     name = "model.layers.{}.mlp.experts.{}.down_proj.weight"
     assert [str(made.placements[name.format(1, e)][0]) for e in (0, 1, 2, 3)] == [
         "[-,mp] over edp2 mp2 from rank 8",
@@ -138,24 +137,24 @@ def test_an_expert_lives_on_the_ranks_of_its_slot() -> None:
 
 def test_the_number_of_experts_is_the_configs() -> None:
     config = {"num_experts": 8}
-    made = layout(moe(), Strategy.parse("dp4ep4"), FAMILIES["mixtral"], Model(config=config))
+    made = layout(moe(), Strategy.parse("dp4ep4"), FAMILIES["decoder"], Model(config=config))
     names = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(4)]
     assert [made.placements[n][0].first_rank for n in names] == [0, 0, 1, 1]
     with pytest.raises(LayoutError, match=r"config\.json has 2 experts"):
         layout(
-            moe(), Strategy.parse("dp2ep2"), FAMILIES["mixtral"], Model(config={"num_experts": 2})
+            moe(), Strategy.parse("dp2ep2"), FAMILIES["decoder"], Model(config={"num_experts": 2})
         )
 
 
 def test_experts_must_divide() -> None:
     with pytest.raises(LayoutError, match=r"ep=4 does not divide the 6 experts.*such as 3"):
-        layout(moe(num_experts=6), Strategy.parse("dp4ep4"), FAMILIES["mixtral"])
+        layout(moe(num_experts=6), Strategy.parse("dp4ep4"), FAMILIES["decoder"])
 
 
 def test_stacked_experts_are_cut_by_their_spec() -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     model = Model(config={"hidden_size": H})
-    made = layout({name: (4, 2 * F, H)}, Strategy.parse("dp4mp2ep2"), FAMILIES["mixtral"], model)
+    made = layout({name: (4, 2 * F, H)}, Strategy.parse("dp4mp2ep2"), FAMILIES["decoder"], model)
     assert made.placements[name][0].spec == (("ep",), ("mp",))
 
 
@@ -180,7 +179,7 @@ def _strategies(draw: st.DrawFn) -> Strategy:
 def test_every_rank_of_a_tensors_stage_holds_a_box_and_the_boxes_tile(strategy: Strategy) -> None:
     assume(strategy.stage_ranks > 1 or strategy.optimizer_shard != 2)  # no replica to cut
     shapes = moe(3)
-    made = layout(shapes, strategy, FAMILIES["mixtral"])
+    made = layout(shapes, strategy, FAMILIES["decoder"])
     assert set(made.placements) == set(shapes)
     for name, shape in shapes.items():
         (placement,) = made.placements[name]
@@ -196,7 +195,7 @@ def test_every_rank_of_a_tensors_stage_holds_a_box_and_the_boxes_tile(strategy: 
 def test_no_layout_replicates_silently(strategy: Strategy) -> None:
     assume(strategy.stage_ranks > 1 or strategy.optimizer_shard != 2)
     shapes = moe(3)
-    made = layout(shapes, strategy, FAMILIES["mixtral"])
+    made = layout(shapes, strategy, FAMILIES["decoder"])
     for name, shape in shapes.items():
         (placement,) = made.placements[name]
         whole = len(shape) == 1 or ".mlp.gate." in name
@@ -260,7 +259,7 @@ def test_towers_are_split_over_fsdp_although_their_rule_is_whole() -> None:
 
 def test_fsdp_goes_with_stages_experts_and_the_optimizer_shard() -> None:
     strategy = Strategy("dp4fsdp2mp2pp2ep2optall")
-    made = layout(moe(2, 4), strategy, FAMILIES["mixtral"])
+    made = layout(moe(2, 4), strategy, FAMILIES["decoder"])
     expert = made.placements["model.layers.1.mlp.experts.3.up_proj.weight"]
     assert [(p.axes, p.spec, p.first_rank) for p in expert] == [
         ((("edp", 2), ("fsdp", 2), ("mp", 2)), (("mp", "edp"), ("fsdp",)), 24)

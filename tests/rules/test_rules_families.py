@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rules_models import FAMILIES
+from written_rules import MODEL_TYPES
 
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Layout, Strategy
 from jaxshard.core.patterns import template
-from jaxshard.rules import MODEL_TYPES, layout, rules_for
-from jaxshard.rules.families import FAMILIES
+from jaxshard.rules import layout, rules_for
 
 # what these libraries warn of among themselves is not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -170,7 +171,7 @@ def test_a_prefix_of_a_larger_model_changes_nothing(prefix: str) -> None:
         f"{prefix}norm.weight": (32,),
     }
     strategy = Strategy.parse("mp2pp2")
-    made = layout(shapes, strategy, FAMILIES["llama"])
+    made = layout(shapes, strategy, rules_for(None, shapes))
     assert made.notes == ()
     assert [made.placements[n][0].first_rank for n in shapes] == [0, 0, 0, 2, 2, 2]
 
@@ -188,7 +189,7 @@ def test_gpt2_is_known_with_and_without_its_prefix(prefix: str) -> None:
     shapes[f"{prefix}ln_f.weight"] = (64,)
     tied = Model("gpt2", 2, tied_embeddings=True)
     assert rules_for(None, shapes).name == "gpt2"
-    made = layout(shapes, Strategy.parse("mp4pp2"), FAMILIES["gpt2"], tied)
+    made = layout(shapes, Strategy.parse("mp4pp2"), rules_for(None, shapes), tied)
     assert made.notes == ()
     assert [p.first_rank for p in made.placements[f"{prefix}wte.weight"]] == [0, 4]
     assert dim_of(made, f"{prefix}h.0.attn.c_attn.weight") == 1
@@ -211,7 +212,7 @@ def test_a_sentence_transformer_is_a_bert(prefix: str) -> None:
         f"{prefix}pooler.dense.bias": (384,),
     }
     assert rules_for(None, shapes).name == "bert"
-    made = layout(shapes, Strategy(mp=8), FAMILIES["bert"])
+    made = layout(shapes, Strategy(mp=8), rules_for(None, shapes))
     assert dim_of(made, f"{layer}attention.self.query.weight") == 0
     assert dim_of(made, f"{layer}attention.output.dense.weight") == 1
     assert dim_of(made, f"{prefix}pooler.dense.weight") is None
@@ -256,16 +257,14 @@ MCORE: Shapes = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "shapes"), [("mindformers", MINDFORMERS), ("mindformers_mcore", MCORE)]
-)
+@pytest.mark.parametrize(("name", "shapes"), [("mindformers", MINDFORMERS), ("mcore", MCORE)])
 def test_mindformers_names_are_known(name: str, shapes: Shapes) -> None:
     assert rules_for(None, shapes).name == name
     check_fits({n: s for n, s in shapes.items() if "experts.3." not in n}, Model("x", 3))
 
 
 def test_stacked_experts_of_mindformers_are_cut_between_experts() -> None:
-    made = layout(MCORE, Strategy.parse("dp2mp2ep2"), FAMILIES["mindformers_mcore"])
+    made = layout(MCORE, Strategy.parse("dp2mp2ep2"), FAMILIES["mcore"])
     name = "decoder.layers.1.mlp.experts.weight1"
     assert [str(s.box) for s in made.placements[name][0].shards(MCORE[name])] == [
         "[0:64, 0:96]",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from golden_files import golden
 from golden_files import shapes as full_shapes
+from rules_models import FAMILIES
 
 from jaxshard.core.layout import Layout, Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.formats import strategy_files
 from jaxshard.formats.folder import MemoryFolder
-from jaxshard.rules import FAMILIES, layout, read_rules, rules_for
+from jaxshard.rules import layout, read_rules, rules_for
 
 JOBS = {
     "dp1mp4": "dp1mp4",

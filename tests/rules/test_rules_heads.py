@@ -19,7 +19,7 @@ from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Placement, Strategy
 from jaxshard.errors import LayoutError
 from jaxshard.mapping import Fuse, Mapping, Repeat
-from jaxshard.rules import FAMILIES, layout
+from jaxshard.rules import layout, rules_for
 from jaxshard.storage.engine import Budget
 
 QUICK = {"workers": 1, "fsync": False}
@@ -143,8 +143,9 @@ def test_heads_that_ranks_share_are_noted(strategy: str, config: dict, noted: se
     shapes = {
         f"model.layers.0.self_attn.{x}_proj.weight": (n, 64) for x, n in (("q", 64), ("k", 16))
     }
-    made = layout(shapes, Strategy(strategy), FAMILIES["llama"], Model(config=config))
-    notes = [n for n in made.notes if n.startswith("cut within a head")]
+    model = Model("llama", config=config)
+    made = layout(shapes, Strategy(strategy), rules_for(model, shapes), model)
+    notes = [n for n in made.notes if n.startswith("cut within what ranks need whole")]
     assert len(notes) == bool(noted)
     for x in noted:
-        assert f"{x}_proj.weight {'2 heads of 8' if len(noted) == 1 else ''}" in notes[0]
+        assert f"{x}_proj.weight {'2 kv_heads of 8' if len(noted) == 1 else ''}" in notes[0]

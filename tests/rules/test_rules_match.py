@@ -149,7 +149,6 @@ def test_the_text_model_takes_its_table_and_towers_are_whole_on_the_first_stage(
     shapes, model = real(kind, name, settings)
     shapes = {prefix + n: s for n, s in shapes.items()}
     rules = rules_for(model, shapes)
-    assert rules.name in ("llama", "mixtral")
     assert set(rules.apart) == {prefix + p for p in apart}
     strategy = Strategy("dp2mp2pp2optall")
     made = layout(shapes, strategy, rules, model)
@@ -230,7 +229,7 @@ def test_names_of_text_and_towers_are_distinguished(kind, root, others, apart) -
     shapes: dict[str, Shape] = text | dict.fromkeys(others, (2, 2))
     model = Model(kind, 4, config={"text_config": {"model_type": "qwen2"}})
     rules = rules_for(model, shapes)
-    assert rules.name == "llama"
+    assert rules.name.startswith("qwen2")
     assert sorted(rules.apart) == sorted(apart)
     made = layout(shapes, Strategy("mp2pp2"), rules, model)
     assert all(made.placements[n][0].first_rank == 0 for n in others)
@@ -296,5 +295,5 @@ def test_layers_of_towers_and_names_of_other_frameworks_are_no_missing_layers() 
     model = Model("llava", 4, config={"text_config": {"model_type": "llama"}})
     assert missing_parts(model, text + tower) == ""
     assert missing_parts(model, [n for n in text if ".2." not in n] + tower) != ""
-    other = [f"layers.{i}.attn.q_proj.w" for i in range(4)] + ["final_norm.w", "lm_head.weight"]
+    other = [f"blocks.{i}.attn.q_proj.w" for i in range(4)] + ["final_norm.w", "lm_head.weight"]
     assert missing_parts(Model("llama", 4), other) == ""

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rules_models import mine
+from rules_models import FAMILIES, mine
 
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Strategy
 from jaxshard.errors import LayoutError
-from jaxshard.rules import FAMILIES, layout, rules_for
+from jaxshard.rules import layout, rules_for
 from jaxshard.rules.table import parse_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the oracles, among themselves
@@ -92,7 +92,7 @@ def test_the_order_is_the_true_one_where_the_hidden_size_is_known(
         config |= {"moe_intermediate_size": inner, "num_experts": 4}
     more = {"model.embed_tokens.weight": (128, hidden)} if known == "embedding" else {}
     model = Model(config={"text_config": config})
-    table = FAMILIES["mixtral"]
+    table = FAMILIES["decoder"]
     if known == "nothing":
         with pytest.raises(LayoutError, match="the order of the dims of 2 tensors is unknown"):
             layout(shapes, Strategy("mp2"), table, model)
@@ -116,7 +116,7 @@ def test_mindformers_experts_are_cut_by_the_sizes_too(turned: bool) -> None:
 def test_a_square_matrix_is_as_the_others_of_its_module() -> None:
     shapes = experts(2880, 2880, 32, turned=True)  # gpt-oss-20b
     config = {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32}
-    made = layout(shapes, Strategy("mp2"), FAMILIES["mixtral"], Model(config=config))
+    made = layout(shapes, Strategy("mp2"), FAMILIES["decoder"], Model(config=config))
     assert cut_dims(made, shapes) == {"gate_up_proj": 2, "down_proj": 1}
 
 
@@ -132,7 +132,7 @@ def test_a_square_matrix_is_as_the_others_of_its_module() -> None:
 )
 def test_ambiguous_sizes_need_a_rule(config, shape, said) -> None:
     shapes = {"model.layers.0.mlp.experts.gate_up_proj": shape}
-    rules, model = FAMILIES["mixtral"], Model(config=config)
+    rules, model = FAMILIES["decoder"], Model(config=config)
     with pytest.raises(LayoutError, match=re.escape(said)) as caught:
         layout(shapes, Strategy("mp2"), rules, model)
     assert "ep,mp,- or ep,-,mp" in str(caught.value)
@@ -147,7 +147,7 @@ def test_factors_and_states_of_stacked_experts_are_placed_like_their_weights() -
     shapes: dict[str, Shape] = {name: (4, 512, 256), f"{name}_scale_inv": (4, 4, 2)}
     shapes[f"adam_m.{name}"] = (4, 512, 256)
     model = Model(config={"hidden_size": 512})
-    made = layout(shapes, Strategy("mp2"), FAMILIES["mixtral"], model)
+    made = layout(shapes, Strategy("mp2"), FAMILIES["decoder"], model)
     assert {p.spec for (p,) in made.placements.values()} == {((), (), ("mp",))}
 
 
@@ -161,7 +161,7 @@ def test_mxfp4_experts_are_cut_between_their_groups() -> None:
         f"{base}down_proj_scales": (4, 64, 6),
         f"{base}down_proj_bias": (4, 64),
     }
-    made = layout(shapes, Strategy("mp2"), FAMILIES["mixtral"])
+    made = layout(shapes, Strategy("mp2"), FAMILIES["decoder"])
     rows, groups = ((), ("mp",)), ((), (), ("mp",))
     assert [p.spec for (p,) in made.placements.values()] == [rows, rows, rows, groups, groups, ()]
 

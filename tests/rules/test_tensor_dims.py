@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
+from rules_models import FAMILIES
 from safetensors import deserialize
 from safetensors.numpy import save_file
 
@@ -25,7 +26,7 @@ from jaxshard.api import convert
 from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Layout, Strategy
 from jaxshard.errors import LayoutError
-from jaxshard.rules import FAMILIES, Rules, layout
+from jaxshard.rules import Rules, layout
 from jaxshard.rules.tensor_dims import Factors
 
 QUICK = {"workers": 1, "fsync": False}

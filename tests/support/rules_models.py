@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from jaxshard.core.catalog import Model
 from jaxshard.core.layout import Layout, Strategy
-from jaxshard.rules import Rules
-from jaxshard.rules.families import FAMILIES
+from jaxshard.rules import Rules, rules_for
 
 H, F, V = 16, 32, 64
 
@@ -50,4 +50,11 @@ def mine(**specs: str) -> Rules:
     return Rules("mine", specs=tuple(specs.items()))
 
 
+#: Rules of families, and those of names whose family is unknown.
+FAMILIES = {
+    **{kind: rules_for(Model(kind), ()) for kind in ("llama", "gpt2", "bert")},
+    "decoder": rules_for(None, ["model.layers.0.self_attn.q_proj.weight"]),
+    "mindformers": rules_for(None, ["model.layers.0.attention.wq.weight"]),
+    "mcore": rules_for(None, ["decoder.layers.0.self_attention.linear_q.weight"]),
+}
 LLAMA = FAMILIES["llama"]
