@@ -8,7 +8,10 @@ with a rate per connection: model A 20 ms and 200 MB/s, model B 50 ms and 50 MB/
 raw       the same bytes, fetched by obstore in requests of 4 MiB, 64 in flight, into new memory
 load      js.load(…, "dp2mp4") on 8 CPU devices
 download  huggingface_hub's snapshot_download, then js.load of the folder
-convert   js.convert from the store to a local folder, beside raw and a write of the same bytes
+convert   js.convert from the store to a local folder
+copy      raw reads from the store and raw writes to it: file by file, read in requests of 4 MiB and
+          sent by obstore in parts of 8 MiB, 16 at once
+store     js.convert from the store to the store
 
 Rounds are interleaved; ratios are of medians. What is loaded is compared bit by bit.
 """
@@ -43,7 +46,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny case, quickly")
     parser.add_argument("--bytes", type=int, default=1_700_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="raw,load,download,convert")
+    parser.add_argument("--only", default="raw,load,download,convert,copy,store")
     given = parser.parse_args()
     if given.smoke:
         given.rounds = 1
@@ -120,7 +123,12 @@ def inside(address: str, place: Path, rounds: int, only: list[str], model: str) 
     def convert() -> None:
         js.convert("s3://model", place / "out", overwrite=True, fsync=False)
 
+    def store() -> None:
+        js.convert("s3://model", "s3://results/out", overwrite=True)
+
     verbs: dict[str, Callable[[], Any]] = {
+        "copy": lambda: _copied(files),
+        "store": store,
         "raw": lambda: _raw(files),
         "load": load,
         "download": download,
@@ -168,6 +176,26 @@ def _raw(files: list[Path]) -> list[object]:
     with ThreadPoolExecutor(64) as pool:
         list(pool.map(fetch, parts))
     return list(memory.values())
+
+
+def _copied(files: list[Path]) -> None:
+    """Copy the weight files inside the store, by way of memory."""
+    import obstore
+    from obstore.store import from_url
+
+    store = from_url("s3://model", client_options={"allow_http": True})
+    results = from_url("s3://results", client_options={"allow_http": True})
+    with ThreadPoolExecutor(64) as pool:
+        for file in files:
+            size = file.stat().st_size
+
+            def fetch(start: int, name: str = file.name, size: int = size) -> object:
+                part = (start, min(start + _REQUEST, size))
+                return obstore.get(store, name, options={"range": part}).bytes()
+
+            parts = pool.map(fetch, range(0, size, _REQUEST))
+            how = {"chunk_size": 8 << 20, "max_concurrency": 16}
+            obstore.put(results, f"copy/{file.name}", parts, **how)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ _AHEAD = 2  # parts of a file that are filled in memory at once
 _FILES_AT_ONCE = 4
 _PARTS_AT_ONCE = 16  # in flight; a store of 50 ms and 50 MB/s a connection takes 600 MB/s
 _LOOK_AFTER_S = (0.0, 1.0, 4.0)  # for an object whose upload was completed, without an answer
-_ABORT_S = 20.0  # an abort is one request
+_ABORT_S = 5.0  # an abort is one request; the store may not answer it
 _POLL_S = 0.1  # how long an interrupt may go unnoticed
 _LAST = (INDEX, MINDSPORE_INDEX, LAYOUT_FILE, ITERATION_METADATA, TRACKER)
 _SCHEMES = ("s3", "gs", "az")
@@ -346,8 +346,9 @@ class Upload:
         """Abort the uploads; finished objects and the marker stay for a later run to resume."""
         for stream in self._streams:
             stream.fail(StorageError(f"the upload to {self._url} was abandoned."))
+        until = time.monotonic() + _ABORT_S
         for stream in self._streams:
-            stream.ended.wait(_ABORT_S)
+            stream.ended.wait(max(0.0, until - time.monotonic()))
         if not (self._has_begun or self._name or self.published):
             with suppress(JaxshardError):
                 self._check_marker()

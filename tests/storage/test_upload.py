@@ -1,7 +1,11 @@
 """Results in a store: equal to local ones, and after any fault whole, or no checkpoint at all."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import checkpoints
 import pytest
@@ -278,6 +282,47 @@ def test_a_kill_at_any_request_leaves_no_half_result(to, overwrite, store, llama
         assert not any(path.startswith("rank_3") for path in _objects(store))
         number += 1
     assert number > 10
+
+
+SCRIPT = """
+import sys
+import jaxshard.cli
+from jaxshard.storage import upload
+upload.PART_BYTES = 4096
+sys.exit(jaxshard.cli.main(sys.argv[1:]))
+"""
+
+
+def _started(store, llama):  # noqa: F811
+    """A process that writes to the store."""
+    command = ["slice", str(llama), OUT, "--to", "mp4", "--workers", "2", "--resume"]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *command], stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("num_requests", [3, 12, 30])
+def test_a_killed_process_leaves_no_half_result(num_requests, store, llama):  # noqa: F811
+    store.objects.latency = 0.02
+    with _started(store, llama) as process:
+        while len(store.lines("bucket/out")) < num_requests:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert not _check_whole_or_refused(store, llama)
+    js.slice(llama, OUT, "mp4", resume=True)
+    assert _check_whole_or_refused(store, llama)
+
+
+def test_an_interrupt_is_heard_while_a_store_does_not_answer(store, llama):  # noqa: F811
+    store.fail("hang", "PUT .*partNumber", times=999, seconds=60)
+    with _started(store, llama) as process:
+        while not store.lines("partNumber"):
+            assert process.poll() is None
+            time.sleep(0.01)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert time.monotonic() - began < 20
+    assert not _check_whole_or_refused(store, llama)
 
 
 def test_a_resumed_upload_keeps_finished_objects(store, llama):  # noqa: F811
