@@ -132,24 +132,24 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
 
 
 def _in_params(source: str, catalog: Catalog) -> Mapping | None:
-    """Return the mapping to names within one ``params``, or None if they are so.
+    """Return the mapping to names in as many ``params`` as the form's, or None if they are so.
 
     ``params`` is Linen's collection of weights; a train state has it in a ``params`` of its own,
     and an NNX model has none.
     """
     shapes = _weights(catalog)
-    if any(n.startswith(2 * _PARAMS) for n in shapes):
-        return Mapping((Rename(((2 * _PARAMS + "{x*}", _PARAMS + "{x*}"),)),))
-    if any(n.startswith(_PARAMS) for n in shapes):
-        return None
+    now = next(k for k in (2, 1, 0) if any(n.startswith(k * _PARAMS) for n in shapes or ("",)))
     kind, form = _parsed(source)
     family, _ = _family_of(catalog.model, kind, shapes)
     if source == "auto":
-        is_known = not family.form_of(shapes)[1]
-        is_bare = not is_known and not family.form_of(_PARAMS + n for n in shapes)[1]
+        inner = [n.removeprefix(now * _PARAMS) for n in shapes]
+        known = (k for k in (now, 0, 1) if not family.form_of(k * _PARAMS + n for n in inner)[1])
+        wanted = next(known, now)
     else:
-        is_bare = all(r.name.startswith(_PARAMS) for r in family.form(form).values())
-    return Mapping((Rename((("{x*}", _PARAMS + "{x*}"),)),)) if is_bare else None
+        wanted = int(any(r.name.startswith(_PARAMS) for r in family.form(form).values()))
+    if wanted == now:
+        return None
+    return Mapping((Rename(((now * _PARAMS + "{x*}", wanted * _PARAMS + "{x*}"),)),))
 
 
 def _weights(catalog: Catalog) -> Shapes:
