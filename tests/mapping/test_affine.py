@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mapping_worlds import FACTORS, SHIFTS, Arrays, Memory, read_all, same, worlds
 from safetensors.numpy import load_file, save_file
 
+from jaxshard import native
 from jaxshard.api import convert, load_rank, plan, verify
 from jaxshard.conversion.open import open_checkpoint
 from jaxshard.errors import LayoutError
@@ -48,6 +49,7 @@ KINDS = {
 }
 #: XLA's own casts between F32 and F64 flush subnormal values to zero on CPUs.
 NARROW = tuple(n for n in DTYPES if n != "F64")
+W = ("w",)
 QUICK = {"workers": 1, "fsync": False}
 
 
@@ -85,6 +87,21 @@ def in_jax(mapping: Mapping, arrays: Arrays) -> dict[str, Any]:
 def from_files(mapping: Mapping, arrays: Arrays) -> dict[str, Any]:
     memory = Memory(arrays)
     return read_all(memory, mapping.apply(memory.catalog))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("to", [None, "F32", "BF16", "F16"])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_many_values_are_looked_up_with_the_same_bits(dtype, to, is_compiled, monkeypatch) -> None:
+    """If there are more of them than a table of all values has rows."""
+    if not is_compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    arrays = {"w": any_values((4, 150, 120), dtype, 2)}
+    ops = (Affine(W, 0.3, 0.7), *([Cast(W, to)] if to else []), Affine(W, 1.5))
+    memory = Memory(arrays)
+    for mapping in (Mapping(ops), Mapping((Transpose(W, (1, 2, 0)), *ops))):
+        made = read_all(memory, mapping.apply(memory.catalog), Budget(1, 1 << 22, 1 << 22))
+        assert same_values(made, mapping.apply_arrays(arrays))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
