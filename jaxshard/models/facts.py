@@ -109,6 +109,16 @@ def number(
     )
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in an expression: keys of ``config.json`` and others.
+
+    >>> names_in("head_dim or hidden_size / num_attention_heads")
+    ('head_dim', 'hidden_size', 'num_attention_heads')
+    """
+    found = (ast.unparse(n) for n in ast.walk(_parsed(text)) if isinstance(n, ast.Name))
+    return tuple(dict.fromkeys(found))
+
+
 @cached(1024)
 def _parsed(text: str) -> ast.expr:
     try:

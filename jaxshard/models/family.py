@@ -262,11 +262,22 @@ class Sizes:
         found = self.get(axis)
         if found is None:
             raise NotFoundError(
-                f"config.json: {self._family.sizes.get(axis, axis)} is missing, which is the "
-                f"length of {axis}. Put config.json into the folder of the weights; for a save "
+                f"config.json: {' or '.join(self._missing(axis))} is missing, which the length of "
+                f"{axis} needs. Put config.json into the folder of the weights; for a save "
                 "pass config= or extras=."
             )
         return found
+
+    def _missing(self, name: str) -> list[str]:
+        """Return the keys that ``config.json`` lacks for the length of an axis."""
+        text = self._family.sizes.get(name)
+        if text is None or name in self._pending:
+            return [name]
+        self._pending.add(name)
+        absent = (n for n in facts.names_in(text) if self.config.get(n) is None)
+        found = [key for n in absent for key in self._missing(n)]
+        self._pending.discard(name)
+        return list(dict.fromkeys(found))
 
     def get(self, axis: str) -> int | None:
         """Return the length of ``axis``, or None."""
