@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ..errors import FormatError
 from ..models import Family, Row, Sizes
 from ..models.axes import Axes, Dim
-from .logical_axes import assign, first_axis
+from .logical_axes import LogicalAxes, assign, first_axis
 from .match import base_name
 from .table import BUFFER, EITHER, AxisRule, Dims, Rules, Spec, Unit
 
@@ -34,6 +34,7 @@ TENSOR_PARALLEL: tuple[AxisRule, ...] = (
         for axis in ("token", "vocab", "feature", "heads", "kv_heads", "mlp", "moe_mlp")
     ),
     *((axis, ("mp",)) for axis in ("shared_mlp", "column")),
+    ("layer", ("pp",)),
 )
 _EMBEDDING = "embed"  # the weight, and what its other weights begin with: they precede the layers
 _SCALE = ".scale"
@@ -57,14 +58,16 @@ def split_dims(axes: Axes) -> Dims:
 def rules_of(
     parts: Sequence[tuple[Family, str]],
     sizes: Sizes | None = None,
+    logical: LogicalAxes | None = None,
     *,
     is_ordered: bool = True,
 ) -> Rules:
-    """Return the rules of the tensors of families' forms for strategies.
+    """Return the rules of the tensors of families' forms.
 
     Args:
         parts: families and the names of forms; where rows differ the first decides.
         sizes: the lengths of the axes, from which the units of dims are derived.
+        logical: the rules of the user for the axes of a mesh; by default those for strategies.
         is_ordered: whether the rows decide the order of dims where sizes do not.
     """
     rows = [
@@ -74,7 +77,7 @@ def rules_of(
         if not weight.endswith(_SCALE)  # placed like its weight
     ]
     more = [pair for family, form in parts for pair in _more_rows(family, form)]
-    texts, units = _specs((*rows, *more), sizes)
+    texts, units = _specs((*rows, *more), sizes, logical)
     layers = _layers(rows)
     ends = [(w, r.name) for w, r in rows if not _is_layered(r) or _run(w) == _PREDICTIONS]
     first, last = ([p for p in ends if _is_first(p[0]) == want] for want in (True, False))
@@ -91,6 +94,9 @@ def rules_of(
         head=tuple(dict.fromkeys(f"*{name}" for w, name in last if w == "head")),
         units=units,
         is_ordered=is_ordered,
+        axes=logical.rules if logical else None,
+        mesh_axes=frozenset(logical.mesh_axes if logical else ()),
+        notes=logical.notes(rows) if logical else (),
     )
 
 
@@ -136,7 +142,7 @@ def _run(weight: str) -> str:
 
 
 def _specs(
-    rows: Iterable[tuple[str, Row]], sizes: Sizes | None
+    rows: Iterable[tuple[str, Row]], sizes: Sizes | None, logical: LogicalAxes | None
 ) -> tuple[tuple[tuple[str, str], ...], tuple[Unit, ...]]:
     """Return the specs of ``rows`` by patterns of names, and the units by the same patterns."""
     texts: dict[str, str] = {}
@@ -145,8 +151,8 @@ def _specs(
         name = _starred(row.name)
         if name in texts:
             continue
-        dims = split_dims(row.axes)
-        if re.split("[./]", weight)[-1] == _EMBEDDING:
+        dims = logical.split(weight, row) if logical else split_dims(row.axes)
+        if not logical and re.split("[./]", weight)[-1] == _EMBEDDING:
             dims = tuple(tuple("vocab" if a == "mp" else a for a in split) for split in dims)
         texts[name] = _text(dims, row.axes)
         units[name] = _units(row.axes, dims, sizes) if sizes else ()

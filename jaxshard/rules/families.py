@@ -18,7 +18,7 @@ from ..models import Family, Sizes, family_of
 from ..models.facts import text_type
 from ..models.reading import build, find_roots, tables
 from .by_axes import rules_of
-from .logical_axes import by_logical_axes
+from .logical_axes import LogicalAxes
 from .match import Matcher, Unmatched, base_name, towers, weight_name
 from .table import BUFFER, ModelFacts, Rules
 
@@ -29,7 +29,9 @@ _NAMED = ("hf", "mindformers", "mcore")
 _NORMS = tuple((f"*norm.{end}", "-") for end in ("weight", "bias"))
 
 
-def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
+def rules_for(
+    model: ModelFacts | None, names: Iterable[str], logical: LogicalAxes | None = None
+) -> Rules:
     """Return the rules of a model, by its type if its names agree, otherwise by its names.
 
     The names may be another framework's in spite of ``config.json``. Tensors outside the text
@@ -44,10 +46,10 @@ def rules_for(model: ModelFacts | None, names: Iterable[str]) -> Rules:
     kinds = {template(w): w for w in map(weight_name, names)}
     apart = towers(kinds.values(), model.config if model else {})
     if not apart:
-        return _table(model, kinds)
+        return _table(model, kinds, logical)
     known = Patterns(apart)
     text = {kind: name for kind, name in kinds.items() if known.find(name, kind) is None}
-    rules = _table(model, text) if text else Rules("towers")
+    rules = _table(model, text, logical) if text else Rules("towers")
     return replace(rules, specs=(*((p, BUFFER) for p in apart), *rules.specs), apart=apart)
 
 
@@ -69,31 +71,25 @@ def table_for(
         LayoutError: ``rules`` are not ``Rules``.
         NotFoundError: the family is unknown, and ``rules`` is missing.
     """
-    names = list(names)
-    table = None
-    try:
-        table = rules_for(model, names)
-    except (LayoutError, NotFoundError):
-        if rules is None and unmatched != "largest":
-            raise
+    logical = None
     if rules is not None and rules.axes is not None:
         axes = mesh.mesh_axes.axes if isinstance(mesh, Strategy) else mesh.axes
-        try:
-            table = by_logical_axes(model, names, rules.axes, [a for a, _ in axes], table)
-        except NotFoundError:
-            if unmatched != "largest":
-                raise
-    if table is None:
+        logical = LogicalAxes(rules.axes, tuple(a for a, _ in axes))
+    try:
+        table = rules_for(model, names, logical)
+    except (LayoutError, NotFoundError):
+        if unmatched != "largest" and (rules is None or (logical and not rules.specs)):
+            raise
         return rules or Rules("by shape")
     return table.override(rules) if rules else table
 
 
-def _table(model: ModelFacts | None, kinds: dict[str, str]) -> Rules:
+def _table(model: ModelFacts | None, kinds: dict[str, str], logical: LogicalAxes | None) -> Rules:
     """Return the rules for the names of a text model."""
-    by_type = _by_type(model, kinds)
+    by_type = _by_type(model, kinds, logical)
     if by_type and (not kinds or _fit(by_type, kinds) == (True, 1.0)):
         return by_type
-    found = _by_names(kinds)
+    found = _by_names(kinds, logical)
     best = max(found, key=lambda rules: _fit(rules, kinds))  # the first of equals
     fits, known = _fit(best, kinds)
     if by_type and _fit(by_type, kinds)[0]:  # what it lacks may be as in other families
@@ -120,7 +116,9 @@ def _with_specs(rules: Rules, others: Rules) -> Rules:
     return replace(rules, specs=rules.specs + others.specs, experts=rules.experts + others.experts)
 
 
-def _by_type(model: ModelFacts | None, kinds: dict[str, str]) -> Rules | None:
+def _by_type(
+    model: ModelFacts | None, kinds: dict[str, str], logical: LogicalAxes | None
+) -> Rules | None:
     """Return the rules of the family of ``model_type``, in the form that most names have."""
     names = [base_name(name) for name in kinds.values()]
     for kind in _types(model):
@@ -130,7 +128,7 @@ def _by_type(model: ModelFacts | None, kinds: dict[str, str]) -> Rules | None:
             continue
         form = family.form_of(names)[0]
         parts = [(family, f) for f in (form, *family.listed) if _alike(family, f, form)]
-        return rules_of(parts, Sizes(family, model.config if model else {}))
+        return rules_of(parts, Sizes(family, model.config if model else {}), logical)
     return None
 
 
@@ -145,7 +143,7 @@ def _ends_of(family: Family, form: str) -> str:
     return " ".join(rows[w].name if w in rows else form for w in ("embed", "norm"))
 
 
-def _by_names(kinds: dict[str, str]) -> list[Rules]:
+def _by_names(kinds: dict[str, str], logical: LogicalAxes | None) -> list[Rules]:
     """Return the rules of each program's names, of all families together."""
     names = [base_name(name) for name in kinds.values()]
     every = tables()
@@ -156,7 +154,7 @@ def _by_names(kinds: dict[str, str]) -> list[Rules]:
     for parts in groups.values():
         parts.sort(key=lambda part: part[0] != "llama")  # the best known names the others
         words = find_roots(every[parts[0][0]], {}, names)
-        found.append(_of_group(tuple(parts), tuple(words.items())))
+        found.append(_of_group(tuple(parts), tuple(words.items()), logical))
     return found
 
 
@@ -173,10 +171,16 @@ def _named_forms() -> list[tuple[str, tuple[str, str]]]:
 
 
 @cached(64)
-def _of_group(parts: tuple[tuple[str, str], ...], words: tuple[tuple[str, str], ...]) -> Rules:
+def _of_group(
+    parts: tuple[tuple[str, str], ...],
+    words: tuple[tuple[str, str], ...],
+    logical: LogicalAxes | None,
+) -> Rules:
     every = tables()
     built = {name: build(every[name], {}, dict(words)) for name, _ in parts}
-    rules = rules_of([(built[name], form) for name, form in parts], is_ordered=False)
+    rules = rules_of(
+        [(built[name], form) for name, form in parts], logical=logical, is_ordered=False
+    )
     name, form = parts[0]
     return replace(rules, name=name if form == "hf" else form, specs=(*rules.specs, *_NORMS))
 

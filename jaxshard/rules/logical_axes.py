@@ -4,24 +4,22 @@
     q       (heads head_dim) embed                          the axes, from the family's table
             tensor,fsdp                                     a dim is split along its first axis
 
-The table of a family gives each dim a name, and the rules of the user give each name mesh axes. The
-result is `Rules` for the mesh's own axes. Shapes and sizes are checked later, by ``placement``.
+The table of a family gives each dim a name, and the rules of the user give each name mesh axes.
+``by_axes`` makes `Rules` of them. This module does not depend on shapes or sizes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from ..core.patterns import holes, template
-from ..errors import LayoutError, NotFoundError, format_list
-from ..models import Family, Row, family_of, model_types
+from ..core.patterns import holes
+from ..errors import LayoutError, format_list
+from ..models import Row
 from ..models.axes import Dim
 from ..models.family import SHARED_AXES
-from .match import weight_name
-from .table import BUFFER, AxisRule, ModelFacts, Rules
+from .table import AxisRule, Dims, Rules
 
 #: As Flax types them: (logical axis, mesh axis, or several from the outside in, or None).
 LogicalAxisRules = Sequence[tuple[str, str | Sequence[str] | None]]
@@ -119,98 +117,69 @@ def assign(names: Sequence[str | None], rules: Iterable[AxisRule]) -> tuple[tupl
     return tuple(axes or () for axes in found)
 
 
-def by_logical_axes(
-    model: ModelFacts | None,
-    names: Iterable[str],
-    rules: tuple[AxisRule, ...],
-    mesh_axes: Collection[str],
-    base: Rules | None,
-) -> Rules:
-    """Return rules for a mesh: the specs of each weight of the family by ``rules``.
+@dataclass(frozen=True)
+class LogicalAxes:
+    """Splits the dims of each weight by logical axis rules.
 
-    Args:
-        model: the model, which gives the family; else the names do.
-        names: the names of the tensors.
-        rules: the logical axis rules.
+    Attributes:
+        rules: the rules.
         mesh_axes: the axes of the mesh; others in ``rules`` have no effect, like axes of size 1.
-        base: rules of the same names by family, for stages, experts and buffers.
 
     Raises:
         LayoutError: a name of a mesh axis is not a word.
-        NotFoundError: no table has the names.
     """
-    strange = [a for a in mesh_axes if not _MESH_AXIS.fullmatch(a)]
-    if strange:
-        raise LayoutError(
-            f"logical_axis_rules: mesh axis {strange[0]!r} (expected letters, digits, _ . : /). "
-            "Rename it."
-        )
-    family, form = _family(model, names)
-    rows = family.form(form)
-    ruled = {axis for axis, _ in rules}
-    specs = dict.fromkeys(
-        (_glob(row.name), _text(weight, row, rules, ruled, mesh_axes))
-        for weight, row in rows.items()
-    )
-    base = base or Rules("")
-    whole = tuple((p, text) for p, text in base.specs if text == BUFFER)
-    buffers = tuple((_glob(p), BUFFER) for p in family.buffers)
-    has_layers = any("layer" in holes(row.name) for row in rows.values())
-    return replace(
-        base,
-        name=f"{family.name} ({form}) by logical axes",
-        specs=(*whole, *specs, *buffers),
-        layers=base.layers if has_layers else (),
-        axes=rules,
-        mesh_axes=frozenset(mesh_axes),
-        notes=tuple(_notes(rows, rules, mesh_axes)),
-    )
 
+    rules: tuple[AxisRule, ...]
+    mesh_axes: tuple[str, ...]
 
-def _family(model: ModelFacts | None, names: Iterable[str]) -> tuple[Family, str]:
-    """Return the family and form of ``names``: by the model's type, or whose names fit best."""
-    kinds = list({template(w): w for w in map(weight_name, names)}.values())
-    config = model.config if model else {}
-    found: list[Family] = []
-    with suppress(NotFoundError):
-        found.append(family_of(config, names=kinds))
-    if not found or found[0].form_of(kinds)[1]:
-        found += [family_of(config, kind, names=kinds) for kind in model_types()]
-    family = min(found, key=lambda f: len(f.form_of(kinds)[1]))  # the first of equals
-    form, left = family.form_of(kinds)
-    if kinds and len(left) > len(kinds) // 2:
-        raise NotFoundError(
-            f"logical_axis_rules: no table has the axes of {format_list(left, 3)}. Pass the table "
-            "of the family to jaxshard.register_models, or rules= with a spec for each name."
-        )
-    return family, form
+    def __post_init__(self) -> None:
+        strange = [a for a in self.mesh_axes if not _MESH_AXIS.fullmatch(a)]
+        if strange:
+            raise LayoutError(
+                f"logical_axis_rules: mesh axis {strange[0]!r} (expected letters, digits, "
+                "_ . : /). Rename it."
+            )
 
+    def split(self, weight: str, row: Row) -> Dims:
+        """Return the mesh axes that split each dim of a row.
 
-def _text(
-    weight: str,
-    row: Row,
-    rules: tuple[AxisRule, ...],
-    ruled: Collection[str],
-    mesh_axes: Collection[str],
-) -> str:
-    """Return the spec of a row. Its layer and expert have mesh axes too if its name has them."""
-    inside = [axis for axis in ("layer", "expert") if axis in holes(row.name)]
-    firsts = [*inside, *map(first_axis, row.axes.dims)]
-    names = [axis and _named(weight, axis, ruled) for axis in firsts]
-    split = assign(names, rules)[len(inside) :]
-    parts = ["+".join(a for a in axes if a in mesh_axes) or "-" for axes in split]
-    return ",".join(parts) if set(parts) != {"-"} else "-"
+        The layer and the expert in its name have mesh axes too, which its dims then lack.
+        """
+        inside = [axis for axis in ("layer", "expert") if axis in holes(row.name)]
+        ruled = {axis for axis, _ in self.rules}
+        names = [
+            axis and next((n for n in _names_of(weight, axis) if n in ruled), axis)
+            for axis in (*inside, *map(first_axis, row.axes.dims))
+        ]
+        found = assign(names, self.rules)[len(inside) :]
+        return tuple(tuple(a for a in axes if a in self.mesh_axes) for axes in found)
+
+    def notes(self, rows: Iterable[tuple[str, Row]]) -> tuple[str, ...]:
+        """Return notes on logical axes that no row has, and on mesh axes that do not exist."""
+        own = {axis for _, row in rows for axis in (*holes(row.name), *row.axes.names)}
+        known = {*own, _NORM, *_SYNONYMS, *_SYNONYMS.values(), *_NAMES.values()}
+        known |= {axis for axis, _ in _NAMES}
+        unknown = [a for a, _ in self.rules if a not in known and not a.startswith("activation_")]
+        absent = [a for _, over in self.rules for a in over if a not in self.mesh_axes]
+        notes = []
+        if unknown:
+            axes = format_list(sorted(a for a in own if not a.isdigit()), 20)
+            notes.append(
+                "logical_axis_rules: no weight has the axes "
+                f"{format_list(dict.fromkeys(unknown))} (axes: {axes})."
+            )
+        if absent:
+            notes.append(
+                f"logical_axis_rules: the mesh has no axes {format_list(dict.fromkeys(absent))}, "
+                f"so they split nothing (axes: {', '.join(self.mesh_axes)})."
+            )
+        return tuple(notes)
 
 
 def first_axis(dim: Dim) -> str | None:
     """Return the axis that a dim is split along; of weights one after the other, the first's."""
     first = dim.factors[0]
     return first if isinstance(first, str) else next(iter(first.terms[0].axes), None)
-
-
-def _named(weight: str, axis: str, ruled: Collection[str]) -> str:
-    """Return the name of ``axis`` of ``weight`` that the rules have; its own if they have none."""
-    return next((name for name in _names_of(weight, axis) if name in ruled), axis)
 
 
 def _names_of(weight: str, axis: str) -> Iterator[str]:
@@ -222,27 +191,3 @@ def _names_of(weight: str, axis: str) -> Iterator[str]:
     yield axis
     if axis in _SYNONYMS:
         yield _SYNONYMS[axis]
-
-
-def _notes(
-    rows: Mapping[str, Row], rules: tuple[AxisRule, ...], mesh_axes: Collection[str]
-) -> Iterator[str]:
-    """Yield notes on logical axes and mesh axes that do not exist."""
-    own = {axis for row in rows.values() for axis in (*holes(row.name), *row.axes.names)}
-    known = {*own, *_SYNONYMS, *_SYNONYMS.values(), *_NAMES.values(), *(a for a, _ in _NAMES)}
-    unknown = [a for a, _ in rules if a not in known | {_NORM} and not a.startswith("activation_")]
-    if unknown:
-        yield (
-            f"logical_axis_rules: no weight has the axes {format_list(dict.fromkeys(unknown))} "
-            f"(axes: {', '.join(sorted(a for a in own if not a.isdigit()))})."
-        )
-    absent = dict.fromkeys(a for _, over in rules for a in over if a not in mesh_axes)
-    if absent:
-        yield (
-            f"logical_axis_rules: the mesh has no axes {format_list(absent)}, so they split "
-            f"nothing (axes: {', '.join(mesh_axes)})."
-        )
-
-
-def _glob(pattern: str) -> str:
-    return re.sub(r"\{\w+\*?\}", "*", pattern)
