@@ -459,8 +459,7 @@ def _fully_sharded(
     over = tuple(a for a in mesh.named("fsdp") if size[a] > 1 and a not in used)
     if not over or mesh.by_name:
         return placement
-    first = tuple(d for d, split in enumerate(dims) if "fsdp" in split)
-    made = _split_one(placement, shape, over, first, granules)
+    made = _split_one(placement, shape, over, dims, granules)
     if made is None:
         by = " ".join(f"{a}={size[a]}" for a in over)
         events.append(("unsplit", f"{shape} over {by}"))
@@ -471,21 +470,25 @@ def _split_one(
     placement: Placement,
     shape: tuple[int, ...],
     over: tuple[str, ...],
-    first: tuple[int, ...],
+    dims: Dims,
     granules: tuple[Granule, ...],
 ) -> Placement | None:
     """Split one dim over the axes ``over``, or return None if they divide none.
 
-    The dims of ``first`` are preferred, then those that are not split, then larger ones.
+    The dim that the rule ``dims`` names is preferred, then those that it never splits (so the
+    choice is the same for every number of tensor parallel ranks), then larger ones.
     """
     size = dict(placement.axes)
     ways = prod(size[a] for a in over)
     if ways == 1:
         return placement
-    order = sorted(
-        range(len(shape)), key=lambda d: (d not in first, placement.ways(d) > 1, -shape[d])
-    )
-    for dim in order:
+    named = [*dims, *[()] * (len(shape) - len(dims))]
+
+    def preference(dim: int) -> tuple[bool, bool, int]:
+        is_split = bool(named[dim]) or placement.ways(dim) > 1
+        return "fsdp" not in named[dim], is_split, -shape[dim]
+
+    for dim in sorted(range(len(shape)), key=preference):
         total = placement.ways(dim) * ways
         if shape[dim] % total == 0 and _misfit(granules, shape, dim, total) is None:
             spec = [*placement.spec, *[()] * (dim + 1 - len(placement.spec))]

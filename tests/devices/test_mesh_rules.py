@@ -114,19 +114,14 @@ def test_blocks_that_share_a_factor_stay_together_over_fsdp(tmp_path: Path) -> N
     arrays = {}
     for layer, rows in enumerate((512, 384)):
         weight = name.replace("0", str(layer))
-        arrays[weight] = random.integers(-9, 9, (rows, 128)).astype(np.int8)
-        arrays[f"{weight}_scale_inv"] = random.random((rows // 128, 1), dtype=np.float32)
+        arrays[weight] = random.integers(-9, 9, (rows, 192)).astype(np.int8)
+        arrays[f"{weight}_scale_inv"] = random.random((rows // 128, 2), dtype=np.float32)
     save_file(arrays, tmp_path / "a" / "model.safetensors")
     mesh = mesh_of({"fsdp": 2, "data": 4})
     made = js.load(tmp_path / "a", mesh)
-    # 3 blocks of rows do not divide, the 128 columns of one block do, whose factor is whole
-    assert [splitting(mesh, made[n]) for n in sorted(arrays)] == [
-        {"fsdp"},
-        {"fsdp"},
-        {"fsdp"},
-        set(),
-    ]
-    assert made[name.replace("0", "1")].sharding.spec == P(None, "fsdp")
+    # 1.5 blocks of columns do not divide, nor do 3 blocks of rows; 4 blocks of rows do
+    assert [splitting(mesh, made[n]) for n in sorted(arrays)] == [{"fsdp"}, {"fsdp"}, set(), set()]
+    assert made[name].sharding.spec == P("fsdp")
 
 
 def test_a_rule_that_splits_over_replicas_splits_over_fsdp_too(tmp_path: Path) -> None:
@@ -165,7 +160,11 @@ def is_as_jax_places(made: jax.Array, value: np.ndarray, mesh: jax.sharding.Mesh
         ),
         (
             {"fsdp_transpose": 2, "fsdp": 4},
-            {Q: P(("fsdp_transpose", "fsdp")), NORM: P(("fsdp_transpose", "fsdp"))},
+            {Q: P(None, ("fsdp_transpose", "fsdp")), NORM: P(("fsdp_transpose", "fsdp"))},
+        ),
+        (
+            {"fsdp": 8},
+            {"up_proj.weight": P(None, "fsdp"), EMBED: P(None, "fsdp"), DOWN: P("fsdp")},
         ),
         ({"context": 2, "sequence": 2, "autoregressive": 2}, {Q: P(), DOWN: P(), NORM: P()}),
         ({"data": 2, "sp": 2, "mp": 2}, {Q: P("mp"), DOWN: P(None, "mp"), NORM: P()}),
@@ -247,6 +246,22 @@ def test_names_that_no_table_has_load_by_their_shapes_on_request(tmp_path: Path,
     assert moved["tower.kernel"].sharding == made["tower.kernel"].sharding
     js.slice(tmp_path / "a", tmp_path / "cut", "fsdp2mp4", unmatched="largest")
     assert js.open(tmp_path / "cut").layout is not None
+
+
+def test_scanned_layers_are_split_over_stages_and_all_weights_over_fsdp(tmp_path: Path) -> None:
+    at = "params.decoder.layers.self_attention"
+    shapes = {
+        f"{at}.query.kernel": (16, 4, 8, 8),  # embed, layer, heads, head_dim
+        f"{at}.out.kernel": (8, 4, 8, 16),
+        "params.token_embedder.embedding": (64, 16),
+        "params.decoder.decoder_norm.scale": (16,),
+    }
+    arrays = folder(tmp_path / "a", shapes)
+    mesh = mesh_of({"fsdp": 2, "stage": 2, "tensor": 2})
+    made = js.load(tmp_path / "a", mesh)
+    specs = (P("fsdp", "stage", "tensor"), P("tensor", "stage", None, "fsdp"), P("tensor", "fsdp"))
+    for (name, value), spec in zip(arrays.items(), (*specs, P("fsdp")), strict=True):
+        is_as_jax_places(made[name], value, mesh, spec)
 
 
 # --- Logical axis rules, on a mesh whose axes may have any names

@@ -218,6 +218,7 @@ def test_no_layout_replicates_silently(strategy: Strategy) -> None:
         ("mp,fsdp", (8, 8), (("mp",), ("fsdp",))),
         ("fsdp,mp", (8, 8), (("fsdp",), ("mp",))),
         ("mp,-", (8, 8), (("mp",), ("fsdp",))),  # the dim that is not split
+        ("cp,-", (16, 8), ((), ("fsdp",))),  # the dim that the rule never splits
         ("-,-", (4, 8), ((), ("fsdp",))),  # the larger one
         ("-", (8, 8), (("fsdp",),)),  # the first of equal ones
         ("mp,fsdp", (8, 6), (("mp", "fsdp"),)),  # 6 columns do not divide
