@@ -113,7 +113,9 @@ PUBLISHED = {
     "ERNIE-4.5-21B-A3B": (
         "hf",
         "ernie4_5_moe",
-        MOE_LAYER + "model.layers.3.mlp.moe_statics.e_score_correction_bias",
+        MOE_LAYER
+        + "model.layers.3.mlp.moe_statics.e_score_correction_bias model.mtp_linear_proj.0.weight "
+        + "model.mtp_block.0.mlp.down_proj.weight model.mtp_emb_norm.0.weight",
     ),
     "Llama-4-Scout": (
         "hf",
