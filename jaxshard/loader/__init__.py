@@ -51,7 +51,7 @@ from .requests import (
     files_of,
     requests_of,
 )
-from .target_shardings import asked_dtype, of_shardings, resolve, sharers
+from .target_shardings import asked_dtype, asked_shapes, of_shardings, resolve, sharers
 
 __all__ = ["load", "load_opened"]
 
@@ -277,7 +277,9 @@ def _requests(
     chosen = replace(catalog, tensors={t.name: t for t in tensors})
     if options.names is not None:
         dtype = asked_dtype(target, options.dtype)
-        chosen = find_mapping(options.names, chosen, dtype).apply(chosen)
+        wanted_shapes = asked_shapes(target)
+        mapping = find_mapping(options.names, chosen, dtype, wanted_shapes)
+        chosen = mapping.apply(chosen)
     is_whole = takes_whole(catalog, options.include, options.exclude)
     wanted = resolve(chosen, target, options, is_whole=is_whole)
     return replace(wanted, notes=(*chosen.notes, *notes, *wanted.notes))

@@ -140,6 +140,12 @@ def _of_layout(catalog: Catalog, target: Layout, devices: Devices) -> Callable[[
     return shardings(layout, _listed(devices), catalog.tensors).__getitem__
 
 
+def asked_shapes(target: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays of a tree, by the names of its leaves."""
+    leaves = named_leaves(target, unique=False)[0]
+    return {name: tuple(leaf.shape) for name, leaf in leaves if is_array_like(leaf)}
+
+
 def asked_dtype(target: Any, dtype: Any) -> str | None:
     """Return NumPy's name of the dtype for computed values; None if the target has none.
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
-from ..core.catalog import Catalog
+from ..core.catalog import Catalog, log_notes
 from ..core.patterns import Patterns, template
 from ..errors import LayoutError, NotFoundError, StorageError, format_list
 from ..models import Family, Sizes, family_of, model_types
@@ -20,13 +21,15 @@ from ..rules import ModelFacts, weight_name
 from ..rules.match import TEXT_MODEL, text_root, towers
 from .deriving import derive
 from .mapping import Mapping, read_mapping
-from .ops import Op, Rename
+from .ops import Op, Pad, Rename
 from .quantization import dequantized
 
 __all__ = ["find_mapping", "form_of", "table"]
 
 _MAX_BYTES = 16_000_000  # of a mapping in TOML
 _PARAMS = "params."
+_INNER = re.compile(r"^(params\.)*|\.value$")
+_VOCABULARY = (("token",), ("vocab",))  # dims that MaxText makes longer, so that they divide
 
 # The names of low-rank adapters in PEFT's files.
 _PREFIX = "base_model.model."
@@ -52,14 +55,18 @@ def table(source: str, target: str, model: ModelFacts | None = None) -> Mapping:
 
 
 def find_mapping(
-    names: Mapping | str | os.PathLike[str], catalog: Catalog, dtype: str | None = None
+    names: Mapping | str | os.PathLike[str],
+    catalog: Catalog,
+    dtype: str | None = None,
+    wanted: Shapes | None = None,
 ) -> Mapping:
     """Return the mapping that ``names`` specifies for the tensors of ``catalog``.
 
     ``"llama-hf:llama-mindformers"`` is derived from the family's table; ``"auto:mindformers"``
     finds the family in ``config.json`` and the form in the names; ``"auto"`` maps to Hugging
     Face's form; the path of a TOML file is a user's own mapping. Quantized weights are dequantized
-    first, to ``dtype`` (the NumPy name of a float), or as documented in ``dequantized``.
+    first, to ``dtype`` (the NumPy name of a float), or as documented in ``dequantized``. Where the
+    shapes ``wanted`` of the target have a longer vocabulary, it is padded with zeros.
 
     Raises:
         NotFoundError: no such table or file.
@@ -75,8 +82,8 @@ def find_mapping(
         plain = true.apply(catalog)
         if text == "auto" and not _has_table(catalog.model):
             return true
-        return Mapping((*true.ops, *_find_table(text, plain).ops))
-    return _find_table(text, catalog)
+        return Mapping((*true.ops, *_find_table(text, plain, wanted or {}).ops))
+    return _find_table(text, catalog, wanted or {})
 
 
 def _has_table(model: ModelFacts) -> bool:
@@ -103,7 +110,7 @@ def _text_of(path: str) -> str:
         raise StorageError(f"names={path} cannot be read: {error.strerror}.") from error
 
 
-def _find_table(text: str, catalog: Catalog) -> Mapping:
+def _find_table(text: str, catalog: Catalog, wanted: Shapes) -> Mapping:
     source, _, target = text.partition(":")
     if source != "auto" and not target:
         raise NotFoundError(
@@ -114,21 +121,54 @@ def _find_table(text: str, catalog: Catalog) -> Mapping:
         for usual in (_text_alone(catalog), _adapters_as_in_files(catalog)):
             if usual is not None:
                 plain = usual.apply(catalog)
-                return Mapping((*usual.ops, *_find_table(text, plain).ops))
+                return Mapping((*usual.ops, *_find_table(text, plain, wanted).ops))
     wrapped = _in_params(source, catalog)
     if wrapped is not None:
         plain = wrapped.apply(catalog)
-        return Mapping((*wrapped.ops, *_find_table(text, plain).ops))
+        return Mapping((*wrapped.ops, *_find_table(text, plain, wanted).ops))
     shapes = _weights(catalog)
     if source == "auto":
         family, form = form_of(shapes, catalog.model)
         sizes = Sizes(family, catalog.model.config).seeing(form, shapes)
         _refuse_twins(family, form, shapes, sizes)
-        return derive(family, form, _parsed(target or "hf")[1], sizes)
+        return _padded(family, form, _parsed(target or "hf")[1], sizes, wanted)
     kind, a, b = _parsed_pair(source, target)
     family, config = _family_of(catalog.model, kind, shapes)
     family.form(a)  # refuses a form that it does not have
-    return derive(family, a, b, Sizes(family, config).seeing(a, shapes))
+    sizes = Sizes(family, config)
+    longer = _paddings(family, a, sizes, shapes) if a != "hf" else ()
+    if longer:
+        shorter = Mapping(tuple(op.inverse() for op in longer))
+        note = f"the vocabulary is padded to {longer[0].to}; {longer[0].length} are taken."
+        log_notes(catalog.root, (note,))
+        plain = shorter.apply(catalog)
+        return Mapping((*shorter.ops, *_find_table(text, plain, wanted).ops))
+    return _padded(family, a, b, sizes.seeing(a, shapes), wanted)
+
+
+def _padded(family: Family, source: str, target: str, sizes: Sizes, wanted: Shapes) -> Mapping:
+    """Return the mapping between two forms, with the target's vocabulary as long as wanted."""
+    made = derive(family, source, target, sizes)
+    has_params = any(r.name.startswith(_PARAMS) for r in family.forms[target].values())
+    alike = {_PARAMS * has_params + _INNER.sub("", n): shape for n, shape in wanted.items()}
+    ops = _paddings(family, target, sizes, alike)
+    if not ops:
+        return made
+    note = f"the vocabulary of {ops[0].length} is padded with zeros to {ops[0].to}."
+    log_notes(f"{family.name}-{target}", (note,))
+    return replace(made, ops=(*made.ops, *ops))
+
+
+def _paddings(family: Family, form: str, sizes: Sizes, shapes: Shapes) -> tuple[Pad, ...]:
+    """Return the operations that make the vocabulary as long as in ``shapes``."""
+    ops: list[Pad] = []
+    for name, shape in shapes.items():
+        weight = family.find(form, name)
+        axes = family.forms[form][weight].axes.dims if weight else ()
+        for i, (dim, n) in enumerate(zip(axes, shape, strict=False)):
+            if dim.factors in _VOCABULARY and n > (length := sizes.length(dim) or n):
+                ops.append(Pad((name,), i, length, n))
+    return tuple(ops)
 
 
 def _in_params(source: str, catalog: Catalog) -> Mapping | None:

@@ -219,6 +219,24 @@ def test_a_checkpoint_returns_however_its_params_are_nested(models, tmp_path, ne
     same(js.load(path, HERE, names="auto:hf", config=config, **chosen), arrays)
 
 
+def test_a_vocabulary_is_padded_as_maxtext_pads_it_and_returns(models, tmp_path, caplog):
+    folder, config, arrays, name = models("gemma2")
+    mine = js.load(folder, HERE, names="hf:maxtext")
+    here = jax.sharding.SingleDeviceSharding(HERE)
+    wanted = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in mine.items()}
+    embed = "params.token_embedder.embedding"
+    wanted[embed] = jax.ShapeDtypeStruct((128, 84), mine[embed].dtype, sharding=here)
+    filled = dict(named_leaves(js.load(folder, {"params": nested(wanted)}, names="hf:maxtext"))[0])
+    filled = {n.removeprefix("params."): x for n, x in filled.items()}
+    shapes = {n: x.shape for n, x in filled.items()}
+    same(filled, Theirs(name, config, arrays, "maxtext").to_maxtext(shapes))
+    js.save(filled, tmp_path / "maxtext", extras=folder)
+    back = js.load(tmp_path / "maxtext", HERE, names="maxtext:hf")
+    assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in arrays.items()}
+    assert "the vocabulary of 104 is padded with zeros to 128" in caplog.text
+    assert "the vocabulary is padded to 128; 104 are taken" in caplog.text
+
+
 #: where MaxText's logical axes are on a mesh of fsdp and tensor
 ON_MESH = {
     "embed": "fsdp",
