@@ -199,6 +199,25 @@ def test_names_that_no_table_has_are_refused_before_anything_is_laid_out() -> No
         specs_of(llama(1), {"a b": 2}, [("embed", "a b")])
 
 
+def test_a_split_inside_a_head_is_found_on_mesh_axes_of_any_name() -> None:
+    config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}
+    model = Model("llama", config=config)
+    _, notes = specs_of(llama(1), {"x": 4}, [("heads", "x"), ("mlp", "x")], model)
+    assert len(notes) == 1
+    assert "q_proj.weight 2 heads of 8 over x=4; use x 1 or 2" in notes[0]
+    assert specs_of(llama(1), {"x": 2}, [("heads", "x")], model)[1] == ()
+
+
+def test_names_that_no_table_has_are_split_by_shape_on_request_over_all_axes() -> None:
+    mesh = MeshAxes((("x", 2), ("data", 2)), {"data": "dp"}, "the mesh")
+    shapes = {"tower.kernel": (256, 512)}
+    rules = with_axis_rules(None, [("embed", "x")])
+    table = table_for(None, shapes, mesh, rules, "largest")
+    made = layout(shapes, mesh, table, unmatched="largest")
+    assert made.placements["tower.kernel"][0].spec == ((), ("x",))
+    assert "no rule matches 1 tensor, split by their shapes alone" in made.notes[0]
+
+
 def test_rules_without_axes_of_their_own_keep_the_meaning_of_the_family() -> None:
     assert table_for(None, llama(1), Strategy(), Rules("mine"), "error").axes is None
     assert table_for(None, llama(1), Strategy(), read_rules("[axes]"), "error").axes == ()
