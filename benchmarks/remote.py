@@ -21,6 +21,7 @@ Rounds are interleaved; ratios are of medians. What is loaded is compared bit by
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -47,9 +48,11 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=1_700_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="raw,load,download,convert,copy,store")
+    parser.add_argument("--save", action="store_true", help="keep the results with the project's")
     given = parser.parse_args()
     if given.smoke:
         given.rounds = 1
+    results: dict[str, object] = {"load_before": measure.load()}
     print(measure.machine())
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -61,6 +64,10 @@ def main() -> None:
                 command = [sys.executable, __file__, "--inside", address, str(place)]
                 command += [str(given.rounds), given.only, model]
                 subprocess.run(command, check=True, env=_environment(address))
+            results[model] = json.loads((place / f"{model}.json").read_bytes())
+    results["load_after"] = measure.load()
+    if given.save:
+        print(f"kept in {measure.save('remote', results)}")
 
 
 class _serving:
@@ -149,6 +156,8 @@ def inside(address: str, place: Path, rounds: int, only: list[str], model: str) 
                 taken[name].append(seconds)
     print(f"model {model}: {MODELS[model][0] * 1e3:.0f} ms, {MODELS[model][1] / 1e6:.0f} MB/s a "
           f"connection, {num_bytes / 1e6:.0f} MB")  # fmt: skip
+    measured = {"bytes": num_bytes, "latency_s": MODELS[model][0], "seconds": taken}
+    (place / f"{model}.json").write_text(json.dumps(measured))
     base = median(taken[only[0]])
     for name, seconds in taken.items():
         middle = median(seconds)

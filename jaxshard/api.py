@@ -110,7 +110,8 @@ def convert(
     Args:
         source: a checkpoint, or its path.
         destination: a directory, or one file if the name is that of a weight file
-            (``out.safetensors``). It is published atomically.
+            (``out.safetensors``). It is published atomically, but not at the URL of an object
+            store, where readers of jaxshard refuse it until it is complete.
         to: ``"full"``, a strategy (``"dp2mp4pp2"``), strategy files, ``"same"``, or a ``Layout``.
         progress: True for a bar on a terminal or in a notebook; or a function that is called with
             the total byte count and returns a callback that receives bytes written.
