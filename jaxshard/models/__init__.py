@@ -80,9 +80,8 @@ def read_family(text: str, config: Config, where: str = "family") -> Family:
         NotFoundError: it is like a table that does not exist.
     """
     family = build(read_table(text, where), config)
-    for form in family.forms.values():
-        for row in form.values():
-            Sizes(family, config).value(row)  # reports invalid rows now
+    for forms in (family.forms, family.adapters):
+        list(forms.values())  # builds all rows, and reports invalid ones
     return family
 
 

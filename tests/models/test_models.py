@@ -66,6 +66,13 @@ def test_a_registered_family_is_found_by_its_type():
 
 
 @pytest.mark.usefixtures("_registered")
+def test_a_table_whose_values_depend_on_the_config_is_registered_without_one():
+    js.register_models(MINE.replace("embed mlp", "embed mlp | / sqrt(embed)"))
+    family = family_of({"model_type": "mine", "hidden_size": 16})
+    assert Sizes(family, {"hidden_size": 16}).value(family.form("hf")["down"]).times == 0.25
+
+
+@pytest.mark.usefixtures("_registered")
 def test_a_wrong_table_is_not_registered():
     with pytest.raises(LayoutError, match="types is missing"):
         js.register_models(MINE.replace('types = ["mine"]', ""))
