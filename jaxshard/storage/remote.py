@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -245,7 +245,13 @@ class RemoteFolder:
         except CredentialsError:
             if not self._listing.forget(file.path, place):
                 raise
-        return get_range(*self._listing.place(file.path), file, start, stop, what)
+        try:
+            return get_range(*self._listing.place(file.path), file, start, stop, what)
+        except CredentialsError:
+            raise StorageError(
+                f"{what}: the Hub refuses access. Accept the terms on the repository's page, and "
+                "log in: set HF_TOKEN, or run hf auth login."
+            ) from None
 
     def _head(self, file: File) -> memoryview:
         with self._lock:
@@ -420,6 +426,7 @@ class Repository:
         self._revision: str | None = found["revision"]
         # A commit needs no request: that of a root which was listed before.
         self._commit = self._revision if re.fullmatch("[0-9a-f]{40}", self._revision or "") else ""
+        self._listed: Sequence[File] | None = None
         self._places: dict[str, tuple[Client, str]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -430,8 +437,13 @@ class Repository:
         folder = f"/{self._folder}" if self._folder else ""
         return f"hf://{self._name}@{self._commit or self._revision or 'main'}{folder}"
 
-    def files(self) -> Iterator[File]:
+    def files(self) -> Sequence[File]:
         """List the files of the folder, by one request."""
+        if self._listed is None:
+            self._listed = list(self._list())
+        return self._listed
+
+    def _list(self) -> Iterator[File]:
         with hub_errors_as(self._name):
             info = (
                 _library()

@@ -40,6 +40,19 @@ def test_a_link_that_has_expired_is_resolved_again(store, llama):  # noqa: F811
     assert _load(catalog).keys() == llama.keys()
 
 
+def test_a_refusal_by_the_content_network_says_what_to_do(store, llama):  # noqa: F811
+    catalog = js.open("hf://org/llama")
+    store.fail("403", "GET /cdn/", times=99)
+    with pytest.raises(StorageError, match=r"Hub refuses access.* set HF_TOKEN") as caught:
+        _load(catalog)
+    assert "signature" not in str(caught.value)
+
+
+def test_a_repository_is_listed_by_one_request(store, llama):  # noqa: F811
+    js.open("hf://org/llama")
+    assert len(store.lines("/api/models")) == 1
+
+
 def test_the_token_is_sent_to_the_hub_only(store, llama, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     store.objects.repositories["org/llama"].token = "hf_secret"
