@@ -19,7 +19,7 @@ from jaxshard.models.axes import Dim, Sum
 from jaxshard.models.family import Row
 
 #: Axes that are one thing under two names: a family names them apart because they are cut apart.
-SAME = {"route": "expert", "feature": "embed", "turned": "embed"}
+SAME = {"route": "expert", "feature": "embed", "looked_up": "embed", "turned": "embed"}
 #: Parts of axes that tables do not take apart, one after the other.
 JOINED = {
     "qk_dim": ("nope", "rope"),
