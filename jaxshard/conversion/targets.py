@@ -82,17 +82,18 @@ def lay_out_for(
     *,
     unmatched: Unmatched = "error",
     uneven: Policy = "error",
+    computes: bool = False,
 ) -> Layout:
     """Return the layout of ``source``'s tensors under ``strategy``, by its family's rules.
 
     ``rules`` precede those of the family, or are the only ones if the family is unknown. Names
     without a rule and dims that do not divide are errors, or replicated with ``"replicate"``.
     Mapped tensors get the layout of their source tensors; if these have no rule, that of their
-    own names.
+    own names. If the ranks compute with their parts (``computes``), these have whole heads.
 
     Raises:
         LayoutError: names without a rule, dims that do not divide, or fewer kv heads than ranks
-            where kv and q heads are fused.
+            where kv and q heads are fused, or the ranks compute.
     """
     if source.origin is not None and rules is None:
         before = source.origin.catalog
@@ -101,14 +102,14 @@ def lay_out_for(
             carried = source.origin.place(layout)
         except (LayoutError, NotFoundError) as error:
             try:
-                layout = _by_rules(source, strategy, None, unmatched, uneven)
+                layout = _by_rules(source, strategy, None, unmatched, uneven, computes)
             except (LayoutError, NotFoundError):
                 raise error from None  # it describes the problem of the mapping
             _check_groups(source, layout)
             return layout
         kept = {n: p for n, p in carried.placements.items() if n in source.tensors}
         return replace(carried, placements=kept)
-    return _by_rules(source, strategy, rules, unmatched, uneven)
+    return _by_rules(source, strategy, rules, unmatched, uneven, computes)
 
 
 def check_factors(source: Catalog, layout: Layout) -> None:
@@ -152,12 +153,14 @@ def _by_rules(
     rules: Rules | None,
     unmatched: Unmatched,
     uneven: Policy,
+    computes: bool,
 ) -> Layout:
     lost = () if source.origin else tuple(source.lost)
     names = [*(name for name in source.tensors if name not in source.scalars), *lost]
     table = table_for(source.model, names, strategy, rules, unmatched)
     shapes = {t.name: t.shape for t in source.tensors.values()}
-    return lay_out(shapes, strategy, table, source.model, source.scalars, unmatched, uneven, lost)
+    how = (source.model, source.scalars, unmatched, uneven, lost)
+    return lay_out(shapes, strategy, table, *how, computes=computes)
 
 
 def same_layout(source: Catalog) -> Layout | None:

@@ -276,7 +276,7 @@ def mesh_shardings(
         LayoutError: the rules do not know an axis, or a tensor does not fit.
     """
     axes = mesh_axes(mesh, rules)
-    layout = lay_out_for(catalog, axes, rules, unmatched=unmatched)
+    layout = lay_out_for(catalog, axes, rules, unmatched=unmatched, computes=True)
     ranks, found = on_mesh(mesh, axes, layout)
     return layout, ranks, found
 

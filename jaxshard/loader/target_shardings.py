@@ -44,6 +44,7 @@ from ..devices.pytree import (
 )
 from ..errors import JaxshardError, LayoutError, NotFoundError, Problems, format_list
 from ..formats.strategy_files import for_tensors
+from ..rules.table import check_rules
 from .requests import ArrayRequest, Devices, LoadArguments, LoadRequest
 
 # --- Targets
@@ -67,6 +68,8 @@ def resolve(
     devices = options.devices
     cast = None if options.dtype is None else np.dtype(options.dtype)
     target = _read_target(catalog, target)
+    if options.rules is not None:
+        check_rules(options.rules)
     has_axes = options.rules is not None and options.rules.axes is not None
     if has_axes and not isinstance(target, Mesh | Strategy):
         raise LayoutError(
@@ -169,7 +172,7 @@ def _by_rules(
         layout, ranks, found = mesh_shardings(catalog, target, options.rules, options.unmatched)
         return layout, ranks, found.__getitem__
     ranks = rank_devices(target, _listed(options.devices))
-    layout = lay_out_for(catalog, target, options.rules, unmatched=options.unmatched)
+    layout = lay_out_for(catalog, target, options.rules, unmatched=options.unmatched, computes=True)
     return layout, ranks, shardings(layout, ranks).__getitem__
 
 

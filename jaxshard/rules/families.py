@@ -20,7 +20,7 @@ from ..models.reading import build, find_roots, tables
 from .by_axes import rules_of
 from .logical_axes import LogicalAxes
 from .match import Matcher, Unmatched, base_name, towers, weight_name
-from .table import BUFFER, ModelFacts, Rules
+from .table import BUFFER, ModelFacts, Rules, check_rules
 
 _ENOUGH = 0.5  # of the kinds of names; the remaining names are reported one by one
 #: Programs whose names need no ``model_type``.
@@ -72,6 +72,8 @@ def table_for(
         NotFoundError: the family is unknown, and ``rules`` is missing.
     """
     logical = None
+    if rules is not None:
+        check_rules(rules)
     if rules is not None and rules.axes is not None:
         axes = mesh.mesh_axes.axes if isinstance(mesh, Strategy) else mesh.axes
         logical = LogicalAxes(rules.axes, tuple(a for a, _ in axes))

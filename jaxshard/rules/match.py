@@ -178,7 +178,9 @@ class PlacementProblems:
         kind = (template(name), numbers)
         self._names.setdefault(what, {}).setdefault(kind, []).append(name)
 
-    def refuse(self, rules: Rules, mesh: MeshAxes, unmatched: str, uneven: str) -> None:
+    def refuse(
+        self, rules: Rules, mesh: MeshAxes, unmatched: str, uneven: str, *, computes: bool
+    ) -> None:
         """Raise the first kind of problem that the policies forbid.
 
         Raises:
@@ -210,6 +212,13 @@ class PlacementProblems:
                 f"{self._lines('uneven')}. Use a strategy that divides them, leave the tensor "
                 f'whole with the rule "{first}" = "-" (rules=, --rules), or, in a conversion, '
                 'every such dim with uneven="replicate" (--uneven replicate).'
+            )
+        if computes and "units" in self._names:
+            first = next(iter(self._names["units"]))[0].replace("#", "*")
+            raise LayoutError(
+                f"{mesh} splits what ranks need whole to compute, in {self._count('units')}: "
+                f'{self._lines("units")}. Repeating is a mapping (op = "repeat", names=); a rule '
+                f'of your own, such as "{first}" = "-" for whole, is always applied (rules=).'
             )
         if "no shard" in self._names and not self.sharded:
             raise LayoutError(

@@ -193,6 +193,8 @@ def layout(
     unmatched: Unmatched = "error",
     uneven: Policy = "error",
     unseen: Iterable[str] = (),
+    *,
+    computes: bool = False,
 ) -> Layout:
     """Return the layout of the tensors of ``shapes``: which rank holds which box.
 
@@ -210,6 +212,8 @@ def layout(
         uneven: the policy for dims that do not divide.
         unseen: names of the model with unknown shapes: their layers are counted, and the layout
             lists them as ``absent``.
+        computes: whether the ranks compute with their parts: then splits inside heads and other
+            units are errors, otherwise notes.
 
     Raises:
         LayoutError: names without a rule, dims that do not divide, stages without layers;
@@ -244,7 +248,7 @@ def layout(
     for name in sorted(following, key=len):  # after its weight, which may have factors itself
         placements[name] = factors.follow(name, placements[factors.weights[name]])
     absent = {name: decided.place_unseen(name, stages) for name in others}
-    decided.problems.refuse(rules, mesh, unmatched, uneven)
+    decided.problems.refuse(rules, mesh, unmatched, uneven, computes=computes)
     factors.check(placements, [n for n in factors.weights if n not in following])
     return Layout(
         num_ranks=mesh.num_ranks,
@@ -275,6 +279,7 @@ class _Decisions:
         self.problems = self._placer.problems
         self._orientations = Orientations(rules, self.matcher, shapes, config)
         self._units = Units(rules, mesh)
+        self._own = Patterns(rules.written)
         self._alike: dict[str, tuple[int, ...]] | None = None
 
     def is_direct(self, name: str) -> bool:
@@ -290,7 +295,9 @@ class _Decisions:
         if home.apart and spec.buffer:
             self.problems.add("apart", home.apart, "")
         placed = self._placer.place(name, shape, spec, home, self.factors.granules(name))
-        if name == weight and (parts := self._units.cut(weight, kind, shape, placed[0])):
+        if name != weight or self._own.find(weight, kind) is not None:
+            return placed
+        if parts := self._units.cut(weight, kind, shape, placed[0]):
             self.problems.add("units", name, parts)
         return placed
 

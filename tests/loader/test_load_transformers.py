@@ -12,13 +12,19 @@ import pytest
 
 from jaxshard.conversion.open import open_checkpoint
 from jaxshard.loader import load
+from jaxshard.rules import read_rules
 from jaxshard.saver import save
+
+#: Some of these models have fewer heads than ranks, which only a rule of the caller's splits.
+WITHIN_HEADS = read_rules(
+    "[specs]\n" + "".join(f'"*.{x}_proj.weight" = "mp,-"\n"*.{x}_proj.bias" = "mp"\n' for x in "kv")
+)
 
 
 def check(folder: Path, strategy: str) -> dict[str, jax.Array]:
     """Every shard that ``strategy`` puts on a device holds what the safetensors package reads."""
     stored = checkpoints.stored(folder)
-    arrays: dict[str, jax.Array] = load(folder, strategy)
+    arrays: dict[str, jax.Array] = load(folder, strategy, rules=WITHIN_HEADS)
     assert set(arrays) == set(stored)
     for name, array in arrays.items():
         _, shape, data = stored[name]

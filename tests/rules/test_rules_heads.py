@@ -149,3 +149,22 @@ def test_heads_that_ranks_share_are_noted(strategy: str, config: dict, noted: se
     assert len(notes) == bool(noted)
     for x in noted:
         assert f"{x}_proj.weight {'2 kv_heads of 8' if len(noted) == 1 else ''}" in notes[0]
+
+
+def test_ranks_that_compute_are_refused_parts_of_heads(tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
+    source = folder(tmp_path / "source", attention(8, 2, 8, 64), **sizes)
+    said = "k_proj.weight 2 kv_heads of 8 over mp=4; use mp 1 or 2, or repeat the kv heads"
+    with pytest.raises(LayoutError, match=said) as caught:
+        js.load(source, "mp4")
+    assert '"model.layers.*.self_attn.k_proj.bias" = "-"' in str(caught.value)  # the first
+    with pytest.raises(LayoutError, match="over tensor=4; use tensor 1 or 2"):
+        js.load(source, jax.make_mesh((4,), ("tensor",)))
+    assert any(said in note for note in js.plan(source, to="mp4").notes)  # ranks that store
+    specs = {"*.k_proj.*": "-", "*.v_proj.weight": "mp,-", "*.v_proj.bias": "mp"}
+    own = js.read_rules("[specs]\n" + "\n".join(f'"{p}" = "{s}"' for p, s in specs.items()))
+    made = js.load(source, "mp4", rules=own)
+    name = LAYER.format(layer=0)
+    assert made[f"{name}k_proj.weight"].sharding.is_fully_replicated
+    assert made[f"{name}v_proj.weight"].sharding.shard_shape((16, 64)) == (4, 64)
+    assert js.load(source, "mp2")  # whole heads
