@@ -75,8 +75,13 @@ def table_for(
     if rules is not None:
         check_rules(rules)
     if rules is not None and rules.axes is not None:
-        axes = mesh.mesh_axes.axes if isinstance(mesh, Strategy) else mesh.axes
-        logical = LogicalAxes(rules.axes, tuple(a for a, _ in axes))
+        axes, given = mesh, rules.axes
+        if isinstance(axes, Strategy):  # whose mp may be written tp
+            given = tuple(
+                (axis, tuple("mp" if a == "tp" else a for a in over)) for axis, over in given
+            )
+            axes = axes.mesh_axes
+        logical = LogicalAxes(given, tuple(a for a, _ in axes.axes))
     try:
         table = rules_for(model, names, logical)
     except (LayoutError, NotFoundError):

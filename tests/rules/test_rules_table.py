@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from jaxshard.core.catalog import Model
+from jaxshard.core.layout import Strategy
 from jaxshard.errors import LayoutError
-from jaxshard.rules import Rules, read_rules
+from jaxshard.rules import Rules, layout, read_rules, table_for
 from jaxshard.rules.table import AXES
 
 FULL = """
@@ -103,3 +105,15 @@ def test_the_documentation_names_every_axis() -> None:
     text = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
     missing = [n for n in AXES if not re.search(rf"\b{n}\b", text)]
     assert missing == []
+
+
+@pytest.mark.parametrize("axis", ["mp", "tp"])
+def test_axes_in_rules_name_the_axes_of_a_strategy(axis: str) -> None:
+    rules = read_rules(f'[axes]\nheads = "{axis}"\nembed = "fsdp"\nmlp = "-"')
+    layer = "model.layers.0."
+    shapes = {f"{layer}self_attn.q_proj.weight": (8, 8), f"{layer}mlp.up_proj.weight": (8, 8)}
+    strategy = Strategy("fsdp2mp2")
+    table = table_for(Model("llama"), shapes, strategy, rules, "error")
+    made = layout(shapes, strategy, table)
+    assert [p.spec for (p,) in made.placements.values()] == [(("mp",), ("fsdp",)), ((), ("fsdp",))]
+    assert made.notes == ()
