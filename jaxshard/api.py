@@ -214,6 +214,7 @@ def reshard(
     rules: Rules | None = None,
     logical_axis_rules: LogicalAxisRules | None = None,
     unmatched: Unmatched = "error",
+    config: Config | None = None,
     donate: bool = False,
     copy: bool = False,
     device_bytes: int | str | None = None,
@@ -229,6 +230,8 @@ def reshard(
         logical_axis_rules: which mesh axes split each logical axis, as for ``load``.
         unmatched: names without a rule are an error, or ``"replicate"``, or ``"largest"``: split by
             their shapes.
+        config: the model's ``config.json``, or its path, for names that several families have
+            (those of MaxText, Tunix and Flax) and for the lengths of heads.
         donate: free each source array as soon as it has been moved.
         copy: share no memory with the sources. By default a shard that stays on its device is
             aliased, so donating the source in a later step deletes it.
@@ -248,6 +251,7 @@ def reshard(
         rules=rules,
         logical_axis_rules=logical_axis_rules,
         unmatched=unmatched,
+        config=config,
     )
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)
@@ -261,6 +265,7 @@ def prepare_reshard(
     rules: Rules | None = None,
     logical_axis_rules: LogicalAxisRules | None = None,
     unmatched: Unmatched = "error",
+    config: Config | None = None,
     donate: bool = False,
     copy: bool = False,
     device_bytes: int | str | None = None,
@@ -280,6 +285,7 @@ def prepare_reshard(
         rules=rules,
         logical_axis_rules=logical_axis_rules,
         unmatched=unmatched,
+        config=config,
     )
     limit = None if device_bytes is None else parse_size(device_bytes, "device_bytes")
     return resharding.prepare_reshard(tree, wanted, donate=donate, copy=copy, device_bytes=limit)

@@ -115,26 +115,30 @@ def open_checkpoint(
     )
 
 
-def _with_config(catalog: Catalog, config: Config) -> Catalog:
-    """Return ``catalog`` with the model of ``config``.
+def read_config(config: Config) -> tuple[Mapping[str, object], str]:
+    """Return the contents of ``config``, and what messages call it.
 
     Raises:
         NotFoundError: no such file.
         FormatError: not a JSON object.
     """
     if isinstance(config, Mapping):
-        found, where = dict(config), "config="
-    else:
-        path = Path(config)
-        where = str(path / CONFIG if path.is_dir() else path)
-        raw = read_bytes(where, MAX_CONFIG_BYTES, f"config= (--config) {where}")
-        try:
-            found = parse_config(raw)
-        except ValueError as error:
-            raise FormatError(
-                f"config= (--config) {where}: {error}. Pass a config.json, or the directory that "
-                "contains it."
-            ) from None
+        return dict(config), "config="
+    path = Path(config)
+    where = str(path / CONFIG if path.is_dir() else path)
+    raw = read_bytes(where, MAX_CONFIG_BYTES, f"config= (--config) {where}")
+    try:
+        return parse_config(raw), where
+    except ValueError as error:
+        raise FormatError(
+            f"config= (--config) {where}: {error}. Pass a config.json, or the directory that "
+            "contains it."
+        ) from None
+
+
+def _with_config(catalog: Catalog, config: Config) -> Catalog:
+    """Return ``catalog`` with the model of ``config`` (errors as ``read_config``)."""
+    found, where = read_config(config)
     notes = tuple(n for n in catalog.notes if n != NO_CONFIG)
     if CONFIG in catalog.extras and catalog.model.config != found:
         notes = (*notes, f"{CONFIG} of {catalog.root} is replaced by {where}.")

@@ -21,11 +21,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import DictKey, PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
+from ..conversion.open import Config, read_config
 from ..conversion.targets import lay_out_for
 from ..core.catalog import Catalog, Model, log_notes
 from ..core.layout import Layout, MeshAxes, Placement, Strategy
 from ..core.runtime import cached
 from ..errors import LayoutError, format_list, html_table, quote_name, size_text
+from ..formats.huggingface import model_of
 from ..rules import Rules, Unmatched, layout, table_for
 from ..rules.logical_axes import LogicalAxisRules, axes_of, with_axis_rules
 from ..rules.table import check_rules
@@ -196,6 +198,7 @@ def target_of(
     rules: Rules | None = None,
     unmatched: Unmatched = "error",
     logical_axis_rules: LogicalAxisRules | None = None,
+    config: Config | None = None,
 ) -> Any:
     """``target`` as ``transfer`` takes it: a strategy or a mesh becomes a sharding for each name.
 
@@ -205,11 +208,14 @@ def target_of(
     rules = with_axis_rules(rules, logical_axis_rules)
     if isinstance(target, str | Strategy | Mesh):
         target = target if isinstance(target, Mesh) else Strategy.of(target)
-        return shardings_by_rules(tree, target, devices=devices, rules=rules, unmatched=unmatched)
-    if devices is not None or rules is not None or unmatched != "error":
+        model = Model() if config is None else model_of(read_config(config)[0])
+        return shardings_by_rules(
+            tree, target, devices=devices, rules=rules, unmatched=unmatched, model=model
+        )
+    if unmatched != "error" or any(option is not None for option in (devices, rules, config)):
         raise LayoutError(
-            "devices=, rules=, logical_axis_rules= and unmatched= are only valid with a strategy "
-            f"or a mesh, not with {type(target).__name__}."
+            "devices=, rules=, logical_axis_rules=, unmatched= and config= are only valid with a "
+            f"strategy or a mesh, not with {type(target).__name__}."
         )
     return target
 
@@ -221,6 +227,7 @@ def shardings_by_rules(
     devices: Sequence[jax.Device] | None = None,
     rules: Rules | None = None,
     unmatched: Unmatched = "error",
+    model: Model | None = None,
 ) -> Mapping[str, NamedSharding]:
     """Return the sharding of each leaf of ``tree`` on ``target``, by its name.
 
@@ -232,8 +239,8 @@ def shardings_by_rules(
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)[0]}
     axes = mesh_axes(target, rules) if isinstance(target, Mesh) else target
-    table = table_for(Model(), shapes, axes, rules, unmatched)
-    placed = layout(shapes, axes, table, unmatched=unmatched)
+    table = table_for(model, shapes, axes, rules, unmatched)
+    placed = layout(shapes, axes, table, model, unmatched=unmatched)
     log_notes(str(axes), placed.notes)
     if isinstance(axes, MeshAxes):
         assert isinstance(target, Mesh)

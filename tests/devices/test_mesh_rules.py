@@ -260,8 +260,13 @@ def test_scanned_layers_are_split_over_stages_and_all_weights_over_fsdp(tmp_path
     mesh = mesh_of({"fsdp": 2, "stage": 2, "tensor": 2})
     made = js.load(tmp_path / "a", mesh)
     specs = (P("fsdp", "stage", "tensor"), P("tensor", "stage", None, "fsdp"), P("tensor", "fsdp"))
+    tree = jax.device_put(arrays, jax.devices()[0])
+    moved = js.reshard(tree, mesh, config={"model_type": "llama"})
     for (name, value), spec in zip(arrays.items(), (*specs, P("fsdp")), strict=True):
         is_as_jax_places(made[name], value, mesh, spec)
+        is_as_jax_places(moved[name], value, mesh, spec)
+    with pytest.raises(js.NotFoundError):
+        js.reshard(tree, mesh)
 
 
 # --- Logical axis rules, on a mesh whose axes may have any names
@@ -326,7 +331,7 @@ def test_logical_axis_rules_are_for_meshes_and_strategies(tmp_path: Path) -> Non
     whole = jax.sharding.NamedSharding(mesh_of({"x": 8}), P())
     with pytest.raises(LayoutError, match="logical_axis_rules= are for a mesh or a strategy"):
         js.load(tmp_path / "a", whole, logical_axis_rules=LOGICAL)
-    with pytest.raises(LayoutError, match=r"logical_axis_rules= .* only valid with a strategy or"):
+    with pytest.raises(LayoutError, match=r"logical_axis_rules=.* only valid with a strategy or"):
         js.reshard({"w": jax.numpy.zeros(8)}, whole, logical_axis_rules=LOGICAL)
     made = js.load(tmp_path / "a", "fsdp4mp2", logical_axis_rules=[("embed", ("fsdp", "mp"))])
     assert made["model.norm.weight"].sharding.spec == P(("fsdp", "mp"))
