@@ -192,8 +192,11 @@ class Sizes:
             LayoutError: a tensor's shape contradicts its axes.
         """
         made, rows = self.having({}), self._family.forms[form]
+        alike: dict[tuple[str, tuple[int, ...]], str] = {}
         for name, shape in shapes.items():
-            weight = self._family.find(form, name)
+            alike.setdefault((template(name), shape), name)
+        for (kind, shape), name in alike.items():
+            weight = self._family.find(form, name, kind)
             if weight is not None:
                 made._see(name, shape, rows[weight].axes, weight.rpartition("/")[0])
         return made
