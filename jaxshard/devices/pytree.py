@@ -240,7 +240,7 @@ def shardings_by_rules(
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)[0]}
     axes = mesh_axes(target, rules) if isinstance(target, Mesh) else target
     table = table_for(model, shapes, axes, rules, unmatched)
-    placed = layout(shapes, axes, table, model, unmatched=unmatched)
+    placed = layout(shapes, axes, table, model, unmatched=unmatched, computes=True)
     log_notes(str(axes), placed.notes)
     if isinstance(axes, MeshAxes):
         assert isinstance(target, Mesh)

@@ -337,6 +337,26 @@ def test_logical_axis_rules_are_for_meshes_and_strategies(tmp_path: Path) -> Non
     assert made["model.norm.weight"].sharding.spec == P(("fsdp", "mp"))
 
 
+def test_a_load_refuses_splits_inside_heads_and_a_slice_notes_them(tmp_path: Path, caplog) -> None:
+    folder(tmp_path / "a", llama(1))
+    config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    said = r"q_proj.weight 2 heads of 8 over {}=4; use {} 1 or 2"
+    with pytest.raises(LayoutError, match=said.format("x", "x")):
+        js.load(tmp_path / "a", mesh_of({"x": 4, "y": 2}), logical_axis_rules=[("heads", "x")])
+    with pytest.raises(LayoutError, match=said.format("tensor", "tensor")):
+        js.load(tmp_path / "a", mesh_of({"tensor": 4, "fsdp": 2}))
+    tree = {"model.layers.0.self_attn.q_proj.weight": jax.numpy.zeros((16, 16))}
+    with pytest.raises(LayoutError, match=said.format("tensor", "tensor")):
+        js.reshard(tree, mesh_of({"tensor": 4, "fsdp": 2}), config=tmp_path / "a")
+    with pytest.raises(LayoutError, match=said.format("mp", "mp")):
+        js.load(tmp_path / "a", "fsdp2mp4")
+    whole = js.load(tmp_path / "a", mesh_of({"fsdp": 4, "tensor": 2}))  # fsdp gathers before use
+    assert whole["model.layers.0.self_attn.q_proj.weight"].sharding.spec == P("tensor", "fsdp")
+    js.slice(tmp_path / "a", tmp_path / "cut", "fsdp2mp4")
+    assert "2 heads of 8 over mp=4" in caplog.text
+
+
 def test_rule_files_have_logical_axes_for_conversions(tmp_path: Path) -> None:
     folder(tmp_path / "a", llama(1))
     rules = js.read_rules('[axes]\nembed = "fsdp+mp"')
