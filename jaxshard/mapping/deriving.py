@@ -1,373 +1,430 @@
-"""Mappings derived from the table of a family: from one form to another, as operations.
+"""Deriving: the mapping between two forms of a family, from the axes of their rows.
 
-    hf        model.layers.{layer}.self_attn.q_proj.weight    (heads head_dim) embed
-    maxtext   params.decoder.layers.self_attention.query.kernel    embed layer heads head_dim
+    hf         {layer} in the name      (kv_heads q_per_kv two half) embed
+    maxtext    embed layer (kv_heads q_per_kv) (half two)
 
-    Unfuse, Rename      each weight alone, by a name that only the mapping uses: @{layer}.q
-    Affine … Merge      its dims split where the two expressions differ, permuted, merged again
-    Rename, Fuse        by the target's names
-
-Of tensors that both forms store in the same way, nothing is taken apart.
+A weight is split off the tensor that it shares with others, and stacked along the indices that
+its new name does not have. Its dims are split as far as the two expressions differ, transposed
+and merged, and it is unstacked along the indices of its new name. In between, its name is
+``@q``, or ``@3.q`` in layer 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby, pairwise
 from math import prod
+from operator import itemgetter
 
 from ..core.patterns import holes
 from ..errors import LayoutError
-from ..models.axes import Axes, Sum
+from ..models.axes import Axes, Dim, Sum
 from ..models.family import Family, Form, Row, Sizes, Value
-from .group_ops import Stack, Tie, Unfuse, Unstack
+from .group_ops import ROWS, Stack, Tie, Unfuse, Unstack
 from .mapping import Mapping
-from .ops import Affine, Drop, Expect, Merge, Op, Pad, Rename, Repeat, Split, Transpose, _Each
+from .ops import (
+    Affine,
+    Drop,
+    Each,
+    Expect,
+    Merge,
+    Names,
+    Op,
+    Pad,
+    Rename,
+    Repeat,
+    Split,
+    Transpose,
+)
 
-_INDICES = ("layer", "expert")  # axes that may be numbers in a name
-_Run = tuple[str, ...]  # axes that stay together in both forms
+_INDICES = ("layer", "expert")  # axes that a name may have as an index
+_Part = tuple[str, ...]  # axes of one dim that stay together
+_Step = tuple[int, Op]  # the phase and the operation
+
+#: Each phase is done for all weights. Experts are stacked first, so that few names are left.
+_EXPERTS, _NUMBERS, _LAYERS, _VALUES, _LENGTHS, _SPLIT, _TRANSPOSE, _MERGE, _UNSTACK = range(9)
 
 
 def derive(
-    family: Family, source: str, target: str, sizes: Sizes, lengths: Dict[str, int] | None = None
+    family: Family,
+    source: str,
+    target: str,
+    sizes: Sizes,
+    lengths: Dict[str, int] | None = None,
 ) -> Mapping:
-    """Return the mapping from form ``source`` to form ``target``.
+    """Return the mapping from the form ``source`` to the form ``target`` of ``family``.
 
     Args:
         family: the family.
-        source: one of its forms.
-        target: another one.
-        sizes: the lengths of the model's axes.
-        lengths: other lengths of the target (a padded ``vocab``).
+        source: a form that it offers.
+        target: another.
+        sizes: the lengths of the axes in the source.
+        lengths: those that differ in the target: a padded ``vocab``, repeated ``kv_heads``.
 
     Raises:
-        NotFoundError: a form that the family does not have, or a length that is unknown.
-        LayoutError: the forms have different axes for a weight.
+        NotFoundError: the family does not have a form, or ``config.json`` lacks a length.
+        LayoutError: a weight has different axes in the two forms.
     """
     a, b = family.form(source), family.form(target)
-    if _runs_of(a) != _runs_of(b):
-        return _by_runs(family, source, target, sizes, lengths)
-    a, b = _alike(a, b)
-    weights = [w for w in a if w in b]
     there = sizes.having(lengths or {})
-    moves = (_Move(family, w, a[w], b[w], sizes, there) for w in weights)
+    if _runs_of(a) and _runs_of(a) != _runs_of(b):  # over hf, where each layer has its number
+        if _runs_of(b):
+            over = derive(family, source, "hf", sizes)
+            return over.then(derive(family, "hf", target, sizes, lengths))
+        own = {axis: sizes[axis] for axis in lengths or ()}
+        return derive(family, target, source, there, own).inverse()
+    moves = _moves(family, a, b, sizes, there)
+    firsts = {m.a.name: m.first if m.is_changed else m.b.name for m in moves if not m.splits}
+    lasts = {m.last: m.b.name for m in moves if m.is_changed and not m.joins}
+    joined = _apart([(m.b, m.run) for m in moves if m.joins], {m.last for m in moves}, there)
     ops = (
         Drop(family.buffers, rebuilt=True),
-        Expect(_names(a, weights), f"{family.name}-{source}"),
-        *_taken_apart(a, weights, sizes),
-        *_together(moves),
-        *_joined(b, weights, there),
-        Expect(_names(b, weights), f"{family.name}-{target}"),
+        *_copies(family, a, b),
+        Expect(_names(m.a for m in moves), f"{family.name}-{source}"),
+        *_apart([(m.a, m.run_before) for m in moves if m.splits], {m.first for m in moves}, sizes),
+        _renamed(firsts),
+        *_together(family, moves),
+        _renamed(lasts),
+        *(op.inverse() for op in joined),
+        Expect(_names(m.b for m in moves), f"{family.name}-{target}{_ranges(family, b)}"),
     )
-    return Mapping(ops, f"{family.name}-{source}:{family.name}-{target}")
+    kept = tuple(op for op in ops if op not in (Rename(()), Drop((), rebuilt=True)))
+    return Mapping(kept, f"{family.name}-{source}:{family.name}-{target}")
 
 
-def _alike(a: Form, b: Form) -> tuple[Form, Form]:
-    """Return the forms with one row for weights that both store in one tensor in the same way."""
-    a, b = dict(a), dict(b)
-    for row in dict.fromkeys(a.values()):
-        shared = row.axes.weights
-        other = b.get(shared[0]) if shared else None
-        if other and next(d.sum for d in row.axes.dims if d.sum) in (
-            d.sum for d in other.axes.dims
-        ):
-            for form, kept in ((a, row), (b, other)):
-                form["+".join(shared)] = replace(kept, axes=kept.axes.whole())
-                for w in shared:
-                    del form[w]
-    return a, b
+@dataclass(frozen=True)
+class _Move:
+    """One weight, or several (``whole``) that both forms store in one tensor in the same way."""
+
+    family: Family
+    sizes: Sizes
+    there: Sizes
+    weight: str
+    run_before: str
+    run: str
+    a: Row
+    b: Row
+    whole: bool
+
+    @property
+    def splits(self) -> bool:
+        """Whether it is split off a tensor."""
+        return bool(self.a.axes.weights) and not self.whole
+
+    @property
+    def joins(self) -> bool:
+        """Whether it is joined to a tensor."""
+        return bool(self.b.axes.weights) and not self.whole
+
+    @property
+    def first(self) -> str:
+        """Its own name, with the indices of the source."""
+        return _own(self.run_before, self.weight, holes(self.a.name))
+
+    @property
+    def last(self) -> str:
+        """Its own name, with the indices of the target."""
+        return _own(self.run, self.weight, holes(self.b.name))
+
+    @property
+    def is_only(self) -> bool:
+        """Whether the target does not number its layer, the only one of the run."""
+        has_layer = "layer" in {*holes(self.b.name), *self.b.axes.names}
+        return not has_layer and self.run != self.run_before and len(self._layers) == 1
+
+    @property
+    def _layers(self) -> Sequence[int]:
+        return self.family.runs[self.run]
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether more than its name changes."""
+        return self.splits or self.joins or self.first != self.last or bool(self.steps)
+
+    @cached_property
+    def steps(self) -> tuple[_Step, ...]:
+        """The operations, by phase."""
+        return tuple(self._steps())
+
+    def _steps(self) -> Iterator[_Step]:
+        indices, named = holes(self.a.name), holes(self.b.name)
+        a, b = self._spelled(self.a), self._spelled(self.b)
+        for index in reversed(_INDICES):
+            if index == "layer" and self.is_only:
+                indices -= {index}
+            run, phase = (self.run_before, _EXPERTS) if index == "expert" else (self.run, _LAYERS)
+            if index in indices - named:
+                a, name, indices = (
+                    a.along(index),
+                    _own(run, self.weight, indices),
+                    indices - {index},
+                )
+                yield phase, Stack(name, _own(run, self.weight, indices), index)
+            elif index in named - indices:
+                b = b.along(index)
+        names = (_own(self.run, self.weight, indices),)
+        yield from self._values(names)
+        yield from self._lengths(names, a)
+        yield from self._reshaped(names, a, b)
+        for index in _INDICES:
+            if index in named - indices:
+                name, indices = _own(self.run, self.weight, indices), indices | {index}
+                yield _UNSTACK, Unstack(name, _own(self.run, self.weight, indices), index)
+
+    def _spelled(self, row: Row) -> Axes:
+        axes = row.axes.whole() if self.whole else row.axes.part(self.weight)
+        return axes.expanded(self.family.aliases)
+
+    def _values(self, names: Names) -> Iterator[_Step]:
+        a, b = self.sizes.value(self.a), self.there.value(self.b)
+        times = b.times / a.times
+        plus = b.plus - a.plus * times
+        if Value(times, plus) != Value():
+            yield _VALUES, Affine(names, times, plus)
+
+    def _lengths(self, names: Names, axes: Axes) -> Iterator[_Step]:
+        for i, dim in enumerate(axes.dims):
+            a, b = self.sizes.length(dim), self.there.length(dim)
+            if a is None or b is None or a == b:
+                continue
+            low, high = sorted((a, b))
+            op: Op = Pad(names, i, low, high)
+            if (axis := dim.names[0]) in self.family.repeated:
+                if high % low:
+                    raise LayoutError(
+                        f"{self.a.name}: dim {i} has {a} elements and cannot have {b} by "
+                        f"repeating {axis}: one of the numbers must divide the other."
+                    )
+                op = Repeat(names, min(self.sizes[axis], self.there[axis]), high // low, i)
+            yield _LENGTHS, op if a < b else op.inverse()
+
+    def _reshaped(self, names: Names, a: Axes, b: Axes) -> Iterator[_Step]:
+        """Split, transpose and merge the dims of ``a`` into those of ``b``."""
+        a, b = self._without_ones(a, b), self._without_ones(b, a)
+        if sorted(a.names) != sorted(b.names) or _blocks(a) != _blocks(b):
+            raise LayoutError(
+                f"{self.family.name}, {self.weight}: {self.a.name} has the axes {self.a.axes}, and "
+                f"{self.b.name} has {self.b.axes}, which are not the same elements. No mapping "
+                "exists between these forms."
+            )
+        near = _pairs(a) & _pairs(b)
+        before, after = ([_parts(d, near) for d in x.dims] for x in (a, b))
+        for i in reversed(range(len(before))):
+            if not before[i]:
+                yield _SPLIT, Merge(names, *_one(i, len(before) - 1))
+                del before[i]
+        for i in reversed(range(len(before))):
+            if len(before[i]) > 1:
+                yield _SPLIT, Split(names, i, self._lengths_of(before[i]))
+        order = [part for dim in before for part in dim]
+        wanted = [part for dim in after for part in dim]
+        if order != wanted:
+            yield _TRANSPOSE, Transpose(names, tuple(map(order.index, wanted)))
+        filled = [dim for dim in after if dim]
+        for i, dim in enumerate(filled):
+            if len(dim) > 1:
+                yield _MERGE, Merge(names, i, self._lengths_of(dim))
+        for i, dim in enumerate(after):
+            if not dim:
+                yield _MERGE, Split(names, *_one(i, len(filled)))
+                filled.insert(i, dim)
+
+    def _without_ones(self, axes: Axes, other: Axes) -> Axes:
+        """Return ``axes`` without those of length 1 that ``other`` does not have."""
+        ones = {x for x in set(axes.names) - set(other.names) if self._length(x) == 1}
+        kept = (tuple(f for f in d.factors if f not in ones) for d in axes.dims)
+        return Axes(tuple(replace(d, factors=f) for d, f in zip(axes.dims, kept, strict=True)))
+
+    def _length(self, axis: str) -> int | None:
+        if axis == "layer" and self.run:
+            return len(self._layers)
+        return self.there.get(axis)
+
+    def _lengths_of(self, parts: Sequence[_Part]) -> tuple[int, ...]:
+        """Return the lengths of the parts of a dim, one of them -1 for the rest.
+
+        Raises:
+            NotFoundError: more than one is unknown.
+        """
+        found = [self.there.product(part) for part in parts]
+        rest = found.index(None) if None in found else len(found) - 1
+        known = [
+            1 if i == rest else prod(map(self.there.__getitem__, p)) for i, p in enumerate(parts)
+        ]
+        return (*known[:rest], -1, *known[rest + 1 :])
 
 
-def _by_runs(
-    family: Family, source: str, target: str, sizes: Sizes, lengths: Dict[str, int] | None
-) -> Mapping:
-    """Return the mapping of forms with different runs: over hf, which numbers all layers."""
-    if "hf" not in (source, target):
-        over = derive(family, source, "hf", sizes)
-        return over.then(derive(family, "hf", target, sizes, lengths))
-    if target == "hf":
-        return derive(family, "hf", source, sizes, lengths).inverse()
-    form, rows = family.form(source), family.form(target)
-    apart = {w: form[_plain(w)] for w in rows if _plain(w) in form}
-    used = list(dict.fromkeys(_plain(w) for w in apart))
-    numbers = [
-        (f"@{n}.{{x*}}", f"@{run}.{i}.{{x*}}" if _counts(rows, run) else f"@{run}.{{x*}}")
-        for run in _runs_of(rows)
-        for i, n in enumerate(family.runs[run])
-    ]
-    there = sizes.having(lengths or {})
-    moves = (_Move(family, w, apart[w], rows[w], sizes, there) for w in apart)
-    ops = (
-        Drop(family.buffers, rebuilt=True),
-        *_copies(family, form, rows),
-        Expect(_names(form, used), f"{family.name}-{source}"),
-        *_taken_apart(form, used, sizes),
-        Rename(tuple(numbers)),
-        *_together(moves),
-        *_joined(rows, list(apart), there),
-        Expect(_names(rows, apart), f"{family.name}-{target}"),
-    )
-    return Mapping(ops, f"{family.name}-{source}:{family.name}-{target}")
+def _moves(family: Family, a: Form, b: Form, sizes: Sizes, there: Sizes) -> list[_Move]:
+    """Return what is done with each weight that both forms have."""
+    if _runs_of(b):
+        _ = sizes["layer"]  # raises: without the number of layers the runs are empty
+    found: dict[tuple[str, str], _Move] = {}
+    for key, row in b.items():
+        run, _, weight = key.rpartition("/")
+        other = a.get(key) or a.get(weight)
+        if other is not None and not (run and not family.runs[run]):
+            whole = bool(row.axes.weights) and _sum(row.axes) == _sum(other.axes)
+            name = "+".join(row.axes.weights) if whole else weight
+            before = run if key in a else ""
+            found[run, name] = _Move(family, sizes, there, name, before, run, other, row, whole)
+    return list(found.values())
 
 
-def _copies(family: Family, form: Form, rows: Form) -> list[Op]:
-    """Return the operations that drop repeated weights which the target does not have."""
-    lost = {w: o for w, o in family.copies.items() if w not in rows and _plain(w) in form}
-    found: list[Op] = []
-    for n in {n: None for w in lost for n in family.runs[w.rpartition("/")[0]]}:
-        said = {
-            w: form[_plain(w)].name.replace("{layer}", str(n)) for w in (*lost, family.copied_with)
-        }
-        pairs = tuple((said[w], form[o].name) for w, o in lost.items())
-        found.append(Tie(pairs, beside=said[family.copied_with]))
-    return found
+def _own(run: str, weight: str, indices: Container[str]) -> str:
+    """Return the name of a weight on its way."""
+    parts = [run, "{layer}" * ("layer" in indices), weight, "{expert}" * ("expert" in indices)]
+    return "@" + ".".join(part for part in parts if part)
 
 
-def _plain(weight: str) -> str:
-    return weight.rpartition("/")[2]
+def _names(rows: Iterable[Row]) -> Names:
+    return tuple(dict.fromkeys(row.name for row in rows))
+
+
+def _renamed(rules: Dict[str, str]) -> Rename:
+    return Rename(tuple((old, new) for old, new in rules.items() if old != new))
+
+
+def _together(family: Family, moves: Iterable[_Move]) -> list[Op]:
+    """Return the operations of all weights by phase, with those that are alike as one."""
+    steps: list[tuple[tuple[int, int], Op]] = [((_NUMBERS, 0), _numbered(family, moves))]
+    for move in moves:
+        places: Counter[int] = Counter()
+        for phase, op in move.steps:
+            steps.append(((phase, places[phase]), op))
+            places[phase] += 1
+    made: list[Op] = []
+    for _, group in groupby(sorted(steps, key=itemgetter(0)), itemgetter(0)):
+        alike: dict[Op, list[str]] = {}
+        for _, op in group:
+            if isinstance(op, Each):
+                alike.setdefault(replace(op, names=()), []).extend(op.names)
+            else:
+                alike[op] = []
+        for op, names in alike.items():
+            made.append(replace(op, names=tuple(names)) if isinstance(op, Each) else op)
+    return made
+
+
+# --- Weights that share a tensor
+
+
+def _sum(axes: Axes) -> Sum | None:
+    return next((d.sum for d in axes.dims if d.sum), None)
+
+
+def _apart(rows: Iterable[tuple[Row, str]], known: Container[str], sizes: Sizes) -> list[Unfuse]:
+    """Return the operations that split tensors into weights with names of their own.
+
+    Args:
+        rows: the rows of the tensors, and the run of each.
+        known: the names of the weights that both forms have.
+        sizes: the lengths of the axes.
+    """
+    made = []
+    for row, run in dict.fromkeys(rows):
+        names = tuple(_own(run, w, holes(row.name)) for w in row.axes.weights)
+        lost = [w for w, name in zip(row.axes.weights, names, strict=True) if name not in known]
+        if lost:
+            raise LayoutError(
+                f"{row.name} contains {', '.join(lost)} too, for which the other form has no row."
+            )
+        made.append(Unfuse(row.name, names, *_sharing(row, sizes)))
+    return made
+
+
+def _sharing(row: Row, sizes: Sizes) -> tuple[tuple[int, ...], int, int]:
+    """Return the parts of the weights in a group, the number of groups, and the dim."""
+    at, dim = next((i, d) for i, d in enumerate(row.axes.dims) if d.sum)
+    shared = _sum(row.axes)
+    if shared is None or dim.block > 1:
+        raise LayoutError(f"{row.name}: weights share blocks ({dim}). Dequantize them first.")
+    place = dim.factors.index(shared)
+    outer, inner = dim.names[:place], dim.names[place:]
+    terms = [t.axes for t in shared.terms]
+    if len(set(terms)) > 1:
+        parts = tuple(prod(map(sizes.__getitem__, axes)) for axes in terms)
+    else:
+        parts = (1,) * len(terms)
+        if outer and not inner and not terms[0]:
+            return parts, ROWS, at
+    return parts, prod(map(sizes.__getitem__, outer)), at
+
+
+# --- Layers of several kinds
 
 
 def _runs_of(form: Form) -> list[str]:
     return list(dict.fromkeys(w.split("/")[0] for w in form if "/" in w))
 
 
-def _counts(form: Form, run: str) -> bool:
-    """Whether the form numbers the layers of ``run``; otherwise there is only one."""
-    rows = (row for w, row in form.items() if w.startswith(run + "/"))
-    return any("layer" in {*holes(row.name), *row.axes.names} for row in rows)
-
-
-def _names(form: Form, weights: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(form[w].name for w in weights))
-
-
-def _own(weight: str, stored: Collection[str]) -> str:
-    """Return the name of a weight inside the mapping."""
-    run, _, plain = weight.rpartition("/")
-    parts = [run, "{layer}" * ("layer" in stored), plain, "{expert}" * ("expert" in stored)]
-    return "@" + ".".join(p for p in parts if p)
-
-
-def _taken_apart(form: Form, weights: list[str], sizes: Sizes) -> list[Op]:
-    """Return the operations that give each weight a tensor and a name of its own."""
-    ops: list[Op] = []
-    rules: list[tuple[str, str]] = []
-    for row in dict.fromkeys(form[w] for w in weights):
-        weight = next(w for w in weights if form[w] == row)
-        stored, run = holes(row.name), weight[: -len(_plain(weight))]
-        shared = [run + w for w in row.axes.weights]
-        if not shared:
-            rules.append((row.name, _own(weight, stored)))
-            continue
-        _check_all(shared, weights, row)
-        names = tuple(_own(w, stored) for w in shared)
-        ops.append(Unfuse(row.name, names, *_sharing(row.axes, sizes)))
-    return [*ops, Rename(tuple(rules))]
-
-
-def _joined(form: Form, weights: list[str], sizes: Sizes) -> list[Op]:
-    """Return the operations that join weights, and give them the target's names."""
-    return [op.inverse() for op in reversed(_taken_apart(form, weights, sizes))]
-
-
-def _check_all(shared: list[str], weights: list[str], row: Row) -> None:
-    missing = [w for w in shared if w not in weights]
-    if missing:
-        raise LayoutError(f"{row.name} is also {', '.join(missing)}, which the other form lacks.")
-
-
-def _sharing(axes: Axes, sizes: Sizes) -> tuple[tuple[int, ...], int, int]:
-    """Return the parts, the groups and the dim in which weights share a tensor, as in ``Fuse``."""
-    at = next(i for i, d in enumerate(axes.dims) if d.sum)
-    factors = axes.dims[at].factors
-    place = next(i for i, f in enumerate(factors) if isinstance(f, Sum))
-    terms = factors[place].terms  # type: ignore[union-attr]
-    for t in terms:
-        _check_blocks(axes, at, (*t.axes, *(str(f) for f in factors[place + 1 :])), sizes)
-    alike = len({t.axes for t in terms}) == 1
-    parts = (1,) * len(terms) if alike else tuple(prod(sizes[a] for a in t.axes) for t in terms)
-    before = [sizes.get(str(f)) for f in factors[:place]]
-    if None in before:  # as many groups as rows: each term is one row
-        if place + 1 < len(factors) or not alike or terms[0].axes:
-            raise LayoutError(f'axes "{axes}": the length of {factors[0]} is not known.')
-        return parts, -1, at
-    return parts, prod(n for n in before if n), at
-
-
-def _check_blocks(axes: Axes, dim: int, inner: tuple[str, ...], sizes: Sizes) -> None:
-    """Refuse to split a dim inside a block that shares a scale."""
-    block = axes.dims[dim].block
-    if block > 1 and prod(sizes[a] for a in inner) % block:
-        raise LayoutError(
-            f"{axes}: {block} elements share a scale, and {' '.join(inner) or '1'} is "
-            f"{prod(sizes[a] for a in inner)}: they cannot be stored apart. Dequantize first."
+def _numbered(family: Family, moves: Iterable[_Move]) -> Rename:
+    """Return the renaming that counts the layers of each run from 0."""
+    runs = {m.run: m.is_only for m in moves if m.run != m.run_before}
+    return Rename(
+        tuple(
+            (f"@{layer}.{{x*}}", f"@{run}.{{x*}}" if is_only else f"@{run}.{i}.{{x*}}")
+            for run, is_only in runs.items()
+            for i, layer in enumerate(family.runs[run])
         )
+    )
 
 
-@dataclass
-class _Move:
-    """The operations on one weight."""
-
-    family: Family
-    weight: str
-    source: Row
-    target: Row
-    sizes: Sizes
-    there: Sizes
-
-    def stages(self) -> tuple[list[Op], ...]:
-        """Return the operations in order, in stages."""
-        stored, wanted = holes(self.source.name), holes(self.target.name)
-        if "layer" not in {*wanted, *self.target.axes.names} and "/" in self.weight:
-            stored -= {"layer"}  # the only layer of its run
-        expanded, other = self._expanded(self.source), self._expanded(self.target)
-        a, b = self._short(expanded, other), self._short(other, expanded)
-        inside = set(a.names) | (stored & set(_INDICES))
-        if inside != set(b.names) | (wanted & set(_INDICES)):
-            raise LayoutError(
-                f"{self.family.name} {self.weight}: {self.source.name} is {a}, {self.target.name} "
-                f"is {b}; these are not the same axes."
-            )
-        own = _own(self.weight, stored)
-        values = [*self._values(own), *self._longer(expanded, own)]
-        a, without_ones = self._without_ones(a, own)
-        ops: list[Op] = []
-        ones = [i for i, d in enumerate(b.dims) if not d.factors]
-        b = Axes(tuple(d for d in b.dims if d.factors))
-        runs = _runs(a, b)
-        for i in range(len(a.dims) - 1, -1, -1):
-            if len(runs[i]) > 1:
-                for n in range(1, len(runs[i])):
-                    _check_blocks(a, i, tuple(x for run in runs[i][n:] for x in run), self.sizes)
-                ops.append(Split((_own(self.weight, stored),), i, self._lengths(runs[i])))
-        flat = [run for dim in runs for run in dim]
-        now = set(stored)
-        for axis in [x for x in _INDICES if x in wanted and x not in stored]:
-            at = flat.index((axis,))
-            new = now | {axis}
-            ops.append(Unstack(_own(self.weight, now), _own(self.weight, new), axis, at))
-            now, flat = new, flat[:at] + flat[at + 1 :]
-        order = [run for dim in _runs(b, a) for run in dim]
-        stay = [run for run in order if run in flat]
-        if stay != flat:
-            ops.append(Transpose((_own(self.weight, now),), tuple(flat.index(r) for r in stay)))
-        for axis in [x for x in reversed(_INDICES) if (x,) in order and (x,) not in flat]:
-            before = order[: order.index((axis,))]
-            at, new = sum(run in stay for run in before), now - {axis}
-            ops.append(Stack(_own(self.weight, now), _own(self.weight, new), axis, at))
-            now, stay = new, [run for run in order if run in stay or run == (axis,)]
-        merged = _runs(b, a)
-        for i in range(len(merged) - 1, -1, -1):
-            if len(merged[i]) > 1:
-                ops.append(Merge((_own(self.weight, now),), i, self._lengths(merged[i])))
-        with_ones: list[Op] = []
-        for i in ones:
-            at, sizes = (i, (1, -1)) if i < len(b.dims) else (i - 1, (-1, 1))
-            with_ones.append(Split((_own(self.weight, now),), at, sizes))
-        return values, without_ones, ops, with_ones
-
-    def _without_ones(self, axes: Axes, name: str) -> tuple[Axes, list[Op]]:
-        """Return the operations that remove dims whose only factor was the sum of weights."""
-        ops: list[Op] = []
-        dims = list(axes.dims)
-        for i in range(len(dims) - 1, -1, -1):
-            if not dims[i].factors:
-                at, sizes = (i, (1, -1)) if i + 1 < len(dims) else (i - 1, (-1, 1))
-                ops.append(Merge((name,), at, sizes))
-                del dims[i]
-        return Axes(tuple(dims)), ops
-
-    def _expanded(self, row: Row) -> Axes:
-        """Return the row's axes for this weight, without aliases."""
-        return row.axes.part(_plain(self.weight)).expanded(self.family.aliases)
-
-    def _short(self, axes: Axes, other: Axes) -> Axes:
-        """Return ``axes`` without those of length 1 that ``other`` lacks (q heads per kv head)."""
-        for axis in axes.names:
-            if self.there.get(axis) == 1 and axis not in (*other.names, *_INDICES):
-                axes = axes.without(axis)
-        return axes
-
-    def _lengths(self, runs: tuple[_Run, ...]) -> tuple[int, ...]:
-        found = [self.there.product(run) for run in runs]
-        if found.count(None) > 1:
-            raise LayoutError(
-                f"{self.weight}: the lengths of {runs} are not known; see config.json."
-            )
-        if found.count(None) == 0:
-            found[-1] = None  # the rest, so that a tensor of another length is refused
-        return tuple(-1 if n is None else n for n in found)
-
-    def _values(self, name: str) -> list[Op]:
-        a, b = self.sizes.value(self.source), self.sizes.value(self.target)
-        times = b.times / a.times
-        plus = b.plus - a.plus * times
-        return [] if Value(times, plus) == Value() else [Affine((name,), times, plus)]
-
-    def _longer(self, axes: Axes, name: str) -> list[Op]:
-        """Return the operations that lengthen dims: heads are repeated, others padded."""
-        ops: list[Op] = []
-        for i, dim in enumerate(axes.dims):
-            before, after = self.sizes.length(dim), self.there.length(dim)
-            if before is None or after is None or before == after:
-                continue
-            first = dim.names[0]
-            if first in self.family.repeated:
-                ops.append(Repeat((name,), self.sizes[first], after // before, i))
-            else:
-                ops.append(Pad((name,), i, before, after))
-        return ops
+def _copies(family: Family, a: Form, b: Form) -> list[Tie]:
+    """Return what omits the weights that repeat others, where ``b`` does not have them."""
+    lost: dict[str, list[tuple[Row, str]]] = {}
+    for key, original in family.copies.items():
+        run, _, weight = key.rpartition("/")
+        if run in _runs_of(b) and key not in b and weight in a:
+            lost.setdefault(run, []).append((a[weight], a[original].name))
+    return [
+        Tie(
+            tuple((_in_layer(row, layer), original) for row, original in pairs),
+            beside=_in_layer(a[family.copied_with.rpartition("/")[2]], layer),
+        )
+        for run, pairs in lost.items()
+        for layer in family.runs[run]
+    ]
 
 
-def _runs(axes: Axes, other: Axes) -> tuple[tuple[_Run, ...], ...]:
-    """Return the axes of each dim; those adjacent in a dim of ``other`` too stay together."""
-    near = {pair for d in other.dims for pair in zip(d.names, d.names[1:], strict=False)}
-    found = []
-    for dim in axes.dims:
-        runs: list[_Run] = []
-        for axis in dim.names:
-            if runs and (runs[-1][-1], axis) in near:
-                runs[-1] += (axis,)
-            else:
-                runs.append((axis,))
-        found.append(tuple(runs))
-    return tuple(found)
+def _in_layer(row: Row, layer: int) -> str:
+    return row.name.replace("{layer}", str(layer))
 
 
-_ORDER = (Affine, Pad, Repeat, Split, Unstack, Transpose, Stack, Merge)
+def _ranges(family: Family, form: Form) -> str:
+    """Return the layers of the runs of ``form``, for the error about other layers."""
+    found = {run: family.runs[run] for run in _runs_of(form)}
+    texts = [f"{run} {r[0]} to {r[-1]}" for run, r in found.items() if r]
+    return f" (layers: {', '.join(texts)})" if texts else ""
 
 
-def _together(moves: Iterable[_Move]) -> list[Op]:
-    """Return the operations of all weights, equal ones (but for the names) as one.
-
-    The order matters within a weight only. Experts are stacked before layers, so that few names
-    remain.
-    """
-    stages = zip(*(move.stages() for move in moves), strict=True)
-    return [op for stage in stages for op in _merged(op for ops in stage for op in ops)]
+# --- Axes
 
 
-def _merged(ops: Iterable[Op]) -> list[Op]:
-    def place(op: Op) -> tuple[int, int]:
-        kind = _ORDER.index(type(op))
-        if isinstance(op, Stack):
-            return kind, _INDICES[::-1].index(op.index)
-        return kind, -op.dim if isinstance(op, Split | Merge) else 0
+def _blocks(axes: Axes) -> dict[str, int]:
+    """Return the axes of which several elements are one element of the tensor, and how many."""
+    return {d.names[-1]: d.block for d in axes.dims if d.block > 1}
 
-    made: list[Op] = []
-    for op in sorted(ops, key=place):
-        for i, same in enumerate(made):
-            if isinstance(op, _Each) and isinstance(same, _Each) and _about(same, op) == op:
-                made[i] = replace(same, names=same.names + op.names)
-                break
+
+def _pairs(axes: Axes) -> set[tuple[str, str]]:
+    """Return the axes that follow each other in a dim."""
+    return {pair for d in axes.dims for pair in pairwise(d.names)}
+
+
+def _parts(dim: Dim, near: set[tuple[str, str]]) -> list[_Part]:
+    """Return the axes of a dim, pairs of ``near`` together."""
+    parts: list[_Part] = []
+    for axis in dim.names:
+        if parts and (parts[-1][-1], axis) in near:
+            parts[-1] += (axis,)
         else:
-            made.append(op)
-    return made
+            parts.append((axis,))
+    return parts
 
 
-def _about(last: Op, op: _Each) -> Op | None:
-    """Return ``last`` with the names of ``op``, if it is an operation of the same kind."""
-    if isinstance(last, _Each) and type(last) is type(op):
-        return replace(last, names=op.names)
-    return None
+def _one(dim: int, count: int) -> tuple[int, tuple[int, int]]:
+    """Return where and how a dim of 1 is merged with one of ``count`` others, or split off."""
+    return (dim, (1, -1)) if dim < count else (dim - 1, (-1, 1))

@@ -127,7 +127,7 @@ class Expect(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class _Each(Op):
+class Each(Op):
     """An operation on each tensor whose name matches ``names``."""
 
     names: Names
@@ -150,7 +150,7 @@ class _Each(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Transpose(_Each):
+class Transpose(Each):
     """Transpose: dim ``i`` of the result is dim ``order[i]`` of the source."""
 
     word: ClassVar[str] = "transpose"
@@ -174,7 +174,7 @@ class Transpose(_Each):
 
 
 @dataclass(frozen=True, slots=True)
-class Split(_Each):
+class Split(Each):
     """Split one dim into several of ``sizes``, of which one may be -1 for the rest."""
 
     word: ClassVar[str] = "split"
@@ -199,7 +199,7 @@ class Split(_Each):
 
 
 @dataclass(frozen=True, slots=True)
-class Merge(_Each):
+class Merge(Each):
     """Merge the dims of ``sizes`` that begin at ``dim`` into one."""
 
     word: ClassVar[str] = "merge"
@@ -237,7 +237,7 @@ class Merge(_Each):
 
 
 @dataclass(frozen=True, slots=True)
-class Slice(_Each):
+class Slice(Each):
     """Keep the elements ``start:stop`` along ``dim``; the rest is lost."""
 
     word: ClassVar[str] = "slice"
@@ -255,7 +255,7 @@ class Slice(_Each):
 
 
 @dataclass(frozen=True, slots=True)
-class _Padding(_Each):
+class _Padding(Each):
     dim: int
     length: int
     to: int
@@ -306,7 +306,7 @@ class Unpad(_Padding):
 
 
 @dataclass(frozen=True, slots=True)
-class _Repetition(_Each):
+class _Repetition(Each):
     groups: int
     times: int
     dim: int = 0
@@ -360,7 +360,7 @@ class Unrepeat(_Repetition):
 
 
 @dataclass(frozen=True, slots=True)
-class Cast(_Each):
+class Cast(Each):
     """Cast to ``dtype``, rounding values; the inverse casts to ``was``."""
 
     word: ClassVar[str] = "cast"
@@ -396,7 +396,7 @@ _LEAST, _MOST = 2.0**-60, 2.0**60  # powers and inverses of the factors stay nor
 
 
 @dataclass(frozen=True, slots=True)
-class Affine(_Each):
+class Affine(Each):
     """Multiply each value by ``times``, then add ``plus``.
 
     Both are computed in float32 (float64 for F64), and the result is rounded once to the dtype.

@@ -74,3 +74,25 @@ def test_one_kv_head_or_as_many_as_heads(form, heads, kv):
     if form == "tunix":
         assert made["layers.0.attn.k_proj.w"].shape == (8, kv, 4)
     assert digest(mapping.inverse().apply_arrays(made)) == digest(arrays)
+
+
+@pytest.mark.parametrize("form", ["hf", "mcore-fused", "maxtext"])
+def test_longer_vocabularies_and_repeated_heads_are_undone(form):
+    """The form has 4 kv heads for the model's 2, and 32 tokens for 24."""
+    model = Model()
+    arrays = random_model("qwen3", model)
+    config = config_of("qwen3", model)
+    family = family_of(config)
+    sizes = Sizes(family, config).seeing("hf", {n: x.shape for n, x in arrays.items()})
+    more = {"kv_heads": 4, "token": 32, "vocab": 32}
+    there = derive(family, "hf", form, sizes, more)
+    made = there.apply_arrays(arrays)
+    assert digest(derive(family, form, form, sizes).apply_arrays(made)) == digest(made)
+    back = derive(family, form, "hf", sizes.having(more), {axis: sizes[axis] for axis in more})
+    assert digest(back.apply_arrays(made)) == digest(there.inverse().apply_arrays(made))
+    assert digest(back.apply_arrays(made)) == digest(arrays)
+    plain = derive(family, form, "hf", sizes.having(more)).apply_arrays(made)
+    k = "model.layers.1.self_attn.k_proj.weight"
+    heads = arrays[k].reshape(2, 1, model.head, -1).repeat(2, axis=1)
+    assert np.array_equal(plain[k], heads.reshape(4 * model.head, -1))
+    assert not plain["lm_head.weight"][24:].any()
