@@ -27,12 +27,14 @@ from typing import Any, Literal, Self, get_args
 import jax
 
 from .. import rules as family_rules
+from ..conversion.open import Config
 from ..core.layout import Layout, Strategy
 from ..devices.host_shards import SnapshotMode
 from ..distributed.processes import DEFAULT_TIMEOUT_S, Processes, processes_of_jax
 from ..errors import JaxshardError, LayoutError, StorageError
 from ..formats.huggingface import check_config
 from ..formats.registry import format_of, names_where
+from ..mapping import Mapping as NamesAndShapes
 from ..storage.remote import refuse_remote
 from ..storage.resources import budget_for, parse_size
 from . import records
@@ -276,6 +278,8 @@ class CheckpointManager:
         strategy: str | Strategy | None = None,
         devices: Sequence[jax.Device] | None = None,
         strict: bool = True,
+        names: NamesAndShapes | str | None = None,
+        config: Config | None = None,
     ) -> RestoreResult | None:
         """Restore the newest good step, or the named one, in the layout of ``target``.
 
@@ -293,6 +297,9 @@ class CheckpointManager:
             strategy: layout of the leaves; their shardings are ignored.
             devices: the device of each rank of the strategy.
             strict: refuse leaves missing in the step, and tensors missing in the target.
+            names: a mapping of the saved names and shapes to those of ``target``, or what
+                ``mapping.find_mapping`` takes; moments are mapped with their weights.
+            config: the model's ``config.json``, or its path, which tables of ``names`` need.
 
         Raises:
             NotFoundError: no such step, no good step, or names do not match.
@@ -320,6 +327,8 @@ class CheckpointManager:
                 strict,
                 options.workers,
                 options.host_bytes,
+                names,
+                config,
             ),
             parts=parts,
             verify=verify,

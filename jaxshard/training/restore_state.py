@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from .. import rules as family_rules
+from ..conversion.open import Config, opened
 from ..conversion.targets import lay_out_for
 from ..core.box import Box
 from ..core.catalog import Catalog, Tensor, group_by_bytes
@@ -31,6 +32,8 @@ from ..formats.huggingface import TRAINING_SCALARS
 from ..loader import load_opened
 from ..loader.make_arrays import keeping_64_bits
 from ..loader.requests import LoadArguments
+from ..mapping import Mapping as NamesAndShapes
+from ..mapping import find_mapping
 from ..planning.copies import move_into
 from ..storage.engine import HostArrays, run
 from ..storage.readers import open_source
@@ -238,6 +241,8 @@ class RestoreOptions:
         roles: keys of a state's weights and its optimizer's state are.
         rename: the names of weights in files.
         strict: refuse leaves missing in the step, and tensors missing in the target.
+        names: the mapping of the step's names and shapes to the target's.
+        config: the model's ``config.json``, which tables of ``names`` need.
     """
 
     strategy: str | Strategy | None = None
@@ -248,6 +253,8 @@ class RestoreOptions:
     strict: bool = True
     workers: int | None = None
     host_bytes: int | None = None
+    names: NamesAndShapes | str | None = None
+    config: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -316,6 +323,8 @@ def plan_restore(
         LayoutError: shapes or dtypes differ, or the target does not fit the devices.
     """
     one_of("parts", parts, get_args(Parts))
+    if options.names is not None:
+        catalog = _mapped(opened(catalog, config=options.config), options.names)
     if isinstance(target, str | Strategy):
         return RestorePlan(catalog, options, *_by_name(catalog, target, options, parts))
     state = take_apart(target, options.roles, options.rename)
@@ -324,6 +333,12 @@ def plan_restore(
     ours = [leaf for leaf in found if is_on_devices(leaf)]
     structs, notes = placed(catalog, ours, options.strategy, options.rules, options.devices)
     return RestorePlan(catalog, options, structs, notes, state, found)
+
+
+def _mapped(catalog: Catalog, names: NamesAndShapes | str) -> Catalog:
+    """Return the step with its weights and their moments mapped; other leaves stay unchanged."""
+    fixed = replace(catalog, scalars=catalog.scalars | _non_weights(catalog))
+    return replace(find_mapping(names, fixed).apply(fixed), scalars=catalog.scalars)
 
 
 def _by_name(

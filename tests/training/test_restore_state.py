@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from training_states import OPTIMIZER, SHAPES, described, lies_as, mesh, same, state
 
 from jaxshard.errors import LayoutError, NotFoundError
+from jaxshard.mapping import Mapping, Rename, Transpose
 from jaxshard.training import CheckpointManager, policy, run_directory
 from jaxshard.training.policy import Lineage
 
@@ -413,3 +414,46 @@ def test_a_damaged_record_of_a_rollback_is_ignored(tmp_path):
     _saved(tmp_path, 10, 20)
     (tmp_path / ".jaxshard/rollback-llama.json").write_bytes(b"{}\n00000000\n")
     assert _restored(tmp_path) == 20
+
+
+# --- names=: a state whose tree changed
+
+
+@pytest.mark.parametrize("format", ["ranks", "huggingface", "orbax", "iteration"])
+def test_a_state_is_restored_into_a_tree_that_changed(tmp_path, format):
+    random = np.random.default_rng(0)
+    linen = {
+        "layers_0": {"dense": {"kernel": random.normal(size=(4, 6)).astype("f4")}},
+        "layers_1": {"dense": {"kernel": random.normal(size=(4, 6)).astype("f4")}},
+    }
+    adam = optax.adam(0.1)
+    params = jax.tree.map(jnp.asarray, linen)
+    state = adam.init(params)
+    gradients = jax.tree.map(lambda x: x * 0.5 + 1, params)
+    updates, state = adam.update(gradients, state, params)
+    before = {"params": optax.apply_updates(params, updates), "opt_state": state, "step": 3}
+    with _manager(tmp_path, format=format) as manager:
+        manager.save(3, before)
+
+    def turned(tree):  # matrices (out, in), in a list
+        return {"blocks": [{"weight": tree[f"layers_{i}"]["dense"]["kernel"].T} for i in (0, 1)]}
+
+    moments = state[0]
+    new = {"params": turned(before["params"]), "opt_state": adam.init(turned(params)), "step": 0}
+    names = Mapping(
+        (
+            Transpose(("layers_{layer}.dense.kernel",)),
+            Rename((("layers_{layer}.dense.kernel", "blocks.{layer}.weight"),)),
+        )
+    )
+    target = jax.tree.map(lambda x: jnp.zeros_like(x) if isinstance(x, jax.Array) else x, new)
+    with _manager(tmp_path, format=format) as manager:
+        found = manager.restore(target, names=names)
+        with pytest.raises(NotFoundError, match="blocks"):
+            manager.restore(target, step=3)
+    assert found.step == found.state["step"] == 3
+    want = {"params": new["params"], "mu": turned(moments.mu), "nu": turned(moments.nu)}
+    got = found.state["opt_state"][0]
+    for key, tree in (("params", found.state["params"]), ("mu", got.mu), ("nu", got.nu)):
+        jax.tree.map(np.testing.assert_array_equal, tree, want[key])
+    assert got.count == moments.count
