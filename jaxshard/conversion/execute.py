@@ -32,7 +32,7 @@ from ..storage.transaction import Transaction
 from ..storage.writers import OutputFiles, put_beside
 from . import targets
 from .open import PathLike
-from .prepare import Prepared, downloaded_first, part_plan
+from .prepare import Prepared, downloaded_first, files_to_check, part_plan
 
 if TYPE_CHECKING:  # obstore, NumPy
     from ..storage.upload import Upload
@@ -127,7 +127,7 @@ def execute(
         check_free_space(staging.files, plan.totals.bytes_written)
         tell = progress(plan.totals.bytes_written) if progress else None
         with open_source(catalog) as source:
-            source.check_checksums(n for n, reads in enumerate(plan.reads) if reads)
+            source.check_checksums(files_to_check(plan))
             counts = _write(plan, prepared.result, source, staging, budget, tell)
         is_published = staging.publish(
             None if only else partial(_write_side_files, prepared, staging, place)
@@ -165,7 +165,7 @@ def _upload(
         tell = progress(plan.totals.bytes_written) if progress else None
         last = {p: data for p, data in result.side_files.items() if is_last(p) and not only}
         with open_source(catalog) as source:
-            source.check_checksums(n for n, reads in enumerate(plan.reads) if reads)
+            source.check_checksums(files_to_check(plan))
             upload.begin()
             if not only:
                 upload.put_all(first_files(result, catalog))

@@ -22,7 +22,7 @@ from ..storage.io import Source
 from ..storage.readers import open_source
 from ..storage.resources import Budget, Counts
 from .open import Config, PathLike
-from .prepare import downloaded_first, prepare
+from .prepare import downloaded_first, files_to_check, prepare
 from .targets import FULL
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def load_rank(
     entries = [e for r in wanted for e in plan.outputs.contents[plan.outputs.content_of[r]]]
     share = HostArrays((e.tensor.name, e.tensor.dtype, e.shape) for e in entries)
     with open_source(plan.source) as files:
-        files.check_checksums(n for n, reads in enumerate(plan.reads) if reads)
+        files.check_checksums(files_to_check(plan))
         run(plan.moves(), files, share, budget=prepared.budget, ahead=plan.moves())
     return share.arrays()
 

@@ -372,6 +372,13 @@ def _files_of(
     return frozenset(r + i * layout.num_ranks for r in ranks for i in range(files_per_rank))
 
 
+def files_to_check(plan: Plan) -> list[int] | None:
+    """Return the source's files whose checksums are compared: all, or in a store those read."""
+    if not is_remote(plan.source.root):
+        return None
+    return [n for n, reads in enumerate(plan.reads) if reads]
+
+
 def part_plan(plan: Plan, part: Part | None) -> Plan:
     """Return the part of ``plan`` that ``part`` writes; all of it if that is None."""
     if part is None:

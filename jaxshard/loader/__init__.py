@@ -1,7 +1,7 @@
 """Loading a checkpoint to arrays on devices.
 
     target            →  requests  →  filled buffers      →  arrays
-    target_shardings     requests     read, shard_memory     make_arrays
+    target_shardings     requests     read, memory_budget     make_arrays
 
 Each process reads the bytes of its own devices' distinct shards, once. All checks that need only
 headers come before the first read of a tensor.

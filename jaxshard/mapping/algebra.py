@@ -1,7 +1,7 @@
 """The tensor algebra of mapping operations, the checks of its implementations, and placements.
 
 The same operation runs on tensors in files (``tensors.Geometry``), on arrays in memory
-(``arrays.Expressions``) and on placements (``layouts.Placing``).
+(``arrays.Expressions``) and on placements (``Placing``).
 """
 
 from __future__ import annotations
