@@ -38,7 +38,7 @@ from llama import Config, head, layer
 
 import jaxshard as js
 from jaxshard.devices.mesh import stage_meshes
-from jaxshard.devices.pytree import strategy_shardings
+from jaxshard.devices.pytree import shardings_by_rules
 from jaxshard.rules import split_layers
 from jaxshard.training import CheckpointManager
 
@@ -77,7 +77,7 @@ def new_state(strategy: js.Strategy) -> State:
         "model.norm.weight": np.ones(HIDDEN, np.float32),
         "lm_head.weight": matrix(VOCAB, HIDDEN),
     }
-    shardings = strategy_shardings(weights, strategy)
+    shardings = shardings_by_rules(weights, strategy)
     params = {name: jax.device_put(w, shardings[name]) for name, w in weights.items()}
     zeros = {name: jax.device_put(np.zeros_like(w), shardings[name]) for name, w in weights.items()}
     adam = optax.ScaleByAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.copy, zeros))
