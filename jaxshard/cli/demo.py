@@ -23,6 +23,7 @@ from ..core.catalog import Catalog
 from ..core.dtypes import dtype
 from ..errors import CoverageError, LayoutError, StorageError, format_list
 from ..formats.safetensors import layout_file
+from ..models.facts import text_config
 from ..planning import pictures
 from . import write_json
 
@@ -81,18 +82,22 @@ def _on_devices(
     echo(f"\non {jax.device_count()} CPU devices")
     tensors = {n: t for n, t in catalog.tensors.items() if n not in catalog.scalars}
     weights = replace(catalog, tensors=tensors)  # rules place weights, not training scalars
-    with _step("load as dp2mp4", echo) as done:
-        params = jax.block_until_ready(load(weights, "dp2mp4"))
+    config = dict(catalog.model.config) or None
+    kv_heads = text_config(catalog.model.config).get("num_key_value_heads")
+    ways = next(n for n in (4, 2, 1) if not isinstance(kv_heads, int) or kv_heads % n == 0)
+    first, second = f"dp{8 // ways}mp{ways}", "dp4mp2" if ways > 1 else "fsdp8"
+    with _step(f"load as {first}", echo) as done:
+        params = jax.block_until_ready(load(weights, first))
         yield done
-    with _step("reshard on the devices to dp4mp2", echo) as done:
-        params = jax.block_until_ready(reshard(params, "dp4mp2"))
+    with _step(f"reshard on the devices to {second}", echo) as done:
+        params = jax.block_until_ready(reshard(params, second, config=config))
         yield done
     with _step("save from the devices, and compare with the source", echo) as done:
-        save(params, place / "saved", fsync=False)
+        save(params, place / "saved", config=config, fsync=False)
         _compare(place / "saved", weights)
         yield done
-    with _step("load the rank files of dp1mp2pp2 as mp8, and compare", echo) as done:
-        _compare_arrays(load(place / "dp1mp2pp2", "mp8"), catalog)
+    with _step("load the rank files of dp1mp2pp2 as fsdp8, and compare", echo) as done:
+        _compare_arrays(load(place / "dp1mp2pp2", "fsdp8"), catalog)
         yield done
 
 
