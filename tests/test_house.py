@@ -1,4 +1,8 @@
-"""The measures of ``tools/house.py`` stay within limits, which are lowered and never raised."""
+"""The measures of ``tools/house.py`` stay within limits, which are raised only for new concepts.
+
+The files were 135 before the tables of model families, what is derived from them, and uploads:
+11 modules more, and 3 less.
+"""
 
 from __future__ import annotations
 
