@@ -33,8 +33,8 @@ import jaxshard
 from jaxshard.core.dtypes import BY_NAME
 from jaxshard.core.layout import Strategy
 from jaxshard.formats import mindspore_ckpt, strategy_files
-from jaxshard.rules import FAMILIES
 from jaxshard.rules import layout as lay_out
+from jaxshard.rules import rules_for
 
 _SOURCE, _TARGET = "dp2mp2pp2", "dp1mp4"
 _MP, _STAGE_RANKS, _STAGES = 2, 4, 2
@@ -157,7 +157,7 @@ def _bench(job: Job, disk: Path | None) -> Iterator[Bench]:
 def write_ranks(folder: Path, job: Job) -> None:
     """Write the job's rank folders and its strategy files."""
     shapes = job.shapes()
-    layout = lay_out(shapes, Strategy.parse(_SOURCE), FAMILIES["mindformers"])
+    layout = lay_out(shapes, Strategy.parse(_SOURCE), rules_for(None, shapes))
     files = strategy_files.raw_files(strategy_files.from_layout(layout, shapes))
     (folder / "strategy").mkdir(parents=True)
     for name, data in files.items():
