@@ -46,7 +46,7 @@ def table(source: str, target: str, model: ModelFacts | None = None) -> Mapping:
         LayoutError: different families.
 
     >>> class model: type, config = "llama", {"num_attention_heads": 4}
-    >>> print(table("hf", "mindformers", model).ops[3].rules[0][1])
+    >>> print(table("hf", "mindformers", model).ops[2].rules[0][1])
     model.tok_embeddings.embedding_weight
     """
     kind, a, b = _parsed_pair(source, target)
