@@ -79,10 +79,9 @@ def find_mapping(
         return read_mapping(_text_of(text), text)
     true = dequantized(catalog, dtype)
     if true is not None:
-        plain = true.apply(catalog)
         if text == "auto" and not _has_table(catalog.model):
             return true
-        return Mapping((*true.ops, *_find_table(text, plain, wanted or {}).ops))
+        return _after(true, text, catalog, wanted or {})
     return _find_table(text, catalog, wanted or {})
 
 
@@ -117,33 +116,35 @@ def _find_table(text: str, catalog: Catalog, wanted: Shapes) -> Mapping:
             f"names={text!r} is neither a file nor a table. Write FROM:TO, such as "
             "llama-hf:llama-mindformers (jaxshard models lists families and forms)."
         )
-    if source == "auto" or _parsed(source)[1] == "hf":
+    is_auto = source == "auto"
+    kind, a, b = (None, "", _parsed(target or "hf")[1]) if is_auto else _parsed_pair(source, target)
+    if is_auto or a == "hf":
         for usual in (_text_alone(catalog), _adapters_as_in_files(catalog)):
             if usual is not None:
-                plain = usual.apply(catalog)
-                return Mapping((*usual.ops, *_find_table(text, plain, wanted).ops))
-    wrapped = _in_params(source, catalog)
-    if wrapped is not None:
-        plain = wrapped.apply(catalog)
-        return Mapping((*wrapped.ops, *_find_table(text, plain, wanted).ops))
+                return _after(usual, text, catalog, wanted)
     shapes = _weights(catalog)
-    if source == "auto":
-        family, form = form_of(shapes, catalog.model)
-        sizes = Sizes(family, catalog.model.config).seeing(form, shapes)
-        _refuse_twins(family, form, shapes, sizes)
-        return _padded(family, form, _parsed(target or "hf")[1], sizes, wanted)
-    kind, a, b = _parsed_pair(source, target)
     family, config = _family_of(catalog.model, kind, shapes)
-    family.form(a)  # refuses a form that it does not have
+    wrapped = _in_params(family, a, shapes)
+    if wrapped is not None:
+        return _after(wrapped, text, catalog, wanted)
     sizes = Sizes(family, config)
+    if is_auto:
+        form = _known_form(family, sizes, shapes)
+        sizes = sizes.seeing(form, shapes)
+        _refuse_twins(family, form, shapes, sizes)
+        return _padded(family, form, b, sizes, wanted)
     longer = _paddings(family, a, sizes, shapes) if a != "hf" else ()
     if longer:
-        shorter = Mapping(tuple(op.inverse() for op in longer))
         note = f"the vocabulary is padded to {longer[0].to}; {longer[0].length} are taken."
         log_notes(catalog.root, (note,))
-        plain = shorter.apply(catalog)
-        return Mapping((*shorter.ops, *_find_table(text, plain, wanted).ops))
+        shorter = Mapping(tuple(op.inverse() for op in longer))
+        return _after(shorter, text, catalog, wanted)
     return _padded(family, a, b, sizes.seeing(a, shapes), wanted)
+
+
+def _after(first: Mapping, text: str, catalog: Catalog, wanted: Shapes) -> Mapping:
+    """Return ``first``, and then the table ``text`` of what it makes of ``catalog``."""
+    return Mapping((*first.ops, *_find_table(text, first.apply(catalog), wanted).ops))
 
 
 def _padded(family: Family, source: str, target: str, sizes: Sizes, wanted: Shapes) -> Mapping:
@@ -171,17 +172,16 @@ def _paddings(family: Family, form: str, sizes: Sizes, shapes: Shapes) -> tuple[
     return tuple(ops)
 
 
-def _in_params(source: str, catalog: Catalog) -> Mapping | None:
+def _in_params(family: Family, form: str, shapes: Shapes) -> Mapping | None:
     """Return the mapping to names in as many ``params`` as the form's, or None if they are so.
+
+    Without a ``form``, it is the one that the names have.
 
     ``params`` is Linen's collection of weights; a train state has it in a ``params`` of its own,
     and an NNX model has none.
     """
-    shapes = _weights(catalog)
     now = next(k for k in (2, 1, 0) if any(n.startswith(k * _PARAMS) for n in shapes or ("",)))
-    kind, form = _parsed(source)
-    family, _ = _family_of(catalog.model, kind, shapes)
-    if source == "auto":
+    if not form:
         inner = [n.removeprefix(now * _PARAMS) for n in shapes]
         known = (k for k in (now, 0, 1) if not family.form_of(k * _PARAMS + n for n in inner)[1])
         wanted = next(known, now)
@@ -244,9 +244,13 @@ def form_of(shapes: Shapes, model: ModelFacts, kind: str | None = None) -> tuple
         NotFoundError: no known form.
     """
     family, config = _family_of(model, kind, shapes)
-    form, strange = Sizes(family, config).form_of(shapes)
+    return family, _known_form(family, Sizes(family, config), shapes)
+
+
+def _known_form(family: Family, sizes: Sizes, shapes: Shapes) -> str:
+    form, strange = sizes.form_of(shapes)
     if not strange:
-        return family, form
+        return form
     known = f"forms: {', '.join(family.listed)}"
     if len(strange) == len(shapes):
         raise NotFoundError(

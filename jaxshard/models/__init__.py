@@ -79,7 +79,11 @@ def read_family(text: str, config: Config, where: str = "family") -> Family:
         LayoutError: not TOML, or an invalid table.
         NotFoundError: it is like a table that does not exist.
     """
-    family = build(read_table(text, where), config)
+    return _checked(read_table(text, where), config)
+
+
+def _checked(table: Table, config: Config) -> Family:
+    family = build(table, config)
     for forms in (family.forms, family.adapters):
         list(forms.values())  # builds all rows, and reports invalid ones
     return family
@@ -100,5 +104,6 @@ def register_models(text: str, where: str = "models") -> tuple[str, ...]:
         LayoutError: not TOML, or an invalid table.
         NotFoundError: it is like a table that does not exist.
     """
-    read_family(text, {}, where)  # reports every invalid row
-    return register(text, where)
+    table = read_table(text, where)
+    _checked(table, {})
+    return register(table, where)

@@ -138,10 +138,6 @@ class Family:
         at = patterns.find(name, kind)
         return None if at is None else weights[at]
 
-    def is_buffer(self, name: str) -> bool:
-        """Return whether ``name`` is a buffer (rotary frequencies)."""
-        return self._buffers.find(name) is not None
-
     @cached_property
     def _buffers(self) -> Patterns:
         return Patterns(self.buffers, placeholders)

@@ -114,7 +114,8 @@ def read_table(text: str, where: str) -> Table:
         chain.append(_packaged(chain[-1]["like"]))
     made: Table = {}
     for part in reversed(chain):
-        made = _laid_over(made, part)
+        inherited = {key: value for key, value in made.items() if key != "types"}
+        made = _laid_over(inherited, part)
     return made
 
 
@@ -417,10 +418,9 @@ def _packaged_for(model_type: str) -> Table | None:
 _registered: dict[str, Table] = {}
 
 
-def register(text: str, where: str) -> tuple[str, ...]:
-    """Register the table in ``text`` for its ``types``; see ``jaxshard.register_models``."""
-    table = read_table(text, where)
-    own = parse_toml(text, where).get("types", [])
+def register(table: Table, where: str) -> tuple[str, ...]:
+    """Register ``table`` for its ``types``; see ``jaxshard.register_models``."""
+    own = table.get("types", [])
     if not own:
         raise LayoutError(
             f"{where}: types is missing. List the values of model_type of the family: "

@@ -181,3 +181,13 @@ def test_optimizer_states_and_numbers_of_the_job_go_along(folders, tmp_path) -> 
     mapping = find_mapping("llama-hf:mcore-fused", open_checkpoint(tmp_path / "src"))
     convert(tmp_path / "ranks", tmp_path / "back", names=mapping.inverse(), **QUICK)
     assert same(weights(tmp_path / "back"), tensors)
+
+
+def test_the_family_may_be_stated_on_either_side(folders, tmp_path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(
+        (folders("llama") / "model.safetensors").read_bytes()
+    )
+    catalog = open_checkpoint(tmp_path)
+    assert catalog.model.type is None
+    ours, theirs = (find_mapping(n, catalog) for n in ("llama-hf:mcore", "hf:llama-mcore"))
+    assert ours == theirs
